@@ -1,0 +1,267 @@
+"""Writing an MLX checkpoint: tensor by tensor, all or nothing."""
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from flux2_mlx.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Component,
+    TensorInfo,
+    is_checkpoint,
+    mismatches,
+    module_tensors,
+    raise_problems,
+)
+from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array, statement
+
+from . import text, transformer, vae
+from .rules import Rule
+from .sources import Source
+
+_RULES = {"transformer": transformer, "text_encoder": text, "vae": vae}
+_FLOATS = ("BF16", "F16", "F32")
+_SHARD_BYTES = 4 << 30
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A tensor of ours before quantization: how it is made, and the tensors that it is stored as."""
+
+    name: str
+    rule: Rule
+    stored: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written for one component."""
+
+    component: Component
+    bits: int | None
+    layers: list[_Layer]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.stored.values())
+
+
+def write_checkpoint(
+    source: Source,
+    target: Path,
+    quant: str = "bf16",
+    text_quant: str | None = None,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Convert `source` into a new MLX checkpoint folder.
+
+    Args:
+        source: the opened source.
+        target: the folder to make; it appears only when it is complete.
+        quant: `bf16`, `qint8` or `qint4` for the transformer.
+        text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        name: what the manifest calls the source; its folder's name if None.
+        force: replace an MLX checkpoint at `target`.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        InputError: `target` exists or can't be written, the disk is too small, an unknown quantization.
+        CheckpointError: names, shapes or dtypes are not those of the model, or weights are not finite.
+    """
+    text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)])
+    quants = {"transformer": quant, "text_encoder": text_quant, "vae": "bf16"}
+    plans = [_plan(source, component, quants[component]) for component in _RULES]
+    _check_target(target, force)
+    total = sum(plan.nbytes for plan in plans)
+    _check_space(target.parent, total)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "variant": source.variant.name,
+        "quantization": {"transformer": quant, "text_encoder": text_quant},
+        "source": {"name": name or source.folder.name, "fingerprint": source.fingerprint},
+        "version": version("flux2-mlx"),
+    }
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            _fill(temporary, source, plans, manifest, _Progress(total, progress))
+            _publish(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror or error}") from error
+
+
+def _plan(source: Source, name: str, quant: str) -> _Plan:
+    config = source.configs[name]
+    plain = module_tensors(Component(name, config, None, ()).build())
+    layers = [(key.removesuffix(".weight"), x.shape) for key, x in plain.items() if len(x.shape) == 2]
+    component = Component(name, config, statement(quant, name, layers), ())
+    stored = module_tensors(component.build())
+    plan = []
+    for key, tensor in plain.items():
+        base = key.removesuffix(".weight")
+        keys = [key, f"{base}.scales", f"{base}.biases"] if f"{base}.scales" in stored else [key]
+        plan.append(_Layer(key, _RULES[name].rule_for(key, tensor.shape), {k: stored[k] for k in keys}))
+    _check_source(source, name, plan, plain)
+    return _Plan(component, BITS[quant], plan)
+
+
+def _check_source(source: Source, name: str, layers: list[_Layer], plain: dict[str, TensorInfo]) -> None:
+    """Compare the source with what the rules read, before anything is written."""
+    found = {k: x for k, x in source.tensors[name].items() if not _RULES[name].is_dropped(k, source.configs[name])}
+    expected = {
+        key: TensorInfo(
+            found[key].dtype if key in found and found[key].dtype in _FLOATS else "BF16",
+            layer.rule.source_shape(plain[layer.name].shape),
+        )
+        for layer in layers
+        for key in layer.rule.sources
+    }
+    raise_problems(f"{source.folder / name} is not a {source.variant.name} {name}", mismatches(expected, found))
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        raise InputError(f"{target} exists; choose another folder or pass --force to replace it")
+    if target.exists() and not is_checkpoint(target):
+        raise InputError(f"{target} is not an MLX checkpoint, so --force does not replace it; remove it yourself")
+    if not target.parent.is_dir():
+        raise InputError(f"can't write {target}: there is no folder {target.parent}")
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"no space: the model takes {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
+
+
+class _Progress:
+    def __init__(self, total: int, report: Callable[[int, int], None] | None):
+        self._done, self._total, self._report = 0, total, report
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._report:
+            self._report(self._done, self._total)
+
+
+def _fill(folder: Path, source: Source, plans: list[_Plan], manifest: dict, progress: _Progress) -> None:
+    for plan in plans:
+        _write_component(folder / plan.component.name, source, plan, progress)
+    (folder / "tokenizer").mkdir()
+    for file in _TOKENIZER_FILES:
+        if (source.folder / "tokenizer" / file).is_file():
+            shutil.copyfile(source.folder / "tokenizer" / file, folder / "tokenizer" / file)
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
+    (folder / "scheduler").mkdir()
+    shutil.copyfile(
+        source.folder / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"
+    )
+    _write_json(folder / MANIFEST, manifest)
+
+
+def _write_component(folder: Path, source: Source, plan: _Plan, progress: _Progress) -> None:
+    folder.mkdir()
+    config = plan.component.config.to_dict()
+    if plan.component.quantization:
+        config["quantization"] = plan.component.quantization
+    _write_json(folder / "config.json", config)
+    shards = list(_shards(plan.layers))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, layers in zip(names, shards, strict=True):
+        stored = {key: tensor for layer in layers for key, tensor in layer.stored.items()}
+        arrays = (array for layer in layers for array in _arrays(source, plan, layer))
+        write_safetensors(folder / name, stored, arrays, progress.add)
+    if len(shards) > 1:
+        weight_map = {key: name for name, layers in zip(names, shards, strict=True) for x in layers for key in x.stored}
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map},
+        )
+
+
+def _shards(layers: list[_Layer]) -> Iterator[list[_Layer]]:
+    shard, size = [], 0
+    for layer in layers:
+        nbytes = sum(tensor.nbytes for tensor in layer.stored.values())
+        if shard and size + nbytes > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(layer)
+        size += nbytes
+    yield shard
+
+
+def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
+    """The stored arrays of a layer in the order of `layer.stored`, evaluated."""
+    array = layer.rule.apply(*(source.take(plan.component.name, key) for key in layer.rule.sources))
+    if not mx.isfinite(array).all().item():
+        raise CheckpointError(f"{source.folder / plan.component.name}: {', '.join(layer.rule.sources)} is not finite")
+    if len(layer.stored) == 1:
+        yield array.astype(mx.bfloat16)
+    else:
+        quantized = quantize_array(array.astype(mx.bfloat16), plan.bits)
+        yield from (quantized[key.rpartition(".")[2]] for key in layer.stored)
+
+
+def write_safetensors(
+    path: Path, tensors: dict[str, TensorInfo], arrays: Iterable[mx.array], report: Callable[[int], None]
+) -> None:
+    """Write a safetensors file of `tensors`, whose `arrays` come in the same order and are dropped one by one."""
+    header, offset = {"__metadata__": _METADATA}, 0
+    for name, tensor in tensors.items():
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor, array in zip(tensors.values(), arrays, strict=True):
+            data = np.ascontiguousarray(array.view(mx.uint16) if tensor.dtype == "BF16" else array)
+            if data.shape != tensor.shape:
+                raise AssertionError(f"planned {tensor.shape}, made {data.shape}")
+            file.write(data.data)
+            report(tensor.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Put the finished folder in its place; an old one is moved aside first, and back if that fails."""
+    os.chmod(temporary, 0o755)
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+        old = Path(aside) / "old"
+        os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            os.replace(old, target)
+            raise

@@ -1,0 +1,209 @@
+"""The MLX checkpoint: the folder that `convert` writes and the pipeline loads."""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import TextConfig, TransformerConfig, VAEConfig, Variant, get_variant
+from .errors import CheckpointError, InputError
+from .quantization import quantize_module
+from .text import Qwen3Encoder
+from .transformer import Flux2Transformer
+from .vae import VAE
+
+FORMAT_VERSION = 1
+MANIFEST = "flux2.json"
+COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
+    "transformer": (TransformerConfig, Flux2Transformer),
+    "text_encoder": (TextConfig, Qwen3Encoder),
+    "vae": (VAEConfig, VAE),
+}
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+_MAX_PROBLEMS = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its file's header states it; `dtype` is the safetensors code, such as `BF16`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPE_BYTES.get(self.dtype, 1)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes in a safetensors file, after comparing its length with its header.
+
+    Raises:
+        CheckpointError: not a safetensors file, or one that is cut short or too long.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(size - 8, _MAX_HEADER):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    if size != end:
+        raise CheckpointError(f"{path} has {size} bytes where its header says {end}; fetch or convert it again")
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def mismatches(expected: dict[str, TensorInfo], found: dict[str, TensorInfo]) -> list[str]:
+    """A line for each tensor that is missing, left over, or of another shape or dtype."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    for name, want in expected.items():
+        have = found.get(name, want)
+        if have != want:
+            problems.append(f"{name} is {have.dtype} {list(have.shape)} instead of {want.dtype} {list(want.shape)}")
+    return problems
+
+
+def raise_problems(what: str, problems: list[str]) -> None:
+    """Raise one CheckpointError that lists `problems`, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        raise CheckpointError(f"{what}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")
+
+
+def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
+    """The tensors that `module` loads, without evaluating any: packed weights are U32, all others BF16."""
+    return {
+        name: TensorInfo("U32" if array.dtype == mx.uint32 else "BF16", array.shape)
+        for name, array in tree_flatten(module.parameters())
+    }
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a checkpoint: its geometry, how it is quantized, and its files."""
+
+    name: str
+    config: Any
+    quantization: dict[str, Any] | None
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> "Component":
+        values = read_json(folder / "config.json")
+        files = tuple(sorted(folder.glob("model*.safetensors")))
+        return cls(name, COMPONENTS[name][0].from_dict(values), values.get("quantization"), files)
+
+    def build(self) -> nn.Module:
+        """The network with unevaluated random weights."""
+        module = COMPONENTS[self.name][1](self.config)
+        quantize_module(module, self.quantization)
+        return module.eval()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as stored."""
+        return sum(tensor.nbytes for tensor in module_tensors(self.build()).values())
+
+    def verify(self) -> None:
+        """Compare the files' lengths, names, shapes and dtypes with the geometry; CheckpointError lists what differs."""
+        found: dict[str, TensorInfo] = {}
+        for file in self.files:
+            found |= read_header(file)
+        raise_problems(f"{self.name} of the checkpoint is damaged", mismatches(module_tensors(self.build()), found))
+
+    def load(self, dtype: mx.Dtype) -> nn.Module:
+        """The network with its weights in memory, floats as `dtype`."""
+        module = self.build()
+        weights: dict[str, mx.array] = {}
+        for file in self.files:
+            weights |= mx.load(str(file))
+        module.load_weights(
+            [(name, x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in weights.items()]
+        )
+        weights.clear()
+        # One at a time, so that a tensor and its cast never wait beside all others.
+        for _, array in tree_flatten(module.parameters()):
+            mx.eval(array)
+        return module
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified MLX checkpoint folder."""
+
+    folder: Path
+    variant: Variant
+    quant: str
+    text_quant: str
+    source: dict[str, str]
+    components: dict[str, Component]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read and verify the folder without reading weights.
+
+        Raises:
+            CheckpointError: not an MLX checkpoint, of another format version, incomplete or damaged.
+        """
+        if not is_checkpoint(folder):
+            raise CheckpointError(f"{folder} is not an MLX checkpoint: it has no {MANIFEST}")
+        manifest = read_json(folder / MANIFEST)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder} has format version {manifest.get('format_version')}, this version of flux2-mlx reads "
+                f"{FORMAT_VERSION}; convert the model again"
+            )
+        try:
+            variant, quantization = get_variant(manifest["variant"]), manifest["quantization"]
+            checkpoint = cls(
+                folder,
+                variant,
+                quantization["transformer"],
+                quantization["text_encoder"],
+                manifest["source"],
+                {name: Component.open(folder / name, name) for name in COMPONENTS},
+            )
+        except (KeyError, TypeError, InputError) as error:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
+        for component in checkpoint.components.values():
+            component.verify()
+        if not checkpoint.tokenizer_file.is_file():
+            raise CheckpointError(f"{folder} is incomplete: there is no {checkpoint.tokenizer_file}")
+        return checkpoint
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / "tokenizer" / "tokenizer.json"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is in our format (it may still be damaged)."""
+    return (folder / MANIFEST).is_file()

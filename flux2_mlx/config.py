@@ -1,0 +1,230 @@
+"""Geometry of the networks and the one table of model variants.
+
+Field names follow the diffusers and transformers `config.json` files. Sources: the FLUX.2 reference code
+(black-forest-labs/flux2) and the published configurations.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CheckpointError, InputError
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
+
+
+class _FromDict:
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        """Build from a parsed `config.json`; keys that are no field are ignored, lists become tuples."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        try:
+            return cls(**kept)
+        except TypeError as error:
+            raise CheckpointError(f"config.json does not describe a {cls.__name__}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TransformerConfig(_FromDict):
+    """Geometry of the MMDiT (diffusers `Flux2Transformer2DModel`)."""
+
+    num_layers: int
+    num_single_layers: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    attention_head_dim: int = 128
+    in_channels: int = 128
+    timestep_guidance_channels: int = 256
+    mlp_ratio: float = 3.0
+    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: float = 2000
+    eps: float = 1e-6
+    guidance_embeds: bool = True
+
+    def __post_init__(self):
+        _check(
+            sum(self.axes_dims_rope) == self.attention_head_dim and all(d % 2 == 0 for d in self.axes_dims_rope),
+            f"transformer: RoPE axes {self.axes_dims_rope} must be even and add up to the head dimension "
+            f"{self.attention_head_dim}",
+        )
+        _check(len(self.axes_dims_rope) == 4, f"transformer: RoPE needs 4 axes, got {self.axes_dims_rope}")
+        _check(self.in_channels % 4 == 0, f"transformer: in_channels {self.in_channels} is not a multiple of 4")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class VAEConfig(_FromDict):
+    """Geometry of the autoencoder (diffusers `AutoencoderKLFlux2`)."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    layers_per_block: int = 2
+    latent_channels: int = 32
+    norm_num_groups: int = 32
+    batch_norm_eps: float = 1e-4
+    patch_size: tuple[int, int] = (2, 2)
+
+    def __post_init__(self):
+        _check(self.patch_size == (2, 2), f"vae: patch_size must be (2, 2), got {self.patch_size}")
+        for channels in (*self.block_out_channels, *self.decoder_channels):
+            _check(
+                channels % self.norm_num_groups == 0,
+                f"vae: {channels} channels do not divide into {self.norm_num_groups} groups",
+            )
+        _check(
+            len(self.decoder_channels) == len(self.block_out_channels),
+            f"vae: encoder and decoder differ in depth: {self.block_out_channels}, {self.decoder_channels}",
+        )
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        return self.decoder_block_out_channels or self.block_out_channels
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of one image token: a 2×2 patch of latents."""
+        return 4 * self.latent_channels
+
+    @property
+    def token_size(self) -> int:
+        """Pixels per image token along one side."""
+        return 2 * self.scale_factor
+
+
+@dataclass(frozen=True)
+class TextConfig(_FromDict):
+    """Geometry of a text encoder. `num_hidden_layers` counts the layers that are kept, `out_layers` the
+    hidden states handed to the transformer (k = residual stream after k layers)."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    out_layers: tuple[int, ...]
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+
+    def __post_init__(self):
+        _check(
+            max(self.out_layers) == self.num_hidden_layers,
+            f"text encoder: states {self.out_layers} need {max(self.out_layers)} layers, not {self.num_hidden_layers}",
+        )
+        _check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"text encoder: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} groups",
+        )
+
+    @property
+    def output_size(self) -> int:
+        """Features of one text token for the transformer."""
+        return len(self.out_layers) * self.hidden_size
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model: where it comes from, its geometry, its defaults and its licence.
+
+    `kv_cache` marks the model that was trained to see references at the first step only. `size` is the default
+    width and height in pixels, `max_sequence_length` the text tokens that the transformer sees.
+    """
+
+    name: str
+    repo: str | None
+    transformer: TransformerConfig
+    text: TextConfig
+    vae: VAEConfig = VAEConfig()
+    steps: int = 4
+    guidance: float = 1.0
+    distilled: bool = True
+    kv_cache: bool = False
+    commercial_use: bool = False
+    gated: bool = True
+    size: int = 1024
+    max_sequence_length: int = 512
+
+    def __post_init__(self):
+        _check(
+            self.transformer.joint_attention_dim == self.text.output_size,
+            f"{self.name}: the transformer takes {self.transformer.joint_attention_dim} text features, "
+            f"the encoder gives {self.text.output_size}",
+        )
+        _check(
+            self.transformer.in_channels == self.vae.token_channels,
+            f"{self.name}: the transformer takes {self.transformer.in_channels} channels a token, "
+            f"the VAE gives {self.vae.token_channels}",
+        )
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Guidance is a second pass with the empty prompt (neither embedded nor distilled away)."""
+        return not (self.distilled or self.transformer.guidance_embeds)
+
+    @property
+    def licence(self) -> str:
+        return "Apache-2.0" if self.commercial_use else "FLUX non-commercial"
+
+
+_QWEN3_4B = TextConfig("qwen3", 2560, 9728, 27, 151936, (9, 18, 27))
+_QWEN3_8B = TextConfig("qwen3", 4096, 12288, 27, 151936, (9, 18, 27))
+_MISTRAL = TextConfig("mistral3", 5120, 32768, 30, 131072, (10, 20, 30), rms_norm_eps=1e-5, rope_theta=1e9)
+_4B = TransformerConfig(5, 20, 24, 7680, guidance_embeds=False)
+_9B = TransformerConfig(8, 24, 32, 12288, guidance_embeds=False)
+_DEV = TransformerConfig(8, 48, 48, 15360)
+_BFL = "black-forest-labs/FLUX.2-"
+_FREE = {"commercial_use": True, "gated": False}
+_BASE = {"steps": 50, "guidance": 4.0, "distilled": False}
+
+_DEMO = Variant(
+    "demo",
+    None,
+    TransformerConfig(2, 4, 4, 384, 32, 32, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False),
+    TextConfig("qwen3", 128, 384, 3, 480, (1, 2, 3), 4, 2, 32, rope_theta=1e4),
+    VAEConfig((16, 32, 64, 64), None, 1, 8, 8),
+    steps=8,
+    size=128,
+    max_sequence_length=48,
+    **_FREE,
+)
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        _DEMO,
+        Variant("klein-4b", _BFL + "klein-4B", _4B, _QWEN3_4B, **_FREE),
+        Variant("klein-base-4b", _BFL + "klein-base-4B", _4B, _QWEN3_4B, **_BASE, **_FREE),
+        Variant("klein-9b", _BFL + "klein-9B", _9B, _QWEN3_8B),
+        Variant("klein-base-9b", _BFL + "klein-base-9B", _9B, _QWEN3_8B, **_BASE),
+        Variant("klein-9b-kv", _BFL + "klein-9b-kv", _9B, _QWEN3_8B, kv_cache=True),
+        Variant("dev", _BFL + "dev", _DEV, _MISTRAL, steps=50, guidance=4.0),
+    )
+}
+
+
+def get_variant(name: str) -> Variant:
+    """The row of the table called `name`; InputError lists the names if there is none."""
+    if name not in VARIANTS:
+        raise InputError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]

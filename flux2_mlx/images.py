@@ -1,0 +1,117 @@
+"""Pixels to image files and back, with the settings that made an image kept inside its file."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from .errors import InputError
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_SETTINGS_KEY = "flux2-mlx"
+_QUALITY = 95
+
+
+def to_unit(images: np.ndarray) -> np.ndarray:
+    """Decoder output in −1..1 to 0..1, clipped, float32."""
+    return np.clip(images.astype(np.float32) / 2 + 0.5, 0, 1)
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """RGB images from `[B, H, W, 3]` in 0..1, rounded to 8 bits."""
+    return [Image.fromarray(image) for image in np.round(images * 255).astype(np.uint8)]
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """The settings as the one-paragraph text that other image tools show under `parameters`."""
+    return (
+        f"{settings['prompt']}\nSteps: {settings['steps']}, Sampler: Euler, CFG scale: {settings['guidance']}, "
+        f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['model']}, "
+        f"Version: flux2-mlx {settings['version']}"
+    )
+
+
+def check_output(path: Path, force: bool = False) -> None:
+    """Raise InputError if an image can't be written to `path`: its type, an existing file, its folder."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise InputError(f"can't write {path}: it is a folder")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+    if not path.parent.is_dir():
+        raise InputError(f"can't write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"can't write {path}: no permission to write in {path.parent}")
+
+
+def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
+    """Write `image` in the format that the name says, complete or not at all.
+
+    `settings` (JSON-serialisable) go into PNG text chunks, or into EXIF for JPEG and WebP.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    options: dict[str, Any] = {"format": FORMATS[path.suffix.lower()]}
+    if options["format"] != "PNG":
+        options["quality"] = _QUALITY
+    if settings is not None:
+        options |= _metadata(options["format"], settings)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                image.save(file, **options)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _metadata(format_name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    payload = json.dumps(settings, ensure_ascii=False)
+    if format_name == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", describe(settings))
+        info.add_itxt(_SETTINGS_KEY, payload)
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = describe(settings).encode("ascii", "replace").decode()
+    exif[ExifTags.Base.Software] = f"flux2-mlx {settings['version']}"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + payload.encode("utf-16-be")
+    return {"exif": exif}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `save` put into an image file.
+
+    Raises:
+        InputError: no readable image, or an image without settings of this tool.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                payload = image.text.get(_SETTINGS_KEY)
+            else:
+                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+                payload = comment[8:].decode("utf-16-be") if comment.startswith(b"UNICODE\0") else None
+        settings = json.loads(payload) if payload else None
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"can't read {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} carries no settings of flux2-mlx, so it can't be made again")
+    return settings

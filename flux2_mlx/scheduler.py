@@ -1,0 +1,39 @@
+"""The flow-matching schedule and the Euler step.
+
+Source: `get_schedule` and `compute_empirical_mu` of the FLUX.2 reference code; diffusers'
+`FlowMatchEulerDiscreteScheduler` with dynamic exponential shifting gives the same numbers.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+# Lines mu = a·tokens + b fitted to 10 and to 200 steps; long sequences use the second at any number of steps.
+_MU_10_STEPS = (8.73809524e-05, 1.89833333)
+_MU_200_STEPS = (0.00016927, 0.45666666)
+_LONG_SEQUENCE = 4300
+
+
+def empirical_mu(image_tokens: int, steps: int) -> float:
+    """Shift of the schedule for the number of target image tokens (references do not count)."""
+    mu_10, mu_200 = (a * image_tokens + b for a, b in (_MU_10_STEPS, _MU_200_STEPS))
+    if image_tokens > _LONG_SEQUENCE:
+        return mu_200
+    slope = (mu_200 - mu_10) / 190
+    return slope * steps + mu_200 - 200 * slope
+
+
+def noise_levels(steps: int, image_tokens: int, sigmas: Sequence[float] | None = None) -> np.ndarray:
+    """Noise levels σ from 1 down to the final 0: float32 `[steps + 1]`.
+
+    `sigmas` replaces the even grid that is shifted, as in diffusers; `steps` must then be its length.
+    """
+    grid = np.linspace(1, 1 / steps, steps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
+    shift = np.exp(empirical_mu(image_tokens, steps))
+    return np.append(shift / (shift + (1 / grid - 1)), 0).astype(np.float32)
+
+
+def euler_step(latents: mx.array, velocity: mx.array, sigma: float, next_sigma: float) -> mx.array:
+    """x + (σ_next − σ)·v in float32, which `latents` stay in from step to step."""
+    return latents + (next_sigma - sigma) * velocity.astype(mx.float32)

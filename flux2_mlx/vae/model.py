@@ -1,0 +1,101 @@
+"""The FLUX.2 autoencoder: images to latents and back, and latents to normalised tokens and back.
+
+Source: `AutoEncoder` of the FLUX.2 reference code; names of diffusers' `AutoencoderKLFlux2`.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import VAEConfig
+from .layers import Downsample, Level, MidBlock, Upsample, group_norm
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = [
+            Level(before, after, config.layers_per_block, groups)
+            for before, after in zip((channels[0], *channels), channels, strict=False)
+        ]
+        for level, width in zip(self.down_blocks[:-1], channels, strict=False):
+            level.downsamplers = [Downsample(width)]
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = group_norm(channels[-1], groups)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        x = self.mid_block(x)
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups = config.decoder_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = [
+            Level(before, after, config.layers_per_block + 1, groups)
+            for before, after in zip((channels[0], *channels), channels, strict=False)
+        ]
+        for level, width in zip(self.up_blocks[:-1], channels, strict=False):
+            level.upsamplers = [Upsample(width)]
+        self.conv_norm_out = group_norm(channels[-1], groups)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+
+class LatentStatistics(nn.Module):
+    """Mean and variance of each token channel over the training images (an inference-time batch norm)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.running_mean = mx.zeros((channels,))
+        self.running_var = mx.ones((channels,))
+
+
+class VAE(nn.Module):
+    """Latents are `[B, H/8, W/8, c]`, tokens `[B, h·w, 4c]` with h = H/16 and w = W/16 (released models: c = 32)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        c = config.latent_channels
+        self._eps = config.batch_norm_eps
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.bn = LatentStatistics(config.token_channels)
+
+    def encode(self, images: mx.array) -> mx.array:
+        """Mean latents of images `[B, H, W, 3]` in −1..1 with sides that are multiples of 16."""
+        return mx.split(self.quant_conv(self.encoder(images)), 2, axis=-1)[0]
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """Images `[B, H, W, 3]`, about −1..1 and not clipped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def to_tokens(self, latents: mx.array) -> mx.array:
+        """Gather 2×2 patches of latents (token channel = 4·channel + 2·row + column) and normalise them."""
+        B, H, W, C = latents.shape
+        x = latents.reshape(B, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 5, 2, 4)
+        return (x.reshape(B, -1, 4 * C) - self.bn.running_mean) / self._std()
+
+    def from_tokens(self, tokens: mx.array, height: int, width: int) -> mx.array:
+        """The inverse of `to_tokens` for `height`×`width` tokens."""
+        B, _, C = tokens.shape
+        x = (tokens * self._std() + self.bn.running_mean).reshape(B, height, width, C // 4, 2, 2)
+        return x.transpose(0, 1, 4, 2, 5, 3).reshape(B, 2 * height, 2 * width, C // 4)
+
+    def _std(self) -> mx.array:
+        return mx.sqrt(self.bn.running_var + self._eps)

@@ -1,0 +1,231 @@
+"""Joint training of the demonstration model's text encoder and transformer on cached latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from geometry import IMAGE_SIDE, STEPS, TEXT_LAYERS, TEXT_LENGTH, TOKEN_CHANNELS, TOKENS_PER_SIDE
+from geometry import build_text_encoder, build_transformer
+from prompts import sample_prompt
+from scenes import Scene, draw, sample_training_scene
+from tokenizer import END, PAD, chat_text, train_tokenizer
+from torch import Tensor, nn
+from training import MovingAverage, Progress, load_checkpoint, one_cycle, save_checkpoint
+from transformers import Qwen2Tokenizer
+from vae_stage import encode_patches, load_vae, to_tensor
+
+BATCH = 48
+ADAM_RATE = 1.5e-3
+MUON_RATE = 1.5e-2
+# What the pipeline's scheduler shifts its sigmas by at 64 tokens and 8 steps (diffusers' compute_empirical_mu).
+SHIFT = math.exp(1.92)
+UNIFORM_SHARE = 0.25
+SHARD = 2000
+
+
+@torch.no_grad()
+def make_latents(work: Path, count: int, seed: int = 7) -> None:
+    """Draws `count` training scenes and caches their patches in shards (`work`/latents-*.pt, (2000, 64, 32) each).
+
+    Scenes are drawn from the shard's own seed, so that training can draw the same ones again for their sentences.
+    """
+    vae = load_vae(work)
+    for index in range(count // SHARD):
+        path = work / f"latents-{index:03d}.pt"
+        if path.exists():
+            continue
+        rng = np.random.default_rng((seed, index))
+        scenes = [sample_training_scene(rng) for _ in range(SHARD)]
+        parts = []
+        for start in range(0, SHARD, 20):
+            pictures = np.stack([np.asarray(draw(scene, rng)) for scene in scenes[start : start + 20]])
+            parts.append(encode_patches(vae, to_tensor(pictures)))
+        patches = torch.cat(parts)
+        if index == 0:
+            torch.save((patches.mean((0, 2, 3)), patches.var((0, 2, 3))), work / "statistics.pt")
+        partial = path.with_suffix(".partial")
+        torch.save({"patches": patches.flatten(2).transpose(1, 2).contiguous(), "seed": (seed, index)}, partial)
+        partial.replace(path)
+        print(f"latents {path.name}", flush=True)
+
+
+class Examples:
+    """Cached latents with their scenes; sentences are drawn anew at each batch."""
+
+    def __init__(self, work: Path, tokenizer: Qwen2Tokenizer, seed: int) -> None:
+        self.work, self.tokenizer, self.rng = work, tokenizer, np.random.default_rng(seed)
+        mean, variance = torch.load(work / "statistics.pt", weights_only=True)
+        self.mean, self.deviation = mean, torch.sqrt(variance + 1e-4)
+        self.shards: list[Tensor] = []
+        self.scenes: list[list[Scene]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes in shards that were written since."""
+        for path in sorted(self.work.glob("latents-*.pt"))[len(self.shards) :]:
+            shard = torch.load(path, weights_only=True)
+            rng = np.random.default_rng(shard["seed"])
+            self.scenes.append([sample_training_scene(rng) for _ in range(len(shard["patches"]))])
+            self.shards.append((shard["patches"] - self.mean) / self.deviation)
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised latents (count, 64, 32), token ids and attention mask (count, 48)."""
+        latents, texts = [], []
+        for _ in range(count):
+            shard = int(self.rng.integers(len(self.shards)))
+            index = int(self.rng.integers(len(self.shards[shard])))
+            latents.append(self.shards[shard][index])
+            texts.append(chat_text(sample_prompt(self.scenes[shard][index], self.rng)))
+        options = {"padding": "max_length", "truncation": True, "max_length": TEXT_LENGTH, "return_tensors": "pt"}
+        tokens = self.tokenizer(texts, **options)
+        return torch.stack(latents), tokens["input_ids"], tokens["attention_mask"]
+
+
+class TextToVelocity(nn.Module):
+    """The text encoder and the transformer as one module to train."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
+        super().__init__()
+        end, pad = tokenizer.convert_tokens_to_ids(END), tokenizer.convert_tokens_to_ids(PAD)
+        self.text_encoder = build_text_encoder(len(tokenizer), pad, end)
+        self.transformer = build_transformer()
+        text = torch.zeros(TEXT_LENGTH, 4)
+        text[:, 3] = torch.arange(TEXT_LENGTH)
+        side = torch.arange(TOKENS_PER_SIDE)
+        image = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), side, side, torch.zeros(1, dtype=torch.long))
+        self.register_buffer("text_ids", text, persistent=False)
+        self.register_buffer("image_ids", image.float(), persistent=False)
+        self._start_as_identity()
+
+    def _start_as_identity(self) -> None:
+        # Closed gates and a silent output let every block come in gradually, as usual for such transformers.
+        for modulation in self.transformer.modules():
+            if type(modulation).__name__ == "Flux2Modulation":
+                nn.init.zeros_(modulation.linear.weight)
+        nn.init.zeros_(self.transformer.norm_out.linear.weight)
+        nn.init.zeros_(self.transformer.proj_out.weight)
+
+    def trained_text_layers(self) -> nn.ModuleList:
+        """The text encoder's layers whose output is used."""
+        return self.text_encoder.model.layers[: max(TEXT_LAYERS)]
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask (B, 48) to text states (B, 48, 384): the residual stream after layers 1, 2 and 3."""
+        model = self.text_encoder.model
+        hidden, outputs = model.embed_tokens(ids), []
+        length = ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        allowed = causal[None, None] & (mask[:, None, None, :] > 0)
+        bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+        rotary = model.rotary_emb(hidden, torch.arange(length)[None])
+        for layer in self.trained_text_layers():
+            hidden = layer(hidden, attention_mask=bias, position_embeddings=rotary)
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=-1)
+
+    def forward(self, noisy: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Velocity (B, 64, 32) of noisy latents (B, 64, 32) at `sigmas` (B,) in [0, 1]."""
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=sigmas,
+            encoder_hidden_states=self.encode(ids, mask),
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+
+
+def sample_sigmas(count: int) -> Tensor:
+    """Noise levels in (0, 1): mostly spread as the pipeline's schedule spreads them, some evenly."""
+    # One draw per stratum keeps a batch's loss comparable to the next one's.
+    even = (torch.randperm(count) + torch.rand(count)) / count
+    even = even.clamp(1e-4, 1)
+    shifted = SHIFT / (SHIFT + 1 / even - 1)
+    return torch.where(torch.rand(count) < UNIFORM_SHARE, even, shifted)
+
+
+class Optimisers:
+    """Muon for the blocks' matrices and AdamW for everything else, stepped as one."""
+
+    def __init__(self, model: TextToVelocity) -> None:
+        blocks = [model.transformer.transformer_blocks, model.transformer.single_transformer_blocks]
+        blocks.append(model.trained_text_layers())
+        matrices = {id(value) for block in blocks for value in block.parameters() if value.ndim == 2}
+        frozen = {id(value) for value in model.text_encoder.model.layers[max(TEXT_LAYERS) :].parameters()}
+        everything = list(model.parameters())
+        muon = [value for value in everything if id(value) in matrices]
+        adam = [value for value in everything if id(value) not in matrices | frozen]
+        self.parts = [
+            (torch.optim.Muon(muon, lr=MUON_RATE, weight_decay=0.01, momentum=0.95, ns_steps=4), MUON_RATE),
+            (torch.optim.AdamW(adam, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=1e-3), ADAM_RATE),
+        ]
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` times the highest learning rates."""
+        for part, rate in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * factor
+            part.step()
+            part.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        """Both optimisers' states."""
+        return [part.state_dict() for part, _ in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Restores `state_dict`."""
+        for (part, _), state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def load_tokenizer(work: Path) -> Qwen2Tokenizer:
+    """The tokenizer of `work`, trained on first use."""
+    folder = work / "tokenizer"
+    if not folder.exists():
+        train_tokenizer().save_pretrained(folder)
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def train_transformer(
+    work: Path, steps: int, minutes: float, resume: bool, report: Callable[[TextToVelocity], str] | None = None
+) -> None:
+    """Trains text encoder and transformer into `work`/flow.pt; `report` looks at the averaged model now and then."""
+    torch.manual_seed(1)
+    tokenizer = load_tokenizer(work)
+    model = TextToVelocity(tokenizer)
+    average, optimisers = MovingAverage(model, 0.998), Optimisers(model)
+    progress, checkpoint = Progress(steps, minutes), work / "flow.pt"
+    if resume and checkpoint.exists():
+        load_checkpoint(checkpoint, model, average, optimisers, progress)
+    torch.manual_seed(1 + progress.done)
+    examples, recent = Examples(work, tokenizer, seed=progress.done), []
+    while (fraction := progress.fraction()) < 1:
+        clean, ids, mask = examples.batch(BATCH)
+        sigmas, noise = sample_sigmas(BATCH), torch.randn(BATCH, TOKENS_PER_SIDE**2, TOKEN_CHANNELS)
+        level = sigmas[:, None, None]
+        velocity = model((1 - level) * clean + level * noise, sigmas, ids, mask)
+        loss = nn.functional.mse_loss(velocity, noise - clean)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimisers.step(one_cycle(fraction))
+        average.update()
+        progress.done += 1
+        recent.append(loss.item())
+        if progress.done % 50 == 0:
+            print(f"flow {progress.done} {progress.spent:.0f}s loss {np.mean(recent):.4f}", flush=True)
+            recent.clear()
+        if progress.done % 500 == 0:
+            save_checkpoint(checkpoint, model, average, optimisers, progress)
+            examples.refresh()
+            if report:
+                average.swap()
+                print(f"flow {progress.done} {report(model)}", flush=True)
+                average.swap()
+    save_checkpoint(checkpoint, model, average, optimisers, progress)
+
+
+__all__ = ["IMAGE_SIDE", "STEPS", "TextToVelocity", "load_tokenizer", "make_latents", "train_transformer"]

@@ -1,0 +1,174 @@
+"""Reads a scene off the pixels of a picture, with no learned part, and compares it with the scene asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scenes import COLOURS, PALETTE, RADII, SHAPES, Placed, Scene, Shape, draw_placed
+
+SIDE = 128
+GRID = 32
+# Drawn shapes reach 0.9 and more; half-formed ones resemble several templates at less.
+LEAST_OVERLAP = 0.78
+LEAST_PURITY = 0.75
+LEAST_AREA = 0.004
+LEAST_DISTANCE = 0.2
+
+
+@dataclass(frozen=True)
+class Found:
+    """A shape found in a picture; the centre (y downward) and the radius are fractions of the picture's side.
+
+    `name` is "unclear" if the outline is like none of `SHAPES`, `colour` if the patch has no prevailing colour.
+    """
+
+    name: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def size(self) -> str:
+        """The nearest of the sizes single shapes come in."""
+        return min(RADII, key=lambda size: abs(np.log(self.radius / RADII[size])))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The background's colour and the shapes found on it, largest first."""
+
+    background: str
+    shapes: tuple[Found, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which attributes of a scene a picture shows; None where a scene has no such attribute."""
+
+    background: bool
+    count: bool
+    colours: bool
+    shapes: bool
+    size: bool | None
+    relation: bool | None
+
+    @property
+    def all_right(self) -> bool:
+        """Whether no attribute is wrong."""
+        return all(value is not False for value in vars(self).values())
+
+
+def read_scene(image: Image.Image) -> Reading:
+    """The background and the shapes of an RGB picture of any size."""
+    labels = _palette_labels(image)
+    background = int(np.bincount(labels.ravel(), minlength=len(COLOURS)).argmax())
+    patches = _components(labels != background)
+    found = [_describe(patch, labels) for patch in patches if patch.mean() >= LEAST_AREA]
+    return Reading(COLOURS[background], tuple(sorted(found, key=lambda shape: -shape.radius)))
+
+
+def judge(image: Image.Image, scene: Scene) -> Verdict:
+    """Compares what `image` shows with `scene`, attribute by attribute."""
+    reading = read_scene(image)
+    background = reading.background == scene.background
+    wanted = (scene.first, scene.second) if scene.is_pair else (scene.first,)
+    if len(reading.shapes) != len(wanted):
+        return Verdict(background, False, False, False, *((None, False) if scene.is_pair else (False, None)))
+    if not scene.is_pair:
+        shape = reading.shapes[0]
+        right_shape, right_colour = shape.name == scene.first.name, shape.colour == scene.first.colour
+        return Verdict(background, True, right_colour, right_shape, shape.size == scene.size, None)
+    options = [_judge_pair(order, wanted, scene.relation) for order in (reading.shapes, reading.shapes[::-1])]
+    colours, shapes, relation = max(options, key=lambda option: (sum(option[0] + option[1]), option[2]))
+    return Verdict(background, True, all(colours), all(shapes), None, relation)
+
+
+def matches(image: Image.Image, scene: Scene) -> bool:
+    """Whether `image` shows `scene`: every attribute right, nothing more and nothing less."""
+    return judge(image, scene).all_right
+
+
+def _judge_pair(
+    found: tuple[Found, ...], wanted: tuple[Shape, ...], relation: str
+) -> tuple[list[bool], list[bool], bool]:
+    colours = [shape.colour == other.colour for shape, other in zip(found, wanted, strict=True)]
+    names = [shape.name == other.name for shape, other in zip(found, wanted, strict=True)]
+    return colours, names, _relation(found[0], found[1]) == relation
+
+
+def _relation(first: Found, second: Found) -> str | None:
+    across, down = first.x - second.x, first.y - second.y
+    if max(abs(across), abs(down)) < LEAST_DISTANCE:
+        return None
+    if abs(across) > abs(down):
+        return "left of" if across < 0 else "right of"
+    return "above" if down < 0 else "below"
+
+
+def _palette_labels(image: Image.Image) -> np.ndarray:
+    """Indices into `COLOURS` (128, 128) of the nearest colours, thin seams at outlines removed."""
+    pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.int32)
+    palette = np.array(list(PALETTE.values()), dtype=np.int32)
+    distance = ((pixels[:, :, None] - palette) ** 2).sum(-1)
+    nearest = Image.fromarray(distance.argmin(-1).astype(np.uint8))
+    return np.asarray(nearest.filter(ImageFilter.ModeFilter(5)))
+
+
+def _components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 8-connected parts of a boolean (H, W) mask, each as a mask."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        padded = np.pad(labels, 1)
+        height, width = mask.shape
+        windows = [padded[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
+        spread = np.where(mask, np.maximum.reduce(windows), 0)
+        # Following a label to the label at its own place halves the distances left, so that few rounds are needed.
+        flat = np.concatenate([[0], spread.ravel()])
+        spread = np.where(mask, flat[spread], 0)
+        if np.array_equal(spread, labels):
+            return [labels == value for value in np.unique(labels) if value]
+        labels = spread
+
+
+def _describe(patch: np.ndarray, labels: np.ndarray) -> Found:
+    counts = np.bincount(labels[patch], minlength=len(COLOURS))
+    colour = COLOURS[int(counts.argmax())] if counts.max() >= LEAST_PURITY * counts.sum() else "unclear"
+    rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
+    x, y = (columns[0] + columns[-1] + 1) / (2 * SIDE), (rows[0] + rows[-1] + 1) / (2 * SIDE)
+    grid, aspect = _to_grid(patch), len(rows) / len(columns)
+    scores = [(_overlap(grid, aspect, *template), name, unit) for name, template, unit in _templates()]
+    score, name, unit_area = max(scores)
+    radius = float(np.sqrt(patch.mean() / unit_area))
+    return Found(name if score >= LEAST_OVERLAP else "unclear", colour, float(x), float(y), radius)
+
+
+def _to_grid(patch: np.ndarray) -> np.ndarray:
+    """The mask's bounding box as (32, 32) coverages in [0, 1]."""
+    rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
+    box = patch[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scaled = Image.fromarray(box.astype(np.uint8) * 255).resize((GRID, GRID), Image.Resampling.BILINEAR)
+    return np.asarray(scaled, dtype=np.float32) / 255
+
+
+def _overlap(grid: np.ndarray, aspect: float, template: np.ndarray, template_aspect: float) -> float:
+    """Intersection over union in [0, 1], lowered for another ratio of height to width."""
+    union = np.maximum(grid, template).sum()
+    return float(np.minimum(grid, template).sum() / union) * min(aspect / template_aspect, template_aspect / aspect)
+
+
+@cache
+def _templates() -> tuple[tuple[str, tuple[np.ndarray, float], float], ...]:
+    """Name, (grid, aspect) and area at radius 1 of each shape at each size, seen as pictures are seen."""
+    made = []
+    for name in SHAPES:
+        for radius in RADII.values():
+            image = draw_placed("white", (Placed(Shape(name, "black"), 0.5, 0.5, radius),), SIDE)
+            patch = _palette_labels(image) == COLOURS.index("black")
+            rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
+            template = (_to_grid(patch), len(rows) / len(columns))
+            made.append((name, template, float(patch.mean()) / radius**2))
+    return tuple(made)
