@@ -34,6 +34,4 @@ def swap_halves(source: str) -> Rule:
 
 def channels_last(source: str) -> Rule:
     """A PyTorch convolution weight, out·in·height·width, to out·height·width·in."""
-    return Rule(
-        (source,), lambda x: x.transpose(0, 2, 3, 1), lambda shape: (shape[0], shape[3], shape[1], shape[2])
-    )
+    return Rule((source,), lambda x: x.transpose(0, 2, 3, 1), lambda shape: (shape[0], shape[3], shape[1], shape[2]))

@@ -1,6 +1,7 @@
 """Where weights come from: a folder in the diffusers layout."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,14 @@ def _choose_variant(
     kv = index["_class_name"] == "Flux2KleinKVPipeline"
     rows = [v for v in same if v.kv_cache == kv and v.distilled == index.get("is_distilled", kv)]
     if len(rows) != 1:
-        raise CheckpointError(f"can't tell which model {folder} is; name it with --variant ({_names(same or VARIANTS)})")
+        raise CheckpointError(
+            f"can't tell which model {folder} is; name it with --variant ({_names(same or VARIANTS.values())})"
+        )
     return rows[0]
 
 
-def _names(variants) -> str:
-    return ", ".join(getattr(variant, "name", variant) for variant in variants)
+def _names(variants: Iterable[Variant]) -> str:
+    return ", ".join(variant.name for variant in variants)
 
 
 def _text_config(values: dict[str, Any], variant: Variant, folder: Path) -> TextConfig:
@@ -137,9 +140,7 @@ def _text_config(values: dict[str, Any], variant: Variant, folder: Path) -> Text
     if available < max(out_layers):
         raise CheckpointError(f"{path}: {available} layers, but the states of layers {out_layers} are needed")
     rope = {"rope_theta": (values.get("rope_parameters") or values).get("rope_theta", variant.text.rope_theta)}
-    return TextConfig.from_dict(
-        {**values, **rope, "out_layers": out_layers, "num_hidden_layers": max(out_layers)}
-    )
+    return TextConfig.from_dict({**values, **rope, "out_layers": out_layers, "num_hidden_layers": max(out_layers)})
 
 
 def _check_scheduler(folder: Path) -> None:

@@ -24,7 +24,7 @@ from flux2_mlx.checkpoint import (
     raise_problems,
 )
 from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array, statement
+from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
 
 from . import text, transformer, vae
 from .rules import Rule
@@ -87,7 +87,7 @@ def write_checkpoint(
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)])
     quants = {"transformer": quant, "text_encoder": text_quant, "vae": "bf16"}
     plans = [_plan(source, component, quants[component]) for component in _RULES]
-    _check_target(target, force)
+    check_target(target, force)
     total = sum(plan.nbytes for plan in plans)
     _check_space(target.parent, total)
     manifest = {
@@ -109,11 +109,9 @@ def write_checkpoint(
 
 
 def _plan(source: Source, name: str, quant: str) -> _Plan:
-    config = source.configs[name]
-    plain = module_tensors(Component(name, config, None, ()).build())
-    layers = [(key.removesuffix(".weight"), x.shape) for key, x in plain.items() if len(x.shape) == 2]
-    component = Component(name, config, statement(quant, name, layers), ())
-    stored = module_tensors(component.build())
+    bare = Component(name, source.configs[name], None, ())
+    component = bare.quantized(quant)
+    plain, stored = module_tensors(bare.build()), module_tensors(component.build())
     plan = []
     for key, tensor in plain.items():
         base = key.removesuffix(".weight")
@@ -137,7 +135,8 @@ def _check_source(source: Source, name: str, layers: list[_Layer], plain: dict[s
     raise_problems(f"{source.folder / name} is not a {source.variant.name} {name}", mismatches(expected, found))
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool) -> None:
+    """Raise InputError if a checkpoint can't be written at `target`."""
     if target.exists() and not force:
         raise InputError(f"{target} exists; choose another folder or pass --force to replace it")
     if target.exists() and not is_checkpoint(target):

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from .config import TextConfig, TransformerConfig, VAEConfig, Variant, get_variant
 from .errors import CheckpointError, InputError
-from .quantization import quantize_module
+from .quantization import DEFAULT_TEXT_QUANT, quantize_array, quantize_module, statement
 from .text import Qwen3Encoder
 from .transformer import Flux2Transformer
 from .vae import VAE
@@ -132,19 +132,33 @@ class Component:
         """Bytes of the weights as stored."""
         return sum(tensor.nbytes for tensor in module_tensors(self.build()).values())
 
+    def quantized(self, quant: str) -> "Component":
+        """This component as it would be stored with `quant`."""
+        plain = module_tensors(replace(self, quantization=None).build())
+        layers = [(name.removesuffix(".weight"), x.shape) for name, x in plain.items() if len(x.shape) == 2]
+        return replace(self, quantization=statement(quant, self.name, layers))
+
     def verify(self) -> None:
-        """Compare the files' lengths, names, shapes and dtypes with the geometry; CheckpointError lists what differs."""
+        """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all."""
         found: dict[str, TensorInfo] = {}
         for file in self.files:
             found |= read_header(file)
         raise_problems(f"{self.name} of the checkpoint is damaged", mismatches(module_tensors(self.build()), found))
 
-    def load(self, dtype: mx.Dtype) -> nn.Module:
-        """The network with its weights in memory, floats as `dtype`."""
-        module = self.build()
+    def load(self, dtype: mx.Dtype, quant: str | None = None) -> nn.Module:
+        """The network with its weights in memory.
+
+        Args:
+            dtype: of the activations, and so of all weights that are not packed.
+            quant: quantize while loading; only for a component stored as `bf16`.
+        """
         weights: dict[str, mx.array] = {}
         for file in self.files:
             weights |= mx.load(str(file))
+        target = self if quant is None else self.quantized(quant)
+        module = target.build()
+        if self.quantization is None and target.quantization is not None:
+            weights = _quantize_weights(weights, module_tensors(module), target.quantization["bits"])
         module.load_weights(
             [(name, x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in weights.items()]
         )
@@ -153,6 +167,17 @@ class Component:
         for _, array in tree_flatten(module.parameters()):
             mx.eval(array)
         return module
+
+
+def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorInfo], bits: int) -> dict[str, mx.array]:
+    quantized: dict[str, mx.array] = {}
+    for name, array in weights.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.scales" in expected:
+            quantized |= {f"{layer}.{part}": x for part, x in quantize_array(array, bits).items()}
+        else:
+            quantized[name] = array
+    return quantized
 
 
 @dataclass(frozen=True)
@@ -207,3 +232,15 @@ class Checkpoint:
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` is in our format (it may still be damaged)."""
     return (folder / MANIFEST).is_file()
+
+
+def variant_sizes(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, int]:
+    """Bytes of each component's stored weights, from the geometry alone.
+
+    The text encoder is left out where this version does not have it.
+    """
+    text_quant = text_quant or DEFAULT_TEXT_QUANT[quant]
+    parts = {"transformer": (variant.transformer, quant), "vae": (variant.vae, "bf16")}
+    if variant.is_supported:
+        parts["text_encoder"] = (variant.text, text_quant)
+    return {name: Component(name, config, None, ()).quantized(q).nbytes for name, (config, q) in parts.items()}

@@ -10,6 +10,8 @@ from typing import Any
 
 from .errors import CheckpointError, InputError
 
+QUANTIZATIONS = ("bf16", "qint8", "qint4")
+
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
@@ -181,6 +183,11 @@ class Variant:
     def uses_cfg(self) -> bool:
         """Guidance is a second pass with the empty prompt (neither embedded nor distilled away)."""
         return not (self.distilled or self.transformer.guidance_embeds)
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether this version has the variant's text encoder."""
+        return self.text.model_type == "qwen3"
 
     @property
     def licence(self) -> str:

@@ -60,11 +60,12 @@ def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, q
         absent = f"{repo_id} is not complete in the cache {constants.HF_HUB_CACHE} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+        info = HfApi().model_info(
+            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
     except Exception as error:  # the HTTP client, and so the class of its errors, depends on the version
-        unreachable = f"cannot reach {constants.ENDPOINT} ({_first_line(error)}); check the connection, or give a folder"
-        reason = _explain(error, repo_id, revision) or unreachable
+        cause = f"cannot reach {constants.ENDPOINT} ({_first_line(error)})"
+        reason = _explain(error, repo_id, revision) or f"{cause}; check the connection, or give a folder"
         if folder := _find_cached(repo_id, revision):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
@@ -138,18 +139,15 @@ def _verify(path: Path, file: Any, fresh: bool) -> None:
     """Delete the file and raise if it is not what the Hub lists; hash it only if it was fetched just now."""
     from huggingface_hub.utils.sha import sha_fileobj
 
-    size, problem = path.stat().st_size, None
-    if file.size not in (None, size):
-        problem = f"{size} bytes, not {file.size}"
-    elif fresh and file.lfs:
+    facts = [("bytes", file.size, path.stat().st_size)]
+    if fresh and file.lfs:
         with path.open("rb") as stream:
-            digest = sha_fileobj(stream).hex()
-        if digest != file.lfs.sha256:
-            problem = f"sha256 {digest}, not {file.lfs.sha256}"
-    if problem is None:
-        return
-    _discard(path)
-    raise DownloadError(f"{file.rfilename} arrived damaged ({problem}) and was deleted; start the download again")
+            facts.append(("sha256", file.lfs.sha256, sha_fileobj(stream).hex()))
+    for name, listed, found in facts:
+        if listed not in (None, found):
+            _discard(path)
+            problem = f"{file.rfilename} arrived damaged ({name}: {found}, not {listed})"
+            raise DownloadError(f"{problem} and was deleted; start the download again")
 
 
 def _discard(path: Path) -> None:
@@ -170,13 +168,12 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str | 
     page = f"{constants.ENDPOINT}/{repo_id}"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     has_token = get_token() is not None
-    if isinstance(error, errors.GatedRepoError) and has_token:
-        fine = "a fine-grained token must allow gated repos"
-        return f"{repo_id} is gated and your token has no access ({fine}): accept the licence at {page}, or {log_in}"
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo_id} is gated: accept its licence at {page}, then {log_in}"
+        token = " and your token has no access (a fine-grained one must allow gated repos)" if has_token else ""
+        return f"{repo_id} is gated{token}: accept its licence at {page}, then {log_in}"
     if status == 403 or (status == 401 and has_token):
-        return f"no access to {page} (HTTP {status}: {getattr(error, 'server_message', None)}); {log_in}"
+        said = " ".join(str(getattr(error, "server_message", None)).split())
+        return f"no access to {page} (HTTP {status}: {said}); {log_in}"
     # Who has no token gets 401 for a repo that does not exist.
     if status == 401 or isinstance(error, errors.RepositoryNotFoundError):
         return f"unknown repo id {repo_id!r} at {constants.ENDPOINT}; check the spelling; if it is private, {log_in}"

@@ -6,10 +6,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .config import QUANTIZATIONS
 from .errors import InputError
 
 GROUP_SIZE = 64
-BITS: dict[str, int | None] = {"bf16": None, "qint8": 8, "qint4": 4}
+BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))
 # A text encoder in 8 bits is hardly told from bfloat16 and half the size; 4 bits are for who asks for 4 bits.
 DEFAULT_TEXT_QUANT = {"bf16": "qint8", "qint8": "qint8", "qint4": "qint4"}
 

@@ -4,8 +4,8 @@
         subprocess.run(command, env=hub.environment(home))
         assert hub.fetched == ["config.json"]
 
-It answers what `huggingface_hub` asks when it lists a repo and fetches files of it. As on the real one, LFS
-files come from a second host, gated repos can be listed by anyone, and there is no repo for who has no token.
+It answers what `huggingface_hub` asks when it lists a repo and fetches files of it. As on the real one, LFS files
+come from a second host, anyone can list a gated repo, and an unknown repo means 401 to who sends no token.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ class Request(NamedTuple):
 class _Repo:
     def __init__(self, content: Path | Mapping[str, bytes]):
         if isinstance(content, Path):
-            content = {path.relative_to(content).as_posix(): path.read_bytes() for path in content.rglob("*.*")}
+            paths = [path for path in content.rglob("*") if path.is_file()]
+            content = {path.relative_to(content).as_posix(): path.read_bytes() for path in paths}
         self.files = dict(content)
         self.commit = hashlib.sha1("".join(map(self.etag, sorted(self.files))).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
-"""Downloads against a hub on the loopback interface, each in its own process: `huggingface_hub` reads the
-environment at import."""
+"""Downloads from a hub on the loopback interface, each in a process: huggingface_hub reads its settings at import."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +18,7 @@ SHARD = "text_encoder/model-00002-of-00002.safetensors"
 BIG = "transformer/diffusion_pytorch_model.safetensors"
 SHARDS = {f"layer.{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
 NEEDED = {
-    "model_index.json": b"{}",
+    "model_index.json": b'{"_class_name": "Flux2KleinPipeline"}',
     "scheduler/scheduler_config.json": b'{"shift": 3.0}',
     "tokenizer/tokenizer.json": b'{"model": {}}',
     "tokenizer/merges.txt": b"a b",
@@ -71,6 +71,19 @@ def home(tmp_path):
     return tmp_path / "home"
 
 
+@pytest.fixture(scope="module")
+def downloaded(tmp_path_factory):
+    home = tmp_path_factory.mktemp("downloaded")
+    with HubServer({REPO: NEEDED | UNNEEDED}) as server:
+        fetch(server, home)
+    return home
+
+
+@pytest.fixture
+def full_home(downloaded, tmp_path):
+    return shutil.copytree(downloaded, tmp_path / "full", symlinks=True)
+
+
 def start(hub, home, *, repo=REPO, token=None, setup="", environment=(), **options):
     command = [sys.executable, "-c", SCRIPT.replace("{setup}", setup), repo, json.dumps(options)]
     environment = hub.environment(home, token) | dict(environment)
@@ -101,8 +114,13 @@ def files_in(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def snapshot(hub, home):
+    return home / "hub/models--org--model/snapshots" / hub.repos[REPO].commit
+
+
 def blobs(home):
-    return [path.read_bytes() for path in home.glob("hub/models--org--model/blobs/*")]
+    paths = home.glob("hub/models--org--model/blobs/*")
+    return [path.read_bytes() for path in paths if path.suffix != ".incomplete"]
 
 
 def closed_port():
@@ -115,30 +133,35 @@ def test_fetches_only_what_a_conversion_needs(hub, home):
     folder = fetch(hub, home)
     assert files_in(folder) == NEEDED
     assert sorted(hub.fetched) == sorted(NEEDED)
-    assert folder == home / "hub/models--org--model/snapshots" / hub.repos[REPO].commit
+    assert folder == snapshot(hub, home)
 
 
-def test_second_fetch_transfers_nothing(hub, home):
-    folder = fetch(hub, home)
-    hub.requests.clear()
-    assert fetch(hub, home) == folder
+def test_second_fetch_transfers_nothing(hub, full_home):
+    assert fetch(hub, full_home) == snapshot(hub, full_home)
     assert hub.fetched == []
 
 
-def test_new_commit_with_the_same_files_transfers_only_what_changed(hub, home):
-    fetch(hub, home)
+def test_new_commit_with_the_same_files_transfers_only_what_changed(full_home):
     changed = NEEDED | {"transformer/config.json": b'{"num_layers": 8}'}
     with HubServer({REPO: changed}) as later:
-        assert files_in(fetch(later, home)) == changed
+        assert files_in(fetch(later, full_home)) == changed
         assert later.fetched == ["transformer/config.json"]
 
 
-def test_resumes_within_a_file_when_the_connection_is_cut(hub, home):
+def test_failed_update_leaves_the_older_copy_for_offline_use(hub, full_home):
+    with HubServer({REPO: NEEDED | {BIG: b"8" * 60_000}}) as later:
+        later.replace(BIG, b"9" * 60_000)
+        refusal(later, full_home)
+        assert fetch(later, full_home, offline=True) == snapshot(hub, full_home)
+
+
+def test_goes_on_within_a_file_after_the_connection_was_cut(hub, home):
     hub.cut(BIG, 40_000)
+    finish(start(hub, home))  # in old versions of huggingface_hub this call fails, and the next one goes on
     assert files_in(fetch(hub, home)) == NEEDED
-    ranges = [request.range for request in hub.requests if BIG in request.path and request.host == "cdn"]
-    sent = 40_000 // 1024 * 1024
-    assert ranges == [None, f"bytes={sent}-"]
+    whole, rest = [request.range for request in hub.requests if BIG in request.path and request.method == "GET"][-2:]
+    assert whole is None
+    assert 39_000 < int(rest.removeprefix("bytes=").removesuffix("-")) <= 40_000
 
 
 def test_after_an_interrupt_finished_files_are_not_fetched_again(hub, home):
@@ -160,38 +183,32 @@ def test_interrupted_download_does_not_count_as_complete_offline(hub, home):
     assert "not complete in the cache" in refusal(hub, home, offline=True, revision=hub.repos[REPO].commit)
 
 
-def test_missing_shard_does_not_count_as_complete_offline(hub, home):
-    (fetch(hub, home) / SHARD).unlink()
-    assert "not complete in the cache" in refusal(hub, home, offline=True)
+def test_missing_shard_does_not_count_as_complete_offline(hub, full_home):
+    (snapshot(hub, full_home) / SHARD).unlink()
+    assert "not complete in the cache" in refusal(hub, full_home, offline=True)
 
 
 @pytest.mark.parametrize("offline", [{"offline": True}, {"environment": {"HF_HUB_OFFLINE": "1"}}])
-def test_offline_uses_the_cache_and_asks_nobody(hub, home, offline):
+def test_offline_uses_the_cache_and_asks_nobody(hub, home, full_home, offline):
     message = refusal(hub, home, **offline)
     assert message.startswith(f"{REPO} is not complete in the cache {home}/hub and offline mode is on")
-    folder = fetch(hub, home)
-    hub.requests.clear()
-    assert fetch(hub, home, **offline) == folder
+    assert fetch(hub, full_home, **offline) == snapshot(hub, full_home)
     assert hub.requests == []
 
 
-def test_no_connection(hub, home):
+def test_no_connection(hub, home, full_home):
     nowhere = {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}
     message = refusal(hub, home, environment=nowhere)
     assert message.startswith(f"cannot reach {nowhere['HF_ENDPOINT']} (")
     assert message.endswith("check the connection, or give a folder")
-    folder = fetch(hub, home)
-    assert fetch(hub, home, environment=nowhere) == folder
+    assert fetch(hub, full_home, environment=nowhere) == snapshot(hub, full_home)
 
 
-def test_hub_out_of_order(hub, home):
+def test_hub_out_of_order(hub, home, full_home):
     hub.fail(503)
     assert refusal(hub, home) == f"{hub.url} answers HTTP 503 for {REPO}; try again later"
-    hub.heal()
-    folder = fetch(hub, home)
-    hub.fail(503)
-    process = start(hub, home)
-    assert finish(process) == (0, str(folder))
+    process = start(hub, full_home)
+    assert finish(process) == (0, str(snapshot(hub, full_home)))
     assert "Using the copy in the cache" in process.errors
 
 
@@ -208,7 +225,7 @@ def test_gated_with_token_of_an_account_without_access(home):
     with HubServer({REPO: NEEDED}, **GATED) as hub:
         message = refusal(hub, home, token="hf_other")
         assert message.startswith(f"{REPO} is gated and your token has no access")
-        assert f"accept the licence at {hub.url}/{REPO}" in message
+        assert f"accept its licence at {hub.url}/{REPO}" in message
 
 
 def test_token_is_sent_to_the_hub_only(home):
@@ -243,10 +260,9 @@ def test_other_layout(home):
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
-        (BIG, b"5" * 60_000, "arrived damaged (sha256 "),
+        (BIG, b"5" * 60_000, "arrived damaged (sha256: "),
         (BIG, b"4" * 59_000, "should be of size 60000 but has size 59000"),
-        (SHARD, b"2" * 4001, "should be of size 4000 but has size 4001"),
-        ("vae/config.json", b"{}", "vae/config.json arrived damaged (2 bytes, not 23)"),
+        ("vae/config.json", b"{}", "vae/config.json arrived damaged (bytes: 2, not 23)"),
     ],
 )
 def test_damaged_file_is_deleted_and_fetched_anew(hub, home, name, data, problem):
@@ -260,11 +276,10 @@ def test_damaged_file_is_deleted_and_fetched_anew(hub, home, name, data, problem
     assert hub.fetched[0] == name
 
 
-def test_file_cut_short_in_the_cache_is_fetched_anew(hub, home):
-    with open((fetch(hub, home) / BIG).resolve(), "r+b") as stream:
+def test_file_cut_short_in_the_cache_is_fetched_anew(hub, full_home):
+    with (snapshot(hub, full_home) / BIG).open("r+b") as stream:
         stream.truncate(100)
-    hub.requests.clear()
-    assert files_in(fetch(hub, home)) == NEEDED
+    assert files_in(fetch(hub, full_home)) == NEEDED
     assert hub.fetched == [BIG]
 
 
@@ -286,12 +301,13 @@ download.http_get = full
 
 
 def test_quiet_shows_no_progress_bars(hub, home, tmp_path):
-    show_small = "import flux2_mlx.hub; flux2_mlx.hub._SMALL = 10_000"
-    loud = start(hub, home, setup=show_small)
+    setup = "import flux2_mlx.hub; flux2_mlx.hub._SMALL = 10_000"
+    terminal = {"TQDM_POSITION": "-1"}  # as if stderr were one: otherwise huggingface_hub shows nothing
+    loud = start(hub, home, setup=setup, environment=terminal)
     assert finish(loud)[0] == 0
     assert Path(BIG).name in loud.errors
     assert "config.json" not in loud.errors
-    quiet = start(hub, tmp_path / "other", setup=show_small, quiet=True)
+    quiet = start(hub, tmp_path / "other", setup=setup, environment=terminal, quiet=True)
     assert finish(quiet)[0] == 0
     assert quiet.errors == ""
 
@@ -300,7 +316,17 @@ def test_repo_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/folder").mkdir(parents=True)
     assert is_repo_id("black-forest-labs/FLUX.2-klein-4B")
-    for text in ("klein-4b", "org/folder", "/org/model", "./model", "a/b/c", "org/", "org/a b", "org/m.safetensors", ""):
+    for text in (
+        "klein-4b",
+        "org/folder",
+        "/org/model",
+        "./model",
+        "a/b/c",
+        "org/",
+        "org/a b",
+        "org/m.safetensors",
+        "",
+    ):
         assert not is_repo_id(text), text
 
 

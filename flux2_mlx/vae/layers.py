@@ -88,7 +88,9 @@ class Level(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, count: int, groups: int):
         super().__init__()
-        self.resnets = [ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(count)]
+        self.resnets = [
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(count)
+        ]
 
     def __call__(self, x: mx.array) -> mx.array:
         # Evaluating block by block frees each block's activations before the next one's are allocated.

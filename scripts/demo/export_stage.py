@@ -38,7 +38,9 @@ def export(work: Path, output: Path) -> None:
 
 
 @torch.no_grad()
-def generate(pipeline: Flux2KleinPipeline, prompts: list[str], seeds: list[int], steps: int = STEPS) -> list[Image.Image]:
+def generate(
+    pipeline: Flux2KleinPipeline, prompts: list[str], seeds: list[int], steps: int = STEPS
+) -> list[Image.Image]:
     """One 128 x 128 picture for each prompt and seed, by the reference pipeline."""
     return pipeline(
         prompt=prompts,

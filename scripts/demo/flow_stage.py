@@ -8,8 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from geometry import IMAGE_SIDE, STEPS, TEXT_LAYERS, TEXT_LENGTH, TOKEN_CHANNELS, TOKENS_PER_SIDE
-from geometry import build_text_encoder, build_transformer
+from geometry import (
+    IMAGE_SIDE,
+    STEPS,
+    TEXT_LAYERS,
+    TEXT_LENGTH,
+    TOKEN_CHANNELS,
+    TOKENS_PER_SIDE,
+    build_text_encoder,
+    build_transformer,
+)
 from prompts import sample_prompt
 from scenes import Scene, draw, sample_training_scene
 from tokenizer import END, PAD, chat_text, train_tokenizer

@@ -12,7 +12,7 @@ from scenes import COLOURS, PALETTE, RADII, SHAPES, Placed, Scene, Shape, draw_p
 SIDE = 128
 GRID = 32
 # Drawn shapes reach 0.9 and more; half-formed ones resemble several templates at less.
-LEAST_OVERLAP = 0.78
+LEAST_OVERLAP = 0.75
 LEAST_PURITY = 0.75
 LEAST_AREA = 0.004
 LEAST_DISTANCE = 0.2
@@ -135,7 +135,9 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _describe(patch: np.ndarray, labels: np.ndarray) -> Found:
-    counts = np.bincount(labels[patch], minlength=len(COLOURS))
+    # A soft outline between red and yellow is orange: the colour is that of the inside.
+    inside = np.asarray(Image.fromarray(patch.astype(np.uint8)).filter(ImageFilter.MinFilter(5)), dtype=bool)
+    counts = np.bincount(labels[inside if inside.any() else patch], minlength=len(COLOURS))
     colour = COLOURS[int(counts.argmax())] if counts.max() >= LEAST_PURITY * counts.sum() else "unclear"
     rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
     x, y = (columns[0] + columns[-1] + 1) / (2 * SIDE), (rows[0] + rows[-1] + 1) / (2 * SIDE)

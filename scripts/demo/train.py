@@ -1,4 +1,4 @@
-"""Trains the demonstration model, stage by stage: vae, latents, transformer, export."""
+"""Trains the demonstration model, stage by stage: vae, refine (of the vae), latents, transformer, export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 def parse_arguments() -> argparse.Namespace:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("vae", "latents", "transformer", "export"))
+    parser.add_argument("stage", choices=("vae", "refine", "latents", "transformer", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and cached latents")
     parser.add_argument("--output", type=Path, help="folder that export writes (default: WORK/diffusers)")
     parser.add_argument("--steps", type=int, default=1_000_000, help="at most so many optimiser steps")
@@ -27,10 +27,11 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if arguments.stage == "vae":
+    if arguments.stage in ("vae", "refine"):
         from vae_stage import train_vae
 
-        train_vae(arguments.work, arguments.steps, arguments.minutes, arguments.resume)
+        refine = arguments.stage == "refine"
+        train_vae(arguments.work, arguments.steps, arguments.minutes, arguments.resume, refine)
 
 
 if __name__ == "__main__":

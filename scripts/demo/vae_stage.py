@@ -17,6 +17,8 @@ CROPS = 12
 WHOLE = 2
 LEARNING_RATE = 2e-3
 LATENT_NOISE = 0.1
+SHAPE_WEIGHT = 2.0
+ABSOLUTE_SHARE = 0.15
 # Sampling the posterior should give nearly its mean, for no loss shapes the variance.
 LOG_VARIANCE = -12.0
 
@@ -59,6 +61,8 @@ class ScenePool:
     def whole(self, count: int) -> Tensor:
         """(count, 3, 128, 128) in [-1, 1]."""
         chosen = self.rng.integers(len(self.pictures), size=count)
+        for index in chosen:
+            self.pictures[index], self.shapes[index] = self._draw()
         return to_tensor(np.stack([self.pictures[index] for index in chosen]))
 
 
@@ -67,8 +71,11 @@ def reconstruction_loss(vae: AutoencoderKLFlux2, images: Tensor) -> tuple[Tensor
     latents = vae.encode(images).latent_dist.mode()
     spread = latents.detach().std(dim=(0, 2, 3), keepdim=True)
     decoded = vae.decode(latents + LATENT_NOISE * spread * torch.randn_like(latents)).sample
-    squared = nn.functional.mse_loss(decoded, images)
-    return squared + 0.1 * nn.functional.l1_loss(decoded, images), squared.detach()
+    error = decoded - images
+    # A small shape is few pixels, and its colour would count little against the background's evenness.
+    weight = 1 + SHAPE_WEIGHT * (images != images[:, :, :1, :1]).any(1, keepdim=True)
+    loss = (weight * (error.square() + ABSOLUTE_SHARE * error.abs())).mean() / weight.mean()
+    return loss, error.detach().square().mean()
 
 
 def _fresh_vae() -> AutoencoderKLFlux2:
@@ -80,20 +87,28 @@ def _fresh_vae() -> AutoencoderKLFlux2:
     return vae
 
 
-def train_vae(work: Path, steps: int, minutes: float, resume: bool) -> None:
-    """Trains the autoencoder into `work`/vae.pt; whole pictures alternate with crops for the norms' statistics."""
+def train_vae(work: Path, steps: int, minutes: float, resume: bool, refine: bool = False) -> None:
+    """Trains the autoencoder into `work`/vae.pt.
+
+    Whole pictures come between the crops because the norms' statistics depend on the size of the flat background.
+    `refine` goes on from a finished training with mostly whole pictures.
+    """
     torch.manual_seed(0)
+    highest = LEARNING_RATE / 2 if refine else LEARNING_RATE
     vae = _fresh_vae().train()
     average = MovingAverage(vae, 0.995)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=1e-3, betas=(0.9, 0.98))
     progress, checkpoint = Progress(steps, minutes), work / "vae.pt"
-    if resume and checkpoint.exists():
+    if (resume or refine) and checkpoint.exists():
         load_checkpoint(checkpoint, vae, average, optimiser, progress)
+    if refine:
+        progress.done, progress.spent = 0, 0.0
     pool, recent = ScenePool(512, seed=1000 + progress.done), []
     while (fraction := progress.fraction()) < 1:
         for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * one_cycle(fraction)
-        loss, squared = reconstruction_loss(vae, pool.whole(WHOLE) if progress.done % 3 == 2 else pool.crops(CROPS))
+            group["lr"] = highest * one_cycle(fraction)
+        crops = progress.done % 6 == 0 if refine else progress.done % 3 != 2
+        loss, squared = reconstruction_loss(vae, pool.crops(CROPS) if crops else pool.whole(WHOLE))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -1,0 +1,117 @@
+"""The models folder: from a name, repo id or folder to a converted MLX checkpoint."""
+
+import os
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from flux2_mlx import hub
+from flux2_mlx.checkpoint import MANIFEST, is_checkpoint, read_json
+from flux2_mlx.config import VARIANTS, Variant
+from flux2_mlx.errors import InputError
+from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
+
+from .sources import Source
+from .write import write_checkpoint
+
+DEMO = "demo"
+
+
+def models_folder(models_dir: str | os.PathLike | None = None) -> Path:
+    """`models_dir`, or `$FLUX2_MLX_HOME`, or `~/.cache/flux2-mlx`."""
+    return Path(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx").expanduser()
+
+
+def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
+    """The folder of a converted model: its name and quantization, the text encoder's where it is not the default."""
+    text = "" if text_quant == DEFAULT_TEXT_QUANT[quant] else f"-text-{text_quant}"
+    return f"{model}-{quant}{text}"
+
+
+def find_checkpoint(
+    source: str,
+    *,
+    variant: str | None = None,
+    quant: str | None = None,
+    text_quant: str | None = None,
+    models_dir: str | os.PathLike | None = None,
+    offline: bool = False,
+    quiet: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The MLX checkpoint folder of `source`, fetched and converted first if need be.
+
+    Args:
+        source: a variant's name, a Hugging Face repo id, a diffusers folder, or an MLX checkpoint folder.
+        variant: the model's name where the source can't tell.
+        quant: `bf16` (None), `qint8` or `qint4`; an MLX checkpoint keeps its own.
+        text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        models_dir: where converted models are kept; see `models_folder`.
+        offline: use no network.
+        quiet: show no download progress.
+        progress: called with bytes converted and bytes in all.
+
+    Raises:
+        InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
+    """
+    if source == DEMO:
+        return Path(str(files("flux2_mlx.demo")))
+    path = Path(source).expanduser()
+    if is_checkpoint(path):
+        return path
+    quant = check_quant(quant or "bf16")
+    text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
+    folder = models_folder(models_dir)
+    if source in VARIANTS or hub.is_repo_id(source):
+        target = folder / checkpoint_name(source.replace("/", "--"), quant, text_quant)
+        if is_checkpoint(target):
+            return target
+        known = _known_variant(source)
+        if known and not known.is_supported:
+            raise InputError(
+                f"{known.name} needs the {known.text.model_type} encoder, which this version does not have yet"
+            )
+        repo = known.repo if source in VARIANTS else source
+        opened = Source.open(hub.fetch(repo, offline=offline, quiet=quiet), variant or (known and known.name))
+    elif path.exists():
+        opened, repo = Source.open(path, variant), str(path)
+        name = f"{opened.variant.name}-{opened.fingerprint[:12]}"
+        target = folder / checkpoint_name(name, quant, text_quant)
+        if is_checkpoint(target):
+            return target
+    else:
+        raise InputError(
+            f"there is no model or folder {source!r}; choose one of {', '.join(VARIANTS)}, a Hugging Face repo id "
+            "or a model folder"
+        )
+    _convert(opened, target, quant, text_quant, repo, progress)
+    return target
+
+
+def _known_variant(source: str) -> Variant | None:
+    """The row of the table that `source` names or whose repo it is."""
+    if source in VARIANTS:
+        return VARIANTS[source]
+    return next((v for v in VARIANTS.values() if v.repo and v.repo.lower() == source.lower()), None)
+
+
+def _convert(source: Source, target: Path, quant: str, text_quant: str, name: str, progress) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't make the models folder {target.parent}: {error.strerror}") from error
+    try:
+        write_checkpoint(source, target, quant, text_quant, name=name, progress=progress)
+    except InputError:
+        # Another process may have finished the same conversion meanwhile.
+        if not is_checkpoint(target):
+            raise
+
+
+def converted_folders(variant: Variant, models_dir: str | os.PathLike | None = None) -> list[Path]:
+    """The converted checkpoints of a variant in the models folder."""
+    folder = models_folder(models_dir)
+    if not folder.is_dir():
+        return []
+    checkpoints = (path for path in sorted(folder.iterdir()) if is_checkpoint(path))
+    return [path for path in checkpoints if read_json(path / MANIFEST).get("variant") == variant.name]

@@ -1,0 +1,40 @@
+"""`flux2-mlx download`."""
+
+from pathlib import Path
+
+import click
+
+from ..config import VARIANTS
+from .options import models_dir_option, quiet_option, variant_option, weight_options
+from .progress import Bars, conversion, notice
+
+
+@click.command()
+@click.argument("model")
+@weight_options
+@variant_option
+@models_dir_option
+@quiet_option
+def download(
+    model: str, quant: str | None, text_quant: str | None, variant: str | None, models_dir: Path | None, quiet: bool
+) -> None:
+    """Fetch MODEL and convert it, ready for `t2i`.
+
+    MODEL is a variant's name or a Hugging Face repo id. An interrupted download goes on where it stopped. Gated
+    models need an account that has accepted their licence, and its token in HF_TOKEN.
+    """
+    from ..convert import find_checkpoint
+
+    if model in VARIANTS and not VARIANTS[model].commercial_use:
+        notice(f"{model}: {VARIANTS[model].licence} licence", quiet)
+    with Bars(quiet) as bars:
+        folder = find_checkpoint(
+            model,
+            variant=variant,
+            quant=quant,
+            text_quant=text_quant,
+            models_dir=models_dir,
+            quiet=quiet,
+            progress=conversion(bars),
+        )
+    click.echo(folder)

@@ -1,0 +1,30 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from ..config import QUANTIZATIONS
+
+quant_option = click.option(
+    "-q", "--quant", type=click.Choice(QUANTIZATIONS), help="Quantization of the transformer.  [default: bf16]"
+)
+text_quant_option = click.option(
+    "--text-quant",
+    type=click.Choice(QUANTIZATIONS),
+    help="Quantization of the text encoder.  [default: qint8; qint4 with -q qint4]",
+)
+models_dir_option = click.option(
+    "--models-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where converted models are kept.  [default: $FLUX2_MLX_HOME or ~/.cache/flux2-mlx]",
+)
+variant_option = click.option("--variant", metavar="NAME", help="Which model a folder or repo holds, if it can't tell.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress and no notices.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def weight_options(command: Callable) -> Callable:
+    """`--quant` and `--text-quant`."""
+    return quant_option(text_quant_option(command))

@@ -1,0 +1,50 @@
+"""Progress bars and notices on stderr."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_LABELS = {"text_encoder": "text encoder", "transformer": "denoising", "vae": "decoding", "convert": "converting"}
+
+
+class Bars:
+    """One bar at a time; the next phase closes the last one's. Use it as a context manager."""
+
+    def __init__(self, quiet: bool):
+        self._quiet = quiet
+        self._bar: Any = None
+        self._phase = ""
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def show(self, phase: str, done: int, total: int, **options: Any) -> None:
+        """Show `done` of `total` units of `phase`; `options` go to tqdm when the bar is made."""
+        if self._quiet:
+            return
+        if phase != self._phase:
+            from tqdm import tqdm
+
+            self._close()
+            self._phase, self._bar = phase, tqdm(desc=_LABELS[phase], total=total, leave=True, **options)
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar, self._phase = None, ""
+
+
+def conversion(bars: Bars) -> Callable[[int, int], None]:
+    """A `progress` callback in bytes for conversions."""
+    return lambda done, total: bars.show("convert", done, total, unit="B", unit_scale=True)
+
+
+def notice(message: str, quiet: bool) -> None:
+    """Print a line on stderr, unless `quiet`."""
+    if not quiet:
+        click.echo(message, err=True)
