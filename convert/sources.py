@@ -8,14 +8,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux2_mlx.checkpoint import TensorInfo, read_header, read_json
+from flux2_mlx.checkpoint import Component, TensorInfo, check_fit, read_headers, read_json
 from flux2_mlx.config import VARIANTS, TextConfig, TransformerConfig, VAEConfig, Variant, get_variant
 from flux2_mlx.errors import CheckpointError
 
 _PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
 _STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_FIXED_VAE = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True, "act_fn": "silu"}
+# The fingerprint reads this many pieces of this many bytes from each file, at even distances.
+_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+_FIXED: dict[str, dict[str, Any]] = {
+    "transformer": {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "out_channels": None},
+    "text_encoder": {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False},
+    "vae": {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True, "act_fn": "silu"},
+}
 
 
 def _fixed(values: dict[str, Any], required: dict[str, Any], path: Path) -> None:
@@ -50,30 +56,34 @@ class Source:
             CheckpointError: another model, pickles, missing or damaged files.
         """
         index = _read_index(folder)
-        transformer = TransformerConfig.from_dict(_transformer_values(folder))
-        vae_values = read_json(folder / "vae" / "config.json")
-        _fixed(vae_values, _FIXED_VAE, folder / "vae" / "config.json")
-        text_values = read_json(folder / "text_encoder" / "config.json")
-        row = _choose_variant(folder, index, transformer, text_values, variant)
-        configs = {
-            "transformer": transformer,
-            "text_encoder": _text_config(text_values, row, folder),
-            "vae": VAEConfig.from_dict(vae_values),
-        }
+        paths = {name: folder / name / "config.json" for name in _STEMS}
+        values = {name: read_json(path) for name, path in paths.items()}
+        for name, required in _FIXED.items():
+            _fixed(values[name], required, paths[name])
+        transformer = Component.described("transformer", values["transformer"], paths["transformer"]).config
+        row = _choose_variant(folder, index, transformer, values["text_encoder"], variant)
+        values["text_encoder"] = _text_values(values["text_encoder"], row, paths["text_encoder"])
+        configs = {name: Component.described(name, values[name], path).config for name, path in paths.items()}
+        check_fit(row, configs)
         _check_scheduler(folder)
         files = {name: _weight_files(folder / name, stem) for name, stem in _STEMS.items()}
-        tensors = {name: _headers(paths) for name, paths in files.items()}
-        return cls(folder, row, configs, files, tensors)
+        return cls(folder, row, configs, files, {name: read_headers(files[name]) for name in files})
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names, sizes and headers of all weight files."""
+        """SHA-256 over the names and sizes of all weight files and pieces of their content, headers included.
+
+        Two fine-tunes of a model differ in nearly every tensor, so pieces tell them apart as well as all bytes would.
+        """
         digest = hashlib.sha256()
         for component, paths in self.files.items():
             for path in paths:
-                digest.update(f"{component}/{path.name}:{path.stat().st_size}\n".encode())
-            for name, tensor in sorted(self.tensors[component].items()):
-                digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+                size = path.stat().st_size
+                digest.update(f"{component}/{path.name}:{size}\n".encode())
+                with path.open("rb") as file:
+                    for start in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
+                        file.seek(start)
+                        digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
     def take(self, component: str, name: str) -> mx.array:
@@ -97,13 +107,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if pipeline not in _PIPELINES:
         raise CheckpointError(f"{folder} holds a {pipeline}, not FLUX.2; its class must be one of {_PIPELINES}")
     return index
-
-
-def _transformer_values(folder: Path) -> dict[str, Any]:
-    path = folder / "transformer" / "config.json"
-    values = read_json(path)
-    _fixed(values, {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "out_channels": None}, path)
-    return values
 
 
 def _choose_variant(
@@ -132,15 +135,15 @@ def _names(variants: Iterable[Variant]) -> str:
     return ", ".join(variant.name for variant in variants)
 
 
-def _text_config(values: dict[str, Any], variant: Variant, folder: Path) -> TextConfig:
+def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
+    """The geometry with only the layers that are needed, and with the rotation's base where ours has it."""
     out_layers = variant.text.out_layers
-    path = folder / "text_encoder" / "config.json"
-    _fixed(values, {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}, path)
-    available = values.get("num_hidden_layers", 0)
-    if available < max(out_layers):
+    available = values.get("num_hidden_layers")
+    if not isinstance(available, int) or available < max(out_layers):
         raise CheckpointError(f"{path}: {available} layers, but the states of layers {out_layers} are needed")
-    rope = {"rope_theta": (values.get("rope_parameters") or values).get("rope_theta", variant.text.rope_theta)}
-    return TextConfig.from_dict({**values, **rope, "out_layers": out_layers, "num_hidden_layers": max(out_layers)})
+    rope = values.get("rope_parameters")
+    theta = (rope if isinstance(rope, dict) else values).get("rope_theta", variant.text.rope_theta)
+    return {**values, "rope_theta": theta, "out_layers": out_layers, "num_hidden_layers": max(out_layers)}
 
 
 def _check_scheduler(folder: Path) -> None:
@@ -157,7 +160,9 @@ def _check_scheduler(folder: Path) -> None:
 def _weight_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        shards = read_json(index).get("weight_map", {})
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files")
         files = [folder / name for name in sorted(set(shards.values()))]
     else:
         files = [folder / f"{stem}.safetensors"]
@@ -167,10 +172,3 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     if missing or not files:
         raise CheckpointError(f"{folder} is incomplete: there is no {', '.join(missing) or 'weight file'}")
     return files
-
-
-def _headers(paths: list[Path]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for path in paths:
-        tensors |= read_header(path)
-    return tensors

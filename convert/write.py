@@ -25,6 +25,7 @@ from flux2_mlx.checkpoint import (
 )
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
+from flux2_mlx.text import KleinTokenizer
 
 from . import text, transformer, vae
 from .rules import Rule
@@ -87,6 +88,7 @@ def write_checkpoint(
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)])
     quants = {"transformer": quant, "text_encoder": text_quant, "vae": "bf16"}
     plans = [_plan(source, component, quants[component]) for component in _RULES]
+    _check_tokenizer(source)
     check_target(target, force)
     total = sum(plan.nbytes for plan in plans)
     _check_space(target.parent, total)
@@ -135,6 +137,13 @@ def _check_source(source: Source, name: str, layers: list[_Layer], plain: dict[s
     raise_problems(f"{source.folder / name} is not a {source.variant.name} {name}", mismatches(expected, found))
 
 
+def _check_tokenizer(source: Source) -> None:
+    file = source.folder / "tokenizer" / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
+    KleinTokenizer(file)
+
+
 def check_target(target: Path, force: bool) -> None:
     """Raise InputError if a checkpoint can't be written at `target`."""
     if target.exists() and not force:
@@ -168,8 +177,6 @@ def _fill(folder: Path, source: Source, plans: list[_Plan], manifest: dict, prog
     for file in _TOKENIZER_FILES:
         if (source.folder / "tokenizer" / file).is_file():
             shutil.copyfile(source.folder / "tokenizer" / file, folder / "tokenizer" / file)
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
     (folder / "scheduler").mkdir()
     shutil.copyfile(
         source.folder / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"
@@ -214,12 +221,13 @@ def _shards(layers: list[_Layer]) -> Iterator[list[_Layer]]:
 def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
     """The stored arrays of a layer in the order of `layer.stored`, evaluated."""
     array = layer.rule.apply(*(source.take(plan.component.name, key) for key in layer.rule.sources))
+    array = array.astype(mx.bfloat16)
     if not mx.isfinite(array).all().item():
         raise CheckpointError(f"{source.folder / plan.component.name}: {', '.join(layer.rule.sources)} is not finite")
     if len(layer.stored) == 1:
-        yield array.astype(mx.bfloat16)
+        yield array
     else:
-        quantized = quantize_array(array.astype(mx.bfloat16), plan.bits)
+        quantized = quantize_array(array, plan.bits)
         yield from (quantized[key.rpartition(".")[2]] for key in layer.stored)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from .config import TextConfig, TransformerConfig, VAEConfig, Variant, get_variant
 from .errors import CheckpointError, InputError
-from .quantization import DEFAULT_TEXT_QUANT, quantize_array, quantize_module, statement
+from .quantization import BITS, DEFAULT_TEXT_QUANT, quantize_array, quantize_module, statement
 from .text import Qwen3Encoder
 from .transformer import Flux2Transformer
 from .vae import VAE
@@ -28,6 +29,8 @@ COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_PROBLEMS = 8
+# What Python raises when values of a JSON file have other types or sizes than they should.
+_NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        for name, tensor in tensors.items():
+            first, last = header[name]["data_offsets"]
+            if last - first != tensor.nbytes:
+                raise ValueError(f"{name} has {last - first} bytes in place of {tensor.nbytes}")
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+    except (*_NONSENSE, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if size != end:
         raise CheckpointError(f"{path} has {size} bytes where its header says {end}; fetch or convert it again")
+    return tensors
+
+
+def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
+    """The tensors of several safetensors files; CheckpointError also if two of them hold the same one."""
+    tensors: dict[str, TensorInfo] = {}
+    for path in paths:
+        header = read_header(path)
+        raise_problems(f"{path} repeats tensors of another file", [name for name in header if name in tensors])
+        tensors |= header
     return tensors
 
 
@@ -73,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -117,9 +134,20 @@ class Component:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> "Component":
-        values = read_json(folder / "config.json")
+        path = folder / "config.json"
         files = tuple(sorted(folder.glob("model*.safetensors")))
-        return cls(name, COMPONENTS[name][0].from_dict(values), values.get("quantization"), files)
+        return replace(cls.described(name, read_json(path), path), files=files)
+
+    @classmethod
+    def described(cls, name: str, values: dict[str, Any], path: Path) -> "Component":
+        """The network, without files, that the `values` read from `path` describe; CheckpointError if none."""
+        try:
+            component = cls(name, COMPONENTS[name][0].from_dict(values), values.get("quantization"), ())
+            component.build()
+        except _NONSENSE as error:
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{path} describes no {name} ({type(error).__name__}: {reason})") from error
+        return component
 
     def build(self) -> nn.Module:
         """The network with unevaluated random weights."""
@@ -140,9 +168,7 @@ class Component:
 
     def verify(self) -> None:
         """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all."""
-        found: dict[str, TensorInfo] = {}
-        for file in self.files:
-            found |= read_header(file)
+        found = read_headers(self.files)
         raise_problems(f"{self.name} of the checkpoint is damaged", mismatches(module_tensors(self.build()), found))
 
     def load(self, dtype: mx.Dtype, quant: str | None = None) -> nn.Module:
@@ -213,10 +239,11 @@ class Checkpoint:
                 variant,
                 quantization["transformer"],
                 quantization["text_encoder"],
-                manifest["source"],
+                dict(manifest["source"]),
                 {name: Component.open(folder / name, name) for name in COMPONENTS},
             )
-        except (KeyError, TypeError, InputError) as error:
+            checkpoint._check_consistency()
+        except (*_NONSENSE, InputError) as error:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
         for component in checkpoint.components.values():
             component.verify()
@@ -224,9 +251,22 @@ class Checkpoint:
             raise CheckpointError(f"{folder} is incomplete: there is no {checkpoint.tokenizer_file}")
         return checkpoint
 
+    def _check_consistency(self) -> None:
+        """Compare the manifest with the components, and these with each other."""
+        for name, quant in (("transformer", self.quant), ("text_encoder", self.text_quant)):
+            stored = (self.components[name].quantization or {}).get("bits")
+            if stored != BITS[quant]:
+                raise InputError(f"it says {quant} where the {name} is stored with {stored or 16} bits")
+        check_fit(self.variant, {name: component.config for name, component in self.components.items()})
+
     @property
     def tokenizer_file(self) -> Path:
         return self.folder / "tokenizer" / "tokenizer.json"
+
+
+def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
+    """Raise CheckpointError if networks of these geometries can't work together as `variant`."""
+    replace(variant, transformer=configs["transformer"], text=configs["text_encoder"], vae=configs["vae"])
 
 
 def is_checkpoint(folder: Path) -> bool:

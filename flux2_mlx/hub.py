@@ -34,7 +34,7 @@ def is_repo_id(text: str) -> bool:
 
 
 def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, quiet: bool = False) -> Path:
-    """Fetch the files of a diffusers-layout repo that a conversion needs, and check them.
+    """Fetch what a conversion of a diffusers-layout repo needs, check it, and return its folder in the cache.
 
     What the cache already holds is not fetched again. Without a connection a complete copy in the cache is used.
 
@@ -43,9 +43,6 @@ def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, q
         revision: branch, tag or commit; the default branch if None.
         offline: look in the cache only, as with `HF_HUB_OFFLINE=1`.
         quiet: show no progress bars.
-
-    Returns:
-        The snapshot folder in the Hugging Face cache.
 
     Raises:
         DownloadError: unknown or gated repo, refused token, no connection, full disk, or a damaged file.
@@ -60,9 +57,8 @@ def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, q
         absent = f"{repo_id} is not complete in the cache {constants.HF_HUB_CACHE} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
-        info = HfApi().model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     except Exception as error:  # the HTTP client, and so the class of its errors, depends on the version
         cause = f"cannot reach {constants.ENDPOINT} ({_first_line(error)})"
         reason = _explain(error, repo_id, revision) or f"{cause}; check the connection, or give a folder"
@@ -181,7 +177,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str | 
         return f"{repo_id} has no revision {revision!r}; {page} lists its branches and tags"
     if status is not None:
         return f"{constants.ENDPOINT} answers HTTP {status} for {repo_id}; try again later"
-    if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
+    if os.strerror(errno.ENOSPC).lower() in str(error).lower():  # hf_xet gives no errno
         return f"no space left in {constants.HF_HUB_CACHE}; make room, or set HF_HOME to a folder on another disk"
     return None
 

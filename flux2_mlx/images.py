@@ -1,8 +1,10 @@
 """Pixels to image files and back, with the settings that made an image kept inside its file."""
 
 import json
+import math
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from .errors import InputError
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SETTINGS_KEY = "flux2-mlx"
+_UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
 _QUALITY = 95
+_MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # what libjpeg and libwebp write
 
 
 def to_unit(images: np.ndarray) -> np.ndarray:
@@ -38,7 +42,7 @@ def describe(settings: dict[str, Any]) -> str:
 def check_output(path: Path, force: bool = False) -> None:
     """Raise InputError if an image can't be written to `path`: its type, an existing file, its folder."""
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}")
+        raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}, or be that of a folder")
     if path.is_dir():
         raise InputError(f"can't write {path}: it is a folder")
     if path.exists() and not force:
@@ -47,6 +51,13 @@ def check_output(path: Path, force: bool = False) -> None:
         raise InputError(f"can't write {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"can't write {path}: no permission to write in {path.parent}")
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    """Raise InputError if the format of `path` can't hold an image of this size."""
+    name = FORMATS[path.suffix.lower()]
+    if max(width, height) > _MAX_SIDE.get(name, math.inf):
+        raise InputError(f"can't write {path}: {name} has at most {_MAX_SIDE[name]} pixels a side; choose .png")
 
 
 def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
@@ -63,7 +74,7 @@ def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None)
     if settings is not None:
         options |= _metadata(options["format"], settings)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".flux2-mlx-")
         try:
             with os.fdopen(handle, "wb") as file:
                 image.save(file, **options)
@@ -72,8 +83,8 @@ def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None)
         except BaseException:
             os.unlink(name)
             raise
-    except OSError as error:
-        raise InputError(f"can't write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _umask() -> int:
@@ -92,7 +103,7 @@ def _metadata(format_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = describe(settings).encode("ascii", "replace").decode()
     exif[ExifTags.Base.Software] = f"flux2-mlx {settings['version']}"
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + payload.encode("utf-16-be")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + payload.encode("utf-16-be")
     return {"exif": exif}
 
 
@@ -103,15 +114,24 @@ def read_settings(path: Path) -> dict[str, Any]:
         InputError: no readable image, or an image without settings of this tool.
     """
     try:
-        with Image.open(path) as image:
-            if image.format == "PNG":
-                payload = image.text.get(_SETTINGS_KEY)
-            else:
-                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-                payload = comment[8:].decode("utf-16-be") if comment.startswith(b"UNICODE\0") else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about damaged metadata that it can skip
+            with Image.open(path) as image:
+                payload = _payload(image)
         settings = json.loads(payload) if payload else None
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"can't read {path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"can't read {path}: it is not an image") from error
+    except Exception as error:  # what Pillow raises for a damaged file depends on the damage
+        raise InputError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path} carries no settings of flux2-mlx, so it can't be made again")
     return settings
+
+
+def _payload(image: Image.Image) -> str | None:
+    if image.format == "PNG":
+        return image.text.get(_SETTINGS_KEY)
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
+        return None
+    return comment.removeprefix(_UNICODE).decode("utf-16-be")

@@ -167,7 +167,8 @@ class Flux2Pipeline:
             sigmas: noise levels before the shift, in place of the even grid.
             output_type: `pil`; `np`: float32 `[B, H, W, 3]` in 0..1; `latent`: `[B, c, H/8, W/8]`, un-normalised.
             callback_on_step_end: called as `(pipe, step, timestep, {"latents": tokens})` after every step, with
-                the timestep in 0..1000 and tokens `[b, L, 4c]`; `latents` of the dict it returns are gone on with.
+                the timestep that it started from, in 0..1000, and tokens `[b, L, 4c]`; `latents` of the dict it
+                returns are gone on with.
 
         Raises:
             InputError: a setting is wrong.
@@ -197,7 +198,7 @@ class Flux2Pipeline:
             if progress.step is None or callback_on_step_end is None:
                 return None
             step = progress.step
-            returned = callback_on_step_end(self, step.number - 1, 1000 * step.sigma, {"latents": step.tokens})
+            returned = callback_on_step_end(self, step.number - 1, 1000 * step.from_sigma, {"latents": step.tokens})
             return (returned or {}).get("latents")
 
         return self.run(
@@ -257,7 +258,7 @@ class Flux2Pipeline:
         if latents is None:
             noise = initial_noise(request.seeds, *shape[1:])
         else:
-            noise = np.array(latents, dtype=np.float32)
+            noise = np.array(mx.array(latents).astype(mx.float32))
             if noise.shape != shape:
                 raise InputError(f"latents have shape {noise.shape}, this run needs {shape}")
         return list(mx.array(noise.reshape(*shape[:2], -1).transpose(0, 2, 1)))
@@ -329,9 +330,9 @@ class Flux2Pipeline:
             while step is not None:
                 done += 1
                 batch, replaced = step.tokens, on_progress(Progress("transformer", done, total, step, images))
-                batch = batch if replaced is None else mx.array(replaced)
+                batch = batch if replaced is None else mx.array(replaced).astype(mx.float32)
                 try:
-                    step = steps.send(replaced)
+                    step = steps.send(batch)
                 except StopIteration:
                     step = None
             finished += list(batch)

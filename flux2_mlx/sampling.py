@@ -16,6 +16,7 @@ from .transformer import Flux2Transformer
 
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
+MAX_IMAGES = 1000
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
 
@@ -57,13 +58,16 @@ class Request:
             sigmas = tuple(float(sigma) for sigma in sigmas)
             _require(steps in (None, len(sigmas)), f"{len(sigmas)} sigmas don't go with {steps} steps")
             steps = len(sigmas)
+        count = len(prompts) * images_per_prompt
+        _require(len(prompts) > 0, "there is no prompt")
+        _require(0 < count <= MAX_IMAGES, f"the number of images must be 1 to {MAX_IMAGES}, got {count}")
         request = cls(
             tuple(prompts),
             variant.size if height is None else height,
             variant.size if width is None else width,
             variant.steps if steps is None else steps,
             variant.guidance if guidance is None else guidance,
-            _seeds(seed, len(prompts) * images_per_prompt if images_per_prompt > 0 else 0),
+            _seeds(seed, count),
             variant.max_sequence_length if max_sequence_length is None else max_sequence_length,
             sigmas,
         )
@@ -82,8 +86,6 @@ class Request:
             math.isfinite(self.guidance) and self.guidance >= 0,
             f"guidance must be a number of 0 or more, got {self.guidance}",
         )
-        _require(len(self.prompts) > 0, "there is no prompt")
-        _require(len(self.seeds) > 0, "the number of images must be 1 or more")
         for prompt in self.prompts:
             _require(
                 len(prompt) <= MAX_PROMPT_CHARACTERS,
@@ -111,7 +113,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
     first = secrets.randbelow(2**32) if seed is None else seed
-    last = first + max(count - 1, 0)
+    last = first + count - 1
     _require(first >= 0 and last <= MAX_SEED, f"seeds must be 0 to {MAX_SEED}, got {first if first < 0 else last}")
     return tuple(range(first, first + count))
 
@@ -129,10 +131,11 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Step:
-    """The state after a denoising step: `tokens` `[B, L, C]` at noise level `sigma`, float32, and `estimate`,
-    the noise-free tokens that the last velocity points to."""
+    """The state after a denoising step from noise level `from_sigma` to `sigma`: `tokens` `[B, L, C]`, float32, and
+    `estimate`, the noise-free tokens that the last velocity points to."""
 
     number: int
+    from_sigma: float
     sigma: float
     tokens: mx.array
     estimate: mx.array
@@ -157,7 +160,7 @@ def denoise(
         estimate = euler_step(tokens, velocity, sigma, 0.0)
         tokens = euler_step(tokens, velocity, sigma, next_sigma)
         mx.eval(tokens)
-        replaced = yield Step(number, next_sigma, tokens, estimate)
+        replaced = yield Step(number, sigma, next_sigma, tokens, estimate)
         tokens = tokens if replaced is None else replaced
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from ..config import VARIANTS
+from ..errors import InputError
 from .options import quiet_option, variant_option, weight_options
 from .progress import Bars, conversion
 
@@ -26,17 +28,21 @@ def convert(
 ) -> None:
     """Convert SOURCE into an MLX checkpoint folder TARGET.
 
-    SOURCE is a folder in the diffusers layout or a Hugging Face repo id.
+    SOURCE is a model's name, a Hugging Face repo id or a folder in the diffusers layout.
 
     \b
     Example:
-      flux2-mlx convert black-forest-labs/FLUX.2-klein-4B klein-4b-q8 -q qint8
+      flux2-mlx convert klein-4b klein-4b-q8 -q qint8
     """
     from .. import hub
+    from ..checkpoint import is_checkpoint
     from ..convert import Source, check_target, write_checkpoint
 
     check_target(target, force)
-    folder = hub.fetch(source, quiet=quiet) if hub.is_repo_id(source) else Path(source)
+    if is_checkpoint(Path(source)):
+        raise InputError(f"{source} is an MLX checkpoint already")
+    repo = _repo(source)
+    folder = Path(source) if repo is None else hub.fetch(repo, quiet=quiet)
     with Bars(quiet) as bars:
         write_checkpoint(
             Source.open(folder, variant),
@@ -48,3 +54,21 @@ def convert(
             progress=conversion(bars),
         )
     click.echo(target)
+
+
+def _repo(source: str) -> str | None:
+    """The repo id that `source` is or names; None for a folder."""
+    from .. import hub
+
+    if Path(source).exists():
+        return None
+    if source == "demo":
+        raise InputError("demo is built in and needs no conversion")
+    row = next(
+        (v for v in VARIANTS.values() if v.repo and (source == v.name or source.lower() == v.repo.lower())), None
+    )
+    if row is None:
+        return source if hub.is_repo_id(source) else None
+    if not row.is_supported:
+        raise InputError(f"{row.name} needs the {row.text.model_type} encoder, which this version does not have yet")
+    return row.repo

@@ -22,6 +22,11 @@ def download(
 
     MODEL is a variant's name or a Hugging Face repo id. An interrupted download goes on where it stopped. Gated
     models need an account that has accepted their licence, and its token in HF_TOKEN.
+
+    \b
+    Examples:
+      flux2-mlx download klein-4b
+      flux2-mlx download klein-9b -q qint8
     """
     from ..convert import find_checkpoint
 

@@ -18,6 +18,11 @@ def info(model: str | None, models_dir: Path | None, as_json: bool) -> None:
     """Show the models, or the sizes and the files of one MODEL.
 
     Sizes are those of the stored weights; each network is in memory only while it is used.
+
+    \b
+    Examples:
+      flux2-mlx info
+      flux2-mlx info klein-9b
     """
     rows = [_row(variant, models_dir) for variant in ([get_variant(model)] if model else VARIANTS.values())]
     if as_json:
@@ -47,14 +52,13 @@ def _row(variant: Variant, models_dir: Path | None) -> dict[str, Any]:
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
-    click.echo(f"{'model':15}{'licence':20}{'steps':>6}{'guidance':>10}   weights in GB: bf16, qint8, qint4   on disk")
+    sizes = "".join(f"{quant + ' GB':>10}" for quant in QUANTIZATIONS)
+    click.echo(f"{'model':15}{'licence':20}{'steps':>6}{'guidance':>10}{sizes}  on disk")
     for row in rows:
-        sizes = "".join(f"{sum(parts.values()) / 1e9:9.2f}" for parts in row["bytes"].values())
-        state = f"{len(row['folders'])} converted" if row["supported"] else "text encoder not supported yet"
+        sizes = "".join(f"{sum(parts.values()) / 1e9:10.3f}" for parts in row["bytes"].values())
+        state = f"{len(row['folders']) or 'not'} converted" if row["supported"] else "text encoder not supported yet"
         built_in = "built in" if row["repo"] is None else state
-        click.echo(
-            f"{row['model']:15}{row['licence']:20}{row['steps']:6}{row['guidance']:10.1f}{sizes}           {built_in}"
-        )
+        click.echo(f"{row['model']:15}{row['licence']:20}{row['steps']:6}{row['guidance']:10.1f}{sizes}  {built_in}")
 
 
 def _print_one(row: dict[str, Any]) -> None:

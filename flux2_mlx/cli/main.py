@@ -1,5 +1,6 @@
 """The `flux2-mlx` command group."""
 
+import errno
 import logging
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..errors import Flux2Error
 from .convert import convert
 from .download import download
 from .info import info
+from .progress import Warnings
 from .t2i import t2i
 
 _INTERRUPTED = 130
@@ -22,6 +24,12 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except Flux2Error as error:
             raise click.ClickException(" ".join(str(error).split())) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click ends quietly when a pipe closes
+                raise
+            raise click.ClickException(
+                f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            ) from error
         except KeyboardInterrupt:
             click.echo("interrupted; nothing was left half written", err=True)
             ctx.exit(_INTERRUPTED)
@@ -37,7 +45,7 @@ def cli() -> None:
       flux2-mlx t2i "a small red circle on a blue background" -m demo
       flux2-mlx t2i "a red fox in snow" -m klein-4b -q qint8 --seed 42 -o fox.png
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
 for _command in (t2i, convert, download, info):

@@ -1,11 +1,18 @@
 """Options that several commands share."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from ..config import QUANTIZATIONS
+
+
+def _set_log_level(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    logging.getLogger(__package__.partition(".")[0]).setLevel(logging.ERROR if quiet else logging.WARNING)
+    return quiet
+
 
 quant_option = click.option(
     "-q", "--quant", type=click.Choice(QUANTIZATIONS), help="Quantization of the transformer.  [default: bf16]"
@@ -21,7 +28,9 @@ models_dir_option = click.option(
     help="Where converted models are kept.  [default: $FLUX2_MLX_HOME or ~/.cache/flux2-mlx]",
 )
 variant_option = click.option("--variant", metavar="NAME", help="Which model a folder or repo holds, if it can't tell.")
-quiet_option = click.option("--quiet", is_flag=True, help="No progress and no notices.")
+quiet_option = click.option(
+    "--quiet", is_flag=True, callback=_set_log_level, help="No progress, notices or warnings on stderr."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

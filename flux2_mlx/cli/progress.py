@@ -1,11 +1,22 @@
 """Progress bars and notices on stderr."""
 
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 _LABELS = {"text_encoder": "text encoder", "transformer": "denoising", "vae": "decoding", "convert": "converting"}
+
+
+class Warnings(logging.Handler):
+    """Prints log records on lines of their own, above a bar that is being drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(" ".join(self.format(record).split()), file=sys.stderr)
 
 
 class Bars:

@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     from ..sampling import Request
 
 DEFAULT_MODEL = "klein-4b"
-# What an image file remembers, and the option that each goes back to with --replay.
-_REPLAYED = ("model", "variant", "quant", "text_quant", "width", "height", "steps", "guidance", "seed")
+MAX_IMAGES = 1000
+# What an image file remembers that goes back to the option of the same name with --replay.
+_REPLAYED = {
+    "model": str,
+    "variant": str,
+    "quant": str,
+    "text_quant": str,
+    "width": int,
+    "height": int,
+    "steps": int,
+    "guidance": float,
+    "seed": int,
+}
 
 
 @dataclass
@@ -61,12 +72,13 @@ class _Options:
         seeds = range(self.seed, self.seed + count)
         if self.output is None or self.output.is_dir():
             folder = self.output or Path()
-            return [folder / f"{Path(self.model).name}-{seed}.png" for seed in seeds]
+            return [folder / f"{Path(self.model).absolute().name}-{seed}.png" for seed in seeds]
         if count == 1:
             return [self.output]
         return [self.output.with_name(f"{self.output.stem}-{seed}{self.output.suffix}") for seed in seeds]
 
     def checkpoint_path(self, path: Path, step: int) -> Path:
+        """The file of the image after `step` steps."""
         return path.with_name(f"{path.stem}-step-{step:03}{path.suffix}")
 
 
@@ -79,17 +91,15 @@ class _Options:
     type=click.Path(path_type=Path),
     help="Image file (.png, .jpg, .webp) or folder. With several images the seed is added.  [default: MODEL-SEED.png]",
 )
-@click.option("-W", "--width", type=int, help="Pixels, a multiple of 16.  [default: 1024]")
-@click.option("-H", "--height", type=int, help="Pixels, a multiple of 16.  [default: 1024]")
+@click.option("-W", "--width", type=int, help="Pixels, a multiple of 16.  [default: 1024; demo 128]")
+@click.option("-H", "--height", type=int, help="Pixels, a multiple of 16.  [default: 1024; demo 128]")
 @click.option("-s", "--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option(
     "-g", "--guidance", type=float, help="Guidance scale; distilled models ignore it.  [default: the model's]"
 )
 @click.option("--seed", type=int, help="Seed of the first image; the next ones count up.  [default: random]")
-@click.option("-n", "--num-images", type=int, default=1, help="Images for each prompt.")
-@click.option(
-    "--prompts-file", type=click.File(encoding="utf-8"), help="File with one prompt a line, or - for standard input."
-)
+@click.option("-n", "--num-images", type=int, default=1, show_default=True, help="Images for each prompt.")
+@click.option("--prompts-file", metavar="FILE", help="File with one prompt a line, or - for standard input.")
 @weight_options
 @variant_option
 @click.option("--replay", type=click.Path(path_type=Path), metavar="IMAGE", help="Make an image again from its file.")
@@ -110,11 +120,12 @@ def t2i(prompt: str | None, profile: bool, as_json: bool, **given: Any) -> None:
     """
     options = _options(prompt, **given)
     paths = options.paths()
-    _check_files(options, paths)
+    _check(options, paths)
     start = time.perf_counter()
     with Bars(options.quiet) as bars:
         pipe = _open(options, bars)
         request = pipe.request(options.prompts, **options.settings())
+        _check_images(request, options, paths)
         output = _run(pipe, request, options, paths, bars)
     seconds = time.perf_counter() - start
     if profile:
@@ -126,39 +137,74 @@ def t2i(prompt: str | None, profile: bool, as_json: bool, **given: Any) -> None:
             click.echo(path)
 
 
-def _options(prompt: str | None, *, replay: Path | None, prompts_file: Any, **given: Any) -> _Options:
-    remembered: dict[str, Any] = {}
-    if replay is not None:
-        from ..images import read_settings
-
-        remembered = read_settings(replay)
-        given |= {key: remembered.get(key) for key in _REPLAYED if given[key] is None}
+def _options(prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> _Options:
     if prompts_file is not None and prompt is not None:
         raise click.UsageError("give either PROMPT or --prompts-file")
-    if prompts_file is not None:
-        prompts = [line.strip() for line in prompts_file if line.strip()]
-    else:
-        prompts = [p for p in (prompt, remembered.get("prompt")) if p is not None][:1]
-    if not prompts and prompt is None and prompts_file is None:
+    if prompts_file is None and prompt is None and replay is None:
         raise click.UsageError("give a PROMPT, --prompts-file or --replay")
-    if not prompts or not all(p.strip() for p in prompts):
-        raise InputError("the prompt is empty; describe the image in words")
-    seed = secrets.randbelow(2**32) if given["seed"] is None else given["seed"]
-    return _Options(prompts=prompts, **{**given, "model": given["model"] or DEFAULT_MODEL, "seed": seed})
+    remembered = {} if replay is None else _remembered(replay)
+    if given["model"] is not None:
+        remembered.pop("variant", None)  # what the other model was
+    given |= {key: remembered.get(key) for key in _REPLAYED if given[key] is None}
+    if prompts_file is not None:
+        prompts = _read_prompts(prompts_file)
+    else:
+        prompts = [remembered["prompt"] if prompt is None else prompt]
+    _check_prompts(prompts)
+    if not 1 <= len(prompts) * given["num_images"] <= MAX_IMAGES:
+        raise InputError(f"a run makes 1 to {MAX_IMAGES} images, not {len(prompts) * given['num_images']}")
+    defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
+    return _Options(prompts=prompts, **given | {key: x for key, x in defaults.items() if given[key] is None})
 
 
-def _check_files(options: _Options, paths: list[Path]) -> None:
-    """Everything that can be known to be wrong before a model is fetched or loaded."""
+def _remembered(image: Path) -> dict[str, Any]:
+    from ..images import read_settings
+
+    settings = read_settings(image)
+    for name, kind in {"prompt": str, **_REPLAYED}.items():
+        if not isinstance(settings.get(name), kind):
+            raise InputError(f"the settings in {image} are damaged: {name} is {settings.get(name)!r}")
+    return settings
+
+
+def _read_prompts(file: str) -> list[str]:
+    try:
+        with click.open_file(file, encoding="utf-8-sig") as lines:
+            prompts = [line.strip() for line in lines if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"can't read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+    if not prompts:
+        raise InputError(f"{file} holds no prompt; write one a line")
+    return prompts
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    for prompt in prompts:
+        if not prompt.strip():
+            raise InputError("the prompt is empty; describe the image in words")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"the prompt is not UTF-8 text: {prompt[:80]!a}")
+
+
+def _check(options: _Options, paths: list[Path]) -> None:
+    """Everything that can be known to be wrong before a model is fetched."""
     from ..images import check_output
     from ..sampling import Request
 
-    if options.model in VARIANTS:
-        row = VARIANTS[options.model]
-        Request.checked(row, row.vae.token_size, options.prompts, **options.settings())
+    row = VARIANTS.get(options.model, VARIANTS[DEFAULT_MODEL])
+    Request.checked(row, row.vae.token_size, options.prompts, **options.settings())
     for path in paths:
         check_output(path, options.force)
-    if len(set(paths)) < len(paths) or not paths:
-        raise InputError("the number of images must be 1 or more")
+
+
+def _check_images(request: "Request", options: _Options, paths: list[Path]) -> None:
+    """What else can be wrong with the files, now that the model has given size and steps."""
+    from ..images import check_output, check_size
+
+    for path in paths:
+        check_size(path, request.width, request.height)
+        for step in range(options.checkpoint or request.steps, request.steps, options.checkpoint or 1):
+            check_output(options.checkpoint_path(path, step), options.force)
 
 
 def _open(options: _Options, bars: Bars) -> "Flux2Pipeline":

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from geometry import (
-    IMAGE_SIDE,
-    STEPS,
     TEXT_LAYERS,
     TEXT_LENGTH,
     TOKEN_CHANNELS,
@@ -26,7 +24,7 @@ from training import MovingAverage, Progress, load_checkpoint, one_cycle, save_c
 from transformers import Qwen2Tokenizer
 from vae_stage import encode_patches, load_vae, to_tensor
 
-BATCH = 48
+BATCH = 32
 ADAM_RATE = 1.5e-3
 MUON_RATE = 1.5e-2
 # What the pipeline's scheduler shifts its sigmas by at 64 tokens and 8 steps (diffusers' compute_empirical_mu).
@@ -199,7 +197,7 @@ def load_tokenizer(work: Path) -> Qwen2Tokenizer:
 
 
 def train_transformer(
-    work: Path, steps: int, minutes: float, resume: bool, report: Callable[[TextToVelocity], str] | None = None
+    work: Path, steps: int, minutes: float, resume: bool, compiled: bool, report: Callable[[TextToVelocity], str]
 ) -> None:
     """Trains text encoder and transformer into `work`/flow.pt; `report` looks at the averaged model now and then."""
     torch.manual_seed(1)
@@ -211,11 +209,12 @@ def train_transformer(
         load_checkpoint(checkpoint, model, average, optimisers, progress)
     torch.manual_seed(1 + progress.done)
     examples, recent = Examples(work, tokenizer, seed=progress.done), []
+    predict = torch.compile(model) if compiled else model
     while (fraction := progress.fraction()) < 1:
         clean, ids, mask = examples.batch(BATCH)
         sigmas, noise = sample_sigmas(BATCH), torch.randn(BATCH, TOKENS_PER_SIDE**2, TOKEN_CHANNELS)
         level = sigmas[:, None, None]
-        velocity = model((1 - level) * clean + level * noise, sigmas, ids, mask)
+        velocity = predict((1 - level) * clean + level * noise, sigmas, ids, mask)
         loss = nn.functional.mse_loss(velocity, noise - clean)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -229,11 +228,7 @@ def train_transformer(
         if progress.done % 500 == 0:
             save_checkpoint(checkpoint, model, average, optimisers, progress)
             examples.refresh()
-            if report:
-                average.swap()
-                print(f"flow {progress.done} {report(model)}", flush=True)
-                average.swap()
+            average.swap()
+            print(f"flow {progress.done} {report(model)}", flush=True)
+            average.swap()
     save_checkpoint(checkpoint, model, average, optimisers, progress)
-
-
-__all__ = ["IMAGE_SIDE", "STEPS", "TextToVelocity", "load_tokenizer", "make_latents", "train_transformer"]

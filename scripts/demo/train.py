@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
+from evaluate import report_adherence
+from export_stage import export
+from flow_stage import make_latents, train_transformer
+from vae_stage import train_vae
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -18,6 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="at most so much training time")
     parser.add_argument("--count", type=int, default=40_000, help="how many scenes the latents stage draws")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's training step")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in WORK")
     return parser.parse_args()
 
@@ -25,13 +31,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs one stage."""
     arguments = parse_arguments()
+    work, steps, minutes = arguments.work, arguments.steps, arguments.minutes
     torch.set_num_threads(arguments.threads)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     if arguments.stage in ("vae", "refine"):
-        from vae_stage import train_vae
-
-        refine = arguments.stage == "refine"
-        train_vae(arguments.work, arguments.steps, arguments.minutes, arguments.resume, refine)
+        train_vae(work, steps, minutes, arguments.resume, refine=arguments.stage == "refine")
+    elif arguments.stage == "latents":
+        make_latents(work, arguments.count)
+    elif arguments.stage == "transformer":
+        train_transformer(work, steps, minutes, arguments.resume, arguments.compile, partial(report_adherence, work))
+    else:
+        export(work, arguments.output or work / "diffusers")
 
 
 if __name__ == "__main__":

@@ -66,13 +66,22 @@ def chunks(modulation: torch.Tensor, count: int) -> list[mx.array]:
 )
 def test_timestep_embedding_golden(sigma, entries, values):
     embedding = np.array(timestep_embedding(mx.array([sigma]), 256))[0]
-    np.testing.assert_allclose(embedding[entries], values, atol=1e-5)
+    np.testing.assert_allclose(embedding[entries], values, atol=3e-5)  # float32 angles of 500 are 3e-5 apart
 
 
 def test_timestep_embedding_matches_diffusers():
-    t = torch.tensor([0.0, 0.0003, 0.5, 0.7672, 0.967384, 1.0, 4.0])
+    t = torch.tensor([0.0, 0.0003, 0.5, 0.7672, 0.967384, 1.0])
     expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(t * 1000)
     assert relative_error(timestep_embedding(to_mx(t), 256), expected) <= BLOCK
+
+
+def test_timestep_embedding_of_large_angles_is_nearer_the_truth():
+    """Guidance 4 turns up to 4000 radians, where float32 leaves diffusers an error of 3.6e-5 and us 3.1e-5."""
+    t = torch.tensor([4.0])
+    angles = 4000 * np.exp(-np.log(10000) / 128 * np.arange(128))
+    exact = np.concatenate([np.cos(angles), np.sin(angles)])[None]
+    theirs = relative_error(Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(t * 1000), exact)
+    assert relative_error(timestep_embedding(to_mx(t), 256), exact) <= theirs
 
 
 @pytest.mark.parametrize(("name", "source"), [("time_in", "timestep_embedder"), ("guidance_in", "guidance_embedder")])

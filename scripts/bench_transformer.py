@@ -1,0 +1,161 @@
+"""Time one denoising step of the transformer beside mflux's and diffusers', in alternating runs.
+
+All use float32 and random weights at the width of klein-4b with fewer blocks. Each implementation runs in a process
+of its own, told when to step; the ratios are taken run by run, so that a drifting machine does not distort them.
+mflux goes into an environment of its own, with the same version of MLX (on Linux: `pip install mflux==0.24.*`,
+`pip uninstall mlx-cuda-13`, `pip install 'mlx[cpu]'`).
+
+    python scripts/bench_transformer.py --mflux-python ~/mflux/bin/python --blas /usr/lib/…/libblas.so.3
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+DOUBLE, SINGLE, HEADS, CONTEXT = 2, 4, 24, 7680
+SIDE, TEXT = 32, 512  # 1024 image tokens, those of a 512×512 image
+SIGMA = 0.9
+
+
+def ours() -> tuple[Callable[[], object], Callable[[], int]]:
+    import mlx.core as mx
+    import numpy as np
+
+    from flux2_mlx.config import TransformerConfig
+    from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
+
+    config = TransformerConfig(DOUBLE, SINGLE, HEADS, CONTEXT, guidance_embeds=False)
+    model = Flux2Transformer(config)
+    mx.eval(model.parameters())
+    tokens, text = mx.random.normal((1, SIDE * SIDE, 128)), mx.random.normal((1, TEXT, CONTEXT))
+
+    # Text projection and rotations belong to the run, not to the step; they are made anew here to be fair.
+    def step():
+        rope = rope_table(np.concatenate([text_ids(TEXT), image_ids(SIDE, SIDE)]), config)
+        mx.eval(model(tokens, model.txt_in(text), mx.array([SIGMA]), rope))
+
+    mx.eval(tokens, text)
+    return step, _mlx_activations(step)
+
+
+def mflux() -> tuple[Callable[[], object], Callable[[], int]]:
+    import mlx.core as mx
+    from mflux.models.common.config.model_config import ModelConfig
+    from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
+
+    ModelConfig.precision = mx.float32
+    model = Flux2Transformer(num_layers=DOUBLE, num_single_layers=SINGLE)
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    tokens, text = mx.random.normal((1, SIDE * SIDE, 128)), mx.random.normal((1, TEXT, CONTEXT))
+    rows, columns = mx.meshgrid(mx.arange(SIDE), mx.arange(SIDE), indexing="ij")
+    zeros = mx.zeros_like(rows)
+    img_ids = mx.stack([zeros, rows, columns, zeros], axis=-1).reshape(1, -1, 4)
+    txt_ids = mx.pad(mx.arange(TEXT)[:, None], [(0, 0), (3, 0)])[None]
+    mx.eval(tokens, text, img_ids, txt_ids)
+    step = lambda: mx.eval(model(tokens, text, SIGMA, img_ids, txt_ids))  # noqa: E731
+    return step, _mlx_activations(step)
+
+
+def diffusers() -> tuple[Callable[[], object], Callable[[], int]]:
+    import torch
+    from diffusers import Flux2Transformer2DModel
+
+    model = Flux2Transformer2DModel(
+        num_layers=DOUBLE, num_single_layers=SINGLE, num_attention_heads=HEADS, joint_attention_dim=CONTEXT,
+        guidance_embeds=False,
+    ).eval()  # fmt: skip
+    tokens, text = torch.randn(1, SIDE * SIDE, 128), torch.randn(1, TEXT, CONTEXT)
+    axis = torch.arange(SIDE)
+    img_ids = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), axis, axis, torch.zeros(1, dtype=torch.int64))
+    txt_ids = torch.nn.functional.pad(torch.arange(TEXT)[:, None], (3, 0))
+
+    def step():
+        with torch.no_grad():
+            model(tokens, text, torch.tensor([SIGMA]), img_ids[None], txt_ids[None], None)
+
+    return step, lambda: 0
+
+
+def _mlx_activations(step: Callable[[], object]) -> Callable[[], int]:
+    """Peak memory of a step above what is held between steps."""
+    import mlx.core as mx
+
+    def measure() -> int:
+        mx.clear_cache()
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        step()
+        return mx.get_peak_memory() - held
+
+    return measure
+
+
+def work(name: str) -> None:
+    """Step whenever a line comes in, and answer with the seconds it took."""
+    step, activations = {"ours": ours, "mflux": mflux, "diffusers": diffusers}[name]()
+    print(json.dumps({"activations": activations()}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+class Worker:
+    def __init__(self, name: str, python: str, blas: str | None):
+        environment = os.environ | ({"LD_PRELOAD": blas} if blas and name != "diffusers" else {})
+        self.name = name
+        self._process = subprocess.Popen(
+            [python, __file__, "--worker", name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        self.activations = self._read()["activations"]
+        self.seconds: list[float] = []
+
+    def _read(self) -> dict[str, float]:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"the {self.name} worker ended early")
+        return json.loads(line)
+
+    def step(self) -> None:
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        self.seconds.append(self._read()["seconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mflux-python", help="python of an environment with mflux; left out: no mflux")
+    parser.add_argument("--diffusers", action="store_true", help="compare with diffusers as well")
+    parser.add_argument("--blas", help="BLAS library to preload on Linux, where MLX's wheel links the reference BLAS")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return work(arguments.worker)
+    workers = [Worker("ours", sys.executable, arguments.blas)]
+    if arguments.mflux_python:
+        workers.append(Worker("mflux", arguments.mflux_python, arguments.blas))
+    if arguments.diffusers:
+        workers.append(Worker("diffusers", sys.executable, None))
+    for _ in range(arguments.runs):
+        for worker in workers:
+            worker.step()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.runs} runs each")
+    for worker in workers:
+        ratios = [mine / theirs for mine, theirs in zip(workers[0].seconds, worker.seconds, strict=True)]
+        print(
+            f"{worker.name:10} median {statistics.median(worker.seconds):7.2f} s   "
+            f"ours/{worker.name} {statistics.median(ratios):.3f}   activations {worker.activations / 1e9:.3f} GB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Small random models in the official layout, made and saved with the PyTorch reference classes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler
+from reference.parity import randomize
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig
+
+# Quantizable layers beside some that are not (in_channels < 64), a pixel grid as in the released models (16 to a
+# token), and two text layers more than are kept.
+TRANSFORMER = TransformerConfig(2, 2, 2, 192, 32, 16, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)
+TEXT = TextConfig("qwen3", 64, 128, 27, 272, (9, 18, 27), 4, 2, 16)
+VAE = VAEConfig((8, 16, 16, 24), None, 1, 4, 4)
+STORED_TEXT_LAYERS = 29
+VARIANT = "klein-4b"  # small geometry is that of no variant, so it must be named
+WEIGHTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer of Qwen's kind with one token a byte; gives its folder."""
+    tokens = (*sorted(pre_tokenizers.ByteLevel.alphabet()), *_SPECIAL_TOKENS)
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    values = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def small_pipeline(
+    tokenizer: Path,
+    *,
+    transformer: TransformerConfig = TRANSFORMER,
+    text: TextConfig = TEXT,
+    vae: VAEConfig = VAE,
+    distilled: bool = True,
+    seed: int = 0,
+) -> Flux2KleinPipeline:
+    """The reference pipeline with random float32 weights that bfloat16 holds.
+
+    `tokenizer` is a folder with `tokenizer.json` and `tokenizer_config.json`.
+    """
+    blocks = len(vae.block_out_channels)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
+    networks: dict[str, torch.nn.Module] = {
+        "transformer": Flux2Transformer2DModel(**transformer.to_dict()),
+        "text_encoder": _text_encoder(text),
+        "vae": AutoencoderKLFlux2(**vae.to_dict(), **kinds),
+    }
+    for number, network in enumerate(networks.values()):
+        randomize(network, 3 * seed + number, torch.bfloat16)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer),
+        is_distilled=distilled,
+        **networks,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _text_encoder(config: TextConfig) -> Qwen3ForCausalLM:
+    values = config.to_dict() | {"num_hidden_layers": STORED_TEXT_LAYERS, "max_position_embeddings": 1024}
+    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    values = {k: v for k, v in values.items() if k not in ("model_type", "out_layers")}
+    return Qwen3ForCausalLM(Qwen3Config(**values, rope_parameters=rope, tie_word_embeddings=True))
+
+
+def save_small(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: str = "10GB", **settings: Any) -> Path:
+    """Save a `small_pipeline` with a byte tokenizer; `settings` are those of `small_pipeline`."""
+    tokenizer = write_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
+    pipeline = small_pipeline(tokenizer, **settings)
+    for name in WEIGHTS:
+        getattr(pipeline, name).to(dtype)
+    pipeline.save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes a key."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite a safetensors file after `change` has altered its tensors in place."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
