@@ -85,8 +85,8 @@ def write_checkpoint(
         InputError: `target` exists or can't be written, the disk is too small, an unknown quantization.
         CheckpointError: names, shapes or dtypes are not those of the model, or weights are not finite.
     """
-    text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)])
-    quants = {"transformer": quant, "text_encoder": text_quant, "vae": "bf16"}
+    text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
+    quants = {"transformer": check_quant(quant), "text_encoder": check_quant(text_quant), "vae": "bf16"}
     plans = [_plan(source, component, quants[component]) for component in _RULES]
     _check_tokenizer(source)
     check_target(target, force)

@@ -114,8 +114,11 @@ class VAEConfig(_FromDict):
 
 @dataclass(frozen=True)
 class TextConfig(_FromDict):
-    """Geometry of a text encoder. `num_hidden_layers` counts the layers that are kept, `out_layers` the
-    hidden states handed to the transformer (k = residual stream after k layers)."""
+    """Geometry of a text encoder.
+
+    `num_hidden_layers` counts the layers up to the last of `out_layers`, the hidden states that the transformer reads
+    (k = residual stream after k layers). `num_later_layers` are the further ones, which only generating text needs.
+    """
 
     model_type: str
     hidden_size: int
@@ -128,6 +131,8 @@ class TextConfig(_FromDict):
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
+    num_later_layers: int = 0
+    tie_word_embeddings: bool = False
 
     def __post_init__(self):
         _check(
@@ -140,9 +145,39 @@ class TextConfig(_FromDict):
         )
 
     @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised head by head."""
+        return self.model_type == "qwen3"
+
+    @property
     def output_size(self) -> int:
         """Features of one text token for the transformer."""
         return len(self.out_layers) * self.hidden_size
+
+
+@dataclass(frozen=True)
+class VisionConfig(_FromDict):
+    """Geometry of Mistral's vision tower and projector (Pixtral). `image_size` is the longest side in pixels."""
+
+    text_hidden_size: int
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 1540
+    spatial_merge_size: int = 2
+    rope_theta: float = 1e4
+    projector_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def cell_size(self) -> int:
+        """Pixels along one side of what becomes one `[IMG]` token."""
+        return self.patch_size * self.spatial_merge_size
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _WEIGHTS = ("transformer", "vae", "text_encoder")
 _FOLDERS = (*_WEIGHTS, "tokenizer", "scheduler")
 # Nothing else of the root: it also holds the transformer as a single file, which would double the download.
 _NEEDED = re.compile(rf"{_INDEX}|(?:{'|'.join(_FOLDERS)})/[^/]+\.(?:json|safetensors|txt|jinja)")
-_SMALL = 10_000_000  # files below this many bytes get no progress bar
+_SMALL = 10_000_000  # files below this many bytes get no progress bar, and start anew after an interruption
 
 
 def is_repo_id(text: str) -> bool:
@@ -36,7 +36,8 @@ def is_repo_id(text: str) -> bool:
 def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, quiet: bool = False) -> Path:
     """Fetch what a conversion of a diffusers-layout repo needs, check it, and return its folder in the cache.
 
-    What the cache already holds is not fetched again. Without a connection a complete copy in the cache is used.
+    What the cache already holds is not fetched again, and a big file goes on where an earlier call was stopped.
+    Without a connection a complete copy in the cache is used.
 
     Args:
         repo_id: `owner/name`.
@@ -88,7 +89,7 @@ def _find_cached(repo_id: str, revision: str | None) -> Path | None:
 
 
 def _download(repo_id: str, revision: str | None, info: Any, quiet: bool) -> Path:
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
     # Small ones first, so that what goes wrong goes wrong early.
     files = sorted((f for f in info.siblings if _NEEDED.fullmatch(f.rfilename)), key=lambda file: file.size or 0)
@@ -97,21 +98,60 @@ def _download(repo_id: str, revision: str | None, info: Any, quiet: bool) -> Pat
     cache = Path(constants.HF_HUB_CACHE).absolute()
     storage = cache / f"models--{repo_id.replace('/', '--')}"
     missing = [file for file in files if not _is_cached(file, storage, info.sha)]
-    _check_space(repo_id, sum(file.size or 0 for file in missing), cache)
+    # Files above MAX_HTTP_DOWNLOAD_SIZE only hf_xet can fetch.
+    big = [file for file in missing if file.lfs and _SMALL <= file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]
+    partials = {file.rfilename: storage / "blobs" / f"{file.lfs.sha256}.incomplete" for file in big}
+    kept = sum(partial.stat().st_size for partial in partials.values() if partial.exists())
+    _check_space(repo_id, sum(file.size or 0 for file in missing) - kept, cache)
     try:
         # One by one in this thread: on Ctrl-C `snapshot_download` first completes every file it has open.
         for file in files:
             with _progress_bars(not quiet and (file.size or 0) >= _SMALL):
-                path = hf_hub_download(repo_id, file.rfilename, revision=info.sha)
-            _verify(Path(path), file, fresh=file in missing)
+                if partial := partials.get(file.rfilename):
+                    _fetch_resumably(hf_hub_url(repo_id, file.rfilename, revision=info.sha), file, partial)
+                path = hf_hub_download(repo_id, file.rfilename, revision=info.sha)  # only links a blob that is there
+            _verify(Path(path), file, fresh=file in missing and not partial)
         # Asking by branch records the branch in the cache, for offline look-ups; only now is everything there.
         hf_hub_download(repo_id, _INDEX, revision=revision)
     except DownloadError:
         raise
     except Exception as error:  # as above, and hf_xet raises RuntimeError
-        broken = f"the download of {repo_id} broke off ({_first_line(error)}); start it again, finished files are kept"
+        broken = f"the download of {repo_id} broke off ({_first_line(error)}); start it again, it goes on from there"
         raise DownloadError(_explain(error, repo_id, revision) or broken) from error
     return storage / "snapshots" / info.sha
+
+
+def _fetch_resumably(url: str, file: Any, partial: Path) -> None:
+    """Fetch a big file into `blobs` of the cache, on from the partial file that an earlier call left, and check it.
+
+    Not left to hf_hub_download: newer versions (2.4 for one) delete their temporary file when they are stopped, and
+    hf_xet takes up no partial file, so a broken connection or Ctrl-C would cost all gigabytes that had arrived.
+    """
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    blob, storage = partial.with_suffix(""), partial.parent.parent
+    lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # hf_hub_download takes the same
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    # `url` is on the Hub: the signed address it redirects to expires, maybe before a retry. The HTTP client drops the
+    # token on a redirect to another host.
+    headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # compressed, a range could be ignored
+    options = {"headers": headers, "expected_size": file.size, "displayed_filename": file.rfilename}
+    with WeakFileLock(lock):
+        while not blob.exists():  # it may have come from another process
+            with partial.open("ab") as stream:
+                start = stream.tell()
+                if start > file.size:
+                    start = stream.seek(0)
+                    stream.truncate()
+                http_get(url, stream, resume_size=start, **options)
+            try:
+                _verify(partial, file, fresh=True)
+                os.replace(partial, blob)
+            except DownloadError:  # `partial` is deleted by now
+                if start == 0:
+                    raise
 
 
 def _is_cached(file: Any, storage: Path, commit: str) -> bool:

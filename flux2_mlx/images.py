@@ -42,7 +42,7 @@ def describe(settings: dict[str, Any]) -> str:
 def check_output(path: Path, force: bool = False) -> None:
     """Raise InputError if an image can't be written to `path`: its type, an existing file, its folder."""
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}, or be that of a folder")
+        raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}, or be a folder that exists")
     if path.is_dir():
         raise InputError(f"can't write {path}: it is a folder")
     if path.exists() and not force:

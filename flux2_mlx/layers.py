@@ -30,17 +30,26 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
     """Scaled dot-product attention; `k` and `v` may have fewer heads than `q` (grouped queries).
 
-    `mask` is boolean, `[B, 1, Lq, Lk]`, True where a query may look.
+    `mask` is boolean, `[B or 1, 1, Lq, Lk]`, True where a query may look. A query that may look nowhere gets zeros,
+    as in PyTorch.
     """
     scale = q.shape[-1] ** -0.5
     if on_metal() and q.shape[-1] in _FUSED_HEAD_SIZES:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return _attend(q, k, v, scale, mask)
     B, heads, Lq, _ = q.shape
     rows = max(1, _SCORES_PER_CHUNK // (B * heads * k.shape[2]))
     chunks = []
     for start in range(0, Lq, rows):
         part = slice(start, start + rows)
-        chunk_mask = None if mask is None else mask[:, :, part]
-        chunks.append(mx.fast.scaled_dot_product_attention(q[:, :, part], k, v, scale=scale, mask=chunk_mask))
+        chunks.append(_attend(q[:, :, part], k, v, scale, None if mask is None else mask[:, :, part]))
         mx.eval(chunks[-1])
     return mx.concatenate(chunks, axis=2) if len(chunks) > 1 else chunks[0]
+
+
+def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    if mask is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    # Over no keys at all the softmax is not a number, so a blind query first looks everywhere.
+    sees = mask.any(axis=-1, keepdims=True)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask | ~sees)
+    return mx.where(sees, out, 0)

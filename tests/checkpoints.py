@@ -1,26 +1,34 @@
-"""Small random models in the official layout, made and saved with the PyTorch reference classes."""
+"""Small random models in the official layout, made and saved with the PyTorch reference classes, and converted."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from reference.parity import randomize
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig
+from flux2_mlx.convert import Source, write_checkpoint
+
+torch.set_num_threads(1)  # more threads only wait for each other on networks so small
+gc.freeze()  # the pipeline collects garbage after each phase, which the libraries' many objects make very slow
 
 # Quantizable layers beside some that are not (in_channels < 64), a pixel grid as in the released models (16 to a
-# token), and two text layers more than are kept.
+# token), and (below) two text layers more than are kept.
 TRANSFORMER = TransformerConfig(2, 2, 2, 192, 32, 16, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)
 TEXT = TextConfig("qwen3", 64, 128, 27, 272, (9, 18, 27), 4, 2, 16)
 VAE = VAEConfig((8, 16, 16, 24), None, 1, 4, 4)
-STORED_TEXT_LAYERS = 29
-VARIANT = "klein-4b"  # small geometry is that of no variant, so it must be named
+# 35 MB in bfloat16, its largest tensor 2.7 MB.
+LARGE_TRANSFORMER = TransformerConfig(2, 4, 6, 192, 64, 16, axes_dims_rope=(16, 16, 16, 16), guidance_embeds=False)
+# Small geometry is that of no variant, so it must be named. The demo's row needs only three text layers.
+VARIANT, SHALLOW_VARIANT = "klein-4b", "demo"
+SHALLOW_TEXT = TextConfig("qwen3", 64, 128, 3, 272, (1, 2, 3), 4, 2, 16)
 WEIGHTS = {
     "transformer": "transformer/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
@@ -77,10 +85,15 @@ def small_pipeline(
 
 
 def _text_encoder(config: TextConfig) -> Qwen3ForCausalLM:
-    values = config.to_dict() | {"num_hidden_layers": STORED_TEXT_LAYERS, "max_position_embeddings": 1024}
-    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    values = {k: v for k, v in values.items() if k not in ("model_type", "out_layers")}
-    return Qwen3ForCausalLM(Qwen3Config(**values, rope_parameters=rope, tie_word_embeddings=True))
+    sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    values = {name: getattr(config, name) for name in sizes} | {
+        "num_hidden_layers": config.num_hidden_layers + 2,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": True,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**values))
 
 
 def save_small(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: str = "10GB", **settings: Any) -> Path:
@@ -91,6 +104,20 @@ def save_small(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: str
         getattr(pipeline, name).to(dtype)
     pipeline.save_pretrained(folder, max_shard_size=shards)
     return folder
+
+
+def convert(
+    source: Path,
+    target: Path,
+    quant: str = "bf16",
+    text_quant: str | None = "bf16",
+    *,
+    variant: str | None = VARIANT,
+    **options: Any,
+) -> Path:
+    """Convert a saved model with our converter; gives `target`."""
+    write_checkpoint(Source.open(source, variant), target, quant, text_quant, **options)
+    return target
 
 
 def edit_json(path: Path, **changes: Any) -> None:

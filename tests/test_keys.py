@@ -10,10 +10,10 @@ from types import ModuleType
 
 import mlx.core as mx
 import pytest
+from flux2_mlx.convert import text, transformer, vae
 
 from flux2_mlx.checkpoint import Component, TensorInfo, module_tensors
 from flux2_mlx.config import VARIANTS, VAEConfig
-from flux2_mlx.convert import text, transformer, vae
 from flux2_mlx.quantization import statement
 
 KEYS = Path(__file__).parent / "keys"

@@ -73,7 +73,11 @@ def read_scene(image: Image.Image) -> Reading:
 
 def judge(image: Image.Image, scene: Scene) -> Verdict:
     """Compares what `image` shows with `scene`, attribute by attribute."""
-    reading = read_scene(image)
+    return compare(read_scene(image), scene)
+
+
+def compare(reading: Reading, scene: Scene) -> Verdict:
+    """Compares what was read off a picture with `scene`, attribute by attribute."""
     background = reading.background == scene.background
     wanted = (scene.first, scene.second) if scene.is_pair else (scene.first,)
     if len(reading.shapes) != len(wanted):
@@ -82,7 +86,7 @@ def judge(image: Image.Image, scene: Scene) -> Verdict:
         shape = reading.shapes[0]
         right_shape, right_colour = shape.name == scene.first.name, shape.colour == scene.first.colour
         return Verdict(background, True, right_colour, right_shape, shape.size == scene.size, None)
-    options = [_judge_pair(order, wanted, scene.relation) for order in (reading.shapes, reading.shapes[::-1])]
+    options = [_compare_pair(order, wanted, scene.relation) for order in (reading.shapes, reading.shapes[::-1])]
     colours, shapes, relation = max(options, key=lambda option: (sum(option[0] + option[1]), option[2]))
     return Verdict(background, True, all(colours), all(shapes), None, relation)
 
@@ -92,7 +96,7 @@ def matches(image: Image.Image, scene: Scene) -> bool:
     return judge(image, scene).all_right
 
 
-def _judge_pair(
+def _compare_pair(
     found: tuple[Found, ...], wanted: tuple[Shape, ...], relation: str
 ) -> tuple[list[bool], list[bool], bool]:
     colours = [shape.colour == other.colour for shape, other in zip(found, wanted, strict=True)]

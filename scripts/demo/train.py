@@ -1,4 +1,8 @@
-"""Trains the demonstration model, stage by stage: vae, refine (of the vae), latents, transformer, export."""
+"""Trains the demonstration model, stage by stage: vae, refine, latents, transformer, decoder, export.
+
+Stages refine and decoder go on with the autoencoder; decoder, which leaves its encoder alone, can run at any time
+after refine, also beside transformer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from vae_stage import train_vae
 def parse_arguments() -> argparse.Namespace:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("vae", "refine", "latents", "transformer", "export"))
+    parser.add_argument("stage", choices=("vae", "refine", "latents", "decoder", "transformer", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and cached latents")
     parser.add_argument("--output", type=Path, help="folder that export writes (default: WORK/diffusers)")
     parser.add_argument("--steps", type=int, default=1_000_000, help="at most so many optimiser steps")
@@ -34,8 +38,8 @@ def main() -> None:
     work, steps, minutes = arguments.work, arguments.steps, arguments.minutes
     torch.set_num_threads(arguments.threads)
     work.mkdir(parents=True, exist_ok=True)
-    if arguments.stage in ("vae", "refine"):
-        train_vae(work, steps, minutes, arguments.resume, refine=arguments.stage == "refine")
+    if arguments.stage in ("vae", "refine", "decoder"):
+        train_vae(work, steps, minutes, arguments.resume, arguments.stage)
     elif arguments.stage == "latents":
         make_latents(work, arguments.count)
     elif arguments.stage == "transformer":

@@ -19,6 +19,7 @@ LEARNING_RATE = 2e-3
 LATENT_NOISE = 0.1
 SHAPE_WEIGHT = 2.0
 ABSOLUTE_SHARE = 0.15
+CHECKPOINTS = {"vae": "vae.pt", "refine": "refine.pt", "decoder": "decoder.pt"}
 # Sampling the posterior should give nearly its mean, for no loss shapes the variance.
 LOG_VARIANCE = -12.0
 
@@ -87,37 +88,40 @@ def _fresh_vae() -> AutoencoderKLFlux2:
     return vae
 
 
-def train_vae(work: Path, steps: int, minutes: float, resume: bool, refine: bool = False) -> None:
-    """Trains the autoencoder into `work`/vae.pt.
+def train_vae(work: Path, steps: int, minutes: float, resume: bool, phase: str = "vae") -> None:
+    """Trains the autoencoder, or goes on with a trained one.
 
-    Whole pictures come between the crops because the norms' statistics depend on the size of the flat background.
-    `refine` goes on from a finished training with mostly whole pictures.
+    `phase` "vae" starts afresh. Whole pictures come between its crops because the norms' statistics depend on the
+    size of the flat background. "refine" goes on with mostly whole pictures. "decoder" does so with the encoder held
+    still, so that latents made before stay valid. Each writes its checkpoint into `work`.
     """
     torch.manual_seed(0)
-    highest = LEARNING_RATE / 2 if refine else LEARNING_RATE
-    vae = _fresh_vae().train()
+    vae = (_fresh_vae() if phase == "vae" else load_vae(work)).train().requires_grad_(True)
+    if phase == "decoder":
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trained = [value for value in vae.parameters() if value.requires_grad]
     average = MovingAverage(vae, 0.995)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=1e-3, betas=(0.9, 0.98))
-    progress, checkpoint = Progress(steps, minutes), work / "vae.pt"
-    if (resume or refine) and checkpoint.exists():
+    highest = LEARNING_RATE if phase == "vae" else LEARNING_RATE / 2
+    optimiser = torch.optim.AdamW(trained, lr=highest, weight_decay=1e-3, betas=(0.9, 0.98))
+    progress, checkpoint = Progress(steps, minutes), work / CHECKPOINTS[phase]
+    if resume and checkpoint.exists():
         load_checkpoint(checkpoint, vae, average, optimiser, progress)
-    if refine:
-        progress.done, progress.spent = 0, 0.0
     pool, recent = ScenePool(512, seed=1000 + progress.done), []
     while (fraction := progress.fraction()) < 1:
         for group in optimiser.param_groups:
             group["lr"] = highest * one_cycle(fraction)
-        crops = progress.done % 6 == 0 if refine else progress.done % 3 != 2
+        crops = progress.done % 3 != 2 if phase == "vae" else progress.done % 6 == 0
         loss, squared = reconstruction_loss(vae, pool.crops(CROPS) if crops else pool.whole(WHOLE))
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         average.update()
         progress.done += 1
         recent.append(squared.item())
         if progress.done % 50 == 0:
-            print(f"vae {progress.done} {progress.spent:.0f}s squared {np.mean(recent):.5f}", flush=True)
+            print(f"{phase} {progress.done} {progress.spent:.0f}s squared {np.mean(recent):.5f}", flush=True)
             recent.clear()
         if progress.done % 500 == 0:
             save_checkpoint(checkpoint, vae, average, optimiser, progress)
@@ -127,7 +131,8 @@ def train_vae(work: Path, steps: int, minutes: float, resume: bool, refine: bool
 def load_vae(work: Path) -> AutoencoderKLFlux2:
     """The averaged autoencoder of `work`, its norm as yet unset if no latents were made."""
     vae = build_vae()
-    load_average(work / "vae.pt", vae)
+    written = [work / name for name in CHECKPOINTS.values() if (work / name).exists()]
+    load_average(written[-1], vae)
     statistics = work / "statistics.pt"
     if statistics.exists():
         mean, variance = torch.load(statistics, weights_only=True)

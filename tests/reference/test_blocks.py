@@ -13,13 +13,13 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TimestepGuidanceEmbeddings,
     Flux2TransformerBlock,
 )
-from reference.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
+from flux2_mlx.convert import transformer as rules
 
 from flux2_mlx.config import VARIANTS, TransformerConfig
-from flux2_mlx.convert import transformer as rules
 from flux2_mlx.transformer import image_ids, rope_table, text_ids
 from flux2_mlx.transformer.blocks import (
     DoubleBlock,
+    HeadNorm,
     LastLayer,
     MLPEmbedder,
     Modulation,
@@ -27,6 +27,7 @@ from flux2_mlx.transformer.blocks import (
     timestep_embedding,
 )
 from flux2_mlx.transformer.rope import rotate
+from reference.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
 
 # Axes of different sizes, so that none can be taken for another.
 TINY = TransformerConfig(1, 1, 3, 40, 36, 16, axes_dims_rope=(8, 12, 10, 6), guidance_embeds=False)
@@ -107,6 +108,29 @@ def test_rotation_matches_diffusers(config):
     expected = apply_rotary_emb(x, reference_rope(config, ids), sequence_dim=1)
     ours = rotate(to_mx(x).transpose(0, 2, 1, 3), rope_table(ids, config)).transpose(0, 2, 1, 3)
     assert relative_error(ours, expected) <= BLOCK
+
+
+def test_rotation_is_done_in_float32():
+    ids = positions(5, 3, 4)
+    x, table = to_mx(random_tensor(1, 3, len(ids), 36)).astype(mx.bfloat16), rope_table(ids, TINY)
+    expected = rotate(x.astype(mx.float32), table).astype(mx.bfloat16)
+    assert rotate(x, table).dtype == mx.bfloat16
+    assert mx.array_equal(rotate(x, table), expected)
+
+
+def test_head_norm_in_bfloat16():
+    """As BFL's: statistics and normalised values in float32, rounded once or twice."""
+    reference = randomize(torch.nn.RMSNorm(128, eps=1e-6), dtype=torch.bfloat16)
+    x = random_tensor(2, 5, 3, 128, dtype=torch.bfloat16)
+    norm = HeadNorm(128, 1e-6).load_weights([("scale", to_mx(reference.weight))])
+    norm.set_dtype(mx.bfloat16)
+    ours = relative_error(norm(to_mx(x).astype(mx.bfloat16)), reference(x))
+    print(
+        ours,
+        relative_error(reference.bfloat16()(x.bfloat16()), reference.float()(x)),
+        relative_error(x * 0 + reference(x).bfloat16().float(), reference(x)),
+    )
+    assert ours <= 0
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
-from reference.parity import BF16_FACTOR, NETWORK, randomize, relative_error, transfer
+from flux2_mlx.convert import text as rules
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from flux2_mlx.config import TextConfig
-from flux2_mlx.convert import text as rules
 from flux2_mlx.text import KleinTokenizer, Qwen3Encoder
+from reference.parity import NETWORK, randomize, relative_error, transfer
 
 # Two layers more than are kept, and heads · head_dim ≠ hidden_size as in the released model.
 LAYERS = 29
@@ -22,10 +22,10 @@ LENGTH = 20
 
 
 def networks(config: TextConfig, dtype=torch.float32, tied: bool = True) -> tuple[Qwen3ForCausalLM, Qwen3Encoder]:
-    values = config.to_dict() | {"num_hidden_layers": LAYERS, "max_position_embeddings": 512}
-    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    values = {k: v for k, v in values.items() if k not in ("model_type", "out_layers")}
-    source = Qwen3Config(**values, rope_parameters=rope, tie_word_embeddings=tied)
+    fields = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    values = {name: getattr(config, name) for name in (*fields, "head_dim", "rms_norm_eps")}
+    values |= {"num_hidden_layers": LAYERS, "max_position_embeddings": 512, "tie_word_embeddings": tied}
+    source = Qwen3Config(**values, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
     reference = randomize(Qwen3ForCausalLM(source), dtype=dtype)
     return reference, transfer(reference, Qwen3Encoder(config), rules, config)
 
@@ -76,7 +76,7 @@ def test_bfloat16():
     ours.set_dtype(mx.bfloat16)
     got = ours(mx.array(ids), mx.array(mask))
     assert got.dtype == mx.bfloat16
-    assert relative_error(got, exact) <= BF16_FACTOR * theirs
+    assert relative_error(got, exact) <= 1.2 * theirs  # measured: 0.95
 
 
 def test_prompts_match_the_pipeline(qwen3_tokenizer_file: Path):

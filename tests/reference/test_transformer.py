@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from reference.parity import BF16_FACTOR, NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
+from flux2_mlx.convert import transformer as rules
 
 from flux2_mlx.config import TransformerConfig
-from flux2_mlx.convert import transformer as rules
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
+from reference.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 # Axes of different sizes, so that none can be taken for another.
 KLEIN = TransformerConfig(2, 3, 3, 40, 36, 16, axes_dims_rope=(8, 12, 10, 6), guidance_embeds=False)
@@ -78,4 +78,6 @@ def test_transformer_in_bfloat16(config, guidance):
     exact = run_reference(reference, img, txt, *arguments)
     ours.set_dtype(mx.bfloat16)
     theirs = relative_error(run_reference(reference.bfloat16(), img, txt, *arguments), exact)
-    assert relative_error(run_ours(ours, config, img, txt, *arguments), exact) <= BF16_FACTOR * theirs
+    got = run_ours(ours, config, img, txt, *arguments)
+    assert got.dtype == mx.bfloat16
+    assert relative_error(got, exact) <= 1.2 * theirs  # measured: 0.95 both times

@@ -4,11 +4,11 @@ import mlx.core as mx
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
-from reference.parity import BF16_FACTOR, NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
+from flux2_mlx.convert import vae as rules
 
 from flux2_mlx.config import VAEConfig
-from flux2_mlx.convert import vae as rules
 from flux2_mlx.vae import VAE
+from reference.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 FULL = VAEConfig()
 SMALL_DECODER = VAEConfig(decoder_block_out_channels=(96, 192, 384, 384))
@@ -116,4 +116,4 @@ def test_bfloat16():
     got = channels_first(ours.encode(x)), ours.to_tokens(latents), channels_first(ours.decode(latents))
     for mine, torchs, right in zip(got, theirs, exact, strict=True):
         assert mine.dtype == mx.bfloat16
-        assert relative_error(mine, right) <= BF16_FACTOR * relative_error(torchs, right)
+        assert relative_error(mine, right) <= 1.5 * relative_error(torchs, right)  # measured: 1.25, 1.00, 1.29

@@ -1,0 +1,131 @@
+"""The decoder-only language models that read prompts: Qwen3 and Mistral Small 3.2.
+
+`TextEncoder` runs the layers whose hidden states the transformer needs; `LanguageModel` adds the later ones to
+generate text. Source: transformers' `Qwen3Model` and `MistralModel`; attribute names are their weight names.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import TextConfig
+from ..layers import attention, swiglu
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        D, head_dim = config.hidden_size, config.head_dim
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._rope_theta = config.rope_theta
+        self.q_proj = nn.Linear(D, self._heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(D, self._kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(D, self._kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(self._heads * head_dim, D, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any = None) -> mx.array:
+        B, L, _ = x.shape
+        q, k = self.q_proj(x).reshape(B, L, self._heads, -1), self.k_proj(x).reshape(B, L, self._kv_heads, -1)
+        if "q_norm" in self:
+            q, k = self.q_norm(q), self.k_norm(k)
+        v = self.v_proj(x).reshape(B, L, self._kv_heads, -1).transpose(0, 2, 1, 3)
+        offset = 0 if cache is None else cache.offset
+        q, k = (self._rotate(y.transpose(0, 2, 1, 3), offset) for y in (q, k))
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = attention(q, k, v, mask)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+    def _rotate(self, x: mx.array, offset: int) -> mx.array:
+        return mx.fast.rope(x, x.shape[-1], traditional=False, base=self._rope_theta, scale=1.0, offset=offset)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        D, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, M, bias=False)
+        self.up_proj = nn.Linear(D, M, bias=False)
+        self.down_proj = nn.Linear(M, D, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any = None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextEncoder(nn.Module):
+    """The embedding and the layers whose states the transformer reads; no final norm, no head."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self._out_layers = config.out_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+
+    def __call__(self, ids: mx.array, attention_mask: mx.array) -> mx.array:
+        """Hidden states of token ids.
+
+        Args:
+            ids: `[B, L]`, padded.
+            attention_mask: boolean `[B, L]`, False on padding. Padding on the right looks at the real tokens;
+                padding on the left sees nothing, and its attention adds nothing.
+
+        Returns:
+            `[B, L, output_size]`: the states of `out_layers`, side by side.
+        """
+        mask = mx.tri(ids.shape[1], dtype=mx.bool_) & attention_mask[:, None, None, :]
+        x = self.embed_tokens(ids)
+        states = []
+        for number, layer in enumerate(self.layers, 1):
+            x = layer(x, mask)
+            mx.eval(x)
+            if number in self._out_layers:
+                states.append(x)
+        return mx.concatenate(states, axis=-1)
+
+
+class LaterLayers(nn.Module):
+    """What generating text needs beyond the encoder: the remaining layers, the final norm and the head."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layers = [Layer(config) for _ in range(config.num_later_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class LanguageModel(nn.Module):
+    """The whole language model, in the form that mlx-lm generates with."""
+
+    def __init__(self, encoder: TextEncoder, later: LaterLayers):
+        super().__init__()
+        self.embed_tokens = encoder.embed_tokens
+        self.layers = encoder.layers + later.layers
+        self.norm = later.norm
+        self._head = later.lm_head if "lm_head" in later else encoder.embed_tokens.as_linear
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        """Logits `[B, L, vocab]` of token ids `[B, L]`, or of their embeddings `[B, L, D]` where given."""
+        x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        L, offset = x.shape[1], cache[0].offset if cache else 0
+        mask = mx.tri(L, offset + L, offset, dtype=mx.bool_)[None, None] if L > 1 else None
+        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            x = layer(x, mask, layer_cache)
+        return self._head(self.norm(x))

@@ -1,0 +1,154 @@
+"""The command group: help, versions, exit codes, what is imported, and `info`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from cli_runner import done, process, refusal, run
+
+import flux2_mlx
+from flux2_mlx.cli.main import cli
+from flux2_mlx.config import QUANTIZATIONS, VARIANTS
+
+COMMANDS = ("convert", "download", "info", "t2i")
+HEAVY = ("mlx", "mlx_lm", "numpy", "PIL", "huggingface_hub", "tokenizers", "safetensors", "tqdm", "torch")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_lists_every_command(option):
+    text = done(option).stdout
+    assert sorted(cli.commands) == list(COMMANDS)
+    for command in COMMANDS:
+        assert f"\n  {command} " in text
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_shows_a_way_to_call_it(command, option):
+    text = done(command, option).stdout
+    _, example, after = text.partition("Example")
+    assert example
+    assert f"\n    flux2-mlx {command} " in after.partition("Options:")[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command):
+    for parameter in cli.commands[command].params:
+        if parameter.param_type_name == "option":
+            assert parameter.help, parameter.name
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["t2i", "-h"], ["convert", "-h"]])
+def test_help_imports_nothing_heavy(arguments):
+    script = f"""
+import sys
+from flux2_mlx.cli.main import cli
+cli({arguments}, standalone_mode=False)
+print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "[]\n")
+    assert result.stdout
+
+
+def test_version():
+    assert done("--version").stdout == f"flux2-mlx, version {flux2_mlx.__version__}\n"
+
+
+def test_python_m_runs_the_same_command():
+    result = process("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == done("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["t2i"], "give a PROMPT, --prompts-file or --replay"),
+        (["t2i", "a", "--prompts-file", "b"], "give either PROMPT or --prompts-file"),
+        (["t2i", "a", "red", "fox"], "unexpected extra arguments"),
+        (["t2i", "a", "--nonsense"], "No such option"),
+        (["t2i", "a", "-W", "wide"], "'wide' is not a valid integer"),
+        (["t2i", "a", "-g", "much"], "'much' is not a valid float"),
+        (["t2i", "a", "-q", "qint2"], "'bf16', 'qint8', 'qint4'"),
+        (["t2i", "a", "--checkpoint", "0"], "0 is not in the range"),
+        (["convert", "a"], "Missing argument 'TARGET'"),
+        (["download"], "Missing argument 'MODEL'"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_how_to_get_help(arguments, message):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Usage: flux2-mlx")
+    assert "--help' for help." in result.stderr
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_an_unforeseen_file_error_is_one_line(monkeypatch):
+    def fail(variant):
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("flux2_mlx.cli.info._print_all", fail)
+    assert refusal("info") == "/some/file: Permission denied"
+
+
+def test_a_closed_pipe_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flux2_mlx", "info", "--json"]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_info_shows_every_model_in_a_table():
+    result = done("info")
+    header, *rows = result.stdout.splitlines()
+    assert header.split()[:4] == ["model", "licence", "steps", "guidance"]
+    assert [row.split()[0] for row in rows] == list(VARIANTS)
+    assert "built in" in rows[0]
+    for row, variant in zip(rows, VARIANTS.values(), strict=True):
+        assert f" {variant.licence} " in row
+        assert f"{variant.steps:>6}{variant.guidance:10.1f} " in row
+    assert result.stderr == ""
+
+
+def test_info_as_json_is_one_list_of_all_models():
+    rows = json.loads(done("info", "--json").stdout)
+    assert [row["model"] for row in rows] == list(VARIANTS)
+    assert {row["model"]: row["gated"] for row in rows} == {v.name: v.gated for v in VARIANTS.values()}
+
+
+def test_info_of_a_model_names_its_page_licence_and_sizes():
+    text = done("info", "klein-9b").stdout
+    assert text.startswith("klein-9b: FLUX non-commercial licence, 4 steps, guidance 1.0\n")
+    assert "https://huggingface.co/black-forest-labs/FLUX.2-klein-9B (gated)" in text
+    assert [line.split()[0] for line in text.splitlines()[-3:]] == list(QUANTIZATIONS)
+
+
+def test_info_of_a_model_as_json():
+    row = json.loads(done("info", "klein-4b", "--json").stdout)
+    assert set(row) == {
+        "model", "repo", "licence", "gated", "supported", "steps", "guidance", "size", "bytes", "folders"
+    }  # fmt: skip
+    assert (row["model"], row["repo"], row["folders"]) == ("klein-4b", "black-forest-labs/FLUX.2-klein-4B", [])
+    totals = [sum(row["bytes"][quant].values()) for quant in QUANTIZATIONS]
+    assert totals == sorted(totals, reverse=True)
+    # bfloat16 takes two bytes a parameter; 8 bits in groups of 64 with two bfloat16 constants 8.5 bits.
+    transformer = {quant: row["bytes"][quant]["transformer"] for quant in QUANTIZATIONS}
+    assert transformer["bf16"] == 2 * 3_875_544_576
+    assert transformer["qint8"] / transformer["bf16"] == pytest.approx(8.5 / 16, rel=1e-3)
+
+
+def test_info_of_an_unknown_model_lists_the_models():
+    assert refusal("info", "klein-5b") == f"unknown model 'klein-5b'; choose one of {', '.join(VARIANTS)}"

@@ -1,0 +1,219 @@
+"""`convert` and `download`, from folders and from a hub on the loopback interface."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import VARIANT, WEIGHTS, edit_json, save_small
+from cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
+from hub_server import HubServer
+
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.images import read_settings
+
+REPO = "org/model"
+SMALL = ("-W", "64", "-H", "64", "-s", "2", "--seed", "7")
+MODELS = {"klein-4b": "black-forest-labs/FLUX.2-klein-4B", "klein-9b": "black-forest-labs/FLUX.2-klein-9B"}
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A small model in the official layout."""
+    return save_small(tmp_path_factory.mktemp("official") / "small")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    return tmp_path
+
+
+@pytest.fixture
+def source(official, folder):
+    """A copy of the small model, for a test to damage."""
+    return shutil.copytree(official, folder / "source")
+
+
+def quants(path):
+    checkpoint = Checkpoint.open(path)
+    return checkpoint.variant.name, checkpoint.quant, checkpoint.text_quant
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("bf16", "qint8")),
+        (["-q", "qint8"], ("qint8", "qint8")),
+        (["-q", "qint4"], ("qint4", "qint4")),
+        (["-q", "qint4", "--text-quant", "bf16"], ("qint4", "bf16")),
+    ],
+)
+def test_convert_makes_a_checkpoint_and_prints_its_folder(official, options, expected):
+    result = done("convert", official, "mine", "--variant", VARIANT, *options)
+    assert result.stdout == "mine\n"
+    assert "converting: 100%" in result.stderr
+    assert quants(Path("mine")) == (VARIANT, *expected)
+    assert [path.name for path in Path().iterdir()] == ["mine"]
+
+
+def test_a_converted_folder_makes_images(official):
+    done("convert", official, "mine", "--variant", VARIANT, "-q", "qint4")
+    values = json.loads(done("t2i", "a red fox", "-m", "mine", *SMALL, "--json").stdout)
+    assert values["images"] == [{"path": "mine-7.png", "seed": 7}]
+    assert [values[name] for name in ("model", "quant", "text_quant", "guidance")] == ["mine", "qint4", "qint4", 1.0]
+    assert pixels("mine-7.png").std() > 1
+
+
+def test_quiet_conversion(official):
+    result = done("convert", official, "mine", "--variant", VARIANT, "--quiet")
+    assert (result.stdout, result.stderr) == ("mine\n", "")
+
+
+def test_t2i_converts_an_official_folder_once_and_replays_what_it_made(official, folder):
+    first = done("t2i", "a red fox", "-m", official, "--variant", VARIANT, *SMALL, "-o", "a.png")
+    second = done("t2i", "--replay", "a.png", "-o", "b.png")
+    assert "converting" in first.stderr
+    assert "converting" not in second.stderr
+    assert len(list((folder / "models").iterdir())) == 1
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert read_settings("b.png")["variant"] == VARIANT
+
+
+def test_a_replay_with_another_model_forgets_which_model_the_first_was(official):
+    done("t2i", "a red fox", "-m", official, "--variant", "klein-base-4b", *SMALL, "-o", "a.png")
+    message = refusal("t2i", "--replay", "a.png", "-m", official, "-o", "b.png")
+    assert "name it with --variant" in message
+
+
+def test_force_replaces_a_checkpoint_and_nothing_else(official):
+    done("convert", official, "mine", "--variant", VARIANT)
+    arguments = ("convert", official, "mine", "--variant", VARIANT, "-q", "qint4")
+    assert refusal(*arguments) == "mine exists; choose another folder or pass --force to replace it"
+    done(*arguments, "--force")
+    assert quants(Path("mine")) == (VARIANT, "qint4", "qint4")
+    Path("yours").mkdir()
+    Path("yours/a.txt").write_text("precious")
+    message = refusal("convert", official, "yours", "--variant", VARIANT, "--force")
+    assert message == "yours is not an MLX checkpoint, so --force does not replace it; remove it yourself"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing", "there is no file or folder missing"),
+        ("/missing/folder/x", "there is no file or folder /missing/folder/x"),
+        ("demo", "demo is built in and needs no conversion"),
+        ("dev", "dev needs the mistral3 encoder, which this version does not have yet"),
+        ("black-forest-labs/flux.2-DEV", "dev needs the mistral3 encoder, which this version does not have yet"),
+        (str(DEMO), f"{DEMO} is an MLX checkpoint already"),
+        ("file.bin", "file.bin is a pickle, which could run code; not a model folder"),
+        ("empty", "empty is no model folder in the diffusers layout: it has no model_index.json"),
+    ],
+)
+def test_a_source_that_can_not_be_converted(source, message):
+    Path("file.bin").write_bytes(b"\x80\x04.")
+    Path("empty").mkdir()
+    assert refusal("convert", source, "mine").startswith(message)
+
+
+@pytest.mark.parametrize("target", ["missing/mine", "file.txt/mine"])
+def test_a_target_without_a_folder_is_told_before_the_download(target, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    Path("file.txt").write_text("")
+    parent = target.partition("/")[0]
+    assert refusal("convert", "klein-4b", target) == f"can't write {target}: there is no folder {parent}"
+
+
+def test_a_source_of_another_geometry_must_be_named(official):
+    assert "name it with --variant" in refusal("convert", official, "mine")
+    assert refusal("convert", official, "mine", "--variant", "klein-5b").startswith("unknown model 'klein-5b'; choose")
+
+
+@pytest.mark.parametrize("component", WEIGHTS)
+def test_a_damaged_source_leaves_nothing_behind(source, component):
+    path = source / WEIGHTS[component]
+    os.truncate(path, path.stat().st_size - 1)
+    message = refusal("convert", source, "mine", "--variant", VARIANT)
+    assert message.startswith(f"{path} has {path.stat().st_size} bytes where its header says ")
+
+
+def test_a_source_without_a_tokenizer_leaves_nothing_behind(source):
+    (source / "tokenizer" / "tokenizer.json").unlink()
+    message = refusal("convert", source, "mine", "--variant", VARIANT, "--quiet")
+    assert message == f"{source} is incomplete: there is no tokenizer/tokenizer.json"
+
+
+def test_a_model_of_another_kind(source):
+    edit_json(source / "model_index.json", _class_name="StableDiffusionPipeline")
+    assert "holds a StableDiffusionPipeline, not FLUX.2" in refusal("convert", source, "mine")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_name_of_the_table_stands_for_its_repo(name, official, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda repo, **_: official if repo == MODELS[name] else None)
+    done("convert", name, "mine", "--variant", VARIANT)
+    assert Checkpoint.open(Path("mine")).source["name"] == name
+
+
+def test_a_folder_of_the_same_name_comes_first(official, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    shutil.copytree(official, "klein-9b")
+    done("convert", "klein-9b", "mine", "--variant", VARIANT)
+    assert quants(Path("mine"))[0] == VARIANT
+
+
+def test_download_of_the_built_in_model_prints_its_folder():
+    assert done("download", "demo").stdout == f"{DEMO}\n"
+
+
+def test_download_fetches_converts_and_then_has_it(official, folder):
+    with HubServer({REPO: official}) as hub:
+        environment = hub.environment(folder / "hub") | {"FLUX2_MLX_HOME": str(folder / "models")}
+        arguments = ("download", REPO, "--variant", VARIANT, "-q", "qint8")
+        first = process(*arguments, environment=environment)
+        assert first.returncode == 0, first.stderr
+        assert "converting: 100%" in first.stderr
+        path = Path(first.stdout.removesuffix("\n"))
+        assert path == folder / "models" / "org--model-qint8"
+        assert quants(path) == (VARIANT, "qint8", "qint8")
+        assert set(WEIGHTS.values()) <= set(hub.fetched)
+        hub.requests.clear()
+        second = process(*arguments, environment=environment)
+        assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
+        assert hub.requests == []
+    image = process("t2i", "a red fox", "-m", REPO, "-q", "qint8", *SMALL, environment=environment)
+    assert (image.returncode, image.stdout) == (0, "model-7.png\n")
+    assert pixels("model-7.png").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("token", [None, "hf_other"])
+def test_a_gated_model_says_how_to_get_access(official, folder, token):
+    repo = MODELS["klein-9b"]
+    with HubServer({repo: official}, gated=[repo]) as hub:
+        environment = hub.environment(folder / "hub", token) | {"FLUX2_MLX_HOME": str(folder / "models")}
+        result = process("download", "klein-9b", environment=environment)
+        page = f"{hub.url}/{repo}"
+    assert (result.returncode, result.stdout) == (1, "")
+    licence, _, error = result.stderr.partition("\n")
+    assert licence == "klein-9b: FLUX non-commercial licence"
+    message = error_line(error)
+    assert message.startswith(f"{repo} is gated")
+    assert f"accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN" in message
+    assert ("your token has no access" in message) == (token is not None)
+    assert tree() == {}
+    assert not (folder / "models").exists()
+
+
+def test_a_converted_model_is_on_the_list_of_info(official, folder):
+    done("download", official, "--variant", VARIANT, "-q", "qint4")
+    (path,) = (folder / "models").iterdir()
+    assert done("info", VARIANT).stdout.splitlines()[-1] == str(path)
+    (row,) = [line for line in done("info").stdout.splitlines() if line.startswith(f"{VARIANT} ")]
+    assert row.endswith("  1 converted")
+    assert json.loads(done("info", VARIANT, "--json").stdout)["folders"] == [str(path)]
+    assert json.loads(done("info", "klein-9b", "--json").stdout)["folders"] == []

@@ -1,0 +1,223 @@
+"""Every wrong input to `t2i` is one line on stderr, exit code 1 and no file."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+from cli_runner import DEMO, PROMPT, SMALL, error_line, make, process, refusal, run, tree
+from PIL import Image
+
+from flux2_mlx.config import VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    return tmp_path
+
+
+@pytest.fixture
+def damaged(folder):
+    """A copy of the demo model, for a test to damage."""
+    shutil.copytree(DEMO, folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-W", "100"], "width 100 must be a positive multiple of 16"),
+        (["-H", "65"], "height 65 must be a positive multiple of 16"),
+        (["-W", "0"], "width 0 must be a positive multiple of 16"),
+        (["-H", "-64"], "height -64 must be a positive multiple of 16"),
+        (["-W", "1600000"], "size 1600000×64 is too large; the limit is 16777216 pixels, such as 4096×4096"),
+        (["-W", "1" + "0" * 40], f"size 1{'0' * 40}×64 is too large"),
+        (["-s", "0"], "steps must be 1 to 1000, got 0"),
+        (["-s", "-1"], "steps must be 1 to 1000, got -1"),
+        (["-s", "1001"], "steps must be 1 to 1000, got 1001"),
+        (["-g", "nan"], "guidance must be a number of 0 or more, got nan"),
+        (["-g", "inf"], "guidance must be a number of 0 or more, got inf"),
+        (["-g", "-1"], "guidance must be a number of 0 or more, got -1.0"),
+        (["--seed", "-1"], f"seeds must be 0 to {2**64 - 1}, got -1"),
+        (["--seed", str(2**64)], f"seeds must be 0 to {2**64 - 1}, got {2**64}"),
+        (["--seed", str(2**64 - 1), "-n", "2"], f"seeds must be 0 to {2**64 - 1}, got {2**64}"),
+        (["-n", "0"], "a run makes 1 to 1000 images, not 0"),
+        (["-n", "-3"], "a run makes 1 to 1000 images, not -3"),
+        (["-n", "1000000000000"], "a run makes 1 to 1000 images, not 1000000000000"),
+    ],
+)
+@pytest.mark.parametrize("model", ["demo", "org/model"])
+def test_a_wrong_setting_is_told_before_any_model_is_looked_for(model, arguments, message):
+    assert refusal("t2i", PROMPT, *SMALL, "-m", model, *arguments).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty; describe the image in words"),
+        (" \n\t\u3000", "the prompt is empty; describe the image in words"),
+        ("a" * 100_000, "a prompt of 100000 characters is too long; the limit is 10000, and the model reads its first"),
+        ("a \udcff", r"the prompt is not UTF-8 text: 'a \udcff'"),
+    ],
+)
+def test_a_prompt_that_can_not_be_used(prompt, message):
+    assert refusal("t2i", prompt, *SMALL).startswith(message)
+
+
+def test_the_longest_prompt_works():
+    make("-o", "a.png", prompt="a" * 10_000)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "can't read prompts.txt: No such file or directory"),
+        (b"", "prompts.txt holds no prompt; write one a line"),
+        (b"\xef\xbb\xbf\n  \n\n", "prompts.txt holds no prompt; write one a line"),
+        (b"a red fox\n\xff\xfe\n", "can't read prompts.txt: it is not UTF-8 text"),
+        (b"red\n" + b"a" * 10_001 + b"\n", "a prompt of 10001 characters is too long"),
+        (b"red\n" * 1001, "a run makes 1 to 1000 images, not 1001"),
+    ],
+)
+def test_a_file_of_prompts_that_can_not_be_used(folder, data, message):
+    if data is not None:
+        (folder / "prompts.txt").write_bytes(data)
+    assert refusal("t2i", *SMALL, "--prompts-file", "prompts.txt").startswith(message)
+
+
+def test_a_folder_is_no_file_of_prompts(folder):
+    assert refusal("t2i", *SMALL, "--prompts-file", folder) == f"can't read {folder}: Is a directory"
+
+
+def test_nothing_on_standard_input():
+    assert refusal("t2i", *SMALL, "--prompts-file", "-", stdin="") == "- holds no prompt; write one a line"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("a.bmp", "can't write a.bmp: the name must end in .png, .jpg, .jpeg, .webp, or be a folder that exists"),
+        ("missing", "can't write missing: the name must end in .png, .jpg, .jpeg, .webp, or be a folder that exists"),
+        ("missing/a.png", "can't write missing/a.png: there is no folder missing"),
+        ("old.png/a.png", "can't write old.png/a.png: there is no folder old.png"),
+        ("old.png", "old.png exists; choose another name or pass --force to replace it"),
+        ("a" * 300 + ".png", f"{'a' * 300}.png: File name too long"),
+    ],
+)
+def test_an_output_that_can_not_be_written(folder, output, message):
+    (folder / "old.png").write_text("old")
+    assert refusal("t2i", PROMPT, *SMALL, "-o", output) == message
+
+
+def test_one_of_several_images_that_exists(folder):
+    (folder / "a-8.png").write_text("old")
+    assert refusal("t2i", PROMPT, *SMALL, "-n", "3", "--seed", "7", "-o", "a.png").startswith("a-8.png exists;")
+
+
+def test_a_checkpoint_image_that_exists(folder):
+    (folder / "a-step-001.png").write_text("old")
+    arguments = ("t2i", PROMPT, *SMALL, "-o", "a.png", "--checkpoint", "1")
+    assert refusal(*arguments).startswith("a-step-001.png exists; choose another name or pass --force")
+    make("-o", "a.png", "--checkpoint", "1", "--force")
+    with Image.open("a-step-001.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_a_folder_without_permission_to_write(folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert refusal("t2i", PROMPT, *SMALL, "-o", "a.png") == "can't write a.png: no permission to write in ."
+
+
+@pytest.mark.parametrize(("name", "kind", "limit"), [("a.webp", "WEBP", 16383), ("a.jpg", "JPEG", 65500)])
+def test_a_size_that_the_format_does_not_hold_is_told_before_the_work(name, kind, limit, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.pipeline.Flux2Pipeline.run", lambda *_, **__: pytest.fail("started to work"))
+    message = refusal("t2i", PROMPT, *SMALL, "-W", "16", "-H", str(limit // 16 * 16 + 16), "-o", name)
+    assert message == f"can't write {name}: {kind} has at most {limit} pixels a side; choose .png"
+
+
+def test_a_full_disk_leaves_no_part_of_an_image(monkeypatch):
+    def fail(image, file, **options):
+        file.write(b"some bytes")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    message = refusal("t2i", PROMPT, *SMALL, "--quiet", "-o", "a.png")
+    assert message == "can't write a.png: No space left on device"
+
+
+@pytest.mark.parametrize("model", ["nonsense", "Klein-4b", "missing/folder/of/mine", "/missing/folder", "a b/c"])
+def test_an_unknown_model_lists_the_models(model):
+    message = refusal("t2i", PROMPT, "-m", model)
+    assert message == (
+        f"there is no model or folder {model!r}; choose one of {', '.join(VARIANTS)}, a Hugging Face repo id or a "
+        "model folder"
+    )
+
+
+def test_a_model_that_this_version_does_not_have():
+    assert refusal("t2i", PROMPT, "-m", "dev").startswith("dev needs the mistral3 encoder")
+
+
+def test_a_folder_that_holds_no_model(folder):
+    (folder / "model").mkdir()
+    assert "model is no model folder" in refusal("t2i", PROMPT, *SMALL, "-m", "model")
+    assert ". is no model folder" in refusal("t2i", PROMPT, *SMALL, "-m", "")
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+@pytest.mark.parametrize("count", [-1, 5])
+def test_a_weight_file_of_another_length(damaged, component, count):
+    path = damaged / component / "model.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, size + count)
+    message = refusal("t2i", PROMPT, *SMALL, "-m", "model")
+    expected = f"model/{component}/model.safetensors has {size + count} bytes where its header says {size}"
+    assert message.startswith(expected)
+
+
+def test_a_checkpoint_of_another_format_version(damaged):
+    manifest = json.loads((damaged / "flux2.json").read_text())
+    (damaged / "flux2.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    message = refusal("t2i", PROMPT, *SMALL, "-m", "model")
+    assert message.startswith("model has format version 99, this version of flux2-mlx reads 1; convert the model again")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("flux2.json", b"{", "model/flux2.json is not JSON"),
+        ("flux2.json", b"[]", "model/flux2.json holds no JSON object"),
+        ("flux2.json", b'{"format_version": 1}', "model/flux2.json is damaged"),
+        ("vae/config.json", None, "can't read model/vae/config.json: No such file or directory"),
+        ("vae/config.json", b"\xff", "model/vae/config.json is not JSON"),
+        ("transformer/config.json", b"{}", "config.json does not describe a TransformerConfig"),
+        ("transformer/model.safetensors", b"", "model/transformer/model.safetensors is not a safetensors file"),
+        ("transformer/model.safetensors", b"a" * 100, "model/transformer/model.safetensors is not a safetensors file"),
+        ("transformer/model.safetensors", None, "transformer of the checkpoint is damaged: missing "),
+        ("tokenizer/tokenizer.json", None, "model is incomplete: there is no model/tokenizer/tokenizer.json"),
+        ("tokenizer/tokenizer.json", b"{}", "model/tokenizer/tokenizer.json is not a tokenizer file"),
+    ],
+)
+def test_a_damaged_model(damaged, name, data, message):
+    (damaged / name).unlink()
+    if data is not None:
+        (damaged / name).write_bytes(data)
+    assert refusal("t2i", PROMPT, *SMALL, "-m", "model").startswith(message)
+
+
+def test_errors_reach_a_real_terminal_as_one_line(folder):
+    result = process("t2i", PROMPT, "-m", "demo", "-W", "100", environment=os.environ)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert error_line(result.stderr) == "width 100 must be a positive multiple of 16"
+    assert tree() == {}
+
+
+def test_a_file_as_models_folder_is_wrong_usage(folder):
+    (folder / "file").write_text("")
+    result = run("t2i", PROMPT, "-m", "org/model", "--models-dir", "file")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Directory 'file' is a file.\n")

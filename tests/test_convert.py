@@ -1,0 +1,304 @@
+"""What the converter writes, and how it tells the variants apart."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import torch
+from checkpoints import (
+    LARGE_TRANSFORMER,
+    TEXT,
+    VARIANT,
+    WEIGHTS,
+    convert,
+    edit_json,
+    edit_weights,
+    save_small,
+)
+from mlx.utils import tree_flatten
+from reference.parity import relative_error
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from flux2_mlx import __version__
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.config import VARIANTS, Variant
+from flux2_mlx.convert import Source, write
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.quantization import quantize_array
+
+FILES = {name: f"{name}/model.safetensors" for name in WEIGHTS}
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in the official layout; not to be changed."""
+    return save_small(tmp_path_factory.mktemp("official") / "model")
+
+
+@pytest.fixture(scope="module")
+def converted(official: Path) -> Path:
+    """The same in ours, in bfloat16; not to be changed."""
+    return convert(official, official.with_name("converted"))
+
+
+@pytest.fixture
+def source(official: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(official, tmp_path / "model"))
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of an MLX checkpoint, read without MLX."""
+    files = sorted(folder.glob("*/*.safetensors"))
+    return {f"{file.parent.name}.{key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def assert_same(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == others.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == others[name].dtype, name
+        assert torch.equal(tensor, others[name]), name
+
+
+def test_the_folder(official, converted):
+    files = {str(path.relative_to(converted)) for path in converted.rglob("*") if path.is_file()}
+    configs = {f"{name}/config.json" for name in FILES}
+    copies = {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"}
+    assert files == {"flux2.json", *FILES.values(), *configs, *copies}
+    for file in copies:
+        assert (converted / file).read_bytes() == (official / file).read_bytes()
+    for file in FILES.values():
+        with safe_open(converted / file, "pt") as weights:
+            assert weights.metadata() == {"format": "mlx", "flux2-mlx": "1"}
+
+
+def test_the_manifest(official, tmp_path):
+    folder = convert(official, tmp_path / "m", "qint4", None, variant="klein-base-4b", name="me/finetune")
+    assert json.loads((folder / "flux2.json").read_text()) == {
+        "format_version": 1,
+        "variant": "klein-base-4b",
+        "quantization": {"transformer": "qint4", "text_encoder": "qint4"},
+        "source": {"name": "me/finetune", "fingerprint": Source.open(official, "klein-base-4b").fingerprint},
+        "version": __version__,
+    }
+    plain = convert(official, tmp_path / "n", "bf16", None)
+    manifest = json.loads((plain / "flux2.json").read_text())
+    assert manifest["quantization"] == {"transformer": "bf16", "text_encoder": "qint8"}
+    assert manifest["source"]["name"] == "model"
+
+
+def test_bfloat16_weights_are_kept_bit_for_bit(official, converted):
+    theirs, ours = load_file(official / WEIGHTS["transformer"]), load_file(converted / FILES["transformer"])
+    assert torch.equal(
+        ours["single_blocks.1.linear1.weight"], theirs["single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"]
+    )
+    attention = "transformer_blocks.1.attn"
+    joined = torch.cat([theirs[f"{attention}.add_{x}_proj.weight"] for x in "qkv"])
+    assert torch.equal(ours["double_blocks.1.txt_attn.qkv.weight"], joined)
+    scale, shift = theirs["norm_out.linear.weight"].chunk(2)
+    assert torch.equal(ours["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))
+    theirs, ours = load_file(official / WEIGHTS["vae"]), load_file(converted / FILES["vae"])
+    kernel = theirs["decoder.conv_in.weight"]
+    assert torch.equal(ours["decoder.conv_in.weight"], kernel.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_floats_are_rounded_once(dtype, source, tmp_path):
+    def spread(tensors: dict[str, torch.Tensor]) -> None:
+        """Values between those of bfloat16, halfway cases among them."""
+        for name, x in tensors.items():
+            if x.is_floating_point():
+                noise = torch.randint(0, 5, x.shape, generator=torch.Generator().manual_seed(0)) / 4
+                tensors[name] = (x.float() * (1 + 2.0**-7 * noise)).to(dtype)
+
+    for file in WEIGHTS.values():
+        edit_weights(source / file, spread)
+    ours = stored(convert(source, tmp_path / "out"))
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    theirs = load_file(source / WEIGHTS["text_encoder"])
+    assert theirs["model.norm.weight"].dtype == dtype
+    for name in ("embed_tokens.weight", "layers.26.mlp.down_proj.weight", "layers.0.self_attn.q_norm.weight"):
+        assert torch.equal(ours[f"text_encoder.{name}"], theirs[f"model.{name}"].to(torch.bfloat16))
+    theirs = load_file(source / WEIGHTS["vae"])
+    assert torch.equal(ours["vae.bn.running_var"], theirs["bn.running_var"].to(torch.bfloat16))
+
+
+def test_only_the_needed_text_layers_are_kept(source, tmp_path):
+    edit_weights(
+        source / WEIGHTS["text_encoder"], lambda x: x.update({"lm_head.weight": torch.zeros(TEXT.vocab_size, 64)})
+    )
+    theirs = load_file(source / WEIGHTS["text_encoder"])
+    assert "model.layers.28.mlp.up_proj.weight" in theirs
+    assert "model.norm.weight" in theirs
+    ours = load_file(convert(source, tmp_path / "out") / FILES["text_encoder"])
+    needed = {key for key in theirs if key.startswith("model.") and key != "model.norm.weight"}
+    needed = {key for key in needed if not key.startswith(("model.layers.27.", "model.layers.28."))}
+    assert {f"model.{key}" for key in ours} == needed
+    config = json.loads((tmp_path / "out/text_encoder/config.json").read_text())
+    assert (config["num_hidden_layers"], config["out_layers"]) == (27, [9, 18, 27])
+
+
+def test_sharded_sources(official, converted, tmp_path):
+    sharded = save_small(tmp_path / "sharded", shards="200KB")
+    for name, file in WEIGHTS.items():
+        assert not (sharded / file).exists()
+        assert len(list((sharded / name).glob("*-of-*.safetensors"))) > 1
+    assert_same(stored(convert(sharded, tmp_path / "out")), stored(converted))
+
+
+def test_sharded_output(official, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_SHARD_BYTES", 300_000)
+    folder = convert(official, tmp_path / "out")
+    shards = sorted(path.name for path in (folder / "transformer").glob("*.safetensors"))
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert len(shards) >= 3
+    assert_same(stored(folder), stored(converted))
+    index = json.loads((folder / "transformer/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    assert index["weight_map"].keys() == load_file(converted / FILES["transformer"]).keys()
+    assert index["metadata"]["total_size"] == sum(
+        x.nbytes for x in load_file(converted / FILES["transformer"]).values()
+    )
+    mine, other = (Checkpoint.open(f).components["transformer"].load(mx.float32) for f in (folder, converted))
+    for (name, a), (_, b) in zip(tree_flatten(mine.parameters()), tree_flatten(other.parameters()), strict=True):
+        assert mx.array_equal(a, b), name
+
+
+@pytest.mark.parametrize(("quant", "bits", "error"), [("qint8", 8, 0.005), ("qint4", 4, 0.08)])
+def test_quantized(quant, bits, error, converted, official, tmp_path):
+    folder = convert(official, tmp_path / "out", quant, quant)
+    statement = {"group_size": 64, "bits": bits, "mode": "affine"}
+    for name, spared in {"transformer": {"img_in": False}, "text_encoder": {}}.items():
+        config = json.loads((folder / f"{name}/config.json").read_text())
+        assert config["quantization"] == {**statement, **spared}
+    assert "quantization" not in json.loads((folder / "vae/config.json").read_text())
+    assert (folder / FILES["vae"]).read_bytes() == (converted / FILES["vae"]).read_bytes()
+
+    plain, packed = (mx.load(str(f / FILES["transformer"])) for f in (converted, folder))
+    layers = {name.removesuffix(".scales") for name in packed if name.endswith(".scales")}
+    assert layers == {k.removesuffix(".weight") for k, x in plain.items() if x.ndim == 2 and k != "img_in.weight"}
+    for name, weight in plain.items():
+        layer = name.removesuffix(".weight")
+        if layer not in layers:
+            assert mx.array_equal(packed[name], weight)
+            continue
+        for part, array in quantize_array(weight, bits).items():
+            assert packed[f"{layer}.{part}"].dtype == array.dtype
+            assert mx.array_equal(packed[f"{layer}.{part}"], array)
+        scales, biases = (packed[f"{layer}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+        restored = mx.dequantize(packed[name], scales, biases, group_size=64, bits=bits)
+        assert relative_error(restored, weight) <= error
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.quant, checkpoint.text_quant) == (quant, quant)
+
+
+@pytest.mark.parametrize("quant", ["bf16", "qint8"])
+def test_converting_twice_gives_the_same_files(quant, official, tmp_path):
+    source = Source.open(official, VARIANT)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        write.write_checkpoint(source, folder, quant)
+    files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert len(files) == 10
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_fingerprints(official, source, tmp_path):
+    def fingerprint(folder: Path) -> str:
+        return Source.open(folder, VARIANT).fingerprint
+
+    assert fingerprint(source) == fingerprint(official)
+    other = save_small(tmp_path / "finetune", seed=1)
+    assert fingerprint(other) != fingerprint(official)
+    edit_weights(source / WEIGHTS["text_encoder"], lambda x: x["model.layers.20.mlp.up_proj.weight"].mul_(1.01))
+    assert fingerprint(source) != fingerprint(official)
+
+
+def test_progress(official, tmp_path):
+    reports = []
+    folder = convert(official, tmp_path / "out", "qint8", progress=lambda *report: reports.append(report))
+    assert reports == sorted(reports)
+    assert {total for _, total in reports} == {reports[-1][0]}
+    assert reports[-1][0] == sum(tensor.nbytes for tensor in stored(folder).values())
+
+
+@pytest.mark.parametrize(("quant", "tensors"), [("bf16", 4), ("qint8", 8)])
+def test_memory_is_a_few_tensors(quant, tensors, tmp_path):
+    folder = save_small(tmp_path / "large", transformer=LARGE_TRANSFORMER)
+    source = Source.open(folder, VARIANT)
+    largest = max(x.nbytes for component in source.tensors.values() for x in component.values())
+    whole = (folder / WEIGHTS["transformer"]).stat().st_size
+    assert whole > 30_000_000
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    write.write_checkpoint(source, tmp_path / "out", quant, quant)
+    peak = mx.get_peak_memory() - before
+    print(f"{quant}: peak {peak / largest:.1f} times the largest tensor, {peak / whole:.2f} of the transformer")
+    assert peak <= tensors * largest
+    assert mx.get_active_memory() - before < largest
+
+
+def official_config(folder: Path, row: Variant) -> None:
+    """Give a model the published geometry of `row`; its weights, which opening does not look at, stay small."""
+    edit_json(folder / "transformer/config.json", **row.transformer.to_dict())
+    edit_json(folder / "vae/config.json", **row.vae.to_dict())
+    for name in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads"):
+        edit_json(folder / "text_encoder/config.json", **{name: getattr(row.text, name)})
+
+
+@pytest.mark.parametrize(
+    ("size", "pipeline", "distilled", "expected"),
+    [
+        ("4b", "Flux2KleinPipeline", True, "klein-4b"),
+        ("4b", "Flux2KleinPipeline", False, "klein-base-4b"),
+        ("4b", "Flux2KleinPipeline", None, "klein-base-4b"),
+        ("9b", "Flux2KleinPipeline", True, "klein-9b"),
+        ("9b", "Flux2KleinPipeline", None, "klein-base-9b"),
+        ("9b", "Flux2KleinKVPipeline", None, "klein-9b-kv"),
+        ("9b", "Flux2KleinKVPipeline", True, "klein-9b-kv"),
+    ],
+)
+def test_the_variant_is_detected(size, pipeline, distilled, expected, source):
+    official_config(source, VARIANTS[f"klein-{size}"])
+    edit_json(source / "model_index.json", _class_name=pipeline, is_distilled=distilled)
+    opened = Source.open(source)
+    assert opened.variant is VARIANTS[expected]
+    assert opened.configs["transformer"] == opened.variant.transformer
+    assert opened.configs["vae"] == opened.variant.vae
+    assert opened.configs["text_encoder"].output_size == opened.variant.text.output_size
+
+
+def test_a_named_variant_overrules_the_index(source):
+    official_config(source, VARIANTS["klein-9b"])
+    assert Source.open(source, "klein-9b-kv").variant.name == "klein-9b-kv"
+
+
+def test_an_ambiguous_variant_must_be_named(source):
+    with pytest.raises(
+        CheckpointError, match=r"can't tell which model .*/model is; name it with --variant \(.*klein-4b"
+    ):
+        Source.open(source)
+    official_config(source, VARIANTS["klein-4b"])
+    edit_json(source / "model_index.json", _class_name="Flux2KleinKVPipeline")
+    with pytest.raises(CheckpointError, match=r"name it with --variant \(klein-4b, klein-base-4b\)"):
+        Source.open(source)
+
+
+def test_a_contradicting_variant_is_refused(source):
+    official_config(source, VARIANTS["klein-4b"])
+    with pytest.raises(CheckpointError, match="can't be klein-9b: its geometry is that of klein-4b, klein-base-4b"):
+        Source.open(source, "klein-9b")
+
+
+def test_parts_of_different_variants_are_refused(source):
+    official_config(source, VARIANTS["klein-4b"])
+    text = {"hidden_size": 4096, "intermediate_size": 12288}
+    edit_json(source / "text_encoder/config.json", **text)
+    with pytest.raises(
+        CheckpointError, match="klein-4b: the transformer takes 7680 text features, the encoder gives 12288"
+    ):
+        Source.open(source)

@@ -1,0 +1,304 @@
+"""What the converter refuses: a one-line error, and nothing is left beside the target."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import VARIANT, WEIGHTS, convert, edit_json, edit_weights, save_small
+from safetensors.torch import load_file
+
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
+
+TRANSFORMER, VAE = WEIGHTS["transformer"], WEIGHTS["vae"]
+CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS}
+TOKENIZER, SCHEDULER = "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in the official layout; not to be changed."""
+    return save_small(tmp_path_factory.mktemp("official") / "model")
+
+
+@pytest.fixture
+def source(official: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(official, tmp_path / "model"))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "models").mkdir()
+    return tmp_path / "models" / "converted"
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything under a folder, hidden or not; None stands for a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def assert_refused(source: Path, target: Path, match: str, kind: type[Flux2Error] = CheckpointError, **options) -> None:
+    """The conversion gives a one-line error and leaves no trace beside the target."""
+    before = contents(target.parent) if target.parent.exists() else None
+    with pytest.raises(kind, match=match) as caught:
+        convert(source, target, **options)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    assert before == (contents(target.parent) if target.parent.exists() else None)
+
+
+def remove(name: str) -> Damage:
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def fill(name: str, data: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def resize(name: str, extra: int) -> Damage:
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size + extra)
+
+
+def edit(name: str, **changes) -> Damage:
+    return lambda folder: edit_json(folder / name, **changes)
+
+
+def weights(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    return lambda folder: edit_weights(folder / name, change)
+
+
+def poison(name: str, key: str, value: float, dtype: torch.dtype = torch.bfloat16) -> Damage:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key] = tensors[key].to(dtype)
+        tensors[key].view(-1)[-1] = value
+
+    return weights(name, change)
+
+
+def exchange_offsets(folder: Path) -> None:
+    """Let two tensors of different sizes name each other's bytes."""
+    data = (folder / VAE).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    a, b = header["bn.num_batches_tracked"], header["bn.running_mean"]
+    a["data_offsets"], b["data_offsets"] = b["data_offsets"], a["data_offsets"]
+    encoded = json.dumps(header).encode()
+    (folder / VAE).write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
+
+
+def shard_index(*shards: object) -> Damage:
+    text = json.dumps({"weight_map": {str(number): shard for number, shard in enumerate(shards)}})
+    return fill("text_encoder/model.safetensors.index.json", text.encode())
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / TRANSFORMER).rename((folder / TRANSFORMER).with_suffix(".bin"))
+
+
+def repeat_in_second_shard(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS["text_encoder"], folder / "text_encoder/b.safetensors")
+    shard_index("model.safetensors", "b.safetensors")(folder)
+
+
+NOT_SAFETENSORS = "is not a safetensors file"
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no folder": (remove("."), "there is no file or folder"),
+    "no model_index": (remove("model_index.json"), "has no model_index.json"),
+    "model_index garbage": (fill("model_index.json", b"\xff\x00"), "model_index.json is not JSON"),
+    "model_index list": (fill("model_index.json", b"[]"), "holds no JSON object"),
+    "FLUX.1": (edit("model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, not FLUX.2"),
+    "dev, by its guidance": (edit(CONFIGS["transformer"], guidance_embeds=True), "is a FLUX.2 dev model"),
+    "dev, by its text encoder": (edit(CONFIGS["text_encoder"], model_type="mistral3"), "is a FLUX.2 dev model"),
+    "FLUX.1 transformer": (
+        edit(CONFIGS["transformer"], _class_name="FluxTransformer2DModel"),
+        "FLUX.2 has 'Flux2Transformer2DModel'",
+    ),
+    "no transformer": (remove("transformer"), "can't read .*transformer/config.json"),
+    "no VAE": (remove("vae"), "can't read .*vae/config.json"),
+    "no text encoder": (remove("text_encoder"), "can't read .*text_encoder/config.json"),
+    "no weights": (remove(TRANSFORMER), "is incomplete: there is no diffusion_pytorch_model.safetensors"),
+    "no tokenizer": (remove(TOKENIZER), "there is no tokenizer/tokenizer.json"),
+    "tokenizer garbage": (fill(TOKENIZER, b"{}"), "is not a tokenizer file"),
+    "no scheduler": (remove("scheduler"), "can't read .*scheduler_config.json"),
+    "other scheduler": (edit(SCHEDULER, time_shift_type="linear"), "time_shift_type is 'linear'"),
+    "config nonsense": (edit(CONFIGS["transformer"], num_layers="two"), "config.json describes no transformer"),
+    "config zero": (edit(CONFIGS["text_encoder"], num_key_value_heads=0), "config.json describes no text_encoder"),
+    "config without a size": (edit(CONFIGS["text_encoder"], hidden_size=None), "missing .* 'hidden_size'"),
+    "config deep": (fill(CONFIGS["vae"], b"[" * 100_000), "is not JSON"),
+    "too few layers": (edit(CONFIGS["text_encoder"], num_hidden_layers=26), "26 layers, but the states of layers"),
+    "parts that do not fit": (edit(CONFIGS["text_encoder"], hidden_size=128), "takes 192 text features"),
+    "missing shard": (shard_index("a.safetensors", "model.safetensors"), "there is no a.safetensors"),
+    "index without shards": (shard_index(), "is incomplete: there is no weight file"),
+    "index nonsense": (shard_index(7), "has no weight_map"),
+    "repeated tensors": (repeat_in_second_shard, "repeats tensors of another file"),
+    "one byte missing": (resize(VAE, -1), "bytes where its header says"),
+    "most missing": (lambda folder: os.truncate(folder / TRANSFORMER, 100), NOT_SAFETENSORS),
+    "one byte too long": (resize(VAE, 1), "bytes where its header says"),
+    "empty file": (fill(VAE, b""), NOT_SAFETENSORS),
+    "garbage": (fill(VAE, bytes(range(256)) * 20), NOT_SAFETENSORS),
+    "zeros": (fill(VAE, bytes(100)), NOT_SAFETENSORS),
+    "wrong offsets": (exchange_offsets, NOT_SAFETENSORS),
+    "pickles": (only_pickles, "holds pickles, which could run code"),
+    "wrong shape": (
+        weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": torch.zeros(16, 63)})),
+        r"proj_out.weight is F32 \[16, 63\] instead of F32 \[16, 64\]",
+    ),
+    "channels last": (
+        weights(VAE, lambda x: x.update({"post_quant_conv.weight": torch.zeros(4, 1, 1, 4)})),
+        r"post_quant_conv.weight is F32 \[4, 1, 1, 4\] instead of F32 \[4, 4, 1, 1\]",
+    ),
+    "integers": (
+        weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": torch.zeros(16, 64, dtype=torch.int8)})),
+        "proj_out.weight is I8 ",
+    ),
+    "extra key": (
+        weights(TRANSFORMER, lambda x: x.update({"pos_embed.weight": torch.zeros(1)})),
+        "unexpected pos_embed.weight",
+    ),
+    "missing key": (
+        weights(TRANSFORMER, lambda x: x.pop("transformer_blocks.1.attn.add_k_proj.weight")),
+        "is not a klein-4b transformer: missing transformer_blocks.1.attn.add_k_proj.weight",
+    ),
+    "several": (
+        weights(VAE, lambda x: (x.pop("quant_conv.bias"), x.update({"quant_conv.b": torch.zeros(8)}))),
+        "missing quant_conv.bias; unexpected quant_conv.b$",
+    ),
+    "NaN": (poison(TRANSFORMER, "proj_out.weight", torch.nan), "transformer: proj_out.weight is not finite"),
+    "NaN in the last file": (poison(VAE, "post_quant_conv.weight", torch.nan), "post_quant_conv.weight is not finite"),
+    "infinity": (poison(WEIGHTS["text_encoder"], "model.embed_tokens.weight", torch.inf), "is not finite"),
+    "infinity in bfloat16": (poison(VAE, "quant_conv.bias", 3.4e38, torch.float32), "quant_conv.bias is not finite"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_sources_are_refused(case, source, target):
+    damage, match = DAMAGES[case]
+    damage(source)
+    assert_refused(source, target, match)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt"])
+def test_a_pickle_is_refused(name, tmp_path, target):
+    (tmp_path / name).write_bytes(b"\x80\x04K\x01.")
+    assert_refused(tmp_path / name, target, "is a pickle, which could run code")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"quant": "int8"}, "unknown quantization 'int8'; choose one of bf16, qint8, qint4"),
+        ({"text_quant": "fp8"}, "unknown quantization 'fp8'"),
+        ({"variant": "klein-5b"}, "unknown model 'klein-5b'; choose one of .*klein-4b"),
+    ],
+    ids=["quant", "text_quant", "variant"],
+)
+def test_unknown_settings_are_refused(options, match, official, target):
+    assert_refused(official, target, match, InputError, **options)
+
+
+def test_an_existing_target_is_replaced_only_with_force(official, source, target):
+    convert(official, target)
+    (target / "note.txt").write_text("mine")
+    edit_weights(source / TRANSFORMER, lambda x: x["proj_out.weight"].zero_())
+    assert_refused(source, target, "exists; choose another folder or pass --force", InputError)
+    convert(source, target, force=True)
+    assert not load_file(target / "transformer/model.safetensors")["final_layer.linear.weight"].any()
+    assert not (target / "note.txt").exists()
+    assert [path.name for path in target.parent.iterdir()] == ["converted"]
+
+
+def test_force_replaces_nothing_but_checkpoints(official, target):
+    target.write_text("a letter")
+    assert_refused(official, target, "is not an MLX checkpoint, so --force does not replace it", InputError, force=True)
+    target.unlink()
+    target.mkdir()
+    (target / "letter.txt").write_text("a letter")
+    assert_refused(official, target, "is not an MLX checkpoint, so --force does not replace it", InputError, force=True)
+    assert_refused(official, target, "exists; choose another folder", InputError)
+
+
+def test_a_failed_conversion_keeps_the_old_checkpoint(official, source, target):
+    convert(official, target)
+    poison(VAE, "bn.running_mean", torch.nan)(source)
+    assert_refused(source, target, "is not finite", force=True)
+
+
+def test_a_disk_that_is_too_small(official, target, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000))
+    assert_refused(official, target, r"no space: the model takes 0\.0 GB, .*models has 0\.0 GB free", InputError)
+    convert(official, target, "qint4", "qint4")
+
+
+def test_a_disk_that_fills_up(official, target, monkeypatch):
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert_refused(official, target, "can't write .*converted: No space left on device", InputError)
+    assert len(synced) == 2
+
+
+def test_a_target_in_no_folder(official, target):
+    assert_refused(official, target.parent / "none" / "x", "there is no folder .*none", InputError)
+    assert_refused(official, official / "model_index.json" / "x", "there is no folder", InputError)
+
+
+def test_a_folder_without_permission(official, target, monkeypatch):
+    def mkdtemp(**options):  # the permission bits stop nobody who runs the tests as root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    assert_refused(official, target, "can't write .*converted: Permission denied", InputError)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_an_interrupted_conversion_leaves_nothing(share, official, target):
+    def interrupt(done: int, total: int) -> None:
+        if done >= share * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(official, target, progress=interrupt)
+    assert contents(target.parent) == {}
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from flux2_mlx.convert import Source, write_checkpoint
+
+def wait(done, total):
+    if done > total / 2:
+        print("half", flush=True)
+        time.sleep(60)
+
+source, variant, target = sys.argv[1:]
+write_checkpoint(Source.open(Path(source), variant), Path(target), "bf16", "bf16", progress=wait)
+"""
+
+
+def test_a_killed_conversion_leaves_no_target(official, target):
+    command = [sys.executable, "-c", KILLED, str(official), VARIANT, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not target.exists()
+    Checkpoint.open(convert(official, target))

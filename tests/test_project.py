@@ -1,0 +1,193 @@
+"""Rules of the project that no single module can keep: layers, packaging, dependencies, the README."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flux2_mlx
+from flux2_mlx.cli.main import cli
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# A module imports only from rows above its own; a package may import from itself.
+ROWS = (
+    ("errors", "demo"),
+    ("config",),
+    ("layers",),
+    ("transformer", "vae", "text", "scheduler", "noise", "images"),
+    ("quantization",),
+    ("checkpoint",),
+    ("hub",),
+    ("convert",),
+    ("sampling",),
+    ("pipeline",),
+    ("cli",),
+    ("__main__",),
+)
+ROW = {name: number for number, names in enumerate(ROWS) for name in names}
+MAX_LINES = 400
+
+
+def product_files() -> dict[str, Path]:
+    """Every source file of the product by its module's name; packages end in `.__init__`."""
+    found = {}
+    for folder, package in (("flux2_mlx", "flux2_mlx"), ("convert", "flux2_mlx.convert")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found[".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts])] = path
+    return found
+
+
+FILES = product_files()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[str]:
+    """Absolute names of what `module` imports anywhere in it; a name imported from a module may be its submodule."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def test_there_are_files_to_check():
+    assert {"flux2_mlx.__init__", "flux2_mlx.pipeline", "flux2_mlx.cli.main", "flux2_mlx.convert.rules"} <= set(FILES)
+
+
+def test_every_module_has_a_row():
+    assert {name.split(".")[1] for name in FILES} - {"__init__"} == set(ROW)
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name != "flux2_mlx.__init__"])
+def test_imports_go_one_way(module):
+    home = module.split(".")[1]
+    wrong = []
+    for name in imported(module, parse(FILES[module])):
+        top, part, *_ = [*name.split("."), ""]
+        if top == "flux2_mlx" and part in ROW and part != home and ROW[part] >= ROW[home]:
+            wrong.append(name)
+    assert not wrong, f"{module} imports {wrong}, which {home} may not"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_import_of_what_only_tests_have(module):
+    names = {name.split(".")[0] for name in imported(module, parse(FILES[module]))}
+    assert not names & {"torch", "diffusers", "transformers", "accelerate", "pytest", "convert", "tests"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_what_generates_text_is_imported_only_where_it_is_used(module):
+    tree = parse(FILES[module])
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lazy = {node for function in functions for node in ast.walk(function)}
+    eager = ast.Module([n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and n not in lazy], [])
+    assert "mlx_lm" not in {name.split(".")[0] for name in imported(module, eager)}
+
+
+def test_a_run_imports_no_torch(tmp_path):
+    script = """
+import sys
+from flux2_mlx import Flux2Pipeline
+Flux2Pipeline.from_pretrained("demo")("red", width=16, height=16, num_inference_steps=1)
+print([name for name in ("torch", "diffusers", "transformers", "mlx_lm") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_stay_readable(module):
+    lines = FILES[module].read_text(encoding="utf-8").count("\n")
+    assert lines < MAX_LINES, f"{module} has {lines} lines; split it"
+
+
+def test_every_package_is_listed():
+    packages = {name.removesuffix(".__init__") for name in FILES if name.endswith(".__init__")}
+    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(packages)
+    for name, path in FILES.items():
+        assert (path.parent / "__init__.py").is_file(), f"{name} is in no package"
+
+
+def test_no_folder_stands_in_the_way_of_the_mapped_package():
+    assert PYPROJECT["tool"]["setuptools"]["package-dir"] == {"flux2_mlx.convert": "convert"}
+    assert not (ROOT / "flux2_mlx" / "convert").exists()
+    assert not hasattr(flux2_mlx, "convert") or hasattr(flux2_mlx.convert, "__path__")
+
+
+def test_every_data_file_is_in_the_wheel():
+    shipped = set()
+    for package, patterns in PYPROJECT["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT.joinpath(*package.split("."))
+        shipped |= {path for pattern in patterns for path in folder.glob(pattern)}
+    data = [path for folder in ("flux2_mlx", "convert") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    data = {path for path in data if path.suffix not in (".py", ".pyc") and not path.name.startswith(".")}
+    assert data - shipped == set()
+    assert ROOT / "flux2_mlx" / "demo" / "flux2.json" in shipped
+
+
+def test_the_version_is_in_one_place():
+    version = PYPROJECT["project"]["version"]
+    assert flux2_mlx.__version__ == version, "install the project again"
+    assert [name for name, path in FILES.items() if version in path.read_text(encoding="utf-8")] == []
+
+
+def test_pre_commit_runs_the_same_ruff():
+    config = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    (revision,) = re.findall(r"rev: v(\S+)", config)
+    assert f"ruff=={revision}" in PYPROJECT["project"]["optional-dependencies"]["test"]
+
+
+def readme_blocks(*languages: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, re.S | re.M)
+
+
+def test_python_in_the_readme_compiles_and_its_imports_exist():
+    blocks = readme_blocks("python", "py")
+    assert blocks
+    for block in blocks:
+        tree = ast.parse(block)
+        compile(tree, "README.md", "exec")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "flux2_mlx":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `flux2-mlx` line in shell text."""
+    lines = (line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines())
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("flux2-mlx ")]
+
+
+def test_commands_in_the_readme_are_understood():
+    found = [arguments for block in readme_blocks("bash", "sh", "shell", "console") for arguments in commands(block)]
+    assert found
+    for name, *arguments in found:
+        cli.commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("name", [None, *cli.commands])
+def test_commands_in_the_help_are_understood(name):
+    found = commands((cli if name is None else cli.commands[name]).help)
+    assert found
+    for command, *arguments in found:
+        cli.commands[command].make_context(command, arguments)

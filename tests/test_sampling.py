@@ -1,0 +1,221 @@
+"""The checks of a run's settings, and the denoising loop."""
+
+import math
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flux2_mlx.config import VARIANTS
+from flux2_mlx.errors import InputError
+from flux2_mlx.sampling import MAX_IMAGES, MAX_SEED, Conditioning, Request, denoise
+
+KLEIN, BASE = VARIANTS["klein-4b"], VARIANTS["klein-base-4b"]
+SIGMAS = np.array([1, 0.75, 0.5, 0], dtype=np.float32)
+
+
+def checked(prompts=("a fox",), variant=KLEIN, **settings) -> Request:
+    return Request.checked(variant, 16, prompts, **settings)
+
+
+@pytest.mark.parametrize("variant", [KLEIN, BASE, VARIANTS["demo"]], ids=lambda variant: variant.name)
+def test_defaults_come_from_the_variant(variant):
+    request = checked(variant=variant, seed=7)
+    assert (request.height, request.width) == (variant.size, variant.size)
+    assert (request.steps, request.guidance) == (variant.steps, variant.guidance)
+    assert request.max_sequence_length == variant.max_sequence_length
+    assert (request.prompts, request.seeds, request.sigmas) == (("a fox",), (7,), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"height": 0}, "height 0 must be a positive multiple of 16"),
+        ({"width": -16}, "width -16 must be a positive multiple of 16"),
+        ({"height": 1000}, "height 1000 must be a positive multiple of 16"),
+        ({"width": 1000}, "width 1000 must be a positive multiple of 16"),
+        ({"width": 512.5}, r"width 512\.5 must be"),
+        ({"height": 4096, "width": 4112}, "size 4112×4096 is too large; the limit is 16777216 pixels"),
+        ({"height": 16 * 10**12}, "is too large"),
+        ({"steps": 0}, "steps must be 1 to 1000, got 0"),
+        ({"steps": -1}, "steps must be 1 to 1000, got -1"),
+        ({"steps": 1001}, "steps must be 1 to 1000, got 1001"),
+        ({"seed": -1}, "seeds must be 0 to 18446744073709551615, got -1"),
+        ({"seed": MAX_SEED + 1}, "seeds must be 0 to .*, got 18446744073709551616"),
+        ({"seed": MAX_SEED, "images_per_prompt": 2}, "seeds must be 0 to .*, got 18446744073709551616"),
+        ({"guidance": math.nan}, "guidance must be a number of 0 or more, got nan"),
+        ({"guidance": math.inf}, "guidance must be a number of 0 or more, got inf"),
+        ({"guidance": -0.1}, r"guidance must be a number of 0 or more, got -0\.1"),
+        ({"images_per_prompt": 0}, "the number of images must be 1 to 1000, got 0"),
+        ({"images_per_prompt": -1}, "the number of images must be 1 to 1000, got -1"),
+        ({"images_per_prompt": 10**12}, "the number of images must be 1 to 1000, got 1000000000000"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be 1 to 512, got 0"),
+        ({"max_sequence_length": 513}, "max_sequence_length must be 1 to 512, got 513"),
+        ({"sigmas": []}, "steps must be 1 to 1000, got 0"),
+        ({"sigmas": [1.0] * 1001}, "steps must be 1 to 1000, got 1001"),
+        ({"sigmas": [1.1, 0.5]}, "sigmas must fall from at most 1 to above 0"),
+        ({"sigmas": [0.5, 0.5]}, "sigmas must fall"),
+        ({"sigmas": [0.5, 0.7]}, "sigmas must fall"),
+        ({"sigmas": [1.0, 0.0]}, "sigmas must fall"),
+        ({"sigmas": [1.0, -0.5]}, "sigmas must fall"),
+        ({"sigmas": [math.nan]}, "sigmas must fall"),
+        ({"sigmas": [1.0, math.nan, 0.5]}, "sigmas must fall"),
+        ({"sigmas": [math.inf, 0.5]}, "sigmas must fall"),
+        ({"sigmas": [1.0, 0.5], "steps": 3}, "2 sigmas don't go with 3 steps"),
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": ["a", "x" * 100_000]}, "a prompt of 100000 characters is too long; the limit is 10000"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_settings(settings, match):
+    with pytest.raises(InputError, match=match) as caught:
+        checked(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"height": 16, "width": 16},
+        {"height": 4096, "width": 4096},
+        {"height": 16, "width": 2**20},
+        {"steps": 1},
+        {"steps": 1000},
+        {"seed": 0},
+        {"seed": MAX_SEED},
+        {"seed": MAX_SEED - 1, "images_per_prompt": 2},
+        {"guidance": 0},
+        {"images_per_prompt": MAX_IMAGES},
+        {"max_sequence_length": 1},
+        {"sigmas": [1.0]},
+        {"sigmas": np.linspace(1, 0.1, 10)},
+        {"sigmas": [0.6, 0.3], "steps": 2},
+        {"prompts": [""]},
+        {"prompts": ["x" * 10_000]},
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_settings_at_the_limits(settings):
+    request = checked(**settings)
+    for name, value in settings.items():
+        expected = tuple(value) if name in ("sigmas", "prompts") else value
+        assert (request.seeds[0] if name == "seed" else getattr(request, name)) == expected
+
+
+def test_a_size_must_fit_the_tokens():
+    with pytest.raises(InputError, match="width 48 must be a positive multiple of 32"):
+        Request.checked(KLEIN, 32, ["a"], height=64, width=48)
+
+
+def test_seeds_count_up_over_all_images():
+    request = checked(["a", "b", "c"], seed=40, images_per_prompt=2)
+    assert request.seeds == (40, 41, 42, 43, 44, 45)
+    assert request.images_per_prompt == 2
+    assert checked(["a", "b"], seed=3).images_per_prompt == 1
+
+
+def test_a_run_without_seed_gets_a_random_one():
+    seeds = {checked(images_per_prompt=3).seeds for _ in range(5)}
+    assert len(seeds) == 5
+    for first, second, third in seeds:
+        assert 0 <= first == second - 1 == third - 2
+
+
+def test_sigmas_set_the_steps():
+    assert checked(sigmas=[0.9, 0.5, 0.2]).steps == 3
+
+
+class Network:
+    """Stands for the transformer: a constant velocity for each text, and a record of what it was called with."""
+
+    def __init__(self, velocities: dict[int, mx.array]):
+        self._velocities = velocities
+        self.calls: list[SimpleNamespace] = []
+
+    def __call__(self, tokens, text, timestep, rope, guidance):
+        self.calls.append(SimpleNamespace(tokens=tokens, text=text, timestep=timestep, rope=rope, guidance=guidance))
+        return self._velocities[int(text[0].item())].astype(tokens.dtype)
+
+    @property
+    def timesteps(self) -> list[float]:
+        return [call.timestep.item() for call in self.calls]
+
+
+TEXT, NEGATIVE, ROPE = mx.array([1]), mx.array([2]), mx.array([0])
+
+
+@pytest.fixture
+def noise() -> mx.array:
+    return mx.random.normal((2, 3, 4), key=mx.random.key(0))
+
+
+@pytest.fixture
+def image() -> mx.array:
+    return mx.random.normal((2, 3, 4), key=mx.random.key(1))
+
+
+@pytest.fixture
+def network(noise, image) -> Network:
+    """A straight flow from `image` to `noise`."""
+    return Network({1: noise - image, 2: image})
+
+
+def run(network: Network, noise: mx.array, dtype=mx.float32, **conditioning):
+    return denoise(network, noise, Conditioning(TEXT, ROPE, **conditioning), SIGMAS, dtype)
+
+
+def assert_close(a: mx.array, b: mx.array) -> None:
+    assert mx.allclose(a, b, rtol=1e-5, atol=1e-5).item()
+
+
+def test_denoise_yields_after_every_step(network, noise, image):
+    steps = run(network, noise)
+    assert network.calls == []
+    for number, step in enumerate(steps, 1):
+        assert len(network.calls) == step.number == number
+        assert (step.from_sigma, step.sigma) == (SIGMAS[number - 1], SIGMAS[number])
+        assert_close(step.tokens, image + float(SIGMAS[number]) * (noise - image))
+        assert_close(step.estimate, image)
+    assert number == 3
+    assert network.timesteps == [1, 0.75, 0.5]
+    assert_close(network.calls[1].tokens, image + 0.75 * (noise - image))
+    assert all(call.text is TEXT and call.rope is ROPE and call.guidance is None for call in network.calls)
+
+
+def test_denoise_goes_on_from_tokens_that_were_sent(network, noise):
+    steps = run(network, noise)
+    next(steps)
+    other = mx.ones_like(noise)
+    step = steps.send(other)
+    assert_close(network.calls[1].tokens, other)
+    assert_close(step.tokens, other - 0.25 * network(other, TEXT, mx.array([0.0]), ROPE, None))
+
+
+def test_denoise_can_be_closed_early(network, noise):
+    steps = run(network, noise)
+    next(steps)
+    steps.close()
+    assert len(network.calls) == 1
+    assert list(steps) == []
+
+
+def test_tokens_stay_in_float32(network, noise):
+    steps = list(run(network, noise, mx.bfloat16))
+    assert {call.tokens.dtype for call in network.calls} == {mx.bfloat16}
+    assert {step.tokens.dtype for step in steps} | {step.estimate.dtype for step in steps} == {mx.float32}
+
+
+def test_classifier_free_guidance(network, noise, image):
+    step = next(run(network, noise, negative_text=NEGATIVE, guidance=3.0))
+    assert [call.text.item() for call in network.calls] == [1, 2]
+    assert network.timesteps == [1, 1]
+    assert all(call.guidance is None for call in network.calls)
+    velocity = image + 3 * ((noise - image) - image)
+    assert_close(step.tokens, noise - 0.25 * velocity)
+    assert_close(step.estimate, noise - velocity)
+
+
+def test_embedded_guidance(network, noise):
+    list(run(network, noise, guidance=2.5, embeds_guidance=True))
+    assert [call.guidance.item() for call in network.calls] == [2.5] * 3
