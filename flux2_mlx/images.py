@@ -101,7 +101,7 @@ def _metadata(format_name: str, settings: dict[str, Any]) -> dict[str, Any]:
         info.add_itxt(_SETTINGS_KEY, payload)
         return {"pnginfo": info}
     exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = describe(settings).encode("ascii", "replace").decode()
+    exif[ExifTags.Base.ImageDescription] = describe(settings)  # Pillow writes ? for what is not ASCII
     exif[ExifTags.Base.Software] = f"flux2-mlx {settings['version']}"
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + payload.encode("utf-16-be")
     return {"exif": exif}

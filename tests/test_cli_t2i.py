@@ -182,6 +182,12 @@ def test_checkpoint_also_saves_an_image_every_n_steps(folder):
     assert far > near > 0
 
 
+def test_the_image_of_the_first_step_is_where_it_points():
+    make("--seed", "7", "-s", "3", "--checkpoint", "1", "-o", "a.png")
+    make("--seed", "7", "-s", "1", "-o", "b.png")
+    assert difference("a-step-001.png", "b.png") < 0.5
+
+
 def test_checkpoints_of_several_images_carry_their_seeds(folder):
     make("--checkpoint", "1", "-n", "2", "--seed", "7", "-o", "a.webp")
     names = sorted(path.name for path in folder.iterdir())
@@ -241,6 +247,7 @@ def test_a_guidance_that_has_no_effect_is_said():
     arguments = ("t2i", PROMPT, *SMALL, "--seed", "7")
     assert "demo is distilled and ignores --guidance\n" in done(*arguments, "-g", "4", "-o", "a.png").stderr
     assert "ignores" not in done(*arguments, "-o", "b.png").stderr
+    assert done(*arguments, "-g", "4", "-o", "c.png", "--quiet").stderr == ""
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
 
 

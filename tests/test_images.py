@@ -5,6 +5,7 @@ import json
 import os
 import random
 import stat
+import warnings
 
 import numpy as np
 import pytest
@@ -297,6 +298,17 @@ def test_comments_of_other_tools(tmp_path, image, comment):
     image.save(tmp_path / "a.jpg", exif=exif)
     with pytest.raises(InputError, match="carries no settings of flux2-mlx"):
         read_settings(tmp_path / "a.jpg")
+
+
+def test_damaged_metadata_is_skipped_without_a_warning(tmp_path, image):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = "another tool, of a longer name than fits"
+    image.save(tmp_path / "a.jpg", exif=exif.tobytes()[:-10])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(InputError, match="carries no settings of flux2-mlx"):
+            read_settings(tmp_path / "a.jpg")
+    assert caught == []
 
 
 def test_settings_with_a_comment_that_is_cut(tmp_path, image):

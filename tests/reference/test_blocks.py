@@ -119,18 +119,15 @@ def test_rotation_is_done_in_float32():
 
 
 def test_head_norm_in_bfloat16():
-    """As BFL's: statistics and normalised values in float32, rounded once or twice."""
     reference = randomize(torch.nn.RMSNorm(128, eps=1e-6), dtype=torch.bfloat16)
-    x = random_tensor(2, 5, 3, 128, dtype=torch.bfloat16)
     norm = HeadNorm(128, 1e-6).load_weights([("scale", to_mx(reference.weight))])
     norm.set_dtype(mx.bfloat16)
-    ours = relative_error(norm(to_mx(x).astype(mx.bfloat16)), reference(x))
-    print(
-        ours,
-        relative_error(reference.bfloat16()(x.bfloat16()), reference.float()(x)),
-        relative_error(x * 0 + reference(x).bfloat16().float(), reference(x)),
-    )
-    assert ours <= 0
+    x = random_tensor(2, 5, 3, 128, dtype=torch.bfloat16)
+    ours, exact = norm(to_mx(x).astype(mx.bfloat16)), reference(x)
+    theirs = relative_error(reference.bfloat16()(x.bfloat16()), exact)
+    assert ours.dtype == mx.bfloat16
+    # The statistics are float32 in both; we, like the original release, also round before the weights are applied.
+    assert relative_error(ours, exact) <= 1.5 * theirs
 
 
 @pytest.mark.parametrize(

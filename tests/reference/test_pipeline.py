@@ -85,7 +85,7 @@ BATCH = {"prompt": [CAT, FOX], "num_images_per_prompt": 2, "seeds": 4, "guidance
 
 
 def test_latents_of_a_batch(pair):
-    ours, expected = pair(max_sequence_length=512, **BATCH)
+    ours, expected = pair(**BATCH)
     assert ours.shape == (4, 4, HEIGHT // 8, WIDTH // 8)
     assert relative_error(ours, expected) <= LATENTS
     for mine, theirs in zip(ours, expected, strict=True):
@@ -118,7 +118,7 @@ def test_prompts(prompt, klein):
 
 
 def test_an_over_long_prompt_beside_the_negative_one(base):
-    assert base.error(prompt=LONG, guidance_scale=4.0) <= LATENTS
+    assert base.error(prompt=LONG, max_sequence_length=512, guidance_scale=4.0) <= LATENTS
 
 
 def test_guidance_changes_the_image_of_a_base_model_only(klein, base):
