@@ -139,7 +139,8 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return work(arguments.worker)
+        work(arguments.worker)
+        return
     workers = [Worker("ours", sys.executable, arguments.blas)]
     if arguments.mflux_python:
         workers.append(Worker("mflux", arguments.mflux_python, arguments.blas))
