@@ -1,6 +1,7 @@
 """What `t2i` writes: images, their names and settings, JSON, progress."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -176,10 +177,8 @@ def test_checkpoint_also_saves_an_image_every_n_steps(folder):
     assert [str(path) for path in make("-s", "5", "--checkpoint", "2", "-o", "a.png")] == ["a.png"]
     names = ["a-step-002.png", "a-step-004.png", "a.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    images = [pixels(name).astype(float) for name in names]
-    assert all(image.shape == (64, 64, 3) for image in images)
-    far, near = (np.abs(image - images[2]).mean() for image in images[:2])
-    assert far > near > 0
+    assert {pixels(name).shape for name in names} == {(64, 64, 3)}
+    assert len({pixels(name).tobytes() for name in names}) == 3
 
 
 def test_the_image_of_the_first_step_is_where_it_points():
@@ -231,7 +230,10 @@ def test_progress_is_a_bar_for_each_phase_on_stderr():
 
 @pytest.mark.parametrize("extra", [[], ["--json"], ["--checkpoint", "1"]])
 def test_quiet_leaves_stderr_empty(extra):
+    logger = logging.getLogger("flux2_mlx")
+    level = logger.level
     assert done("t2i", PROMPT, *SMALL, "--quiet", "-o", "a.png", *extra).stderr == ""
+    assert logger.level == level
 
 
 @pytest.mark.parametrize("extra", [[], ["--json"]])

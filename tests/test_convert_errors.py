@@ -143,6 +143,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing shard": (shard_index("a.safetensors", "model.safetensors"), "there is no a.safetensors"),
     "index without shards": (shard_index(), "is incomplete: there is no weight file"),
     "index nonsense": (shard_index(7), "has no weight_map"),
+    "index of a list": (
+        fill("vae/diffusion_pytorch_model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+        "has no weight_map",
+    ),
     "repeated tensors": (repeat_in_second_shard, "repeats tensors of another file"),
     "one byte missing": (resize(VAE, -1), "bytes where its header says"),
     "most missing": (lambda folder: os.truncate(folder / TRANSFORMER, 100), NOT_SAFETENSORS),

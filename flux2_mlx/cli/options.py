@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,8 +10,12 @@ import click
 from ..config import QUANTIZATIONS
 
 
-def _set_log_level(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
-    logging.getLogger(__package__.partition(".")[0]).setLevel(logging.ERROR if quiet else logging.WARNING)
+def _silence(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Drop the library's warnings until the command ends."""
+    logger = logging.getLogger(__package__.partition(".")[0])
+    if quiet:
+        ctx.call_on_close(partial(logger.setLevel, logger.level))
+        logger.setLevel(logging.ERROR)
     return quiet
 
 
@@ -29,7 +34,7 @@ models_dir_option = click.option(
 )
 variant_option = click.option("--variant", metavar="NAME", help="Which model a folder or repo holds, if it can't tell.")
 quiet_option = click.option(
-    "--quiet", is_flag=True, callback=_set_log_level, help="No progress, notices or warnings on stderr."
+    "--quiet", is_flag=True, callback=_silence, help="No progress, notices or warnings on stderr."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 

@@ -96,8 +96,7 @@ def own_generator(source: str, quant: str | None, steps: int) -> Generate:
     pipeline = Flux2Pipeline.from_pretrained(source, quant=quant) if quant else Flux2Pipeline.from_pretrained(source)
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        pairs = zip(prompts, seeds, strict=True)
-        return [pipeline(prompt, seed=seed, num_inference_steps=steps).images[0] for prompt, seed in pairs]
+        return pipeline(prompts, seed=seeds[0], num_inference_steps=steps).images
 
     return generate
 
@@ -137,7 +136,7 @@ def main() -> None:
     else:
         generate = own_generator(arguments.model, arguments.quant, arguments.steps)
     examples = held_out_prompts(arguments.count, arguments.seed)
-    images, verdicts = evaluate(generate, examples, batch=16 if arguments.diffusers else 1)
+    images, verdicts = evaluate(generate, examples, batch=16 if arguments.diffusers else len(examples))
     for (_, prompt), verdict in zip(examples, verdicts, strict=True):
         if not verdict.all_right:
             wrong = [name for name in ATTRIBUTES if getattr(verdict, name) is False]

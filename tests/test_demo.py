@@ -1,0 +1,29 @@
+"""Does the built-in model draw what prompts say? `scripts/demo/evaluate.py` measures the same on 200 prompts."""
+
+import numpy as np
+import pytest
+from evaluate import held_out_prompts
+from scorer import judge
+
+from flux2_mlx import Flux2Pipeline
+
+SEED = 20
+
+
+def share_right(pipe: Flux2Pipeline, count: int) -> float:
+    examples = held_out_prompts(count, seed=SEED)
+    images = pipe([prompt for _, prompt in examples], seed=0).images
+    return float(np.mean([judge(image, scene).all_right for image, (scene, _) in zip(images, examples, strict=True)]))
+
+
+@pytest.mark.parametrize(("quant", "count"), [(None, 60), ("qint8", 20)])
+def test_demo_draws_what_held_out_prompts_say(quant, count):
+    assert share_right(Flux2Pipeline.from_pretrained("demo", quant=quant), count) >= 0.9
+
+
+def test_another_prompt_gives_another_scene():
+    pipe = Flux2Pipeline.from_pretrained("demo")
+    (scene, prompt), (other, _) = held_out_prompts(2, seed=SEED)
+    image = pipe(prompt, seed=0).images[0]
+    assert judge(image, scene).all_right
+    assert not judge(image, other).all_right
