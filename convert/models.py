@@ -35,6 +35,7 @@ def find_checkpoint(
     quant: str | None = None,
     text_quant: str | None = None,
     models_dir: str | os.PathLike | None = None,
+    text_only: bool = False,
     offline: bool = False,
     quiet: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -47,6 +48,7 @@ def find_checkpoint(
         quant: `bf16` (None), `qint8` or `qint4`; an MLX checkpoint keeps its own.
         text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         models_dir: where converted models are kept; see `models_folder`.
+        text_only: a checkpoint without transformer and VAE will do.
         offline: use no network.
         quiet: show no download progress.
         progress: called with bytes converted and bytes in all.
@@ -66,17 +68,18 @@ def find_checkpoint(
         target = folder / checkpoint_name(source.replace("/", "--"), quant, text_quant)
         if is_checkpoint(target):
             return target
+        if text_only:
+            target = folder / f"{source.replace('/', '--')}-text-only-{text_quant}"
+            if is_checkpoint(target):
+                return target
         known = _known_variant(source)
-        if known and not known.is_supported:
-            raise InputError(
-                f"{known.name} needs the {known.text.model_type} encoder, which this version does not have yet"
-            )
         repo = known.repo if source in VARIANTS else source
-        opened = Source.open(hub.fetch(repo, offline=offline, quiet=quiet), variant or (known and known.name))
+        fetched = hub.fetch(repo, text_only=text_only, offline=offline, quiet=quiet)
+        opened = Source.open(fetched, variant or (known and known.name), text_only=text_only)
     elif path.exists():
-        opened, repo = Source.open(path, variant), str(path)
+        opened, repo = Source.open(path, variant, text_only=text_only), str(path)
         name = f"{opened.variant.name}-{opened.fingerprint[:12]}"
-        target = folder / checkpoint_name(name, quant, text_quant)
+        target = folder / (f"{name}-text-only-{text_quant}" if text_only else checkpoint_name(name, quant, text_quant))
         if is_checkpoint(target):
             return target
     else:

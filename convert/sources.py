@@ -9,8 +9,10 @@ from typing import Any
 import mlx.core as mx
 
 from flux2_mlx.checkpoint import Component, TensorInfo, check_fit, read_headers, read_json
-from flux2_mlx.config import VARIANTS, TextConfig, TransformerConfig, VAEConfig, Variant, get_variant
+from flux2_mlx.config import VARIANTS, Config, TransformerConfig, Variant, VisionConfig, get_variant
 from flux2_mlx.errors import CheckpointError
+
+from .text import canonical
 
 _PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
 _STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
@@ -19,7 +21,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 _FIXED: dict[str, dict[str, Any]] = {
     "transformer": {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "out_channels": None},
-    "text_encoder": {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False},
     "vae": {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True, "act_fn": "silu"},
 }
 
@@ -39,18 +40,19 @@ class Source:
 
     folder: Path
     variant: Variant
-    configs: dict[str, TransformerConfig | TextConfig | VAEConfig]
+    configs: dict[str, Config]
     files: dict[str, list[Path]]
     tensors: dict[str, dict[str, TensorInfo]]
     _arrays: dict[tuple[str, str], mx.array] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, variant: str | None = None) -> "Source":
+    def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
         """Read the configurations and file headers of a diffusers folder.
 
         Args:
             folder: holds `model_index.json`.
             variant: the model's name where geometry and `model_index.json` can't tell, or None.
+            text_only: leave out the transformer and the VAE, whose weights need not be there.
 
         Raises:
             CheckpointError: another model, pickles, missing or damaged files.
@@ -60,14 +62,23 @@ class Source:
         values = {name: read_json(path) for name, path in paths.items()}
         for name, required in _FIXED.items():
             _fixed(values[name], required, paths[name])
+        text = values["text_encoder"]
         transformer = Component.described("transformer", values["transformer"], paths["transformer"]).config
-        row = _choose_variant(folder, index, transformer, values["text_encoder"], variant)
-        values["text_encoder"] = _text_values(values["text_encoder"], row, paths["text_encoder"])
+        row = _choose_variant(folder, index, transformer, variant)
+        values["text_encoder"] = _text_values(text, row, paths["text_encoder"])
+        if values["text_encoder"]["num_later_layers"]:
+            values["language_model"], paths["language_model"] = values["text_encoder"], paths["text_encoder"]
+        if "vision_config" in text:
+            values["vision"], paths["vision"] = _vision_values(text, paths["text_encoder"]), paths["text_encoder"]
         configs = {name: Component.described(name, values[name], path).config for name, path in paths.items()}
         check_fit(row, configs)
         _check_scheduler(folder)
-        files = {name: _weight_files(folder / name, stem) for name, stem in _STEMS.items()}
-        return cls(folder, row, configs, files, {name: read_headers(files[name]) for name in files})
+        if text_only:
+            configs = {name: config for name, config in configs.items() if name not in ("transformer", "vae")}
+        files = {name: _weight_files(folder / name, stem) for name, stem in _STEMS.items() if name in configs}
+        tensors = {name: read_headers(files[name]) for name in files}
+        tensors["text_encoder"] = {canonical(key): tensor for key, tensor in tensors["text_encoder"].items()}
+        return cls(folder, row, configs, files, tensors)
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +101,7 @@ class Source:
         """The tensor, still unread; it is handed out once, so that reading it leaves nothing behind here."""
         if (component, name) not in self._arrays:
             for path in self.files[component]:
-                self._arrays |= {(component, key): array for key, array in mx.load(str(path)).items()}
+                self._arrays |= {(component, canonical(key)): array for key, array in mx.load(str(path)).items()}
         return self._arrays.pop((component, name))
 
 
@@ -109,13 +120,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _choose_variant(
-    folder: Path, index: dict[str, Any], transformer: TransformerConfig, text: dict[str, Any], name: str | None
-) -> Variant:
-    if transformer.guidance_embeds or text.get("model_type") != "qwen3":
-        raise CheckpointError(
-            f"{folder} is a FLUX.2 dev model (text encoder {text.get('model_type')!r}), which can't be converted yet"
-        )
+def _choose_variant(folder: Path, index: dict[str, Any], transformer: TransformerConfig, name: str | None) -> Variant:
     same = [v for v in VARIANTS.values() if v.transformer == transformer]
     if name is not None:
         row = get_variant(name)
@@ -123,7 +128,8 @@ def _choose_variant(
             raise CheckpointError(f"{folder} can't be {name}: its geometry is that of {_names(same)}")
         return row
     kv = index["_class_name"] == "Flux2KleinKVPipeline"
-    rows = [v for v in same if v.kv_cache == kv and v.distilled == index.get("is_distilled", kv)]
+    distilled = index.get("is_distilled", index["_class_name"] != "Flux2KleinPipeline")
+    rows = [v for v in same if v.kv_cache == kv and v.distilled == distilled]
     if len(rows) != 1:
         raise CheckpointError(
             f"can't tell which model {folder} is; name it with --variant ({_names(same or VARIANTS.values())})"
@@ -136,14 +142,62 @@ def _names(variants: Iterable[Variant]) -> str:
 
 
 def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
-    """The geometry with only the layers that are needed, and with the rotation's base where ours has it."""
+    """The geometry with the layers that are needed, in our terms."""
+    model_type = values.get("model_type")
+    if model_type != variant.text.model_type:
+        expected = variant.text.model_type
+        raise CheckpointError(f"{path} is a {model_type} model, {variant.name} reads prompts with {expected}")
+    inner = _section(values, "text_config", path) if "text_config" in values else values
+    _fixed(inner, {"attention_bias": False, "hidden_act": "silu"}, path)
+    if model_type == "qwen3":
+        _fixed(inner, {"use_sliding_window": False}, path)
+    else:
+        _fixed(inner, {"sliding_window": None}, path)
     out_layers = variant.text.out_layers
-    available = values.get("num_hidden_layers")
+    available = inner.get("num_hidden_layers")
     if not isinstance(available, int) or available < max(out_layers):
         raise CheckpointError(f"{path}: {available} layers, but the states of layers {out_layers} are needed")
-    rope = values.get("rope_parameters")
-    theta = (rope if isinstance(rope, dict) else values).get("rope_theta", variant.text.rope_theta)
-    return {**values, "rope_theta": theta, "out_layers": out_layers, "num_hidden_layers": max(out_layers)}
+    later = available - max(out_layers) if variant.text.num_later_layers else 0
+    return {
+        **inner,
+        "model_type": model_type,
+        "rope_theta": _rope_theta(inner, variant.text.rope_theta),
+        "tie_word_embeddings": values.get("tie_word_embeddings", False),
+        "out_layers": out_layers,
+        "num_hidden_layers": max(out_layers),
+        "num_later_layers": later,
+    }
+
+
+def _vision_values(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The vision tower's geometry in our terms."""
+    inner, text = _section(values, "vision_config", path), _section(values, "text_config", path)
+    _fixed(inner, {"model_type": "pixtral", "hidden_act": "silu", "num_channels": 3}, path)
+    _fixed(
+        values,
+        {"projector_hidden_act": "gelu", "multimodal_projector_bias": False, "vision_feature_layer": -1},
+        path,
+    )
+    return {
+        **inner,
+        "rope_theta": _rope_theta(inner, VisionConfig.rope_theta),
+        "text_hidden_size": text.get("hidden_size"),
+        "spatial_merge_size": values.get("spatial_merge_size", VisionConfig.spatial_merge_size),
+        "projector_eps": text.get("rms_norm_eps", VisionConfig.projector_eps),
+    }
+
+
+def _section(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    section = values.get(name)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path} has no {name}")
+    return section
+
+
+def _rope_theta(values: dict[str, Any], default: float) -> float:
+    """The rotation's base, which transformers nests under `rope_parameters` since version 5."""
+    nested = values.get("rope_parameters")
+    return (nested if isinstance(nested, dict) else values).get("rope_theta", default)
 
 
 def _check_scheduler(folder: Path) -> None:

@@ -23,15 +23,24 @@ from flux2_mlx.checkpoint import (
     module_tensors,
     raise_problems,
 )
+from flux2_mlx.config import Config
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
-from flux2_mlx.text import KleinTokenizer
+from flux2_mlx.text import TOKENIZERS
 
 from . import text, transformer, vae
-from .rules import Rule
+from .rules import Rule, Shape
 from .sources import Source
 
-_RULES = {"transformer": transformer, "text_encoder": text, "vae": vae}
+# The part of the source that each component is made from.
+_READS = {
+    "transformer": "transformer",
+    "text_encoder": "text_encoder",
+    "language_model": "text_encoder",
+    "vision": "text_encoder",
+    "vae": "vae",
+}
+_DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
 _FLOATS = ("BF16", "F16", "F32")
 _SHARD_BYTES = 4 << 30
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -42,7 +51,7 @@ _METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
 class _Layer:
     """A tensor of ours before quantization: how it is made, and the tensors that it is stored as."""
 
-    name: str
+    plain: TensorInfo
     rule: Rule
     stored: dict[str, TensorInfo]
 
@@ -87,7 +96,8 @@ def write_checkpoint(
     """
     text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
     quants = {"transformer": check_quant(quant), "text_encoder": check_quant(text_quant), "vae": "bf16"}
-    plans = [_plan(source, component, quants[component]) for component in _RULES]
+    plans = [_plan(source, name, quants[_READS[name]]) for name in _READS if name in source.configs]
+    _check_source(source, plans)
     _check_tokenizer(source)
     check_target(target, force)
     total = sum(plan.nbytes for plan in plans)
@@ -95,6 +105,7 @@ def write_checkpoint(
     manifest = {
         "format_version": FORMAT_VERSION,
         "variant": source.variant.name,
+        "components": [plan.component.name for plan in plans],
         "quantization": {"transformer": quant, "text_encoder": text_quant},
         "source": {"name": name or source.folder.name, "fingerprint": source.fingerprint},
         "version": version("flux2-mlx"),
@@ -114,34 +125,48 @@ def _plan(source: Source, name: str, quant: str) -> _Plan:
     bare = Component(name, source.configs[name], None, ())
     component = bare.quantized(quant)
     plain, stored = module_tensors(bare.build()), module_tensors(component.build())
-    plan = []
+    layers = []
     for key, tensor in plain.items():
         base = key.removesuffix(".weight")
         keys = [key, f"{base}.scales", f"{base}.biases"] if f"{base}.scales" in stored else [key]
-        plan.append(_Layer(key, _RULES[name].rule_for(key, tensor.shape), {k: stored[k] for k in keys}))
-    _check_source(source, name, plan, plain)
-    return _Plan(component, BITS[quant], plan)
+        layers.append(_Layer(tensor, _rule(name, key, tensor.shape, bare.config), {k: stored[k] for k in keys}))
+    return _Plan(component, BITS[quant], layers)
 
 
-def _check_source(source: Source, name: str, layers: list[_Layer], plain: dict[str, TensorInfo]) -> None:
-    """Compare the source with what the rules read, before anything is written."""
-    found = {k: x for k, x in source.tensors[name].items() if not _RULES[name].is_dropped(k, source.configs[name])}
-    expected = {
-        key: TensorInfo(
-            found[key].dtype if key in found and found[key].dtype in _FLOATS else "BF16",
-            layer.rule.source_shape(plain[layer.name].shape),
-        )
-        for layer in layers
-        for key in layer.rule.sources
+def _rule(component: str, name: str, shape: Shape, config: Config) -> Rule:
+    if component == "language_model":
+        return text.later_rule_for(name, shape, config.num_hidden_layers)
+    rules = {
+        "transformer": transformer.rule_for,
+        "text_encoder": text.rule_for,
+        "vision": text.vision_rule_for,
+        "vae": vae.rule_for,
     }
-    raise_problems(f"{source.folder / name} is not a {source.variant.name} {name}", mismatches(expected, found))
+    return rules[component](name, shape)
+
+
+def _check_source(source: Source, plans: list[_Plan]) -> None:
+    """Compare the source with what the rules read, before anything is written."""
+    for part, tensors in source.tensors.items():
+        found = {k: x for k, x in tensors.items() if not _DROPPED[part](k, source.configs[part])}
+        expected = {
+            key: TensorInfo(
+                found[key].dtype if key in found and found[key].dtype in _FLOATS else "BF16",
+                layer.rule.source_shape(layer.plain.shape),
+            )
+            for plan in plans
+            if _READS[plan.component.name] == part
+            for layer in plan.layers
+            for key in layer.rule.sources
+        }
+        raise_problems(f"{source.folder / part} is not a {source.variant.name} {part}", mismatches(expected, found))
 
 
 def _check_tokenizer(source: Source) -> None:
     file = source.folder / "tokenizer" / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
-    KleinTokenizer(file)
+    TOKENIZERS[source.configs["text_encoder"].model_type](file)
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -220,10 +245,12 @@ def _shards(layers: list[_Layer]) -> Iterator[list[_Layer]]:
 
 def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
     """The stored arrays of a layer in the order of `layer.stored`, evaluated."""
-    array = layer.rule.apply(*(source.take(plan.component.name, key) for key in layer.rule.sources))
+    array = layer.rule.apply(*(source.take(_READS[plan.component.name], key) for key in layer.rule.sources))
     array = array.astype(mx.bfloat16)
     if not mx.isfinite(array).all().item():
-        raise CheckpointError(f"{source.folder / plan.component.name}: {', '.join(layer.rule.sources)} is not finite")
+        raise CheckpointError(
+            f"{source.folder / _READS[plan.component.name]}: {', '.join(layer.rule.sources)} is not finite"
+        )
     if len(layer.stored) == 1:
         yield array
     else:

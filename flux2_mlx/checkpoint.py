@@ -5,6 +5,7 @@ import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import TextConfig, TransformerConfig, VAEConfig, Variant, get_variant
+from .config import TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig, get_variant
 from .errors import CheckpointError, InputError
 from .quantization import BITS, DEFAULT_TEXT_QUANT, quantize_array, quantize_module, statement
-from .text import Qwen3Encoder
+from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
 from .transformer import Flux2Transformer
 from .vae import VAE
 
@@ -23,9 +24,13 @@ FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
 COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
     "transformer": (TransformerConfig, Flux2Transformer),
-    "text_encoder": (TextConfig, Qwen3Encoder),
+    "text_encoder": (TextConfig, TextEncoder),
+    "language_model": (TextConfig, LaterLayers),
+    "vision": (VisionConfig, PixtralVision),
     "vae": (VAEConfig, VAE),
 }
+# What making images needs. Generating text needs the other two, and neither the transformer nor the VAE.
+PAINTING = ("transformer", "text_encoder", "vae")
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_PROBLEMS = 8
@@ -196,9 +201,10 @@ class Component:
 
 
 def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorInfo], bits: int) -> dict[str, mx.array]:
+    """Quantized copies of `weights`, which is emptied on the way, so that no weight stays in memory twice."""
     quantized: dict[str, mx.array] = {}
-    for name, array in weights.items():
-        layer = name.removesuffix(".weight")
+    for name in list(weights):
+        array, layer = weights.pop(name), name.removesuffix(".weight")
         if f"{layer}.scales" in expected:
             quantized |= {f"{layer}.{part}": x for part, x in quantize_array(array, bits).items()}
         else:
@@ -240,7 +246,7 @@ class Checkpoint:
                 quantization["transformer"],
                 quantization["text_encoder"],
                 dict(manifest["source"]),
-                {name: Component.open(folder / name, name) for name in COMPONENTS},
+                {name: Component.open(folder / name, name) for name in manifest["components"]},
             )
             checkpoint._check_consistency()
         except (*_NONSENSE, InputError) as error:
@@ -253,11 +259,16 @@ class Checkpoint:
 
     def _check_consistency(self) -> None:
         """Compare the manifest with the components, and these with each other."""
-        for name, quant in (("transformer", self.quant), ("text_encoder", self.text_quant)):
-            stored = (self.components[name].quantization or {}).get("bits")
+        for name, component in self.components.items():
+            quant = {"transformer": self.quant, "vae": "bf16"}.get(name, self.text_quant)
+            stored = (component.quantization or {}).get("bits")
             if stored != BITS[quant]:
                 raise InputError(f"it says {quant} where the {name} is stored with {stored or 16} bits")
         check_fit(self.variant, {name: component.config for name, component in self.components.items()})
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        return TOKENIZERS[self.components["text_encoder"].config.model_type](self.tokenizer_file)
 
     @property
     def tokenizer_file(self) -> Path:
@@ -266,7 +277,10 @@ class Checkpoint:
 
 def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
     """Raise CheckpointError if networks of these geometries can't work together as `variant`."""
-    replace(variant, transformer=configs["transformer"], text=configs["text_encoder"], vae=configs["vae"])
+    if not configs.keys() >= set(PAINTING):
+        return
+    parts = {"transformer": "transformer", "text": "text_encoder", "vae": "vae", "vision": "vision"}
+    replace(variant, **{field: configs[name] for field, name in parts.items() if name in configs})
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -275,12 +289,12 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def variant_sizes(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, int]:
-    """Bytes of each component's stored weights, from the geometry alone.
-
-    The text encoder is left out where this version does not have it.
-    """
+    """Bytes of each component's stored weights, from the geometry alone."""
     text_quant = text_quant or DEFAULT_TEXT_QUANT[quant]
-    parts = {"transformer": (variant.transformer, quant), "vae": (variant.vae, "bf16")}
-    if variant.is_supported:
-        parts["text_encoder"] = (variant.text, text_quant)
+    parts = {"transformer": (variant.transformer, quant), "text_encoder": (variant.text, text_quant)}
+    if variant.text.num_later_layers:
+        parts["language_model"] = (variant.text, text_quant)
+    if variant.vision:
+        parts["vision"] = (variant.vision, text_quant)
+    parts["vae"] = (variant.vae, "bf16")
     return {name: Component(name, config, None, ()).quantized(q).nbytes for name, (config, q) in parts.items()}

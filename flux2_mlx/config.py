@@ -18,7 +18,9 @@ def _check(condition: bool, message: str) -> None:
         raise CheckpointError(message)
 
 
-class _FromDict:
+class Config:
+    """What the geometries share: reading and writing `config.json`."""
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
         """Build from a parsed `config.json`; keys that are no field are ignored, lists become tuples."""
@@ -34,7 +36,7 @@ class _FromDict:
 
 
 @dataclass(frozen=True)
-class TransformerConfig(_FromDict):
+class TransformerConfig(Config):
     """Geometry of the MMDiT (diffusers `Flux2Transformer2DModel`)."""
 
     num_layers: int
@@ -69,7 +71,7 @@ class TransformerConfig(_FromDict):
 
 
 @dataclass(frozen=True)
-class VAEConfig(_FromDict):
+class VAEConfig(Config):
     """Geometry of the autoencoder (diffusers `AutoencoderKLFlux2`)."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -113,7 +115,7 @@ class VAEConfig(_FromDict):
 
 
 @dataclass(frozen=True)
-class TextConfig(_FromDict):
+class TextConfig(Config):
     """Geometry of a text encoder.
 
     `num_hidden_layers` counts the layers up to the last of `out_layers`, the hidden states that the transformer reads
@@ -156,7 +158,7 @@ class TextConfig(_FromDict):
 
 
 @dataclass(frozen=True)
-class VisionConfig(_FromDict):
+class VisionConfig(Config):
     """Geometry of Mistral's vision tower and projector (Pixtral). `image_size` is the longest side in pixels."""
 
     text_hidden_size: int
@@ -193,6 +195,7 @@ class Variant:
     transformer: TransformerConfig
     text: TextConfig
     vae: VAEConfig = VAEConfig()
+    vision: VisionConfig | None = None
     steps: int = 4
     guidance: float = 1.0
     distilled: bool = True
@@ -209,6 +212,10 @@ class Variant:
             f"the encoder gives {self.text.output_size}",
         )
         _check(
+            self.vision is None or self.vision.text_hidden_size == self.text.hidden_size,
+            f"{self.name}: the vision tower and the text encoder differ in width",
+        )
+        _check(
             self.transformer.in_channels == self.vae.token_channels,
             f"{self.name}: the transformer takes {self.transformer.in_channels} channels a token, "
             f"the VAE gives {self.vae.token_channels}",
@@ -220,18 +227,15 @@ class Variant:
         return not (self.distilled or self.transformer.guidance_embeds)
 
     @property
-    def is_supported(self) -> bool:
-        """Whether this version has the variant's text encoder."""
-        return self.text.model_type == "qwen3"
-
-    @property
     def licence(self) -> str:
         return "Apache-2.0" if self.commercial_use else "FLUX non-commercial"
 
 
-_QWEN3_4B = TextConfig("qwen3", 2560, 9728, 27, 151936, (9, 18, 27))
-_QWEN3_8B = TextConfig("qwen3", 4096, 12288, 27, 151936, (9, 18, 27))
-_MISTRAL = TextConfig("mistral3", 5120, 32768, 30, 131072, (10, 20, 30), rms_norm_eps=1e-5, rope_theta=1e9)
+_QWEN3_4B = TextConfig("qwen3", 2560, 9728, 27, 151936, (9, 18, 27), num_later_layers=9, tie_word_embeddings=True)
+_QWEN3_8B = TextConfig("qwen3", 4096, 12288, 27, 151936, (9, 18, 27), num_later_layers=9)
+_MISTRAL = TextConfig(
+    "mistral3", 5120, 32768, 30, 131072, (10, 20, 30), rms_norm_eps=1e-5, rope_theta=1e9, num_later_layers=10
+)
 _4B = TransformerConfig(5, 20, 24, 7680, guidance_embeds=False)
 _9B = TransformerConfig(8, 24, 32, 12288, guidance_embeds=False)
 _DEV = TransformerConfig(8, 48, 48, 15360)
@@ -260,7 +264,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("klein-9b", _BFL + "klein-9B", _9B, _QWEN3_8B),
         Variant("klein-base-9b", _BFL + "klein-base-9B", _9B, _QWEN3_8B, **_BASE),
         Variant("klein-9b-kv", _BFL + "klein-9b-kv", _9B, _QWEN3_8B, kv_cache=True),
-        Variant("dev", _BFL + "dev", _DEV, _MISTRAL, steps=50, guidance=4.0),
+        Variant("dev", _BFL + "dev", _DEV, _MISTRAL, vision=VisionConfig(5120), steps=50, guidance=4.0),
     )
 }
 

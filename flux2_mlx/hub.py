@@ -33,7 +33,14 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and not os.path.exists(text)
 
 
-def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, quiet: bool = False) -> Path:
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    text_only: bool = False,
+    offline: bool = False,
+    quiet: bool = False,
+) -> Path:
     """Fetch what a conversion of a diffusers-layout repo needs, check it, and return its folder in the cache.
 
     What the cache already holds is not fetched again, and a big file goes on where an earlier call was stopped.
@@ -42,6 +49,7 @@ def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, q
     Args:
         repo_id: `owner/name`.
         revision: branch, tag or commit; the default branch if None.
+        text_only: leave out the weights of the transformer and the VAE.
         offline: look in the cache only, as with `HF_HUB_OFFLINE=1`.
         quiet: show no progress bars.
 
@@ -53,7 +61,7 @@ def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, q
     from huggingface_hub import HfApi, constants
 
     if offline or constants.HF_HUB_OFFLINE:
-        if folder := _find_cached(repo_id, revision):
+        if folder := _find_cached(repo_id, revision, text_only):
             return folder
         absent = f"{repo_id} is not complete in the cache {constants.HF_HUB_CACHE} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
@@ -63,14 +71,19 @@ def fetch(repo_id: str, *, revision: str | None = None, offline: bool = False, q
     except Exception as error:  # the HTTP client, and so the class of its errors, depends on the version
         cause = f"cannot reach {constants.ENDPOINT} ({_first_line(error)})"
         reason = _explain(error, repo_id, revision) or f"{cause}; check the connection, or give a folder"
-        if folder := _find_cached(repo_id, revision):
+        if folder := _find_cached(repo_id, revision, text_only):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
         raise DownloadError(reason) from error
-    return _download(repo_id, revision, info, quiet)
+    return _download(repo_id, revision, info, text_only, quiet)
 
 
-def _find_cached(repo_id: str, revision: str | None) -> Path | None:
+def _is_needed(name: str, text_only: bool) -> bool:
+    skipped = text_only and name.endswith(".safetensors") and not name.startswith("text_encoder/")
+    return _NEEDED.fullmatch(name) is not None and not skipped
+
+
+def _find_cached(repo_id: str, revision: str | None, text_only: bool) -> Path | None:
     """Look up a snapshot with no part and no shard missing: other programs may have fetched single files of it."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -78,21 +91,23 @@ def _find_cached(repo_id: str, revision: str | None) -> Path | None:
     if not isinstance(index, str):
         return None
     folder = Path(index).parent
-    kinds = [f"{name}/*.json" for name in _FOLDERS] + [f"{name}/*.safetensors" for name in _WEIGHTS]
+    weights = ("text_encoder",) if text_only else _WEIGHTS
+    kinds = [f"{name}/*.json" for name in _FOLDERS] + [f"{name}/*.safetensors" for name in weights]
     shards = (
         table.parent / shard
-        for table in folder.glob("*/*.safetensors.index.json")
+        for name in weights
+        for table in folder.glob(f"{name}/*.safetensors.index.json")
         for shard in json.loads(table.read_bytes())["weight_map"].values()
     )
     complete = all(any(folder.glob(kind)) for kind in kinds) and all(shard.exists() for shard in shards)
     return folder if complete else None
 
 
-def _download(repo_id: str, revision: str | None, info: Any, quiet: bool) -> Path:
+def _download(repo_id: str, revision: str | None, info: Any, text_only: bool, quiet: bool) -> Path:
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
     # Small ones first, so that what goes wrong goes wrong early.
-    files = sorted((f for f in info.siblings if _NEEDED.fullmatch(f.rfilename)), key=lambda file: file.size or 0)
+    files = sorted((f for f in info.siblings if _is_needed(f.rfilename, text_only)), key=lambda file: file.size or 0)
     if all(file.rfilename != _INDEX for file in files):
         raise DownloadError(f"{repo_id} has no {_INDEX}, so it is no diffusers-layout model; give another repo id")
     cache = Path(constants.HF_HUB_CACHE).absolute()

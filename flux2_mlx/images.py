@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import InputError
 
+MAX_INPUT_PIXELS = 100_000_000
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SETTINGS_KEY = "flux2-mlx"
 _UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
@@ -28,6 +29,35 @@ def to_unit(images: np.ndarray) -> np.ndarray:
 def to_pil(images: np.ndarray) -> list[Image.Image]:
     """RGB images from `[B, H, W, 3]` in 0..1, rounded to 8 bits."""
     return [Image.fromarray(image) for image in np.round(images * 255).astype(np.uint8)]
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB: turned as its EXIF data say, transparency laid on white.
+
+    Raises:
+        InputError: not a readable image, an animation, or more than `MAX_INPUT_PIXELS`.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_INPUT_PIXELS:
+                raise InputError(f"{path} is too large: {image.width}×{image.height}; scale it down first")
+            if getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{path} is an animation; save one of its frames as an image")
+            image.load()
+            return _flat(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise InputError(f"can't read {path}: it is not an image") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def describe(settings: dict[str, Any]) -> str:

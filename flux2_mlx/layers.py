@@ -5,15 +5,27 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from .errors import InputError
+
 # Metal's attention kernel has these head sizes and never stores the scores. Elsewhere MLX stores them for all
 # queries at once, so the queries are taken in chunks of at most this many scores.
 _FUSED_HEAD_SIZES = (64, 80, 128)
 _SCORES_PER_CHUNK = 8 * 1024 * 1024
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def on_metal() -> bool:
     """Whether MLX computes on an Apple GPU."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
+def activation_dtype(name: str | None) -> mx.Dtype:
+    """The dtype called `name`, or the device's own for None: float32 on a CPU, else bfloat16."""
+    if name is None:
+        return mx.bfloat16 if on_metal() else mx.float32
+    if name not in _DTYPES:
+        raise InputError(f"unknown dtype {name!r}; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def fused(function: Callable) -> Callable:

@@ -13,19 +13,18 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .checkpoint import Checkpoint
+from .checkpoint import PAINTING, Checkpoint
 from .convert import find_checkpoint
-from .errors import InputError
+from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
-from .layers import on_metal
+from .layers import activation_dtype
 from .noise import initial_noise
-from .quantization import DEFAULT_TEXT_QUANT, check_quant
+from .quantization import DEFAULT_TEXT_QUANT, check_quant, loadable_quant
 from .sampling import Conditioning, Request, Step, denoise
 from .scheduler import noise_levels
-from .text import KleinTokenizer
 from .transformer import image_ids, rope_table, text_ids
+from .upsampling import Writer
 
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _OUTPUT_TYPES = ("pil", "np", "latent")
 # Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
 # more memory and be no faster.
@@ -66,16 +65,17 @@ class Flux2Output:
     def peak_memory(self) -> int:
         return max((phase.peak_memory for phase in self.timings), default=0)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure a phase and give its memory back at the end."""
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        self.timings.append(Phase(name, time.perf_counter() - start, mx.get_peak_memory()))
-        gc.collect()
-        mx.clear_cache()
+
+@contextmanager
+def measured(name: str, timings: list[Phase]) -> Iterator[None]:
+    """Add what a phase took to `timings`, and give its memory back at the end."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    yield
+    timings.append(Phase(name, time.perf_counter() - start, mx.get_peak_memory()))
+    gc.collect()
+    mx.clear_cache()
 
 
 OnProgress = Callable[[Progress], mx.array | None]
@@ -90,7 +90,7 @@ class Flux2Pipeline:
         self.quant = quant
         self.text_quant = text_quant
         self.dtype = dtype
-        self.tokenizer = KleinTokenizer(checkpoint.tokenizer_file)
+        self.tokenizer = checkpoint.tokenizer
 
     @classmethod
     def from_pretrained(
@@ -117,21 +117,22 @@ class Flux2Pipeline:
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
-        if dtype is not None and dtype not in _DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
+        activation_dtype(dtype)
         for setting in filter(None, (quant, text_quant)):
             check_quant(setting)
         folder = find_checkpoint(
             str(source), variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir
         )
         checkpoint = Checkpoint.open(folder)
+        if not checkpoint.components.keys() >= set(PAINTING):
+            raise CheckpointError(f"{folder} holds a language model only; it can't make images")
         if quant is not None and text_quant is None:
             text_quant = DEFAULT_TEXT_QUANT[quant] if checkpoint.text_quant == "bf16" else checkpoint.text_quant
         return cls(
             checkpoint,
-            _loadable("transformer", checkpoint.quant, quant),
-            _loadable("text encoder", checkpoint.text_quant, text_quant),
-            _DTYPES[dtype] if dtype else (mx.bfloat16 if on_metal() else mx.float32),
+            loadable_quant("transformer", checkpoint.quant, quant),
+            loadable_quant("text encoder", checkpoint.text_quant, text_quant),
+            activation_dtype(dtype),
         )
 
     def __call__(
@@ -224,11 +225,11 @@ class Flux2Pipeline:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
         tokens = self._initial_tokens(request, latents)
         output = Flux2Output(seeds=list(request.seeds))
-        with output.phase("text_encoder"):
+        with measured("text_encoder", output.timings):
             embeds, negative = self._text_states(request, prompt_embeds, on_progress)
-        with output.phase("transformer"):
+        with measured("transformer", output.timings):
             tokens = self._denoise(request, tokens, embeds, negative, on_progress)
-        with output.phase("vae"):
+        with measured("vae", output.timings):
             output.images = self._decode(request, tokens, output_type, on_progress)
         return output
 
@@ -238,6 +239,30 @@ class Flux2Pipeline:
         length = self.request(prompts, max_sequence_length=max_sequence_length).max_sequence_length
         states = self._encode(prompts, length, lambda progress: None)
         return mx.stack([states[p] for p in prompts])
+
+    def writer(self) -> Writer:
+        """The model's own language model: dev's sees images, klein's does not."""
+        return Writer(self.checkpoint, self.text_quant, self.dtype)
+
+    def upsample_prompt(
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[Image.Image] = (),
+        *,
+        vision: Writer | None = None,
+        **settings,
+    ) -> list[str]:
+        """Prompts rewritten with more detail or, with RGB `images` to edit, as clear instructions.
+
+        `vision` looks at images where this model can't (see `Writer.from_pretrained`); `settings` are those of
+        `Writer.write`.
+        """
+        writer = vision if images and vision is not None else self.writer()
+        return writer.upsample([prompt] if isinstance(prompt, str) else prompt, images, **settings)
+
+    def describe_image(self, image: Image.Image, *, vision: Writer | None = None, **settings) -> str:
+        """What is to be seen in an RGB image; arguments as for `upsample_prompt`."""
+        return (vision or self.writer()).describe([image], **settings)[0]
 
     def preview(self, request: Request, tokens: mx.array) -> list[Image.Image]:
         """Images from the tokens of a step, such as its `estimate`."""
@@ -353,11 +378,3 @@ class Flux2Pipeline:
             return images.transpose(0, 3, 1, 2)
         images = to_unit(images)
         return to_pil(images) if output_type == "pil" else images
-
-
-def _loadable(what: str, stored: str, wanted: str | None) -> str:
-    if wanted in (None, stored):
-        return stored
-    if stored != "bf16":
-        raise InputError(f"the {what} is stored as {stored}, which can't become {wanted}; convert the model again")
-    return wanted

@@ -10,6 +10,8 @@ from .config import QUANTIZATIONS
 from .errors import InputError
 
 GROUP_SIZE = 64
+_ROWS = 4096
+_PARTS = ("weight", "scales", "biases")
 BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))
 # A text encoder in 8 bits is hardly told from bfloat16 and half the size; 4 bits are for who asks for 4 bits.
 DEFAULT_TEXT_QUANT = {"bf16": "qint8", "qint8": "qint8", "qint4": "qint4"}
@@ -44,19 +46,27 @@ def statement(quant: str, component: str, layers: Iterable[tuple[str, tuple[int,
 
 
 def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:
-    """`weight` `[rows, columns]` as `weight` (packed uint32), and bfloat16 `scales` and `biases`.
+    """`weight` `[rows, columns]` as `weight` (packed uint32), and bfloat16 `scales` and `biases`, evaluated.
 
-    MLX rounds the scales to bfloat16 after it has chosen the codes. Choosing them again for the rounded scales
-    takes a fifth off the error of 8 bits.
+    Rows are taken in slices, since the work needs several times the memory of the weight.
     """
-    weight = weight.astype(mx.float32)
+    slices = []
+    for start in range(0, len(weight), _ROWS):
+        slices.append(_quantize_rows(weight[start : start + _ROWS].astype(mx.float32), bits))
+        mx.eval(slices[-1])
+    return {part: mx.concatenate(arrays) for part, arrays in zip(_PARTS, zip(*slices, strict=True), strict=True)}
+
+
+def _quantize_rows(weight: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    # MLX rounds the scales to bfloat16 after it has chosen the codes. Choosing them again for the rounded scales
+    # takes a fifth off the error of 8 bits.
     _, scales, biases = (x.astype(mx.bfloat16) for x in mx.quantize(weight, group_size=GROUP_SIZE, bits=bits))
     grouped = weight.reshape(*scales.shape, GROUP_SIZE)
     safe_scales = mx.where(scales == 0, 1, scales)[..., None].astype(mx.float32)
     codes = mx.clip(mx.round((grouped - biases[..., None]) / safe_scales), 0, 2**bits - 1).astype(mx.uint32)
     shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
     packed = mx.left_shift(codes.reshape(len(weight), -1, 32 // bits), shifts).sum(axis=-1)
-    return {"weight": packed, "scales": scales, "biases": biases}
+    return packed, scales, biases
 
 
 def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> None:
@@ -68,3 +78,13 @@ def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> N
             bits=quantization["bits"],
             class_predicate=lambda path, layer: hasattr(layer, "to_quantized") and quantization.get(path, True),
         )
+
+
+def loadable_quant(what: str, stored: str, wanted: str | None) -> str:
+    """The quantization that a network is loaded with; InputError if it is not how `what` is stored and can't be made
+    from that."""
+    if wanted in (None, stored):
+        return stored
+    if stored != "bf16":
+        raise InputError(f"the {what} is stored as {stored}, which can't become {wanted}; convert the model again")
+    return wanted

@@ -92,6 +92,7 @@ class Request:
                 f"a prompt of {len(prompt)} characters is too long; the limit is {MAX_PROMPT_CHARACTERS}, and the "
                 f"model reads its first {self.max_sequence_length} tokens",
             )
+            _require(_is_text(prompt), f"the prompt is not valid text: {prompt[:80]!a}")
         limit = variant.max_sequence_length
         _require(
             1 <= self.max_sequence_length <= limit,
@@ -109,6 +110,11 @@ class Request:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether `prompt` has no lone surrogates, which stand for undecodable bytes of a command line."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:

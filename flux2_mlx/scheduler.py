@@ -30,8 +30,8 @@ def noise_levels(steps: int, image_tokens: int, sigmas: Sequence[float] | None =
     `sigmas` replaces the even grid that is shifted, as in diffusers; `steps` must then be its length.
     """
     grid = np.linspace(1, 1 / steps, steps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
-    shift = np.exp(empirical_mu(image_tokens, steps))
-    return np.append(shift / (shift + (1 / grid - 1)), 0).astype(np.float32)
+    shifted = np.exp(empirical_mu(image_tokens, steps)) * grid
+    return np.append(shifted / (shifted + 1 - grid), 0).astype(np.float32)
 
 
 def euler_step(latents: mx.array, velocity: mx.array, sigma: float, next_sigma: float) -> mx.array:

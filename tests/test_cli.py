@@ -12,7 +12,7 @@ import flux2_mlx
 from flux2_mlx.cli.main import cli
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 
-COMMANDS = ("convert", "download", "info", "t2i")
+COMMANDS = ("convert", "describe", "download", "info", "t2i", "upsample")
 HEAVY = ("mlx", "mlx_lm", "numpy", "PIL", "huggingface_hub", "tokenizers", "safetensors", "tqdm", "torch")
 
 
@@ -138,9 +138,8 @@ def test_info_of_a_model_names_its_page_licence_and_sizes():
 
 def test_info_of_a_model_as_json():
     row = json.loads(done("info", "klein-4b", "--json").stdout)
-    assert set(row) == {
-        "model", "repo", "licence", "gated", "supported", "steps", "guidance", "size", "bytes", "folders"
-    }  # fmt: skip
+    assert set(row) == {"model", "repo", "licence", "gated", "steps", "guidance", "size", "bytes", "folders"}
+    assert set(row["bytes"]["bf16"]) == {"transformer", "text_encoder", "language_model", "vae"}
     assert (row["model"], row["repo"], row["folders"]) == ("klein-4b", "black-forest-labs/FLUX.2-klein-4B", [])
     totals = [sum(row["bytes"][quant].values()) for quant in QUANTIZATIONS]
     assert totals == sorted(totals, reverse=True)

@@ -1,6 +1,7 @@
 """What the converter writes, and how it tells the variants apart."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from checkpoints import (
     LARGE_TRANSFORMER,
+    SHALLOW_TEXT,
+    SHALLOW_VARIANT,
     TEXT,
     VARIANT,
     WEIGHTS,
@@ -17,6 +20,7 @@ from checkpoints import (
     edit_weights,
     save_small,
 )
+from flux2_mlx.convert import Source, write
 from mlx.utils import tree_flatten
 from reference.parity import relative_error
 from safetensors import safe_open
@@ -25,11 +29,11 @@ from safetensors.torch import load_file
 from flux2_mlx import __version__
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS, Variant
-from flux2_mlx.convert import Source, write
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.quantization import quantize_array
 
-FILES = {name: f"{name}/model.safetensors" for name in WEIGHTS}
+COMPONENTS = ["transformer", "text_encoder", "language_model", "vae"]
+FILES = {name: f"{name}/model.safetensors" for name in COMPONENTS}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,7 @@ def test_the_manifest(official, tmp_path):
     assert json.loads((folder / "flux2.json").read_text()) == {
         "format_version": 1,
         "variant": "klein-base-4b",
+        "components": COMPONENTS,
         "quantization": {"transformer": "qint4", "text_encoder": "qint4"},
         "source": {"name": "me/finetune", "fingerprint": Source.open(official, "klein-base-4b").fingerprint},
         "version": __version__,
@@ -126,19 +131,44 @@ def test_other_floats_are_rounded_once(dtype, source, tmp_path):
     assert torch.equal(ours["vae.bn.running_var"], theirs["bn.running_var"].to(torch.bfloat16))
 
 
-def test_only_the_needed_text_layers_are_kept(source, tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_later_text_layers_are_kept_apart(tied, source, tmp_path):
+    head = torch.full((TEXT.vocab_size, 64), 0.5)
+    edit_weights(source / WEIGHTS["text_encoder"], lambda x: x.update({"lm_head.weight": head}))
+    edit_json(source / "text_encoder/config.json", tie_word_embeddings=tied)
+    theirs = load_file(source / WEIGHTS["text_encoder"])
+    folder = convert(source, tmp_path / "out")
+    encoder, later = (load_file(folder / FILES[name]) for name in ("text_encoder", "language_model"))
+    places = {f"model.{name}": tensor for name, tensor in encoder.items()}
+    for name, tensor in later.items():
+        number = re.match(r"layers\.(\d+)\.", name)
+        if number:
+            name = f"layers.{27 + int(number[1])}.{name[number.end() :]}"
+        places[name if name == "lm_head.weight" else f"model.{name}"] = tensor
+    assert len(places) == len(encoder) + len(later)
+    assert_same(places, {name: x.to(torch.bfloat16) for name, x in theirs.items() if name in places})
+    assert theirs.keys() - places.keys() == ({"lm_head.weight"} if tied else set())
+    for name in ("text_encoder", "language_model"):
+        config = json.loads((folder / name / "config.json").read_text())
+        assert (config["num_hidden_layers"], config["out_layers"]) == (27, [9, 18, 27])
+        assert (config["num_later_layers"], config["tie_word_embeddings"]) == (2, tied)
+
+
+def test_only_the_needed_text_layers_are_kept_where_no_text_is_generated(tmp_path):
+    source = save_small(tmp_path / "model", text=SHALLOW_TEXT)
     edit_weights(
         source / WEIGHTS["text_encoder"], lambda x: x.update({"lm_head.weight": torch.zeros(TEXT.vocab_size, 64)})
     )
     theirs = load_file(source / WEIGHTS["text_encoder"])
-    assert "model.layers.28.mlp.up_proj.weight" in theirs
-    assert "model.norm.weight" in theirs
-    ours = load_file(convert(source, tmp_path / "out") / FILES["text_encoder"])
+    assert {"model.layers.4.mlp.up_proj.weight", "model.norm.weight"} <= theirs.keys()
+    folder = convert(source, tmp_path / "out", variant=SHALLOW_VARIANT)
+    ours = load_file(folder / FILES["text_encoder"])
     needed = {key for key in theirs if key.startswith("model.") and key != "model.norm.weight"}
-    needed = {key for key in needed if not key.startswith(("model.layers.27.", "model.layers.28."))}
+    needed = {key for key in needed if not key.startswith(("model.layers.3.", "model.layers.4."))}
     assert {f"model.{key}" for key in ours} == needed
-    config = json.loads((tmp_path / "out/text_encoder/config.json").read_text())
-    assert (config["num_hidden_layers"], config["out_layers"]) == (27, [9, 18, 27])
+    assert not (folder / "language_model").exists()
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    assert (config["num_hidden_layers"], config["out_layers"], config["num_later_layers"]) == (3, [1, 2, 3], 0)
 
 
 def test_sharded_sources(official, converted, tmp_path):
@@ -171,7 +201,7 @@ def test_sharded_output(official, converted, tmp_path, monkeypatch):
 def test_quantized(quant, bits, error, converted, official, tmp_path):
     folder = convert(official, tmp_path / "out", quant, quant)
     statement = {"group_size": 64, "bits": bits, "mode": "affine"}
-    for name, spared in {"transformer": {"img_in": False}, "text_encoder": {}}.items():
+    for name, spared in {"transformer": {"img_in": False}, "text_encoder": {}, "language_model": {}}.items():
         config = json.loads((folder / f"{name}/config.json").read_text())
         assert config["quantization"] == {**statement, **spared}
     assert "quantization" not in json.loads((folder / "vae/config.json").read_text())
@@ -201,7 +231,7 @@ def test_converting_twice_gives_the_same_files(quant, official, tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
         write.write_checkpoint(source, folder, quant)
     files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert len(files) == 10
+    assert len(files) == 12
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 

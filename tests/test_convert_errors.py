@@ -120,8 +120,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "model_index garbage": (fill("model_index.json", b"\xff\x00"), "model_index.json is not JSON"),
     "model_index list": (fill("model_index.json", b"[]"), "holds no JSON object"),
     "FLUX.1": (edit("model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, not FLUX.2"),
-    "dev, by its guidance": (edit(CONFIGS["transformer"], guidance_embeds=True), "is a FLUX.2 dev model"),
-    "dev, by its text encoder": (edit(CONFIGS["text_encoder"], model_type="mistral3"), "is a FLUX.2 dev model"),
+    "dev, by its guidance": (
+        edit(CONFIGS["transformer"], guidance_embeds=True),
+        "is not a klein-4b transformer: missing time_guidance_embed",
+    ),
+    "dev, by its text encoder": (
+        edit(CONFIGS["text_encoder"], model_type="mistral3"),
+        "text_encoder/config.json is a mistral3 model, klein-4b reads prompts with qwen3",
+    ),
     "FLUX.1 transformer": (
         edit(CONFIGS["transformer"], _class_name="FluxTransformer2DModel"),
         "FLUX.2 has 'Flux2Transformer2DModel'",

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, pipeline
+from flux2_mlx import Flux2Pipeline, layers, pipeline
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
 from flux2_mlx.noise import initial_noise
@@ -346,7 +346,7 @@ def test_a_stored_and_a_loaded_quantization_give_the_same_image(official, folder
     ],
 )
 def test_dtype(metal, asked, got, folder, monkeypatch):
-    monkeypatch.setattr(pipeline, "on_metal", lambda: metal)
+    monkeypatch.setattr(layers, "on_metal", lambda: metal)
     pipe = Flux2Pipeline.from_pretrained(folder, dtype=asked)
     assert pipe.dtype == got
     assert pipe.encode_prompt(FOX, max_sequence_length=20).dtype == got

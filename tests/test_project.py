@@ -31,7 +31,7 @@ ROWS = (
     ("checkpoint",),
     ("hub",),
     ("convert",),
-    ("sampling",),
+    ("sampling", "upsampling"),
     ("pipeline",),
     ("cli",),
     ("__main__",),

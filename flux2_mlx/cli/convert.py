@@ -69,6 +69,4 @@ def _repo(source: str) -> str | None:
     )
     if row is None:
         return source if hub.is_repo_id(source) else None
-    if not row.is_supported:
-        raise InputError(f"{row.name} needs the {row.text.model_type} encoder, which this version does not have yet")
     return row.repo

@@ -42,7 +42,6 @@ def _row(variant: Variant, models_dir: Path | None) -> dict[str, Any]:
         "repo": variant.repo,
         "licence": variant.licence,
         "gated": variant.gated,
-        "supported": variant.is_supported,
         "steps": variant.steps,
         "guidance": variant.guidance,
         "size": variant.size,
@@ -56,9 +55,8 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
     click.echo(f"{'model':15}{'licence':20}{'steps':>6}{'guidance':>10}{sizes}  on disk")
     for row in rows:
         sizes = "".join(f"{sum(parts.values()) / 1e9:10.3f}" for parts in row["bytes"].values())
-        state = f"{len(row['folders']) or 'not'} converted" if row["supported"] else "text encoder not supported yet"
-        built_in = "built in" if row["repo"] is None else state
-        click.echo(f"{row['model']:15}{row['licence']:20}{row['steps']:6}{row['guidance']:10.1f}{sizes}  {built_in}")
+        state = f"{len(row['folders']) or 'not'} converted" if row["repo"] else "built in"
+        click.echo(f"{row['model']:15}{row['licence']:20}{row['steps']:6}{row['guidance']:10.1f}{sizes}  {state}")
 
 
 def _print_one(row: dict[str, Any]) -> None:

@@ -8,10 +8,12 @@ import click
 
 from ..errors import Flux2Error
 from .convert import convert
+from .describe import describe
 from .download import download
 from .info import info
 from .progress import Warnings
 from .t2i import t2i
+from .upsample import upsample
 
 _INTERRUPTED = 130
 
@@ -48,7 +50,7 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, convert, download, info):
+for _command in (t2i, upsample, describe, convert, download, info):
     cli.add_command(_command)
 
 

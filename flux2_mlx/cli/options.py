@@ -38,7 +38,29 @@ quiet_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
+image_option = click.option(
+    "-i",
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="IMAGE",
+    help="Image to look at; may be given several times.",
+)
+
 
 def weight_options(command: Callable) -> Callable:
     """`--quant` and `--text-quant`."""
     return quant_option(text_quant_option(command))
+
+
+def writing_options(command: Callable) -> Callable:
+    """`--seed` and `--temperature` of generated text."""
+    seed = click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes the text repeatable.")
+    temperature = click.option(
+        "--temperature",
+        type=click.FloatRange(0, 2),
+        default=0.15,
+        show_default=True,
+        help="0 takes the likeliest word each time.",
+    )
+    return seed(temperature(command))

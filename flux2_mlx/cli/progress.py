@@ -59,3 +59,31 @@ def notice(message: str, quiet: bool) -> None:
     """Print a line on stderr, unless `quiet`."""
     if not quiet:
         click.echo(message, err=True)
+
+
+class Stream:
+    """Generated text on stderr while it is written. Use it as a context manager."""
+
+    def __init__(self, quiet: bool):
+        self._quiet = quiet
+        self._number, self._shown = 0, ""
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            click.echo(err=True)
+
+    def show(self, number: int, text: str) -> None:
+        """Print what answer `number` has become longer by."""
+        if self._quiet:
+            return
+        if number != self._number:
+            click.echo(err=True)
+            self._number, self._shown = number, ""
+        # The last character of an unfinished word may still change.
+        settled = text.rstrip("\ufffd")
+        if settled.startswith(self._shown):
+            click.echo(settled[len(self._shown) :], nl=False, err=True)
+            self._shown = settled

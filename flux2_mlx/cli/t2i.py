@@ -3,20 +3,20 @@
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import __version__
 from ..config import VARIANTS
 from ..errors import InputError
 from .options import json_option, models_dir_option, quiet_option, variant_option, weight_options
-from .progress import Bars, conversion, notice
+from .progress import Bars, Stream, conversion, notice
+from .report import Run, print_profile
 
 if TYPE_CHECKING:
-    from ..pipeline import Flux2Output, Flux2Pipeline, Progress
+    from ..pipeline import Flux2Output, Flux2Pipeline, Phase, Progress
     from ..sampling import Request
 
 DEFAULT_MODEL = "klein-4b"
@@ -53,8 +53,12 @@ class _Options:
     output: Path | None
     checkpoint: int | None
     models_dir: Path | None
+    upsample_prompt: bool
+    interpret: tuple[Path, ...]
+    vision_model: str
     quiet: bool
     force: bool
+    rewritten: list[str] | None = None
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -102,6 +106,15 @@ class _Options:
 @click.option("--prompts-file", metavar="FILE", help="File with one prompt a line, or - for standard input.")
 @weight_options
 @variant_option
+@click.option("--upsample-prompt", is_flag=True, help="Let the model's language model rewrite the prompt first.")
+@click.option(
+    "--interpret",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="IMAGE",
+    help="Describe an image and add that to the prompt; may be given several times.",
+)
+@click.option("--vision-model", default="dev", show_default=True, help="Who describes, if the model can't see images.")
 @click.option("--replay", type=click.Path(path_type=Path), metavar="IMAGE", help="Make an image again from its file.")
 @click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Also save an image every N steps.")
 @models_dir_option
@@ -124,14 +137,16 @@ def t2i(prompt: str | None, profile: bool, as_json: bool, **given: Any) -> None:
     start = time.perf_counter()
     with Bars(options.quiet) as bars:
         pipe = _open(options, bars)
-        request = pipe.request(options.prompts, **options.settings())
-        _check_images(request, options, paths)
-        output = _run(pipe, request, options, paths, bars)
+        _check_images(pipe.request(options.prompts, **options.settings()), options, paths)
+        prompts, timings = _rewrite(pipe, options, bars)
+        run = Run(options.model, pipe, pipe.request(prompts, **options.settings()), options.prompts)
+        output = _make(run, options, paths, bars)
+        output.timings[:0] = timings
     seconds = time.perf_counter() - start
     if profile:
-        _print_profile(output, seconds)
+        print_profile(output, seconds)
     if as_json:
-        click.echo(json.dumps(_report(pipe, request, options, output, paths, seconds), ensure_ascii=False))
+        click.echo(json.dumps(run.report(output, paths, seconds), ensure_ascii=False))
     else:
         for path in paths:
             click.echo(path)
@@ -150,6 +165,9 @@ def _options(prompt: str | None, *, replay: Path | None, prompts_file: str | Non
         prompts = _read_prompts(prompts_file)
     else:
         prompts = [remembered["prompt"] if prompt is None else prompt]
+    # A replayed prompt was rewritten already; rewriting it again need not give the same words.
+    again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
+    given["rewritten"] = [again] if again is not None else None
     _check_prompts(prompts)
     if not 1 <= len(prompts) * given["num_images"] <= MAX_IMAGES:
         raise InputError(f"a run makes 1 to {MAX_IMAGES} images, not {len(prompts) * given['num_images']}")
@@ -164,6 +182,9 @@ def _remembered(image: Path) -> dict[str, Any]:
     for name, kind in {"prompt": str, **_REPLAYED}.items():
         if not isinstance(settings.get(name), kind):
             raise InputError(f"the settings in {image} are damaged: {name} is {settings.get(name)!r}")
+    upsampled = settings.get("upsampled_prompt")
+    if not isinstance(upsampled, str | None):
+        raise InputError(f"the settings in {image} are damaged: upsampled_prompt is {upsampled!r}")
     return settings
 
 
@@ -229,8 +250,39 @@ def _open(options: _Options, bars: Bars) -> "Flux2Pipeline":
     return pipe
 
 
-def _run(pipe: "Flux2Pipeline", request: "Request", options: _Options, paths: list[Path], bars: Bars) -> "Flux2Output":
+def _rewrite(pipe: "Flux2Pipeline", options: _Options, bars: Bars) -> tuple[list[str], list["Phase"]]:
+    """The prompts that the images are made from, after --interpret and --upsample-prompt, and what that took."""
+    from ..images import open_image
+    from ..pipeline import measured
+    from ..upsampling import Writer
+
+    if options.rewritten is not None:
+        return options.rewritten, []
+    prompts, timings = options.prompts, []
+    with Stream(options.quiet) as stream:
+        if options.interpret:
+            pictures = [open_image(path) for path in options.interpret]
+            writer = pipe.writer()
+            if not writer.can_see:
+                writer = Writer.from_pretrained(
+                    options.vision_model,
+                    models_dir=options.models_dir,
+                    quiet=options.quiet,
+                    progress=conversion(bars),
+                )
+            with measured("interpret", timings):
+                descriptions = writer.describe(pictures, seed=options.seed, on_text=stream.show)
+            prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
+        if options.upsample_prompt:
+            with measured("upsample", timings):
+                prompts = pipe.upsample_prompt(prompts, seed=options.seed, on_text=stream.show)
+    return prompts, timings
+
+
+def _make(run: Run, options: _Options, paths: list[Path], bars: Bars) -> "Flux2Output":
     from ..images import save
+
+    pipe, request = run.pipe, run.request
 
     def on_progress(progress: "Progress") -> None:
         bars.show(progress.phase, progress.done, progress.total)
@@ -242,55 +294,5 @@ def _run(pipe: "Flux2Pipeline", request: "Request", options: _Options, paths: li
 
     output = pipe.run(request, on_progress=on_progress)
     for i, (image, path) in enumerate(zip(output.images, paths, strict=True)):
-        save(image, path, _settings(pipe, request, options, i))
+        save(image, path, run.settings(i))
     return output
-
-
-def _settings(pipe: "Flux2Pipeline", request: "Request", options: _Options, index: int) -> dict[str, Any]:
-    """What an image file remembers: all that is needed to make it again."""
-    return {
-        "prompt": request.prompts[index // request.images_per_prompt],
-        **_shared_settings(pipe, request, options),
-        "seed": request.seeds[index],
-        "variant": pipe.variant.name,
-        "dtype": str(pipe.dtype).rpartition(".")[2],
-        "fingerprint": pipe.checkpoint.source.get("fingerprint"),
-        "version": __version__,
-    }
-
-
-def _shared_settings(pipe: "Flux2Pipeline", request: "Request", options: _Options) -> dict[str, Any]:
-    return {
-        "model": options.model,
-        "quant": pipe.quant,
-        "text_quant": pipe.text_quant,
-        "width": request.width,
-        "height": request.height,
-        "steps": request.steps,
-        "guidance": request.guidance,
-    }
-
-
-def _report(
-    pipe: "Flux2Pipeline",
-    request: "Request",
-    options: _Options,
-    output: "Flux2Output",
-    paths: list[Path],
-    seconds: float,
-) -> dict[str, Any]:
-    prompts = request.prompts
-    return {
-        "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, output.seeds, strict=True)],
-        "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
-        **_shared_settings(pipe, request, options),
-        "phases": [asdict(phase) for phase in output.timings],
-        "seconds": seconds,
-        "peak_memory": output.peak_memory,
-    }
-
-
-def _print_profile(output: "Flux2Output", seconds: float) -> None:
-    for phase in output.timings:
-        click.echo(f"{phase.name:14}{phase.seconds:9.2f} s{phase.peak_memory / 2**30:9.3f} GiB peak", err=True)
-    click.echo(f"{'whole run':14}{seconds:9.2f} s{output.peak_memory / 2**30:9.3f} GiB peak", err=True)

@@ -1,6 +1,18 @@
-"""Text encoders and their tokenizers."""
+"""Text encoders, their tokenizers, and text generation."""
 
-from .qwen3 import Qwen3Encoder
-from .tokenizer import KleinTokenizer
+from .decoder import LanguageModel, LaterLayers, TextEncoder
+from .pixtral import PixtralVision
+from .tokenizer import DevTokenizer, KleinTokenizer, PromptTokenizer
 
-__all__ = ["KleinTokenizer", "Qwen3Encoder"]
+TOKENIZERS: dict[str, type[PromptTokenizer]] = {"qwen3": KleinTokenizer, "mistral3": DevTokenizer}
+
+__all__ = [
+    "TOKENIZERS",
+    "DevTokenizer",
+    "KleinTokenizer",
+    "LanguageModel",
+    "LaterLayers",
+    "PixtralVision",
+    "PromptTokenizer",
+    "TextEncoder",
+]

@@ -101,9 +101,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self._config = config
-        self.patch_conv = nn.Conv2d(
-            3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.patch_conv = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
         self.ln_pre = nn.RMSNorm(config.hidden_size, eps=_LN_PRE_EPS)
         self.transformer = Layers(config)
 

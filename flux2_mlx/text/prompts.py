@@ -3,6 +3,10 @@
 Source: diffusers' `pipelines/flux2/system_messages.py`, and the chat templates of Qwen3 and Mistral Small 3.2.
 """
 
+from collections.abc import Sequence
+
+# Stands for one cell of an image.
+IMAGE = "[IMG]"
 # The line break inside "object attribution" belongs to the message that the model was trained with.
 ENCODE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
@@ -37,15 +41,26 @@ Rules:
 
 Output only the final instruction in plain text and nothing else."""
 
+# No released message exists for this; it asks for what a prompt is made of.
+DESCRIBE = (
+    "You describe images so that an image generator can make them again. Name the subject, its surroundings, the "
+    "composition, colors, lighting, materials, style and any text to be read. Say only what is visible, in one "
+    "paragraph of plain text, with no introduction."
+)
+
 
 def qwen3_chat(prompt: str, system: str | None = None) -> str:
     """One user turn with thinking switched off, ready for the answer."""
     before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
-    return (
-        f"{before}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    )
+    return f"{before}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def mistral_chat(prompt: str, system: str = ENCODE) -> str:
     """One user turn. `[IMG]` in the prompt is taken out, since it stands for a part of an image."""
-    return f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{prompt.replace('[IMG]', '')}[/INST]"
+    return f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{prompt.replace(IMAGE, '')}[/INST]"
+
+
+def mistral_image_chat(prompt: str, system: str, images: Sequence[str]) -> str:
+    """Two user turns: the placeholders of the images, then the text."""
+    text = prompt.replace(IMAGE, "")
+    return f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{''.join(images)}[/INST][INST]{text}[/INST]"

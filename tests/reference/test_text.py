@@ -11,7 +11,7 @@ from flux2_mlx.convert import text as rules
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from flux2_mlx.config import TextConfig
-from flux2_mlx.text import KleinTokenizer, Qwen3Encoder
+from flux2_mlx.text import KleinTokenizer, TextEncoder
 from reference.parity import NETWORK, randomize, relative_error, transfer
 
 # Two layers more than are kept, and heads · head_dim ≠ hidden_size as in the released model.
@@ -21,13 +21,13 @@ REAL_VOCABULARY = TextConfig("qwen3", 16, 24, 27, 151936, (9, 18, 27), 2, 1, 8)
 LENGTH = 20
 
 
-def networks(config: TextConfig, dtype=torch.float32, tied: bool = True) -> tuple[Qwen3ForCausalLM, Qwen3Encoder]:
+def networks(config: TextConfig, dtype=torch.float32, tied: bool = True) -> tuple[Qwen3ForCausalLM, TextEncoder]:
     fields = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
     values = {name: getattr(config, name) for name in (*fields, "head_dim", "rms_norm_eps")}
     values |= {"num_hidden_layers": LAYERS, "max_position_embeddings": 512, "tie_word_embeddings": tied}
     source = Qwen3Config(**values, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
     reference = randomize(Qwen3ForCausalLM(source), dtype=dtype)
-    return reference, transfer(reference, Qwen3Encoder(config), rules, config)
+    return reference, transfer(reference, TextEncoder(config), rules, config)
 
 
 def token_ids(*real: int) -> tuple[np.ndarray, np.ndarray]:

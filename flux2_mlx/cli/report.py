@@ -1,0 +1,76 @@
+"""What a run leaves behind: settings inside image files, the JSON report, the profile."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from ..pipeline import Flux2Output, Flux2Pipeline
+    from ..sampling import Request
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's model and settings. `asked` are the prompts as given; the request has what was made of them."""
+
+    model: str
+    pipe: "Flux2Pipeline"
+    request: "Request"
+    asked: list[str]
+
+    @property
+    def _rewritten(self) -> bool:
+        return tuple(self.asked) != self.request.prompts
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "quant": self.pipe.quant,
+            "text_quant": self.pipe.text_quant,
+            "width": self.request.width,
+            "height": self.request.height,
+            "steps": self.request.steps,
+            "guidance": self.request.guidance,
+        }
+
+    def settings(self, index: int) -> dict[str, Any]:
+        """What image `index` remembers: all that is needed to make it again."""
+        number = index // self.request.images_per_prompt
+        return {
+            "prompt": self.asked[number],
+            "upsampled_prompt": self.request.prompts[number] if self._rewritten else None,
+            **self._shared(),
+            "seed": self.request.seeds[index],
+            "variant": self.pipe.variant.name,
+            "dtype": str(self.pipe.dtype).rpartition(".")[2],
+            "fingerprint": self.pipe.checkpoint.source.get("fingerprint"),
+            "version": __version__,
+        }
+
+    def report(self, output: "Flux2Output", paths: list[Path], seconds: float) -> dict[str, Any]:
+        """The object that --json prints."""
+        rewritten = list(self.request.prompts) if self._rewritten else None
+        return {
+            "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, output.seeds, strict=True)],
+            "prompt": self.asked[0] if len(self.asked) == 1 else self.asked,
+            "upsampled_prompt": rewritten[0] if rewritten and len(rewritten) == 1 else rewritten,
+            **self._shared(),
+            "phases": [asdict(phase) for phase in output.timings],
+            "seconds": seconds,
+            "peak_memory": output.peak_memory,
+        }
+
+
+def print_profile(output: "Flux2Output", seconds: float) -> None:
+    """A line on stderr for each phase."""
+    for phase in output.timings:
+        _print_line(phase.name, phase.seconds, phase.peak_memory)
+    _print_line("whole run", seconds, output.peak_memory)
+
+
+def _print_line(name: str, seconds: float, peak: int) -> None:
+    click.echo(f"{name:14}{seconds:9.2f} s{peak / 2**30:9.3f} GiB peak", err=True)

@@ -1,0 +1,68 @@
+"""Generating text with mlx-lm."""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .decoder import LanguageModel
+from .pixtral import PixtralVision
+from .prompts import IMAGE
+
+_ROW_END, _IMAGE_END = "[IMG_BREAK]", "[IMG_END]"
+
+
+def image_placeholder(height: int, width: int) -> str:
+    """The tokens that stand for an image of `height`×`width` cells in a Mistral prompt."""
+    rows = [IMAGE * width] * height
+    return _ROW_END.join(rows) + _IMAGE_END
+
+
+def embed(
+    model: LanguageModel, ids: Sequence[int], vision: PixtralVision, images: Sequence[np.ndarray], image_id: int
+) -> mx.array:
+    """Embeddings `[L, D]` of token ids, with those of the preprocessed `images` in the places of `image_id`."""
+    tokens = np.array(ids)
+    embeddings = model.embed_tokens(mx.array(tokens))
+    features = mx.concatenate([vision(mx.array(image).astype(embeddings.dtype)) for image in images])
+    embeddings[mx.array(np.flatnonzero(tokens == image_id))] = features
+    return embeddings
+
+
+def generate(
+    model: LanguageModel,
+    ids: Sequence[int],
+    ends: frozenset[int],
+    *,
+    embeddings: mx.array | None = None,
+    temperature: float = 0.15,
+    max_tokens: int = 512,
+    seed: int | None = None,
+) -> Iterator[int]:
+    """Yield the ids that follow `ids`, up to one of `ends`.
+
+    Args:
+        model: the language model.
+        ids: the prompt.
+        ends: ids that end the answer; they are not yielded.
+        embeddings: of the prompt, `[L, D]`, where it holds images.
+        temperature: 0 takes the likeliest token each time.
+        max_tokens: the most tokens to yield.
+        seed: makes sampling repeatable.
+    """
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+
+    if seed is not None:
+        mx.random.seed(seed)
+    steps = generate_step(
+        mx.array(ids),
+        model,
+        max_tokens=max_tokens,
+        sampler=make_sampler(temp=temperature),
+        input_embeddings=embeddings,
+    )
+    for token, _ in steps:
+        if token in ends:
+            return
+        yield token

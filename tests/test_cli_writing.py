@@ -1,0 +1,219 @@
+"""Text on the command line: `upsample`, `describe`, and prompts that `t2i` has rewritten before it paints."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import convert, make_dev_source, save_small
+from cli_runner import PROMPT, SMALL, done, pixels, refusal
+from PIL import Image, PngImagePlugin
+
+from flux2_mlx import upsampling
+from flux2_mlx.images import read_settings
+from flux2_mlx.text.generation import generate
+
+DESCRIBED = "Describe this image."
+# What follows the prompt in the chat template of klein.
+KLEIN_END = "\nassistant\n\n\n\n\n"
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dev")
+    make_dev_source(folder / "official")
+    return convert(folder / "official", folder / "mine", variant="dev")
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("klein")
+    return convert(save_small(folder / "official"), folder / "mine")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save("photo.png")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Let the answer be the question's last letters backwards, and one more of them for an odd seed."""
+    heard = []
+
+    def answer(model: Any, ids: Sequence[int], ends: frozenset[int], **settings: Any) -> Iterator[int]:
+        heard.append(settings)
+        # Byte tokens of both families: 0 to 255 without, and 19 to 274 behind the special tokens.
+        letters = [number for number in ids if 18 < number < 256]
+        return reversed(letters[-8 - settings["seed"] % 2 :])
+
+    monkeypatch.setattr(upsampling, "generate", answer)
+    return heard
+
+
+def answered(text: str, seed: int, end: str = "") -> str:
+    return (text + end)[::-1][: 8 + seed % 2].strip()
+
+
+def painted(model: Path | str, *arguments: object, prompt: str | None = PROMPT) -> dict[str, Any]:
+    words = [] if prompt is None else [prompt]
+    size = ("-W", "32", "-H", "32", "-s", "1")
+    return json.loads(done("t2i", *words, "-m", model, *size, "--json", *arguments).stdout)
+
+
+def phases(report: dict[str, Any]) -> list[str]:
+    return [phase["name"] for phase in report["phases"]]
+
+
+def test_upsample(dev):
+    result = done("upsample", PROMPT, "-m", dev, "--seed", "6")
+    assert result.stdout == f"{answered(PROMPT, 6)}\n"
+    assert answered(PROMPT, 6) in result.stderr
+    assert done("upsample", PROMPT, "-m", dev, "--seed", "6", "--quiet").stderr == ""
+
+
+def test_upsample_with_images(dev, calls):
+    done("upsample", PROMPT, "-m", dev, "--seed", "6")
+    result = done("upsample", PROMPT, "-m", dev, "-i", "photo.png", "-i", "photo.png", "--seed", "6")
+    assert result.stdout == f"{answered(PROMPT, 6)}\n"
+    assert [call["embeddings"] is None for call in calls] == [True, False]
+
+
+def test_settings_of_the_text_reach_the_model(dev, calls):
+    done("upsample", PROMPT, "-m", dev, "--seed", "5", "--temperature", "0.7")
+    done("describe", "photo.png", "-m", dev, "--seed", "5", "--temperature", "0")
+    done("describe", "photo.png", "-m", dev, "--seed", "5")
+    assert [(call["seed"], call["temperature"]) for call in calls] == [(5, 0.7), (5, 0.0), (5, 0.15)]
+
+
+def test_written_json(dev):
+    result = done("upsample", "一 fox at night", "-m", dev, "--seed", "6", "--json")
+    assert json.loads(result.stdout) == {"prompt": "一 fox at night", "upsampled_prompt": answered("at night", 6)}
+    assert "一" in result.stdout
+    result = done("describe", "photo.png", "-m", dev, "--seed", "6", "--json")
+    assert json.loads(result.stdout) == {"image": "photo.png", "description": answered(DESCRIBED, 6)}
+
+
+def test_describe(dev):
+    assert done("describe", "photo.png", "-m", dev, "--seed", "7").stdout == f"{answered(DESCRIBED, 7)}\n"
+
+
+def test_real_text_is_repeatable(dev, monkeypatch):
+    def short(*arguments: Any, **settings: Any) -> Iterator[int]:
+        return generate(*arguments, **settings | {"max_tokens": 10})
+
+    monkeypatch.setattr(upsampling, "generate", short)
+    monkeypatch.setattr(upsampling, "DESCRIBE", "Describe.")  # the message would be hundreds of byte tokens
+    settings = ("-m", dev, "--temperature", "1", "--quiet", "--seed")
+    first, second, other = (done("describe", "photo.png", *settings, seed).stdout for seed in (1, 1, 2))
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["upsample", PROMPT, "-m", "demo"], "has no language model, so it can't rewrite prompts"),
+        (["describe", "none.png", "-m", "demo"], "can't read none.png: No such file or directory"),
+        (["describe", "notes.txt", "-m", "demo"], "can't read notes.txt: it is not an image"),
+        (["describe", "photo.png", "-m", "nothing"], "there is no model or folder 'nothing'"),
+        (["upsample", PROMPT, "-i", "none.png", "-m", "demo"], "can't read none.png: No such file or directory"),
+        (["t2i", PROMPT, *SMALL, "--upsample-prompt"], "has no language model, so it can't rewrite prompts"),
+        (["t2i", PROMPT, *SMALL, "--interpret", "none.png", "--vision-model", "demo"], "can't read none.png: No such"),
+        (["t2i", PROMPT, *SMALL, "--interpret", "photo.png", "--vision-model", "demo"], "has no language model"),
+    ],
+)
+def test_refusals(words, message, folder):
+    (folder / "notes.txt").write_text("a red fox")
+    assert message in refusal(*words, "--quiet")
+
+
+def test_a_model_that_does_not_see_is_refused(klein):
+    assert "has no vision weights" in refusal("describe", "photo.png", "-m", klein)
+    assert "has no vision weights" in refusal("upsample", PROMPT, "-m", klein, "-i", "photo.png")
+
+
+def test_t2i_upsamples_first(dev):
+    report = painted(dev, "--upsample-prompt", "--seed", "6", "-o", "a.png")
+    assert (report["prompt"], report["upsampled_prompt"]) == (PROMPT, answered(PROMPT, 6))
+    assert phases(report) == ["upsample", "text_encoder", "transformer", "vae"]
+    settings = read_settings("a.png")
+    assert (settings["prompt"], settings["upsampled_prompt"]) == (PROMPT, answered(PROMPT, 6))
+    painted(dev, "--seed", "6", "-o", "b.png", prompt=answered(PROMPT, 6))
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert painted(dev, "--seed", "6", "-o", "c.png")["upsampled_prompt"] is None
+    assert not np.array_equal(pixels("a.png"), pixels("c.png"))
+
+
+def test_every_prompt_of_a_file_is_upsampled(klein, folder):
+    (folder / "prompts.txt").write_text("a large red fox\na small blue dog\n")
+    arguments = ("--upsample-prompt", "--prompts-file", "prompts.txt", "-n", "2", "--seed", "6", "-o", "a.png")
+    report = painted(klein, *arguments, prompt=None)
+    expected = [answered("a large red fox", 6, KLEIN_END), answered("a small blue dog", 7, KLEIN_END)]
+    assert report["upsampled_prompt"] == expected
+    remembered = [read_settings(f"a-{seed}.png")["upsampled_prompt"] for seed in range(6, 10)]
+    assert remembered == [text for text in expected for _ in range(2)]
+
+
+def test_interpret_adds_descriptions(dev):
+    report = painted(dev, "--interpret", "photo.png", "--interpret", "photo.png", "--seed", "6", "-o", "a.png")
+    expected = "\n\n".join([PROMPT, answered(DESCRIBED, 6), answered(DESCRIBED, 7)])
+    assert (report["prompt"], report["upsampled_prompt"]) == (PROMPT, expected)
+    assert phases(report) == ["interpret", "text_encoder", "transformer", "vae"]
+    assert read_settings("a.png")["upsampled_prompt"] == expected
+
+
+def test_interpret_and_upsample(dev):
+    report = painted(dev, "--interpret", "photo.png", "--upsample-prompt", "--seed", "6", "-o", "a.png")
+    assert report["upsampled_prompt"] == answered(answered(DESCRIBED, 6), 6)
+    assert phases(report) == ["interpret", "upsample", "text_encoder", "transformer", "vae"]
+
+
+def test_another_model_describes_for_one_that_does_not_see(dev):
+    arguments = ("--interpret", "photo.png", "--vision-model", dev, "--seed", "6", "-o", "a.png")
+    report = painted("demo", *arguments)
+    assert report["upsampled_prompt"] == "\n\n".join([PROMPT, answered(DESCRIBED, 6)])
+    assert report["model"] == "demo"
+    assert phases(report) == ["interpret", "text_encoder", "transformer", "vae"]
+
+
+def test_a_replay_paints_the_rewritten_prompt_without_writing_again(dev, monkeypatch):
+    arguments = ("--interpret", "photo.png", "--vision-model", dev, "--seed", "6", "-o")
+    painted("demo", *arguments, "a.png")
+    Path("photo.png").unlink()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(upsampling, "generate", fail)
+    report = json.loads(done("t2i", "--replay", "a.png", "-o", "b.png", "--json").stdout)
+    assert phases(report) == ["text_encoder", "transformer", "vae"]
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert read_settings("a.png") == read_settings("b.png")
+    assert report["upsampled_prompt"] == read_settings("a.png")["upsampled_prompt"]
+    report = json.loads(done("t2i", "a dog", "--replay", "a.png", "-o", "c.png", "--json").stdout)
+    assert (report["prompt"], report["upsampled_prompt"]) == ("a dog", None)
+
+
+@pytest.mark.parametrize("text", [5, ["a"], {}])
+def test_a_damaged_rewritten_prompt(text):
+    painted("demo", "--seed", "6", "-o", "a.png")
+    with Image.open("a.png") as image:
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("flux2-mlx", json.dumps(json.loads(image.text["flux2-mlx"]) | {"upsampled_prompt": text}))
+        image.save("b.png", pnginfo=info)
+    message = refusal("t2i", "--replay", "b.png", "-o", "c.png")
+    assert message == f"the settings in b.png are damaged: upsampled_prompt is {text!r}"
+
+
+def test_profile_names_the_phases_of_writing(dev):
+    result = done(
+        "t2i", PROMPT, "-m", dev, "-W", "32", "-H", "32", "-s", "1", "--upsample-prompt", "--interpret", "photo.png",
+        "--profile", "--quiet", "-o", "a.png",
+    )  # fmt: skip
+    names = [line.split("  ")[0] for line in result.stderr.splitlines()]
+    assert names == ["interpret", "upsample", "text_encoder", "transformer", "vae", "whole run"]
