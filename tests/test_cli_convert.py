@@ -17,6 +17,7 @@ from flux2_mlx.images import read_settings
 REPO = "org/model"
 SMALL = ("-W", "64", "-H", "64", "-s", "2", "--seed", "7")
 MODELS = {"klein-4b": "black-forest-labs/FLUX.2-klein-4B", "klein-9b": "black-forest-labs/FLUX.2-klein-9B"}
+NAMES = {**MODELS, "dev": "black-forest-labs/FLUX.2-dev", "black-forest-labs/flux.2-KLEIN-4b": MODELS["klein-4b"]}
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,6 @@ def test_force_replaces_a_checkpoint_and_nothing_else(official):
         ("missing", "there is no file or folder missing"),
         ("/missing/folder/x", "there is no file or folder /missing/folder/x"),
         ("demo", "demo is built in and needs no conversion"),
-        ("dev", "dev needs the mistral3 encoder, which this version does not have yet"),
-        ("black-forest-labs/flux.2-DEV", "dev needs the mistral3 encoder, which this version does not have yet"),
         (str(DEMO), f"{DEMO} is an MLX checkpoint already"),
         ("file.bin", "file.bin is a pickle, which could run code; not a model folder"),
         ("empty", "empty is no model folder in the diffusers layout: it has no model_index.json"),
@@ -153,9 +152,9 @@ def test_a_model_of_another_kind(source):
     assert "holds a StableDiffusionPipeline, not FLUX.2" in refusal("convert", source, "mine")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_the_table_stands_for_its_repo(name, official, monkeypatch):
-    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda repo, **_: official if repo == MODELS[name] else None)
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda repo, **_: official if repo == NAMES[name] else None)
     done("convert", name, "mine", "--variant", VARIANT)
     assert Checkpoint.open(Path("mine")).source["name"] == name
 

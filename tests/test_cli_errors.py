@@ -158,10 +158,6 @@ def test_an_unknown_model_lists_the_models(model):
     )
 
 
-def test_a_model_that_this_version_does_not_have():
-    assert refusal("t2i", PROMPT, "-m", "dev").startswith("dev needs the mistral3 encoder")
-
-
 def test_a_folder_that_holds_no_model(folder):
     (folder / "model").mkdir()
     assert "model is no model folder" in refusal("t2i", PROMPT, *SMALL, "-m", "model")

@@ -121,6 +121,8 @@ def test_a_picture_cut_short_gives_one_line(folder):
         ({"guidance": [1.0]}, r"the settings in b.png are damaged: guidance is [1.0]"),
         ({"prompt": "  "}, "the prompt is empty; describe the image in words"),
         ({"prompt": "\ud800"}, r"the prompt is not UTF-8 text: '\ud800'"),
+        ({"upsampled_prompt": "\ud800"}, r"the prompt is not UTF-8 text: '\ud800'"),
+        ({"upsampled_prompt": 5}, "the settings in b.png are damaged: upsampled_prompt is 5"),
         ({"width": 17}, "width 17 must be a positive multiple of 16"),
         ({"guidance": float("nan")}, "guidance must be a number of 0 or more, got nan"),
         ({"quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint4"),

@@ -14,8 +14,8 @@ from flux2_mlx import __version__
 from flux2_mlx.images import read_settings
 
 REPORT = {
-    "images", "model", "quant", "text_quant", "prompt", "width", "height", "steps", "guidance", "phases", "seconds",
-    "peak_memory",
+    "images", "model", "quant", "text_quant", "prompt", "upsampled_prompt", "width", "height", "steps", "guidance",
+    "phases", "seconds", "peak_memory",
 }  # fmt: skip
 PHASES = ["text_encoder", "transformer", "vae"]
 
@@ -160,6 +160,7 @@ def test_a_png_carries_its_settings_for_us_and_for_other_tools(prompt):
     assert settings.pop("dtype") in ("float32", "bfloat16")
     assert settings == {
         "prompt": prompt,
+        "upsampled_prompt": None,
         "model": "demo",
         "variant": "demo",
         "quant": "bf16",
@@ -199,7 +200,7 @@ def test_json_is_one_object_with_the_documented_keys():
     assert values["images"] == [{"path": "a-7.png", "seed": 7}, {"path": "a-8.png", "seed": 8}]
     expected = {"model": "demo", "quant": "qint4", "text_quant": "qint4", "prompt": PROMPT, "width": 64, "height": 64}
     assert {name: values[name] for name in expected} == expected
-    assert (values["steps"], values["guidance"]) == (2, 1.0)
+    assert (values["steps"], values["guidance"], values["upsampled_prompt"]) == (2, 1.0, None)
     assert [phase["name"] for phase in values["phases"]] == PHASES
     for phase in values["phases"]:
         assert set(phase) == {"name", "seconds", "peak_memory"}

@@ -168,7 +168,7 @@ def _options(prompt: str | None, *, replay: Path | None, prompts_file: str | Non
     # A replayed prompt was rewritten already; rewriting it again need not give the same words.
     again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
     given["rewritten"] = [again] if again is not None else None
-    _check_prompts(prompts)
+    _check_prompts([*prompts, *(given["rewritten"] or [])])
     if not 1 <= len(prompts) * given["num_images"] <= MAX_IMAGES:
         raise InputError(f"a run makes 1 to {MAX_IMAGES} images, not {len(prompts) * given['num_images']}")
     defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
