@@ -61,7 +61,7 @@ def test_a_wrong_setting_is_told_before_any_model_is_looked_for(model, arguments
         ("", "the prompt is empty; describe the image in words"),
         (" \n\t\u3000", "the prompt is empty; describe the image in words"),
         ("a" * 100_000, "a prompt of 100000 characters is too long; the limit is 10000, and the model reads its first"),
-        ("a \udcff", r"the prompt is not UTF-8 text: 'a \udcff'"),
+        ("a \udcff", r"the prompt is not valid text: 'a \udcff'"),
     ],
 )
 def test_a_prompt_that_can_not_be_used(prompt, message):

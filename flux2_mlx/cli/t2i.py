@@ -168,7 +168,8 @@ def _options(prompt: str | None, *, replay: Path | None, prompts_file: str | Non
     # A replayed prompt was rewritten already; rewriting it again need not give the same words.
     again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
     given["rewritten"] = [again] if again is not None else None
-    _check_prompts([*prompts, *(given["rewritten"] or [])])
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("the prompt is empty; describe the image in words")
     if not 1 <= len(prompts) * given["num_images"] <= MAX_IMAGES:
         raise InputError(f"a run makes 1 to {MAX_IMAGES} images, not {len(prompts) * given['num_images']}")
     defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
@@ -197,14 +198,6 @@ def _read_prompts(file: str) -> list[str]:
     if not prompts:
         raise InputError(f"{file} holds no prompt; write one a line")
     return prompts
-
-
-def _check_prompts(prompts: list[str]) -> None:
-    for prompt in prompts:
-        if not prompt.strip():
-            raise InputError("the prompt is empty; describe the image in words")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise InputError(f"the prompt is not UTF-8 text: {prompt[:80]!a}")
 
 
 def _check(options: _Options, paths: list[Path]) -> None:
