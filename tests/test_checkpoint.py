@@ -251,8 +251,9 @@ def test_quantizing_at_loading_equals_a_quantized_checkpoint(name, quant, plain,
 
 
 def test_the_vae_is_never_quantized(plain):
-    module = Checkpoint.open(plain).components["vae"].load(mx.bfloat16, "qint8")
-    assert {array.dtype for _, array in tree_flatten(module.parameters())} == {mx.bfloat16}
+    vae = Checkpoint.open(plain).components["vae"]
+    assert vae.quantized("qint8") == vae
+    assert {array.dtype for _, array in tree_flatten(vae.load(mx.bfloat16, "qint8").parameters())} == {mx.bfloat16}
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
