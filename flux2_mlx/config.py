@@ -187,7 +187,8 @@ class Variant:
     """One model: where it comes from, its geometry, its defaults and its licence.
 
     `kv_cache` marks the model that was trained to see references at the first step only. `size` is the default
-    width and height in pixels, `max_sequence_length` the text tokens that the transformer sees.
+    width and height in pixels, `max_sequence_length` the text tokens that the transformer sees, `max_image_tokens`
+    what is recommended for the image and its references together.
     """
 
     name: str
@@ -204,6 +205,7 @@ class Variant:
     gated: bool = True
     size: int = 1024
     max_sequence_length: int = 512
+    max_image_tokens: int = 16_384
 
     def __post_init__(self):
         _check(
@@ -239,6 +241,8 @@ _MISTRAL = TextConfig(
 _4B = TransformerConfig(5, 20, 24, 7680, guidance_embeds=False)
 _9B = TransformerConfig(8, 24, 32, 12288, guidance_embeds=False)
 _DEV = TransformerConfig(8, 48, 48, 15360)
+# Five and ten references of 1024² pixels beside an image of that size.
+_9B_TOKENS, _DEV_TOKENS = 24_576, 45_056
 _BFL = "black-forest-labs/FLUX.2-"
 _FREE = {"commercial_use": True, "gated": False}
 _BASE = {"steps": 50, "guidance": 4.0, "distilled": False}
@@ -252,6 +256,7 @@ _DEMO = Variant(
     steps=8,
     size=128,
     max_sequence_length=48,
+    max_image_tokens=128,
     **_FREE,
 )
 
@@ -261,10 +266,19 @@ VARIANTS: dict[str, Variant] = {
         _DEMO,
         Variant("klein-4b", _BFL + "klein-4B", _4B, _QWEN3_4B, **_FREE),
         Variant("klein-base-4b", _BFL + "klein-base-4B", _4B, _QWEN3_4B, **_BASE, **_FREE),
-        Variant("klein-9b", _BFL + "klein-9B", _9B, _QWEN3_8B),
-        Variant("klein-base-9b", _BFL + "klein-base-9B", _9B, _QWEN3_8B, **_BASE),
-        Variant("klein-9b-kv", _BFL + "klein-9b-kv", _9B, _QWEN3_8B, kv_cache=True),
-        Variant("dev", _BFL + "dev", _DEV, _MISTRAL, vision=VisionConfig(5120), steps=50, guidance=4.0),
+        Variant("klein-9b", _BFL + "klein-9B", _9B, _QWEN3_8B, max_image_tokens=_9B_TOKENS),
+        Variant("klein-base-9b", _BFL + "klein-base-9B", _9B, _QWEN3_8B, max_image_tokens=_9B_TOKENS, **_BASE),
+        Variant("klein-9b-kv", _BFL + "klein-9b-kv", _9B, _QWEN3_8B, kv_cache=True, max_image_tokens=_9B_TOKENS),
+        Variant(
+            "dev",
+            _BFL + "dev",
+            _DEV,
+            _MISTRAL,
+            vision=VisionConfig(5120),
+            steps=50,
+            guidance=4.0,
+            max_image_tokens=_DEV_TOKENS,
+        ),
     )
 }
 

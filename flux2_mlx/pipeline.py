@@ -1,12 +1,8 @@
 """`Flux2Pipeline`: from prompts to images."""
 
-import gc
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,70 +15,29 @@ from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
 from .layers import activation_dtype
 from .noise import initial_noise
+from .phases import (
+    EncodedEdit,
+    Flux2Output,
+    OnProgress,
+    Progress,
+    condition,
+    decode_images,
+    denoise_images,
+    encode_images,
+    measured,
+    passes,
+)
 from .quantization import DEFAULT_TEXT_QUANT, check_quant, loadable_quant
-from .sampling import Conditioning, Request, Step, denoise
-from .scheduler import noise_levels
-from .transformer import image_ids, rope_table, text_ids
+from .references import Edit
+from .sampling import Request
 from .upsampling import Writer
 
 _OUTPUT_TYPES = ("pil", "np", "latent")
-# Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
-# more memory and be no faster.
-_TOKENS_PER_PASS = 4096
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What one phase of a run took: seconds, and peak memory in bytes."""
-
-    name: str
-    seconds: float
-    peak_memory: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """`done` of `total` units of a phase. `step` is set after a denoising step, for the images at `images`."""
-
-    phase: str
-    done: int
-    total: int
-    step: Step | None = None
-    images: range = range(0)
-
-
-@dataclass
-class Flux2Output:
-    """What a run gives: `images` as asked for, and the seed of each. `timings` has a `Phase` for each phase;
-    `peak_memory` is in bytes."""
-
-    images: Any = None
-    seeds: list[int] = field(default_factory=list)
-    timings: list[Phase] = field(default_factory=list)
-
-    @property
-    def peak_memory(self) -> int:
-        return max((phase.peak_memory for phase in self.timings), default=0)
-
-
-@contextmanager
-def measured(name: str, timings: list[Phase]) -> Iterator[None]:
-    """Add what a phase took to `timings`, and give its memory back at the end."""
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    start = time.perf_counter()
-    yield
-    timings.append(Phase(name, time.perf_counter() - start, mx.get_peak_memory()))
-    gc.collect()
-    mx.clear_cache()
-
-
-OnProgress = Callable[[Progress], mx.array | None]
-
-
 class Flux2Pipeline:
-    """Text to image with a FLUX.2 model. Networks are loaded for their phase of a run and released after it."""
+    """Text and images to image with FLUX.2. Networks are loaded for their phase of a run and released after it."""
 
     def __init__(self, checkpoint: Checkpoint, quant: str, text_quant: str, dtype: mx.Dtype):
         self.checkpoint = checkpoint
@@ -139,6 +94,10 @@ class Flux2Pipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         *,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -156,8 +115,15 @@ class Flux2Pipeline:
 
         Args:
             prompt: one or several prompts; left out only with `prompt_embeds`.
-            height: pixels, a multiple of 16.
-            width: pixels, a multiple of 16.
+            image: reference images (RGB) that the model sees, each at least 64 pixels a side and at most 8 times as
+                long as wide. Above 1024² pixels they are scaled down, and cut to multiples of 16 in the middle.
+            mask_image: of the size of the first image, which is then painted over where the mask is white; `pil`
+                output has the original's size and its very pixels elsewhere.
+            strength: above 0 to 1: the first image is what the run starts from, noisier the greater. All
+                `num_inference_steps` are taken, at the end of a longer schedule.
+            padding_mask_crop: work on the mask's surroundings only, with so many pixels around it.
+            height: pixels, a multiple of 16; None: the first image's. With a mask or strength it can't be chosen.
+            width: the same.
             num_inference_steps: denoising steps.
             guidance_scale: embedded guidance (dev) or the CFG scale (base models); distilled models ignore it.
             seed: of the first image, 0 … 2^64 − 1; image k has seed + k. None: random.
@@ -183,10 +149,14 @@ class Flux2Pipeline:
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != features:
                 raise InputError(f"prompt_embeds must be [prompts, tokens, {features}], got {prompt_embeds.shape}")
             prompts, max_sequence_length = [""] * len(prompt_embeds), prompt_embeds.shape[1]
+        images = [image] if isinstance(image, Image.Image) else list(image or [])
+        edit = self.edit(images, mask=mask_image, on_canvas=strength is not None, crop_padding=padding_mask_crop)
         request = self.request(
             prompts,
+            edit=edit,
             height=height,
             width=width,
+            strength=strength,
             steps=num_inference_steps,
             guidance=guidance_scale,
             seed=seed,
@@ -203,34 +173,65 @@ class Flux2Pipeline:
             return (returned or {}).get("latents")
 
         return self.run(
-            request, latents=latents, prompt_embeds=prompt_embeds, output_type=output_type, on_progress=on_progress
+            request,
+            edit,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            output_type=output_type,
+            on_progress=on_progress,
         )
 
-    def request(self, prompts: Sequence[str], **settings: Any) -> Request:
-        """Checked settings for `run`; the names are those of `Request.checked`."""
-        return Request.checked(self.variant, self._token_size, prompts, **settings)
+    def edit(self, images: Sequence[Image.Image], **settings: Any) -> Edit:
+        """Prepared pictures for `run`; the names are those of `Edit.checked`."""
+        return Edit.checked(images, self._token_size, **settings)
+
+    def request(
+        self,
+        prompts: Sequence[str],
+        *,
+        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
+        width: int | None = None,
+        height: int | None = None,
+        **settings: Any,
+    ) -> Request:
+        """Checked settings for `run`; the names are those of `Request.checked`. The size is by default `edit`'s."""
+        own_width, own_height = edit.size
+        if edit.canvas is not None and (width or own_width, height or own_height) != edit.size:
+            raise InputError(
+                f"an image that is painted over keeps its size, {own_width}×{own_height}; leave width and height out"
+            )
+        size = {"width": width or own_width, "height": height or own_height}
+        return Request.checked(self.variant, self._token_size, prompts, **size, **settings)
 
     def run(
         self,
         request: Request,
+        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
         *,
         latents: Any = None,
         prompt_embeds: mx.array | None = None,
         output_type: str = "pil",
         on_progress: OnProgress = lambda progress: None,
     ) -> Flux2Output:
-        """Make the images of `request`. `on_progress` hears of every phase, step and image; after a step it may
-        return tokens to go on from, and it may raise to cancel."""
+        """Make the images of `request` with the pictures of `edit`. `on_progress` hears of every phase, step and
+        image; after a step it may return tokens to go on from, and it may raise to cancel."""
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
-        tokens = self._initial_tokens(request, latents)
+        noise, encoded = self._noise(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
         with measured("text_encoder", output.timings):
             embeds, negative = self._text_states(request, prompt_embeds, on_progress)
+        if edit.references:
+            self._warn_of_tokens(request, edit)
+            with measured("vae_encoder", output.timings):
+                on_progress(Progress("vae_encoder", 0, len(edit.references)))
+                encoded = encode_images(self._load("vae"), edit, self.dtype, on_progress)
         with measured("transformer", output.timings):
-            tokens = self._denoise(request, tokens, embeds, negative, on_progress)
+            tokens = self._denoise(request, noise, embeds, negative, encoded, on_progress)
         with measured("vae", output.timings):
             output.images = self._decode(request, tokens, output_type, on_progress)
+        if edit.canvas is not None and output_type == "pil":
+            output.images = [edit.canvas.paste(image) for image in output.images]
         return output
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
@@ -276,10 +277,25 @@ class Flux2Pipeline:
         quants = {"transformer": self.quant, "text_encoder": self.text_quant, "vae": "bf16"}
         return self.checkpoint.components[name].load(self.dtype, quants[name])
 
-    def _initial_tokens(self, request: Request, latents: Any) -> list[mx.array]:
+    def _grid(self, request: Request) -> tuple[int, int]:
+        """Height and width of the image in tokens."""
+        return request.height // self._token_size, request.width // self._token_size
+
+    def _warn_of_tokens(self, request: Request, edit: Edit) -> None:
+        height, width = self._grid(request)
+        count, limit = height * width + edit.token_count(self._token_size), self.variant.max_image_tokens
+        if count > limit:
+            _log.warning(
+                "the image and its references are %d tokens, %s is recommended for %d; use fewer or smaller images",
+                count,
+                self.variant.name,
+                limit,
+            )
+
+    def _noise(self, request: Request, latents: Any) -> list[mx.array]:
         """Noise tokens `[L, C]` of each image, float32."""
         channels = self.checkpoint.components["transformer"].config.in_channels
-        shape = (len(request.seeds), channels, request.height // self._token_size, request.width // self._token_size)
+        shape = (len(request.seeds), channels, *self._grid(request))
         if latents is None:
             noise = initial_noise(request.seeds, *shape[1:])
         else:
@@ -321,60 +337,26 @@ class Flux2Pipeline:
     def _denoise(
         self,
         request: Request,
-        tokens: list[mx.array],
+        noise: list[mx.array],
         embeds: list[mx.array],
         negative: mx.array | None,
+        encoded: EncodedEdit | None,
         on_progress: OnProgress,
     ) -> list[mx.array]:
-        """Denoise all images, several small ones in one pass."""
-        count, per_pass = len(tokens), max(1, _TOKENS_PER_PASS // len(tokens[0]))
-        total = request.steps * -(-count // per_pass)
-        on_progress(Progress("transformer", 0, total))
-        transformer = self._load("transformer")
-        config = self.checkpoint.components["transformer"].config
-        height, width = request.height // self._token_size, request.width // self._token_size
-        ids = np.concatenate([text_ids(embeds[0].shape[0]), image_ids(height, width)])
-        rope = rope_table(ids, config)
-        sigmas = noise_levels(request.steps, height * width, request.sigmas)
-        projected = [transformer.txt_in(states) for states in embeds]
-        negative = None if negative is None else transformer.txt_in(negative)
-        finished: list[mx.array] = []
-        done = 0
-        for start in range(0, count, per_pass):
-            images = range(start, min(start + per_pass, count))
-            conditioning = Conditioning(
-                mx.stack([projected[i // request.images_per_prompt] for i in images]),
-                rope,
-                None if negative is None else mx.broadcast_to(negative, (len(images), *negative.shape)),
-                request.guidance,
-                config.guidance_embeds,
-            )
-            batch = mx.stack(tokens[start : images.stop])
-            steps = denoise(transformer, batch, conditioning, sigmas, self.dtype)
-            step = next(steps)
-            while step is not None:
-                done += 1
-                batch, replaced = step.tokens, on_progress(Progress("transformer", done, total, step, images))
-                batch = batch if replaced is None else mx.array(replaced).astype(mx.float32)
-                try:
-                    step = steps.send(batch)
-                except StopIteration:
-                    step = None
-            finished += list(batch)
-        return finished
+        references = 0 if encoded is None else len(encoded.ids)
+        batches = passes(len(noise), len(noise[0]) + references)
+        on_progress(Progress("transformer", 0, request.steps * len(batches)))
+        transformer, kv_cache = self._load("transformer"), self.variant.kv_cache
+        conditioning = condition(
+            transformer, request, self._grid(request), embeds, negative, encoded, self.dtype, kv_cache=kv_cache
+        )
+        return denoise_images(transformer, request, batches, noise, conditioning, encoded, self.dtype, on_progress)
 
     def _decode(self, request: Request, tokens: list[mx.array], output_type: str, on_progress: OnProgress) -> Any:
         on_progress(Progress("vae", 0, len(tokens)))
-        vae = self._load("vae")
-        height, width = request.height // self._token_size, request.width // self._token_size
-        decoded = []
-        for done, image_tokens in enumerate(tokens, 1):
-            latents = vae.from_tokens(image_tokens[None], height, width)
-            result = latents if output_type == "latent" else vae.decode(latents.astype(self.dtype))
-            decoded.append(np.array(result.astype(mx.float32)))
-            on_progress(Progress("vae", done, len(tokens)))
-        images = np.concatenate(decoded)
-        if output_type == "latent":
+        vae, latent = self._load("vae"), output_type == "latent"
+        images = decode_images(vae, tokens, self._grid(request), self.dtype, latent, on_progress)
+        if latent:
             return images.transpose(0, 3, 1, 2)
         images = to_unit(images)
         return to_pil(images) if output_type == "pil" else images

@@ -12,7 +12,7 @@ import numpy as np
 from .config import Variant
 from .errors import InputError
 from .scheduler import euler_step
-from .transformer import Flux2Transformer
+from .transformer import Flux2Transformer, KeysValues
 
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
@@ -36,6 +36,7 @@ class Request:
     seeds: tuple[int, ...]
     max_sequence_length: int
     sigmas: tuple[float, ...] | None = None
+    strength: float = 1.0
 
     @classmethod
     def checked(
@@ -52,11 +53,13 @@ class Request:
         images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
         sigmas: Sequence[float] | None = None,
+        strength: float | None = None,
     ) -> "Request":
         """Fill in the variant's defaults and check every setting; InputError says which one is wrong."""
         if sigmas is not None:
             sigmas = tuple(float(sigma) for sigma in sigmas)
             _require(steps in (None, len(sigmas)), f"{len(sigmas)} sigmas don't go with {steps} steps")
+            _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")
             steps = len(sigmas)
         count = len(prompts) * images_per_prompt
         _require(len(prompts) > 0, "there is no prompt")
@@ -70,6 +73,7 @@ class Request:
             _seeds(seed, count),
             variant.max_sequence_length if max_sequence_length is None else max_sequence_length,
             sigmas,
+            1.0 if strength is None else strength,
         )
         request._check(variant, token_size)
         return request
@@ -85,6 +89,12 @@ class Request:
         _require(
             math.isfinite(self.guidance) and self.guidance >= 0,
             f"guidance must be a number of 0 or more, got {self.guidance}",
+        )
+        _require(0 < self.strength <= 1, f"strength must be above 0 and at most 1, got {self.strength}")
+        _require(
+            self.schedule_steps <= MAX_STEPS,
+            f"{self.steps} steps at strength {self.strength} are the end of a schedule of more than {MAX_STEPS}; "
+            "raise the strength or take fewer steps",
         )
         for prompt in self.prompts:
             _require(
@@ -106,6 +116,15 @@ class Request:
     def images_per_prompt(self) -> int:
         return len(self.seeds) // len(self.prompts)
 
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule, of which the last `steps` are taken: those that `strength` leaves."""
+        # The longest of which diffusers, too, takes `steps`: of N it leaves out int(N − N·strength).
+        length = self.steps
+        while length <= MAX_STEPS and length + 1 - int(length + 1 - (length + 1) * self.strength) <= self.steps:
+            length += 1
+        return length
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -126,13 +145,41 @@ def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What stays the same at every step. `text` and `negative_text` went through `txt_in`."""
+    """What stays the same at every step. `text` and `negative_text` went through `txt_in`.
+
+    References are either `references`, tokens `[1, Lr, C]` that go along with the image's, or `past`, their keys and
+    values (see `Flux2Transformer.read`). `rope` is for the text, the image and then `references`.
+    """
 
     text: mx.array
     rope: mx.array
     negative_text: mx.array | None = None
     guidance: float = 1.0
     embeds_guidance: bool = False
+    references: mx.array | None = None
+    past: list[KeysValues] | None = None
+
+    @property
+    def embedded_guidance(self) -> mx.array | None:
+        return mx.array([self.guidance]) if self.embeds_guidance else None
+
+
+@dataclass(frozen=True)
+class Painting:
+    """A picture that is painted over: its tokens `source` `[1, L, C]`, the run's `noise` `[B, L, C]`, and `mask`
+    `[1, L, 1]`, 1 where it is painted over (None: everywhere). All float32."""
+
+    source: mx.array
+    noise: mx.array
+    mask: mx.array | None = None
+
+    def at(self, sigma: float) -> mx.array:
+        """The picture at a noise level."""
+        return sigma * self.noise + (1 - sigma) * self.source
+
+    def kept(self, tokens: mx.array, sigma: float) -> mx.array:
+        """`tokens` of that noise level with the picture where the mask keeps it."""
+        return tokens if self.mask is None else (1 - self.mask) * self.at(sigma) + self.mask * tokens
 
 
 @dataclass(frozen=True)
@@ -148,16 +195,22 @@ class Step:
 
 
 def denoise(
-    transformer: Flux2Transformer, tokens: mx.array, conditioning: Conditioning, sigmas: np.ndarray, dtype: mx.Dtype
+    transformer: Flux2Transformer,
+    tokens: mx.array,
+    conditioning: Conditioning,
+    sigmas: np.ndarray,
+    dtype: mx.Dtype,
+    painting: Painting | None = None,
 ) -> Iterator[Step]:
     """Integrate from noise to an image, yielding after every step.
 
     Args:
         transformer: predicts the velocity.
-        tokens: noise, float32 `[B, L, C]`.
-        conditioning: text, positions and guidance.
+        tokens: noise, or a noisy picture, at the first noise level: float32 `[B, L, C]`.
+        conditioning: text, positions, references and guidance.
         sigmas: noise levels with the final 0, `[steps + 1]`.
         dtype: what the transformer computes in; the tokens stay in float32.
+        painting: a picture that is kept outside its mask.
 
     A caller may `send` tokens to go on from instead of the ones that were yielded.
     """
@@ -165,18 +218,29 @@ def denoise(
         velocity = _velocity(transformer, tokens.astype(dtype), conditioning, sigma)
         estimate = euler_step(tokens, velocity, sigma, 0.0)
         tokens = euler_step(tokens, velocity, sigma, next_sigma)
+        if painting is not None:
+            estimate, tokens = painting.kept(estimate, 0.0), painting.kept(tokens, next_sigma)
         mx.eval(tokens)
         replaced = yield Step(number, sigma, next_sigma, tokens, estimate)
         tokens = tokens if replaced is None else replaced
 
 
 def _velocity(transformer: Flux2Transformer, tokens: mx.array, conditioning: Conditioning, sigma: float) -> mx.array:
-    timestep = mx.array([sigma])
-    guidance = mx.array([conditioning.guidance]) if conditioning.embeds_guidance else None
-    velocity = transformer(tokens, conditioning.text, timestep, conditioning.rope, guidance)
+    velocity = _pass(transformer, tokens, conditioning.text, conditioning, sigma)
     if conditioning.negative_text is None:
         return velocity
     # Two passes and not one of twice the batch: matrix products fill the device either way, and this halves the peak.
     mx.eval(velocity)
-    negative = transformer(tokens, conditioning.negative_text, timestep, conditioning.rope, guidance)
+    negative = _pass(transformer, tokens, conditioning.negative_text, conditioning, sigma)
     return negative + conditioning.guidance * (velocity - negative)
+
+
+def _pass(
+    transformer: Flux2Transformer, tokens: mx.array, text: mx.array, conditioning: Conditioning, sigma: float
+) -> mx.array:
+    B, L, _ = tokens.shape
+    if conditioning.references is not None:
+        references = mx.repeat(conditioning.references.astype(tokens.dtype), B, axis=0)
+        tokens = mx.concatenate([tokens, references], axis=1)
+    timestep, guidance = mx.array([sigma]), conditioning.embedded_guidance
+    return transformer(tokens, text, timestep, conditioning.rope, guidance, conditioning.past)[:, :L]

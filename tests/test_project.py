@@ -26,12 +26,13 @@ ROWS = (
     ("errors", "demo"),
     ("config",),
     ("layers",),
-    ("transformer", "vae", "text", "scheduler", "noise", "images"),
+    ("transformer", "vae", "text", "scheduler", "noise", "images", "references"),
     ("quantization",),
     ("checkpoint",),
     ("hub",),
     ("convert",),
     ("sampling", "upsampling"),
+    ("phases",),
     ("pipeline",),
     ("cli",),
     ("__main__",),
@@ -158,6 +159,12 @@ def test_pre_commit_runs_the_same_ruff():
 def readme_blocks(*languages: str) -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, re.S | re.M)
+
+
+def test_the_readme_begins_with_an_image_and_then_the_tests():
+    first, second, *_ = readme_blocks("bash", "sh", "shell", "console")
+    assert first.strip().splitlines()[-1].startswith("flux2-mlx t2i ")
+    assert second.strip().splitlines()[-1] == "python -m pytest"
 
 
 def test_python_in_the_readme_compiles_and_its_imports_exist():

@@ -133,7 +133,7 @@ class Network:
         self._velocities = velocities
         self.calls: list[SimpleNamespace] = []
 
-    def __call__(self, tokens, text, timestep, rope, guidance):
+    def __call__(self, tokens, text, timestep, rope, guidance, past=None):
         self.calls.append(SimpleNamespace(tokens=tokens, text=text, timestep=timestep, rope=rope, guidance=guidance))
         return self._velocities[int(text[0].item())].astype(tokens.dtype)
 

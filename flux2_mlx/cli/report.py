@@ -9,7 +9,8 @@ import click
 from .. import __version__
 
 if TYPE_CHECKING:
-    from ..pipeline import Flux2Output, Flux2Pipeline
+    from ..phases import Flux2Output
+    from ..pipeline import Flux2Pipeline
     from ..sampling import Request
 
 

@@ -16,7 +16,8 @@ from .progress import Bars, Stream, conversion, notice
 from .report import Run, print_profile
 
 if TYPE_CHECKING:
-    from ..pipeline import Flux2Output, Flux2Pipeline, Phase, Progress
+    from ..phases import Flux2Output, Phase, Progress
+    from ..pipeline import Flux2Pipeline
     from ..sampling import Request
 
 DEFAULT_MODEL = "klein-4b"
@@ -246,7 +247,7 @@ def _open(options: _Options, bars: Bars) -> "Flux2Pipeline":
 def _rewrite(pipe: "Flux2Pipeline", options: _Options, bars: Bars) -> tuple[list[str], list["Phase"]]:
     """The prompts that the images are made from, after --interpret and --upsample-prompt, and what that took."""
     from ..images import open_image
-    from ..pipeline import measured
+    from ..phases import measured
     from ..upsampling import Writer
 
     if options.rewritten is not None:

@@ -13,6 +13,8 @@ from ..config import TransformerConfig
 from ..layers import attention, fused, swiglu
 from .rope import rotate
 
+KeysValues = tuple[mx.array, mx.array]
+
 
 @fused
 def _gated(x: mx.array, gate: mx.array, update: mx.array) -> mx.array:
@@ -81,11 +83,22 @@ def heads_of(qkv: mx.array, heads: int, norm: QKNorm) -> tuple[mx.array, mx.arra
     return norm.query_norm(q), norm.key_norm(k), v
 
 
-def rotated_attention(q: mx.array, k: mx.array, v: mx.array, rope: mx.array) -> mx.array:
-    """Attention after rotation, `[B, heads, L, head_dim]` to `[B, L, D]`."""
+def rotated_attention(
+    q: mx.array, k: mx.array, v: mx.array, rope: mx.array, past: KeysValues | None = None
+) -> tuple[mx.array, KeysValues]:
+    """Attention after rotation, `[B, heads, L, head_dim]` to `[B, L, D]`, with the rotated keys and the values.
+
+    `past` are keys and values `[1, heads, Lr, head_dim]` that all tokens see as well.
+    """
     B, _, L, _ = q.shape
-    out = attention(rotate(q, rope), rotate(k, rope), v)
-    return out.transpose(0, 2, 1, 3).reshape(B, L, -1)
+    q, k = rotate(q, rope), rotate(k, rope)
+    seen = (k, v)
+    if past is not None:
+        seen = tuple(
+            mx.concatenate([new, mx.repeat(old, B, axis=0)], axis=2) for new, old in zip(seen, past, strict=True)
+        )
+    out = attention(q, *seen)
+    return out.transpose(0, 2, 1, 3).reshape(B, L, -1), (k, v)
 
 
 class SiLUGate(nn.Module):
@@ -124,16 +137,28 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = _mlp(config)
 
     def __call__(
-        self, img: mx.array, txt: mx.array, img_mod: list[mx.array], txt_mod: list[mx.array], rope: mx.array
+        self,
+        img: mx.array,
+        txt: mx.array,
+        img_mod: list[mx.array],
+        txt_mod: list[mx.array],
+        rope: mx.array,
+        past: KeysValues | None = None,
     ) -> tuple[mx.array, mx.array]:
         txt_qkv = self.txt_attn(modulate(txt, txt_mod[0], txt_mod[1], self._eps))
         img_qkv = self.img_attn(modulate(img, img_mod[0], img_mod[1], self._eps))
         q, k, v = (mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        out = rotated_attention(q, k, v, rope)
+        out, _ = rotated_attention(q, k, v, rope, past)
         L = txt.shape[1]
         txt = self._add(txt, out[:, :L], self.txt_attn, self.txt_mlp, txt_mod)
         img = self._add(img, out[:, L:], self.img_attn, self.img_mlp, img_mod)
         return img, txt
+
+    def read(self, img: mx.array, img_mod: list[mx.array], rope: mx.array) -> tuple[mx.array, KeysValues]:
+        """The image stream alone, and the keys and values that others see of it."""
+        qkv = self.img_attn(modulate(img, img_mod[0], img_mod[1], self._eps))
+        out, seen = rotated_attention(*qkv, rope)
+        return self._add(img, out, self.img_attn, self.img_mlp, img_mod), seen
 
     def _add(self, x, attended, attn: StreamAttention, mlp: list[nn.Module], mod: list[mx.array]) -> mx.array:
         x = _gated(x, mod[2], attn.proj(attended))
@@ -154,12 +179,15 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(D + M, D, bias=False)
         self.norm = QKNorm(config.attention_head_dim, config.eps)
 
-    def __call__(self, x: mx.array, mod: list[mx.array], rope: mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None = None
+    ) -> tuple[mx.array, KeysValues]:
+        """The tokens after this block, and the keys and values that others see of them."""
         shift, scale, gate = mod
         qkv, mlp_gate, mlp = mx.split(self.linear1(modulate(x, shift, scale, self._eps)), self._split, axis=-1)
-        out = rotated_attention(*heads_of(qkv, self._heads, self.norm), rope)
+        out, seen = rotated_attention(*heads_of(qkv, self._heads, self.norm), rope, past)
         out = self.linear2(mx.concatenate([out, swiglu(mlp_gate, mlp)], axis=-1))
-        return _gated(x, gate, out)
+        return _gated(x, gate, out), seen
 
 
 class LastLayer(nn.Module):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TransformerConfig
-from .blocks import DoubleBlock, LastLayer, MLPEmbedder, Modulation, SingleBlock, timestep_embedding
+from .blocks import DoubleBlock, KeysValues, LastLayer, MLPEmbedder, Modulation, SingleBlock, timestep_embedding
 
 
 class Flux2Transformer(nn.Module):
@@ -16,7 +16,7 @@ class Flux2Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         D = config.hidden_size
-        self._channels = config.timestep_guidance_channels
+        self._config, self._channels = config, config.timestep_guidance_channels
         self.img_in = nn.Linear(config.in_channels, D, bias=False)
         self.txt_in = nn.Linear(config.joint_attention_dim, D, bias=False)
         self.time_in = MLPEmbedder(self._channels, D)
@@ -29,6 +29,10 @@ class Flux2Transformer(nn.Module):
         self.single_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
         self.final_layer = LastLayer(config)
 
+    @property
+    def config(self) -> TransformerConfig:
+        return self._config
+
     def __call__(
         self,
         img: mx.array,
@@ -36,6 +40,7 @@ class Flux2Transformer(nn.Module):
         timestep: mx.array,
         rope: mx.array,
         guidance: mx.array | None = None,
+        past: list[KeysValues] | None = None,
     ) -> mx.array:
         """Velocity (noise − image) of the image tokens.
 
@@ -45,6 +50,7 @@ class Flux2Transformer(nn.Module):
             timestep: noise level σ in 0..1, `[1]` or `[B]`.
             rope: `rope_table` of the text and then the image positions, `[Lt + Li, head_dim / 2]`.
             guidance: embedded guidance scale, `[1]` or `[B]`; only for models that have `guidance_in`.
+            past: what `read` gives for references, in place of their tokens in `img`.
 
         Returns:
             `[B, Li, in_channels]`.
@@ -55,15 +61,41 @@ class Flux2Transformer(nn.Module):
         single_mod = self.single_stream_modulation(vec)
 
         # Evaluating block by block frees each block's activations before the next one's are allocated.
+        seen = iter(past or [None] * (len(self.double_blocks) + len(self.single_blocks)))
         img = self.img_in(img)
         for block in self.double_blocks:
-            img, txt = block(img, txt, img_mod, txt_mod, rope)
+            img, txt = block(img, txt, img_mod, txt_mod, rope, next(seen))
             mx.eval(img, txt)
         x = mx.concatenate([txt, img], axis=1)
         for block in self.single_blocks:
-            x = block(x, single_mod, rope)
+            x, _ = block(x, single_mod, rope, next(seen))
             mx.eval(x)
         return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def read(self, img: mx.array, rope: mx.array, guidance: mx.array | None = None) -> list[KeysValues]:
+        """Keys and values of reference tokens at every block, for models trained to see references this way.
+
+        References see only one another, at noise level 0, so they depend on neither text, target nor step: one pass
+        serves a whole run. (The reference code makes it part of the first step.)
+
+        Args:
+            img: reference tokens `[1, Lr, in_channels]`.
+            rope: `rope_table` of their positions.
+            guidance: as for a step.
+
+        Returns:
+            Rotated keys and values, each `[1, heads, Lr, head_dim]`: `4 · Lr · D` bytes a block in 16 bits.
+        """
+        vec = self._conditioning(mx.array([0.0]), guidance, img.dtype)
+        img_mod, single_mod = self.double_stream_modulation_img(vec), self.single_stream_modulation(vec)
+        past = []
+        x = self.img_in(img)
+        for block in (*self.double_blocks, *self.single_blocks):
+            x, seen = block.read(x, img_mod, rope) if isinstance(block, DoubleBlock) else block(x, single_mod, rope)
+            # Copied, for a view would keep the whole projection that it is cut from alive.
+            past.append(tuple(mx.contiguous(part) for part in seen))
+            mx.eval(x, past[-1])
+        return past
 
     def _conditioning(self, timestep: mx.array, guidance: mx.array | None, dtype: mx.Dtype) -> mx.array:
         vec = self.time_in(timestep_embedding(timestep, self._channels).astype(dtype))

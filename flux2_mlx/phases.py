@@ -1,0 +1,205 @@
+"""The phases of a run after the text is encoded, what a caller hears of them, and what they took."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .references import Edit, to_pixels
+from .sampling import Conditioning, Painting, Request, Step, denoise
+from .scheduler import noise_levels
+from .transformer import Flux2Transformer, image_ids, rope_table, text_ids
+from .vae import VAE
+
+# Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
+# more memory and be no faster.
+_TOKENS_PER_PASS = 4096
+# References lie this far apart on the T axis; the image that is made is at 0.
+_T_STEP = 10
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase of a run took: seconds, and peak memory in bytes."""
+
+    name: str
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` units of a phase. `step` is set after a denoising step, for the images at `images`."""
+
+    phase: str
+    done: int
+    total: int
+    step: Step | None = None
+    images: range = range(0)
+
+
+@dataclass
+class Flux2Output:
+    """What a run gives: `images` as asked for, and the seed of each. `timings` has a `Phase` for each phase;
+    `peak_memory` is in bytes."""
+
+    images: Any = None
+    seeds: list[int] = field(default_factory=list)
+    timings: list[Phase] = field(default_factory=list)
+
+    @property
+    def peak_memory(self) -> int:
+        return max((phase.peak_memory for phase in self.timings), default=0)
+
+
+@contextmanager
+def measured(name: str, timings: list[Phase]) -> Iterator[None]:
+    """Add what a phase took to `timings`, and give its memory back at the end."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    yield
+    timings.append(Phase(name, time.perf_counter() - start, mx.get_peak_memory()))
+    gc.collect()
+    mx.clear_cache()
+
+
+OnProgress = Callable[[Progress], mx.array | None]
+
+
+@dataclass(frozen=True)
+class EncodedEdit:
+    """The pictures of a run as tokens, float32: all `references` in one row `[1, Lr, C]` at positions `ids` `[Lr, 4]`,
+    and the canvas `source` `[1, L, C]` with its `mask` `[1, L, 1]`."""
+
+    references: mx.array
+    ids: np.ndarray
+    source: mx.array | None = None
+    mask: mx.array | None = None
+
+
+def encode_images(vae: VAE, edit: Edit, dtype: mx.Dtype, on_progress: OnProgress) -> EncodedEdit:
+    """The pictures of `edit` as tokens."""
+    rows, ids = [], []
+    for number, image in enumerate(edit.references, 1):
+        latents = vae.encode(mx.array(to_pixels(image)).astype(dtype)).astype(mx.float32)
+        rows.append(vae.to_tokens(latents))
+        mx.eval(rows[-1])
+        ids.append(image_ids(latents.shape[1] // 2, latents.shape[2] // 2, t=_T_STEP * number))
+        on_progress(Progress("vae_encoder", number, len(edit.references)))
+    canvas = edit.canvas
+    mask = None if canvas is None or canvas.tokens is None else mx.array(canvas.tokens.reshape(1, -1, 1))
+    return EncodedEdit(mx.concatenate(rows, axis=1), np.concatenate(ids), None if canvas is None else rows[0], mask)
+
+
+def passes(count: int, tokens: int) -> list[range]:
+    """The images that go through the transformer together, given how many tokens each one is, references included."""
+    per_pass = max(1, _TOKENS_PER_PASS // tokens)
+    return [range(start, min(start + per_pass, count)) for start in range(0, count, per_pass)]
+
+
+def denoise_images(
+    transformer: Flux2Transformer,
+    request: Request,
+    batches: list[range],
+    noise: list[mx.array],
+    conditioning: Callable[[range], Conditioning],
+    encoded: EncodedEdit | None,
+    dtype: mx.Dtype,
+    on_progress: OnProgress,
+) -> list[mx.array]:
+    """Tokens of all images.
+
+    Args:
+        transformer: the network.
+        request: the settings.
+        batches: the images of each pass.
+        noise: of each image, float32 `[L, C]`.
+        conditioning: gives that of the images in a range.
+        encoded: the pictures of the run.
+        dtype: what the transformer computes in.
+        on_progress: hears of every step and may return tokens to go on from.
+    """
+    sigmas = noise_levels(request.schedule_steps, len(noise[0]), request.sigmas)[-request.steps - 1 :]
+    total, done, finished = request.steps * len(batches), 0, []
+    for images in batches:
+        batch, painting = mx.stack(noise[images.start : images.stop]), None
+        if encoded is not None and encoded.source is not None:
+            painting = Painting(encoded.source, batch, encoded.mask)
+            batch = painting.at(float(sigmas[0]))
+        steps = denoise(transformer, batch, conditioning(images), sigmas, dtype, painting)
+        step = next(steps)
+        while step is not None:
+            done += 1
+            batch, replaced = step.tokens, on_progress(Progress("transformer", done, total, step, images))
+            batch = batch if replaced is None else mx.array(replaced).astype(mx.float32)
+            try:
+                step = steps.send(batch)
+            except StopIteration:
+                step = None
+        finished += list(batch)
+    return finished
+
+
+def condition(
+    transformer: Flux2Transformer,
+    request: Request,
+    grid: tuple[int, int],
+    embeds: list[mx.array],
+    negative: mx.array | None,
+    encoded: EncodedEdit | None,
+    dtype: mx.Dtype,
+    *,
+    kv_cache: bool,
+) -> Callable[[range], Conditioning]:
+    """All that no step changes, worked out once: a function from a range of images to their conditioning.
+
+    Args:
+        transformer: the network.
+        request: the settings.
+        grid: height and width in tokens.
+        embeds: text states `[Lt, F]` of each prompt.
+        negative: those of the empty prompt, for classifier-free guidance.
+        encoded: the pictures of the run.
+        dtype: what the transformer computes in.
+        kv_cache: whether the model was trained to see references through their keys and values only.
+    """
+    config = transformer.config
+    projected = [transformer.txt_in(states) for states in embeds]
+    negative = None if negative is None else transformer.txt_in(negative)
+    ids = [text_ids(embeds[0].shape[0]), image_ids(*grid)]
+    shared = Conditioning(projected[0], mx.zeros(0), None, request.guidance, config.guidance_embeds)
+    if encoded is not None and kv_cache:
+        tokens, rope = encoded.references.astype(dtype), rope_table(encoded.ids, config)
+        shared = replace(shared, past=transformer.read(tokens, rope, shared.embedded_guidance))
+    elif encoded is not None:
+        ids.append(encoded.ids)
+        shared = replace(shared, references=encoded.references)
+    shared = replace(shared, rope=rope_table(np.concatenate(ids), config))
+
+    def of(images: range) -> Conditioning:
+        return replace(
+            shared,
+            text=mx.stack([projected[i // request.images_per_prompt] for i in images]),
+            negative_text=None if negative is None else mx.broadcast_to(negative, (len(images), *negative.shape)),
+        )
+
+    return of
+
+
+def decode_images(
+    vae: VAE, tokens: list[mx.array], grid: tuple[int, int], dtype: mx.Dtype, latent: bool, on_progress: OnProgress
+) -> np.ndarray:
+    """Decoder output `[B, H, W, 3]` about −1..1, or un-normalised latents `[B, H/8, W/8, c]`; float32."""
+    decoded = []
+    for done, image_tokens in enumerate(tokens, 1):
+        latents = vae.from_tokens(image_tokens[None], *grid)
+        result = latents if latent else vae.decode(latents.astype(dtype))
+        decoded.append(np.array(result.astype(mx.float32)))
+        on_progress(Progress("vae", done, len(tokens)))
+    return np.concatenate(decoded)

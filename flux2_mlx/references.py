@@ -1,0 +1,270 @@
+"""Pictures that a run starts from or looks at: size, crop and mask before, pasting after.
+
+Source: diffusers' `Flux2KleinPipeline` and `Flux2KleinInpaintPipeline` with their image processors.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from .errors import InputError
+
+MIN_SIDE = 64
+MAX_ASPECT = 8
+MAX_REFERENCES = 100
+# Larger pictures are scaled down to this area, as in the reference.
+MAX_AREA = 1024 * 1024
+_LANCZOS = Image.Resampling.LANCZOS
+Box = tuple[int, int, int, int]
+
+
+def check_picture(image: Image.Image) -> None:
+    """Raise InputError if `image` is too small or too narrow for the model to make sense of."""
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise InputError(f"an image of {width}×{height} is too small; each side must have at least {MIN_SIDE} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(
+            f"an image of {width}×{height} is too narrow; the sides may differ by a factor of {MAX_ASPECT}"
+        )
+
+
+def fit_reference(image: Image.Image, multiple: int) -> Image.Image:
+    """`image` at no more than `MAX_AREA`, its middle cut out to sides that are multiples of `multiple`."""
+    image = _shrunk(image)
+    width, height = _floored(image.size, multiple)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """An RGB image as float32 `[1, H, W, 3]` in −1..1."""
+    return np.asarray(image, dtype=np.float32)[None] / 255 * 2 - 1
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    area = image.width * image.height
+    if area <= MAX_AREA:
+        return image
+    scale = math.sqrt(MAX_AREA / area)
+    return image.resize((int(image.width * scale), int(image.height * scale)), _LANCZOS)
+
+
+def _floored(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    return size[0] // multiple * multiple, size[1] // multiple * multiple
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A picture that is painted over, in whole or where a mask says.
+
+    `picture` is what the model starts from, with sides that are multiples of a token; `tokens` `[h, w]` says in 0..1
+    which of them are painted anew (None: all). `original` and `mask` (`L`, 255 is painted over) have their full size,
+    `box` is the part of them that `picture` shows.
+    """
+
+    picture: Image.Image
+    original: Image.Image
+    mask: Image.Image | None
+    tokens: np.ndarray | None
+    box: Box
+    feather: int
+
+    @classmethod
+    def checked(
+        cls,
+        image: Image.Image,
+        mask: Image.Image | None,
+        multiple: int,
+        *,
+        crop_padding: int | None = None,
+        feather: int = 0,
+    ) -> "Canvas":
+        """Prepare an RGB image and its mask.
+
+        Args:
+            image: the original.
+            mask: of the same size; what is lighter than middle grey is painted over. None: everything.
+            multiple: pixels per token along one side.
+            crop_padding: work on the mask's surroundings only, so many pixels around it. None: on the whole image.
+            feather: pixels inside the mask over which the original fades into what was painted.
+
+        Raises:
+            InputError: sizes differ, or the mask marks nothing.
+        """
+        check_picture(image)
+        small = _shrunk(image)
+        width, height = _floored(small.size, multiple)
+        if mask is None:
+            picture = small.resize((width, height), _LANCZOS)
+            return cls(picture, image, None, None, (0, 0, *image.size), feather)
+        mask = _binary(mask, image.size)
+        if crop_padding is None:
+            box = (0, 0, *image.size)
+            picture, shown = small.resize((width, height), _LANCZOS), mask.resize((width, height), _LANCZOS)
+        else:
+            box = crop_box(mask, width / height, crop_padding)
+            picture, shown = (_filled(layer.crop(box), width, height) for layer in (image, mask))
+        tokens = _token_mask(np.asarray(shown) >= 128, multiple)
+        if not tokens.any():
+            raise InputError(f"the mask marks too little: make the white parts at least {multiple} pixels wide")
+        return cls(picture, image, mask, tokens, box, feather)
+
+    def paste(self, painted: Image.Image) -> Image.Image:
+        """The original with `painted`, of `picture`'s size, in the mask's place; all other pixels are untouched."""
+        if self.mask is None:
+            return painted
+        left, top, right, bottom = self.box
+        layer = self.original.copy()
+        layer.paste(_unfilled(painted, right - left, bottom - top), (left, top))
+        return Image.composite(layer, self.original, self._opacity())
+
+    def _opacity(self) -> Image.Image:
+        """The mask, rising from nothing at its border over `feather` pixels; borders of the image are none."""
+        if not self.feather:
+            return self.mask
+        margin = 3 * self.feather
+        mask = np.pad(np.asarray(self.mask), margin, mode="edge")
+        soft = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(self.feather / 2))
+        inner = np.asarray(soft, dtype=np.float32)[margin:-margin, margin:-margin]
+        return Image.fromarray(np.clip(2 * inner - 255, 0, 255).astype(np.uint8))
+
+
+def _binary(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if mask.size != size:
+        raise InputError(
+            f"the mask has {mask.width}×{mask.height} pixels, its image {size[0]}×{size[1]}; make them equal"
+        )
+    mask = mask.convert("L").point(lambda value: 255 if value >= 128 else 0)
+    if mask.getbbox() is None:
+        raise InputError("the mask is black, so nothing would change; make white what is to be painted over")
+    return mask
+
+
+def _token_mask(mask: np.ndarray, multiple: int) -> np.ndarray:
+    """Share of the middle four pixels of each token that a boolean `[H, W]` mask marks: float32 `[h, w]`.
+
+    PyTorch's bilinear interpolation, which the reference scales masks with, comes down to these four.
+    """
+    height, width = mask.shape
+    cells = mask.reshape(height // multiple, multiple, width // multiple, multiple)
+    middle = slice(multiple // 2 - 1, multiple // 2 + 1)
+    return cells[:, middle, :, middle].mean(axis=(1, 3), dtype=np.float32)
+
+
+def crop_box(mask: Image.Image, aspect: float, padding: int) -> Box:
+    """What a mask marks with `padding` pixels around it, widened to width / height = `aspect` where there is room."""
+    left, top, right, bottom = mask.getbbox()
+    left, top = max(left - padding, 0), max(top - padding, 0)
+    right, bottom = min(right + padding, mask.width), min(bottom + padding, mask.height)
+    if (right - left) / (bottom - top) > aspect:
+        top, bottom = _widened(top, bottom, (right - left) / aspect, mask.height)
+    else:
+        left, right = _widened(left, right, (bottom - top) * aspect, mask.width)
+    return left, top, right, bottom
+
+
+def _widened(start: int, stop: int, length: float, limit: int) -> tuple[int, int]:
+    """`start`..`stop` widened on both sides to `length`, moved to lie within 0..`limit`."""
+    extra = int(length - (stop - start))
+    start, stop = start - extra // 2, stop + extra - extra // 2
+    shift = max(0, stop - limit)
+    start, stop = start - shift, stop - shift
+    return max(start, 0), min(stop - min(start, 0), limit)
+
+
+def _inner_box(width: int, height: int, inner_width: int, inner_height: int) -> Box:
+    """Where a picture of the inner size comes to lie in one of `width`×`height` that it is scaled to fit into."""
+    wide = width / height < inner_width / inner_height
+    w = width if wide else inner_width * height // inner_height
+    h = inner_height * width // inner_width if wide else height
+    left, top = width // 2 - w // 2, height // 2 - h // 2
+    return left, top, left + w, top + h
+
+
+def _filled(image: Image.Image, width: int, height: int) -> Image.Image:
+    """`image` scaled to fit into `width`×`height`, the rest filled with the pixels of its edges."""
+    left, top, right, bottom = _inner_box(width, height, *image.size)
+    pixels = np.asarray(image.resize((right - left, bottom - top), _LANCZOS))
+    edges = [(top, height - bottom), (left, width - right), (0, 0)]
+    return Image.fromarray(np.pad(pixels, edges[: pixels.ndim], mode="edge"))
+
+
+def _unfilled(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The inverse of `_filled`: back to the size that the picture had."""
+    return image.resize((width, height), _LANCZOS, box=_inner_box(*image.size, width, height))
+
+
+def extended(
+    image: Image.Image, left: int, right: int, top: int, bottom: int, overlap: int
+) -> tuple[Image.Image, Image.Image]:
+    """`image` with so many pixels more on each side, filled from its edges, and the mask of what is new.
+
+    The mask reaches `overlap` pixels into the image on the sides that grow, for the seam to fade there.
+
+    Raises:
+        InputError: nothing is added, or a number is negative.
+    """
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    for name, pixels in sides.items():
+        if pixels < 0:
+            raise InputError(f"{name} must be 0 or more pixels, got {pixels}")
+    if not any(sides.values()):
+        raise InputError("nothing to add; say how many pixels on the left, right, top or bottom")
+    picture = np.pad(np.asarray(image), [(top, bottom), (left, right), (0, 0)], mode="edge")
+    mask = np.full(picture.shape[:2], 255, dtype=np.uint8)
+    first_row, last_row = top + overlap * (top > 0), top + image.height - overlap * (bottom > 0)
+    first_column, last_column = left + overlap * (left > 0), left + image.width - overlap * (right > 0)
+    mask[first_row:last_row, first_column:last_column] = 0
+    return Image.fromarray(picture), Image.fromarray(mask)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The pictures of a run, prepared: `references` in order; `canvas` is the first of them if it is painted over."""
+
+    references: tuple[Image.Image, ...] = ()
+    canvas: Canvas | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        images: Sequence[Image.Image],
+        multiple: int,
+        *,
+        mask: Image.Image | None = None,
+        on_canvas: bool = False,
+        crop_padding: int | None = None,
+        feather: int = 0,
+    ) -> "Edit":
+        """Prepare RGB `images` of any size; with `mask` or `on_canvas` the first is painted over.
+
+        Raises:
+            InputError: a picture or the mask can't be used, or there are too many.
+        """
+        if len(images) > MAX_REFERENCES:
+            raise InputError(f"{len(images)} images are too many; give at most {MAX_REFERENCES}")
+        if mask is None and crop_padding is not None:
+            raise InputError("cropping to the mask needs a mask")
+        if not images:
+            if mask is not None or on_canvas:
+                raise InputError("a mask or a strength needs an image to start from")
+            return cls()
+        for image in images:
+            check_picture(image)
+        if mask is None and not on_canvas:
+            return cls(tuple(fit_reference(image, multiple) for image in images))
+        canvas = Canvas.checked(images[0], mask, multiple, crop_padding=crop_padding, feather=feather)
+        return cls((canvas.picture, *(fit_reference(image, multiple) for image in images[1:])), canvas)
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Width and height that the output takes unless asked otherwise."""
+        return self.references[0].size if self.references else (None, None)
+
+    def token_count(self, multiple: int) -> int:
+        """How many tokens the references are."""
+        return sum(image.width * image.height // multiple**2 for image in self.references)
