@@ -183,7 +183,7 @@ class Flux2Pipeline:
 
     def edit(self, images: Sequence[Image.Image], **settings: Any) -> Edit:
         """Prepared pictures for `run`; the names are those of `Edit.checked`."""
-        return Edit.checked(images, self._token_size, **settings)
+        return Edit.checked(images, self.token_size, **settings)
 
     def request(
         self,
@@ -201,7 +201,7 @@ class Flux2Pipeline:
                 f"an image that is painted over keeps its size, {own_width}×{own_height}; leave width and height out"
             )
         size = {"width": width or own_width, "height": height or own_height}
-        return Request.checked(self.variant, self._token_size, prompts, **size, **settings)
+        return Request.checked(self.variant, self.token_size, prompts, **size, **settings)
 
     def run(
         self,
@@ -222,7 +222,7 @@ class Flux2Pipeline:
         with measured("text_encoder", output.timings):
             embeds, negative = self._text_states(request, prompt_embeds, on_progress)
         if edit.references:
-            self._warn_of_tokens(request, edit)
+            self._warn(request, edit)
             with measured("vae_encoder", output.timings):
                 on_progress(Progress("vae_encoder", 0, len(edit.references)))
                 encoded = encode_images(self._load("vae"), edit, self.dtype, on_progress)
@@ -270,7 +270,8 @@ class Flux2Pipeline:
         return self._decode(request, list(tokens), "pil", lambda progress: None)
 
     @property
-    def _token_size(self) -> int:
+    def token_size(self) -> int:
+        """Pixels per image token along one side."""
         return self.checkpoint.components["vae"].config.token_size
 
     def _load(self, name: str) -> Any:
@@ -279,11 +280,13 @@ class Flux2Pipeline:
 
     def _grid(self, request: Request) -> tuple[int, int]:
         """Height and width of the image in tokens."""
-        return request.height // self._token_size, request.width // self._token_size
+        return request.height // self.token_size, request.width // self.token_size
 
-    def _warn_of_tokens(self, request: Request, edit: Edit) -> None:
+    def _warn(self, request: Request, edit: Edit) -> None:
+        if edit.canvas is not None and edit.canvas.keeps_nothing:
+            _log.warning("the mask is white all over, so nothing of the image is kept")
         height, width = self._grid(request)
-        count, limit = height * width + edit.token_count(self._token_size), self.variant.max_image_tokens
+        count, limit = height * width + edit.token_count(self.token_size), self.variant.max_image_tokens
         if count > limit:
             _log.warning(
                 "the image and its references are %d tokens, %s is recommended for %d; use fewer or smaller images",

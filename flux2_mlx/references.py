@@ -113,6 +113,11 @@ class Canvas:
             raise InputError(f"the mask marks too little: make the white parts at least {multiple} pixels wide")
         return cls(picture, image, mask, tokens, box, feather)
 
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether a mask marks the whole image."""
+        return self.mask is not None and self.mask.getextrema() == (255, 255)
+
     def paste(self, painted: Image.Image) -> Image.Image:
         """The original with `painted`, of `picture`'s size, in the mask's place; all other pixels are untouched."""
         if self.mask is None:
@@ -130,7 +135,8 @@ class Canvas:
         mask = np.pad(np.asarray(self.mask), margin, mode="edge")
         soft = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(self.feather / 2))
         inner = np.asarray(soft, dtype=np.float32)[margin:-margin, margin:-margin]
-        return Image.fromarray(np.clip(2 * inner - 255, 0, 255).astype(np.uint8))
+        # In an inner corner of the mask the blur rises before its border.
+        return Image.fromarray(np.minimum(np.clip(2 * inner - 255, 0, 255).astype(np.uint8), np.asarray(self.mask)))
 
 
 def _binary(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

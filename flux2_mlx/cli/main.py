@@ -10,7 +10,9 @@ from ..errors import Flux2Error
 from .convert import convert
 from .describe import describe
 from .download import download
+from .i2i import i2i
 from .info import info
+from .outpaint import outpaint
 from .progress import Warnings
 from .t2i import t2i
 from .upsample import upsample
@@ -50,7 +52,7 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, upsample, describe, convert, download, info):
+for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info):
     cli.add_command(_command)
 
 

@@ -1,13 +1,15 @@
 """Options that several commands share."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import click
 
 from ..config import QUANTIZATIONS
+
+DEFAULT_MODEL = "klein-4b"
 
 
 def _silence(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
@@ -64,3 +66,73 @@ def writing_options(command: Callable) -> Callable:
         help="0 takes the likeliest word each time.",
     )
     return seed(temperature(command))
+
+
+_PAINTING = (
+    click.option("-m", "--model", help=f"Variant's name, repo id or folder.  [default: {DEFAULT_MODEL}]"),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        help="Image file (.png, .jpg, .webp) or folder; several images get the seed added.  [default: MODEL-SEED.png]",
+    ),
+    click.option("-s", "--steps", type=int, help="Denoising steps.  [default: the model's]"),
+    click.option(
+        "-g", "--guidance", type=float, help="Guidance scale; distilled models ignore it.  [default: the model's]"
+    ),
+    click.option("--seed", type=int, help="Seed of the first image; the next ones count up.  [default: random]"),
+    click.option("-n", "--num-images", type=int, default=1, show_default=True, help="Images for each prompt."),
+    weight_options,
+    variant_option,
+    click.option("--upsample-prompt", is_flag=True, help="Let the model's language model rewrite the prompt first."),
+    click.option(
+        "--interpret",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="IMAGE",
+        help="Describe an image and add that to the prompt; may be given several times.",
+    ),
+    click.option(
+        "--vision-model", default="dev", show_default=True, help="Who describes, if the model can't see images."
+    ),
+    click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Also save an image every N steps."),
+    models_dir_option,
+    click.option("--profile", is_flag=True, help="Print time and peak memory of each phase."),
+    json_option,
+    quiet_option,
+    click.option("--force", is_flag=True, help="Replace existing images."),
+)
+_PROMPT = (
+    click.option(
+        "-W",
+        "--width",
+        type=int,
+        help="Pixels, a multiple of 16.  [default: that of the first image, else 1024; demo 128]",
+    ),
+    click.option(
+        "-H",
+        "--height",
+        type=int,
+        help="Pixels, a multiple of 16.  [default: that of the first image, else 1024; demo 128]",
+    ),
+    click.option("--prompts-file", metavar="FILE", help="File with one prompt a line, or - for standard input."),
+    click.option(
+        "--replay", type=click.Path(path_type=Path), metavar="IMAGE", help="Make an image again from its file."
+    ),
+)
+
+
+def _apply(options: Sequence[Callable], command: Callable) -> Callable:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def painting_options(command: Callable) -> Callable:
+    """The options of every command that makes images, in the order of the help."""
+    return _apply(_PAINTING, command)
+
+
+def prompt_options(command: Callable) -> Callable:
+    """`--width`, `--height`, `--prompts-file` and `--replay`."""
+    return _apply(_PROMPT, command)

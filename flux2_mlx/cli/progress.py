@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-_LABELS = {"text_encoder": "text encoder", "transformer": "denoising", "vae": "decoding", "convert": "converting"}
+_LABELS = {
+    "text_encoder": "text encoder",
+    "vae_encoder": "references",
+    "transformer": "denoising",
+    "vae": "decoding",
+    "convert": "converting",
+}
 
 
 class Warnings(logging.Handler):

@@ -11,17 +11,28 @@ from .. import __version__
 if TYPE_CHECKING:
     from ..phases import Flux2Output
     from ..pipeline import Flux2Pipeline
+    from ..references import Edit
     from ..sampling import Request
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's model and settings. `asked` are the prompts as given; the request has what was made of them."""
+    """A run's model and settings. `asked` are the prompts as given; the request has what was made of them. `remembered`
+    is what image files keep of the `edit`."""
 
     model: str
     pipe: "Flux2Pipeline"
     request: "Request"
     asked: list[str]
+    edit: "Edit"
+    remembered: dict[str, Any] | None
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        canvas = self.edit.canvas
+        if canvas is not None and canvas.mask is not None:
+            return canvas.original.size
+        return self.request.width, self.request.height
 
     @property
     def _rewritten(self) -> bool:
@@ -32,11 +43,14 @@ class Run:
             "model": self.model,
             "quant": self.pipe.quant,
             "text_quant": self.pipe.text_quant,
-            "width": self.request.width,
-            "height": self.request.height,
+            "width": self._size[0],
+            "height": self._size[1],
             "steps": self.request.steps,
             "guidance": self.request.guidance,
         }
+
+    def _edited(self) -> dict[str, Any]:
+        return {} if self.remembered is None else {"edit": self.remembered}
 
     def settings(self, index: int) -> dict[str, Any]:
         """What image `index` remembers: all that is needed to make it again."""
@@ -46,6 +60,7 @@ class Run:
             "upsampled_prompt": self.request.prompts[number] if self._rewritten else None,
             **self._shared(),
             "seed": self.request.seeds[index],
+            **self._edited(),
             "variant": self.pipe.variant.name,
             "dtype": str(self.pipe.dtype).rpartition(".")[2],
             "fingerprint": self.pipe.checkpoint.source.get("fingerprint"),
@@ -60,6 +75,7 @@ class Run:
             "prompt": self.asked[0] if len(self.asked) == 1 else self.asked,
             "upsampled_prompt": rewritten[0] if rewritten and len(rewritten) == 1 else rewritten,
             **self._shared(),
+            **self._edited(),
             "phases": [asdict(phase) for phase in output.timings],
             "seconds": seconds,
             "peak_memory": output.peak_memory,

@@ -1,0 +1,64 @@
+"""`flux2-mlx i2i`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .job import Job, Pictures
+from .options import painting_options, prompt_options
+from .painting import paint
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "-i",
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="IMAGE",
+    help="Image that the model sees; may be given several times. The first one gives the size.",
+)
+@click.option(
+    "--strength",
+    type=float,
+    help="Above 0 to 1: start from the first image instead of noise, and depart from it the further the greater. "
+    "It, like all other images, is seen as a reference besides; all --steps are taken.",
+)
+@click.option(
+    "--mask",
+    type=click.Path(path_type=Path),
+    metavar="IMAGE",
+    help="Of the size of the first image: white is painted over, all other pixels stay as they are.",
+)
+@click.option(
+    "--mask-crop",
+    type=click.IntRange(min=0),
+    metavar="PIXELS",
+    help="Work on the mask's surroundings only, so many pixels around it, in full resolution.",
+)
+@prompt_options
+@painting_options
+def i2i(
+    prompt: str | None,
+    images: tuple[Path, ...],
+    strength: float | None,
+    mask: Path | None,
+    mask_crop: int | None,
+    profile: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Make an image from PROMPT and images.
+
+    \b
+    Examples:
+      flux2-mlx i2i "put the hat on the cat" -i cat.png -i hat.png
+      flux2-mlx i2i "as an oil painting" -i photo.jpg --strength 0.7
+      flux2-mlx i2i "a red door" -i house.png --mask door.png
+    """
+    if not images and given["replay"] is None:
+        raise click.UsageError("give an image with -i, or --replay")
+    pictures = Pictures(images, strength, mask, mask_crop)
+    paint(Job.of(prompt, pictures=pictures, **given), profile=profile, as_json=as_json)

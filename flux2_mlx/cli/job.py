@@ -1,0 +1,202 @@
+"""What a command line that makes images asks for, after defaults and --replay."""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import InputError
+from .options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_IMAGES = 1000
+# What an image file remembers that goes back to the option of the same name with --replay.
+_REPLAYED = {
+    "model": str,
+    "variant": str,
+    "quant": str,
+    "text_quant": str,
+    "width": int,
+    "height": int,
+    "steps": int,
+    "guidance": float,
+    "seed": int,
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of an edit and what is done with them. `extend` are pixels added on each side (see `extended`)."""
+
+    paths: tuple[Path, ...] = ()
+    strength: float | None = None
+    mask: Path | None = None
+    mask_crop: int | None = None
+    extend: dict[str, int] | None = None
+
+    def open(self) -> "tuple[list[Image.Image], dict[str, Any]]":
+        """The images, and what `Edit.checked` is to do with them."""
+        from ..images import open_image
+        from ..references import extended
+
+        images = [open_image(path) for path in self.paths]
+        mask = None if self.mask is None else open_image(self.mask)
+        if self.extend is not None:
+            images[0], mask = extended(images[0], **self.extend)
+        return images, {
+            "mask": mask,
+            "on_canvas": self.strength is not None,
+            "crop_padding": self.mask_crop,
+            "feather": 0 if self.extend is None else self.extend["overlap"] // 2,
+        }
+
+    def settings(self) -> dict[str, Any] | None:
+        """What an image file remembers of the edit: the files by name and content."""
+        if not self.paths:
+            return None
+        return {
+            "images": [_identity(path) for path in self.paths],
+            "strength": self.strength,
+            "mask": None if self.mask is None else _identity(self.mask),
+            "mask_crop": self.mask_crop,
+            "extend": self.extend,
+        }
+
+    @property
+    def keep_size(self) -> bool:
+        """Whether the size is that of the first image."""
+        return self.strength is not None or self.mask is not None or self.extend is not None
+
+    @classmethod
+    def remembered(cls, values: Any, image: Path) -> "Pictures":
+        """The edit that `image` remembers; InputError if its files are gone or have changed."""
+        try:
+            mask = values["mask"] and _unchanged(values["mask"])
+            paths = tuple(_unchanged(file) for file in values["images"])
+            return cls(paths, values["strength"], mask, values["mask_crop"], values["extend"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the settings in {image} are damaged: edit is {values!r}") from error
+
+
+def _identity(path: Path) -> dict[str, str]:
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _unchanged(file: dict[str, str]) -> Path:
+    path = Path(file["path"])
+    if not path.is_file() or _identity(path)["sha256"] != file["sha256"]:
+        raise InputError(f"{path}, which the image was made from, is gone or has changed; give the images with -i")
+    return path
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings of a run; None is the variant's default. Build it with `Job.of`."""
+
+    prompts: list[str]
+    model: str
+    variant: str | None
+    quant: str | None
+    text_quant: str | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+    num_images: int
+    output: Path | None
+    checkpoint: int | None
+    models_dir: Path | None
+    upsample_prompt: bool
+    interpret: tuple[Path, ...]
+    vision_model: str
+    quiet: bool
+    force: bool
+    pictures: Pictures
+    rewritten: list[str] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "height": self.height,
+            "width": self.width,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "images_per_prompt": self.num_images,
+            "strength": self.pictures.strength,
+        }
+
+    def paths(self) -> list[Path]:
+        """The file of each image: the name given, with the seed where there are several."""
+        count = len(self.prompts) * self.num_images
+        seeds = range(self.seed, self.seed + count)
+        if self.output is None or self.output.is_dir():
+            folder = self.output or Path()
+            return [folder / f"{Path(self.model).absolute().name}-{seed}.png" for seed in seeds]
+        if count == 1:
+            return [self.output]
+        return [self.output.with_name(f"{self.output.stem}-{seed}{self.output.suffix}") for seed in seeds]
+
+    def checkpoint_path(self, path: Path, step: int) -> Path:
+        """The file of the image after `step` steps."""
+        return path.with_name(f"{path.stem}-step-{step:03}{path.suffix}")
+
+    @classmethod
+    def of(cls, prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> "Job":
+        """The job of a command line; `given` are its options by name, and its `pictures`."""
+        if prompts_file is not None and prompt is not None:
+            raise click.UsageError("give either PROMPT or --prompts-file")
+        if prompts_file is None and prompt is None and replay is None:
+            raise click.UsageError("give a PROMPT, --prompts-file or --replay")
+        remembered = {} if replay is None else _remembered(replay)
+        if given["model"] is not None:
+            remembered.pop("variant", None)  # what the other model was
+        if remembered.get("edit") and not given["pictures"].paths:
+            given["pictures"] = Pictures.remembered(remembered["edit"], replay)
+        if given["pictures"].keep_size:
+            remembered |= {"width": None, "height": None}
+        given |= {key: remembered.get(key) for key in _REPLAYED if given[key] is None}
+        if prompts_file is not None:
+            prompts = _read_prompts(prompts_file)
+        else:
+            prompts = [remembered["prompt"] if prompt is None else prompt]
+        # A replayed prompt was rewritten already; rewriting it again need not give the same words.
+        again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
+        given["rewritten"] = [again] if again is not None else None
+        if not all(prompt.strip() for prompt in prompts):
+            raise InputError("the prompt is empty; describe the image in words")
+        if not 1 <= len(prompts) * given["num_images"] <= MAX_IMAGES:
+            raise InputError(f"a run makes 1 to {MAX_IMAGES} images, not {len(prompts) * given['num_images']}")
+        defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
+        return cls(prompts=prompts, **given | {key: x for key, x in defaults.items() if given[key] is None})
+
+
+def _remembered(image: Path) -> dict[str, Any]:
+    from ..images import read_settings
+
+    settings = read_settings(image)
+    for name, kind in {"prompt": str, **_REPLAYED}.items():
+        if not isinstance(settings.get(name), kind):
+            raise InputError(f"the settings in {image} are damaged: {name} is {settings.get(name)!r}")
+    if not isinstance(settings.get("edit"), dict | None):
+        raise InputError(f"the settings in {image} are damaged: edit is {settings['edit']!r}")
+    upsampled = settings.get("upsampled_prompt")
+    if not isinstance(upsampled, str | None):
+        raise InputError(f"the settings in {image} are damaged: upsampled_prompt is {upsampled!r}")
+    return settings
+
+
+def _read_prompts(file: str) -> list[str]:
+    try:
+        with click.open_file(file, encoding="utf-8-sig") as lines:
+            prompts = [line.strip() for line in lines if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"can't read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+    if not prompts:
+        raise InputError(f"{file} holds no prompt; write one a line")
+    return prompts

@@ -1,0 +1,157 @@
+"""Doing a job: checks, loading, rewriting, painting, saving, printing."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import VARIANTS
+from .job import Job
+from .options import DEFAULT_MODEL
+from .progress import Bars, Stream, conversion, notice
+from .report import Run, print_profile
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..phases import Flux2Output, Phase, Progress
+    from ..pipeline import Flux2Pipeline
+    from ..references import Edit
+    from ..sampling import Request
+    from ..upsampling import Writer
+
+
+def paint(job: Job, *, profile: bool, as_json: bool) -> None:
+    """Make the images of `job`, and print their paths or a report."""
+    paths = job.paths()
+    images, edit = job.pictures.open()
+    _check(job, paths, images, edit)
+    start = time.perf_counter()
+    with Bars(job.quiet) as bars:
+        pipe = _open(job, bars)
+        edit = pipe.edit(images, **edit)
+        request = pipe.request(job.prompts, edit=edit, **job.settings())
+        _check_images(request, job, paths)
+        if images:
+            _count_tokens(pipe, request, edit, job)
+        prompts, timings = _rewrite(pipe, job, images, bars)
+        request = pipe.request(prompts, edit=edit, **job.settings())
+        run = Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings())
+        output = _make(run, job, paths, bars)
+        output.timings[:0] = timings
+    seconds = time.perf_counter() - start
+    if profile:
+        print_profile(output, seconds)
+    if as_json:
+        click.echo(json.dumps(run.report(output, paths, seconds), ensure_ascii=False))
+    else:
+        for path in paths:
+            click.echo(path)
+
+
+def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
+    """Everything that can be known to be wrong before a model is fetched."""
+    from ..images import check_output
+    from ..references import Edit
+    from ..sampling import Request
+
+    row = VARIANTS.get(job.model, VARIANTS[DEFAULT_MODEL])
+    Request.checked(row, row.vae.token_size, job.prompts, **job.settings())
+    Edit.checked(images, row.vae.token_size, **edit)
+    for path in paths:
+        check_output(path, job.force)
+
+
+def _check_images(request: "Request", job: Job, paths: list[Path]) -> None:
+    """What else can be wrong with the files, now that the model has given size and steps."""
+    from ..images import check_output, check_size
+
+    for path in paths:
+        check_size(path, request.width, request.height)
+        for step in range(job.checkpoint or request.steps, request.steps, job.checkpoint or 1):
+            check_output(job.checkpoint_path(path, step), job.force)
+
+
+def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
+    from ..convert import find_checkpoint
+    from ..pipeline import Flux2Pipeline
+
+    folder = find_checkpoint(
+        job.model,
+        variant=job.variant,
+        quant=job.quant,
+        text_quant=job.text_quant,
+        models_dir=job.models_dir,
+        quiet=job.quiet,
+        progress=conversion(bars),
+    )
+    pipe = Flux2Pipeline.from_pretrained(folder, quant=job.quant, text_quant=job.text_quant)
+    variant = pipe.variant
+    if not variant.commercial_use:
+        notice(f"{variant.name} and its images: {variant.licence} licence", job.quiet)
+    if variant.distilled and job.guidance not in (None, variant.guidance):
+        notice(f"{variant.name} is distilled and ignores --guidance", job.quiet)
+    return pipe
+
+
+def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:
+    size = pipe.token_size
+    image, references = request.width * request.height // size**2, edit.token_count(size)
+    notice(f"{image} tokens of the image and {references} of {len(edit.references)} references", job.quiet)
+
+
+def _rewrite(
+    pipe: "Flux2Pipeline", job: Job, images: "list[Image.Image]", bars: Bars
+) -> tuple[list[str], list["Phase"]]:
+    """The prompts that the images are made from, after --interpret and --upsample-prompt, and what that took."""
+    from ..images import open_image
+    from ..phases import measured
+
+    if job.rewritten is not None:
+        return job.rewritten, []
+    prompts, timings = job.prompts, []
+    with Stream(job.quiet) as stream:
+        if job.interpret:
+            pictures = [open_image(path) for path in job.interpret]
+            writer = _seeing(pipe, job, bars)
+            with measured("interpret", timings):
+                descriptions = writer.describe(pictures, seed=job.seed, on_text=stream.show)
+            prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
+        if job.upsample_prompt:
+            writer = _seeing(pipe, job, bars) if images else pipe.writer()
+            with measured("upsample", timings):
+                prompts = writer.upsample(prompts, images, seed=job.seed, on_text=stream.show)
+    return prompts, timings
+
+
+def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
+    """A language model that sees: the model's own, or else that of --vision-model."""
+    from ..upsampling import Writer
+
+    own = pipe.writer()
+    if own.can_see:
+        return own
+    return Writer.from_pretrained(
+        job.vision_model, models_dir=job.models_dir, quiet=job.quiet, progress=conversion(bars)
+    )
+
+
+def _make(run: Run, job: Job, paths: list[Path], bars: Bars) -> "Flux2Output":
+    from ..images import save
+
+    pipe, request = run.pipe, run.request
+
+    def on_progress(progress: "Progress") -> None:
+        bars.show(progress.phase, progress.done, progress.total)
+        step = progress.step
+        if step is None or not job.checkpoint or step.number % job.checkpoint or step.number == request.steps:
+            return
+        for i, image in zip(progress.images, pipe.preview(request, step.estimate), strict=True):
+            save(image, job.checkpoint_path(paths[i], step.number))
+
+    output = pipe.run(request, run.edit, on_progress=on_progress)
+    for i, (image, path) in enumerate(zip(output.images, paths, strict=True)):
+        save(image, path, run.settings(i))
+    return output

@@ -1,0 +1,178 @@
+"""`i2i` and `outpaint`: references, strength, masks, replays, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+from cli_runner import PROMPT, difference, done, pixels, refusal, run
+from PIL import Image
+
+from flux2_mlx.images import read_settings
+
+DEMO = ("-m", "demo", "-s", "2", "--seed", "3")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for name, size in {"a": (96, 80), "b": (70, 131)}.items():
+        small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(f"{name}.png")
+    mask = np.zeros((80, 96), dtype=np.uint8)
+    mask[30:, 40:] = 255
+    Image.fromarray(mask).save("mask.png")
+    return tmp_path
+
+
+def edit(*arguments):
+    return done("i2i", PROMPT, *DEMO, *arguments)
+
+
+def test_the_first_image_gives_the_size():
+    edit("-i", "b.png", "-i", "a.png", "-o", "out.png")
+    assert pixels("out.png").shape == (128, 64, 3)
+
+
+def test_references_change_the_image(folder):
+    for names in (("a.png",), ("b.png",), ("a.png", "b.png"), ("b.png", "a.png")):
+        images = [word for name in names for word in ("-i", name)]
+        edit(*images, "-W", "64", "-H", "64", "-o", f"out-{''.join(names)}.png")
+    done("t2i", PROMPT, *DEMO, "-W", "64", "-H", "64", "-o", "out-none.png")
+    outputs = sorted(path.name for path in folder.glob("out-*.png"))
+    assert len(outputs) == 5
+    assert all(difference(a, b) > 0.5 for a in outputs for b in outputs if a < b)
+
+
+def test_tokens_are_counted_and_many_are_warned_of(caplog):
+    text = edit("-i", "a.png", "-i", "b.png", "-o", "out.png").stderr
+    assert "30 tokens of the image and 62 of 2 references" in text
+    assert caplog.messages == []
+    edit(*["-i", "b.png"] * 4, "-o", "more.png")
+    assert "160 tokens, demo is recommended for 128" in caplog.text
+
+
+def test_report():
+    result = edit("-i", "a.png", "--strength", "0.5", "-o", "out.png", "--json", "--quiet")
+    report = json.loads(result.stdout)
+    assert [phase["name"] for phase in report["phases"]] == ["text_encoder", "vae_encoder", "transformer", "vae"]
+    assert (report["width"], report["height"], report["steps"]) == (96, 80, 2)
+    assert report["edit"]["images"][0]["path"] == "a.png"
+    assert report["edit"]["strength"] == 0.5
+
+
+def test_a_small_strength_stays_near_the_image():
+    for strength in (0.1, 0.95):
+        edit("-i", "a.png", "--strength", strength, "-o", f"{strength}.png")
+    assert difference("a.png", "0.1.png") < difference("a.png", "0.95.png")
+
+
+@pytest.mark.parametrize("crop", [(), ("--mask-crop", "4")])
+def test_a_mask_leaves_the_rest_alone(crop):
+    edit("-i", "a.png", "--mask", "mask.png", *crop, "-o", "out.png")
+    inside = pixels("mask.png") > 0
+    assert np.array_equal(pixels("out.png")[~inside], pixels("a.png")[~inside])
+    assert not np.array_equal(pixels("out.png")[inside], pixels("a.png")[inside])
+
+
+def test_outpainting_keeps_the_image():
+    done("outpaint", "a.png", *DEMO, "--left", "32", "--bottom", "20", "--overlap", "8", "-o", "out.png")
+    out, original = pixels("out.png"), pixels("a.png")
+    assert out.shape == (100, 128, 3)
+    assert np.array_equal(out[:72, 40:], original[:72, 8:])
+    assert not np.array_equal(out[72:80, 40:], original[72:, 8:])
+
+
+def test_seams_fade():
+    """The opacity of what is new falls to nothing where the mask ends."""
+    from flux2_mlx.references import Canvas, extended
+
+    picture, mask = extended(Image.new("RGB", (128, 128)), 0, 128, 0, 0, overlap=32)
+    canvas = Canvas.checked(picture, mask, 16, feather=16)
+    row = np.asarray(canvas.paste(Image.new("RGB", canvas.picture.size, "white")))[64, :, 0].astype(int)
+    assert (row[:96].max(), row[128:].min()) == (0, 255)
+    assert (np.diff(row) >= 0).all()
+    assert np.diff(row).max() < 40
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-i", "a.png"),
+        ("-i", "a.png", "-i", "b.png", "-W", "64", "-H", "48"),
+        ("-i", "a.png", "--strength", "0.6"),
+        ("-i", "a.png", "--mask", "mask.png", "--mask-crop", "8"),
+    ],
+)
+def test_replay(arguments):
+    edit(*arguments, "-o", "first.png")
+    done("i2i", "--replay", "first.png", "-o", "again.png")
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+    assert read_settings("first.png")["edit"] == read_settings("again.png")["edit"]
+
+
+def test_replay_of_outpainting():
+    done("outpaint", "a.png", *DEMO, "--top", "16", "-o", "first.png")
+    done("i2i", "--replay", "first.png", "-o", "again.png")
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+
+
+def test_a_changed_image_is_not_replayed():
+    edit("-i", "a.png", "-o", "first.png")
+    Image.new("RGB", (96, 80)).save("a.png")
+    assert "a.png, which the image was made from, is gone or has changed" in refusal("i2i", "--replay", "first.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-i", "none.png"), "can't read none.png: No such file or directory"),
+        (("-i", "text.png"), "can't read text.png: it is not an image"),
+        (("-i", "tiny.png"), "an image of 63×64 is too small; each side must have at least 64 pixels"),
+        (("-i", "narrow.png"), "an image of 1024×64 is too narrow; the sides may differ by a factor of 8"),
+        (["-i", "a.png"] * 101, "101 images are too many; give at most 100"),
+        (("-i", "a.png", "--strength", "0"), "strength must be above 0 and at most 1, got 0.0"),
+        (("-i", "a.png", "--strength", "1.5"), "strength must be above 0 and at most 1, got 1.5"),
+        (("-i", "a.png", "--strength", "nan"), "strength must be above 0 and at most 1, got nan"),
+        (("-i", "a.png", "--strength", "0.001"), "2 steps at strength 0.001 are the end of a schedule of more than"),
+        (("-i", "a.png", "--mask", "b.png"), "the mask has 70×131 pixels, its image 96×80; make them equal"),
+        (("-i", "a.png", "--mask", "black.png"), "the mask is black, so nothing would change"),
+        (("-i", "a.png", "--mask", "line.png"), "the mask marks too little: make the white parts at least 16 pixels"),
+        (("-i", "a.png", "--mask", "mask.png", "-W", "64"), "an image that is painted over keeps its size, 96×80"),
+        (("-i", "a.png", "--mask-crop", "5"), "cropping to the mask needs a mask"),
+        (("-i", "a.png", "-W", "65"), "width 65 must be a positive multiple of 16"),
+    ],
+)
+def test_refusals(arguments, message):
+    Image.new("RGB", (63, 64)).save("tiny.png")
+    Image.new("RGB", (1024, 64)).save("narrow.png")
+    Image.new("L", (96, 80)).save("black.png")
+    line = Image.new("L", (96, 80))
+    line.putpixel((32, 32), 255)
+    line.save("line.png")
+    with open("text.png", "w") as file:
+        file.write("no image")
+    assert message in refusal("i2i", PROMPT, *DEMO, *arguments, "-o", "out.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to add; say how many pixels on the left, right, top or bottom"),
+        (("--left", "-5"), "left must be 0 or more pixels, got -5"),
+        (("--left", "1000"), "an image of 1096×80 is too narrow"),
+    ],
+)
+def test_outpainting_refuses(arguments, message):
+    assert message in refusal("outpaint", "a.png", *DEMO, *arguments, "-o", "out.png")
+
+
+def test_an_image_is_needed():
+    result = run("i2i", PROMPT, *DEMO)
+    assert (result.exit_code, "give an image with -i, or --replay" in result.stderr) == (2, True)
+
+
+def test_a_mask_of_everything_is_said_to_be_one(caplog):
+    Image.new("L", (96, 80), "white").save("white.png")
+    edit("-i", "a.png", "--mask", "white.png", "-o", "out.png")
+    assert caplog.messages == ["the mask is white all over, so nothing of the image is kept"]
