@@ -1,6 +1,8 @@
 """Text on the command line: `upsample`, `describe`, and prompts that `t2i` has rewritten before it paints."""
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from cli_runner import PROMPT, SMALL, done, pixels, refusal
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx import upsampling
+from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.images import read_settings
 from flux2_mlx.text.generation import generate
 
@@ -179,6 +182,59 @@ def test_another_model_describes_for_one_that_does_not_see(dev):
     assert report["upsampled_prompt"] == "\n\n".join([PROMPT, answered(DESCRIBED, 6)])
     assert report["model"] == "demo"
     assert phases(report) == ["interpret", "text_encoder", "transformer", "vae"]
+
+
+def edited(model: str | Path, *arguments: object) -> dict[str, Any]:
+    Image.open("photo.png").resize((90, 64)).save("large.png")
+    return json.loads(done("i2i", PROMPT, "-m", model, "-s", "1", "-i", "large.png", "--json", *arguments).stdout)
+
+
+def test_another_model_looks_at_the_references_for_one_that_does_not_see(dev, calls):
+    report = edited("demo", "--upsample-prompt", "--vision-model", dev, "--seed", "6", "-o", "a.png")
+    assert report["upsampled_prompt"] == answered(PROMPT, 6)
+    assert phases(report) == ["upsample", "text_encoder", "vae_encoder", "transformer", "vae"]
+    assert calls[0]["embeddings"] is not None  # it saw the image
+
+
+def test_dev_looks_at_the_references_itself(dev, calls):
+    report = edited(dev, "--upsample-prompt", "--interpret", "photo.png", "--seed", "6", "-o", "a.png")
+    assert phases(report) == ["interpret", "upsample", "text_encoder", "vae_encoder", "transformer", "vae"]
+    assert [call["embeddings"] is not None for call in calls] == [True, True]
+    assert (
+        read_settings("a.png")["upsampled_prompt"] == report["upsampled_prompt"] == answered(answered(DESCRIBED, 6), 6)
+    )
+
+
+def test_the_language_models_are_never_in_memory_together(dev, monkeypatch):
+    """Each network is gone before the next phase's is loaded, so that the peak is the largest phase's alone."""
+    loaded: list[tuple[Path, str, weakref.ref]] = []
+    load = Component.load
+
+    def recorded(component: Component, *arguments: Any) -> Any:
+        gc.collect()
+        alive = {folder for folder, _, network in loaded if network() is not None}
+        folder = component.files[0].parent.parent
+        assert alive <= {folder}, f"{alive} in memory while {component.name} of {folder} is loaded"
+        network = load(component, *arguments)
+        loaded.append((folder, component.name, weakref.ref(network)))
+        return network
+
+    monkeypatch.setattr(Component, "load", recorded)
+    report = edited("demo", "--upsample-prompt", "--vision-model", dev, "--seed", "6", "-o", "a.png")
+    names = [name for _, name, _ in loaded]
+    assert names == ["text_encoder", "language_model", "vision", "text_encoder", "vae", "transformer", "vae"]
+    peaks = {phase["name"]: phase["peak_memory"] for phase in report["phases"]}
+    assert report["peak_memory"] == max(peaks.values())
+    written = sum(Checkpoint.open(dev).components[name].nbytes for name in ("text_encoder", "language_model"))
+    assert peaks["upsample"] >= written
+    # What the phase before used is given back: the demo's encoder runs beside nothing of it.
+    own = peaks_alone("demo", "text_encoder")
+    assert peaks["text_encoder"] <= own + written / 10
+
+
+def peaks_alone(model: str, phase: str) -> int:
+    report = painted(model, "--seed", "6", "-o", "alone.png")
+    return next(entry["peak_memory"] for entry in report["phases"] if entry["name"] == phase)
 
 
 def test_a_replay_paints_the_rewritten_prompt_without_writing_again(dev, monkeypatch):
