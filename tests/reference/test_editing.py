@@ -11,9 +11,11 @@ import torch
 from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, small_pipeline, write_tokenizer
 from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, Flux2KleinPipeline
 from diffusers import Flux2Pipeline as Flux2DevPipeline
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.references import Canvas, crop_box, fit_reference, to_pixels
 from reference.parity import relative_error
 
 LATENTS = 1e-4
@@ -262,3 +264,36 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> tuple[Flux2DevPipeline, Flu
     converted = convert(folder / "official", folder / "converted", variant="dev")
     embeds = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 40, 192)).astype(np.float32))
     return reference, Flux2Pipeline.from_pretrained(converted, dtype="float32"), embeds
+
+
+PROCESSOR = Flux2ImageProcessor(vae_scale_factor=16, vae_latent_channels=4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (83, 70), (1024, 1024), (1031, 1100), (1500, 200), (4000, 3000)])
+def test_a_reference_is_fitted_as_in_diffusers(size):
+    image = picture(*size)
+    expected = PROCESSOR._resize_if_exceeds_area(image)
+    width, height = (side // 16 * 16 for side in expected.size)
+    expected = PROCESSOR.preprocess(expected, height=height, width=width, resize_mode="crop")
+    assert np.array_equal(to_pixels(fit_reference(image, 16)), expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_crop_boxes_are_those_of_diffusers():
+    random = np.random.default_rng(5)
+    for _ in range(300):
+        width, height = random.integers(64, 200, 2)
+        mask = np.zeros((height, width), dtype=np.uint8)
+        left, top = random.integers(0, (width, height))
+        mask[top : top + random.integers(1, 90), left : left + random.integers(1, 90)] = 255
+        mask, padding = Image.fromarray(mask), int(random.integers(0, 40))
+        size = (width // 16 * 16, height // 16 * 16)
+        assert crop_box(mask, size[0] / size[1], padding) == PROCESSOR.get_crop_region(mask, *size, pad=padding)
+
+
+def test_masks_are_scaled_to_tokens_as_in_diffusers():
+    mask = np.random.default_rng(6).random((96, 160)) < 0.5
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(mask[None, None].astype(np.float32)), (6, 10), mode="bilinear"
+    )
+    canvas = Canvas.checked(picture(160, 96), Image.fromarray((mask * 255).astype(np.uint8)), 16)
+    assert np.array_equal(canvas.tokens, expected[0, 0].numpy())
