@@ -165,6 +165,11 @@ class Component:
         """Bytes of the weights as stored."""
         return sum(tensor.nbytes for tensor in module_tensors(self.build()).values())
 
+    def nbytes_as(self, dtype: mx.Dtype) -> int:
+        """Bytes of the weights in memory, those that are not packed in `dtype`."""
+        tensors = module_tensors(self.build()).values()
+        return sum(t.nbytes if t.dtype == "U32" else math.prod(t.shape) * dtype.size for t in tensors)
+
     def quantized(self, quant: str) -> "Component":
         """This component as it would be stored with `quant`."""
         plain = module_tensors(replace(self, quantization=None).build())

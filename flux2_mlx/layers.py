@@ -58,6 +58,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     return mx.concatenate(chunks, axis=2) if len(chunks) > 1 else chunks[0]
 
 
+def score_bytes(heads: int, tokens: int, itemsize: int) -> int:
+    """Bytes of the attention scores that are stored at one time (see `attention`)."""
+    return 0 if on_metal() else itemsize * min(max(_SCORES_PER_CHUNK, heads * tokens), heads * tokens**2)
+
+
 def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     if mask is None:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -14,6 +14,7 @@ from .convert import find_checkpoint
 from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
 from .layers import activation_dtype
+from .memory import check_references, device_memory
 from .noise import initial_noise
 from .phases import (
     EncodedEdit,
@@ -217,6 +218,7 @@ class Flux2Pipeline:
         image; after a step it may return tokens to go on from, and it may raise to cancel."""
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
+        self._check_memory(request, edit)
         noise, encoded = self._noise(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
         with measured("text_encoder", output.timings):
@@ -294,6 +296,18 @@ class Flux2Pipeline:
                 self.variant.name,
                 limit,
             )
+
+    def _check_memory(self, request: Request, edit: Edit) -> None:
+        if not edit.references:
+            return
+        transformer = self.checkpoint.components["transformer"]
+        weights = transformer.quantized(self.quant).nbytes_as(self.dtype)
+        height, width = self._grid(request)
+        tokens = request.max_sequence_length + height * width
+        references = [image.width * image.height // self.token_size**2 for image in edit.references]
+        check_references(
+            transformer.config, weights, self.dtype.size, device_memory(), tokens, references, self.token_size
+        )
 
     def _noise(self, request: Request, latents: Any) -> list[mx.array]:
         """Noise tokens `[L, C]` of each image, float32."""

@@ -176,3 +176,13 @@ def test_a_mask_of_everything_is_said_to_be_one(caplog):
     Image.new("L", (96, 80), "white").save("white.png")
     edit("-i", "a.png", "--mask", "white.png", "-o", "out.png")
     assert caplog.messages == ["the mask is white all over, so nothing of the image is kept"]
+
+
+def test_references_beyond_the_memory_are_refused_before_anything_is_loaded(monkeypatch):
+    from flux2_mlx import pipeline
+    from flux2_mlx.checkpoint import Component
+
+    monkeypatch.setattr(pipeline, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(Component, "load", None)
+    message = refusal("i2i", PROMPT, *DEMO, "-i", "a.png", "-o", "out.png", "--quiet")
+    assert message.startswith("references of 30 tokens need 0.0 GiB")

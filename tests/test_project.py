@@ -27,7 +27,7 @@ ROWS = (
     ("config",),
     ("layers",),
     ("transformer", "vae", "text", "scheduler", "noise", "images", "references"),
-    ("quantization",),
+    ("quantization", "memory"),
     ("checkpoint",),
     ("hub",),
     ("convert",),
