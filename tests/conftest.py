@@ -22,6 +22,14 @@ _MISTRAL_COMMON, _TEKKEN = "1.5.4", "mistral_common/data/tekken_240911.json"
 _CACHE = Path("~/.cache/flux2-mlx-tests").expanduser()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _models_folder(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads or fills the user's own models folder, nor does a process that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLUX2_MLX_HOME", str(tmp_path_factory.mktemp("models")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _log_level():
     """The command line sets the level of the package's logger for the whole process; give it back."""

@@ -30,7 +30,7 @@ ROWS = (
     ("transformer", "vae", "text", "scheduler", "noise", "images"),
     ("quantization",),
     ("checkpoint",),
-    ("hub",),
+    ("hub", "embedding_cache"),
     ("convert",),
     ("sampling", "upsampling"),
     ("pipeline",),
