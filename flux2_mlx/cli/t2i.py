@@ -11,7 +11,7 @@ import click
 
 from ..config import VARIANTS
 from ..errors import InputError
-from .options import json_option, models_dir_option, quiet_option, variant_option, weight_options
+from .options import json_option, models_dir_option, no_cache_option, quiet_option, variant_option, weight_options
 from .progress import Bars, Stream, conversion, notice
 from .report import Run, print_profile
 
@@ -53,6 +53,7 @@ class _Options:
     output: Path | None
     checkpoint: int | None
     models_dir: Path | None
+    no_cache: bool
     upsample_prompt: bool
     interpret: tuple[Path, ...]
     vision_model: str
@@ -118,6 +119,7 @@ class _Options:
 @click.option("--replay", type=click.Path(path_type=Path), metavar="IMAGE", help="Make an image again from its file.")
 @click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Also save an image every N steps.")
 @models_dir_option
+@no_cache_option
 @click.option("--profile", is_flag=True, help="Print time and peak memory of each phase.")
 @json_option
 @quiet_option
@@ -234,7 +236,13 @@ def _open(options: _Options, bars: Bars) -> "Flux2Pipeline":
         quiet=options.quiet,
         progress=conversion(bars),
     )
-    pipe = Flux2Pipeline.from_pretrained(folder, quant=options.quant, text_quant=options.text_quant)
+    pipe = Flux2Pipeline.from_pretrained(
+        folder,
+        quant=options.quant,
+        text_quant=options.text_quant,
+        models_dir=options.models_dir,
+        prompt_cache=not options.no_cache,
+    )
     variant = pipe.variant
     if not variant.commercial_use:
         notice(f"{variant.name} and its images: {variant.licence} licence", options.quiet)
