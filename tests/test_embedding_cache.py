@@ -193,14 +193,13 @@ def flip_last_bit(path: Path) -> None:
     "damage",
     [
         lambda path: os.truncate(path, path.stat().st_size - 1),
-        lambda path: os.truncate(path, 0),
         lambda path: path.write_bytes(bytes(3000)),
         lambda path: path.write_bytes(path.read_bytes() + b"0"),
         flip_last_bit,
         lambda path: save_file({"states": np.ones((2, 2))}, path),
         lambda path: save_file({"other": np.ones((2, 2), np.float32)}, path, {"sha256": ""}),
     ],
-    ids=["truncated", "empty", "garbage", "too long", "a flipped bit", "no digest", "another file"],
+    ids=["truncated", "garbage", "too long", "a flipped bit", "no digest", "another file"],
 )
 def test_a_damaged_entry_is_a_miss_and_replaced(damage: Callable[[Path], None], cache):
     cache.put(KEYS[0], STATES)
@@ -289,6 +288,15 @@ cache.put(KEYS[0], STATES)
     assert sorted(cache.folder.iterdir()) == [path_of(cache, key) for key in KEYS[:2]]
 
 
+def test_files_that_another_process_has_removed_are_passed_over(cache, caplog):
+    cache.put(KEYS[0], STATES)
+    for name in (f"{KEYS[1]}.safetensors", f"{KEYS[1]}.x.partial"):
+        (cache.folder / name).symlink_to("gone")
+    cache.put(KEYS[2], STATES)
+    assert sorted(kept(cache)) == [KEYS[0], KEYS[2]]
+    assert caplog.text == ""
+
+
 def failing(code: int) -> Callable:
     def fail(*args, **options):
         raise OSError(code, os.strerror(code))
@@ -343,7 +351,8 @@ def test_t2i_keeps_prompts_in_the_models_folder_and_makes_the_same_file_from_the
     assert [path.name for path in models.iterdir()] == ["prompts"]
     done("t2i", PROMPT, *CLI_IMAGE, "-o", "c.png", "--models-dir", tmp_path / "others")
     assert loads.count("text_encoder") == 2
-    assert report("--models-dir", tmp_path / "others")["entries"] == 1
+    moved = report("--models-dir", tmp_path / "others")
+    assert (moved["folder"], moved["entries"]) == (str(tmp_path / "others/prompts"), 1)
 
 
 def test_t2i_without_the_cache_neither_reads_nor_writes_it(models, loads):
