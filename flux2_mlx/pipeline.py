@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from .checkpoint import PAINTING, Checkpoint
-from .convert import find_checkpoint
+from .convert import find_checkpoint, models_folder
+from .embedding_cache import FOLDER, CachedEncoder, EmbeddingCache
 from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
 from .layers import activation_dtype
@@ -40,12 +42,20 @@ _log = logging.getLogger(__name__)
 class Flux2Pipeline:
     """Text and images to image with FLUX.2. Networks are loaded for their phase of a run and released after it."""
 
-    def __init__(self, checkpoint: Checkpoint, quant: str, text_quant: str, dtype: mx.Dtype):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quant: str,
+        text_quant: str,
+        dtype: mx.Dtype,
+        prompt_cache: EmbeddingCache | None = None,
+    ):
         self.checkpoint = checkpoint
         self.variant = checkpoint.variant
         self.quant = quant
         self.text_quant = text_quant
         self.dtype = dtype
+        self.prompt_cache = prompt_cache
         self.tokenizer = checkpoint.tokenizer
 
     @classmethod
@@ -58,6 +68,7 @@ class Flux2Pipeline:
         text_quant: str | None = None,
         dtype: str | None = None,
         models_dir: str | os.PathLike | None = None,
+        prompt_cache: bool = True,
     ) -> "Flux2Pipeline":
         """Open a model; fetch and convert it first if that has not been done yet.
 
@@ -69,6 +80,8 @@ class Flux2Pipeline:
             text_quant: the same for the text encoder; None: as stored, or 8 bit (4 bit with `qint4`).
             dtype: `float32`, `bfloat16` or `float16` for activations; None: float32 on a CPU, else bfloat16.
             models_dir: where converted models are kept; None: `$FLUX2_MLX_HOME` or `~/.cache/flux2-mlx`.
+            prompt_cache: keep encoded prompts in the folder `prompts` there, so that a prompt seen before needs no
+                text encoder.
 
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
@@ -89,6 +102,7 @@ class Flux2Pipeline:
             loadable_quant("transformer", checkpoint.quant, quant),
             loadable_quant("text encoder", checkpoint.text_quant, text_quant),
             activation_dtype(dtype),
+            EmbeddingCache(models_folder(models_dir) / FOLDER) if prompt_cache else None,
         )
 
     def __call__(
@@ -339,15 +353,14 @@ class Flux2Pipeline:
     def _encode(self, prompts: Sequence[str], length: int, on_progress: OnProgress) -> dict[str, mx.array]:
         distinct = list(dict.fromkeys(prompts))
         on_progress(Progress("text_encoder", 0, len(distinct)))
-        encoder = self._load("text_encoder")
+        load = partial(self._load, "text_encoder")
+        encoder = CachedEncoder(self.checkpoint, self.text_quant, self.dtype, self.prompt_cache, load)
         states = {}
         for done, prompt in enumerate(distinct, 1):
             count = self.tokenizer.count(prompt)
             if count > length:
                 _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", count, length, prompt)
-            ids, mask = self.tokenizer([prompt], length)
-            states[prompt] = encoder(mx.array(ids), mx.array(mask))[0]
-            mx.eval(states[prompt])
+            states[prompt] = encoder(*self.tokenizer([prompt], length))
             on_progress(Progress("text_encoder", done, len(distinct)))
         return states
 

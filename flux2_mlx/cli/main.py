@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..errors import Flux2Error
+from .cache import cache
 from .convert import convert
 from .describe import describe
 from .download import download
@@ -52,7 +53,7 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info):
+for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, cache):
     cli.add_command(_command)
 
 

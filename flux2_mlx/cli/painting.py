@@ -87,7 +87,13 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
         quiet=job.quiet,
         progress=conversion(bars),
     )
-    pipe = Flux2Pipeline.from_pretrained(folder, quant=job.quant, text_quant=job.text_quant)
+    pipe = Flux2Pipeline.from_pretrained(
+        folder,
+        quant=job.quant,
+        text_quant=job.text_quant,
+        models_dir=job.models_dir,
+        prompt_cache=not job.no_cache,
+    )
     variant = pipe.variant
     if not variant.commercial_use:
         notice(f"{variant.name} and its images: {variant.licence} licence", job.quiet)

@@ -1,0 +1,88 @@
+"""Downloads in this process from a `HubServer`, with the settings of huggingface_hub patched."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, file_download
+
+import flux2_mlx.hub
+from flux2_mlx.errors import DownloadError
+
+REPO = "org/model"
+SHARD = "text_encoder/model-00002-of-00002.safetensors"
+BIG = "transformer/diffusion_pytorch_model.safetensors"
+SHARDS = {f"layer.{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+NEEDED = {
+    "model_index.json": b'{"_class_name": "Flux2KleinPipeline"}',
+    "scheduler/scheduler_config.json": b'{"shift": 3.0}',
+    "tokenizer/tokenizer.json": b'{"model": {}}',
+    "tokenizer/merges.txt": b"a b",
+    "tokenizer/chat_template.jinja": b"{{ messages }}",
+    "text_encoder/config.json": b'{"hidden_size": 8}',
+    "text_encoder/model.safetensors.index.json": json.dumps({"weight_map": SHARDS}).encode(),
+    "text_encoder/model-00001-of-00002.safetensors": b"1" * 3000,
+    SHARD: b"2" * 4000,
+    "vae/config.json": b'{"latent_channels": 32}',
+    "vae/diffusion_pytorch_model.safetensors": b"3" * 5000,
+    "transformer/config.json": b'{"num_layers": 5}',
+    BIG: b"4" * 600_000,
+}
+UNNEEDED = {
+    "README.md": b"# Model",
+    "LICENSE.txt": b"free",
+    "flux-2-model.safetensors": b"5" * 60_000,
+    "config.json": b"{}",
+    "teaser.png": b"6",
+    "vae/diffusion_pytorch_model.bin": b"7",
+    "transformer/old/model.safetensors": b"8",
+}
+DEFAULT_ENDPOINT = constants.ENDPOINT
+# What counts as big, and the size of chunks, are made for the small files of a test.
+BIG_FROM, CHUNK = 10_000, 1024
+
+
+def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, **options):
+    """What `hub.fetch` gives for a user whose HF_HOME is `home`."""
+    environment = hub.environment(home, token)
+    endpoint = endpoint or environment["HF_ENDPOINT"]
+    with pytest.MonkeyPatch.context() as patch:
+        for key in os.environ.keys() - environment.keys():
+            patch.delenv(key)
+        if token:
+            patch.setenv("HF_TOKEN", token)
+        patch.setattr(constants, "ENDPOINT", endpoint)
+        path = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(DEFAULT_ENDPOINT)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + path)
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+        patch.setattr(flux2_mlx.hub, "_SMALL", BIG_FROM)
+        patch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))  # it waits between retries
+        huggingface_hub.close_session()  # its client keeps the proxies that it finds in the environment
+        try:
+            return flux2_mlx.hub.fetch(repo, **options)
+        finally:
+            huggingface_hub.close_session()
+
+
+def refusal(hub, home, **options):
+    """The one line of a `fetch` that must fail."""
+    with pytest.raises(DownloadError) as caught:
+        fetch(hub, home, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def files_in(folder):
+    """Every file below `folder` by its relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def starts(hub):
+    """Where each transfer of the big file began."""
+    transfers = [request for request in hub.requests if request.host == "cdn" and BIG in request.path]
+    return [int((request.range or "bytes=0-")[6:-1]) for request in transfers if request.method == "GET"]

@@ -1,0 +1,399 @@
+"""Encoded prompts on disk: bits, keys, the limit, damage, several processes, folders that can't be written."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cli_runner import DEMO, PROMPT, done, refusal
+from flux2_mlx.convert import converted_folders
+from safetensors.numpy import save_file
+
+from flux2_mlx import Flux2Pipeline, embedding_cache
+from flux2_mlx.checkpoint import Checkpoint, Component
+from flux2_mlx.config import VARIANTS
+from flux2_mlx.embedding_cache import EmbeddingCache, entry_key
+from flux2_mlx.errors import InputError
+from flux2_mlx.pipeline import Progress
+
+OTHER = "a large green ring on a white background"
+IMAGE = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 5}
+CLI_IMAGE = ("-m", "demo", "-W", "32", "-H", "32", "-s", "1", "--seed", "5")
+KEYS = [character * 64 for character in "0123456789abcdef"]
+STATES = mx.arange(1500).reshape(30, 50).astype(mx.bfloat16)  # 3000 bytes
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    monkeypatch.delenv("FLUX2_MLX_CACHE_BYTES", raising=False)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def cache(models):
+    return EmbeddingCache(models / "prompts")
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The networks loaded so far."""
+    names = []
+    load = Component.load
+
+    def recorded(component, *args):
+        names.append(component.name)
+        return load(component, *args)
+
+    monkeypatch.setattr(Component, "load", recorded)
+    return names
+
+
+def open_demo(**options) -> Flux2Pipeline:
+    return Flux2Pipeline.from_pretrained("demo", **options)
+
+
+def bits(states: mx.array) -> tuple:
+    return states.dtype, states.shape, np.array(states.view(mx.uint8)).tobytes()
+
+
+def states_of(key: str) -> mx.array:
+    """What the tests keep under `key`."""
+    return STATES + KEYS.index(key)
+
+
+def path_of(cache: EmbeddingCache, key: str) -> Path:
+    return cache.folder / f"{key}.safetensors"
+
+
+def kept(cache: EmbeddingCache) -> list[str]:
+    return [entry.path.stem for entry in cache.entries()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hit_has_the_bits_of_a_miss(dtype, loads):
+    missed = open_demo(dtype=dtype).encode_prompt([PROMPT, OTHER])
+    hit = open_demo(dtype=dtype).encode_prompt([PROMPT, OTHER])
+    assert loads == ["text_encoder"]
+    assert bits(hit) == bits(missed) == bits(open_demo(dtype=dtype, prompt_cache=False).encode_prompt([PROMPT, OTHER]))
+    assert hit.dtype == getattr(mx, dtype)
+
+
+def test_the_image_of_a_hit_is_that_of_a_miss_and_needs_no_encoder(loads):
+    missed, hit = open_demo()([PROMPT, OTHER], **IMAGE), open_demo()([PROMPT, OTHER], **IMAGE)
+    assert loads == ["text_encoder", "transformer", "vae", "transformer", "vae"]
+    assert [image.tobytes() for image in hit.images] == [image.tobytes() for image in missed.images]
+    assert [phase.name for phase in hit.timings] == ["text_encoder", "transformer", "vae"]
+
+
+def test_only_new_prompts_are_encoded(loads):
+    pipe, heard = open_demo(), []
+    pipe.encode_prompt(PROMPT)
+    pipe.run(pipe.request([PROMPT, OTHER], height=32, width=32, steps=1), on_progress=heard.append)
+    assert loads == ["text_encoder", "text_encoder", "transformer", "vae"]
+    assert heard[:3] == [Progress("text_encoder", number, 2) for number in range(3)]
+    assert len(pipe.prompt_cache.entries()) == 2
+
+
+def test_a_prompt_that_is_cut_is_told_every_time(caplog):
+    pipe = open_demo()
+    for _ in range(2):
+        caplog.clear()
+        pipe.encode_prompt(PROMPT, max_sequence_length=8)
+        assert "the model sees the first 8" in caplog.text
+    assert len(pipe.prompt_cache.entries()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"), [({"text_quant": "qint8"}, 48), ({"dtype": "float16"}, 48), ({}, 47)], ids=str
+)
+def test_other_settings_need_the_encoder(settings, length, loads):
+    open_demo().encode_prompt(PROMPT)
+    states = open_demo(**settings).encode_prompt(PROMPT, length)
+    assert loads == ["text_encoder"] * 2
+    assert bits(states) == bits(open_demo(**settings, prompt_cache=False).encode_prompt(PROMPT, length))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts | {"checkpoint": replace(facts["checkpoint"], source={"fingerprint": "0"})},
+        lambda facts: facts | {"checkpoint": replace(facts["checkpoint"], variant=VARIANTS["klein-4b"])},
+        lambda facts: facts | {"quant": "qint8"},
+        lambda facts: facts | {"dtype": mx.bfloat16},
+        lambda facts: facts | {"ids": facts["ids"] + 1},
+        lambda facts: facts | {"mask": ~facts["mask"]},
+        lambda facts: facts | {"ids": facts["ids"][:, :-1], "mask": facts["mask"][:, :-1]},
+    ],
+    ids=["weights", "variant", "quant", "dtype", "ids", "mask", "length"],
+)
+def test_the_key_depends_on(change):
+    checkpoint = Checkpoint.open(DEMO)
+    ids, mask = checkpoint.tokenizer([PROMPT], 48)
+    facts = {"checkpoint": checkpoint, "quant": "bf16", "dtype": mx.float32, "ids": ids, "mask": mask}
+    assert entry_key(**facts) == entry_key(**facts)
+    assert entry_key(**change(facts)) != entry_key(**facts)
+
+
+@pytest.mark.parametrize("name", ["__version__", "FORMAT_VERSION"])
+def test_another_version_has_other_keys(name, monkeypatch, loads):
+    open_demo().encode_prompt(PROMPT)
+    monkeypatch.setattr(embedding_cache, name, "another")
+    open_demo().encode_prompt(PROMPT)
+    assert loads == ["text_encoder"] * 2
+
+
+def test_a_model_without_a_fingerprint_is_not_cached(models, tmp_path, loads):
+    folder = shutil.copytree(DEMO, tmp_path / "mine")
+    manifest = json.loads((folder / "flux2.json").read_text())
+    (folder / "flux2.json").write_text(json.dumps(manifest | {"source": {"name": "mine"}}))
+    for _ in range(2):
+        Flux2Pipeline.from_pretrained(folder).encode_prompt(PROMPT)
+    assert loads == ["text_encoder"] * 2
+    assert not models.exists()
+
+
+def test_the_least_recently_used_make_room(cache):
+    cache.max_bytes = 11_000  # three entries
+    for used, key in enumerate(KEYS[:3], 1):
+        cache.put(key, states_of(key))
+        os.utime(path_of(cache, key), (used, used))
+    assert kept(cache) == KEYS[:3]
+    cache.get(KEYS[0])
+    cache.put(KEYS[3], states_of(KEYS[3]))
+    assert sorted(kept(cache)) == [KEYS[0], KEYS[2], KEYS[3]]
+    assert sum(entry.size for entry in cache.entries()) <= cache.max_bytes
+
+
+def test_what_is_too_large_is_not_kept_and_costs_no_other_entry(cache):
+    cache.max_bytes = 5_000
+    cache.put(KEYS[0], STATES)
+    cache.put(KEYS[1], mx.concatenate([STATES, STATES]))
+    assert kept(cache) == KEYS[:1]
+
+
+def flip_last_bit(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: path.write_bytes(bytes(3000)),
+        lambda path: path.write_bytes(path.read_bytes() + b"0"),
+        flip_last_bit,
+        lambda path: save_file({"states": np.ones((2, 2))}, path),
+        lambda path: save_file({"other": np.ones((2, 2), np.float32)}, path, {"sha256": ""}),
+    ],
+    ids=["truncated", "garbage", "too long", "a flipped bit", "no digest", "another file"],
+)
+def test_a_damaged_entry_is_a_miss_and_replaced(damage: Callable[[Path], None], cache):
+    cache.put(KEYS[0], STATES)
+    damage(path_of(cache, KEYS[0]))
+    assert cache.get(KEYS[0]) is None
+    assert not path_of(cache, KEYS[0]).exists()
+    cache.put(KEYS[0], STATES)
+    assert bits(cache.get(KEYS[0])) == bits(STATES)
+
+
+def test_a_run_with_a_damaged_entry_encodes_again(loads):
+    pipe = open_demo()
+    missed = pipe.encode_prompt(PROMPT)
+    (entry,) = pipe.prompt_cache.entries()
+    os.truncate(entry.path, entry.size // 2)
+    assert bits(pipe.encode_prompt(PROMPT)) == bits(missed) == bits(pipe.encode_prompt(PROMPT))
+    assert loads == ["text_encoder"] * 2
+
+
+def test_states_that_are_a_view_of_others_are_kept_in_order(cache):
+    cache.put(KEYS[0], STATES.T)
+    assert bits(cache.get(KEYS[0])) == bits(STATES.T)
+
+
+def start(script: str, cache: EmbeddingCache, *arguments: str) -> subprocess.Popen:
+    """A process that runs `script` with `cache` at hand."""
+    head = f"""
+import os, random, sys, time
+from pathlib import Path
+import mlx.core as mx
+from flux2_mlx.embedding_cache import EmbeddingCache
+from test_embedding_cache import KEYS, STATES, bits, states_of
+cache = EmbeddingCache(Path({str(cache.folder)!r}), {cache.max_bytes})
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(
+        [sys.executable, "-c", head + script, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_several_processes_may_use_one_folder(cache):
+    cache.max_bytes = 20_000  # fewer than there are keys, so that entries also vanish
+    script = """
+random.seed(sys.argv[1])
+for _ in range(200):
+    key = random.choice(KEYS[:8])
+    states = cache.get(key)
+    if states is None:
+        cache.put(key, states_of(key))
+    elif bits(states) != bits(states_of(key)):
+        sys.exit("wrong states")
+print(cache._warned)
+"""
+    processes = [start(script, cache, str(seed)) for seed in range(3)]
+    for process in processes:
+        assert process.communicate(timeout=120) == ("False\n", None)
+        assert process.returncode == 0
+    cache.put(KEYS[8], STATES)  # several may have made room for themselves at once; the next one sets that right
+    entries = cache.entries()
+    assert 3 <= len(entries) == len(list(cache.folder.iterdir()))
+    assert sum(entry.size for entry in entries) <= cache.max_bytes
+
+
+def test_a_killed_writer_leaves_no_entry_and_is_cleaned_up_after(cache):
+    script = """
+def stall(file, *arrays):
+    file.write(bytes(1000))
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+mx.save_safetensors = stall
+cache.put(KEYS[0], STATES)
+"""
+    process = start(script, cache)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (partial,) = cache.folder.iterdir()
+    assert cache.entries() == []
+    assert cache.get(KEYS[0]) is None
+    cache.put(KEYS[0], STATES)
+    assert bits(cache.get(KEYS[0])) == bits(STATES)
+    assert partial.exists()  # it might be that of a process that still writes
+    os.utime(partial, (0, 0))
+    cache.put(KEYS[1], STATES)
+    assert sorted(cache.folder.iterdir()) == [path_of(cache, key) for key in KEYS[:2]]
+
+
+def test_files_that_another_process_has_removed_are_passed_over(cache, caplog):
+    cache.put(KEYS[0], STATES)
+    for name in (f"{KEYS[1]}.safetensors", f"{KEYS[1]}.x.partial"):
+        (cache.folder / name).symlink_to("gone")
+    cache.put(KEYS[2], STATES)
+    assert sorted(kept(cache)) == [KEYS[0], KEYS[2]]
+    assert caplog.text == ""
+
+
+def failing(code: int) -> Callable:
+    def fail(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [("os.replace", errno.EROFS), ("tempfile.mkstemp", errno.EACCES), ("mlx.core.save_safetensors", errno.ENOSPC)],
+)
+def test_a_folder_that_can_not_be_written_is_told_once(place, code, monkeypatch, caplog):
+    expected = open_demo(prompt_cache=False)(PROMPT, **IMAGE).images[0]
+    monkeypatch.setattr(place, failing(code))
+    pipe = open_demo()
+    assert pipe([PROMPT, OTHER], **IMAGE).images[0] == expected
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == f"can't keep encoded prompts in {pipe.prompt_cache.folder}: {os.strerror(code)}"
+    assert list(pipe.prompt_cache.folder.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder(models, caplog):
+    models.mkdir()
+    (models / "prompts").write_text("mine")
+    open_demo()(PROMPT, **IMAGE)
+    assert caplog.text.count("can't keep encoded prompts") == 1
+    assert (models / "prompts").read_text() == "mine"
+
+
+def test_a_read_only_folder_still_gives_what_it_holds(cache, monkeypatch):
+    cache.put(KEYS[0], STATES)
+    monkeypatch.setattr(os, "utime", failing(errno.EROFS))
+    assert bits(cache.get(KEYS[0])) == bits(STATES)
+
+
+def test_the_folder_is_no_model(models):
+    open_demo().encode_prompt(PROMPT)
+    assert (models / "prompts").is_dir()
+    assert all(converted_folders(variant) == [] for variant in VARIANTS.values())
+
+
+def report(*arguments: object) -> dict:
+    return json.loads(done("cache", "--json", *arguments).stdout)
+
+
+def test_t2i_keeps_prompts_in_the_models_folder_and_makes_the_same_file_from_them(models, tmp_path, loads):
+    for name in ("a.png", "b.png"):
+        done("t2i", PROMPT, *CLI_IMAGE, "-o", name)
+    assert loads.count("text_encoder") == 1
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert [path.name for path in models.iterdir()] == ["prompts"]
+    done("t2i", PROMPT, *CLI_IMAGE, "-o", "c.png", "--models-dir", tmp_path / "others")
+    assert loads.count("text_encoder") == 2
+    moved = report("--models-dir", tmp_path / "others")
+    assert (moved["folder"], moved["entries"]) == (str(tmp_path / "others/prompts"), 1)
+
+
+def test_t2i_without_the_cache_neither_reads_nor_writes_it(models, loads):
+    done("t2i", PROMPT, *CLI_IMAGE, "-o", "a.png", "--no-cache")
+    assert not models.exists()
+    open_demo().encode_prompt(PROMPT)
+    done("t2i", PROMPT, *CLI_IMAGE, "-o", "b.png", "--no-cache")
+    assert loads.count("text_encoder") == 3
+
+
+def test_cache_shows_what_is_kept(cache):
+    empty = {"folder": str(cache.folder), "entries": 0, "bytes": 0, "limit": 10**9}
+    assert report() == empty
+    assert not cache.folder.exists()
+    for key in KEYS[:2]:
+        cache.put(key, STATES)
+    size = sum(path.stat().st_size for path in cache.folder.iterdir())
+    assert report() == empty | {"entries": 2, "bytes": size}
+    assert done("cache").stdout == f"2 encoded prompts, 0.0 of 1000.0 MB, in {cache.folder}\n"
+
+
+def test_clear_removes_what_is_ours_and_nothing_else(cache):
+    cache.put(KEYS[0], STATES)
+    (cache.folder / f"{KEYS[1]}.x.partial").touch()
+    for name in ("mine.safetensors", "prompts.txt"):
+        (cache.folder / name).touch()
+    assert report("--clear")["entries"] == 0
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["mine.safetensors", "prompts.txt"]
+
+
+def test_what_can_not_be_removed_is_told(cache):
+    path_of(cache, KEYS[0]).mkdir(parents=True)
+    assert refusal("cache", "--clear").startswith(f"can't remove {path_of(cache, KEYS[0])}: ")
+    assert cache.get(KEYS[0]) is None
+
+
+def test_the_limit_may_be_set_in_the_environment(monkeypatch, cache):
+    monkeypatch.setenv("FLUX2_MLX_CACHE_BYTES", "5000")
+    assert report()["limit"] == 5000
+    open_demo().encode_prompt(PROMPT)  # of 48 × 192 floats
+    assert cache.entries() == []
+    monkeypatch.setenv("FLUX2_MLX_CACHE_BYTES", "1GB")
+    with pytest.raises(InputError, match="FLUX2_MLX_CACHE_BYTES must be a number of bytes, got '1GB'"):
+        open_demo()
