@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers import attention, fused
-from .strips import Convolved, Doubled, Mapped, Moments, Rows, Stored, Sum, stored
+from .strips import Convolved, Doubled, Mapped, Moments, Rows, Sum
 
 _EPS = 1e-6
 
@@ -35,8 +35,8 @@ class GroupNorm(nn.Module):
     def _scale_and_shift(self, x: Rows) -> tuple[mx.array, mx.array]:
         """Per image and channel, `[B, 1, 1, C]` in float32."""
         B, H, _, C = x.shape
-        # All rows have the same weight, so the variance is the mean of their variances plus the variance of their means.
-        mean, variance = stored(Moments(x), keep=True).whole().reshape(B, H, 2, self.groups, -1).split(2, axis=2)
+        # Rows weigh the same, so the variance is the mean of their variances plus the variance of their means.
+        mean, variance = Moments(x).store(keep=True).whole().reshape(B, H, 2, self.groups, -1).split(2, axis=2)
         centre = mean.mean(axis=(1, 4), keepdims=True)
         variance = (variance + mx.square(mean - centre)).mean(axis=(1, 4), keepdims=True)
         scale = self.weight.reshape(self.groups, -1) * mx.rsqrt(variance + _EPS)
@@ -65,9 +65,9 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def __call__(self, x: Rows) -> Rows:
-        y = stored(self.conv1(self.norm1.silu(x)), keep=True)
+        y = self.conv1(self.norm1.silu(x)).store(keep=True)
         y = self.conv2(self.norm2.silu(y))
-        return stored(Sum(y, self.conv_shortcut(x) if "conv_shortcut" in self else x))
+        return Sum(y, self.conv_shortcut(x) if "conv_shortcut" in self else x).store()
 
 
 class Attention(nn.Module):
@@ -82,11 +82,16 @@ class Attention(nn.Module):
         self.to_out = [nn.Linear(channels, channels)]
 
     def __call__(self, x: Rows) -> Rows:
-        B, H, W, C = x.shape
-        y = stored(self.group_norm(x), keep=True).whole().reshape(B, 1, H * W, C)
-        y = attention(self.to_q(y), self.to_k(y), self.to_v(y))
-        y = self.to_out[0](y).reshape(B, H, W, C)
-        return stored(Sum(Stored([y], x.strip_bytes), x))
+        B, H, W, _ = x.shape
+        y = self.group_norm(x).store(keep=True)
+        k, v = (Mapped(y, layer).store(keep=True).whole() for layer in (self.to_k, self.to_v))
+        scores = B * W * (H * W) * mx.float32.size
+        return Sum(x, Mapped(y, lambda rows: self._attend(rows, k, v), workspace=scores)).store()
+
+    def _attend(self, x: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        B, _, _, C = x.shape
+        q, k, v = (a.reshape(B, 1, -1, C) for a in (self.to_q(x), k, v))
+        return self.to_out[0](attention(q, k, v).reshape(x.shape))
 
 
 class MidBlock(nn.Module):
@@ -107,7 +112,7 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def __call__(self, x: Rows) -> Rows:
-        return stored(self.conv(x))
+        return self.conv(x).store()
 
 
 class Upsample(nn.Module):
@@ -118,7 +123,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def __call__(self, x: Rows) -> Rows:
-        return stored(self.conv(Doubled(x)))
+        return self.conv(Doubled(x)).store()
 
 
 class Level(nn.Module):

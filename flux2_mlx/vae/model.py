@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..config import VAEConfig
 from .layers import Conv2d, Downsample, GroupNorm, Level, MidBlock, Upsample
-from .strips import STRIP_BYTES, Rows, Stored, stored
+from .strips import STRIP_BYTES, Meter, Rows, Runner, Stored
 
 
 class Encoder(nn.Module):
@@ -27,7 +27,7 @@ class Encoder(nn.Module):
         self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def __call__(self, x: Rows) -> Rows:
-        x = stored(self.conv_in(x))
+        x = self.conv_in(x).store()
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(channels[-1], 3, 3, padding=1)
 
     def __call__(self, z: Rows) -> Rows:
-        x = self.mid_block(stored(self.conv_in(z)))
+        x = self.mid_block(self.conv_in(z).store())
         for level in self.up_blocks:
             x = level(x)
         return self.conv_out(self.conv_norm_out.silu(x))
@@ -84,12 +84,12 @@ class VAE(nn.Module):
         The layers run in strips of rows; `strip_bytes` is what they may allocate for one strip beside the activations
         that they keep.
         """
-        moments = stored(self.quant_conv(self.encoder(Stored([images], strip_bytes)))).whole()
+        moments = self._encode(Stored([images], Runner(strip_bytes))).whole()
         return mx.split(moments, 2, axis=-1)[0]
 
     def decode(self, latents: mx.array, strip_bytes: int = STRIP_BYTES) -> mx.array:
         """Images `[B, H, W, 3]`, about −1..1 and not clipped; `strip_bytes` as in `encode`."""
-        return stored(self.decoder(self.post_quant_conv(Stored([latents], strip_bytes)))).whole()
+        return self._decode(Stored([latents], Runner(strip_bytes))).whole()
 
     def to_tokens(self, latents: mx.array) -> mx.array:
         """Gather 2×2 patches of latents (token channel = 4·channel + 2·row + column) and normalise them."""
@@ -103,5 +103,26 @@ class VAE(nn.Module):
         x = (tokens * self._std() + self.bn.running_mean).reshape(B, height, width, C // 4, 2, 2)
         return x.transpose(0, 1, 4, 2, 5, 3).reshape(B, 2 * height, 2 * width, C // 4)
 
+    def _encode(self, images: Rows) -> Stored:
+        return self.quant_conv(self.encoder(images)).store()
+
+    def _decode(self, latents: Rows) -> Stored:
+        return self.decoder(self.post_quant_conv(latents)).store()
+
     def _std(self) -> mx.array:
         return mx.sqrt(self.bn.running_var + self._eps)
+
+
+def activation_bytes(
+    config: VAEConfig, height: int, width: int, dtype: mx.Dtype, strip_bytes: int = STRIP_BYTES
+) -> tuple[int, int]:
+    """Peak bytes, above weights and input, of encoding and of decoding one image of `height`×`width` pixels.
+
+    An upper bound within some 10 %, but for bfloat16 on a CPU: there MLX unfolds convolutions into float32, so that a
+    strip takes up to twice `strip_bytes`.
+    """
+    vae, encoding, decoding = VAE(config), Meter(strip_bytes), Meter(strip_bytes)
+    scale = config.scale_factor
+    vae._encode(Stored([mx.zeros((1, height, width, 3), dtype)], encoding))
+    vae._decode(Stored([mx.zeros((1, height // scale, width // scale, config.latent_channels), dtype)], decoding))
+    return encoding.peak, decoding.peak

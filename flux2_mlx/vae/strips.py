@@ -1,9 +1,10 @@
 """Activations in strips of rows, so that only what is kept between two passes has the size of the image.
 
-A layer takes and returns `Rows`, whose values are computed when they are read. `stored` computes such rows strip by
+A layer takes and returns `Rows`, whose values are computed when they are read. `Rows.store` computes them strip by
 strip from top to bottom and frees its input as it goes.
 """
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -17,32 +18,44 @@ STRIP_BYTES = 256 * 1024 * 1024
 
 
 class Rows:
-    """The rows of an activation `[B, H, W, C]`; `strip_bytes` is what computing one strip of them may allocate."""
+    """An activation `[B, H, W, C]` whose rows are computed from those of its sources when they are read."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: mx.Dtype, strip_bytes: int):
-        self.shape, self.dtype, self.strip_bytes = tuple(shape), dtype, strip_bytes
-        B, _, W, C = shape
-        self.row_values = B * W * C
+    def __init__(self, *sources: "Rows", shape: tuple[int, ...] | None = None, dtype: mx.Dtype | None = None):
+        self._sources, self.runner = sources, sources[0].runner
+        self.shape, self.dtype = tuple(shape or sources[0].shape), dtype or sources[0].dtype
+
+    def store(self, keep: bool = False) -> "Stored":
+        """Compute all rows; what they are computed from is freed strip by strip unless `keep` is set."""
+        return self.runner.store(self, keep)
 
     def read(self, start: int, stop: int) -> mx.array:
         raise NotImplementedError
 
     def drop(self, stop: int) -> None:
         """Free what no row from `stop` on needs."""
-        raise NotImplementedError
+        for source in self._sources:
+            source.drop(stop)
 
     def temporaries(self, rows: int) -> int:
         """Bytes that reading `rows` rows allocates at most, the result included."""
         raise NotImplementedError
 
+    def held(self) -> int:
+        """Bytes of what the rows are computed from."""
+        return sum(source.held() for source in self._sources)
+
+    def nbytes(self, rows: int) -> int:
+        B, _, W, C = self.shape
+        return rows * B * W * C * self.dtype.size
+
 
 class Stored(Rows):
     """Rows in memory, as strips from top to bottom."""
 
-    def __init__(self, strips: list[mx.array], strip_bytes: int):
+    def __init__(self, strips: list[mx.array], runner: "Runner"):
         B, _, W, C = strips[0].shape
-        super().__init__((B, sum(strip.shape[1] for strip in strips), W, C), strips[0].dtype, strip_bytes)
-        self._strips, self._top, self._joins = deque(strips), 0, len(strips) > 1
+        self.shape, self.dtype = (B, sum(strip.shape[1] for strip in strips), W, C), strips[0].dtype
+        self.runner, self._strips, self._top, self._joins = runner, deque(strips), 0, len(strips) > 1
 
     def read(self, start: int, stop: int) -> mx.array:
         parts, top = [], self._top
@@ -61,33 +74,43 @@ class Stored(Rows):
             self._top += self._strips.popleft().shape[1]
 
     def temporaries(self, rows: int) -> int:
-        return self._joins * rows * self.row_values * self.dtype.size
+        return self._joins * self.nbytes(rows)
+
+    def held(self) -> int:
+        return sum(strip.nbytes for strip in self._strips)
 
 
 class Mapped(Rows):
-    """A function of each pixel that computes in float32; `copies` counts its arrays of the input's size."""
+    """A function of each pixel that may compute in float32, and that allocates `workspace` further bytes per row."""
 
-    def __init__(self, source: Rows, function: Callable[[mx.array], mx.array], copies: int = 3):
-        super().__init__(source.shape, source.dtype, source.strip_bytes)
-        self._source, self._function, self._copies = source, function, copies
+    def __init__(self, source: Rows, function: Callable[[mx.array], mx.array], workspace: int = 0):
+        super().__init__(source)
+        self._function, self._workspace = function, workspace
 
     def read(self, start: int, stop: int) -> mx.array:
-        return self._function(self._source.read(start, stop))
-
-    def drop(self, stop: int) -> None:
-        self._source.drop(stop)
+        return self._function(self._sources[0].read(start, stop))
 
     def temporaries(self, rows: int) -> int:
-        return self._source.temporaries(rows) + self._copies * rows * self.row_values * mx.float32.size
+        copy = self.nbytes(rows) // self.dtype.size * mx.float32.size
+        # Two copies; the first may reuse what the source allocated.
+        return max(self._sources[0].temporaries(rows), copy) + copy + self._workspace * rows
 
 
-class Moments(Mapped):
-    """Mean and variance over each row, `[B, H, 2, C]` in float32."""
+class Moments(Rows):
+    """Mean and variance of each row, `[B, H, 2, C]` in float32."""
 
     def __init__(self, source: Rows):
-        super().__init__(source, _moments)
         B, H, _, C = source.shape
-        self.shape, self.dtype = (B, H, 2, C), mx.float32
+        super().__init__(source, shape=(B, H, 2, C), dtype=mx.float32)
+
+    def read(self, start: int, stop: int) -> mx.array:
+        x = self._sources[0].read(start, stop).astype(mx.float32)
+        mean = x.mean(axis=2, keepdims=True)
+        return mx.concatenate([mean, mx.square(x - mean).mean(axis=2, keepdims=True)], axis=2)
+
+    def temporaries(self, rows: int) -> int:
+        source = self._sources[0]
+        return source.temporaries(rows) + 2 * source.nbytes(rows) * mx.float32.size // source.dtype.size
 
 
 class Doubled(Rows):
@@ -95,20 +118,20 @@ class Doubled(Rows):
 
     def __init__(self, source: Rows):
         B, H, W, C = source.shape
-        super().__init__((B, 2 * H, 2 * W, C), source.dtype, source.strip_bytes)
-        self._source = source
+        super().__init__(source, shape=(B, 2 * H, 2 * W, C))
 
     def read(self, start: int, stop: int) -> mx.array:
         first = start // 2
-        x = mx.repeat(mx.repeat(self._source.read(first, -(-stop // 2)), 2, axis=1), 2, axis=2)
+        x = self._sources[0].read(first, math.ceil(stop / 2))
+        x = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
         return x[:, start - 2 * first : stop - 2 * first]
 
     def drop(self, stop: int) -> None:
-        self._source.drop(stop // 2)
+        self._sources[0].drop(stop // 2)
 
     def temporaries(self, rows: int) -> int:
         read = rows // 2 + 1
-        return self._source.temporaries(read) + 3 * read * self.row_values * self.dtype.size
+        return self._sources[0].temporaries(read) + 3 * self.nbytes(read)
 
 
 class Convolved(Rows):
@@ -117,76 +140,82 @@ class Convolved(Rows):
     def __init__(self, source: Rows, conv: nn.Conv2d):
         B, H, W, _ = source.shape
         stride = conv.stride[0]
-        super().__init__((B, H // stride, W // stride, conv.weight.shape[0]), source.dtype, source.strip_bytes)
-        self._source, self._conv = source, conv
-
-    def _window(self, start: int, stop: int, axis: int) -> tuple[int, int, int, int]:
-        """First and last + 1 position that outputs `start` to `stop` read, and the zeros before and after them."""
-        conv, size = self._conv, self._source.shape[axis]
-        first = start * conv.stride[0] - conv.padding[0]
-        last = (stop - 1) * conv.stride[0] + conv.weight.shape[1] - conv.padding[0]
-        return max(first, 0), min(last, size), max(-first, 0), max(last - size, 0)
+        super().__init__(source, shape=(B, H // stride, W // stride, conv.weight.shape[0]))
+        self._conv = conv
 
     def read(self, start: int, stop: int) -> mx.array:
         first, last, top, bottom = self._window(start, stop, 1)
         _, _, left, right = self._window(0, self.shape[2], 2)
-        # What both sides share needs no copy.
-        rows, columns = min(top, bottom), min(left, right)
-        x = mx.pad(
-            self._source.read(first, last), [(0, 0), (top - rows, bottom - rows), (left - columns, right - columns), (0, 0)]
-        )
-        return mx.conv2d(x, self._conv.weight, self._conv.stride, (rows, columns)) + self._conv.bias
+        x, padding = self._sources[0].read(first, last), (top, left)
+        if padding != (bottom, right):
+            x, padding = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)]), 0
+        return mx.conv2d(x, self._conv.weight, self._conv.stride, padding) + self._conv.bias
 
     def drop(self, stop: int) -> None:
-        self._source.drop(self._source.shape[1] if stop == self.shape[1] else self._window(stop, stop + 1, 1)[0])
+        last = stop == self.shape[1]
+        self._sources[0].drop(self._sources[0].shape[1] if last else self._window(stop, stop + 1, 1)[0])
 
     def temporaries(self, rows: int) -> int:
-        kernel, stride = self._conv.weight.shape[1], self._conv.stride[0]
+        source, kernel, stride = self._sources[0], self._conv.weight.shape[1], self._conv.stride[0]
         window = rows * stride + kernel - stride
-        # A backend may copy the window to pad it, and copy every pixel to each place where the kernel meets it.
-        unfolded = window + kernel * kernel * rows / stride
-        values = unfolded * self._source.row_values + rows * self.row_values
-        return self._source.temporaries(window) + int(values) * self.dtype.size
+        # The window is padded here or by the backend, which may copy it once more and then unfold the copy: each pixel
+        # goes to all places where the kernel meets it. MLX unfolds on a CPU, and on a GPU for few channels.
+        unfolded = kernel * kernel * source.nbytes(rows) // stride
+        return source.temporaries(window) + 2 * source.nbytes(window) + unfolded + self.nbytes(rows)
+
+    def _window(self, start: int, stop: int, axis: int) -> tuple[int, int, int, int]:
+        """What outputs `start` to `stop` read along an axis: first, last + 1, and the zeros before and after them."""
+        conv, size = self._conv, self._sources[0].shape[axis]
+        first = start * conv.stride[0] - conv.padding[0]
+        last = (stop - 1) * conv.stride[0] + conv.weight.shape[1] - conv.padding[0]
+        return max(first, 0), min(last, size), max(-first, 0), max(last - size, 0)
 
 
 class Sum(Rows):
-    def __init__(self, first: Rows, second: Rows):
-        super().__init__(first.shape, first.dtype, first.strip_bytes)
-        self._terms = first, second
-
     def read(self, start: int, stop: int) -> mx.array:
-        first, second = (term.read(start, stop) for term in self._terms)
+        first, second = (source.read(start, stop) for source in self._sources)
         return first + second
 
-    def drop(self, stop: int) -> None:
-        for term in self._terms:
-            term.drop(stop)
-
     def temporaries(self, rows: int) -> int:
-        return sum(term.temporaries(rows) for term in self._terms)
+        return sum(source.temporaries(rows) for source in self._sources)
 
 
-def strip_height(rows: Rows) -> int:
-    """Rows of one strip: as many as `rows.strip_bytes` allows, in strips of about the same height; at least one."""
-    height = rows.shape[1]
-    fitting = bisect_right(range(1, height + 1), rows.strip_bytes, key=rows.temporaries)
-    strips = -(-height // max(fitting, 1))
-    return -(-height // strips)
+class Runner:
+    """Computes rows in strips that allocate at most `strip_bytes` each, or of one row if that takes more."""
+
+    def __init__(self, strip_bytes: int):
+        self._strip_bytes = strip_bytes
+
+    def store(self, rows: Rows, keep: bool) -> Stored:
+        H = rows.shape[1]
+        height, strips = strip_height(rows, self._strip_bytes), []
+        for start in range(0, H, height):
+            stop = min(start + height, H)
+            strips.append(self._compute(rows, start, stop))
+            if not keep:
+                rows.drop(stop)
+        return Stored(strips, self)
+
+    def _compute(self, rows: Rows, start: int, stop: int) -> mx.array:
+        strip = rows.read(start, stop)
+        mx.eval(strip)
+        return strip
 
 
-def stored(rows: Rows, keep: bool = False) -> Stored:
-    """Compute all rows; what they are computed from is freed strip by strip unless `keep` is set."""
-    height, strips = strip_height(rows), []
-    for start in range(0, rows.shape[1], height):
-        stop = min(start + height, rows.shape[1])
-        strips.append(rows.read(start, stop))
-        mx.eval(strips[-1])
-        if not keep:
-            rows.drop(stop)
-    return Stored(strips, rows.strip_bytes)
+class Meter(Runner):
+    """Computes nothing; `peak` is the most bytes that a `Runner` would have allocated at once."""
+
+    peak = 0
+
+    def _compute(self, rows: Rows, start: int, stop: int) -> mx.array:
+        self.peak = max(self.peak, rows.held() + rows.nbytes(start) + rows.temporaries(stop - start))
+        B, _, W, C = rows.shape
+        return mx.zeros((B, stop - start, W, C), rows.dtype)  # never evaluated, so never allocated
 
 
-def _moments(x: mx.array) -> mx.array:
-    x = x.astype(mx.float32)
-    mean = x.mean(axis=2, keepdims=True)
-    return mx.concatenate([mean, mx.square(x - mean).mean(axis=2, keepdims=True)], axis=2)
+def strip_height(rows: Rows, strip_bytes: int) -> int:
+    """Rows of a strip: as many as `strip_bytes` allows, at least one, and about the same in all strips."""
+    H = rows.shape[1]
+    most = bisect_right(range(1, H + 1), strip_bytes, key=rows.temporaries)
+    strips = math.ceil(H / max(most, 1))
+    return math.ceil(H / strips)
