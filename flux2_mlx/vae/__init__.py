@@ -1,5 +1,5 @@
 """The FLUX.2 autoencoder."""
 
-from .model import VAE
+from .model import VAE, activation_bytes
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "activation_bytes"]

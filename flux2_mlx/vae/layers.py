@@ -1,32 +1,73 @@
-"""Layers of the autoencoder, channels-last. Attribute names follow diffusers' `AutoencoderKLFlux2`."""
+"""Layers of the autoencoder, on rows of activations. Attribute names follow diffusers' `AutoencoderKLFlux2`."""
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers import attention
+from ..layers import attention, fused
+from .strips import Convolved, Doubled, Mapped, Moments, Rows, Sum
 
 _EPS = 1e-6
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm that numbers its groups as PyTorch does."""
-    return nn.GroupNorm(groups, channels, eps=_EPS, pytorch_compatible=True)
+class Conv2d(nn.Conv2d):
+    def __call__(self, x: Rows) -> Rows:
+        return Convolved(x, self)
+
+
+class GroupNorm(nn.Module):
+    """Normalise each of `groups` groups of neighbouring channels over the whole image, as PyTorch does."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+        self.groups = groups
+
+    def __call__(self, x: Rows) -> Rows:
+        scale, shift = self._scale_and_shift(x)
+        return Mapped(x, lambda rows: _affine(rows, scale, shift))
+
+    def silu(self, x: Rows) -> Rows:
+        """SiLU of the normalised rows."""
+        scale, shift = self._scale_and_shift(x)
+        return Mapped(x, lambda rows: _affine_silu(rows, scale, shift))
+
+    def _scale_and_shift(self, x: Rows) -> tuple[mx.array, mx.array]:
+        """Per image and channel, `[B, 1, 1, C]` in float32."""
+        B, H, _, C = x.shape
+        # Rows weigh the same, so the variance is the mean of their variances plus the variance of their means.
+        mean, variance = Moments(x).store(keep=True).whole().reshape(B, H, 2, self.groups, -1).split(2, axis=2)
+        centre = mean.mean(axis=(1, 4), keepdims=True)
+        variance = (variance + mx.square(mean - centre)).mean(axis=(1, 4), keepdims=True)
+        scale = self.weight.reshape(self.groups, -1) * mx.rsqrt(variance + _EPS)
+        shift = self.bias.reshape(self.groups, -1) - centre * scale
+        return scale.reshape(B, 1, 1, C), shift.reshape(B, 1, 1, C)
+
+
+@fused
+def _affine(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@fused
+def _affine_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return nn.silu(x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
-        self.norm1 = group_norm(in_channels, groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels, groups)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = GroupNorm(in_channels, groups)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(out_channels, groups)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.conv1(nn.silu(self.norm1(x)))
-        y = self.conv2(nn.silu(self.norm2(y)))
-        return y + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+    def __call__(self, x: Rows) -> Rows:
+        y = self.conv1(self.norm1.silu(x)).store(keep=True)
+        y = self.conv2(self.norm2.silu(y))
+        return Sum(y, self.conv_shortcut(x) if "conv_shortcut" in self else x).store()
 
 
 class Attention(nn.Module):
@@ -34,17 +75,23 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = group_norm(channels, groups)
+        self.group_norm = GroupNorm(channels, groups)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = [nn.Linear(channels, channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        B, H, W, C = x.shape
-        y = self.group_norm(x).reshape(B, 1, H * W, C)
-        y = attention(self.to_q(y), self.to_k(y), self.to_v(y))
-        return x + self.to_out[0](y).reshape(B, H, W, C)
+    def __call__(self, x: Rows) -> Rows:
+        B, H, W, _ = x.shape
+        y = self.group_norm(x).store(keep=True)
+        k, v = (Mapped(y, layer).store(keep=True).whole() for layer in (self.to_k, self.to_v))
+        scores = B * W * (H * W) * mx.float32.size
+        return Sum(x, Mapped(y, lambda rows: self._attend(rows, k, v), workspace=scores)).store()
+
+    def _attend(self, x: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        B, _, _, C = x.shape
+        q, k, v = (a.reshape(B, 1, -1, C) for a in (self.to_q(x), k, v))
+        return self.to_out[0](attention(q, k, v).reshape(x.shape))
 
 
 class MidBlock(nn.Module):
@@ -53,12 +100,8 @@ class MidBlock(nn.Module):
         self.attentions = [Attention(channels, groups)]
         self.resnets = [ResnetBlock(channels, channels, groups) for _ in range(2)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.resnets[0](x)
-        mx.eval(x)
-        x = self.attentions[0](x)
-        mx.eval(x)
-        return self.resnets[1](x)
+    def __call__(self, x: Rows) -> Rows:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Downsample(nn.Module):
@@ -66,10 +109,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+    def __call__(self, x: Rows) -> Rows:
+        return self.conv(x).store()
 
 
 class Upsample(nn.Module):
@@ -77,10 +120,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))
+    def __call__(self, x: Rows) -> Rows:
+        return self.conv(Doubled(x)).store()
 
 
 class Level(nn.Module):
@@ -92,12 +135,7 @@ class Level(nn.Module):
             ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(count)
         ]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        # Evaluating block by block frees each block's activations before the next one's are allocated.
-        for resnet in self.resnets:
-            x = resnet(x)
-            mx.eval(x)
-        for resample in self.get("downsamplers", self.get("upsamplers", [])):
-            x = resample(x)
-            mx.eval(x)
+    def __call__(self, x: Rows) -> Rows:
+        for layer in self.resnets + self.get("downsamplers", self.get("upsamplers", [])):
+            x = layer(x)
         return x

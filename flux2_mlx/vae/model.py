@@ -7,14 +7,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import VAEConfig
-from .layers import Downsample, Level, MidBlock, Upsample, group_norm
+from .layers import Conv2d, Downsample, GroupNorm, Level, MidBlock, Upsample
+from .strips import STRIP_BYTES, Meter, Rows, Runner, Stored
 
 
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(3, channels[0], 3, padding=1)
         self.down_blocks = [
             Level(before, after, config.layers_per_block, groups)
             for before, after in zip((channels[0], *channels), channels, strict=False)
@@ -22,22 +23,22 @@ class Encoder(nn.Module):
         for level, width in zip(self.down_blocks[:-1], channels, strict=False):
             level.downsamplers = [Downsample(width)]
         self.mid_block = MidBlock(channels[-1], groups)
-        self.conv_norm_out = group_norm(channels[-1], groups)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(channels[-1], groups)
+        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv_in(x)
+    def __call__(self, x: Rows) -> Rows:
+        x = self.conv_in(x).store()
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
 
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups = config.decoder_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
         self.up_blocks = [
             Level(before, after, config.layers_per_block + 1, groups)
@@ -45,14 +46,14 @@ class Decoder(nn.Module):
         ]
         for level, width in zip(self.up_blocks[:-1], channels, strict=False):
             level.upsamplers = [Upsample(width)]
-        self.conv_norm_out = group_norm(channels[-1], groups)
-        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        self.conv_norm_out = GroupNorm(channels[-1], groups)
+        self.conv_out = Conv2d(channels[-1], 3, 3, padding=1)
 
-    def __call__(self, z: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(z))
+    def __call__(self, z: Rows) -> Rows:
+        x = self.mid_block(self.conv_in(z).store())
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
 
 class LatentStatistics(nn.Module):
@@ -73,17 +74,22 @@ class VAE(nn.Module):
         self._eps = config.batch_norm_eps
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
-        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.quant_conv = Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = Conv2d(c, c, 1)
         self.bn = LatentStatistics(config.token_channels)
 
-    def encode(self, images: mx.array) -> mx.array:
-        """Mean latents of images `[B, H, W, 3]` in −1..1 with sides that are multiples of 16."""
-        return mx.split(self.quant_conv(self.encoder(images)), 2, axis=-1)[0]
+    def encode(self, images: mx.array, strip_bytes: int = STRIP_BYTES) -> mx.array:
+        """Mean latents of images `[B, H, W, 3]` in −1..1 with sides that are multiples of 16.
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """Images `[B, H, W, 3]`, about −1..1 and not clipped."""
-        return self.decoder(self.post_quant_conv(latents))
+        The layers run in strips of rows; `strip_bytes` is what they may allocate for one strip beside the activations
+        that they keep.
+        """
+        moments = self._encode(Stored([images], Runner(strip_bytes))).whole()
+        return mx.split(moments, 2, axis=-1)[0]
+
+    def decode(self, latents: mx.array, strip_bytes: int = STRIP_BYTES) -> mx.array:
+        """Images `[B, H, W, 3]`, about −1..1 and not clipped; `strip_bytes` as in `encode`."""
+        return self._decode(Stored([latents], Runner(strip_bytes))).whole()
 
     def to_tokens(self, latents: mx.array) -> mx.array:
         """Gather 2×2 patches of latents (token channel = 4·channel + 2·row + column) and normalise them."""
@@ -97,5 +103,26 @@ class VAE(nn.Module):
         x = (tokens * self._std() + self.bn.running_mean).reshape(B, height, width, C // 4, 2, 2)
         return x.transpose(0, 1, 4, 2, 5, 3).reshape(B, 2 * height, 2 * width, C // 4)
 
+    def _encode(self, images: Rows) -> Stored:
+        return self.quant_conv(self.encoder(images)).store()
+
+    def _decode(self, latents: Rows) -> Stored:
+        return self.decoder(self.post_quant_conv(latents)).store()
+
     def _std(self) -> mx.array:
         return mx.sqrt(self.bn.running_var + self._eps)
+
+
+def activation_bytes(
+    config: VAEConfig, height: int, width: int, dtype: mx.Dtype, strip_bytes: int = STRIP_BYTES
+) -> tuple[int, int]:
+    """Peak bytes, above weights and input, of encoding and of decoding one image of `height`×`width` pixels.
+
+    An upper bound within some 10 %, but for bfloat16 on a CPU: there MLX unfolds convolutions into float32, so that a
+    strip takes up to twice `strip_bytes`.
+    """
+    vae, encoding, decoding = VAE(config), Meter(strip_bytes), Meter(strip_bytes)
+    scale = config.scale_factor
+    vae._encode(Stored([mx.zeros((1, height, width, 3), dtype)], encoding))
+    vae._decode(Stored([mx.zeros((1, height // scale, width // scale, config.latent_channels), dtype)], decoding))
+    return encoding.peak, decoding.peak
