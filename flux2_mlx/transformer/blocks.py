@@ -179,10 +179,16 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(D + M, D, bias=False)
         self.norm = QKNorm(config.attention_head_dim, config.eps)
 
-    def __call__(
-        self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None = None
-    ) -> tuple[mx.array, KeysValues]:
+    def __call__(self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None = None) -> mx.array:
+        return self._run(x, mod, rope, past)[0]
+
+    def read(self, x: mx.array, mod: list[mx.array], rope: mx.array) -> tuple[mx.array, KeysValues]:
         """The tokens after this block, and the keys and values that others see of them."""
+        return self._run(x, mod, rope, None)
+
+    def _run(
+        self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None
+    ) -> tuple[mx.array, KeysValues]:
         shift, scale, gate = mod
         qkv, mlp_gate, mlp = mx.split(self.linear1(modulate(x, shift, scale, self._eps)), self._split, axis=-1)
         out, seen = rotated_attention(*heads_of(qkv, self._heads, self.norm), rope, past)

@@ -68,7 +68,7 @@ class Flux2Transformer(nn.Module):
             mx.eval(img, txt)
         x = mx.concatenate([txt, img], axis=1)
         for block in self.single_blocks:
-            x, _ = block(x, single_mod, rope, next(seen))
+            x = block(x, single_mod, rope, next(seen))
             mx.eval(x)
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
@@ -88,10 +88,11 @@ class Flux2Transformer(nn.Module):
         """
         vec = self._conditioning(mx.array([0.0]), guidance, img.dtype)
         img_mod, single_mod = self.double_stream_modulation_img(vec), self.single_stream_modulation(vec)
+        mods = [img_mod] * len(self.double_blocks) + [single_mod] * len(self.single_blocks)
         past = []
         x = self.img_in(img)
-        for block in (*self.double_blocks, *self.single_blocks):
-            x, seen = block.read(x, img_mod, rope) if isinstance(block, DoubleBlock) else block(x, single_mod, rope)
+        for block, mod in zip((*self.double_blocks, *self.single_blocks), mods, strict=True):
+            x, seen = block.read(x, mod, rope)
             # Copied, for a view would keep the whole projection that it is cut from alive.
             past.append(tuple(mx.contiguous(part) for part in seen))
             mx.eval(x, past[-1])
