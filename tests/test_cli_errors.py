@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_no_part_of_an_image(monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    message = refusal("t2i", PROMPT, *SMALL, "--quiet", "-o", "a.png")
+    message = refusal("t2i", PROMPT, *SMALL, "--quiet", "--no-cache", "-o", "a.png")
     assert message == "can't write a.png: No space left on device"
 
 
