@@ -24,7 +24,7 @@ from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.embedding_cache import EmbeddingCache, entry_key
 from flux2_mlx.errors import InputError
-from flux2_mlx.pipeline import Progress
+from flux2_mlx.phases import Progress
 
 OTHER = "a large green ring on a white background"
 IMAGE = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 5}

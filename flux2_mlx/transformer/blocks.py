@@ -4,6 +4,7 @@ Source: `DoubleStreamBlock`, `SingleStreamBlock` and `LastLayer` of the FLUX.2 r
 """
 
 import math
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,11 +31,14 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.ar
 
 def timestep_embedding(t: mx.array, channels: int) -> mx.array:
     """Sinusoids of 1000·t for `t` `[B]` in 0..1: float32 `[B, channels]`, cosines first."""
-    half = channels // 2
-    # The angles reach 1000 radians and more, so an error in the last place of a frequency shows: float64 first.
-    frequencies = np.exp(-math.log(10000) / half * np.arange(half)).astype(np.float32)
-    angles = (1000 * t.astype(mx.float32))[:, None] * mx.array(frequencies)
+    angles = (1000 * t.astype(mx.float32))[:, None] * _frequencies(channels // 2)
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+@cache
+def _frequencies(count: int) -> mx.array:
+    # The angles reach 1000 radians and more, so an error in the last place of a frequency shows: float64 first.
+    return mx.array(np.exp(-math.log(10000) / count * np.arange(count)).astype(np.float32))
 
 
 class MLPEmbedder(nn.Module):
