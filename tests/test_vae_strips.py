@@ -23,7 +23,7 @@ def network(config: VAEConfig, dtype: mx.Dtype = mx.float32) -> VAE:
     """Random weights; default biases and scales would hide mistakes."""
     mx.random.seed(0)
     vae = VAE(config)
-    vae.update(tree_map(lambda x: x + mx.random.normal(x.shape, scale=0.2) * (x.ndim == 1), vae.parameters()))
+    vae.update(tree_map(lambda x: x + mx.random.normal(x.shape, scale=0.2) if x.ndim == 1 else x, vae.parameters()))
     vae.set_dtype(dtype)
     mx.eval(vae.parameters())
     return vae
