@@ -293,8 +293,8 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def variant_sizes(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, int]:
-    """Bytes of each component's stored weights, from the geometry alone."""
+def variant_components(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, Component]:
+    """The networks of a variant as they would be stored, without files."""
     text_quant = text_quant or DEFAULT_TEXT_QUANT[quant]
     parts = {"transformer": (variant.transformer, quant), "text_encoder": (variant.text, text_quant)}
     if variant.text.num_later_layers:
@@ -302,4 +302,9 @@ def variant_sizes(variant: Variant, quant: str, text_quant: str | None = None) -
     if variant.vision:
         parts["vision"] = (variant.vision, text_quant)
     parts["vae"] = (variant.vae, "bf16")
-    return {name: Component(name, config, None, ()).quantized(q).nbytes for name, (config, q) in parts.items()}
+    return {name: Component(name, config, None, ()).quantized(q) for name, (config, q) in parts.items()}
+
+
+def variant_sizes(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, int]:
+    """Bytes of each component's stored weights, from the geometry alone."""
+    return {name: part.nbytes for name, part in variant_components(variant, quant, text_quant).items()}

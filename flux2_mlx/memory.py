@@ -1,18 +1,82 @@
-"""How much memory denoising needs, and how many tokens fit."""
+"""How much memory a run needs phase by phase, and what fits."""
 
 import math
 import os
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .config import TransformerConfig
+from .config import TextConfig, TransformerConfig, Variant
 from .errors import InputError
 from .layers import on_metal, score_bytes
+from .vae import activation_bytes as vae_activation_bytes
 
 # Bytes for each token and channel while a block is at work, measured: arrays in the activations' dtype, and the
 # rotation of queries and keys, which is in float32.
 _ARRAYS = 7.5
 _ROTATION_BYTES = 66
+# Arrays as wide as the stream and as the MLP that a layer of the text encoder holds, the states it keeps included.
+_TEXT_ARRAYS, _TEXT_MLP_ARRAYS = 11.2, 3
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What a phase is expected to hold, in bytes."""
+
+    name: str
+    weights: int
+    activations: int
+
+    @property
+    def peak_memory(self) -> int:
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a run and the memory that there is, in bytes. Networks of different phases are never in memory
+    together."""
+
+    phases: tuple[PhasePlan, ...]
+    limit: int
+
+    @property
+    def peak_memory(self) -> int:
+        return max(phase.peak_memory for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_memory <= self.limit
+
+
+def plan(variant: Variant, weights: dict[str, int], width: int, height: int, dtype: mx.Dtype, limit: int) -> Plan:
+    """What making one image without references takes.
+
+    Args:
+        variant: the model.
+        weights: bytes of each network in memory, such as `variant_weights` gives.
+        width: pixels.
+        height: pixels.
+        dtype: of the activations.
+        limit: bytes that there are.
+    """
+    size = variant.vae.token_size
+    length = variant.max_sequence_length
+    tokens = length + (width // size) * (height // size)
+    # Text states of one or, for classifier-free guidance, two prompts, before and after their projection.
+    states = (1 + variant.uses_cfg) * length * (variant.text.output_size + variant.transformer.hidden_size) * dtype.size
+    activations = {
+        "text_encoder": text_activation_bytes(variant.text, length, dtype.size),
+        "transformer": states + activation_bytes(variant.transformer, tokens, dtype.size),
+        "vae": vae_activation_bytes(variant.vae, height, width, dtype)[1],
+    }
+    return Plan(tuple(PhasePlan(name, weights[name], peak) for name, peak in activations.items()), limit)
+
+
+def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
+    """Peak of encoding one prompt of so many tokens, padding included, above the encoder's weights."""
+    arrays = _TEXT_ARRAYS * config.hidden_size + _TEXT_MLP_ARRAYS * config.intermediate_size
+    return int(itemsize * tokens * arrays) + score_bytes(config.num_attention_heads, tokens, itemsize)
 
 
 def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int) -> int:

@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from flux2_mlx import Flux2Pipeline
 from flux2_mlx.config import VARIANTS, TransformerConfig
 from flux2_mlx.errors import InputError
-from flux2_mlx.memory import activation_bytes, check_references, device_memory, max_tokens
+from flux2_mlx.memory import PhasePlan, Plan, activation_bytes, check_references, device_memory, max_tokens, plan
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
 DEV = VARIANTS["dev"].transformer
@@ -60,3 +61,24 @@ def test_references_that_do_not_fit():
 
 def test_device_memory_is_that_of_a_computer():
     assert 2**30 < device_memory() < 2**43
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 192), (512, 512)])
+def test_a_plan_is_near_what_a_run_takes_and_never_below(size):
+    width, height = size
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    weights = {name: part.nbytes_as(mx.float32) for name, part in pipe.checkpoint.components.items()}
+    planned = plan(pipe.variant, weights, width, height, mx.float32, 2**30)
+    pipe("a red ring", width=width, height=height, num_inference_steps=1)  # what is made once and stays
+    base = mx.get_active_memory()
+    run = pipe("a red ring", width=width, height=height, num_inference_steps=1, seed=0)
+    for phase, took in zip(planned.phases, run.timings, strict=True):
+        measured = took.peak_memory - base
+        print(f"{phase.name}: measured {measured}, predicted {phase.peak_memory}: {phase.peak_memory / measured:.3f}")
+        assert phase.name == took.name
+        assert measured <= phase.peak_memory <= 1.3 * measured
+
+
+def test_what_fits():
+    phases = (PhasePlan("text_encoder", 3, 1), PhasePlan("transformer", 4, 2))
+    assert (Plan(phases, 6).peak_memory, Plan(phases, 6).fits, Plan(phases, 5).fits) == (6, True, False)
