@@ -128,6 +128,11 @@ def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
     }
 
 
+def tensor_bytes(tensor: TensorInfo, dtype: mx.Dtype) -> int:
+    """Bytes of a tensor in memory, in `dtype` unless it is packed."""
+    return tensor.nbytes if tensor.dtype == "U32" else math.prod(tensor.shape) * dtype.size
+
+
 @dataclass(frozen=True)
 class Component:
     """One network of a checkpoint: its geometry, how it is quantized, and its files."""
@@ -164,11 +169,6 @@ class Component:
     def nbytes(self) -> int:
         """Bytes of the weights as stored."""
         return sum(tensor.nbytes for tensor in module_tensors(self.build()).values())
-
-    def nbytes_as(self, dtype: mx.Dtype) -> int:
-        """Bytes of the weights in memory, those that are not packed in `dtype`."""
-        tensors = module_tensors(self.build()).values()
-        return sum(t.nbytes if t.dtype == "U32" else math.prod(t.shape) * dtype.size for t in tensors)
 
     def quantized(self, quant: str) -> "Component":
         """This component as it would be stored with `quant`."""
@@ -270,6 +270,12 @@ class Checkpoint:
             if stored != BITS[quant]:
                 raise InputError(f"it says {quant} where the {name} is stored with {stored or 16} bits")
         check_fit(self.variant, {name: component.config for name, component in self.components.items()})
+
+    @property
+    def model(self) -> Variant:
+        """The variant with the geometries that are really here."""
+        parts = {"transformer": "transformer", "text": "text_encoder", "vae": "vae"}
+        return replace(self.variant, **{field: self.components[name].config for field, name in parts.items()})
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:

@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,6 +11,7 @@ import mlx.core as mx
 from .config import TextConfig, TransformerConfig, Variant
 from .errors import InputError
 from .layers import on_metal, score_bytes
+from .streaming import Footprint
 from .vae import activation_bytes as vae_activation_bytes
 
 # Bytes for each token and channel while a block is at work, measured: arrays in the activations' dtype, and the
@@ -21,11 +24,14 @@ _TEXT_ARRAYS, _TEXT_MLP_ARRAYS = 11.2, 3
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What a phase is expected to hold, in bytes."""
+    """What a phase is expected to hold, in bytes. The first `resident` blocks stay in memory; `streamed` bytes of the
+    others are read from disk at every pass."""
 
     name: str
     weights: int
     activations: int
+    resident: int = 0
+    streamed: int = 0
 
     @property
     def peak_memory(self) -> int:
@@ -48,21 +54,35 @@ class Plan:
     def fits(self) -> bool:
         return self.peak_memory <= self.limit
 
+    def phase(self, name: str) -> PhasePlan:
+        return next(phase for phase in self.phases if phase.name == name)
 
-def plan(variant: Variant, weights: dict[str, int], width: int, height: int, dtype: mx.Dtype, limit: int) -> Plan:
-    """What making one image without references takes.
+
+def plan(
+    variant: Variant,
+    networks: dict[str, Footprint],
+    width: int,
+    height: int,
+    dtype: mx.Dtype,
+    limit: int,
+    *,
+    length: int | None = None,
+    references: Sequence[int] = (),
+) -> Plan:
+    """What making one image takes if as much as fits into `limit` stays in memory.
 
     Args:
         variant: the model.
-        weights: bytes of each network in memory, such as `variant_weights` gives.
+        networks: the weights of `text_encoder`, `transformer` and `vae` in memory.
         width: pixels.
         height: pixels.
         dtype: of the activations.
         limit: bytes that there are.
+        length: text tokens; None: the variant's.
+        references: tokens of each reference image.
     """
-    size = variant.vae.token_size
-    length = variant.max_sequence_length
-    tokens = length + (width // size) * (height // size)
+    size, length = variant.vae.token_size, length or variant.max_sequence_length
+    tokens = length + (width // size) * (height // size) + sum(references)
     # Text states of one or, for classifier-free guidance, two prompts, before and after their projection.
     states = (1 + variant.uses_cfg) * length * (variant.text.output_size + variant.transformer.hidden_size) * dtype.size
     activations = {
@@ -70,7 +90,22 @@ def plan(variant: Variant, weights: dict[str, int], width: int, height: int, dty
         "transformer": states + activation_bytes(variant.transformer, tokens, dtype.size),
         "vae": vae_activation_bytes(variant.vae, height, width, dtype)[1],
     }
-    return Plan(tuple(PhasePlan(name, weights[name], peak) for name, peak in activations.items()), limit)
+    return Plan(tuple(_phase(name, networks[name], peak, limit) for name, peak in activations.items()), limit)
+
+
+def _phase(name: str, network: Footprint, activations: int, limit: int) -> PhasePlan:
+    resident = network.resident(limit - activations)
+    return PhasePlan(name, network.held(resident), activations, resident, sum(network.blocks[resident:]))
+
+
+def check_plan(planned: Plan) -> None:
+    """Raise InputError if the plan exceeds its limit with everything streamed that can be."""
+    worst = max(planned.phases, key=lambda phase: phase.peak_memory)
+    if worst.peak_memory > planned.limit:
+        raise InputError(
+            f"the {worst.name.replace('_', ' ')} needs {worst.peak_memory / 2**30:.2f} GiB, the limit is "
+            f"{planned.limit / 2**30:.2f} GiB; make the image smaller, choose -q qint4 or raise the limit"
+        )
 
 
 def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
@@ -99,6 +134,14 @@ def max_tokens(config: TransformerConfig, weights: int, itemsize: int, memory: i
         fits = weights + activation_bytes(config, middle, itemsize) <= memory
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of a size such as `12GB`, `7.5GiB` or `800MB`; InputError if it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {text!r}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def device_memory() -> int:

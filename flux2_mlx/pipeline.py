@@ -16,7 +16,8 @@ from .embedding_cache import FOLDER, CachedEncoder, EmbeddingCache
 from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
 from .layers import activation_dtype
-from .memory import check_references, device_memory
+from .memory import Plan, device_memory, parse_memory
+from .networks import Networks
 from .noise import initial_noise
 from .phases import (
     EncodedEdit,
@@ -49,6 +50,7 @@ class Flux2Pipeline:
         text_quant: str,
         dtype: mx.Dtype,
         prompt_cache: EmbeddingCache | None = None,
+        memory_limit: int | None = None,
     ):
         self.checkpoint = checkpoint
         self.variant = checkpoint.variant
@@ -56,6 +58,8 @@ class Flux2Pipeline:
         self.text_quant = text_quant
         self.dtype = dtype
         self.prompt_cache = prompt_cache
+        limit = device_memory() if memory_limit is None else memory_limit
+        self.networks = Networks(checkpoint, quant, text_quant, dtype, limit)
         self.tokenizer = checkpoint.tokenizer
 
     @classmethod
@@ -69,6 +73,7 @@ class Flux2Pipeline:
         dtype: str | None = None,
         models_dir: str | os.PathLike | None = None,
         prompt_cache: bool = True,
+        memory_limit: int | str | None = None,
     ) -> "Flux2Pipeline":
         """Open a model; fetch and convert it first if that has not been done yet.
 
@@ -82,11 +87,14 @@ class Flux2Pipeline:
             models_dir: where converted models are kept; None: `$FLUX2_MLX_HOME` or `~/.cache/flux2-mlx`.
             prompt_cache: keep encoded prompts in the folder `prompts` there, so that a prompt seen before needs no
                 text encoder.
+            memory_limit: bytes, or a size such as `"12GB"`, that a run stays within, if need be by reading blocks of
+                the networks from disk at every step; None: what the machine has.
 
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
         activation_dtype(dtype)
+        limit = None if memory_limit is None else parse_memory(memory_limit)
         for setting in filter(None, (quant, text_quant)):
             check_quant(setting)
         folder = find_checkpoint(
@@ -103,6 +111,7 @@ class Flux2Pipeline:
             loadable_quant("text encoder", checkpoint.text_quant, text_quant),
             activation_dtype(dtype),
             EmbeddingCache(models_folder(models_dir) / FOLDER) if prompt_cache else None,
+            limit,
         )
 
     def __call__(
@@ -232,18 +241,18 @@ class Flux2Pipeline:
         image; after a step it may return tokens to go on from, and it may raise to cancel."""
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
-        self._check_memory(request, edit)
+        planned = self.networks.checked_plan(request, edit)
         noise, encoded = self._noise(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
         with measured("text_encoder", output.timings):
-            embeds, negative = self._text_states(request, prompt_embeds, on_progress)
+            embeds, negative = self._text_states(request, prompt_embeds, planned, on_progress)
         if edit.references:
             self._warn(request, edit)
             with measured("vae_encoder", output.timings):
                 on_progress(Progress("vae_encoder", 0, len(edit.references)))
-                encoded = encode_images(self._load("vae"), edit, self.dtype, on_progress)
+                encoded = encode_images(self.networks.load("vae"), edit, self.dtype, on_progress)
         with measured("transformer", output.timings):
-            tokens = self._denoise(request, noise, embeds, negative, encoded, on_progress)
+            tokens = self._denoise(request, noise, embeds, negative, encoded, planned, on_progress)
         with measured("vae", output.timings):
             output.images = self._decode(request, tokens, output_type, on_progress)
         if edit.canvas is not None and output_type == "pil":
@@ -253,8 +262,8 @@ class Flux2Pipeline:
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        length = self.request(prompts, max_sequence_length=max_sequence_length).max_sequence_length
-        states = self._encode(prompts, length, lambda progress: None)
+        request = self.request(prompts, max_sequence_length=max_sequence_length)
+        states = self._encode(prompts, request.max_sequence_length, self.networks.plan(request), lambda progress: None)
         return mx.stack([states[p] for p in prompts])
 
     def writer(self) -> Writer:
@@ -290,10 +299,6 @@ class Flux2Pipeline:
         """Pixels per image token along one side."""
         return self.checkpoint.components["vae"].config.token_size
 
-    def _load(self, name: str) -> Any:
-        quants = {"transformer": self.quant, "text_encoder": self.text_quant, "vae": "bf16"}
-        return self.checkpoint.components[name].load(self.dtype, quants[name])
-
     def _grid(self, request: Request) -> tuple[int, int]:
         """Height and width of the image in tokens."""
         return request.height // self.token_size, request.width // self.token_size
@@ -302,7 +307,7 @@ class Flux2Pipeline:
         if edit.canvas is not None and edit.canvas.keeps_nothing:
             _log.warning("the mask is white all over, so nothing of the image is kept")
         height, width = self._grid(request)
-        count, limit = height * width + edit.token_count(self.token_size), self.variant.max_image_tokens
+        count, limit = height * width + sum(edit.token_counts(self.token_size)), self.variant.max_image_tokens
         if count > limit:
             _log.warning(
                 "the image and its references are %d tokens, %s is recommended for %d; use fewer or smaller images",
@@ -310,18 +315,6 @@ class Flux2Pipeline:
                 self.variant.name,
                 limit,
             )
-
-    def _check_memory(self, request: Request, edit: Edit) -> None:
-        if not edit.references:
-            return
-        transformer = self.checkpoint.components["transformer"]
-        weights = transformer.quantized(self.quant).nbytes_as(self.dtype)
-        height, width = self._grid(request)
-        tokens = request.max_sequence_length + height * width
-        references = [image.width * image.height // self.token_size**2 for image in edit.references]
-        check_references(
-            transformer.config, weights, self.dtype.size, device_memory(), tokens, references, self.token_size
-        )
 
     def _noise(self, request: Request, latents: Any) -> list[mx.array]:
         """Noise tokens `[L, C]` of each image, float32."""
@@ -336,24 +329,26 @@ class Flux2Pipeline:
         return list(mx.array(noise.reshape(*shape[:2], -1).transpose(0, 2, 1)))
 
     def _text_states(
-        self, request: Request, prompt_embeds: mx.array | None, on_progress: OnProgress
+        self, request: Request, prompt_embeds: mx.array | None, planned: Plan, on_progress: OnProgress
     ) -> tuple[list[mx.array], mx.array | None]:
         """States `[L, C]` of each prompt, and those of the empty prompt if CFG needs them."""
         prompts = [] if prompt_embeds is not None else list(request.prompts)
         negatives = [""] if self.variant.uses_cfg and request.guidance > 1 else []
         states = {}
         if prompts or negatives:
-            states = self._encode(prompts + negatives, request.max_sequence_length, on_progress)
+            states = self._encode(prompts + negatives, request.max_sequence_length, planned, on_progress)
         if prompt_embeds is None:
             embeds = [states[prompt] for prompt in prompts]
         else:
             embeds = list(prompt_embeds.astype(self.dtype))
         return embeds, states[""] if negatives else None
 
-    def _encode(self, prompts: Sequence[str], length: int, on_progress: OnProgress) -> dict[str, mx.array]:
+    def _encode(
+        self, prompts: Sequence[str], length: int, planned: Plan, on_progress: OnProgress
+    ) -> dict[str, mx.array]:
         distinct = list(dict.fromkeys(prompts))
         on_progress(Progress("text_encoder", 0, len(distinct)))
-        load = partial(self._load, "text_encoder")
+        load = partial(self.networks.load, "text_encoder", planned)
         encoder = CachedEncoder(self.checkpoint, self.text_quant, self.dtype, self.prompt_cache, load)
         states = {}
         for done, prompt in enumerate(distinct, 1):
@@ -371,12 +366,13 @@ class Flux2Pipeline:
         embeds: list[mx.array],
         negative: mx.array | None,
         encoded: EncodedEdit | None,
+        planned: Plan,
         on_progress: OnProgress,
     ) -> list[mx.array]:
         references = 0 if encoded is None else len(encoded.ids)
         batches = passes(len(noise), len(noise[0]) + references)
         on_progress(Progress("transformer", 0, request.steps * len(batches)))
-        transformer, kv_cache = self._load("transformer"), self.variant.kv_cache
+        transformer, kv_cache = self.networks.load("transformer", planned), self.variant.kv_cache
         conditioning = condition(
             transformer, request, self._grid(request), embeds, negative, encoded, self.dtype, kv_cache=kv_cache
         )
@@ -384,7 +380,7 @@ class Flux2Pipeline:
 
     def _decode(self, request: Request, tokens: list[mx.array], output_type: str, on_progress: OnProgress) -> Any:
         on_progress(Progress("vae", 0, len(tokens)))
-        vae, latent = self._load("vae"), output_type == "latent"
+        vae, latent = self.networks.load("vae"), output_type == "latent"
         images = decode_images(vae, tokens, self._grid(request), self.dtype, latent, on_progress)
         if latent:
             return images.transpose(0, 3, 1, 2)

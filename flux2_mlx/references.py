@@ -271,6 +271,6 @@ class Edit:
         """Width and height that the output takes unless asked otherwise."""
         return self.references[0].size if self.references else (None, None)
 
-    def token_count(self, multiple: int) -> int:
-        """How many tokens the references are."""
-        return sum(image.width * image.height // multiple**2 for image in self.references)
+    def token_counts(self, multiple: int) -> list[int]:
+        """How many tokens each reference is."""
+        return [image.width * image.height // multiple**2 for image in self.references]

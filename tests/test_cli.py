@@ -161,7 +161,7 @@ def test_info_plans_the_memory_of_a_run():
     assert [phase["name"] for phase in values["phases"]] == ["text_encoder", "transformer", "vae"]
     for phase in values["phases"]:
         assert phase["peak_memory"] == phase["weights"] + phase["activations"]
-        assert phase["streamed"] is False
+        assert phase["streamed"] == 0
     assert values["peak_memory"] == max(phase["peak_memory"] for phase in values["phases"])
     assert values["fits"] == (values["peak_memory"] <= values["limit"])
     assert 4.1e9 < values["phases"][1]["weights"] < 4.5e9
@@ -172,3 +172,15 @@ def test_info_plans_the_memory_of_a_run():
 
 def test_info_refuses_an_odd_size():
     assert refusal("info", "klein-4b", "-W", "100") == "width 100 must be a positive multiple of 16"
+
+
+def test_info_says_what_a_limit_means():
+    values = json.loads(done("info", "klein-4b", "--memory-limit", "6GiB", "--json").stdout)
+    text_encoder, transformer, vae = values["phases"]
+    assert (text_encoder["streamed"], vae["streamed"]) == (0, 0)
+    assert transformer["streamed"] > 0
+    assert (values["limit"], values["fits"]) == (6 * 2**30, True)
+    assert transformer["peak_memory"] <= 6 * 2**30
+    text = done("info", "klein-4b", "--memory-limit", "2GiB").stdout
+    assert text.endswith("does not fit into the limit of 2.00 GiB\n")
+    assert refusal("info", "klein-4b", "--memory-limit", "few").startswith("memory must be a size such as 12GB")

@@ -7,7 +7,15 @@ import pytest
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.config import VARIANTS, TransformerConfig
 from flux2_mlx.errors import InputError
-from flux2_mlx.memory import PhasePlan, Plan, activation_bytes, check_references, device_memory, max_tokens, plan
+from flux2_mlx.memory import (
+    PhasePlan,
+    Plan,
+    activation_bytes,
+    check_references,
+    device_memory,
+    max_tokens,
+    parse_memory,
+)
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
 DEV = VARIANTS["dev"].transformer
@@ -67,8 +75,7 @@ def test_device_memory_is_that_of_a_computer():
 def test_a_plan_is_near_what_a_run_takes_and_never_below(size):
     width, height = size
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
-    weights = {name: part.nbytes_as(mx.float32) for name, part in pipe.checkpoint.components.items()}
-    planned = plan(pipe.variant, weights, width, height, mx.float32, 2**30)
+    planned = pipe.networks.plan(pipe.request(["a red ring"], width=width, height=height))
     pipe("a red ring", width=width, height=height, num_inference_steps=1)  # what is made once and stays
     base = mx.get_active_memory()
     run = pipe("a red ring", width=width, height=height, num_inference_steps=1, seed=0)
@@ -82,3 +89,17 @@ def test_a_plan_is_near_what_a_run_takes_and_never_below(size):
 def test_what_fits():
     phases = (PhasePlan("text_encoder", 3, 1), PhasePlan("transformer", 4, 2))
     assert (Plan(phases, 6).peak_memory, Plan(phases, 6).fits, Plan(phases, 5).fits) == (6, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("12GB", 12 * 10**9), ("7.5GiB", 7.5 * 2**30), ("800 mb", 8e8), ("3g", 3e9), ("4096", 4096), (5000, 5000)],
+)
+def test_sizes_of_memory(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3XB", "GB", "1e9"])
+def test_what_is_no_size_of_memory(text):
+    with pytest.raises(InputError, match="memory must be a size such as 12GB"):
+        parse_memory(text)

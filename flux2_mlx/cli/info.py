@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..config import QUANTIZATIONS, VARIANTS, Variant, get_variant
-from .options import json_option, models_dir_option, weight_options
+from .options import json_option, memory_option, models_dir_option, weight_options
 
 
 @click.command()
@@ -18,6 +18,7 @@ from .options import json_option, models_dir_option, weight_options
     "-W", "--width", type=click.IntRange(16), help="Pixels of the image to plan for.  [default: 1024; demo 128]"
 )
 @click.option("-H", "--height", type=click.IntRange(16), help="The same.  [default: 1024; demo 128]")
+@memory_option
 @models_dir_option
 @json_option
 def info(
@@ -26,6 +27,7 @@ def info(
     text_quant: str | None,
     width: int | None,
     height: int | None,
+    memory_limit: str | None,
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -41,7 +43,7 @@ def info(
     """
     rows = [_row(variant, models_dir) for variant in ([get_variant(model)] if model else VARIANTS.values())]
     if model:
-        rows[0] |= _plan(get_variant(model), quant or "bf16", text_quant, width, height)
+        rows[0] |= _plan(get_variant(model), quant or "bf16", text_quant, width, height, memory_limit)
     if as_json:
         click.echo(json.dumps(rows[0] if model else rows))
     elif model:
@@ -69,24 +71,31 @@ def _row(variant: Variant, models_dir: Path | None) -> dict[str, Any]:
 
 
 def _plan(
-    variant: Variant, quant: str, text_quant: str | None, width: int | None, height: int | None
+    variant: Variant,
+    quant: str,
+    text_quant: str | None,
+    width: int | None,
+    height: int | None,
+    memory_limit: str | None,
 ) -> dict[str, Any]:
     from ..checkpoint import variant_components
     from ..layers import activation_dtype
-    from ..memory import device_memory, plan
+    from ..memory import device_memory, parse_memory, plan
     from ..quantization import DEFAULT_TEXT_QUANT
     from ..sampling import Request
+    from ..streaming import footprint
 
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
     text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(None)
-    weights = {name: part.nbytes_as(dtype) for name, part in variant_components(variant, quant, text_quant).items()}
-    planned = plan(variant, weights, request.width, request.height, dtype, device_memory())
+    limit = device_memory() if memory_limit is None else parse_memory(memory_limit)
+    networks = {name: footprint(part, dtype) for name, part in variant_components(variant, quant, text_quant).items()}
+    planned = plan(variant, networks, request.width, request.height, dtype, limit)
     return {
         "quant": quant,
         "text_quant": text_quant,
         "width": request.width,
         "height": request.height,
-        "phases": [asdict(phase) | {"peak_memory": phase.peak_memory, "streamed": False} for phase in planned.phases],
+        "phases": [asdict(phase) | {"peak_memory": phase.peak_memory} for phase in planned.phases],
         "peak_memory": planned.peak_memory,
         "limit": planned.limit,
         "fits": planned.fits,
@@ -97,12 +106,13 @@ def _print_plan(row: dict[str, Any]) -> None:
     click.echo(
         f"memory for {row['width']}×{row['height']} with {row['quant']}, text encoder {row['text_quant']}, in GiB:"
     )
-    click.echo(f"{'phase':14}{'weights':>9}{'activations':>13}{'peak':>9}")
+    click.echo(f"{'phase':14}{'weights':>9}{'activations':>13}{'peak':>9}{'streamed a pass':>17}")
     for phase in row["phases"]:
-        weights, activations, peak = (phase[name] / 2**30 for name in ("weights", "activations", "peak_memory"))
-        click.echo(f"{phase['name']:14}{weights:9.2f}{activations:13.2f}{peak:9.2f}")
+        columns = ("weights", "activations", "peak_memory", "streamed")
+        weights, activations, peak, streamed = (phase[name] / 2**30 for name in columns)
+        click.echo(f"{phase['name']:14}{weights:9.2f}{activations:13.2f}{peak:9.2f}{streamed:17.2f}")
     verdict = "fits into" if row["fits"] else "does not fit into"
-    click.echo(f"{row['peak_memory'] / 2**30:.2f} GiB {verdict} the {row['limit'] / 2**30:.2f} GiB of this machine")
+    click.echo(f"{row['peak_memory'] / 2**30:.2f} GiB {verdict} the limit of {row['limit'] / 2**30:.2f} GiB")
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:

@@ -113,6 +113,7 @@ class Job:
     checkpoint: int | None
     models_dir: Path | None
     no_cache: bool
+    memory_limit: str | None
     upsample_prompt: bool
     interpret: tuple[Path, ...]
     vision_model: str

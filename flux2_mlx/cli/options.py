@@ -34,6 +34,11 @@ models_dir_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Where converted models are kept.  [default: $FLUX2_MLX_HOME or ~/.cache/flux2-mlx]",
 )
+memory_option = click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Such as 12GB: stay within it, if need be by reading weights at every step.  [default: all there is]",
+)
 no_cache_option = click.option("--no-cache", is_flag=True, help="Neither use nor keep encoded prompts on disk.")
 variant_option = click.option("--variant", metavar="NAME", help="Which model a folder or repo holds, if it can't tell.")
 quiet_option = click.option(
@@ -98,6 +103,7 @@ _PAINTING = (
     ),
     click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Also save an image every N steps."),
     models_dir_option,
+    memory_option,
     no_cache_option,
     click.option("--profile", is_flag=True, help="Print time and peak memory of each phase."),
     json_option,

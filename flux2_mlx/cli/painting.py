@@ -93,6 +93,7 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
         text_quant=job.text_quant,
         models_dir=job.models_dir,
         prompt_cache=not job.no_cache,
+        memory_limit=job.memory_limit,
     )
     variant = pipe.variant
     if not variant.commercial_use:
@@ -104,7 +105,7 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
 
 def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:
     size = pipe.token_size
-    image, references = request.width * request.height // size**2, edit.token_count(size)
+    image, references = request.width * request.height // size**2, sum(edit.token_counts(size))
     notice(f"{image} tokens of the image and {references} of {len(edit.references)} references", job.quiet)
 
 

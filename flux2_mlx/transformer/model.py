@@ -3,6 +3,8 @@
 Source: `Flux2` of the FLUX.2 reference code.
 """
 
+from itertools import chain
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -91,7 +93,7 @@ class Flux2Transformer(nn.Module):
         mods = [img_mod] * len(self.double_blocks) + [single_mod] * len(self.single_blocks)
         past = []
         x = self.img_in(img)
-        for block, mod in zip((*self.double_blocks, *self.single_blocks), mods, strict=True):
+        for block, mod in zip(chain(self.double_blocks, self.single_blocks), mods, strict=True):
             x, seen = block.read(x, mod, rope)
             # Copied, for a view would keep the whole projection that it is cut from alive.
             past.append(tuple(mx.contiguous(part) for part in seen))

@@ -1,0 +1,151 @@
+"""Networks whose blocks are read from disk each time they are needed, for models larger than the memory."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .checkpoint import Component, module_tensors, read_header, tensor_bytes
+
+# The lists of blocks of each network that can be streamed, in the order that they are run in.
+_LISTS = {"transformer": ("double_blocks", "single_blocks"), "text_encoder": ("layers",)}
+Weights = list[tuple[str, mx.array]]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a network's weights in memory: of each block in order, and of the rest, which always stays. `reading` is
+    what a streamed block takes besides while it is cast from how it is stored."""
+
+    rest: int
+    blocks: tuple[int, ...] = ()
+    reading: int = 0
+
+    @property
+    def all(self) -> int:
+        return self.rest + sum(self.blocks)
+
+    @property
+    def least(self) -> int:
+        """With every block streamed: two at a time, one at work and the next one being read."""
+        return self.held(0)
+
+    def held(self, resident: int) -> int:
+        """Bytes in memory if so many blocks stay and the others are streamed."""
+        streamed = self.blocks[resident:]
+        if not streamed:
+            return self.all
+        return self.rest + sum(self.blocks[:resident]) + min(2 * max(streamed), sum(streamed)) + self.reading
+
+    def resident(self, budget: int) -> int:
+        """How many blocks can stay within `budget` bytes; 0 also if not even the least fits."""
+        fitting = [count for count in range(len(self.blocks) + 1) if self.held(count) <= budget]
+        return max(fitting, default=0)
+
+
+def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
+    """What `component` takes in memory, its weights that are not packed in `dtype`."""
+    sizes, cast = Counter(), Counter()
+    for name, tensor in module_tensors(component.build()).items():
+        block = _block_of(component.name, name) or ""
+        sizes[block] += tensor_bytes(tensor, dtype)
+        cast[block] += tensor.nbytes if tensor.dtype != "U32" and dtype != mx.bfloat16 else 0
+    rest, _ = sizes.pop("", 0), cast.pop("", 0)
+    blocks = tuple(sizes[block] for block in _blocks(component, sizes))
+    return Footprint(rest, blocks, max(cast.values(), default=0))
+
+
+def _block_of(component: str, name: str) -> str | None:
+    """The block that a weight belongs to, such as `double_blocks.3`."""
+    head, number, *_ = [*name.split("."), ""]
+    return f"{head}.{number}" if head in _LISTS.get(component, ()) else None
+
+
+def _blocks(component: Component, found: dict[str, int]) -> list[str]:
+    order = _LISTS.get(component.name, ())
+    return sorted(found, key=lambda block: (order.index(block.split(".")[0]), int(block.split(".")[1])))
+
+
+class Blocks:
+    """A list of blocks of which the first are in memory; the others are read while one iterates over them.
+
+    One block at a time is at work and the next one is being read, so each must be evaluated before the next is asked
+    for.
+    """
+
+    def __init__(self, resident: list[nn.Module], template: nn.Module, count: int, read: Callable[[int], Weights]):
+        self._resident, self._template, self._count, self._read = resident, template, count, read
+        # Never evaluated, so without memory: what the template holds between two uses.
+        self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in tree_flatten(template.parameters())]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from self._resident
+        weights = self._ahead(len(self._resident))
+        try:
+            for number in range(len(self._resident), self._count):
+                self._template.load_weights(weights)
+                mx.eval(self._template.parameters())  # or two blocks would be on their way at once
+                weights = self._ahead(number + 1)
+                yield self._template
+        finally:
+            self._template.load_weights(self._nothing)
+
+    def _ahead(self, number: int) -> Weights:
+        """The weights of a block, on their way into memory."""
+        if number >= self._count:
+            return []
+        weights = self._read(number)
+        # One at a time, so that a tensor and its cast never wait beside all others.
+        for _, array in weights:
+            mx.async_eval(array)
+        return weights
+
+
+def load_streamed(component: Component, dtype: mx.Dtype, resident: int) -> nn.Module:
+    """The network with its first `resident` blocks in memory and the others read at every use.
+
+    It computes bit for bit what the one in memory does. Its files must stay where they are.
+    """
+    places = {name: path for path in component.files for name in read_header(path)}
+    module = component.build()
+    for name in _LISTS[component.name]:
+        blocks = module.pop(name)
+        stay = min(resident, len(blocks))
+        resident -= stay
+        read = _reader(name, places, dtype)
+        for number in range(stay):
+            _fill(blocks[number], read(number))
+        template = blocks[stay] if stay < len(blocks) else nn.Module()
+        setattr(module, name, Blocks(blocks[:stay], template, len(blocks), read))
+    _fill(module, _pick({name for name, _ in tree_flatten(module.parameters())}, places, dtype))
+    return module
+
+
+def _fill(module: nn.Module, weights: Weights) -> None:
+    module.load_weights(weights)
+    # One at a time, so that a tensor and its cast never wait beside all others.
+    for _, array in tree_flatten(module.parameters()):
+        mx.eval(array)
+
+
+def _reader(name: str, places: dict[str, Path], dtype: mx.Dtype) -> Callable[[int], Weights]:
+    def read(number: int) -> Weights:
+        prefix = f"{name}.{number}."
+        weights = _pick({key for key in places if key.startswith(prefix)}, places, dtype)
+        return [(key.removeprefix(prefix), array) for key, array in weights]
+
+    return read
+
+
+def _pick(names: set[str], places: dict[str, Path], dtype: mx.Dtype) -> Weights:
+    """Tensors of the files, still unread."""
+    loaded = {path: mx.load(str(path)) for path in {places[name] for name in names}}
+    arrays = ((name, loaded[places[name]][name]) for name in sorted(names))
+    return [(name, x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in arrays]

@@ -1,0 +1,126 @@
+"""Streamed networks: the same bits as from memory, in less of it."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from cli_runner import PROMPT, SMALL, done, pixels, refusal
+
+from flux2_mlx import Flux2Pipeline, InputError, streaming
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.streaming import Footprint, footprint, load_streamed
+
+SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3, "max_sequence_length": 40}
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large") / "official"
+    return save_small(folder, transformer=LARGE_TRANSFORMER, text=SHALLOW_TEXT)
+
+
+@pytest.fixture(scope="module", params=["bf16", "qint8"])
+def folder(request, official):
+    target = official.with_name(request.param)
+    return convert(official, target, quant=request.param, text_quant=request.param, variant=SHALLOW_VARIANT)
+
+
+def open_pipe(folder, **options) -> Flux2Pipeline:
+    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False, **options)
+
+
+def test_the_footprint_is_what_loading_takes(folder):
+    for component in Checkpoint.open(folder).components.values():
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        network = component.load(mx.float32)
+        taken = mx.get_active_memory() - before
+        del network
+        size = footprint(component, mx.float32)
+        assert size.all <= taken <= 1.05 * size.all + 2**19
+    assert len(footprint(Checkpoint.open(folder).components["transformer"], mx.float32).blocks) == 6
+
+
+def test_what_stays():
+    network = Footprint(10, (4, 4, 2, 2))
+    assert (network.all, network.least) == (22, 18)
+    assert [network.held(count) for count in range(5)] == [18, 22, 22, 22, 22]
+    assert [Footprint(10, (4, 4, 2, 2), 3).held(count) for count in range(5)] == [21, 25, 25, 25, 22]
+    long = Footprint(10, (2,) * 8)
+    assert [long.resident(budget) for budget in (0, 13, 14, 16, 24, 25, 26, 100)] == [0, 0, 0, 1, 5, 5, 8, 8]
+
+
+@pytest.mark.parametrize("resident", [0, 1, 3, 5, 6])
+def test_streamed_blocks_compute_the_same_bits(folder, resident):
+    component = Checkpoint.open(folder).components["transformer"]
+    whole, streamed = component.load(mx.float32), load_streamed(component, mx.float32, resident)
+    config = component.config
+    tokens, text = mx.random.normal((1, 12, config.in_channels)), mx.random.normal((1, 5, config.hidden_size))
+    rope = mx.ones((17, config.attention_head_dim // 2), dtype=mx.complex64)
+    for sigma in (1.0, 0.5):
+        expected, ours = (network(tokens, text, mx.array([sigma]), rope) for network in (whole, streamed))
+        assert np.array_equal(np.array(ours), np.array(expected))
+    references = [np.array(part) for pair in whole.read(tokens, rope[:12]) for part in pair]
+    streamed_references = [np.array(part) for pair in streamed.read(tokens, rope[:12]) for part in pair]
+    assert all(np.array_equal(a, b) for a, b in zip(references, streamed_references, strict=True))
+
+
+def test_a_limit_changes_memory_and_not_the_image(folder):
+    free = open_pipe(folder)
+    expected = free("a fox", output_type="np", **SETTINGS)
+    request = free.request(["a fox"], width=64, height=48, steps=2, max_sequence_length=40)
+    whole = free.networks.plan(request)
+    assert all(phase.streamed == 0 for phase in whole.phases)
+    limit = whole.peak_memory * 3 // 4
+    pipe = open_pipe(folder, memory_limit=limit)
+    planned = pipe.networks.plan(request)
+    assert planned.phase("transformer").streamed > 0
+    base = mx.get_active_memory()
+    output = pipe("a fox", output_type="np", **SETTINGS)
+    assert np.array_equal(output.images, expected.images)
+    peaks = {phase.name: phase.peak_memory - base for phase in output.timings}
+    print(f"limit {limit}, planned {planned.peak_memory}, peaks {peaks}")
+    assert max(peaks.values()) <= limit
+    assert expected.peak_memory - base > limit
+
+
+def test_streaming_reads_one_block_ahead_and_keeps_none(folder):
+    component = Checkpoint.open(folder).components["transformer"]
+    network = load_streamed(component, mx.float32, 1)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    sizes = footprint(component, mx.float32).blocks
+    assert (len(network.double_blocks), len(network.single_blocks)) == (2, 4)
+    for part in (network.double_blocks, network.single_blocks):
+        for block in part:
+            mx.eval(block.parameters())
+            mx.synchronize()
+            assert mx.get_active_memory() - held <= 2.05 * max(sizes)
+        mx.clear_cache()
+        assert mx.get_active_memory() - held <= 2**16
+
+
+def test_a_run_beyond_the_limit_is_refused_before_anything_is_loaded(folder, monkeypatch):
+    pipe = open_pipe(folder, memory_limit="1MB")
+    monkeypatch.setattr(streaming.Component, "load", None)
+    with pytest.raises(InputError, match=r"needs 0\.\d\d GiB, the limit is 0\.00 GiB; make the image smaller"):
+        pipe("a fox", **SETTINGS)
+
+
+def test_what_is_quantized_at_loading_stays(official):
+    folder = convert(official, official.with_name("plain"), quant="bf16", text_quant="bf16", variant=SHALLOW_VARIANT)
+    pipe = open_pipe(folder, quant="qint8")
+    planned = pipe.networks.plan(pipe.request(["a fox"], width=64, height=48))
+    tight = open_pipe(folder, quant="qint8", memory_limit=planned.peak_memory - 1)
+    assert all(
+        phase.streamed == 0 for phase in tight.networks.plan(pipe.request(["a fox"], width=64, height=48)).phases
+    )
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ("t2i", PROMPT, *SMALL, "--seed", "3", "--no-cache")
+    done(*settings, "-o", "a.png")
+    done(*settings, "-o", "b.png", "--memory-limit", "14MB")
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert "the limit is 0.00 GiB" in refusal(*settings, "-o", "c.png", "--memory-limit", "1MB", "--quiet")
