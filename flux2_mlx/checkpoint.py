@@ -274,8 +274,7 @@ class Checkpoint:
     @property
     def model(self) -> Variant:
         """The variant with the geometries that are really here."""
-        parts = {"transformer": "transformer", "text": "text_encoder", "vae": "vae"}
-        return replace(self.variant, **{field: self.components[name].config for field, name in parts.items()})
+        return fitted(self.variant, {name: component.config for name, component in self.components.items()})
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
@@ -286,12 +285,16 @@ class Checkpoint:
         return self.folder / "tokenizer" / "tokenizer.json"
 
 
+def fitted(variant: Variant, configs: dict[str, Any]) -> Variant:
+    """`variant` with the geometries of `configs`; CheckpointError if networks of these can't work together."""
+    parts = {"transformer": "transformer", "text": "text_encoder", "vae": "vae", "vision": "vision"}
+    return replace(variant, **{field: configs[name] for field, name in parts.items() if name in configs})
+
+
 def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
     """Raise CheckpointError if networks of these geometries can't work together as `variant`."""
-    if not configs.keys() >= set(PAINTING):
-        return
-    parts = {"transformer": "transformer", "text": "text_encoder", "vae": "vae", "vision": "vision"}
-    replace(variant, **{field: configs[name] for field, name in parts.items() if name in configs})
+    if configs.keys() >= set(PAINTING):
+        fitted(variant, configs)
 
 
 def is_checkpoint(folder: Path) -> bool:

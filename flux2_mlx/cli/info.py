@@ -48,7 +48,6 @@ def info(
         click.echo(json.dumps(rows[0] if model else rows))
     elif model:
         _print_one(rows[0])
-        _print_plan(rows[0])
     else:
         _print_all(rows)
 
@@ -133,5 +132,6 @@ def _print_one(row: dict[str, Any]) -> None:
     for quant, parts in row["bytes"].items():
         numbers = "".join(f"{parts[name] / 1e9:16.3f}" for name in components)
         click.echo(f"{quant:8}{numbers}{sum(parts.values()) / 1e9:10.3f}")
+    _print_plan(row)
     for folder in row["folders"]:
         click.echo(folder)
