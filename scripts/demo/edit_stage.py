@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from edits import Edit, sample_training_family
-from flow_stage import Course, TextToVelocity, fit, flow_loss, load_tokenizer, tokenize
+from flow_stage import Course, TextToVelocity, fit, flow_loss, load_tokenizer, sample_sigmas, tokenize
 from instructions import sample_instruction
 from prompts import sample_prompt
 from scenes import Scene
@@ -18,9 +18,12 @@ from transformers import Qwen2Tokenizer
 from vae_stage import encode_patches, load_vae, to_tensor
 
 FAMILIES = 100
-EDITS, PROMPTS = 12, 6
-SCALE = 0.4
-DECAY = 0.995
+EDITS, PROMPTS = 16, 16
+SCALE = 0.5
+DECAY = 0.998
+PLAIN = 0.6
+# What an instruction changes is decided at high noise; further down the noisy picture itself shows it.
+EDIT_SHIFT, EDIT_UNIFORM = 20.0, 0.08
 
 
 def shard_families(seed: tuple[int, int]) -> list[list[Edit]]:
@@ -85,7 +88,7 @@ class EditExamples:
     def instructions(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same of instructions, the latents those of the outcome, and the references' latents (count, 64, 32)."""
         chosen = [self.edits[k] for k in self.rng.integers(len(self.edits), size=count)]
-        texts = tokenize(self.tokenizer, [sample_instruction(edit, self.rng) for edit, _, _ in chosen])
+        texts = tokenize(self.tokenizer, [sample_instruction(edit, self.rng, PLAIN) for edit, _, _ in chosen])
         before, after = [row for _, row, _ in chosen], [row for _, _, row in chosen]
         return self.latents[after], *texts, self.latents[before]
 
@@ -102,8 +105,8 @@ def train_edits(
     def losses(seed: int) -> Iterator[Tensor]:
         examples = EditExamples(work, tokenizer, seed)
         while True:
-            of_edits = flow_loss(predict, *examples.instructions(EDITS))
-            of_prompts = flow_loss(predict, *examples.prompts(PROMPTS))
+            of_edits = flow_loss(predict, sample_sigmas(EDITS, EDIT_SHIFT, EDIT_UNIFORM), *examples.instructions(EDITS))
+            of_prompts = flow_loss(predict, sample_sigmas(PROMPTS), *examples.prompts(PROMPTS))
             yield (EDITS * of_edits + PROMPTS * of_prompts) / (EDITS + PROMPTS)
 
     fit(model, Course(work / "edit.pt", progress, resume, SCALE, DECAY), losses, report)

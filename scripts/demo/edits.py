@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
-from scenes import COLOURS, OPPOSITE, RADII, SHAPES, Placed, Scene, draw_placed, held_out, place, sample_scene
+from scenes import COLOURS, OPPOSITE, RADII, SHAPES, Placed, Scene, draw_placed, held_out, place, relation, sample_scene
 
 KINDS = ("background", "colour", "shape", "swap", "remove", "add")
 BACKWARD = {"remove": "add", "add": "remove"}
@@ -31,7 +31,9 @@ class Picture:
         """What a prompt would say of the picture; None for what is left of a pair, which no prompt describes."""
         first, *others = self.shapes
         if others:
-            return Scene(self.background, first.shape, None, relation(first, others[0]), others[0].shape)
+            second = others[0]
+            told = relation(first.x - second.x, first.y - second.y)
+            return Scene(self.background, first.shape, None, told, second.shape)
         if max(abs(first.x - 0.5), abs(first.y - 0.5)) > MIDDLE:
             return None
         size = min(RADII, key=lambda size: abs(first.radius - RADII[size]))
@@ -62,18 +64,9 @@ class Edit:
         return self.before.held_out or self.after.held_out
 
 
-def relation(first: Placed, second: Placed) -> str:
-    """Where `first` is as seen from `second`."""
-    across, down = first.x - second.x, first.y - second.y
-    if abs(across) > abs(down):
-        return "left of" if across < 0 else "right of"
-    return "above" if down < 0 else "below"
-
-
 def relation_to_other(edit: Edit) -> str:
     """Where the shape that is added or removed is as seen from the one that stays."""
-    first, second = max(edit.before.shapes, edit.after.shapes, key=len)
-    told = relation(first, second)
+    told = max(edit.before, edit.after, key=lambda picture: len(picture.shapes)).scene.relation
     return told if edit.index == 0 else OPPOSITE[told]
 
 

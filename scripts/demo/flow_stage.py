@@ -154,19 +154,20 @@ class TextToVelocity(nn.Module):
         return velocity[:, : noisy.shape[1]]
 
 
-def sample_sigmas(count: int) -> Tensor:
-    """Noise levels in (0, 1): mostly spread as the pipeline's schedule spreads them, some evenly."""
+def sample_sigmas(count: int, shift: float = SHIFT, uniform: float = UNIFORM_SHARE) -> Tensor:
+    """Noise levels in (0, 1): spread as a schedule shifted by `shift` spreads them, a share `uniform` evenly."""
     # One draw per stratum keeps a batch's loss comparable to the next one's.
     even = (torch.randperm(count) + torch.rand(count)) / count
     even = even.clamp(1e-4, 1)
-    shifted = SHIFT / (SHIFT + 1 / even - 1)
-    return torch.where(torch.rand(count) < UNIFORM_SHARE, even, shifted)
+    shifted = shift / (shift + 1 / even - 1)
+    return torch.where(torch.rand(count) < uniform, even, shifted)
 
 
-def flow_loss(predict: Callable[..., Tensor], clean: Tensor, ids: Tensor, mask: Tensor, *reference: Tensor) -> Tensor:
-    """Squared error of the velocity that `predict` gives for clean latents (B, 64, 32) with noise added."""
-    sigmas, noise = sample_sigmas(len(clean)), torch.randn_like(clean)
-    level = sigmas[:, None, None]
+def flow_loss(
+    predict: Callable[..., Tensor], sigmas: Tensor, clean: Tensor, ids: Tensor, mask: Tensor, *reference: Tensor
+) -> Tensor:
+    """Squared error of the velocity that `predict` gives for clean latents (B, 64, 32) noised to `sigmas` (B,)."""
+    noise, level = torch.randn_like(clean), sigmas[:, None, None]
     velocity = predict((1 - level) * clean + level * noise, sigmas, ids, mask, *reference)
     return nn.functional.mse_loss(velocity, noise - clean)
 
@@ -276,6 +277,6 @@ def train_transformer(
     def losses(seed: int) -> Iterator[Tensor]:
         examples = Examples(work, tokenizer, seed)
         while True:
-            yield flow_loss(predict, *examples.batch(BATCH))
+            yield flow_loss(predict, sample_sigmas(BATCH), *examples.batch(BATCH))
 
     fit(model, Course(work / "flow.pt", progress, resume), losses, report)

@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import numpy as np
 from PIL import Image, ImageFilter
-from scenes import COLOURS, PALETTE, RADII, SHAPES, Placed, Scene, Shape, draw_placed
+from scenes import COLOURS, PALETTE, RADII, SHAPES, Placed, Scene, Shape, draw_placed, relation
 
 SIDE = 128
 GRID = 32
@@ -98,8 +98,8 @@ def compare(reading: Reading, scene: Scene) -> Verdict:
         right_shape, right_colour = shape.name == scene.first.name, shape.colour == scene.first.colour
         return Verdict(background, True, right_colour, right_shape, shape.size == scene.size, None)
     options = [_compare_pair(order, wanted, scene.relation) for order in (reading.shapes, reading.shapes[::-1])]
-    colours, shapes, relation = max(options, key=lambda option: (sum(option[0] + option[1]), option[2]))
-    return Verdict(background, True, all(colours), all(shapes), None, relation)
+    colours, shapes, place = max(options, key=lambda option: (sum(option[0] + option[1]), option[2]))
+    return Verdict(background, True, all(colours), all(shapes), None, place)
 
 
 def judge_placed(image: Image.Image, background: str, wanted: tuple[Placed, ...]) -> Verdict:
@@ -128,20 +128,16 @@ def matches(image: Image.Image, scene: Scene) -> bool:
 
 
 def _compare_pair(
-    found: tuple[Found, ...], wanted: tuple[Shape, ...], relation: str
+    found: tuple[Found, ...], wanted: tuple[Shape, ...], side: str
 ) -> tuple[list[bool], list[bool], bool]:
     colours = [shape.colour == other.colour for shape, other in zip(found, wanted, strict=True)]
     names = [shape.name == other.name for shape, other in zip(found, wanted, strict=True)]
-    return colours, names, _relation(found[0], found[1]) == relation
+    return colours, names, _relation(found[0], found[1]) == side
 
 
 def _relation(first: Found, second: Found) -> str | None:
     across, down = first.x - second.x, first.y - second.y
-    if max(abs(across), abs(down)) < LEAST_DISTANCE:
-        return None
-    if abs(across) > abs(down):
-        return "left of" if across < 0 else "right of"
-    return "above" if down < 0 else "below"
+    return None if max(abs(across), abs(down)) < LEAST_DISTANCE else relation(across, down)
 
 
 def _palette_labels(image: Image.Image) -> np.ndarray:
