@@ -1,11 +1,15 @@
-"""Measures how often the demonstration model shows what a prompt says, on prompts that training never saw."""
+"""Measures how often the demonstration model shows what a prompt says, on prompts that training never saw.
+
+With --edits it measures instructions: the scene asked for must appear, and what was not named must stay in its place.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,11 +20,17 @@ from scorer import Verdict, judge
 if TYPE_CHECKING:
     from flow_stage import TextToVelocity
 
-ATTRIBUTES = ("background", "count", "colours", "shapes", "size", "relation")
 SEED = 2024
 TILE = 128
 CAPTION = 44
-Generate = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
+
+
+class Generate(Protocol):
+    """Makes one picture for each prompt and seed; all of them edit `image` if it is given."""
+
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], image: Image.Image | None = None
+    ) -> list[Image.Image]: ...
 
 
 def held_out_prompts(count: int, seed: int = SEED, plain: float = 0.5) -> list[tuple[Scene, str]]:
@@ -33,7 +43,7 @@ def held_out_prompts(count: int, seed: int = SEED, plain: float = 0.5) -> list[t
 def rates(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """The share of right pictures, overall and for each attribute among the scenes that have it, in [0, 1]."""
     shares = {"all": float(np.mean([verdict.all_right for verdict in verdicts]))}
-    for attribute in ATTRIBUTES:
+    for attribute in vars(verdicts[0]):
         values = [value for verdict in verdicts if (value := getattr(verdict, attribute)) is not None]
         if values:
             shares[attribute] = float(np.mean(values))
@@ -62,7 +72,7 @@ def report_adherence(work: Path, model: TextToVelocity, count: int = 32) -> str:
 
     pipeline = assemble(work, model)
     examples = held_out_prompts(count, seed=SEED + 1)
-    _, verdicts = evaluate(lambda prompts, seeds: generate(pipeline, prompts, seeds), examples, batch=16)
+    _, verdicts = evaluate(partial(generate, pipeline), examples, batch=16)
     return describe(rates(verdicts))
 
 
@@ -95,8 +105,9 @@ def own_generator(source: str, quant: str | None, steps: int) -> Generate:
 
     pipeline = Flux2Pipeline.from_pretrained(source, quant=quant) if quant else Flux2Pipeline.from_pretrained(source)
 
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        return pipeline(prompts, seed=seeds[0], num_inference_steps=steps).images
+    def generate(prompts: Sequence[str], seeds: Sequence[int], image: Image.Image | None = None) -> list[Image.Image]:
+        reference = {} if image is None else {"image": [image]}
+        return pipeline(list(prompts), seed=seeds[0], num_inference_steps=steps, **reference).images
 
     return generate
 
@@ -108,7 +119,7 @@ def diffusers_generator(folder: Path, steps: int) -> Generate:
 
     pipeline = Flux2KleinPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    return lambda prompts, seeds: generate(pipeline, list(prompts), list(seeds), steps)
+    return partial(generate, pipeline, steps=steps)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,16 +128,53 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="what Flux2Pipeline.from_pretrained takes")
     parser.add_argument("--quant", help="quantisation to load the model with")
     parser.add_argument("--diffusers", type=Path, metavar="FOLDER", help="use the diffusers pipeline of FOLDER instead")
-    parser.add_argument("--count", type=int, default=200, help="how many held-out prompts")
+    parser.add_argument("--edits", action="store_true", help="measure edits of pictures instead of prompts")
+    parser.add_argument("--count", type=int, default=200, help="how many held-out prompts or edits")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the choice of prompts")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the choice of prompts or edits")
     parser.add_argument("--threads", type=int, default=1, help="of the diffusers pipeline")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures to a PNG, the wrong ones in red")
     return parser.parse_args()
 
 
-def main() -> None:
+def measure_prompts(generate: Generate, arguments: argparse.Namespace) -> None:
     """Prints the rates and the prompts that went wrong."""
+    examples = held_out_prompts(arguments.count, arguments.seed)
+    images, verdicts = evaluate(generate, examples, batch=16 if arguments.diffusers else len(examples))
+    prompts = [prompt for _, prompt in examples]
+    print_wrong(prompts, verdicts)
+    print(f"{len(examples)} held-out prompts, % right: {describe(rates(verdicts))}")
+    if arguments.grid:
+        grid(images, prompts, [verdict.all_right for verdict in verdicts]).save(arguments.grid)
+
+
+def measure_edits(generate: Generate, arguments: argparse.Namespace) -> None:
+    """Prints the rates and the instructions that went wrong."""
+    from edit_evaluation import describe_kinds, evaluate_edits, held_out_edits
+
+    examples = held_out_edits(arguments.count, arguments.seed)
+    images, verdicts = evaluate_edits(generate, examples)
+    instructions = [instruction for _, instruction in examples]
+    print_wrong(instructions, verdicts)
+    print(f"{len(examples)} held-out edits, % right: {describe_kinds(examples, verdicts)}")
+    if arguments.grid:
+        tiles = [
+            tile for image, (edit, _) in zip(images, examples, strict=True) for tile in (edit.before.draw(), image)
+        ]
+        captions = [caption for instruction in instructions for caption in (instruction, "")]
+        marks = [verdict.all_right for verdict in verdicts for _ in range(2)]
+        grid(tiles, captions, marks).save(arguments.grid)
+
+
+def print_wrong(sentences: Sequence[str], verdicts: Sequence[Verdict]) -> None:
+    """Prints the sentences whose pictures are not all right, and in what."""
+    for sentence, verdict in zip(sentences, verdicts, strict=True):
+        if not verdict.all_right:
+            print(f"wrong {', '.join(verdict.wrong)}: {sentence}")
+
+
+def main() -> None:
+    """Measures one model."""
     arguments = parse_arguments()
     if arguments.diffusers:
         import torch
@@ -135,16 +183,8 @@ def main() -> None:
         generate = diffusers_generator(arguments.diffusers, arguments.steps)
     else:
         generate = own_generator(arguments.model, arguments.quant, arguments.steps)
-    examples = held_out_prompts(arguments.count, arguments.seed)
-    images, verdicts = evaluate(generate, examples, batch=16 if arguments.diffusers else len(examples))
-    for (_, prompt), verdict in zip(examples, verdicts, strict=True):
-        if not verdict.all_right:
-            wrong = [name for name in ATTRIBUTES if getattr(verdict, name) is False]
-            print(f"wrong {', '.join(wrong)}: {prompt}")
-    print(f"{len(examples)} held-out prompts, % right: {describe(rates(verdicts))}")
-    if arguments.grid:
-        captions = [prompt for _, prompt in examples]
-        grid(images, captions, [verdict.all_right for verdict in verdicts]).save(arguments.grid)
+    measure = measure_edits if arguments.edits else measure_prompts
+    measure(generate, arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,18 +33,24 @@ def export(work: Path, output: Path) -> None:
     """Writes the averaged weights of `work` as a diffusers folder; untrained parts stay as they are initialised."""
     torch.manual_seed(0)
     model = TextToVelocity(load_tokenizer(work))
-    if (work / "flow.pt").exists():
-        load_average(work / "flow.pt", model)
+    trained = [work / name for name in ("flow.pt", "edit.pt") if (work / name).exists()]
+    if trained:
+        load_average(trained[-1], model)
     assemble(work, model).save_pretrained(output)
 
 
 @torch.no_grad()
 def generate(
-    pipeline: Flux2KleinPipeline, prompts: list[str], seeds: list[int], steps: int = STEPS
+    pipeline: Flux2KleinPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    image: Image.Image | None = None,
+    steps: int = STEPS,
 ) -> list[Image.Image]:
-    """One 128 x 128 picture for each prompt and seed, by the reference pipeline."""
+    """One 128 x 128 picture for each prompt and seed, by the reference pipeline; `image` is edited if given."""
     return pipeline(
-        prompt=prompts,
+        image=None if image is None else [image],
+        prompt=list(prompts),
         height=IMAGE_SIDE,
         width=IMAGE_SIDE,
         num_inference_steps=steps,

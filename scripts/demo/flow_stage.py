@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from geometry import (
     TEXT_LAYERS,
     TEXT_LENGTH,
-    TOKEN_CHANNELS,
     TOKENS_PER_SIDE,
     build_text_encoder,
     build_transformer,
@@ -20,7 +20,7 @@ from prompts import sample_prompt
 from scenes import Scene, draw, sample_training_scene
 from tokenizer import END, PAD, chat_text, train_tokenizer
 from torch import Tensor, nn
-from training import MovingAverage, Progress, load_checkpoint, one_cycle, save_checkpoint
+from training import MovingAverage, Muon, Progress, load_checkpoint, one_cycle, save_checkpoint
 from transformers import Qwen2Tokenizer
 from vae_stage import encode_patches, load_vae, to_tensor
 
@@ -31,6 +31,9 @@ MUON_RATE = 1.5e-2
 SHIFT = math.exp(1.92)
 UNIFORM_SHARE = 0.25
 SHARD = 2000
+# Where the pipelines put a first reference image on the time axis; the noisy tokens are at 0.
+REFERENCE_TIME = 10.0
+SAVE_EVERY, REPORT_EVERY = 100, 500
 
 
 @torch.no_grad()
@@ -63,16 +66,12 @@ class Examples:
     """Cached latents with their scenes; sentences are drawn anew at each batch."""
 
     def __init__(self, work: Path, tokenizer: Qwen2Tokenizer, seed: int) -> None:
-        self.work, self.tokenizer, self.rng = work, tokenizer, np.random.default_rng(seed)
+        self.tokenizer, self.rng = tokenizer, np.random.default_rng(seed)
         mean, variance = torch.load(work / "statistics.pt", weights_only=True)
         self.mean, self.deviation = mean, torch.sqrt(variance + 1e-4)
         self.shards: list[Tensor] = []
         self.scenes: list[list[Scene]] = []
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Takes in shards that were written since."""
-        for path in sorted(self.work.glob("latents-*.pt"))[len(self.shards) :]:
+        for path in sorted(work.glob("latents-*.pt")):
             shard = torch.load(path, weights_only=True)
             rng = np.random.default_rng(shard["seed"])
             self.scenes.append([sample_training_scene(rng) for _ in range(len(shard["patches"]))])
@@ -85,10 +84,8 @@ class Examples:
             shard = int(self.rng.integers(len(self.shards)))
             index = int(self.rng.integers(len(self.shards[shard])))
             latents.append(self.shards[shard][index])
-            texts.append(chat_text(sample_prompt(self.scenes[shard][index], self.rng)))
-        options = {"padding": "max_length", "truncation": True, "max_length": TEXT_LENGTH, "return_tensors": "pt"}
-        tokens = self.tokenizer(texts, **options)
-        return torch.stack(latents), tokens["input_ids"], tokens["attention_mask"]
+            texts.append(sample_prompt(self.scenes[shard][index], self.rng))
+        return torch.stack(latents), *tokenize(self.tokenizer, texts)
 
 
 class TextToVelocity(nn.Module):
@@ -102,9 +99,11 @@ class TextToVelocity(nn.Module):
         text = torch.zeros(TEXT_LENGTH, 4)
         text[:, 3] = torch.arange(TEXT_LENGTH)
         side = torch.arange(TOKENS_PER_SIDE)
-        image = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), side, side, torch.zeros(1, dtype=torch.long))
+        zero = torch.zeros(1, dtype=torch.long)
+        image = torch.cartesian_prod(zero, side, side, zero).float()
         self.register_buffer("text_ids", text, persistent=False)
-        self.register_buffer("image_ids", image.float(), persistent=False)
+        self.register_buffer("image_ids", image, persistent=False)
+        self.register_buffer("reference_ids", image + torch.tensor([REFERENCE_TIME, 0, 0, 0]), persistent=False)
         self._start_as_identity()
 
     def _start_as_identity(self) -> None:
@@ -133,31 +132,50 @@ class TextToVelocity(nn.Module):
             outputs.append(hidden)
         return torch.cat(outputs, dim=-1)
 
-    def forward(self, noisy: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Velocity (B, 64, 32) of noisy latents (B, 64, 32) at `sigmas` (B,) in [0, 1]."""
-        return self.transformer(
-            hidden_states=noisy,
+    def forward(
+        self, noisy: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor, reference: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (B, 64, 32) of noisy latents (B, 64, 32) at `sigmas` (B,) in [0, 1].
+
+        `reference` (B, 64, 32) holds the clean latents of pictures to edit.
+        """
+        tokens, positions = noisy, self.image_ids
+        if reference is not None:
+            tokens = torch.cat([noisy, reference], dim=1)
+            positions = torch.cat([self.image_ids, self.reference_ids])
+        velocity = self.transformer(
+            hidden_states=tokens,
             timestep=sigmas,
             encoder_hidden_states=self.encode(ids, mask),
             txt_ids=self.text_ids,
-            img_ids=self.image_ids,
+            img_ids=positions,
             return_dict=False,
         )[0]
+        return velocity[:, : noisy.shape[1]]
 
 
-def sample_sigmas(count: int) -> Tensor:
-    """Noise levels in (0, 1): mostly spread as the pipeline's schedule spreads them, some evenly."""
+def sample_sigmas(count: int, shift: float = SHIFT, uniform: float = UNIFORM_SHARE) -> Tensor:
+    """Noise levels in (0, 1): spread as a schedule shifted by `shift` spreads them, a share `uniform` evenly."""
     # One draw per stratum keeps a batch's loss comparable to the next one's.
     even = (torch.randperm(count) + torch.rand(count)) / count
     even = even.clamp(1e-4, 1)
-    shifted = SHIFT / (SHIFT + 1 / even - 1)
-    return torch.where(torch.rand(count) < UNIFORM_SHARE, even, shifted)
+    shifted = shift / (shift + 1 / even - 1)
+    return torch.where(torch.rand(count) < uniform, even, shifted)
+
+
+def flow_loss(
+    predict: Callable[..., Tensor], sigmas: Tensor, clean: Tensor, ids: Tensor, mask: Tensor, *reference: Tensor
+) -> Tensor:
+    """Squared error of the velocity that `predict` gives for clean latents (B, 64, 32) noised to `sigmas` (B,)."""
+    noise, level = torch.randn_like(clean), sigmas[:, None, None]
+    velocity = predict((1 - level) * clean + level * noise, sigmas, ids, mask, *reference)
+    return nn.functional.mse_loss(velocity, noise - clean)
 
 
 class Optimisers:
-    """Muon for the blocks' matrices and AdamW for everything else, stepped as one."""
+    """Muon for the blocks' matrices and AdamW for everything else, stepped as one, at `scale` times their rates."""
 
-    def __init__(self, model: TextToVelocity) -> None:
+    def __init__(self, model: TextToVelocity, scale: float = 1.0) -> None:
         blocks = [model.transformer.transformer_blocks, model.transformer.single_transformer_blocks]
         blocks.append(model.trained_text_layers())
         matrices = {id(value) for block in blocks for value in block.parameters() if value.ndim == 2}
@@ -166,8 +184,8 @@ class Optimisers:
         muon = [value for value in everything if id(value) in matrices]
         adam = [value for value in everything if id(value) not in matrices | frozen]
         self.parts = [
-            (torch.optim.Muon(muon, lr=MUON_RATE, weight_decay=0.01, momentum=0.95, ns_steps=4), MUON_RATE),
-            (torch.optim.AdamW(adam, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=1e-3), ADAM_RATE),
+            (Muon(muon), scale * MUON_RATE),
+            (torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=1e-3), scale * ADAM_RATE),
         ]
 
     def step(self, factor: float) -> None:
@@ -196,26 +214,39 @@ def load_tokenizer(work: Path) -> Qwen2Tokenizer:
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
-def train_transformer(
-    work: Path, steps: int, minutes: float, resume: bool, compiled: bool, report: Callable[[TextToVelocity], str]
+def tokenize(tokenizer: Qwen2Tokenizer, sentences: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, 48) of prompts or instructions in the chat template."""
+    options = {"padding": "max_length", "truncation": True, "max_length": TEXT_LENGTH, "return_tensors": "pt"}
+    tokens = tokenizer([chat_text(sentence) for sentence in sentences], **options)
+    return tokens["input_ids"], tokens["attention_mask"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a stage trains: its checkpoint, its bounds, and the factor of the full learning rates and the averaging."""
+
+    checkpoint: Path
+    progress: Progress
+    resume: bool
+    scale: float = 1.0
+    decay: float = 0.998
+
+
+def fit(
+    model: TextToVelocity,
+    course: Course,
+    losses: Callable[[int], Iterator[Tensor]],
+    report: Callable[[TextToVelocity], str],
 ) -> None:
-    """Trains text encoder and transformer into `work`/flow.pt; `report` looks at the averaged model now and then."""
-    torch.manual_seed(1)
-    tokenizer = load_tokenizer(work)
-    model = TextToVelocity(tokenizer)
-    average, optimisers = MovingAverage(model, 0.998), Optimisers(model)
-    progress, checkpoint = Progress(steps, minutes), work / "flow.pt"
-    if resume and checkpoint.exists():
+    """Trains `model` on the losses drawn from a seed; `report` looks at the averaged model now and then."""
+    average, optimisers = MovingAverage(model, course.decay), Optimisers(model, course.scale)
+    progress, checkpoint, name = course.progress, course.checkpoint, course.checkpoint.stem
+    if course.resume and checkpoint.exists():
         load_checkpoint(checkpoint, model, average, optimisers, progress)
     torch.manual_seed(1 + progress.done)
-    examples, recent = Examples(work, tokenizer, seed=progress.done), []
-    predict = torch.compile(model) if compiled else model
+    drawn, recent = losses(progress.done), []
     while (fraction := progress.fraction()) < 1:
-        clean, ids, mask = examples.batch(BATCH)
-        sigmas, noise = sample_sigmas(BATCH), torch.randn(BATCH, TOKENS_PER_SIDE**2, TOKEN_CHANNELS)
-        level = sigmas[:, None, None]
-        velocity = predict((1 - level) * clean + level * noise, sigmas, ids, mask)
-        loss = nn.functional.mse_loss(velocity, noise - clean)
+        loss = next(drawn)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimisers.step(one_cycle(fraction))
@@ -223,12 +254,29 @@ def train_transformer(
         progress.done += 1
         recent.append(loss.item())
         if progress.done % 50 == 0:
-            print(f"flow {progress.done} {progress.spent:.0f}s loss {np.mean(recent):.4f}", flush=True)
+            print(f"{name} {progress.done} {progress.spent:.0f}s loss {np.mean(recent):.4f}", flush=True)
             recent.clear()
-        if progress.done % 500 == 0:
+        if progress.done % SAVE_EVERY == 0:
             save_checkpoint(checkpoint, model, average, optimisers, progress)
-            examples.refresh()
+        if progress.done % REPORT_EVERY == 0:
             average.swap()
-            print(f"flow {progress.done} {report(model)}", flush=True)
+            print(f"{name} {progress.done} {report(model)}", flush=True)
             average.swap()
     save_checkpoint(checkpoint, model, average, optimisers, progress)
+
+
+def train_transformer(
+    work: Path, progress: Progress, resume: bool, compiled: bool, report: Callable[[TextToVelocity], str]
+) -> None:
+    """Trains text encoder and transformer into `work`/flow.pt."""
+    torch.manual_seed(1)
+    tokenizer = load_tokenizer(work)
+    model = TextToVelocity(tokenizer)
+    predict = torch.compile(model) if compiled else model
+
+    def losses(seed: int) -> Iterator[Tensor]:
+        examples = Examples(work, tokenizer, seed)
+        while True:
+            yield flow_loss(predict, sample_sigmas(BATCH), *examples.batch(BATCH))
+
+    fit(model, Course(work / "flow.pt", progress, resume), losses, report)

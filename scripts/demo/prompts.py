@@ -67,29 +67,30 @@ def sample_prompt(scene: Scene, rng: np.random.Generator, plain: float = 0.4) ->
     what = _noun(scene.first, scene.size if not scene.is_pair else "medium", article, rng)
     if scene.is_pair:
         verb = "is " if rng.random() < 0.1 and article else ""
-        what += f" {verb}{_word(RELATION_WORDS[scene.relation], rng)} {_noun(scene.second, 'medium', article, rng)}"
+        what += f" {verb}{pick_word(RELATION_WORDS[scene.relation], rng)} {_noun(scene.second, 'medium', article, rng)}"
     what = what.replace(" is and ", " and ")
-    form = _word(SINGLE_FORMS, rng, first=0.2) if " is " not in what else SINGLE_FORMS[int(rng.integers(3))]
+    form = pick_word(SINGLE_FORMS, rng, first=0.2) if " is " not in what else SINGLE_FORMS[int(rng.integers(3))]
     shapes = (scene.first, scene.second) if scene.is_pair else (scene.first,)
     if scene.background == default_background(*shapes) and rng.random() < 0.25:
         form = "{what}"
-    background = _word(COLOUR_WORDS[scene.background], rng, first=0.9)
+    background = pick_word(COLOUR_WORDS[scene.background], rng, first=0.9)
     prompt = form.format(what=what, background=background).replace("a orange background", "an orange background")
     if article == "a" and prompt.startswith("a") and rng.random() < 0.06:
         prompt = PREFIXES[int(rng.integers(len(PREFIXES)))] + prompt
     return _finish(prompt, rng)
 
 
-def _word(choices: tuple[str, ...], rng: np.random.Generator, first: float = 0.5) -> str:
+def pick_word(choices: tuple[str, ...], rng: np.random.Generator, first: float = 0.5) -> str:
+    """One of `choices`, the first with probability `first`."""
     if len(choices) == 1 or rng.random() < first:
         return choices[0]
     return choices[int(rng.integers(1, len(choices)))]
 
 
 def _noun(shape: Shape, size: str, article: str, rng: np.random.Generator) -> str:
-    size_word = _word(SIZE_WORDS[size], rng, first=0.9 if size == "medium" else 0.5)
-    colour = _word(COLOUR_WORDS[shape.colour], rng, first=0.9)
-    phrase = f"{size_word} {colour} {_word(SHAPE_WORDS[shape.name], rng, first=0.9)}".strip()
+    size_word = pick_word(SIZE_WORDS[size], rng, first=0.9 if size == "medium" else 0.5)
+    colour = pick_word(COLOUR_WORDS[shape.colour], rng, first=0.9)
+    phrase = f"{size_word} {colour} {pick_word(SHAPE_WORDS[shape.name], rng, first=0.9)}".strip()
     return with_article(phrase) if article == "a" else f"{article} {phrase}".strip()
 
 

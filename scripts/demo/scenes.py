@@ -134,6 +134,13 @@ def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
     return tuple(placed)
 
 
+def relation(across: float, down: float) -> str:
+    """Where a shape is as seen from another whose centre is so far to its left and above it."""
+    if abs(across) > abs(down):
+        return "left of" if across < 0 else "right of"
+    return "above" if down < 0 else "below"
+
+
 def draw(scene: Scene, rng: np.random.Generator, side: int = 128) -> Image.Image:
     """An anti-aliased RGB picture of `scene`, `side` x `side` pixels."""
     return draw_placed(scene.background, place(scene, rng), side)

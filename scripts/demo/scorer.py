@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image, ImageFilter
-from scenes import COLOURS, PALETTE, RADII, SHAPES, Placed, Scene, Shape, draw_placed
+from scenes import COLOURS, PALETTE, RADII, SHAPES, Placed, Scene, Shape, draw_placed, relation
 
 SIDE = 128
 GRID = 32
@@ -18,6 +18,9 @@ LEAST_LEAD = 0.04
 LEAST_PURITY = 0.75
 LEAST_AREA = 0.004
 LEAST_DISTANCE = 0.2
+# What may become of a shape that an edit leaves alone: a shift as a fraction of the side, a ratio of radii.
+MOST_SHIFT = 0.05
+MOST_GROWTH = 1.2
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,17 @@ class Verdict:
     shapes: bool
     size: bool | None
     relation: bool | None
+    places: bool | None = None
+
+    @property
+    def wrong(self) -> list[str]:
+        """The names of the attributes that are wrong."""
+        return [name for name, value in vars(self).items() if value is False]
 
     @property
     def all_right(self) -> bool:
         """Whether no attribute is wrong."""
-        return all(value is not False for value in vars(self).values())
+        return not self.wrong
 
 
 def read_scene(image: Image.Image) -> Reading:
@@ -89,8 +98,28 @@ def compare(reading: Reading, scene: Scene) -> Verdict:
         right_shape, right_colour = shape.name == scene.first.name, shape.colour == scene.first.colour
         return Verdict(background, True, right_colour, right_shape, shape.size == scene.size, None)
     options = [_compare_pair(order, wanted, scene.relation) for order in (reading.shapes, reading.shapes[::-1])]
-    colours, shapes, relation = max(options, key=lambda option: (sum(option[0] + option[1]), option[2]))
-    return Verdict(background, True, all(colours), all(shapes), None, relation)
+    colours, shapes, place = max(options, key=lambda option: (sum(option[0] + option[1]), option[2]))
+    return Verdict(background, True, all(colours), all(shapes), None, place)
+
+
+def judge_placed(image: Image.Image, background: str, wanted: tuple[Placed, ...]) -> Verdict:
+    """Compares what `image` shows with shapes at known places, as an edit should leave them."""
+    reading = read_scene(image)
+    right = reading.background == background
+    if len(reading.shapes) != len(wanted):
+        return Verdict(right, False, False, False, None, None, False)
+    pairs = [(min(reading.shapes, key=partial(_shift, placed)), placed) for placed in wanted]
+    colours = all(found.colour == placed.shape.colour for found, placed in pairs)
+    names = all(found.name == placed.shape.name for found, placed in pairs)
+    places = all(
+        _shift(placed, found) <= MOST_SHIFT and 1 / MOST_GROWTH <= found.radius / placed.radius <= MOST_GROWTH
+        for found, placed in pairs
+    )
+    return Verdict(right, True, colours, names, None, None, places)
+
+
+def _shift(placed: Placed, found: Found) -> float:
+    return float(np.hypot(found.x - placed.x, found.y - placed.y))
 
 
 def matches(image: Image.Image, scene: Scene) -> bool:
@@ -99,20 +128,16 @@ def matches(image: Image.Image, scene: Scene) -> bool:
 
 
 def _compare_pair(
-    found: tuple[Found, ...], wanted: tuple[Shape, ...], relation: str
+    found: tuple[Found, ...], wanted: tuple[Shape, ...], side: str
 ) -> tuple[list[bool], list[bool], bool]:
     colours = [shape.colour == other.colour for shape, other in zip(found, wanted, strict=True)]
     names = [shape.name == other.name for shape, other in zip(found, wanted, strict=True)]
-    return colours, names, _relation(found[0], found[1]) == relation
+    return colours, names, _relation(found[0], found[1]) == side
 
 
 def _relation(first: Found, second: Found) -> str | None:
     across, down = first.x - second.x, first.y - second.y
-    if max(abs(across), abs(down)) < LEAST_DISTANCE:
-        return None
-    if abs(across) > abs(down):
-        return "left of" if across < 0 else "right of"
-    return "above" if down < 0 else "below"
+    return None if max(abs(across), abs(down)) < LEAST_DISTANCE else relation(across, down)
 
 
 def _palette_labels(image: Image.Image) -> np.ndarray:

@@ -1,0 +1,112 @@
+"""Training on edits: the transformer sees the picture to change as reference tokens beside the noisy ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from edits import Edit, sample_training_family
+from flow_stage import Course, TextToVelocity, fit, flow_loss, load_tokenizer, sample_sigmas, tokenize
+from instructions import sample_instruction
+from prompts import sample_prompt
+from scenes import Scene
+from torch import Tensor
+from training import Progress, load_average
+from transformers import Qwen2Tokenizer
+from vae_stage import encode_patches, load_vae, to_tensor
+
+FAMILIES = 100
+EDITS, PROMPTS = 16, 16
+SCALE = 0.5
+DECAY = 0.998
+PLAIN = 0.6
+# What an instruction changes is decided at high noise; further down the noisy picture itself shows it.
+EDIT_SHIFT, EDIT_UNIFORM = 20.0, 0.08
+
+
+def shard_families(seed: tuple[int, int]) -> list[list[Edit]]:
+    """The edits of a shard's pictures: `FAMILIES` lists, each of one picture's edits."""
+    rng = np.random.default_rng(seed)
+    return [sample_training_family(rng) for _ in range(FAMILIES)]
+
+
+@torch.no_grad()
+def make_edit_latents(work: Path, count: int, seed: int = 11) -> None:
+    """Draws `count` pictures with what their edits make of them and caches the patches in shards (`work`/edits-*.pt).
+
+    A shard holds (N, 64, 32): of each family the picture itself, then the outcome of each edit. Training can draw the
+    same families again from the shard's seed.
+    """
+    vae = load_vae(work)
+    for index in range(count // FAMILIES):
+        path = work / f"edits-{index:03d}.pt"
+        if path.exists():
+            continue
+        families = shard_families((seed, index))
+        pictures = [picture for edits in families for picture in (edits[0].before, *(edit.after for edit in edits))]
+        parts = []
+        for start in range(0, len(pictures), 20):
+            drawn = np.stack([np.asarray(picture.draw()) for picture in pictures[start : start + 20]])
+            parts.append(encode_patches(vae, to_tensor(drawn)))
+        patches = torch.cat(parts).flatten(2).transpose(1, 2).contiguous()
+        partial = path.with_suffix(".partial")
+        torch.save({"patches": patches, "seed": (seed, index)}, partial)
+        partial.replace(path)
+        print(f"edits {path.name} {len(pictures)} pictures", flush=True)
+
+
+class EditExamples:
+    """Cached latents of pictures before and after edits; sentences are drawn anew at each batch."""
+
+    def __init__(self, work: Path, tokenizer: Qwen2Tokenizer, seed: int) -> None:
+        self.tokenizer, self.rng = tokenizer, np.random.default_rng(seed)
+        mean, variance = torch.load(work / "statistics.pt", weights_only=True)
+        shards = [torch.load(path, weights_only=True) for path in sorted(work.glob("edits-*.pt"))]
+        self.latents = (torch.cat([shard["patches"] for shard in shards]) - mean) / torch.sqrt(variance + 1e-4)
+        # Rows of the latents before and after each edit, and the pictures that a prompt describes with their rows.
+        self.edits: list[tuple[Edit, int, int]] = []
+        self.scenes: list[tuple[Scene, int]] = []
+        row = 0
+        for family in (family for shard in shards for family in shard_families(shard["seed"])):
+            self._add(family, row)
+            row += 1 + len(family)
+
+    def _add(self, family: list[Edit], row: int) -> None:
+        pictures = [family[0].before, *(edit.after for edit in family)]
+        self.scenes += [(scene, row + k) for k, picture in enumerate(pictures) if (scene := picture.scene)]
+        for k, edit in enumerate(family, start=row + 1):
+            self.edits += [(edit, row, k), (edit.backward(), k, row)]
+
+    def prompts(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (count, 64, 32), token ids and attention mask (count, 48) of prompts without a reference."""
+        chosen = [self.scenes[k] for k in self.rng.integers(len(self.scenes), size=count)]
+        sentences = [sample_prompt(scene, self.rng) for scene, _ in chosen]
+        return self.latents[[row for _, row in chosen]], *tokenize(self.tokenizer, sentences)
+
+    def instructions(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of instructions, the latents those of the outcome, and the references' latents (count, 64, 32)."""
+        chosen = [self.edits[k] for k in self.rng.integers(len(self.edits), size=count)]
+        texts = tokenize(self.tokenizer, [sample_instruction(edit, self.rng, PLAIN) for edit, _, _ in chosen])
+        before, after = [row for _, row, _ in chosen], [row for _, _, row in chosen]
+        return self.latents[after], *texts, self.latents[before]
+
+
+def train_edits(
+    work: Path, progress: Progress, resume: bool, compiled: bool, report: Callable[[TextToVelocity], str]
+) -> None:
+    """Goes on from `work`/flow.pt with edits and prompts, into `work`/edit.pt."""
+    tokenizer = load_tokenizer(work)
+    model = TextToVelocity(tokenizer)
+    load_average(work / "flow.pt", model)
+    predict = torch.compile(model) if compiled else model
+
+    def losses(seed: int) -> Iterator[Tensor]:
+        examples = EditExamples(work, tokenizer, seed)
+        while True:
+            of_edits = flow_loss(predict, sample_sigmas(EDITS, EDIT_SHIFT, EDIT_UNIFORM), *examples.instructions(EDITS))
+            of_prompts = flow_loss(predict, sample_sigmas(PROMPTS), *examples.prompts(PROMPTS))
+            yield (EDITS * of_edits + PROMPTS * of_prompts) / (EDITS + PROMPTS)
+
+    fit(model, Course(work / "edit.pt", progress, resume, SCALE, DECAY), losses, report)
