@@ -128,9 +128,25 @@ def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
     }
 
 
-def tensor_bytes(tensor: TensorInfo, dtype: mx.Dtype) -> int:
-    """Bytes of a tensor in memory, in `dtype` unless it is packed."""
-    return tensor.nbytes if tensor.dtype == "U32" else math.prod(tensor.shape) * dtype.size
+def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype:
+    """What a weight that is not packed is kept in while activations are in `dtype`.
+
+    Under float32 matrices stay in bfloat16, as they are stored, and are widened where they are used, which changes no
+    result. Rows that are looked up in a packed embedding would keep the dtype of its scales, so these are widened.
+    """
+    looked_up = name in ("embed_tokens.scales", "embed_tokens.biases")
+    return mx.bfloat16 if dtype == mx.float32 and len(shape) == 2 and not looked_up else dtype
+
+
+def in_memory(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A stored tensor as it is kept in memory, still unread."""
+    return array.astype(memory_dtype(name, array.shape, dtype)) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def tensor_bytes(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> int:
+    """Bytes of a stored tensor in memory while activations are in `dtype`."""
+    size = memory_dtype(name, tensor.shape, dtype).size
+    return tensor.nbytes if tensor.dtype == "U32" else math.prod(tensor.shape) * size
 
 
 @dataclass(frozen=True)
@@ -185,7 +201,7 @@ class Component:
         """The network with its weights in memory.
 
         Args:
-            dtype: of the activations, and so of all weights that are not packed.
+            dtype: of the activations (see `memory_dtype`).
             quant: quantize while loading; only for a component stored as `bf16`.
         """
         weights: dict[str, mx.array] = {}
@@ -195,9 +211,7 @@ class Component:
         module = target.build()
         if self.quantization is None and target.quantization is not None:
             weights = _quantize_weights(weights, module_tensors(module), target.quantization["bits"])
-        module.load_weights(
-            [(name, x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in weights.items()]
-        )
+        module.load_weights([(name, in_memory(name, x, dtype)) for name, x in weights.items()])
         weights.clear()
         # One at a time, so that a tensor and its cast never wait beside all others.
         for _, array in tree_flatten(module.parameters()):

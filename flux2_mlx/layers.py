@@ -11,6 +11,8 @@ from .errors import InputError
 # queries at once, so the queries are taken in chunks of at most this many scores.
 _FUSED_HEAD_SIZES = (64, 80, 128)
 _SCORES_PER_CHUNK = 8 * 1024 * 1024
+# The most weights that a `Linear` widens at one time.
+WIDENED = 32 * 1024 * 1024
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -33,6 +35,25 @@ def fused(function: Callable) -> Callable:
     return mx.compile(function, shapeless=True) if mx.metal.is_available() else function
 
 
+class Linear(nn.Linear):
+    """A linear layer without bias whose weight may be narrower than its input, as 16-bit weights are under float32.
+
+    The weight is widened at each use, some rows at a time, which gives what a widened copy in memory would give.
+    """
+
+    def __init__(self, input_dims: int, output_dims: int):
+        super().__init__(input_dims, output_dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.weight.dtype == x.dtype:
+            return super().__call__(x)
+        rows, parts = max(1, WIDENED // self.weight.shape[1]), []
+        for start in range(0, len(self.weight), rows):
+            parts.append(x @ self.weight[start : start + rows].astype(x.dtype).T)
+            mx.eval(parts[-1])  # or MLX would widen the next rows, and the next layer's, meanwhile
+        return mx.concatenate(parts, axis=-1)
+
+
 @fused
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """SiLU(gate) · x."""
@@ -40,22 +61,21 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
-    """Scaled dot-product attention; `k` and `v` may have fewer heads than `q` (grouped queries).
+    """Scaled dot-product attention, `[B, tokens, heads · head_dim]`; `k` and `v` may have fewer heads than `q`.
 
     `mask` is boolean, `[B or 1, 1, Lq, Lk]`, True where a query may look. A query that may look nowhere gets zeros,
     as in PyTorch.
     """
-    scale = q.shape[-1] ** -0.5
-    if on_metal() and q.shape[-1] in _FUSED_HEAD_SIZES:
-        return _attend(q, k, v, scale, mask)
-    B, heads, Lq, _ = q.shape
+    B, heads, Lq, head_dim = q.shape
+    if on_metal() and head_dim in _FUSED_HEAD_SIZES:
+        return _attend(q, k, v, mask)
     rows = max(1, _SCORES_PER_CHUNK // (B * heads * k.shape[2]))
     chunks = []
     for start in range(0, Lq, rows):
         part = slice(start, start + rows)
-        chunks.append(_attend(q[:, :, part], k, v, scale, None if mask is None else mask[:, :, part]))
+        chunks.append(_attend(q[:, :, part], k, v, None if mask is None else mask[:, :, part]))
         mx.eval(chunks[-1])
-    return mx.concatenate(chunks, axis=2) if len(chunks) > 1 else chunks[0]
+    return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
 def score_bytes(heads: int, tokens: int, itemsize: int) -> int:
@@ -63,10 +83,12 @@ def score_bytes(heads: int, tokens: int, itemsize: int) -> int:
     return 0 if on_metal() else itemsize * min(max(_SCORES_PER_CHUNK, heads * tokens), heads * tokens**2)
 
 
-def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+def _attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
     if mask is None:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
-    # Over no keys at all the softmax is not a number, so a blind query first looks everywhere.
-    sees = mask.any(axis=-1, keepdims=True)
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask | ~sees)
-    return mx.where(sees, out, 0)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    else:
+        # Over no keys at all the softmax is not a number, so a blind query first looks everywhere.
+        sees = mask.any(axis=-1, keepdims=True)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask | ~sees)
+        out = mx.where(sees, out, 0)
+    return out.transpose(0, 2, 1, 3).flatten(2)

@@ -1,9 +1,7 @@
 """How much memory a run needs phase by phase, and what fits."""
 
-import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,14 +10,35 @@ from .config import TextConfig, TransformerConfig, Variant
 from .errors import InputError
 from .layers import on_metal, score_bytes
 from .streaming import Footprint
+from .transformer import TOKENS_PER_PART
 from .vae import activation_bytes as vae_activation_bytes
 
-# Bytes for each token and channel while a block is at work, measured: arrays in the activations' dtype, and the
-# rotation of queries and keys, which is in float32.
-_ARRAYS = 7.5
-_ROTATION_BYTES = 66
-# Arrays as wide as the stream and as the MLP that a layer of the text encoder holds, the states it keeps included.
-_TEXT_ARRAYS, _TEXT_MLP_ARRAYS = 11.2, 3
+# Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
+# more memory and be no faster.
+_TOKENS_PER_PASS = 4096
+# Bytes for each token and channel of the tokens that a block projects at one time, measured: in the activations'
+# dtype, and in float32 for norms and rotation.
+_PROJECTED_ARRAYS, _FLOAT32_BYTES = 3, 75
+# Arrays as wide as the stream: what is kept of projected tokens until all can attend; what there is while they do; and
+# what a projection holds while it widens its weights.
+_KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 14
+# Arrays as wide as the stream, the queries, and the keys while a layer of the text encoder attends, and bytes of a
+# query in float32 for norms and rotation; then arrays as wide as the stream and the MLP. Measured as well.
+_TEXT_ARRAYS, _TEXT_QUERIES, _TEXT_KEYS, _TEXT_FLOAT32_BYTES = 5.8, 4.7, 2, 17
+_TEXT_MLP_STREAM, _TEXT_MLP_ARRAYS = 4, 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run makes: `images` of `width`×`height` pixels from `prompts` texts of `length` tokens, with `references`
+    of so many (width, height) pixels."""
+
+    width: int
+    height: int
+    length: int
+    references: tuple[tuple[int, int], ...] = ()
+    prompts: int = 1
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,8 +66,12 @@ class Plan:
     limit: int
 
     @property
+    def worst(self) -> PhasePlan:
+        return max(self.phases, key=lambda phase: phase.peak_memory)
+
+    @property
     def peak_memory(self) -> int:
-        return max(phase.peak_memory for phase in self.phases)
+        return self.worst.peak_memory
 
     @property
     def fits(self) -> bool:
@@ -58,82 +81,96 @@ class Plan:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def plan(
-    variant: Variant,
-    networks: dict[str, Footprint],
-    width: int,
-    height: int,
-    dtype: mx.Dtype,
-    limit: int,
-    *,
-    length: int | None = None,
-    references: Sequence[int] = (),
-) -> Plan:
-    """What making one image takes if as much as fits into `limit` stays in memory.
+def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype: mx.Dtype, limit: int) -> Plan:
+    """What a run takes if as much as fits into `limit` bytes stays in memory.
 
     Args:
         variant: the model.
         networks: the weights of `text_encoder`, `transformer` and `vae` in memory.
-        width: pixels.
-        height: pixels.
+        work: what is made.
         dtype: of the activations.
         limit: bytes that there are.
-        length: text tokens; None: the variant's.
-        references: tokens of each reference image.
     """
-    size, length = variant.vae.token_size, length or variant.max_sequence_length
-    tokens = length + (width // size) * (height // size) + sum(references)
-    # Text states of one or, for classifier-free guidance, two prompts, before and after their projection.
-    states = (1 + variant.uses_cfg) * length * (variant.text.output_size + variant.transformer.hidden_size) * dtype.size
-    activations = {
-        "text_encoder": text_activation_bytes(variant.text, length, dtype.size),
-        "transformer": states + activation_bytes(variant.transformer, tokens, dtype.size),
-        "vae": vae_activation_bytes(variant.vae, height, width, dtype)[1],
-    }
-    return Plan(tuple(_phase(name, networks[name], peak, limit) for name, peak in activations.items()), limit)
+    texts, size = work.prompts + variant.uses_cfg, variant.vae.token_size
+    states = work.length * variant.text.output_size * dtype.size
+    latents = (work.width // size) * (work.height // size) * variant.vae.token_channels * mx.float32.size
+    sources = sum(width * height for width, height in work.references) // size**2
+    pictures = sources * variant.vae.token_channels * mx.float32.size
+    encoding = text_activation_bytes(variant.text, work.length, dtype.size, networks["text_encoder"].widened)
+    activations = {"text_encoder": encoding + (texts - 1) * states}
+    if work.references:
+        held = texts * states + pictures
+        encode = [vae_activation_bytes(variant.vae, height, width, dtype)[0] for width, height in work.references]
+        activations["vae_encoder"] = max(encode) + held
+    # Texts before and after their projection.
+    held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures
+    denoising = _denoising_bytes(variant, networks["transformer"], work, dtype.size)
+    activations["transformer"] = denoising + held + 2 * work.images * latents  # noise, and what becomes of it
+    decode = vae_activation_bytes(variant.vae, work.height, work.width, dtype)[1]
+    activations["vae"] = decode + pictures + work.images * latents
+    return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
 
 
-def _phase(name: str, network: Footprint, activations: int, limit: int) -> PhasePlan:
+def _phase(name: str, networks: dict[str, Footprint], activations: int, limit: int) -> PhasePlan:
+    network = networks["vae" if name == "vae_encoder" else name]
     resident = network.resident(limit - activations)
     return PhasePlan(name, network.held(resident), activations, resident, sum(network.blocks[resident:]))
 
 
-def check_plan(planned: Plan) -> None:
-    """Raise InputError if the plan exceeds its limit with everything streamed that can be."""
-    worst = max(planned.phases, key=lambda phase: phase.peak_memory)
-    if worst.peak_memory > planned.limit:
-        raise InputError(
-            f"the {worst.name.replace('_', ' ')} needs {worst.peak_memory / 2**30:.2f} GiB, the limit is "
-            f"{planned.limit / 2**30:.2f} GiB; make the image smaller, choose -q qint4 or raise the limit"
-        )
+def _denoising_bytes(variant: Variant, network: Footprint, work: Workload, itemsize: int) -> int:
+    """Peak of the passes of a run above the weights."""
+    config, size = variant.transformer, variant.vae.token_size
+    image = (work.width // size) * (work.height // size)
+    sources = sum(width * height for width, height in work.references) // size**2
+    together = len(passes(work.images, image + sources)[0])
+    if not (variant.kv_cache and sources):
+        tokens = together * (work.length + image + sources)
+        return activation_bytes(config, tokens, itemsize, network.widened, together)
+    pair = 2 * config.hidden_size * itemsize  # a key and a value
+    past = sources * pair * (config.num_layers + config.num_single_layers)
+    tokens = together * (work.length + image)
+    # One block at a time has the keys and values of both side by side.
+    joined = (tokens + 2 * together * sources) * pair
+    reading = activation_bytes(config, sources, itemsize, network.widened)
+    return past + max(reading, activation_bytes(config, tokens, itemsize, network.widened, together) + joined)
 
 
-def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
+def passes(count: int, tokens: int) -> list[range]:
+    """The images that go through the transformer together, given how many tokens each one is, references included."""
+    per_pass = max(1, _TOKENS_PER_PASS // tokens)
+    return [range(start, min(start + per_pass, count)) for start in range(0, count, per_pass)]
+
+
+def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int, widened: int = 0) -> int:
     """Peak of encoding one prompt of so many tokens, padding included, above the encoder's weights."""
-    arrays = _TEXT_ARRAYS * config.hidden_size + _TEXT_MLP_ARRAYS * config.intermediate_size
-    return int(itemsize * tokens * arrays) + score_bytes(config.num_attention_heads, tokens, itemsize)
+    D, heads = config.hidden_size, config.num_attention_heads
+    queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    arrays = itemsize * (_TEXT_ARRAYS * D + _TEXT_QUERIES * queries + _TEXT_KEYS * keys)
+    attending = tokens * (arrays + _TEXT_FLOAT32_BYTES * queries) + score_bytes(heads, tokens, itemsize)
+    mlp = tokens * itemsize * (_TEXT_MLP_STREAM * D + _TEXT_MLP_ARRAYS * config.intermediate_size)
+    return int(max(attending, mlp + widened))
 
 
-def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int) -> int:
+def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, widened: int = 0, images: int = 1) -> int:
     """Peak of a denoising pass above the transformer's weights.
 
     Args:
         config: the geometry.
-        tokens: of text, image and references, times the images of the pass.
+        tokens: of text, image and references, of all images of the pass.
         itemsize: bytes of an activation.
+        widened: bytes that weights take where they are widened.
+        images: of the pass.
     """
-    arrays = int(tokens * config.hidden_size * (_ARRAYS * itemsize + _ROTATION_BYTES))
-    return arrays + score_bytes(config.num_attention_heads, tokens, itemsize)
-
-
-def max_tokens(config: TransformerConfig, weights: int, itemsize: int, memory: int) -> int:
-    """The most tokens whose pass fits into `memory` bytes beside the weights; 0 if none do."""
-    low, high = 0, 2**24
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = weights + activation_bytes(config, middle, itemsize) <= memory
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+    array, part = itemsize * config.hidden_size, min(tokens, TOKENS_PER_PART)
+    scores = score_bytes(images * config.num_attention_heads, tokens // images, itemsize)
+    # A chunk of queries is scaled before it attends, and kept until it has.
+    chunk = min(scores * 2 * config.attention_head_dim * images // tokens, 2 * tokens * array)
+    attending = tokens * (_ATTENDING_ARRAYS * array + config.in_channels * mx.float32.size) + scores + chunk
+    # What is in one part is evaluated at once, attention included.
+    projected = part * config.hidden_size * (_PROJECTED_ARRAYS * itemsize + _FLOAT32_BYTES)
+    projected = max(projected + (scores if tokens == part else 0), part * _WIDENING_ARRAYS * array + widened)
+    kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
+    return max(attending, kept * array + projected)
 
 
 def parse_memory(text: str | int) -> int:
@@ -149,30 +186,3 @@ def device_memory() -> int:
     if on_metal():
         return int(mx.device_info()["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_references(
-    config: TransformerConfig, weights: int, itemsize: int, memory: int, tokens: int, references: list[int], size: int
-) -> None:
-    """Raise InputError if a pass with references does not fit into memory, saying what would.
-
-    Args:
-        config: the transformer's geometry.
-        weights: its bytes in memory.
-        itemsize: bytes of an activation.
-        memory: bytes that are there.
-        tokens: of the text and the image.
-        references: tokens of each reference.
-        size: pixels of a token along one side.
-    """
-    needed = weights + activation_bytes(config, tokens + sum(references), itemsize)
-    if needed <= memory:
-        return
-    room = max_tokens(config, weights, itemsize, memory) - tokens
-    side = size * math.isqrt(max(0, room) // len(references))
-    count = f"{len(references)} references" if len(references) > 1 else "the reference"
-    advice = f"{count} of {side}×{side} pixels would fit" if side >= 64 else "not even small ones would fit"
-    raise InputError(
-        f"references of {sum(references)} tokens need {needed / 2**30:.1f} GiB, this machine has "
-        f"{memory / 2**30:.1f} GiB: {advice}; a smaller image or -q qint4 leaves more room"
-    )

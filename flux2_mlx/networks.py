@@ -1,16 +1,19 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import PAINTING, Checkpoint
-from .memory import Plan, check_plan, check_references, plan
+from .checkpoint import PAINTING, Checkpoint, Component
+from .errors import InputError
+from .memory import Plan, Workload, plan
 from .references import Edit
 from .sampling import Request
 from .streaming import Footprint, footprint, load_streamed
+
+_SMALLEST_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -28,42 +31,80 @@ class Networks:
         component = self.checkpoint.components[name]
         if planned is not None and planned.phase(name).streamed:
             return load_streamed(component, self.dtype, planned.phase(name).resident)
-        return component.load(self.dtype, self._quant(name))
+        return component.load(self.dtype, self._quants[name])
 
     def plan(self, request: Request, edit: Edit = Edit()) -> Plan:  # noqa: B008 (it is frozen)
         """What a run holds in memory, phase by phase, and what it streams from disk."""
-        return plan(
-            self.checkpoint.model,
-            {name: self._footprint(name) for name in PAINTING},
-            request.width,
-            request.height,
-            self.dtype,
-            self.memory_limit,
-            length=request.max_sequence_length,
-            references=edit.token_counts(self._token_size),
-        )
+        return self._plan(_workload(request, edit))
 
     def checked_plan(self, request: Request, edit: Edit) -> Plan:
-        """The plan; InputError if the run does not fit into memory."""
-        planned, references = self.plan(request, edit), edit.token_counts(self._token_size)
-        if references and not planned.fits:
-            size, weights = self._token_size, self._footprint("transformer").least
-            tokens = request.max_sequence_length + math.prod((request.width // size, request.height // size))
-            config = self.checkpoint.model.transformer
-            check_references(config, weights, self.dtype.size, self.memory_limit, tokens, references, size)
-        check_plan(planned)
+        """The plan; InputError that says what would fit if the run does not fit into memory."""
+        work = _workload(request, edit)
+        planned = self._plan(work)
+        if not planned.fits:
+            gib = 2**30
+            raise InputError(
+                f"the {planned.worst.name.replace('_', ' ')} needs {planned.peak_memory / gib:.2f} GiB, the limit is "
+                f"{planned.limit / gib:.2f} GiB; {self._advice(work)}"
+            )
         return planned
 
-    @property
-    def _token_size(self) -> int:
-        return self.checkpoint.model.vae.token_size
+    def _plan(self, work: Workload) -> Plan:
+        return plan(self.checkpoint.model, self._footprints, work, self.dtype, self.memory_limit)
 
-    def _quant(self, name: str) -> str:
-        return {"transformer": self.quant, "text_encoder": self.text_quant, "vae": "bf16"}[name]
+    def _advice(self, work: Workload) -> str:
+        """Which smaller pictures would fit."""
+        token = self.checkpoint.model.vae.token_size
 
-    def _footprint(self, name: str) -> Footprint:
-        stored = self.checkpoint.components[name]
-        wanted = stored.quantized(self._quant(name))
+        def references(side: int) -> Workload:
+            return replace(work, references=((side, side),) * len(work.references))
+
+        def image(side: int) -> Workload:
+            scale = side / max(work.width, work.height)
+            width, height = (max(token, int(x * scale) // token * token) for x in (work.width, work.height))
+            return replace(work, width=width, height=height)
+
+        largest = max((side for pixels in work.references for side in pixels), default=0)
+        if side := self._largest(references, largest, token):
+            count = len(work.references)
+            them = f"{count} references" if count > 1 else "a reference"
+            return f"{them} of {side}×{side} pixels would fit"
+        if side := self._largest(image, max(work.width, work.height), token):
+            smaller = image(side)
+            return f"an image of {smaller.width}×{smaller.height} would fit"
+        return "no size fits, so choose -q qint4, a smaller model or a higher limit"
+
+    def _largest(self, work_of, side: int, step: int) -> int:
+        """The largest side up to `side` with which the run fits; 0 if there is none."""
+        low, high = _SMALLEST_SIDE // step - 1, side // step
+        if high * step < _SMALLEST_SIDE or not self._plan(work_of(_SMALLEST_SIDE)).fits:
+            return 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._plan(work_of(middle * step)).fits else (low, middle - 1)
+        return low * step
+
+    @cached_property
+    def _footprints(self) -> dict[str, Footprint]:
+        return {name: self._footprint(self.checkpoint.components[name], self._quants[name]) for name in PAINTING}
+
+    def _footprint(self, stored: Component, quant: str) -> Footprint:
+        wanted = stored.quantized(quant)
         weights = footprint(wanted, self.dtype)
         # What is quantized at loading would be so again at every pass, so it has to stay.
-        return weights if wanted == stored else Footprint(weights.all)
+        return weights if wanted == stored else replace(weights, rest=weights.all, blocks=())
+
+    @property
+    def _quants(self) -> dict[str, str]:
+        return {"transformer": self.quant, "text_encoder": self.text_quant, "vae": "bf16"}
+
+
+def _workload(request: Request, edit: Edit) -> Workload:
+    return Workload(
+        request.width,
+        request.height,
+        request.max_sequence_length,
+        tuple(image.size for image in edit.references),
+        len(set(request.prompts)),
+        len(request.seeds),
+    )

@@ -16,9 +16,6 @@ from .scheduler import noise_levels
 from .transformer import Flux2Transformer, image_ids, rope_table, text_ids
 from .vae import VAE
 
-# Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
-# more memory and be no faster.
-_TOKENS_PER_PASS = 4096
 # References lie this far apart on the T axis; the image that is made is at 0.
 _T_STEP = 10
 
@@ -95,12 +92,6 @@ def encode_images(vae: VAE, edit: Edit, dtype: mx.Dtype, on_progress: OnProgress
     canvas = edit.canvas
     mask = None if canvas is None or canvas.tokens is None else mx.array(canvas.tokens.reshape(1, -1, 1))
     return EncodedEdit(mx.concatenate(rows, axis=1), np.concatenate(ids), None if canvas is None else rows[0], mask)
-
-
-def passes(count: int, tokens: int) -> list[range]:
-    """The images that go through the transformer together, given how many tokens each one is, references included."""
-    per_pass = max(1, _TOKENS_PER_PASS // tokens)
-    return [range(start, min(start + per_pass, count)) for start in range(0, count, per_pass)]
 
 
 def denoise_images(

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from PIL import Image
 
 from .checkpoint import PAINTING, Checkpoint
@@ -16,7 +15,7 @@ from .embedding_cache import FOLDER, CachedEncoder, EmbeddingCache
 from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
 from .layers import activation_dtype
-from .memory import Plan, device_memory, parse_memory
+from .memory import Plan, device_memory, parse_memory, passes
 from .networks import Networks
 from .noise import initial_noise
 from .phases import (
@@ -29,7 +28,6 @@ from .phases import (
     denoise_images,
     encode_images,
     measured,
-    passes,
 )
 from .quantization import DEFAULT_TEXT_QUANT, check_quant, loadable_quant
 from .references import Edit
@@ -242,7 +240,7 @@ class Flux2Pipeline:
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
         planned = self.networks.checked_plan(request, edit)
-        noise, encoded = self._noise(request, latents), None
+        latents, encoded = self._checked_latents(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
         with measured("text_encoder", output.timings):
             embeds, negative = self._text_states(request, prompt_embeds, planned, on_progress)
@@ -252,6 +250,7 @@ class Flux2Pipeline:
                 on_progress(Progress("vae_encoder", 0, len(edit.references)))
                 encoded = encode_images(self.networks.load("vae"), edit, self.dtype, on_progress)
         with measured("transformer", output.timings):
+            noise = self._noise(request, latents)
             tokens = self._denoise(request, noise, embeds, negative, encoded, planned, on_progress)
         with measured("vae", output.timings):
             output.images = self._decode(request, tokens, output_type, on_progress)
@@ -316,17 +315,21 @@ class Flux2Pipeline:
                 limit,
             )
 
-    def _noise(self, request: Request, latents: Any) -> list[mx.array]:
-        """Noise tokens `[L, C]` of each image, float32."""
+    def _latent_shape(self, request: Request) -> tuple[int, ...]:
         channels = self.checkpoint.components["transformer"].config.in_channels
-        shape = (len(request.seeds), channels, *self._grid(request))
-        if latents is None:
-            noise = initial_noise(request.seeds, *shape[1:])
-        else:
-            noise = np.array(mx.array(latents).astype(mx.float32))
-            if noise.shape != shape:
-                raise InputError(f"latents have shape {noise.shape}, this run needs {shape}")
-        return list(mx.array(noise.reshape(*shape[:2], -1).transpose(0, 2, 1)))
+        return (len(request.seeds), channels, *self._grid(request))
+
+    def _checked_latents(self, request: Request, latents: Any) -> mx.array | None:
+        latents, shape = None if latents is None else mx.array(latents), self._latent_shape(request)
+        if latents is not None and latents.shape != shape:
+            raise InputError(f"latents have shape {latents.shape}, this run needs {shape}")
+        return latents
+
+    def _noise(self, request: Request, latents: mx.array | None) -> list[mx.array]:
+        """Noise tokens `[L, C]` of each image, float32."""
+        shape = self._latent_shape(request)
+        noise = mx.array(initial_noise(request.seeds, *shape[1:])) if latents is None else latents.astype(mx.float32)
+        return list(noise.reshape(*shape[:2], -1).transpose(0, 2, 1))
 
     def _text_states(
         self, request: Request, prompt_embeds: mx.array | None, planned: Plan, on_progress: OnProgress

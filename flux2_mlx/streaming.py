@@ -1,5 +1,6 @@
 """Networks whose blocks are read from disk each time they are needed, for models larger than the memory."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .checkpoint import Component, module_tensors, read_header, tensor_bytes
+from .checkpoint import Component, in_memory, memory_dtype, module_tensors, read_header, tensor_bytes
+from .layers import WIDENED
 
 # The lists of blocks of each network that can be streamed, in the order that they are run in.
 _LISTS = {"transformer": ("double_blocks", "single_blocks"), "text_encoder": ("layers",)}
@@ -18,12 +20,16 @@ Weights = list[tuple[str, mx.array]]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a network's weights in memory: of each block in order, and of the rest, which always stays. `reading` is
-    what a streamed block takes besides while it is cast from how it is stored."""
+    """Bytes of a network's weights in memory: of each block in order, and of the rest, which always stays.
+
+    `reading` is what a streamed block takes besides while it is cast from how it is stored, `widened` what the weights
+    take that a `Linear` widens at one time.
+    """
 
     rest: int
     blocks: tuple[int, ...] = ()
     reading: int = 0
+    widened: int = 0
 
     @property
     def all(self) -> int:
@@ -48,15 +54,20 @@ class Footprint:
 
 
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
-    """What `component` takes in memory, its weights that are not packed in `dtype`."""
-    sizes, cast = Counter(), Counter()
+    """What `component` takes in memory while activations are in `dtype`."""
+    sizes, cast, widened = Counter(), Counter(), 0
     for name, tensor in module_tensors(component.build()).items():
         block = _block_of(component.name, name) or ""
-        sizes[block] += tensor_bytes(tensor, dtype)
-        cast[block] += tensor.nbytes if tensor.dtype != "U32" and dtype != mx.bfloat16 else 0
+        sizes[block] += tensor_bytes(name, tensor, dtype)
+        if tensor.dtype == "U32":
+            continue
+        kept = memory_dtype(name, tensor.shape, dtype)
+        cast[block] += tensor.nbytes if kept != mx.bfloat16 else 0
+        if block and kept != dtype and name.endswith(".weight"):
+            widened = max(widened, dtype.size * min(WIDENED, math.prod(tensor.shape)))
     rest, _ = sizes.pop("", 0), cast.pop("", 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
-    return Footprint(rest, blocks, max(cast.values(), default=0))
+    return Footprint(rest, blocks, max(cast.values(), default=0), widened)
 
 
 def _block_of(component: str, name: str) -> str | None:
@@ -147,5 +158,4 @@ def _reader(name: str, places: dict[str, Path], dtype: mx.Dtype) -> Callable[[in
 def _pick(names: set[str], places: dict[str, Path], dtype: mx.Dtype) -> Weights:
     """Tensors of the files, still unread."""
     loaded = {path: mx.load(str(path)) for path in {places[name] for name in names}}
-    arrays = ((name, loaded[places[name]][name]) for name in sorted(names))
-    return [(name, x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in arrays]
+    return [(name, in_memory(name, loaded[places[name]][name], dtype)) for name in sorted(names)]

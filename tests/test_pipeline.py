@@ -13,7 +13,7 @@ import pytest
 from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, layers, phases
+from flux2_mlx import Flux2Pipeline, layers, memory
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
 from flux2_mlx.noise import initial_noise
@@ -108,7 +108,7 @@ def test_networks_are_released(pipe, loads):
 
 
 def test_networks_are_loaded_once_for_many_images(pipe, loads, monkeypatch):
-    monkeypatch.setattr(phases, "_TOKENS_PER_PASS", 25)  # two images of 12 tokens
+    monkeypatch.setattr(memory, "_TOKENS_PER_PASS", 25)  # two images of 12 tokens
     heard: list[Progress] = []
     request = pipe.request([FOX, CAT, FOX], height=48, width=64, steps=2, images_per_prompt=3, max_sequence_length=40)
     pipe.run(request, on_progress=heard.append)
@@ -122,7 +122,7 @@ def test_networks_are_loaded_once_for_many_images(pipe, loads, monkeypatch):
 
 def test_images_do_not_depend_on_the_passes(pipe, monkeypatch):
     together = latents(pipe, [FOX, CAT], num_images_per_prompt=2)
-    monkeypatch.setattr(phases, "_TOKENS_PER_PASS", 1)
+    monkeypatch.setattr(memory, "_TOKENS_PER_PASS", 1)
     assert_close(latents(pipe, [FOX, CAT], num_images_per_prompt=2), together)
 
 

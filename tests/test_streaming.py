@@ -103,7 +103,7 @@ def test_streaming_reads_one_block_ahead_and_keeps_none(folder):
 def test_a_run_beyond_the_limit_is_refused_before_anything_is_loaded(folder, monkeypatch):
     pipe = open_pipe(folder, memory_limit="1MB")
     monkeypatch.setattr(streaming.Component, "load", None)
-    with pytest.raises(InputError, match=r"needs 0\.\d\d GiB, the limit is 0\.00 GiB; make the image smaller"):
+    with pytest.raises(InputError, match=r"needs 0\.\d\d GiB, the limit is 0\.00 GiB; no size fits"):
         pipe("a fox", **SETTINGS)
 
 

@@ -79,7 +79,7 @@ def _plan(
 ) -> dict[str, Any]:
     from ..checkpoint import variant_components
     from ..layers import activation_dtype
-    from ..memory import device_memory, parse_memory, plan
+    from ..memory import Workload, device_memory, parse_memory, plan
     from ..quantization import DEFAULT_TEXT_QUANT
     from ..sampling import Request
     from ..streaming import footprint
@@ -88,7 +88,8 @@ def _plan(
     text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(None)
     limit = device_memory() if memory_limit is None else parse_memory(memory_limit)
     networks = {name: footprint(part, dtype) for name, part in variant_components(variant, quant, text_quant).items()}
-    planned = plan(variant, networks, request.width, request.height, dtype, limit)
+    work = Workload(request.width, request.height, request.max_sequence_length)
+    planned = plan(variant, networks, work, dtype, limit)
     return {
         "quant": quant,
         "text_quant": text_quant,

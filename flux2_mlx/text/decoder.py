@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
-from ..layers import attention, swiglu
+from ..layers import Linear, attention, swiglu
 
 
 class Attention(nn.Module):
@@ -19,10 +19,10 @@ class Attention(nn.Module):
         D, head_dim = config.hidden_size, config.head_dim
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._rope_theta = config.rope_theta
-        self.q_proj = nn.Linear(D, self._heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(D, self._kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(D, self._kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(self._heads * head_dim, D, bias=False)
+        self.q_proj = Linear(D, self._heads * head_dim)
+        self.k_proj = Linear(D, self._kv_heads * head_dim)
+        self.v_proj = Linear(D, self._kv_heads * head_dim)
+        self.o_proj = Linear(self._heads * head_dim, D)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
@@ -37,8 +37,7 @@ class Attention(nn.Module):
         q, k = (self._rotate(y.transpose(0, 2, 1, 3), offset) for y in (q, k))
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        out = attention(q, k, v, mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return self.o_proj(attention(q, k, v, mask))
 
     def _rotate(self, x: mx.array, offset: int) -> mx.array:
         return mx.fast.rope(x, x.shape[-1], traditional=False, base=self._rope_theta, scale=1.0, offset=offset)
@@ -48,9 +47,9 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         D, M = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, M, bias=False)
-        self.up_proj = nn.Linear(D, M, bias=False)
-        self.down_proj = nn.Linear(M, D, bias=False)
+        self.gate_proj = Linear(D, M)
+        self.up_proj = Linear(D, M)
+        self.down_proj = Linear(M, D)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -108,7 +107,7 @@ class LaterLayers(nn.Module):
         self.layers = [Layer(config) for _ in range(config.num_later_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
 
 class LanguageModel(nn.Module):

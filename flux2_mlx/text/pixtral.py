@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import VisionConfig
-from ..layers import attention, swiglu
+from ..layers import Linear, attention, swiglu
 
 # Mean and deviation of CLIP's training images, which the tower was trained with.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -51,10 +51,10 @@ class Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self._heads = config.num_attention_heads
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, D, bias=False)
-        self.v_proj = nn.Linear(D, D, bias=False)
-        self.o_proj = nn.Linear(D, D, bias=False)
+        self.q_proj = Linear(D, D)
+        self.k_proj = Linear(D, D)
+        self.v_proj = Linear(D, D)
+        self.o_proj = Linear(D, D)
 
     def __call__(self, x: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
         B, L, _ = x.shape
@@ -62,17 +62,16 @@ class Attention(nn.Module):
             proj(x).reshape(B, L, self._heads, -1).transpose(0, 2, 1, 3)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attention(_rotate(q, rope), _rotate(k, rope), v)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return self.o_proj(attention(_rotate(q, rope), _rotate(k, rope), v))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         D, M = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, M, bias=False)
-        self.up_proj = nn.Linear(D, M, bias=False)
-        self.down_proj = nn.Linear(M, D, bias=False)
+        self.gate_proj = Linear(D, M)
+        self.up_proj = Linear(D, M)
+        self.down_proj = Linear(M, D)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -121,7 +120,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         D, self._merge = config.hidden_size, config.spatial_merge_size
-        self.merging_layer = nn.Linear(D * self._merge**2, D, bias=False)
+        self.merging_layer = Linear(D * self._merge**2, D)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Patches `[1, H, W, D]` to cells `[H·W / merge², D]`; within a cell the channel varies slowest."""
@@ -136,8 +135,8 @@ class Projector(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.projector_eps)
         self.patch_merger = PatchMerger(config)
-        self.linear_1 = nn.Linear(config.hidden_size, config.text_hidden_size, bias=False)
-        self.linear_2 = nn.Linear(config.text_hidden_size, config.text_hidden_size, bias=False)
+        self.linear_1 = Linear(config.hidden_size, config.text_hidden_size)
+        self.linear_2 = Linear(config.text_hidden_size, config.text_hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(nn.gelu(self.linear_1(self.patch_merger(self.norm(x)))))

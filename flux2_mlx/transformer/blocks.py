@@ -4,17 +4,22 @@ Source: `DoubleStreamBlock`, `SingleStreamBlock` and `LastLayer` of the FLUX.2 r
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..config import TransformerConfig
-from ..layers import attention, fused, swiglu
+from ..layers import Linear, attention, fused, swiglu
 from .rope import rotate
 
 KeysValues = tuple[mx.array, mx.array]
+Heads = tuple[mx.array, mx.array, mx.array]
+# What is several times as wide as the stream is worked out for this many tokens at a time.
+TOKENS_PER_PART = 1024
 
 
 @fused
@@ -44,8 +49,8 @@ def _frequencies(count: int) -> mx.array:
 class MLPEmbedder(nn.Module):
     def __init__(self, channels: int, hidden_size: int):
         super().__init__()
-        self.in_layer = nn.Linear(channels, hidden_size, bias=False)
-        self.out_layer = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.in_layer = Linear(channels, hidden_size)
+        self.out_layer = Linear(hidden_size, hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.out_layer(nn.silu(self.in_layer(x)))
@@ -57,7 +62,7 @@ class Modulation(nn.Module):
     def __init__(self, hidden_size: int, count: int):
         super().__init__()
         self._count = count
-        self.lin = nn.Linear(hidden_size, count * hidden_size, bias=False)
+        self.lin = Linear(hidden_size, count * hidden_size)
 
     def __call__(self, vec: mx.array) -> list[mx.array]:
         return mx.split(self.lin(nn.silu(vec))[:, None], self._count, axis=-1)
@@ -80,29 +85,50 @@ class QKNorm(nn.Module):
         self.key_norm = HeadNorm(dim, eps)
 
 
-def heads_of(qkv: mx.array, heads: int, norm: QKNorm) -> tuple[mx.array, mx.array, mx.array]:
-    """Split `[B, L, 3D]` into normalised q and k, and v, each `[B, heads, L, head_dim]`."""
+def by_parts(x: mx.array, work: Callable[[slice], Any]) -> list[Any]:
+    """What `work` makes of the tokens of `x` `[B, L, D]`, one slice of the sequence after the other."""
+    B, L, _ = x.shape
+    size = max(1, TOKENS_PER_PART // B)
+    results = []
+    for start in range(0, L, size):
+        results.append(work(slice(start, start + size)))
+        if size < L:
+            mx.eval(results[-1])
+    return results
+
+
+def rotated_heads(qkv: mx.array, heads: int, norm: QKNorm, rope: mx.array) -> Heads:
+    """Split `[B, L, 3D]` into q and k, normalised and rotated, and v, each `[B, heads, L, head_dim]`."""
     B, L, _ = qkv.shape
     q, k, v = qkv.reshape(B, L, 3, heads, -1).transpose(2, 0, 3, 1, 4)
-    return norm.query_norm(q), norm.key_norm(k), v
+    # v is copied, for a view would keep the whole projection that it is cut from alive.
+    return rotate(norm.query_norm(q), rope), rotate(norm.key_norm(k), rope), mx.contiguous(v)
 
 
-def rotated_attention(
-    q: mx.array, k: mx.array, v: mx.array, rope: mx.array, past: KeysValues | None = None
-) -> tuple[mx.array, KeysValues]:
-    """Attention after rotation, `[B, heads, L, head_dim]` to `[B, L, D]`, with the rotated keys and the values.
+def joined_attention(parts: list[Heads], past: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
+    """Attention over all tokens of `parts`, which is emptied: `[B, L, D]`, with the keys and the values.
 
     `past` are keys and values `[1, heads, Lr, head_dim]` that all tokens see as well.
     """
-    B, _, L, _ = q.shape
-    q, k = rotate(q, rope), rotate(k, rope)
+    columns = [list(column) for column in zip(*parts, strict=True)]
+    parts.clear()
+    q, k, v = (_joined(column) for column in columns)
     seen = (k, v)
     if past is not None:
         seen = tuple(
-            mx.concatenate([new, mx.repeat(old, B, axis=0)], axis=2) for new, old in zip(seen, past, strict=True)
+            mx.concatenate([new, mx.repeat(old, len(q), axis=0)], axis=2) for new, old in zip(seen, past, strict=True)
         )
-    out = attention(q, *seen)
-    return out.transpose(0, 2, 1, 3).reshape(B, L, -1), (k, v)
+    return attention(q, *seen), (k, v)
+
+
+def _joined(column: list[mx.array]) -> mx.array:
+    """One array of the parts in `column`, which is emptied, so that no two columns are in memory twice."""
+    if len(column) == 1:
+        return column.pop()
+    whole = mx.concatenate(column, axis=2)
+    mx.eval(whole)
+    column.clear()
+    return whole
 
 
 class SiLUGate(nn.Module):
@@ -116,17 +142,17 @@ class StreamAttention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self._heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.norm = QKNorm(config.attention_head_dim, config.eps)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        return heads_of(self.qkv(x), self._heads, self.norm)
+    def __call__(self, x: mx.array, rope: mx.array) -> Heads:
+        return rotated_heads(self.qkv(x), self._heads, self.norm, rope)
 
 
 def _mlp(config: TransformerConfig) -> list[nn.Module]:
     D, M = config.hidden_size, config.mlp_hidden_size
-    return [nn.Linear(D, 2 * M, bias=False), SiLUGate(), nn.Linear(M, D, bias=False)]
+    return [Linear(D, 2 * M), SiLUGate(), Linear(M, D)]
 
 
 class DoubleBlock(nn.Module):
@@ -149,27 +175,32 @@ class DoubleBlock(nn.Module):
         rope: mx.array,
         past: KeysValues | None = None,
     ) -> tuple[mx.array, mx.array]:
-        txt_qkv = self.txt_attn(modulate(txt, txt_mod[0], txt_mod[1], self._eps))
-        img_qkv = self.img_attn(modulate(img, img_mod[0], img_mod[1], self._eps))
-        q, k, v = (mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        out, _ = rotated_attention(q, k, v, rope, past)
         L = txt.shape[1]
+        parts = self._heads(txt, self.txt_attn, txt_mod, rope[:L]) + self._heads(img, self.img_attn, img_mod, rope[L:])
+        out, _ = joined_attention(parts, past)
         txt = self._add(txt, out[:, :L], self.txt_attn, self.txt_mlp, txt_mod)
         img = self._add(img, out[:, L:], self.img_attn, self.img_mlp, img_mod)
         return img, txt
 
     def read(self, img: mx.array, img_mod: list[mx.array], rope: mx.array) -> tuple[mx.array, KeysValues]:
         """The image stream alone, and the keys and values that others see of it."""
-        qkv = self.img_attn(modulate(img, img_mod[0], img_mod[1], self._eps))
-        out, seen = rotated_attention(*qkv, rope)
+        out, seen = joined_attention(self._heads(img, self.img_attn, img_mod, rope))
         return self._add(img, out, self.img_attn, self.img_mlp, img_mod), seen
 
-    def _add(self, x, attended, attn: StreamAttention, mlp: list[nn.Module], mod: list[mx.array]) -> mx.array:
-        x = _gated(x, mod[2], attn.proj(attended))
-        y = modulate(x, mod[3], mod[4], self._eps)
-        for layer in mlp:
-            y = layer(y)
-        return _gated(x, mod[5], y)
+    def _heads(self, x: mx.array, attn: StreamAttention, mod: list[mx.array], rope: mx.array) -> list[Heads]:
+        return by_parts(x, lambda tokens: attn(modulate(x[:, tokens], mod[0], mod[1], self._eps), rope[tokens]))
+
+    def _add(
+        self, x: mx.array, attended: mx.array, attn: StreamAttention, mlp: list[nn.Module], mod: list[mx.array]
+    ) -> mx.array:
+        def added(tokens: slice) -> mx.array:
+            part = _gated(x[:, tokens], mod[2], attn.proj(attended[:, tokens]))
+            y = modulate(part, mod[3], mod[4], self._eps)
+            for layer in mlp:
+                y = layer(y)
+            return _gated(part, mod[5], y)
+
+        return mx.concatenate(by_parts(x, added), axis=1)
 
 
 class SingleBlock(nn.Module):
@@ -179,8 +210,8 @@ class SingleBlock(nn.Module):
         super().__init__()
         D, M = config.hidden_size, config.mlp_hidden_size
         self._eps, self._heads, self._split = config.eps, config.num_attention_heads, (3 * D, 3 * D + M)
-        self.linear1 = nn.Linear(D, 3 * D + 2 * M, bias=False)
-        self.linear2 = nn.Linear(D + M, D, bias=False)
+        self.linear1 = Linear(D, 3 * D + 2 * M)
+        self.linear2 = Linear(D + M, D)
         self.norm = QKNorm(config.attention_head_dim, config.eps)
 
     def __call__(self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None = None) -> mx.array:
@@ -194,10 +225,19 @@ class SingleBlock(nn.Module):
         self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None
     ) -> tuple[mx.array, KeysValues]:
         shift, scale, gate = mod
-        qkv, mlp_gate, mlp = mx.split(self.linear1(modulate(x, shift, scale, self._eps)), self._split, axis=-1)
-        out, seen = rotated_attention(*heads_of(qkv, self._heads, self.norm), rope, past)
-        out = self.linear2(mx.concatenate([out, swiglu(mlp_gate, mlp)], axis=-1))
-        return _gated(x, gate, out), seen
+
+        def projected(tokens: slice) -> tuple[Heads, mx.array]:
+            y = self.linear1(modulate(x[:, tokens], shift, scale, self._eps))
+            qkv, mlp_gate, mlp = mx.split(y, self._split, axis=-1)
+            return rotated_heads(qkv, self._heads, self.norm, rope[tokens]), swiglu(mlp_gate, mlp)
+
+        def added(tokens: slice) -> mx.array:
+            y = mx.concatenate([out[:, tokens], hidden.pop(0)], axis=-1)
+            return _gated(x[:, tokens], gate, self.linear2(y))
+
+        parts, hidden = map(list, zip(*by_parts(x, projected), strict=True))
+        out, seen = joined_attention(parts, past)
+        return mx.concatenate(by_parts(x, added), axis=1), seen
 
 
 class LastLayer(nn.Module):
@@ -205,8 +245,8 @@ class LastLayer(nn.Module):
         super().__init__()
         D = config.hidden_size
         self._eps = config.eps
-        self.linear = nn.Linear(D, config.in_channels, bias=False)
-        self.adaLN_modulation = [nn.SiLU(), nn.Linear(D, 2 * D, bias=False)]
+        self.linear = Linear(D, config.in_channels)
+        self.adaLN_modulation = [nn.SiLU(), Linear(D, 2 * D)]
 
     def __call__(self, x: mx.array, vec: mx.array) -> mx.array:
         for layer in self.adaLN_modulation:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TransformerConfig
+from ..layers import Linear
 from .blocks import DoubleBlock, KeysValues, LastLayer, MLPEmbedder, Modulation, SingleBlock, timestep_embedding
 
 
@@ -19,8 +20,8 @@ class Flux2Transformer(nn.Module):
         super().__init__()
         D = config.hidden_size
         self._config, self._channels = config, config.timestep_guidance_channels
-        self.img_in = nn.Linear(config.in_channels, D, bias=False)
-        self.txt_in = nn.Linear(config.joint_attention_dim, D, bias=False)
+        self.img_in = Linear(config.in_channels, D)
+        self.txt_in = Linear(config.joint_attention_dim, D)
         self.time_in = MLPEmbedder(self._channels, D)
         if config.guidance_embeds:
             self.guidance_in = MLPEmbedder(self._channels, D)
@@ -68,11 +69,12 @@ class Flux2Transformer(nn.Module):
         for block in self.double_blocks:
             img, txt = block(img, txt, img_mod, txt_mod, rope, next(seen))
             mx.eval(img, txt)
-        x = mx.concatenate([txt, img], axis=1)
+        first, x = txt.shape[1], mx.concatenate([txt, img], axis=1)
+        del txt, img
         for block in self.single_blocks:
             x = block(x, single_mod, rope, next(seen))
             mx.eval(x)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return self.final_layer(x[:, first:], vec)
 
     def read(self, img: mx.array, rope: mx.array, guidance: mx.array | None = None) -> list[KeysValues]:
         """Keys and values of reference tokens at every block, for models trained to see references this way.
@@ -95,9 +97,8 @@ class Flux2Transformer(nn.Module):
         x = self.img_in(img)
         for block, mod in zip(chain(self.double_blocks, self.single_blocks), mods, strict=True):
             x, seen = block.read(x, mod, rope)
-            # Copied, for a view would keep the whole projection that it is cut from alive.
-            past.append(tuple(mx.contiguous(part) for part in seen))
-            mx.eval(x, past[-1])
+            past.append(seen)
+            mx.eval(x, seen)
         return past
 
     def _conditioning(self, timestep: mx.array, guidance: mx.array | None, dtype: mx.Dtype) -> mx.array:

@@ -158,10 +158,11 @@ class Convolved(Rows):
     def temporaries(self, rows: int) -> int:
         source, kernel, stride = self._sources[0], self._conv.weight.shape[1], self._conv.stride[0]
         window = rows * stride + kernel - stride
-        # The window is padded here or by the backend, which may copy it once more and then unfold the copy: each pixel
+        # The backend copies the window, which may have been padded here before, and then unfolds the copy: each pixel
         # goes to all places where the kernel meets it. MLX unfolds on a CPU, and on a GPU for few channels.
         unfolded = kernel * kernel * source.nbytes(rows) // stride
-        return source.temporaries(window) + 2 * source.nbytes(window) + unfolded + self.nbytes(rows)
+        copies = 1 if rows == self.shape[1] and stride == 1 else 2
+        return source.temporaries(window) + copies * source.nbytes(window) + unfolded + self.nbytes(rows)
 
     def _window(self, start: int, stop: int, axis: int) -> tuple[int, int, int, int]:
         """What outputs `start` to `stop` read along an axis: first, last + 1, and the zeros before and after them."""
