@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -31,7 +33,7 @@ _TEXT_MLP_STREAM, _TEXT_MLP_ARRAYS = 4, 3
 @dataclass(frozen=True)
 class Workload:
     """What a run makes: `images` of `width`×`height` pixels from `prompts` texts of `length` tokens, with `references`
-    of so many (width, height) pixels."""
+    of so many (width, height) pixels, and `previews` of it between the steps."""
 
     width: int
     height: int
@@ -39,6 +41,7 @@ class Workload:
     references: tuple[tuple[int, int], ...] = ()
     prompts: int = 1
     images: int = 1
+    previews: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,10 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     # Texts before and after their projection.
     held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures
     denoising = _denoising_bytes(variant, networks["transformer"], work, dtype.size)
-    activations["transformer"] = denoising + held + 2 * work.images * latents  # noise, and what becomes of it
     decode = vae_activation_bytes(variant.vae, work.height, work.width, dtype)[1]
+    preview = networks["vae"].all + decode if work.previews else 0
+    # Noise, and what becomes of it.
+    activations["transformer"] = max(denoising, preview) + held + 2 * work.images * latents
     activations["vae"] = decode + pictures + work.images * latents
     return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
 
@@ -171,6 +176,26 @@ def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, wide
     projected = max(projected + (scores if tokens == part else 0), part * _WIDENING_ARRAYS * array + widened)
     kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
     return max(attending, kept * array + projected)
+
+
+@contextmanager
+def limits(planned: Plan, name: str) -> Iterator[None]:
+    """MLX's own limits as the plan has them for a phase; the former ones are back afterwards.
+
+    Memory: allocations beyond it wait for running work to free some. Cache: freed buffers are kept only within what
+    the phase leaves. Wired: on Metal, what the phase needs is never paged out.
+    """
+    peak = planned.phase(name).peak_memory
+    memory, wired = mx.set_memory_limit(planned.limit), mx.set_wired_limit(min(peak, device_memory()))
+    cache = mx.set_cache_limit(0)
+    mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_memory_limit(memory)
+        mx.set_cache_limit(cache)
+        mx.set_wired_limit(wired)
 
 
 def parse_memory(text: str | int) -> int:

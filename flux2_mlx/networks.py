@@ -1,6 +1,6 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ from .errors import InputError
 from .memory import Plan, Workload, plan
 from .references import Edit
 from .sampling import Request
-from .streaming import Footprint, footprint, load_streamed
+from .streaming import Footprint, Reading, footprint, load_streamed
 
 _SMALLEST_SIDE = 64
 
@@ -25,27 +25,27 @@ class Networks:
     text_quant: str
     dtype: mx.Dtype
     memory_limit: int
+    reading: Reading = field(default_factory=Reading)  # what all runs have streamed from disk
 
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
         """A network in memory, as far as the plan says so."""
         component = self.checkpoint.components[name]
         if planned is not None and planned.phase(name).streamed:
-            return load_streamed(component, self.dtype, planned.phase(name).resident)
+            return load_streamed(component, self.dtype, planned.phase(name).resident, self.reading)
         return component.load(self.dtype, self._quants[name])
 
-    def plan(self, request: Request, edit: Edit = Edit()) -> Plan:  # noqa: B008 (it is frozen)
+    def plan(self, request: Request, edit: Edit = Edit(), *, previews: bool = False) -> Plan:  # noqa: B008 (it is frozen)
         """What a run holds in memory, phase by phase, and what it streams from disk."""
-        return self._plan(_workload(request, edit))
+        return self._plan(_workload(request, edit, previews))
 
-    def checked_plan(self, request: Request, edit: Edit) -> Plan:
+    def checked_plan(self, request: Request, edit: Edit, *, previews: bool = False) -> Plan:
         """The plan; InputError that says what would fit if the run does not fit into memory."""
-        work = _workload(request, edit)
+        work = _workload(request, edit, previews)
         planned = self._plan(work)
         if not planned.fits:
-            gib = 2**30
             raise InputError(
-                f"the {planned.worst.name.replace('_', ' ')} needs {planned.peak_memory / gib:.2f} GiB, the limit is "
-                f"{planned.limit / gib:.2f} GiB; {self._advice(work)}"
+                f"the {planned.worst.name.replace('_', ' ')} needs {_gib(planned.peak_memory)}, the limit is "
+                f"{_gib(planned.limit)}; {self._advice(work)}"
             )
         return planned
 
@@ -99,7 +99,7 @@ class Networks:
         return {"transformer": self.quant, "text_encoder": self.text_quant, "vae": "bf16"}
 
 
-def _workload(request: Request, edit: Edit) -> Workload:
+def _workload(request: Request, edit: Edit, previews: bool) -> Workload:
     return Workload(
         request.width,
         request.height,
@@ -107,4 +107,9 @@ def _workload(request: Request, edit: Edit) -> Workload:
         tuple(image.size for image in edit.references),
         len(set(request.prompts)),
         len(request.seeds),
+        previews,
     )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.3g} GiB"

@@ -3,16 +3,18 @@
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from .memory import Plan, limits
 from .references import Edit, to_pixels
 from .sampling import Conditioning, Painting, Request, Step, denoise
 from .scheduler import noise_levels
+from .streaming import Reading
 from .transformer import Flux2Transformer, image_ids, rope_table, text_ids
 from .vae import VAE
 
@@ -22,11 +24,18 @@ _T_STEP = 10
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase of a run took: seconds, and peak memory in bytes."""
+    """What one phase of a run took: seconds, and peak memory in bytes.
+
+    `read` are the bytes of weights that were streamed from disk, `streamed` those of each pass, and `overlap` is the
+    share of the reading, 0 to 1, that the computation did not wait for.
+    """
 
     name: str
     seconds: float
     peak_memory: int
+    read: int = 0
+    streamed: int = 0
+    overlap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,19 @@ class Flux2Output:
 
 
 @contextmanager
-def measured(name: str, timings: list[Phase]) -> Iterator[None]:
-    """Add what a phase took to `timings`, and give its memory back at the end."""
+def measured(
+    name: str, timings: list[Phase], planned: Plan | None = None, reading: Reading | None = None
+) -> Iterator[None]:
+    """Add what a phase took to `timings`, keep it within what is `planned`, and give its memory back at the end."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    start = time.perf_counter()
-    yield
-    timings.append(Phase(name, time.perf_counter() - start, mx.get_peak_memory()))
+    reading = reading or Reading()
+    start, before = time.perf_counter(), replace(reading)
+    with nullcontext() if planned is None else limits(planned, name):
+        yield
+    read, seconds = reading.since(before), time.perf_counter() - start
+    streamed = planned.phase(name).streamed if read.nbytes else 0
+    timings.append(Phase(name, seconds, mx.get_peak_memory(), read.nbytes, streamed, read.overlap))
     gc.collect()
     mx.clear_cache()
 

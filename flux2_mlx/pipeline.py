@@ -234,25 +234,28 @@ class Flux2Pipeline:
         prompt_embeds: mx.array | None = None,
         output_type: str = "pil",
         on_progress: OnProgress = lambda progress: None,
+        previews: bool = False,
     ) -> Flux2Output:
         """Make the images of `request` with the pictures of `edit`. `on_progress` hears of every phase, step and
-        image; after a step it may return tokens to go on from, and it may raise to cancel."""
+        image; after a step it may return tokens to go on from, make a `preview` if the run was planned with
+        `previews`, and raise to cancel."""
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
-        planned = self.networks.checked_plan(request, edit)
+        planned = self.networks.checked_plan(request, edit, previews=previews)
         latents, encoded = self._checked_latents(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
-        with measured("text_encoder", output.timings):
+        phase = partial(measured, timings=output.timings, planned=planned, reading=self.networks.reading)
+        with phase("text_encoder"):
             embeds, negative = self._text_states(request, prompt_embeds, planned, on_progress)
         if edit.references:
             self._warn(request, edit)
-            with measured("vae_encoder", output.timings):
+            with phase("vae_encoder"):
                 on_progress(Progress("vae_encoder", 0, len(edit.references)))
                 encoded = encode_images(self.networks.load("vae"), edit, self.dtype, on_progress)
-        with measured("transformer", output.timings):
+        with phase("transformer"):
             noise = self._noise(request, latents)
             tokens = self._denoise(request, noise, embeds, negative, encoded, planned, on_progress)
-        with measured("vae", output.timings):
+        with phase("vae"):
             output.images = self._decode(request, tokens, output_type, on_progress)
         if edit.canvas is not None and output_type == "pil":
             output.images = [edit.canvas.paste(image) for image in output.images]

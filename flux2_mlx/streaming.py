@@ -1,6 +1,7 @@
 """Networks whose blocks are read from disk each time they are needed, for models larger than the memory."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,29 @@ from .layers import WIDENED
 # The lists of blocks of each network that can be streamed, in the order that they are run in.
 _LISTS = {"transformer": ("double_blocks", "single_blocks"), "text_encoder": ("layers",)}
 Weights = list[tuple[str, mx.array]]
+# Files are read on a stream of their own, or on a CPU the computation would queue behind the reading.
+_READER = mx.new_thread_local_stream(mx.cpu)
+
+
+@dataclass
+class Reading:
+    """What streaming has read so far: `nbytes`, the `seconds` that blocks were on their way, and those of them that the
+    computation `waited`."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, nbytes: int, seconds: float, waited: float) -> None:
+        self.nbytes, self.seconds, self.waited = self.nbytes + nbytes, self.seconds + seconds, self.waited + waited
+
+    def since(self, before: "Reading") -> "Reading":
+        return Reading(self.nbytes - before.nbytes, self.seconds - before.seconds, self.waited - before.waited)
+
+    @property
+    def overlap(self) -> float | None:
+        """The share of the reading that the computation did not wait for; None if nothing was read."""
+        return 1 - self.waited / self.seconds if self.nbytes else None
 
 
 @dataclass(frozen=True)
@@ -88,8 +112,16 @@ class Blocks:
     for.
     """
 
-    def __init__(self, resident: list[nn.Module], template: nn.Module, count: int, read: Callable[[int], Weights]):
-        self._resident, self._template, self._count, self._read = resident, template, count, read
+    def __init__(
+        self,
+        resident: list[nn.Module],
+        template: nn.Module,
+        count: int,
+        read: Callable[[int], Weights],
+        reading: Reading,
+    ):
+        self._resident, self._template, self._count = resident, template, count
+        self._read, self._reading = read, reading
         # Never evaluated, so without memory: what the template holds between two uses.
         self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in tree_flatten(template.parameters())]
 
@@ -98,29 +130,31 @@ class Blocks:
 
     def __iter__(self) -> Iterator[nn.Module]:
         yield from self._resident
-        weights = self._ahead(len(self._resident))
+        weights, asked = self._ahead(len(self._resident))
         try:
             for number in range(len(self._resident), self._count):
+                needed = time.perf_counter()
                 self._template.load_weights(weights)
                 mx.eval(self._template.parameters())  # or two blocks would be on their way at once
-                weights = self._ahead(number + 1)
+                there = time.perf_counter()
+                self._reading.add(sum(x.nbytes for _, x in weights), there - asked, there - needed)
+                weights, asked = self._ahead(number + 1)
                 yield self._template
         finally:
             self._template.load_weights(self._nothing)
 
-    def _ahead(self, number: int) -> Weights:
-        """The weights of a block, on their way into memory."""
-        if number >= self._count:
-            return []
-        weights = self._read(number)
+    def _ahead(self, number: int) -> tuple[Weights, float]:
+        """The weights of a block, on their way into memory, and since when."""
+        asked = time.perf_counter()
+        weights = self._read(number) if number < self._count else []
         # One at a time, so that a tensor and its cast never wait beside all others.
         for _, array in weights:
             mx.async_eval(array)
-        return weights
+        return weights, asked
 
 
-def load_streamed(component: Component, dtype: mx.Dtype, resident: int) -> nn.Module:
-    """The network with its first `resident` blocks in memory and the others read at every use.
+def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading: Reading) -> nn.Module:
+    """The network with its first `resident` blocks in memory and the others read at every use, which `reading` counts.
 
     It computes bit for bit what the one in memory does. Its files must stay where they are.
     """
@@ -134,7 +168,7 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int) -> nn.Mo
         for number in range(stay):
             _fill(blocks[number], read(number))
         template = blocks[stay] if stay < len(blocks) else nn.Module()
-        setattr(module, name, Blocks(blocks[:stay], template, len(blocks), read))
+        setattr(module, name, Blocks(blocks[:stay], template, len(blocks), read, reading))
     _fill(module, _pick({name for name, _ in tree_flatten(module.parameters())}, places, dtype))
     return module
 
@@ -157,5 +191,5 @@ def _reader(name: str, places: dict[str, Path], dtype: mx.Dtype) -> Callable[[in
 
 def _pick(names: set[str], places: dict[str, Path], dtype: mx.Dtype) -> Weights:
     """Tensors of the files, still unread."""
-    loaded = {path: mx.load(str(path)) for path in {places[name] for name in names}}
+    loaded = {path: mx.load(str(path), stream=_READER) for path in {places[name] for name in names}}
     return [(name, in_memory(name, loaded[places[name]][name], dtype)) for name in sorted(names)]

@@ -104,6 +104,58 @@ def test_a_plan_counts_the_keys_and_values_of_references(tmp_path):
     compare(pipe, [Image.new("RGB", (512, 384), "teal")] * 2, width=64, height=64, most=1.15)
 
 
+def test_a_plan_counts_previews():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    request = pipe.request(["a red ring"], width=256, height=192, steps=2, seed=0)
+    planned = pipe.networks.plan(request, previews=True).phase("transformer").peak_memory
+    assert planned > 2 * pipe.networks.plan(request).phase("transformer").peak_memory
+
+    def on_progress(progress):
+        if progress.step is not None:
+            pipe.preview(request, progress.step.estimate)
+
+    peaks = []
+    for _ in range(3):
+        base = mx.get_active_memory()
+        timings = pipe.run(request, on_progress=on_progress, previews=True).timings
+        peaks.append(next(phase.peak_memory for phase in timings if phase.name == "transformer") - base)
+    assert max(peaks) <= planned <= 1.1 * max(peaks)
+
+
+def mlx_limits() -> tuple[int, int]:
+    """MLX's memory and cache limits, which can only be read by setting them."""
+    limits = mx.set_memory_limit(2**40), mx.set_cache_limit(2**40)
+    mx.set_memory_limit(limits[0])
+    mx.set_cache_limit(limits[1])
+    return limits
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
+    wired, seen, before = [7], {}, mlx_limits()
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="30MB")
+    request = pipe.request(["a red ring"], width=64, height=64, steps=1)
+    planned = pipe.networks.plan(request)
+
+    def on_progress(progress):
+        seen[progress.phase] = mlx_limits()
+        if fails and progress.phase == "transformer":
+            raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            pipe.run(request, on_progress=on_progress)
+    else:
+        pipe.run(request, on_progress=on_progress)
+    phases = planned.phases[: 2 if fails else 3]
+    room = [planned.limit - phase.peak_memory for phase in phases]
+    assert list(seen.values()) == [(planned.limit, min(before[1], free)) for free in room]
+    assert any(free < before[1] for free in room)
+    assert mlx_limits() == before
+    assert wired[1:] == [limit for phase in phases for limit in (phase.peak_memory, 7)]
+
+
 def refusal(pipe: Flux2Pipeline, images=(), **settings) -> str:
     edit = pipe.edit(images)
     with pytest.raises(InputError) as caught:

@@ -1,14 +1,17 @@
 """Streamed networks: the same bits as from memory, in less of it."""
 
+import json
+import time
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
-from cli_runner import PROMPT, SMALL, done, pixels, refusal
+from cli_runner import PROMPT, done, pixels, refusal
 
 from flux2_mlx import Flux2Pipeline, InputError, streaming
 from flux2_mlx.checkpoint import Checkpoint
-from flux2_mlx.streaming import Footprint, footprint, load_streamed
+from flux2_mlx.streaming import Footprint, Reading, footprint, load_streamed
 
 SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3, "max_sequence_length": 40}
 
@@ -53,7 +56,7 @@ def test_what_stays():
 @pytest.mark.parametrize("resident", [0, 1, 3, 5, 6])
 def test_streamed_blocks_compute_the_same_bits(folder, resident):
     component = Checkpoint.open(folder).components["transformer"]
-    whole, streamed = component.load(mx.float32), load_streamed(component, mx.float32, resident)
+    whole, streamed = component.load(mx.float32), load_streamed(component, mx.float32, resident, Reading())
     config = component.config
     tokens, text = mx.random.normal((1, 12, config.in_channels)), mx.random.normal((1, 5, config.hidden_size))
     rope = mx.ones((17, config.attention_head_dim // 2), dtype=mx.complex64)
@@ -86,7 +89,7 @@ def test_a_limit_changes_memory_and_not_the_image(folder):
 
 def test_streaming_reads_one_block_ahead_and_keeps_none(folder):
     component = Checkpoint.open(folder).components["transformer"]
-    network = load_streamed(component, mx.float32, 1)
+    network = load_streamed(component, mx.float32, 1, Reading())
     mx.clear_cache()
     held = mx.get_active_memory()
     sizes = footprint(component, mx.float32).blocks
@@ -103,7 +106,7 @@ def test_streaming_reads_one_block_ahead_and_keeps_none(folder):
 def test_a_run_beyond_the_limit_is_refused_before_anything_is_loaded(folder, monkeypatch):
     pipe = open_pipe(folder, memory_limit="1MB")
     monkeypatch.setattr(streaming.Component, "load", None)
-    with pytest.raises(InputError, match=r"needs 0\.\d\d GiB, the limit is 0\.00 GiB; no size fits"):
+    with pytest.raises(InputError, match=r"needs 0\.\d+ GiB, the limit is 0\.000931 GiB; no size fits"):
         pipe("a fox", **SETTINGS)
 
 
@@ -117,10 +120,44 @@ def test_what_is_quantized_at_loading_stays(official):
     )
 
 
-def test_command_line(tmp_path, monkeypatch):
+def test_what_was_read_is_counted(folder):
+    free = open_pipe(folder)
+    limit = free.networks.plan(free.request(["a"], width=64, height=48, max_sequence_length=40)).peak_memory * 3 // 4
+    pipe = open_pipe(folder, memory_limit=limit)
+    for steps in (2, 3):
+        phases = {phase.name: phase for phase in pipe("a", **SETTINGS | {"num_inference_steps": steps}).timings}
+        took = phases["transformer"]
+        assert took.read == steps * took.streamed > 0
+        assert 0 <= took.overlap <= 1
+        assert (phases["vae"].read, phases["vae"].streamed, phases["vae"].overlap) == (0, 0, None)
+    whole = sum(footprint(pipe.checkpoint.components["transformer"], mx.float32).blocks)
+    assert took.streamed <= whole
+
+
+def test_waiting_is_told_from_reading_beside_the_computation(folder):
+    component = Checkpoint.open(folder).components["transformer"]
+    idle, busy = Reading(), Reading()
+    for reading, pause in ((idle, 0), (busy, 0.05)):
+        for _ in load_streamed(component, mx.float32, 0, reading).single_blocks:
+            time.sleep(pause)
+    assert idle.nbytes == busy.nbytes > 0
+    assert busy.overlap > 0.9
+    assert 0 < busy.waited < busy.seconds
+    assert busy.seconds > idle.seconds + 3 * 0.05
+    assert Reading().overlap is None
+
+
+def test_command_line(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = ("t2i", PROMPT, *SMALL, "--seed", "3", "--no-cache")
+    pipe = open_pipe(folder)
+    limit = pipe.networks.plan(pipe.request(["a"], width=64, height=48)).peak_memory * 3 // 4
+    settings = ("t2i", PROMPT, "-m", str(folder), "-W", "64", "-H", "48", "-s", "2", "--seed", "3", "--no-cache")
     done(*settings, "-o", "a.png")
-    done(*settings, "-o", "b.png", "--memory-limit", "14MB")
+    run = done(*settings, "-o", "b.png", "--memory-limit", str(limit), "--profile", "--json")
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
-    assert "the limit is 0.00 GiB" in refusal(*settings, "-o", "c.png", "--memory-limit", "1MB", "--quiet")
+    took = next(phase for phase in json.loads(run.stdout)["phases"] if phase["name"] == "transformer")
+    assert took["read"] == 2 * took["streamed"] > 0
+    lines = [line for line in run.stderr.splitlines() if " a pass, " in line and line.startswith("transformer")]
+    assert len(lines) == 1
+    assert f"{took['read'] / 2**30:.3f} GiB read" in lines[0]
+    assert "the limit is 0.000931 GiB" in refusal(*settings, "-o", "c.png", "--memory-limit", "1MB", "--quiet")

@@ -158,7 +158,7 @@ def _make(run: Run, job: Job, paths: list[Path], bars: Bars) -> "Flux2Output":
         for i, image in zip(progress.images, pipe.preview(request, step.estimate), strict=True):
             save(image, job.checkpoint_path(paths[i], step.number))
 
-    output = pipe.run(request, run.edit, on_progress=on_progress)
+    output = pipe.run(request, run.edit, on_progress=on_progress, previews=job.checkpoint is not None)
     for i, (image, path) in enumerate(zip(output.images, paths, strict=True)):
         save(image, path, run.settings(i))
     return output

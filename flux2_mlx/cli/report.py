@@ -85,9 +85,13 @@ class Run:
 def print_profile(output: "Flux2Output", seconds: float) -> None:
     """A line on stderr for each phase."""
     for phase in output.timings:
-        _print_line(phase.name, phase.seconds, phase.peak_memory)
-    _print_line("whole run", seconds, output.peak_memory)
+        line = _line(phase.name, phase.seconds, phase.peak_memory)
+        if phase.read:
+            read, each = phase.read / 2**30, phase.streamed / 2**30
+            line += f", {read:.3f} GiB read, {each:.3f} a pass, {phase.overlap:.0%} of the time beside the computation"
+        click.echo(line, err=True)
+    click.echo(_line("whole run", seconds, output.peak_memory), err=True)
 
 
-def _print_line(name: str, seconds: float, peak: int) -> None:
-    click.echo(f"{name:14}{seconds:9.2f} s{peak / 2**30:9.3f} GiB peak", err=True)
+def _line(name: str, seconds: float, peak: int) -> str:
+    return f"{name:14}{seconds:9.2f} s{peak / 2**30:9.3f} GiB peak"
