@@ -1,10 +1,12 @@
 """Writing an MLX checkpoint: tensor by tensor, all or nothing."""
 
+import glob
 import json
 import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,6 +46,7 @@ _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropp
 _FLOATS = ("BF16", "F16", "F32")
 _SHARD_BYTES = 4 << 30
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_LEFTOVER_SECONDS = 3600  # no tensor takes that long to write, so an older folder is that of a killed conversion
 _METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
 
 
@@ -100,6 +103,7 @@ def write_checkpoint(
     _check_source(source, plans)
     _check_tokenizer(source)
     check_target(target, force)
+    _remove_leftovers(target)
     total = sum(plan.nbytes for plan in plans)
     _check_space(target.parent, total)
     manifest = {
@@ -177,6 +181,13 @@ def check_target(target: Path, force: bool) -> None:
         raise InputError(f"{target} is not an MLX checkpoint, so --force does not replace it; remove it yourself")
     if not target.parent.is_dir():
         raise InputError(f"can't write {target}: there is no folder {target.parent}")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what conversions to `target` that were killed have left beside it."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > _LEFTOVER_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import error_line, process, tree
+from PIL import Image
 
 # A shell that starts tests in the background makes its children ignore Ctrl-C, which a terminal does not.
 START = """
@@ -60,6 +61,30 @@ def test_ctrl_c_while_denoising_is_one_line_and_leaves_no_file(output):
     assert (message, end) == ("interrupted; nothing was left half written", "")
     assert all(re.match(r"(text encoder|denoising): +\d+%|$", bar) for bar in bars), stderr
     assert tree() == {}
+
+
+@pytest.mark.parametrize("when", [rb"text encoder: +\d", rb"denoising: +\d+%.* 2/", rb"decoding: +\d+%.* 1/"])
+def test_a_killed_run_leaves_whole_files_only(when, environment, folder):
+    command = [sys.executable, "-m", "flux2_mlx", "t2i", "a red circle", "-m", "demo", "-s", "4", "-n", "2"]
+    command += ["--seed", "1", "-W", "160", "-H", "160", "--checkpoint", "1", "-o", "out/"]
+    Path("out").mkdir()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as run:
+        seen = b""
+        while not re.search(when, seen):
+            new = os.read(run.stderr.fileno(), 4096)
+            assert new, seen
+            seen += new
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    left = sorted(Path("out").glob("[!.]*"))
+    for path in left:
+        assert Image.open(path).convert("RGB").size == (160, 160)
+    assert (len(left) > 0) == (when.startswith((b"denoising", b"decoding")))
+    again = subprocess.run(
+        [*command, "--force", "--quiet"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert len(again.stdout.splitlines()) == 2
+    assert len(list((folder / "models" / "prompts").glob("*.safetensors"))) == 1
 
 
 def test_ctrl_c_keeps_the_checkpoint_images_that_are_complete():

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,3 +313,16 @@ def test_a_killed_conversion_leaves_no_target(official, target):
     assert process.returncode == -signal.SIGKILL
     assert not target.exists()
     Checkpoint.open(convert(official, target))
+
+
+def test_what_a_killed_conversion_left_is_removed_once_it_is_old(official, target):
+    beside = {name: target.parent / f".{name}" for name in (f"{target.name}.old", f"{target.name}.new", "other.old")}
+    for folder in beside.values():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    hours_ago = time.time() - 2 * 3600
+    for name in (f"{target.name}.old", "other.old"):
+        for path in (beside[name] / "model.safetensors", beside[name]):
+            os.utime(path, (hours_ago, hours_ago))
+    convert(official, target)
+    assert [folder.exists() for folder in beside.values()] == [False, True, True]

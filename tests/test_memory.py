@@ -1,6 +1,7 @@
 """What the phases of a run are said to need, against what they take."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -10,9 +11,11 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.config import TransformerConfig
+from flux2_mlx.checkpoint import variant_components
+from flux2_mlx.config import QUANTIZATIONS, VARIANTS, TransformerConfig
 from flux2_mlx.errors import InputError
-from flux2_mlx.memory import PhasePlan, Plan, activation_bytes, device_memory, parse_memory
+from flux2_mlx.memory import PhasePlan, Plan, Workload, activation_bytes, device_memory, parse_memory, plan
+from flux2_mlx.streaming import footprint
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
 
@@ -197,3 +200,24 @@ def test_sizes_of_memory(text, expected):
 def test_what_is_no_size_of_memory(text):
     with pytest.raises(InputError, match="memory must be a size such as 12GB"):
         parse_memory(text)
+
+
+def test_the_table_of_the_readme_is_the_plan():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- memory -->")[2].partition("<!-- end of memory -->")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()[2:]]
+    assert {(row[0], row[1]) for row in rows} == {
+        (name, quant) for name, variant in VARIANTS.items() if variant.repo for quant in QUANTIZATIONS
+    }
+    for name, quant, whole, documented, within, least in rows:
+        variant = VARIANTS[name]
+        work = Workload(1024, 1024, variant.max_sequence_length)
+        parts = variant_components(variant, quant)
+        networks = {part: footprint(component, mx.bfloat16) for part, component in parts.items()}
+        limits = {whole: 2**50, least: 0} | ({} if documented == "–" else {within: float(documented) * 2**30})
+        for figure, limit in limits.items():
+            planned = plan(variant, networks, work, mx.bfloat16, int(limit)).peak_memory / 2**30
+            assert float(figure) == pytest.approx(planned, rel=0.02, abs=0.06), (name, quant, figure)
+        if documented != "–":
+            assert float(within) <= float(documented)
+        assert float(least) < 8
