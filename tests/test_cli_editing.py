@@ -111,6 +111,16 @@ def test_replay(arguments):
     assert read_settings("first.png")["edit"] == read_settings("again.png")["edit"]
 
 
+def test_edits_in_float16():
+    edit("-i", "a.png", "--dtype", "float16", "-o", "half.png")
+    edit("-i", "a.png", "--dtype", "float32", "-o", "exact.png")
+    assert 0 < difference("half.png", "exact.png") < 2
+    done("outpaint", "a.png", *DEMO, "--top", "16", "--dtype", "float16", "-o", "first.png")
+    done("i2i", "--replay", "first.png", "-o", "again.png")
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+    assert [read_settings(name)["dtype"] for name in ("half.png", "first.png")] == ["float16"] * 2
+
+
 def test_replay_of_outpainting():
     done("outpaint", "a.png", *DEMO, "--top", "16", "-o", "first.png")
     done("i2i", "--replay", "first.png", "-o", "again.png")
