@@ -3,12 +3,12 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from .errors import CheckpointError, DownloadError, Flux2Error, InputError
+from .errors import CheckpointError, DownloadError, Flux2Error, InputError, RangeError
 
 if TYPE_CHECKING:
     from .pipeline import Flux2Output, Flux2Pipeline
 
-__all__ = ["CheckpointError", "DownloadError", "Flux2Error", "Flux2Output", "Flux2Pipeline", "InputError"]
+__all__ = ["CheckpointError", "DownloadError", "Flux2Error", "Flux2Output", "Flux2Pipeline", "InputError", "RangeError"]
 __version__ = version("flux2-mlx")
 
 

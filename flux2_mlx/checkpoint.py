@@ -128,6 +128,15 @@ def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
     }
 
 
+def network_dtype(name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """What the component `name` computes in where activations are asked for in `dtype`.
+
+    Only the transformer has room for large values under float16. Hidden states of language models and activations of
+    image decoders are known to overflow it inside a layer, so these, which run once, keep the range of bfloat16.
+    """
+    return mx.bfloat16 if dtype == mx.float16 and name != "transformer" else dtype
+
+
 def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype:
     """What a weight that is not packed is kept in while activations are in `dtype`.
 

@@ -11,6 +11,7 @@ from typing import Any
 from .errors import CheckpointError, InputError
 
 QUANTIZATIONS = ("bf16", "qint8", "qint4")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _check(condition: bool, message: str) -> None:

@@ -9,6 +9,10 @@ class InputError(Flux2Error):
     """A setting, prompt, image or path given by the caller can't be used."""
 
 
+class RangeError(Flux2Error):
+    """A computation left the range of its numbers."""
+
+
 class CheckpointError(Flux2Error):
     """Model files are missing, damaged, or of another model."""
 

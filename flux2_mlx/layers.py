@@ -1,10 +1,12 @@
 """Blocks that more than one network uses. Arrays are channels-last; attention is `[B, heads, tokens, head_dim]`."""
 
+import re
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .config import DTYPES
 from .errors import InputError
 
 # Metal's attention kernel has these head sizes and never stores the scores. Elsewhere MLX stores them for all
@@ -13,7 +15,10 @@ _FUSED_HEAD_SIZES = (64, 80, 128)
 _SCORES_PER_CHUNK = 8 * 1024 * 1024
 # The most weights that a `Linear` widens at one time.
 WIDENED = 32 * 1024 * 1024
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+FLOAT16_MAX = 65504
+_DTYPES = {name: getattr(mx, name) for name in DTYPES}
+# Chips whose GPU has no bfloat16, so that Metal makes do with float32 and conversions.
+_WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
 
 
 def on_metal() -> bool:
@@ -22,12 +27,27 @@ def on_metal() -> bool:
 
 
 def activation_dtype(name: str | None) -> mx.Dtype:
-    """The dtype called `name`, or the device's own for None: float32 on a CPU, else bfloat16."""
+    """The dtype called `name`; InputError if there is none.
+
+    None: the device's own, which is float16 on M1 and M2 (Pro, Max and Ultra included), bfloat16 on other Apple GPUs,
+    and float32 on a CPU.
+    """
     if name is None:
-        return mx.bfloat16 if on_metal() else mx.float32
+        return _gpu_dtype() if on_metal() else mx.float32
     if name not in _DTYPES:
         raise InputError(f"unknown dtype {name!r}; choose one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _gpu_dtype() -> mx.Dtype:
+    name = str(mx.device_info().get("device_name", ""))
+    return mx.float16 if _WITHOUT_BFLOAT16.match(name) else mx.bfloat16
+
+
+def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """`x` in `dtype`; what is beyond the range of float16 is put at its end."""
+    x = x.astype(dtype)
+    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == mx.float16 else x
 
 
 def fused(function: Callable) -> Callable:

@@ -6,7 +6,7 @@ from functools import cached_property
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import PAINTING, Checkpoint, Component
+from .checkpoint import PAINTING, Checkpoint, Component, network_dtype
 from .errors import InputError
 from .memory import Plan, Workload, plan
 from .references import Edit
@@ -31,8 +31,12 @@ class Networks:
         """A network in memory, as far as the plan says so."""
         component = self.checkpoint.components[name]
         if planned is not None and planned.phase(name).streamed:
-            return load_streamed(component, self.dtype, planned.phase(name).resident, self.reading)
-        return component.load(self.dtype, self._quants[name])
+            return load_streamed(component, self.dtype_of(name), planned.phase(name).resident, self.reading)
+        return component.load(self.dtype_of(name), self._quants[name])
+
+    def dtype_of(self, name: str) -> mx.Dtype:
+        """What a network computes in."""
+        return network_dtype(name, self.dtype)
 
     def plan(self, request: Request, edit: Edit = Edit(), *, previews: bool = False) -> Plan:  # noqa: B008 (it is frozen)
         """What a run holds in memory, phase by phase, and what it streams from disk."""
@@ -90,7 +94,7 @@ class Networks:
 
     def _footprint(self, stored: Component, quant: str) -> Footprint:
         wanted = stored.quantized(quant)
-        weights = footprint(wanted, self.dtype)
+        weights = footprint(wanted, self.dtype_of(stored.name))
         # What is quantized at loading would be so again at every pass, so it has to stay.
         return weights if wanted == stored else replace(weights, rest=weights.all, blocks=())
 

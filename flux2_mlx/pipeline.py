@@ -14,7 +14,7 @@ from .convert import find_checkpoint, models_folder
 from .embedding_cache import FOLDER, CachedEncoder, EmbeddingCache
 from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
-from .layers import activation_dtype
+from .layers import activation_dtype, cast
 from .memory import Plan, device_memory, parse_memory, passes
 from .networks import Networks
 from .noise import initial_noise
@@ -81,7 +81,8 @@ class Flux2Pipeline:
             variant: the model's name where the source can't tell.
             quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16` when converting.
             text_quant: the same for the text encoder; None: as stored, or 8 bit (4 bit with `qint4`).
-            dtype: `float32`, `bfloat16` or `float16` for activations; None: float32 on a CPU, else bfloat16.
+            dtype: `float32`, `bfloat16` or `float16` for activations; None: float16 on M1 and M2,
+                bfloat16 on later chips, float32 on a CPU. Under float16 all but the transformer is in bfloat16.
             models_dir: where converted models are kept; None: `$FLUX2_MLX_HOME` or `~/.cache/flux2-mlx`.
             prompt_cache: keep encoded prompts in the folder `prompts` there, so that a prompt seen before needs no
                 text encoder.
@@ -251,7 +252,7 @@ class Flux2Pipeline:
             self._warn(request, edit)
             with phase("vae_encoder"):
                 on_progress(Progress("vae_encoder", 0, len(edit.references)))
-                encoded = encode_images(self.networks.load("vae"), edit, self.dtype, on_progress)
+                encoded = encode_images(self.networks.load("vae"), edit, self.networks.dtype_of("vae"), on_progress)
         with phase("transformer"):
             noise = self._noise(request, latents)
             tokens = self._denoise(request, noise, embeds, negative, encoded, planned, on_progress)
@@ -346,7 +347,7 @@ class Flux2Pipeline:
         if prompt_embeds is None:
             embeds = [states[prompt] for prompt in prompts]
         else:
-            embeds = list(prompt_embeds.astype(self.dtype))
+            embeds = list(cast(prompt_embeds, self.dtype))
         return embeds, states[""] if negatives else None
 
     def _encode(
@@ -355,13 +356,15 @@ class Flux2Pipeline:
         distinct = list(dict.fromkeys(prompts))
         on_progress(Progress("text_encoder", 0, len(distinct)))
         load = partial(self.networks.load, "text_encoder", planned)
-        encoder = CachedEncoder(self.checkpoint, self.text_quant, self.dtype, self.prompt_cache, load)
+        dtype = self.networks.dtype_of("text_encoder")
+        encoder = CachedEncoder(self.checkpoint, self.text_quant, dtype, self.prompt_cache, load)
         states = {}
         for done, prompt in enumerate(distinct, 1):
             count = self.tokenizer.count(prompt)
             if count > length:
                 _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", count, length, prompt)
-            states[prompt] = encoder(*self.tokenizer([prompt], length))
+            states[prompt] = cast(encoder(*self.tokenizer([prompt], length)), self.dtype)
+            mx.eval(states[prompt])  # or both dtypes would stay in memory
             on_progress(Progress("text_encoder", done, len(distinct)))
         return states
 
@@ -387,7 +390,8 @@ class Flux2Pipeline:
     def _decode(self, request: Request, tokens: list[mx.array], output_type: str, on_progress: OnProgress) -> Any:
         on_progress(Progress("vae", 0, len(tokens)))
         vae, latent = self.networks.load("vae"), output_type == "latent"
-        images = decode_images(vae, tokens, self._grid(request), self.dtype, latent, on_progress)
+        dtype = self.networks.dtype_of("vae")
+        images = decode_images(vae, tokens, self._grid(request), dtype, latent, on_progress)
         if latent:
             return images.transpose(0, 3, 1, 2)
         images = to_unit(images)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .config import Variant
-from .errors import InputError
+from .errors import InputError, RangeError
 from .scheduler import euler_step
 from .transformer import Flux2Transformer, KeysValues
 
@@ -19,6 +19,7 @@ MAX_STEPS = 1000
 MAX_IMAGES = 1000
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
+_NOT_FINITE = {mx.float16: "the computation overflowed float16; use --dtype bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,9 @@ def denoise(
         painting: a picture that is kept outside its mask.
 
     A caller may `send` tokens to go on from instead of the ones that were yielded.
+
+    Raises:
+        RangeError: the tokens are no longer finite, so no step can make an image of them.
     """
     for number, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist()), 1):
         velocity = _velocity(transformer, tokens.astype(dtype), conditioning, sigma)
@@ -221,6 +225,8 @@ def denoise(
         if painting is not None:
             estimate, tokens = painting.kept(estimate, 0.0), painting.kept(tokens, next_sigma)
         mx.eval(tokens)
+        if not mx.isfinite(tokens).all().item():
+            raise RangeError(_NOT_FINITE.get(dtype, "the transformer gave values that are not finite numbers"))
         replaced = yield Step(number, sigma, next_sigma, tokens, estimate)
         tokens = tokens if replaced is None else replaced
 

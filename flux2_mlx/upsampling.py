@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, network_dtype
 from .convert import find_checkpoint
 from .errors import CheckpointError, InputError
 from .layers import activation_dtype
@@ -47,7 +47,8 @@ class Writer:
             source: as for `Flux2Pipeline.from_pretrained`; fetched and converted first if need be. Of the released
                 models, dev's sees images.
             text_quant: `bf16`, `qint8` or `qint4`; None: as stored, or 8 bit when converting.
-            dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own.
+            dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own. With `float16` it is
+                `bfloat16`, as hidden states of language models overflow the other.
             options: further ones of `find_checkpoint`.
         """
         checkpoint = Checkpoint.open(find_checkpoint(str(source), text_quant=text_quant, text_only=True, **options))
@@ -58,6 +59,10 @@ class Writer:
     @property
     def can_see(self) -> bool:
         return "vision" in self.checkpoint.components
+
+    @property
+    def _computed_in(self) -> mx.Dtype:
+        return network_dtype("language_model", self.dtype)
 
     def upsample(self, prompts: Sequence[str], images: Sequence[Image.Image] = (), **settings: Any) -> list[str]:
         """Each prompt with more visual detail or, with RGB `images` to edit, as one clear instruction.
@@ -127,14 +132,14 @@ class Writer:
     def _embeddings(self, model: LanguageModel, ids: list[int], pixels: list[np.ndarray]) -> mx.array | None:
         if not pixels:
             return None
-        vision = self.checkpoint.components["vision"].load(self.dtype, self.text_quant)
+        vision = self.checkpoint.components["vision"].load(self._computed_in, self.text_quant)
         embeddings = embed(model, ids, vision, pixels, self.checkpoint.tokenizer.image_id)
         mx.eval(embeddings)
         return embeddings
 
     def _load_model(self) -> LanguageModel:
         parts = (self.checkpoint.components[name] for name in ("text_encoder", "language_model"))
-        return LanguageModel(*(part.load(self.dtype, self.text_quant) for part in parts))
+        return LanguageModel(*(part.load(self._computed_in, self.text_quant) for part in parts))
 
     def _read(self, tokens: Iterator[int], number: int, on_text: OnText) -> str:
         answer: list[int] = []

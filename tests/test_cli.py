@@ -81,6 +81,10 @@ def test_python_m_runs_the_same_command():
         (["t2i", "a", "-W", "wide"], "'wide' is not a valid integer"),
         (["t2i", "a", "-g", "much"], "'much' is not a valid float"),
         (["t2i", "a", "-q", "qint2"], "'bf16', 'qint8', 'qint4'"),
+        (["t2i", "a", "--dtype", "float8"], "'float32', 'bfloat16', 'float16'"),
+        (["i2i", "a", "-i", "b.png", "--dtype", "bf16"], "'float32', 'bfloat16', 'float16'"),
+        (["outpaint", "a.png", "--dtype", "half"], "'float32', 'bfloat16', 'float16'"),
+        (["info", "demo", "--dtype", "float64"], "'float32', 'bfloat16', 'float16'"),
         (["t2i", "a", "--checkpoint", "0"], "0 is not in the range"),
         (["convert", "a"], "Missing argument 'TARGET'"),
         (["download"], "Missing argument 'MODEL'"),
@@ -168,6 +172,19 @@ def test_info_plans_the_memory_of_a_run():
     text = done("info", "klein-4b", "-q", "qint8", "-W", "512", "-H", "768").stdout
     assert "memory for 512×768 with qint8, text encoder qint8" in text
     assert f"{values['peak_memory'] / 2**30:.2f} GiB" in text
+
+
+def test_info_plans_for_a_dtype():
+    def planned(*arguments):
+        return json.loads(done("info", "klein-4b", *arguments, "--json").stdout)
+
+    wide, *narrow = (planned("--dtype", name) for name in ("float32", "bfloat16", "float16"))
+    assert [values["dtype"] for values in (wide, *narrow)] == ["float32", "bfloat16", "float16"]
+    assert narrow[0]["phases"] == narrow[1]["phases"]
+    for phase, smaller in zip(wide["phases"], narrow[0]["phases"], strict=True):
+        assert smaller["activations"] < phase["activations"]
+    assert planned()["dtype"] in ("float32", "bfloat16", "float16")
+    assert ", computed in float16, in GiB:" in done("info", "klein-4b", "--dtype", "float16").stdout
 
 
 def test_info_refuses_an_odd_size():

@@ -111,6 +111,16 @@ def test_replay(arguments):
     assert read_settings("first.png")["edit"] == read_settings("again.png")["edit"]
 
 
+def test_edits_in_float16():
+    edit("-i", "a.png", "--dtype", "float16", "-o", "half.png")
+    edit("-i", "a.png", "--dtype", "float32", "-o", "exact.png")
+    assert 0 < difference("half.png", "exact.png") < 2
+    done("outpaint", "a.png", *DEMO, "--top", "16", "--dtype", "float16", "-o", "first.png")
+    done("i2i", "--replay", "first.png", "-o", "again.png")
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+    assert [read_settings(name)["dtype"] for name in ("half.png", "first.png")] == ["float16"] * 2
+
+
 def test_replay_of_outpainting():
     done("outpaint", "a.png", *DEMO, "--top", "16", "-o", "first.png")
     done("i2i", "--replay", "first.png", "-o", "again.png")
@@ -185,4 +195,4 @@ def test_references_beyond_the_memory_are_refused_before_anything_is_loaded(monk
     monkeypatch.setattr(pipeline, "device_memory", lambda: 2**20)
     monkeypatch.setattr(Component, "load", None)
     message = refusal("i2i", PROMPT, *DEMO, "-i", "a.png", "-o", "out.png", "--quiet")
-    assert message.startswith("references of 30 tokens need 0.0 GiB")
+    assert "the limit is 0.000977 GiB; no size fits" in message

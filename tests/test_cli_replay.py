@@ -66,6 +66,7 @@ def test_a_replay_without_a_seed_given_still_has_one():
         (["-W", "48"], "width", 48),
         (["-g", "0"], "guidance", 0.0),
         (["-q", "qint8", "--text-quant", "bf16"], "quant", "qint8"),
+        (["--dtype", "bfloat16"], "dtype", "bfloat16"),
         (["a large blue square"], "prompt", "a large blue square"),
     ],
 )
@@ -73,6 +74,20 @@ def test_a_setting_given_wins_and_the_others_stay(arguments, name, value):
     make("--seed", "7", "-o", "a.png")
     replay("a.png", "-o", "b.png", *arguments)
     assert read_settings("b.png") == read_settings("a.png") | {name: value}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_replay_computes_in_what_the_image_was_computed_in(folder, dtype):
+    make("--dtype", dtype, "--seed", "7", "-o", "a.png")
+    replay("a.png", "-o", "b.png")
+    assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+
+
+def test_an_image_that_does_not_say_its_dtype_gets_the_usual_one(folder):
+    make("--seed", "7", "-o", "a.png")
+    remember("b.png", dtype=None)
+    replay("b.png", "-o", "c.png")
+    assert (folder / "a.png").read_bytes() == (folder / "c.png").read_bytes()
 
 
 def test_replay_goes_with_several_seeds_and_prompts():
@@ -126,6 +141,8 @@ def test_a_picture_cut_short_gives_one_line(folder):
         ({"width": 17}, "width 17 must be a positive multiple of 16"),
         ({"guidance": float("nan")}, "guidance must be a number of 0 or more, got nan"),
         ({"quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint4"),
+        ({"dtype": "half"}, "unknown dtype 'half'; choose one of float32, bfloat16, float16"),
+        ({"dtype": 16}, "the settings in b.png are damaged: dtype is 16"),
         ({"seed": -1}, f"seeds must be 0 to {BIG_SEED}, got -1"),
     ],
 )

@@ -14,8 +14,8 @@ from flux2_mlx import __version__
 from flux2_mlx.images import read_settings
 
 REPORT = {
-    "images", "model", "quant", "text_quant", "prompt", "upsampled_prompt", "width", "height", "steps", "guidance",
-    "phases", "seconds", "peak_memory",
+    "images", "model", "quant", "text_quant", "dtype", "prompt", "upsampled_prompt", "width", "height", "steps",
+    "guidance", "phases", "seconds", "peak_memory",
 }  # fmt: skip
 PHASES = ["text_encoder", "transformer", "vae"]
 
@@ -138,6 +138,15 @@ def test_steps_and_quantization_change_the_image():
     make("--seed", "7", "-o", "c.png", "-q", "qint4")
     assert not np.array_equal(pixels("a.png"), pixels("b.png"))
     assert not np.array_equal(pixels("a.png"), pixels("c.png"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dtype_is_taken_and_told(dtype):
+    assert report("--dtype", dtype, "--seed", "7", "-o", "a.png")["dtype"] == dtype
+    assert read_settings("a.png")["dtype"] == dtype
+    make("--dtype", "float32", "--seed", "7", "-o", "b.png")
+    assert np.array_equal(pixels("a.png"), pixels("b.png")) == (dtype == "float32")
+    assert difference("a.png", "b.png") < 2
 
 
 def test_force_replaces_an_image(folder):

@@ -59,6 +59,16 @@ def test_a_seed_makes_an_answer_repeatable(name, request):
     assert model.upsample(["a red fox"], **SHORT) != model.upsample(["a red fox"], **SHORT)
 
 
+@pytest.mark.parametrize("name", ["writer", "klein"])
+def test_text_is_never_written_in_float16(name, request, picture):
+    """Its hidden states overflow that."""
+    folder = request.getfixturevalue(name).checkpoint.folder
+    half, brain = (Writer.from_pretrained(folder, dtype=dtype) for dtype in ("float16", "bfloat16"))
+    images = [picture] if half.can_see else []
+    assert half.upsample(["a fox"], images, seed=7, **SHORT) == brain.upsample(["a fox"], images, seed=7, **SHORT)
+    assert half._load_model().norm.weight.dtype == mx.bfloat16
+
+
 def test_answer_k_has_seed_plus_k(writer):
     both = writer.upsample(["a red fox", "a dog"], seed=7, **SHORT)
     assert both == [writer.upsample([p], seed=s, **SHORT)[0] for s, p in ((7, "a red fox"), (8, "a dog"))]

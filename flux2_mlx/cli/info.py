@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from ..config import QUANTIZATIONS, VARIANTS, Variant, get_variant
-from .options import json_option, memory_option, models_dir_option, weight_options
+from .options import dtype_option, json_option, memory_option, models_dir_option, weight_options
 
 
 @click.command()
 @click.argument("model", required=False)
 @weight_options
+@dtype_option
 @click.option(
     "-W", "--width", type=click.IntRange(16), help="Pixels of the image to plan for.  [default: 1024; demo 128]"
 )
@@ -25,6 +26,7 @@ def info(
     model: str | None,
     quant: str | None,
     text_quant: str | None,
+    dtype: str | None,
     width: int | None,
     height: int | None,
     memory_limit: str | None,
@@ -43,7 +45,7 @@ def info(
     """
     rows = [_row(variant, models_dir) for variant in ([get_variant(model)] if model else VARIANTS.values())]
     if model:
-        rows[0] |= _plan(get_variant(model), quant or "bf16", text_quant, width, height, memory_limit)
+        rows[0] |= _plan(get_variant(model), quant or "bf16", text_quant, dtype, width, height, memory_limit)
     if as_json:
         click.echo(json.dumps(rows[0] if model else rows))
     elif model:
@@ -73,11 +75,12 @@ def _plan(
     variant: Variant,
     quant: str,
     text_quant: str | None,
+    dtype_name: str | None,
     width: int | None,
     height: int | None,
     memory_limit: str | None,
 ) -> dict[str, Any]:
-    from ..checkpoint import variant_components
+    from ..checkpoint import network_dtype, variant_components
     from ..layers import activation_dtype
     from ..memory import Workload, device_memory, parse_memory, plan
     from ..quantization import DEFAULT_TEXT_QUANT
@@ -85,14 +88,16 @@ def _plan(
     from ..streaming import footprint
 
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
-    text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(None)
+    text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(dtype_name)
     limit = device_memory() if memory_limit is None else parse_memory(memory_limit)
-    networks = {name: footprint(part, dtype) for name, part in variant_components(variant, quant, text_quant).items()}
+    components = variant_components(variant, quant, text_quant)
+    networks = {name: footprint(part, network_dtype(name, dtype)) for name, part in components.items()}
     work = Workload(request.width, request.height, request.max_sequence_length)
     planned = plan(variant, networks, work, dtype, limit)
     return {
         "quant": quant,
         "text_quant": text_quant,
+        "dtype": str(dtype).rpartition(".")[2],
         "width": request.width,
         "height": request.height,
         "phases": [asdict(phase) | {"peak_memory": phase.peak_memory} for phase in planned.phases],
@@ -104,7 +109,8 @@ def _plan(
 
 def _print_plan(row: dict[str, Any]) -> None:
     click.echo(
-        f"memory for {row['width']}×{row['height']} with {row['quant']}, text encoder {row['text_quant']}, in GiB:"
+        f"memory for {row['width']}×{row['height']} with {row['quant']}, text encoder {row['text_quant']}, computed in "
+        f"{row['dtype']}, in GiB:"
     )
     click.echo(f"{'phase':14}{'weights':>9}{'activations':>13}{'peak':>9}{'streamed a pass':>17}")
     for phase in row["phases"]:

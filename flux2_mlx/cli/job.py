@@ -21,6 +21,7 @@ _REPLAYED = {
     "variant": str,
     "quant": str,
     "text_quant": str,
+    "dtype": str | None,  # older images don't say it
     "width": int,
     "height": int,
     "steps": int,
@@ -103,6 +104,7 @@ class Job:
     variant: str | None
     quant: str | None
     text_quant: str | None
+    dtype: str | None
     width: int | None
     height: int | None
     steps: int | None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..config import QUANTIZATIONS
+from ..config import DTYPES, QUANTIZATIONS
 
 DEFAULT_MODEL = "klein-4b"
 
@@ -28,6 +28,11 @@ text_quant_option = click.option(
     "--text-quant",
     type=click.Choice(QUANTIZATIONS),
     help="Quantization of the text encoder.  [default: qint8; qint4 with -q qint4]",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="What is computed in.  [default: float16 on M1 and M2, bfloat16 on later chips, float32 without a GPU]",
 )
 models_dir_option = click.option(
     "--models-dir",
@@ -89,6 +94,7 @@ _PAINTING = (
     click.option("--seed", type=int, help="Seed of the first image; the next ones count up.  [default: random]"),
     click.option("-n", "--num-images", type=int, default=1, show_default=True, help="Images for each prompt."),
     weight_options,
+    dtype_option,
     variant_option,
     click.option("--upsample-prompt", is_flag=True, help="Let the model's language model rewrite the prompt first."),
     click.option(

@@ -54,9 +54,11 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
 def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """Everything that can be known to be wrong before a model is fetched."""
     from ..images import check_output
+    from ..layers import activation_dtype
     from ..references import Edit
     from ..sampling import Request
 
+    activation_dtype(job.dtype)
     row = VARIANTS.get(job.model, VARIANTS[DEFAULT_MODEL])
     Request.checked(row, row.vae.token_size, job.prompts, **job.settings())
     Edit.checked(images, row.vae.token_size, **edit)
@@ -91,6 +93,7 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
         folder,
         quant=job.quant,
         text_quant=job.text_quant,
+        dtype=job.dtype,
         models_dir=job.models_dir,
         prompt_cache=not job.no_cache,
         memory_limit=job.memory_limit,
@@ -141,7 +144,7 @@ def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
     if own.can_see:
         return own
     return Writer.from_pretrained(
-        job.vision_model, models_dir=job.models_dir, quiet=job.quiet, progress=conversion(bars)
+        job.vision_model, dtype=job.dtype, models_dir=job.models_dir, quiet=job.quiet, progress=conversion(bars)
     )
 
 

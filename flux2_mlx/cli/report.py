@@ -43,6 +43,7 @@ class Run:
             "model": self.model,
             "quant": self.pipe.quant,
             "text_quant": self.pipe.text_quant,
+            "dtype": str(self.pipe.dtype).rpartition(".")[2],
             "width": self._size[0],
             "height": self._size[1],
             "steps": self.request.steps,
@@ -62,7 +63,6 @@ class Run:
             "seed": self.request.seeds[index],
             **self._edited(),
             "variant": self.pipe.variant.name,
-            "dtype": str(self.pipe.dtype).rpartition(".")[2],
             "fingerprint": self.pipe.checkpoint.source.get("fingerprint"),
             "version": __version__,
         }

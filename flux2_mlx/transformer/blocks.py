@@ -13,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import TransformerConfig
-from ..layers import Linear, attention, fused, swiglu
+from ..layers import Linear, attention
+from .headroom import clipped, gated_sum, in_units, swiglu, unit
 from .rope import rotate
 
 KeysValues = tuple[mx.array, mx.array]
@@ -22,13 +23,9 @@ Heads = tuple[mx.array, mx.array, mx.array]
 TOKENS_PER_PART = 1024
 
 
-@fused
-def _gated(x: mx.array, gate: mx.array, update: mx.array) -> mx.array:
-    return x + gate * update
-
-
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
-    """LayerNorm(x)·(1 + scale) + shift, with `shift` and `scale` `[1 or B, 1, D]`."""
+    """LayerNorm(x)·(1 + scale) + shift of the stream, with `shift` and `scale` `[1 or B, 1, D]`."""
+    eps /= unit(x.dtype) ** 2
     if scale.shape[0] == 1:
         return mx.fast.layer_norm(x, 1 + scale[0, 0], shift[0, 0], eps)
     return mx.fast.layer_norm(x, None, None, eps) * (1 + scale) + shift
@@ -98,11 +95,12 @@ def by_parts(x: mx.array, work: Callable[[slice], Any]) -> list[Any]:
 
 
 def rotated_heads(qkv: mx.array, heads: int, norm: QKNorm, rope: mx.array) -> Heads:
-    """Split `[B, L, 3D]` into q and k, normalised and rotated, and v, each `[B, heads, L, head_dim]`."""
+    """Split `[B, L, 3D]` into q and k, normalised and rotated, and v, in units, each `[B, heads, L, head_dim]`."""
     B, L, _ = qkv.shape
     q, k, v = qkv.reshape(B, L, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    q, k = norm.query_norm(clipped(q)), norm.key_norm(clipped(k))
     # v is copied, for a view would keep the whole projection that it is cut from alive.
-    return rotate(norm.query_norm(q), rope), rotate(norm.key_norm(k), rope), mx.contiguous(v)
+    return rotate(q, rope), rotate(k, rope), mx.contiguous(in_units(v))
 
 
 def joined_attention(parts: list[Heads], past: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
@@ -194,11 +192,11 @@ class DoubleBlock(nn.Module):
         self, x: mx.array, attended: mx.array, attn: StreamAttention, mlp: list[nn.Module], mod: list[mx.array]
     ) -> mx.array:
         def added(tokens: slice) -> mx.array:
-            part = _gated(x[:, tokens], mod[2], attn.proj(attended[:, tokens]))
+            part = gated_sum(x[:, tokens], mod[2], attn.proj(attended[:, tokens]))
             y = modulate(part, mod[3], mod[4], self._eps)
             for layer in mlp:
                 y = layer(y)
-            return _gated(part, mod[5], y)
+            return gated_sum(part, mod[5], y)
 
         return mx.concatenate(by_parts(x, added), axis=1)
 
@@ -233,7 +231,7 @@ class SingleBlock(nn.Module):
 
         def added(tokens: slice) -> mx.array:
             y = mx.concatenate([out[:, tokens], hidden.pop(0)], axis=-1)
-            return _gated(x[:, tokens], gate, self.linear2(y))
+            return gated_sum(x[:, tokens], gate, self.linear2(y))
 
         parts, hidden = map(list, zip(*by_parts(x, projected), strict=True))
         out, seen = joined_attention(parts, past)

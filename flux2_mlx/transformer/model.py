@@ -11,6 +11,7 @@ import mlx.nn as nn
 from ..config import TransformerConfig
 from ..layers import Linear
 from .blocks import DoubleBlock, KeysValues, LastLayer, MLPEmbedder, Modulation, SingleBlock, timestep_embedding
+from .headroom import in_units
 
 
 class Flux2Transformer(nn.Module):
@@ -65,7 +66,7 @@ class Flux2Transformer(nn.Module):
 
         # Evaluating block by block frees each block's activations before the next one's are allocated.
         seen = iter(past or [None] * (len(self.double_blocks) + len(self.single_blocks)))
-        img = self.img_in(img)
+        img, txt = in_units(self.img_in(img)), in_units(txt)
         for block in self.double_blocks:
             img, txt = block(img, txt, img_mod, txt_mod, rope, next(seen))
             mx.eval(img, txt)
@@ -94,7 +95,7 @@ class Flux2Transformer(nn.Module):
         img_mod, single_mod = self.double_stream_modulation_img(vec), self.single_stream_modulation(vec)
         mods = [img_mod] * len(self.double_blocks) + [single_mod] * len(self.single_blocks)
         past = []
-        x = self.img_in(img)
+        x = in_units(self.img_in(img))
         for block, mod in zip(chain(self.double_blocks, self.single_blocks), mods, strict=True):
             x, seen = block.read(x, mod, rope)
             past.append(seen)

@@ -1,0 +1,62 @@
+"""Room for large values under float16, which ends at 65504. Other dtypes are computed as without it, bit for bit.
+
+A few channels of the stream of tokens grow beyond that, and so does what blocks add to it. Under float16 both are in
+units of `UNIT`, which costs nothing: norms divide by the size anyway. What is too large even so is put at the end of
+the range, for an infinity would be "not a number" after the next product. (diffusers has the latter only.)
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import layers
+from ..layers import FLOAT16_MAX, fused
+
+# A power of two, so that only values below 0.002 lose digits.
+UNIT = 32
+
+
+def unit(dtype: mx.Dtype) -> int:
+    """What 1 stands for in a stream of this dtype."""
+    return UNIT if dtype == mx.float16 else 1
+
+
+def clipped(x: mx.array) -> mx.array:
+    """`x` without the infinities that a projection may give."""
+    return _clipped(x) if x.dtype == mx.float16 else x
+
+
+def in_units(x: mx.array) -> mx.array:
+    """The same, in units."""
+    return _in_units(x) if x.dtype == mx.float16 else x
+
+
+@fused
+def gated_sum(x: mx.array, gate: mx.array, update: mx.array) -> mx.array:
+    """x + gate · update, with `x` and `update` in units."""
+    if x.dtype != mx.float16:
+        return x + gate * update
+    return _clip(x + _clip(gate * _clip(update)))
+
+
+@fused
+def _clipped(x: mx.array) -> mx.array:
+    return _clip(x)
+
+
+@fused
+def _in_units(x: mx.array) -> mx.array:
+    return _clip(x) / UNIT
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """SiLU(gate) · x, in units."""
+    return _swiglu(gate, x) if x.dtype == mx.float16 else layers.swiglu(gate, x)
+
+
+@fused
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    return _clip(nn.silu(_clip(gate)) * (_clip(x) / UNIT))
+
+
+def _clip(x: mx.array) -> mx.array:
+    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX)
