@@ -179,21 +179,19 @@ def condition(
     projected = [transformer.txt_in(states) for states in embeds]
     negative = None if negative is None else transformer.txt_in(negative)
     ids = [text_ids(embeds[0].shape[0]), image_ids(*grid)]
-    shared = Conditioning(projected[0], mx.zeros(0), None, request.guidance, config.guidance_embeds)
+    guidance = mx.array([request.guidance]) if config.guidance_embeds else None
+    references = past = None
     if encoded is not None and kv_cache:
-        tokens, rope = encoded.references.astype(dtype), rope_table(encoded.ids, config)
-        shared = replace(shared, past=transformer.read(tokens, rope, shared.embedded_guidance))
+        past = transformer.read(encoded.references.astype(dtype), rope_table(encoded.ids, config), guidance)
     elif encoded is not None:
         ids.append(encoded.ids)
-        shared = replace(shared, references=encoded.references)
-    shared = replace(shared, rope=rope_table(np.concatenate(ids), config))
+        references = encoded.references
+    rope = rope_table(np.concatenate(ids), config)
 
     def of(images: range) -> Conditioning:
-        return replace(
-            shared,
-            text=mx.stack([projected[i // request.images_per_prompt] for i in images]),
-            negative_text=None if negative is None else mx.broadcast_to(negative, (len(images), *negative.shape)),
-        )
+        text = mx.stack([projected[i // request.images_per_prompt] for i in images])
+        against = None if negative is None else mx.broadcast_to(negative, (len(images), *negative.shape))
+        return Conditioning(text, rope, against, request.guidance, guidance, references, past)
 
     return of
 

@@ -149,20 +149,17 @@ class Conditioning:
     """What stays the same at every step. `text` and `negative_text` went through `txt_in`.
 
     References are either `references`, tokens `[1, Lr, C]` that go along with the image's, or `past`, their keys and
-    values (see `Flux2Transformer.read`). `rope` is for the text, the image and then `references`.
+    values (see `Flux2Transformer.read`). `rope` is for the text, the image and then `references`. `guidance` is the
+    scale of classifier-free guidance, `embedded_guidance` `[1]` what models get that were trained with one.
     """
 
     text: mx.array
     rope: mx.array
     negative_text: mx.array | None = None
     guidance: float = 1.0
-    embeds_guidance: bool = False
+    embedded_guidance: mx.array | None = None
     references: mx.array | None = None
     past: list[KeysValues] | None = None
-
-    @property
-    def embedded_guidance(self) -> mx.array | None:
-        return mx.array([self.guidance]) if self.embeds_guidance else None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the phases of a run are said to need, against what they take."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def measured_peak(config: TransformerConfig, batch: int, side: int, text: int, d
     states = mx.random.normal((batch, text, config.hidden_size)).astype(dtype)
     rope = rope_table(np.concatenate([text_ids(text), image_ids(side, side)]), config)
     mx.eval(model.parameters(), tokens, states, rope)
+    gc.collect()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     for _ in range(3):  # how far MLX allocates ahead of its computing differs
@@ -70,6 +72,7 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
     request = pipe.request(settings.pop("prompts", ["a red ring"]), edit=edit, steps=1, seed=0, **settings)
     planned = pipe.networks.plan(request, edit)
     pipe.run(request, edit)
+    gc.collect()
     base = mx.get_active_memory()
     runs = [pipe.run(request, edit).timings for _ in range(3)]  # how far MLX allocates ahead of its computing differs
     measured = {phases[0].name: max(phase.peak_memory for phase in phases) - base for phases in zip(*runs, strict=True)}
@@ -119,6 +122,7 @@ def test_a_plan_counts_previews():
 
     peaks = []
     for _ in range(3):
+        gc.collect()
         base = mx.get_active_memory()
         timings = pipe.run(request, on_progress=on_progress, previews=True).timings
         peaks.append(next(phase.peak_memory for phase in timings if phase.name == "transformer") - base)

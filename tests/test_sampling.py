@@ -217,5 +217,5 @@ def test_classifier_free_guidance(network, noise, image):
 
 
 def test_embedded_guidance(network, noise):
-    list(run(network, noise, guidance=2.5, embeds_guidance=True))
+    list(run(network, noise, embedded_guidance=mx.array([2.5])))
     assert [call.guidance.item() for call in network.calls] == [2.5] * 3

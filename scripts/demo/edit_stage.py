@@ -18,12 +18,12 @@ from transformers import Qwen2Tokenizer
 from vae_stage import encode_patches, load_vae, to_tensor
 
 FAMILIES = 100
-EDITS, PROMPTS = 16, 16
-SCALE = 0.5
+EDITS, PROMPTS = 12, 8
+SCALE = 0.6
 DECAY = 0.998
 PLAIN = 0.6
 # What an instruction changes is decided at high noise; further down the noisy picture itself shows it.
-EDIT_SHIFT, EDIT_UNIFORM = 20.0, 0.08
+EDIT_SHIFT, EDIT_UNIFORM = 12.0, 0.1
 
 
 def shard_families(seed: tuple[int, int]) -> list[list[Edit]]:

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1_000_000, help="at most so many optimiser steps")
     parser.add_argument("--minutes", type=float, default=60.0, help="at most so much training time")
     parser.add_argument("--count", type=int, default=40_000, help="how many scenes the latents stage draws")
-    parser.add_argument("--families", type=int, default=900, help="how many pictures the edit-latents stage edits")
+    parser.add_argument("--families", type=int, default=4_500, help="how many pictures the edit-latents stage edits")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile the transformer's training step")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in WORK")

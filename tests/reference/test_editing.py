@@ -59,41 +59,31 @@ class Pair:
         return error
 
 
-def build(folder: Path, kind: type, variant: str, distilled: bool) -> Pair:
+def build(folder: Path, kind: type, distilled: bool, kv_cache: bool) -> Pair:
     source = small_pipeline(write_tokenizer(folder / "tokenizer"), text=SHALLOW_TEXT, distilled=distilled)
     source.save_pretrained(folder / "official")
     converted = convert(folder / "official", folder / "converted", variant=SHALLOW_VARIANT)
     ours = Flux2Pipeline.from_pretrained(converted, dtype="float32")
-    ours.variant = replace(ours.variant, distilled=distilled, kv_cache=variant == "kv", max_sequence_length=512)
+    ours.variant = replace(ours.variant, distilled=distilled, kv_cache=kv_cache, max_sequence_length=512)
     reference = kind(**source.components, is_distilled=distilled)
     reference.set_progress_bar_config(disable=True)
     reference.tokenizer.chat_template = TEMPLATE
     return Pair(reference, ours, text_encoder_out_layers=SHALLOW_TEXT.out_layers)
 
 
-@pytest.fixture(scope="module")
-def klein(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("klein"), Flux2KleinPipeline, "klein", True)
+def pair_fixture(kind: type, distilled: bool = True, kv_cache: bool = False) -> Any:
+    @pytest.fixture(scope="module")
+    def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+        return build(tmp_path_factory.mktemp("pair"), kind, distilled, kv_cache)
+
+    return pair
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("base"), Flux2KleinPipeline, "base", False)
-
-
-@pytest.fixture(scope="module")
-def kv(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("kv"), Flux2KleinKVPipeline, "kv", True)
-
-
-@pytest.fixture(scope="module")
-def inpaint(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("inpaint"), Flux2KleinInpaintPipeline, "inpaint", True)
-
-
-@pytest.fixture(scope="module")
-def base_inpaint(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("base-inpaint"), Flux2KleinInpaintPipeline, "inpaint", False)
+klein = pair_fixture(Flux2KleinPipeline)
+base = pair_fixture(Flux2KleinPipeline, distilled=False)
+kv = pair_fixture(Flux2KleinKVPipeline, kv_cache=True)
+inpaint = pair_fixture(Flux2KleinInpaintPipeline)
+base_inpaint = pair_fixture(Flux2KleinInpaintPipeline, distilled=False)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
