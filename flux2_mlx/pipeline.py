@@ -256,6 +256,7 @@ class Flux2Pipeline:
         with phase("transformer"):
             noise = self._noise(request, latents)
             tokens = self._denoise(request, noise, embeds, negative, encoded, planned, on_progress)
+            del noise, embeds, negative, encoded
         with phase("vae"):
             output.images = self._decode(request, tokens, output_type, on_progress)
         if edit.canvas is not None and output_type == "pil":

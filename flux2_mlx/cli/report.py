@@ -9,7 +9,7 @@ import click
 from .. import __version__
 
 if TYPE_CHECKING:
-    from ..phases import Flux2Output
+    from ..phases import Flux2Output, Phase
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
@@ -76,10 +76,16 @@ class Run:
             "upsampled_prompt": rewritten[0] if rewritten and len(rewritten) == 1 else rewritten,
             **self._shared(),
             **self._edited(),
-            "phases": [asdict(phase) for phase in output.timings],
+            "phases": [_phase(phase) for phase in output.timings],
             "seconds": seconds,
             "peak_memory": output.peak_memory,
         }
+
+
+def _phase(phase: "Phase") -> dict[str, Any]:
+    """What is known of a phase; what was read only if something was."""
+    values = asdict(phase)
+    return values if phase.read else {key: values[key] for key in ("name", "seconds", "peak_memory")}
 
 
 def print_profile(output: "Flux2Output", seconds: float) -> None:
