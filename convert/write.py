@@ -8,6 +8,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -186,8 +187,9 @@ def check_target(target: Path, force: bool) -> None:
 def _remove_leftovers(target: Path) -> None:
     """Remove what conversions to `target` that were killed have left beside it."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        if time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > _LEFTOVER_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another conversion may just have finished
+            if max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < time.time() - _LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -44,10 +44,9 @@ def _gpu_dtype() -> mx.Dtype:
     return mx.float16 if _WITHOUT_BFLOAT16.match(name) else mx.bfloat16
 
 
-def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """`x` in `dtype`; what is beyond the range of float16 is put at its end."""
-    x = x.astype(dtype)
-    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == mx.float16 else x
+def dtype_name(dtype: mx.Dtype) -> str:
+    """What `activation_dtype` calls it."""
+    return str(dtype).rpartition(".")[2]
 
 
 def fused(function: Callable) -> Callable:
@@ -72,6 +71,18 @@ class Linear(nn.Linear):
             parts.append(x @ self.weight[start : start + rows].astype(x.dtype).T)
             mx.eval(parts[-1])  # or MLX would widen the next rows, and the next layer's, meanwhile
         return mx.concatenate(parts, axis=-1)
+
+
+@fused
+def clip_float16(x: mx.array) -> mx.array:
+    """`x` with what is beyond the range of float16, infinities included, at its end."""
+    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX)
+
+
+def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """`x` in `dtype`; what is beyond the range of float16 is put at its end."""
+    x = x.astype(dtype)
+    return clip_float16(x) if dtype == mx.float16 else x
 
 
 @fused

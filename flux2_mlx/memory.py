@@ -43,6 +43,14 @@ class Workload:
     images: int = 1
     previews: bool = False
 
+    def image_tokens(self, size: int) -> int:
+        """Tokens of one image, each of `size`×`size` pixels."""
+        return (self.width // size) * (self.height // size)
+
+    def reference_tokens(self, size: int) -> int:
+        """Tokens of all references."""
+        return sum(width * height for width, height in self.references) // size**2
+
 
 @dataclass(frozen=True)
 class PhasePlan:
@@ -96,14 +104,13 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     """
     texts, size = work.prompts + variant.uses_cfg, variant.vae.token_size
     states = work.length * variant.text.output_size * dtype.size
-    latents = (work.width // size) * (work.height // size) * variant.vae.token_channels * mx.float32.size
-    sources = sum(width * height for width, height in work.references) // size**2
-    pictures = sources * variant.vae.token_channels * mx.float32.size
+    token_bytes = variant.vae.token_channels * mx.float32.size
+    latents, pictures = work.image_tokens(size) * token_bytes, work.reference_tokens(size) * token_bytes
     encoding = text_activation_bytes(variant.text, work.length, dtype.size, networks["text_encoder"].widened)
     activations = {"text_encoder": encoding + (texts - 1) * states}
     if work.references:
         held = texts * states + pictures
-        encode = [vae_activation_bytes(variant.vae, height, width, dtype)[0] for width, height in work.references]
+        encode = [vae_activation_bytes(variant.vae, height, width, dtype)[0] for width, height in set(work.references)]
         activations["vae_encoder"] = max(encode) + held
     # Texts before and after their projection.
     held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures
@@ -125,8 +132,7 @@ def _phase(name: str, networks: dict[str, Footprint], activations: int, limit: i
 def _denoising_bytes(variant: Variant, network: Footprint, work: Workload, itemsize: int) -> int:
     """Peak of the passes of a run above the weights."""
     config, size = variant.transformer, variant.vae.token_size
-    image = (work.width // size) * (work.height // size)
-    sources = sum(width * height for width, height in work.references) // size**2
+    image, sources = work.image_tokens(size), work.reference_tokens(size)
     together = len(passes(work.images, image + sources)[0])
     if not (variant.kv_cache and sources):
         tokens = together * (work.length + image + sources)

@@ -1,5 +1,6 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -9,11 +10,9 @@ import mlx.nn as nn
 from .checkpoint import PAINTING, Checkpoint, Component, network_dtype
 from .errors import InputError
 from .memory import Plan, Workload, plan
-from .references import Edit
+from .references import MIN_SIDE, Edit
 from .sampling import Request
 from .streaming import Footprint, Reading, footprint, load_streamed
-
-_SMALLEST_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ class Networks:
             return f"an image of {smaller.width}×{smaller.height} would fit"
         return "no size fits, so choose -q qint4, a smaller model or a higher limit"
 
-    def _largest(self, work_of, side: int, step: int) -> int:
+    def _largest(self, work_of: Callable[[int], Workload], side: int, step: int) -> int:
         """The largest side up to `side` with which the run fits; 0 if there is none."""
-        low, high = _SMALLEST_SIDE // step - 1, side // step
-        if high * step < _SMALLEST_SIDE or not self._plan(work_of(_SMALLEST_SIDE)).fits:
+        low, high = MIN_SIDE // step - 1, side // step
+        if high * step < MIN_SIDE or not self._plan(work_of(MIN_SIDE)).fits:
             return 0
         while low < high:
             middle = (low + high + 1) // 2

@@ -75,20 +75,20 @@ def _plan(
     variant: Variant,
     quant: str,
     text_quant: str | None,
-    dtype_name: str | None,
+    wanted_dtype: str | None,
     width: int | None,
     height: int | None,
     memory_limit: str | None,
 ) -> dict[str, Any]:
     from ..checkpoint import network_dtype, variant_components
-    from ..layers import activation_dtype
+    from ..layers import activation_dtype, dtype_name
     from ..memory import Workload, device_memory, parse_memory, plan
     from ..quantization import DEFAULT_TEXT_QUANT
     from ..sampling import Request
     from ..streaming import footprint
 
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
-    text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(dtype_name)
+    text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(wanted_dtype)
     limit = device_memory() if memory_limit is None else parse_memory(memory_limit)
     components = variant_components(variant, quant, text_quant)
     networks = {name: footprint(part, network_dtype(name, dtype)) for name, part in components.items()}
@@ -97,7 +97,7 @@ def _plan(
     return {
         "quant": quant,
         "text_quant": text_quant,
-        "dtype": str(dtype).rpartition(".")[2],
+        "dtype": dtype_name(dtype),
         "width": request.width,
         "height": request.height,
         "phases": [asdict(phase) | {"peak_memory": phase.peak_memory} for phase in planned.phases],

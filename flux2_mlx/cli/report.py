@@ -39,11 +39,13 @@ class Run:
         return tuple(self.asked) != self.request.prompts
 
     def _shared(self) -> dict[str, Any]:
+        from ..layers import dtype_name
+
         return {
             "model": self.model,
             "quant": self.pipe.quant,
             "text_quant": self.pipe.text_quant,
-            "dtype": str(self.pipe.dtype).rpartition(".")[2],
+            "dtype": dtype_name(self.pipe.dtype),
             "width": self._size[0],
             "height": self._size[1],
             "steps": self.request.steps,

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import layers
-from ..layers import FLOAT16_MAX, fused
+from ..layers import clip_float16, fused
 
 # A power of two, so that only values below 0.002 lose digits.
 UNIT = 32
@@ -22,7 +22,7 @@ def unit(dtype: mx.Dtype) -> int:
 
 def clipped(x: mx.array) -> mx.array:
     """`x` without the infinities that a projection may give."""
-    return _clipped(x) if x.dtype == mx.float16 else x
+    return clip_float16(x) if x.dtype == mx.float16 else x
 
 
 def in_units(x: mx.array) -> mx.array:
@@ -35,17 +35,12 @@ def gated_sum(x: mx.array, gate: mx.array, update: mx.array) -> mx.array:
     """x + gate · update, with `x` and `update` in units."""
     if x.dtype != mx.float16:
         return x + gate * update
-    return _clip(x + _clip(gate * _clip(update)))
-
-
-@fused
-def _clipped(x: mx.array) -> mx.array:
-    return _clip(x)
+    return clip_float16(x + clip_float16(gate * clip_float16(update)))
 
 
 @fused
 def _in_units(x: mx.array) -> mx.array:
-    return _clip(x) / UNIT
+    return clip_float16(x) / UNIT
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -55,8 +50,4 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 @fused
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    return _clip(nn.silu(_clip(gate)) * (_clip(x) / UNIT))
-
-
-def _clip(x: mx.array) -> mx.array:
-    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX)
+    return clip_float16(nn.silu(clip_float16(gate)) * (clip_float16(x) / UNIT))

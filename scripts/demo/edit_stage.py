@@ -8,14 +8,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from edits import Edit, sample_training_family
-from flow_stage import Course, TextToVelocity, fit, flow_loss, load_tokenizer, sample_sigmas, tokenize
+from flow_stage import (
+    Course,
+    TextToVelocity,
+    encode_pictures,
+    fit,
+    flow_loss,
+    load_tokenizer,
+    sample_sigmas,
+    tokenize,
+    write_shard,
+)
 from instructions import sample_instruction
 from prompts import sample_prompt
 from scenes import Scene
 from torch import Tensor
 from training import Progress, load_average
 from transformers import Qwen2Tokenizer
-from vae_stage import encode_patches, load_vae, to_tensor
+from vae_stage import load_vae
 
 FAMILIES = 100
 EDITS, PROMPTS = 12, 8
@@ -46,15 +56,7 @@ def make_edit_latents(work: Path, count: int, seed: int = 11) -> None:
             continue
         families = shard_families((seed, index))
         pictures = [picture for edits in families for picture in (edits[0].before, *(edit.after for edit in edits))]
-        parts = []
-        for start in range(0, len(pictures), 20):
-            drawn = np.stack([np.asarray(picture.draw()) for picture in pictures[start : start + 20]])
-            parts.append(encode_patches(vae, to_tensor(drawn)))
-        patches = torch.cat(parts).flatten(2).transpose(1, 2).contiguous()
-        partial = path.with_suffix(".partial")
-        torch.save({"patches": patches, "seed": (seed, index)}, partial)
-        partial.replace(path)
-        print(f"edits {path.name} {len(pictures)} pictures", flush=True)
+        write_shard(path, encode_pictures(vae, [picture.draw() for picture in pictures]), (seed, index))
 
 
 class EditExamples:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLFlux2
 from geometry import (
     TEXT_LAYERS,
     TEXT_LENGTH,
@@ -16,6 +17,7 @@ from geometry import (
     build_text_encoder,
     build_transformer,
 )
+from PIL import Image
 from prompts import sample_prompt
 from scenes import Scene, draw, sample_training_scene
 from tokenizer import END, PAD, chat_text, train_tokenizer
@@ -49,17 +51,24 @@ def make_latents(work: Path, count: int, seed: int = 7) -> None:
             continue
         rng = np.random.default_rng((seed, index))
         scenes = [sample_training_scene(rng) for _ in range(SHARD)]
-        parts = []
-        for start in range(0, SHARD, 20):
-            pictures = np.stack([np.asarray(draw(scene, rng)) for scene in scenes[start : start + 20]])
-            parts.append(encode_patches(vae, to_tensor(pictures)))
-        patches = torch.cat(parts)
+        patches = encode_pictures(vae, [draw(scene, rng) for scene in scenes])
         if index == 0:
             torch.save((patches.mean((0, 2, 3)), patches.var((0, 2, 3))), work / "statistics.pt")
-        partial = path.with_suffix(".partial")
-        torch.save({"patches": patches.flatten(2).transpose(1, 2).contiguous(), "seed": (seed, index)}, partial)
-        partial.replace(path)
-        print(f"latents {path.name}", flush=True)
+        write_shard(path, patches, (seed, index))
+
+
+def encode_pictures(vae: AutoencoderKLFlux2, pictures: list[Image.Image]) -> Tensor:
+    """Patches (N, 32, 8, 8) of 128 x 128 pictures, not normalised."""
+    batches = (pictures[start : start + 20] for start in range(0, len(pictures), 20))
+    return torch.cat([encode_patches(vae, to_tensor(np.stack([np.asarray(x) for x in batch]))) for batch in batches])
+
+
+def write_shard(path: Path, patches: Tensor, seed: tuple[int, int]) -> None:
+    """Caches patches (N, 32, 8, 8) as tokens (N, 64, 32), complete or not at all, with the seed of their pictures."""
+    partial = path.with_suffix(".partial")
+    torch.save({"patches": patches.flatten(2).transpose(1, 2).contiguous(), "seed": seed}, partial)
+    partial.replace(path)
+    print(f"latents {path.name} {len(patches)} pictures", flush=True)
 
 
 class Examples:
