@@ -13,7 +13,7 @@ from .errors import InputError
 # queries at once, so the queries are taken in chunks of at most this many scores.
 _FUSED_HEAD_SIZES = (64, 80, 128)
 _SCORES_PER_CHUNK = 8 * 1024 * 1024
-# The most weights that a `Linear` widens at one time.
+# The most weights that `project` widens at one time.
 WIDENED = 32 * 1024 * 1024
 FLOAT16_MAX = 65504
 _DTYPES = {name: getattr(mx, name) for name in DTYPES}
@@ -55,22 +55,34 @@ def fused(function: Callable) -> Callable:
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias whose weight may be narrower than its input, as 16-bit weights are under float32.
-
-    The weight is widened at each use, some rows at a time, which gives what a widened copy in memory would give.
-    """
+    """A linear layer without bias whose weight may be narrower than its input (see `project`)."""
 
     def __init__(self, input_dims: int, output_dims: int):
         super().__init__(input_dims, output_dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.weight.dtype == x.dtype:
-            return super().__call__(x)
-        rows, parts = max(1, WIDENED // self.weight.shape[1]), []
-        for start in range(0, len(self.weight), rows):
-            parts.append(x @ self.weight[start : start + rows].astype(x.dtype).T)
-            mx.eval(parts[-1])  # or MLX would widen the next rows, and the next layer's, meanwhile
-        return mx.concatenate(parts, axis=-1)
+        return project(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose weight may be narrower than what it projects as a language model's head."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return project(x, self.weight)
+
+
+def project(x: mx.array, weight: mx.array) -> mx.array:
+    """`x @ weight.T` in the dtype of `x`, where weights of 16 bits meet activations of 32.
+
+    The weight is widened some rows at a time, which gives what a widened copy in memory would give.
+    """
+    if weight.dtype == x.dtype:
+        return x @ weight.T
+    rows, parts = max(1, WIDENED // weight.shape[1]), []
+    for start in range(0, len(weight), rows):
+        parts.append(x @ weight[start : start + rows].astype(x.dtype).T)
+        mx.eval(parts[-1])  # or MLX would widen the next rows, and the next layer's, meanwhile
+    return mx.concatenate(parts, axis=-1)
 
 
 @fused

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .config import TextConfig, TransformerConfig, Variant
+from .config import TextConfig, TransformerConfig, Variant, VisionConfig
 from .errors import InputError
 from .layers import on_metal, score_bytes
 from .streaming import Footprint
@@ -28,6 +28,10 @@ _KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 14
 # query in float32 for norms and rotation; then arrays as wide as the stream and the MLP. Measured as well.
 _TEXT_ARRAYS, _TEXT_QUERIES, _TEXT_KEYS, _TEXT_FLOAT32_BYTES = 6, 4.9, 2, 18
 _TEXT_MLP_STREAM, _TEXT_MLP_ARRAYS = 4, 3
+# The same of the vision tower.
+_VISION_ARRAYS, _VISION_FLOAT32_BYTES, _VISION_MLP_STREAM = 8, 12, 3
+# mlx-lm's: tokens that caches of keys and values grow by, and tokens of a prompt that are read at one time.
+_CACHE_STEP, _TOKENS_READ_TOGETHER = 256, 2048
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,17 @@ class Workload:
     def reference_tokens(self, size: int) -> int:
         """Tokens of all references."""
         return sum(width * height for width, height in self.references) // size**2
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a language model does at a time: it reads `tokens` and writes up to `answer` more. `patches` are those of
+    the largest image that it looks at, and `cells` the tokens of all images."""
+
+    tokens: int
+    answer: int
+    patches: int = 0
+    cells: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,38 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
 
 
+def writing_plan(
+    text: TextConfig,
+    vision: VisionConfig | None,
+    networks: dict[str, Footprint],
+    work: Writing,
+    dtype: mx.Dtype,
+    limit: int,
+) -> Plan:
+    """The same for text that a language model writes.
+
+    Args:
+        text: the language model's geometry.
+        vision: that of its vision tower, if images are looked at.
+        networks: the weights of `language_model` in memory, and those of `vision`.
+        work: what is read and written.
+        dtype: of the activations.
+        limit: bytes that there are.
+    """
+    features, activations = work.cells * text.hidden_size * dtype.size, {}
+    if vision is not None:
+        looking = vision_activation_bytes(vision, work.patches, dtype.size, networks["vision"].widened)
+        activations["vision"] = looking + features
+    room = _CACHE_STEP * -(-(work.tokens + work.answer) // _CACHE_STEP)
+    pair = 2 * text.num_key_value_heads * text.head_dim * dtype.size  # a key and a value
+    cache = room * pair * (text.num_hidden_layers + text.num_later_layers)
+    together, widened = min(work.tokens, _TOKENS_READ_TOGETHER), networks["language_model"].widened
+    reading = text_activation_bytes(text, together, dtype.size, widened)
+    embeddings = 2 * work.tokens * text.hidden_size * dtype.size if work.cells else 0
+    activations["language_model"] = cache + reading + features + embeddings
+    return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
+
+
 def _phase(name: str, networks: dict[str, Footprint], activations: int, limit: int) -> PhasePlan:
     network = networks["vae" if name == "vae_encoder" else name]
     resident = network.resident(limit - activations)
@@ -160,6 +207,15 @@ def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int, widene
     attending = tokens * (arrays + _TEXT_FLOAT32_BYTES * queries) + score_bytes(heads, tokens, itemsize)
     mlp = tokens * itemsize * (_TEXT_MLP_STREAM * D + _TEXT_MLP_ARRAYS * config.intermediate_size)
     return int(max(attending, mlp + widened))
+
+
+def vision_activation_bytes(config: VisionConfig, patches: int, itemsize: int, widened: int = 0) -> int:
+    """Peak of looking at an image of so many patches, above the weights."""
+    D = config.hidden_size
+    attending = patches * D * (_VISION_ARRAYS * itemsize + _VISION_FLOAT32_BYTES)
+    attending += score_bytes(config.num_attention_heads, patches, itemsize)
+    mlp = patches * itemsize * (_VISION_MLP_STREAM * D + _TEXT_MLP_ARRAYS * config.intermediate_size)
+    return max(attending, mlp + widened)
 
 
 def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, widened: int = 0, images: int = 1) -> int:
@@ -202,6 +258,11 @@ def limits(planned: Plan, name: str) -> Iterator[None]:
         mx.set_memory_limit(memory)
         mx.set_cache_limit(cache)
         mx.set_wired_limit(wired)
+
+
+def memory_bytes(limit: str | int | None) -> int:
+    """The bytes of a memory limit; None: what the device has."""
+    return device_memory() if limit is None else parse_memory(limit)
 
 
 def parse_memory(text: str | int) -> int:

@@ -7,12 +7,13 @@ from functools import cached_property
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import PAINTING, Checkpoint, Component, network_dtype
+from .checkpoint import PAINTING, Checkpoint, network_dtype
 from .errors import InputError
-from .memory import Plan, Workload, plan
+from .memory import Plan, Workload, Writing, plan, writing_plan
 from .references import MIN_SIDE, Edit
 from .sampling import Request
 from .streaming import Footprint, Reading, footprint, load_streamed
+from .text import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,25 @@ class Networks:
 
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
         """A network in memory, as far as the plan says so."""
-        component = self.checkpoint.components[name]
         if planned is not None and planned.phase(name).streamed:
-            return load_streamed(component, self.dtype_of(name), planned.phase(name).resident, self.reading)
-        return component.load(self.dtype_of(name), self._quants[name])
+            return self._load_streamed(name, planned.phase(name).resident)
+        return self._load(name)
+
+    def load_language_model(self, planned: Plan) -> LanguageModel:
+        """The text encoder with the layers after its own, in memory as far as the plan says so."""
+        phase, own = planned.phase("language_model"), self.checkpoint.components["text_encoder"].config
+        if not phase.streamed:
+            return LanguageModel(self._load("text_encoder"), self._load("language_model"))
+        later = max(0, phase.resident - own.num_hidden_layers)
+        return LanguageModel(
+            self._load_streamed("text_encoder", phase.resident), self._load_streamed("language_model", later)
+        )
+
+    def _load(self, name: str) -> nn.Module:
+        return self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])
+
+    def _load_streamed(self, name: str, resident: int) -> nn.Module:
+        return load_streamed(self.checkpoint.components[name], self.dtype_of(name), resident, self.reading)
 
     def dtype_of(self, name: str) -> mx.Dtype:
         """What a network computes in."""
@@ -46,10 +62,20 @@ class Networks:
         work = _workload(request, edit, previews)
         planned = self._plan(work)
         if not planned.fits:
-            raise InputError(
-                f"the {planned.worst.name.replace('_', ' ')} needs {_gib(planned.peak_memory)}, the limit is "
-                f"{_gib(planned.limit)}; {self._advice(work)}"
-            )
+            raise _refusal(planned, self._advice(work))
+        return planned
+
+    def checked_writing_plan(self, writing: Writing) -> Plan:
+        """What writing text holds in memory; InputError if that does not fit."""
+        components = self.checkpoint.components
+        networks = {"language_model": self._footprint("text_encoder") + self._footprint("language_model")}
+        vision = None
+        if writing.cells:
+            networks["vision"], vision = self._footprint("vision"), components["vision"].config
+        text, dtype = components["text_encoder"].config, self.dtype_of("language_model")
+        planned = writing_plan(text, vision, networks, writing, dtype, self.memory_limit)
+        if not planned.fits:
+            raise _refusal(planned, "choose a smaller model, one converted with --text-quant qint4, or a higher limit")
         return planned
 
     def _plan(self, work: Workload) -> Plan:
@@ -89,17 +115,19 @@ class Networks:
 
     @cached_property
     def _footprints(self) -> dict[str, Footprint]:
-        return {name: self._footprint(self.checkpoint.components[name], self._quants[name]) for name in PAINTING}
+        return {name: self._footprint(name) for name in PAINTING}
 
-    def _footprint(self, stored: Component, quant: str) -> Footprint:
-        wanted = stored.quantized(quant)
-        weights = footprint(wanted, self.dtype_of(stored.name))
+    def _footprint(self, name: str) -> Footprint:
+        stored = self.checkpoint.components[name]
+        wanted = stored.quantized(self._quants[name])
+        weights = footprint(wanted, self.dtype_of(name))
         # What is quantized at loading would be so again at every pass, so it has to stay.
         return weights if wanted == stored else replace(weights, rest=weights.all, blocks=())
 
     @property
     def _quants(self) -> dict[str, str]:
-        return {"transformer": self.quant, "text_encoder": self.text_quant, "vae": "bf16"}
+        text = dict.fromkeys(("text_encoder", "language_model", "vision"), self.text_quant)
+        return {"transformer": self.quant, **text, "vae": "bf16"}
 
 
 def _workload(request: Request, edit: Edit, previews: bool) -> Workload:
@@ -111,6 +139,13 @@ def _workload(request: Request, edit: Edit, previews: bool) -> Workload:
         len(set(request.prompts)),
         len(request.seeds),
         previews,
+    )
+
+
+def _refusal(planned: Plan, advice: str) -> InputError:
+    return InputError(
+        f"the {planned.worst.name.replace('_', ' ')} needs {_gib(planned.peak_memory)}, the limit is "
+        f"{_gib(planned.limit)}; {advice}"
     )
 
 

@@ -15,7 +15,7 @@ from .embedding_cache import FOLDER, CachedEncoder, EmbeddingCache
 from .errors import CheckpointError, InputError
 from .images import to_pil, to_unit
 from .layers import activation_dtype, cast
-from .memory import Plan, device_memory, parse_memory, passes
+from .memory import Plan, memory_bytes, passes
 from .networks import Networks
 from .noise import initial_noise
 from .phases import (
@@ -48,7 +48,7 @@ class Flux2Pipeline:
         text_quant: str,
         dtype: mx.Dtype,
         prompt_cache: EmbeddingCache | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | str | None = None,
     ):
         self.checkpoint = checkpoint
         self.variant = checkpoint.variant
@@ -56,8 +56,7 @@ class Flux2Pipeline:
         self.text_quant = text_quant
         self.dtype = dtype
         self.prompt_cache = prompt_cache
-        limit = device_memory() if memory_limit is None else memory_limit
-        self.networks = Networks(checkpoint, quant, text_quant, dtype, limit)
+        self.networks = Networks(checkpoint, quant, text_quant, dtype, memory_bytes(memory_limit))
         self.tokenizer = checkpoint.tokenizer
 
     @classmethod
@@ -93,7 +92,7 @@ class Flux2Pipeline:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
         activation_dtype(dtype)
-        limit = None if memory_limit is None else parse_memory(memory_limit)
+        limit = memory_bytes(memory_limit)
         for setting in filter(None, (quant, text_quant)):
             check_quant(setting)
         folder = find_checkpoint(
@@ -272,7 +271,7 @@ class Flux2Pipeline:
 
     def writer(self) -> Writer:
         """The model's own language model: dev's sees images, klein's does not."""
-        return Writer(self.checkpoint, self.text_quant, self.dtype)
+        return Writer(self.networks)
 
     def upsample_prompt(
         self,

@@ -47,13 +47,18 @@ class Footprint:
     """Bytes of a network's weights in memory: of each block in order, and of the rest, which always stays.
 
     `reading` is what a streamed block takes besides while it is cast from how it is stored, `widened` what the weights
-    take that a `Linear` widens at one time.
+    take that are widened at one time.
     """
 
     rest: int
     blocks: tuple[int, ...] = ()
     reading: int = 0
     widened: int = 0
+
+    def __add__(self, other: "Footprint") -> "Footprint":
+        """Two networks in memory together, the other's blocks being run after this one's."""
+        largest = (max(pair) for pair in ((self.reading, other.reading), (self.widened, other.widened)))
+        return Footprint(self.rest + other.rest, self.blocks + other.blocks, *largest)
 
     @property
     def all(self) -> int:
@@ -79,7 +84,7 @@ class Footprint:
 
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
     """What `component` takes in memory while activations are in `dtype`."""
-    sizes, cast, widened = Counter(), Counter(), 0
+    sizes, cast, widened = Counter(), Counter(), Counter()
     for name, tensor in module_tensors(component.build()).items():
         block = _block_of(component.name, name) or ""
         sizes[block] += tensor_bytes(name, tensor, dtype)
@@ -87,11 +92,14 @@ def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
             continue
         kept = memory_dtype(name, tensor.shape, dtype)
         cast[block] += tensor.nbytes if kept != mx.bfloat16 else 0
-        if block and kept != dtype and name.endswith(".weight"):
-            widened = max(widened, dtype.size * min(WIDENED, math.prod(tensor.shape)))
+        if kept != dtype and (block or component.name == "vision"):
+            layer, _, part = name.rpartition(".")
+            widened[layer] += dtype.size * min(WIDENED if part == "weight" else math.inf, math.prod(tensor.shape))
     rest, _ = sizes.pop("", 0), cast.pop("", 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
-    return Footprint(rest, blocks, max(cast.values(), default=0), widened)
+    # Scales of packed weights are widened by MLX, for a gate and what it gates at once; weights one after the other.
+    together = 2 if component.quantization and component.name != "transformer" else 1
+    return Footprint(rest, blocks, max(cast.values(), default=0), sum(sorted(widened.values())[-together:]))
 
 
 def _block_of(component: str, name: str) -> str | None:

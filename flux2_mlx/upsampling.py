@@ -3,17 +3,21 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .checkpoint import Checkpoint, network_dtype
+from .checkpoint import Checkpoint
 from .convert import find_checkpoint
 from .errors import CheckpointError, InputError
 from .layers import activation_dtype
+from .memory import Plan, Writing, memory_bytes
+from .networks import Networks
+from .phases import Phase, measured
 from .quantization import loadable_quant
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
@@ -31,15 +35,20 @@ OnText = Callable[[int, str], None]
 @dataclass(frozen=True)
 class Writer:
     """Rewrites prompts and describes images with the language model of a checkpoint, which is in memory only while
-    it writes."""
+    it writes. `timings` has a `Phase` for each one of what has been written."""
 
-    checkpoint: Checkpoint
-    text_quant: str
-    dtype: mx.Dtype
+    networks: Networks
+    timings: list[Phase] = field(default_factory=list)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike, *, text_quant: str | None = None, dtype: str | None = None, **options: Any
+        cls,
+        source: str | os.PathLike,
+        *,
+        text_quant: str | None = None,
+        dtype: str | None = None,
+        memory_limit: int | str | None = None,
+        **options: Any,
     ) -> "Writer":
         """Open the language model of a model; its transformer and VAE need not be there.
 
@@ -49,20 +58,22 @@ class Writer:
             text_quant: `bf16`, `qint8` or `qint4`; None: as stored, or 8 bit when converting.
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own. With `float16` it is
                 `bfloat16`, as hidden states of language models overflow the other.
+            memory_limit: bytes, or a size such as `"12GB"`, to stay within, if need be by reading layers from disk for
+                every word; None: what the machine has.
             options: further ones of `find_checkpoint`.
         """
+        computed_in, limit = activation_dtype(dtype), memory_bytes(memory_limit)
         checkpoint = Checkpoint.open(find_checkpoint(str(source), text_quant=text_quant, text_only=True, **options))
-        return cls(
-            checkpoint, loadable_quant("text encoder", checkpoint.text_quant, text_quant), activation_dtype(dtype)
-        )
+        quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
+        return cls(Networks(checkpoint, checkpoint.quant, quant, computed_in, limit))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.networks.checkpoint
 
     @property
     def can_see(self) -> bool:
         return "vision" in self.checkpoint.components
-
-    @property
-    def _computed_in(self) -> mx.Dtype:
-        return network_dtype("language_model", self.dtype)
 
     def upsample(self, prompts: Sequence[str], images: Sequence[Image.Image] = (), **settings: Any) -> list[str]:
         """Each prompt with more visual detail or, with RGB `images` to edit, as one clear instruction.
@@ -95,21 +106,29 @@ class Writer:
             InputError: an answer is empty.
         """
         self._check(any(images for _, images in questions))
-        inputs = [self._input(text, system, images) for text, images in questions]
-        model = self._load_model()
-        embeddings = [self._embeddings(model, ids, pixels) for ids, pixels in inputs]
+        pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
+        prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
+        planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
+        phase = partial(measured, timings=self.timings, planned=planned, reading=self.networks.reading)
+        features = {}
+        if pictures:
+            with phase("vision"):
+                features = self._look(pictures)
         answers = []
-        for number, ((ids, _), embedded) in enumerate(zip(inputs, embeddings, strict=True)):
-            tokens = generate(
-                model,
-                ids,
-                self.checkpoint.tokenizer.end_ids,
-                embeddings=embedded,
-                temperature=temperature,
-                max_tokens=max_new_tokens,
-                seed=None if seed is None else seed + number,
-            )
-            answers.append(self._read(tokens, number, on_text))
+        with phase("language_model"):
+            model = self.networks.load_language_model(planned)
+            for number, (ids, (_, images)) in enumerate(zip(prompts, questions, strict=True)):
+                tokens = generate(
+                    model,
+                    ids,
+                    self.checkpoint.tokenizer.end_ids,
+                    embeddings=self._embeddings(model, ids, [features[id(image)] for image in images]),
+                    temperature=temperature,
+                    max_tokens=max_new_tokens,
+                    seed=None if seed is None else seed + number,
+                )
+                answers.append(self._read(tokens, number, on_text))
+            del model, tokens
         return answers
 
     def _check(self, must_see: bool) -> None:
@@ -118,28 +137,40 @@ class Writer:
         if must_see and not self.can_see:
             raise CheckpointError(f"{self.checkpoint.folder} has no vision weights, so it can't look at images")
 
-    def _input(self, text: str, system: str, images: Sequence[Image.Image]) -> tuple[list[int], list[np.ndarray]]:
-        """Token ids of a question, and its preprocessed images."""
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        return preprocess(image, self.checkpoint.components["vision"].config)
+
+    def _ids(self, text: str, system: str, images: Sequence[np.ndarray]) -> list[int]:
+        """Token ids of a question about preprocessed images."""
         tokenizer = self.checkpoint.tokenizer
         if not images:
-            return tokenizer.encode(tokenizer.chat(text, system)), []
-        config = self.checkpoint.components["vision"].config
-        pixels = [preprocess(image, config) for image in images]
-        cells = [(p.shape[0] // config.cell_size, p.shape[1] // config.cell_size) for p in pixels]
-        placeholders = [image_placeholder(height, width) for height, width in cells]
-        return tokenizer.encode(mistral_image_chat(text, system, placeholders)), pixels
+            return tokenizer.encode(tokenizer.chat(text, system))
+        placeholders = [image_placeholder(*self._cells(pixels)) for pixels in images]
+        return tokenizer.encode(mistral_image_chat(text, system, placeholders))
 
-    def _embeddings(self, model: LanguageModel, ids: list[int], pixels: list[np.ndarray]) -> mx.array | None:
-        if not pixels:
-            return None
-        vision = self.checkpoint.components["vision"].load(self._computed_in, self.text_quant)
-        embeddings = embed(model, ids, vision, pixels, self.checkpoint.tokenizer.image_id)
-        mx.eval(embeddings)
-        return embeddings
+    def _cells(self, pixels: np.ndarray) -> tuple[int, int]:
+        """Height and width of a preprocessed image in tokens."""
+        size = self.checkpoint.components["vision"].config.cell_size
+        return pixels.shape[0] // size, pixels.shape[1] // size
 
-    def _load_model(self) -> LanguageModel:
-        parts = (self.checkpoint.components[name] for name in ("text_encoder", "language_model"))
-        return LanguageModel(*(part.load(self._computed_in, self.text_quant) for part in parts))
+    def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
+        cells = [math.prod(self._cells(pixels)) for pixels in images]
+        patches = max(cells, default=0) * (
+            self.checkpoint.components["vision"].config.spatial_merge_size ** 2 if cells else 0
+        )
+        work = Writing(max(map(len, prompts), default=0), max_new_tokens, patches, sum(cells))
+        return self.networks.checked_writing_plan(work)
+
+    def _look(self, images: dict[int, np.ndarray]) -> dict[int, mx.array]:
+        """The embeddings `[cells, D]` of each preprocessed image."""
+        vision, dtype, features = self.networks.load("vision"), self.networks.dtype_of("vision"), {}
+        for key, pixels in images.items():
+            features[key] = vision(mx.array(pixels).astype(dtype))
+            mx.eval(features[key])
+        return features
+
+    def _embeddings(self, model: LanguageModel, ids: list[int], features: list[mx.array]) -> mx.array | None:
+        return embed(model, ids, features, self.checkpoint.tokenizer.image_id) if features else None
 
     def _read(self, tokens: Iterator[int], number: int, on_text: OnText) -> str:
         answer: list[int] = []

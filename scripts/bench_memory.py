@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from flux2_mlx.convert.write import write_safetensors
+from tokenizers import Tokenizer, models
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, TensorInfo, module_tensors, variant_components
@@ -27,6 +27,7 @@ from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.memory import Plan, Workload, parse_memory, plan
 from flux2_mlx.phases import Flux2Output, measured
 from flux2_mlx.streaming import footprint
+from flux2_mlx.text import TOKENIZERS
 
 # GiB that a Swift port of these models documents for 1024×1024.
 DOCUMENTED = {
@@ -78,12 +79,11 @@ def write_table(path: Path) -> None:
 
 def make_checkpoint(folder: Path, variant: str, quant: str, text_quant: str) -> None:
     """An MLX checkpoint of random weights at full size, without what only generating text needs."""
-    demo = Flux2Pipeline.from_pretrained("demo").checkpoint
     parts = variant_components(VARIANTS[variant], quant, text_quant)
     for name in ("transformer", "text_encoder", "vae"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         write_component(folder / name, parts[name])
-    shutil.copytree(demo.folder / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    write_tokenizer(folder / "tokenizer", VARIANTS[variant].text.model_type)
     manifest = {
         "format_version": FORMAT_VERSION,
         "variant": variant,
@@ -92,6 +92,14 @@ def make_checkpoint(folder: Path, variant: str, quant: str, text_quant: str) -> 
         "components": ["transformer", "text_encoder", "vae"],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def write_tokenizer(folder: Path, family: str) -> None:
+    """One that knows only what it must; the prompts of a run are random tokens."""
+    kind, tokenizer = TOKENIZERS[family], Tokenizer(models.BPE())
+    tokenizer.add_special_tokens([kind.pad, *kind.ends])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def write_component(folder: Path, part: Component) -> None:

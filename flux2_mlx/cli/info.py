@@ -82,18 +82,17 @@ def _plan(
 ) -> dict[str, Any]:
     from ..checkpoint import network_dtype, variant_components
     from ..layers import activation_dtype, dtype_name
-    from ..memory import Workload, device_memory, parse_memory, plan
+    from ..memory import Workload, memory_bytes, plan
     from ..quantization import DEFAULT_TEXT_QUANT
     from ..sampling import Request
     from ..streaming import footprint
 
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
     text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(wanted_dtype)
-    limit = device_memory() if memory_limit is None else parse_memory(memory_limit)
     components = variant_components(variant, quant, text_quant)
     networks = {name: footprint(part, network_dtype(name, dtype)) for name, part in components.items()}
     work = Workload(request.width, request.height, request.max_sequence_length)
-    planned = plan(variant, networks, work, dtype, limit)
+    planned = plan(variant, networks, work, dtype, memory_bytes(memory_limit))
     return {
         "quant": quant,
         "text_quant": text_quant,

@@ -117,7 +117,6 @@ def _rewrite(
 ) -> tuple[list[str], list["Phase"]]:
     """The prompts that the images are made from, after --interpret and --upsample-prompt, and what that took."""
     from ..images import open_image
-    from ..phases import measured
 
     if job.rewritten is not None:
         return job.rewritten, []
@@ -126,13 +125,13 @@ def _rewrite(
         if job.interpret:
             pictures = [open_image(path) for path in job.interpret]
             writer = _seeing(pipe, job, bars)
-            with measured("interpret", timings):
-                descriptions = writer.describe(pictures, seed=job.seed, on_text=stream.show)
+            descriptions = writer.describe(pictures, seed=job.seed, on_text=stream.show)
+            timings += writer.timings
             prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
         if job.upsample_prompt:
             writer = _seeing(pipe, job, bars) if images else pipe.writer()
-            with measured("upsample", timings):
-                prompts = writer.upsample(prompts, images, seed=job.seed, on_text=stream.show)
+            prompts = writer.upsample(prompts, images, seed=job.seed, on_text=stream.show)
+            timings += writer.timings
     return prompts, timings
 
 
@@ -144,7 +143,12 @@ def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
     if own.can_see:
         return own
     return Writer.from_pretrained(
-        job.vision_model, dtype=job.dtype, models_dir=job.models_dir, quiet=job.quiet, progress=conversion(bars)
+        job.vision_model,
+        dtype=job.dtype,
+        memory_limit=job.memory_limit,
+        models_dir=job.models_dir,
+        quiet=job.quiet,
+        progress=conversion(bars),
     )
 
 

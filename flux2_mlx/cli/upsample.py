@@ -5,7 +5,15 @@ from pathlib import Path
 
 import click
 
-from .options import image_option, json_option, models_dir_option, quiet_option, text_quant_option, writing_options
+from .options import (
+    image_option,
+    json_option,
+    memory_option,
+    models_dir_option,
+    quiet_option,
+    text_quant_option,
+    writing_options,
+)
 from .progress import Bars, Stream, conversion
 
 
@@ -15,6 +23,7 @@ from .progress import Bars, Stream, conversion
 @image_option
 @text_quant_option
 @writing_options
+@memory_option
 @models_dir_option
 @json_option
 @quiet_option
@@ -25,6 +34,7 @@ def upsample(
     text_quant: str | None,
     seed: int | None,
     temperature: float,
+    memory_limit: str | None,
     models_dir: Path | None,
     as_json: bool,
     quiet: bool,
@@ -44,7 +54,12 @@ def upsample(
     pictures = [open_image(path) for path in images]
     with Bars(quiet) as bars, Stream(quiet) as stream:
         writer = Writer.from_pretrained(
-            model, text_quant=text_quant, models_dir=models_dir, quiet=quiet, progress=conversion(bars)
+            model,
+            text_quant=text_quant,
+            memory_limit=memory_limit,
+            models_dir=models_dir,
+            quiet=quiet,
+            progress=conversion(bars),
         )
         answer = writer.upsample([prompt], pictures, seed=seed, temperature=temperature, on_text=stream.show)[0]
     click.echo(json.dumps({"prompt": prompt, "upsampled_prompt": answer}, ensure_ascii=False) if as_json else answer)

@@ -4,13 +4,14 @@
 generate text. Source: transformers' `Qwen3Model` and `MistralModel`; attribute names are their weight names.
 """
 
+from itertools import chain, repeat
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
-from ..layers import Linear, attention, swiglu
+from ..layers import Embedding, Linear, attention, swiglu
 
 
 class Attention(nn.Module):
@@ -74,7 +75,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self._out_layers = config.out_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
 
     def __call__(self, ids: mx.array, attention_mask: mx.array) -> mx.array:
@@ -111,20 +112,32 @@ class LaterLayers(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The whole language model, in the form that mlx-lm generates with."""
+    """The whole language model, in the form that mlx-lm generates with.
+
+    Layers that are no list are read from disk while one iterates over them.
+    """
 
     def __init__(self, encoder: TextEncoder, later: LaterLayers):
         super().__init__()
         self.embed_tokens = encoder.embed_tokens
-        self.layers = encoder.layers + later.layers
+        self._layers = encoder.layers, later.layers
         self.norm = later.norm
         self._head = later.lm_head if "lm_head" in later else encoder.embed_tokens.as_linear
+
+    def make_cache(self) -> list[Any]:
+        """An empty cache of keys and values for each layer."""
+        from mlx_lm.models.cache import KVCache
+
+        return [KVCache() for layers in self._layers for _ in range(len(layers))]
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         """Logits `[B, L, vocab]` of token ids `[B, L]`, or of their embeddings `[B, L, D]` where given."""
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         L, offset = x.shape[1], cache[0].offset if cache else 0
         mask = mx.tri(L, offset + L, offset, dtype=mx.bool_)[None, None] if L > 1 else None
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+        streamed = not all(isinstance(layers, list) for layers in self._layers)
+        for layer, layer_cache in zip(chain(*self._layers), cache or repeat(None), strict=cache is not None):
             x = layer(x, mask, layer_cache)
+            if streamed:
+                mx.eval(x)  # before the layer's weights make room for the next one's
         return self._head(self.norm(x))

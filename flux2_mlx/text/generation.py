@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 
 from .decoder import LanguageModel
-from .pixtral import PixtralVision
 from .prompts import IMAGE
 
 _ROW_END, _IMAGE_END = "[IMG_BREAK]", "[IMG_END]"
@@ -18,14 +17,11 @@ def image_placeholder(height: int, width: int) -> str:
     return _ROW_END.join(rows) + _IMAGE_END
 
 
-def embed(
-    model: LanguageModel, ids: Sequence[int], vision: PixtralVision, images: Sequence[np.ndarray], image_id: int
-) -> mx.array:
-    """Embeddings `[L, D]` of token ids, with those of the preprocessed `images` in the places of `image_id`."""
+def embed(model: LanguageModel, ids: Sequence[int], features: Sequence[mx.array], image_id: int) -> mx.array:
+    """Embeddings `[L, D]` of token ids, with the `features` `[cells, D]` of images in the places of `image_id`."""
     tokens = np.array(ids)
-    embeddings = model.embed_tokens(mx.array(tokens))
-    features = mx.concatenate([vision(mx.array(image).astype(embeddings.dtype)) for image in images])
-    embeddings[mx.array(np.flatnonzero(tokens == image_id))] = features
+    embeddings = model.embed_tokens(mx.array(tokens)).astype(features[0].dtype)
+    embeddings[mx.array(np.flatnonzero(tokens == image_id))] = mx.concatenate(features)
     return embeddings
 
 

@@ -133,9 +133,9 @@ def test_generated_text_with_images(sizes, dev):
     tokenizer, model = dev.checkpoint.tokenizer, dev.language_model()
     ids = tokenizer.encode(mistral_image_chat("hello", UPSAMPLE_I2I, placeholders))
     assert ids.count(tokenizer.image_id) == sum(height * width for height, width in cells)
-    embeddings = embed(
-        model, ids, dev.load("vision"), [preprocess(image, config) for image in images], tokenizer.image_id
-    )
+    vision = dev.load("vision")
+    features = [vision(mx.array(preprocess(image, config))) for image in images]
+    embeddings = embed(model, ids, features, tokenizer.image_id)
     settings = {"temperature": 0, "max_tokens": NEW_TOKENS}
     ours = list(generate(model, ids, NO_END, embeddings=embeddings, **settings))
     expected = dev.continuation(ids, pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"])
