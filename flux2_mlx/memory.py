@@ -28,8 +28,9 @@ _KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 14
 # query in float32 for norms and rotation; then arrays as wide as the stream and the MLP. Measured as well.
 _TEXT_ARRAYS, _TEXT_QUERIES, _TEXT_KEYS, _TEXT_FLOAT32_BYTES = 6, 4.9, 2, 18
 _TEXT_MLP_STREAM, _TEXT_MLP_ARRAYS = 4, 3
-# The same of the vision tower.
-_VISION_ARRAYS, _VISION_FLOAT32_BYTES, _VISION_MLP_STREAM = 8, 12, 3
+# The same of the vision tower: bytes of a patch and channel while it attends, and arrays around the MLP. And of the
+# logits, arrays in float32.
+_VISION_BYTES, _VISION_MLP_STREAM, _LOGITS_ARRAYS = 92, 3, 6
 # mlx-lm's: tokens that caches of keys and values grow by, and tokens of a prompt that are read at one time.
 _CACHE_STEP, _TOKENS_READ_TOGETHER = 256, 2048
 
@@ -58,13 +59,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Writing:
-    """What a language model does at a time: it reads `tokens` and writes up to `answer` more. `patches` are those of
-    the largest image that it looks at, and `cells` the tokens of all images."""
+    """What a language model does at a time: it reads `tokens`, those of images of so many `pixels` included, and writes
+    up to `answer` more."""
 
     tokens: int
     answer: int
-    patches: int = 0
-    cells: int = 0
+    pixels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,22 +151,24 @@ def writing_plan(
     Args:
         text: the language model's geometry.
         vision: that of its vision tower, if images are looked at.
-        networks: the weights of `language_model` in memory, and those of `vision`.
+        networks: the weights of `language_model` in memory, and those of `vision_tower`.
         work: what is read and written.
         dtype: of the activations.
         limit: bytes that there are.
     """
-    features, activations = work.cells * text.hidden_size * dtype.size, {}
+    features, activations = 0, {}
     if vision is not None:
-        looking = vision_activation_bytes(vision, work.patches, dtype.size, networks["vision"].widened)
-        activations["vision"] = looking + features
+        features = sum(work.pixels) // vision.cell_size**2 * text.hidden_size * dtype.size
+        patches, widened = max(work.pixels) // vision.patch_size**2, networks["vision_tower"].widened
+        activations["vision_tower"] = vision_activation_bytes(vision, patches, dtype.size, widened) + features
     room = _CACHE_STEP * -(-(work.tokens + work.answer) // _CACHE_STEP)
     pair = 2 * text.num_key_value_heads * text.head_dim * dtype.size  # a key and a value
     cache = room * pair * (text.num_hidden_layers + text.num_later_layers)
     together, widened = min(work.tokens, _TOKENS_READ_TOGETHER), networks["language_model"].widened
     reading = text_activation_bytes(text, together, dtype.size, widened)
-    embeddings = 2 * work.tokens * text.hidden_size * dtype.size if work.cells else 0
-    activations["language_model"] = cache + reading + features + embeddings
+    embeddings = 2 * work.tokens * text.hidden_size * dtype.size if work.pixels else 0
+    logits = _LOGITS_ARRAYS * text.vocab_size * mx.float32.size
+    activations["language_model"] = cache + reading + logits + features + embeddings
     return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
 
 
@@ -212,8 +214,7 @@ def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int, widene
 def vision_activation_bytes(config: VisionConfig, patches: int, itemsize: int, widened: int = 0) -> int:
     """Peak of looking at an image of so many patches, above the weights."""
     D = config.hidden_size
-    attending = patches * D * (_VISION_ARRAYS * itemsize + _VISION_FLOAT32_BYTES)
-    attending += score_bytes(config.num_attention_heads, patches, itemsize)
+    attending = patches * D * _VISION_BYTES + score_bytes(config.num_attention_heads, patches, itemsize)
     mlp = patches * itemsize * (_VISION_MLP_STREAM * D + _TEXT_MLP_ARRAYS * config.intermediate_size)
     return max(attending, mlp + widened)
 

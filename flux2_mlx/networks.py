@@ -70,8 +70,8 @@ class Networks:
         components = self.checkpoint.components
         networks = {"language_model": self._footprint("text_encoder") + self._footprint("language_model")}
         vision = None
-        if writing.cells:
-            networks["vision"], vision = self._footprint("vision"), components["vision"].config
+        if writing.pixels:
+            networks["vision_tower"], vision = self._footprint("vision"), components["vision"].config
         text, dtype = components["text_encoder"].config, self.dtype_of("language_model")
         planned = writing_plan(text, vision, networks, writing, dtype, self.memory_limit)
         if not planned.fits:

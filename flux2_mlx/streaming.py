@@ -15,7 +15,11 @@ from .checkpoint import Component, in_memory, memory_dtype, module_tensors, read
 from .layers import WIDENED
 
 # The lists of blocks of each network that can be streamed, in the order that they are run in.
-_LISTS = {"transformer": ("double_blocks", "single_blocks"), "text_encoder": ("layers",)}
+_LISTS = {
+    "transformer": ("double_blocks", "single_blocks"),
+    "text_encoder": ("layers",),
+    "language_model": ("layers",),
+}
 Weights = list[tuple[str, mx.array]]
 # Files are read on a stream of their own, or on a CPU the computation would queue behind the reading.
 _READER = mx.new_thread_local_stream(mx.cpu)
@@ -97,8 +101,9 @@ def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
             widened[layer] += dtype.size * min(WIDENED if part == "weight" else math.inf, math.prod(tensor.shape))
     rest, _ = sizes.pop("", 0), cast.pop("", 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
-    # Scales of packed weights are widened by MLX, for a gate and what it gates at once; weights one after the other.
-    together = 2 if component.quantization and component.name != "transformer" else 1
+    # Scales of packed weights are widened by MLX, at once for all of an MLP, which is evaluated as one unless it is the
+    # transformer's; weights are one after the other.
+    together = 3 if component.quantization and component.name != "transformer" else 1
     return Footprint(rest, blocks, max(cast.values(), default=0), sum(sorted(widened.values())[-together:]))
 
 

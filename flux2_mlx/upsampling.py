@@ -106,29 +106,26 @@ class Writer:
             InputError: an answer is empty.
         """
         self._check(any(images for _, images in questions))
+        if not questions:
+            return []
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
         phase = partial(measured, timings=self.timings, planned=planned, reading=self.networks.reading)
         features = {}
         if pictures:
-            with phase("vision"):
+            with phase("vision_tower"):
                 features = self._look(pictures)
+        settings = {"temperature": temperature, "max_tokens": max_new_tokens}
         answers = []
         with phase("language_model"):
             model = self.networks.load_language_model(planned)
             for number, (ids, (_, images)) in enumerate(zip(prompts, questions, strict=True)):
-                tokens = generate(
-                    model,
-                    ids,
-                    self.checkpoint.tokenizer.end_ids,
-                    embeddings=self._embeddings(model, ids, [features[id(image)] for image in images]),
-                    temperature=temperature,
-                    max_tokens=max_new_tokens,
-                    seed=None if seed is None else seed + number,
-                )
+                settings["embeddings"] = self._embeddings(model, ids, [features[id(image)] for image in images])
+                settings["seed"] = None if seed is None else seed + number
+                tokens = generate(model, ids, self.checkpoint.tokenizer.end_ids, **settings)
                 answers.append(self._read(tokens, number, on_text))
-            del model, tokens
+            del model, tokens  # or they would outlive the phase
         return answers
 
     def _check(self, must_see: bool) -> None:
@@ -154,12 +151,8 @@ class Writer:
         return pixels.shape[0] // size, pixels.shape[1] // size
 
     def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
-        cells = [math.prod(self._cells(pixels)) for pixels in images]
-        patches = max(cells, default=0) * (
-            self.checkpoint.components["vision"].config.spatial_merge_size ** 2 if cells else 0
-        )
-        work = Writing(max(map(len, prompts), default=0), max_new_tokens, patches, sum(cells))
-        return self.networks.checked_writing_plan(work)
+        pixels = tuple(image.shape[0] * image.shape[1] for image in images)
+        return self.networks.checked_writing_plan(Writing(max(map(len, prompts)), max_new_tokens, pixels))
 
     def _look(self, images: dict[int, np.ndarray]) -> dict[int, mx.array]:
         """The embeddings `[cells, D]` of each preprocessed image."""
