@@ -3,9 +3,9 @@
     python scripts/bench_memory.py table --readme README.md
     python scripts/bench_memory.py measure klein-4b bf16 --work FOLDER --side 1024 --steps 1 --limit 5.6GiB
 
-`table` writes what making one image of 1024×1024 takes with every model and quantization, between the two marks in the
-file. `measure` writes a checkpoint of random weights at full size into FOLDER, unless it is there already, runs it, and
-prints what every phase took beside its plan.
+`table` writes what making one image of 1024×1024 takes with every model and quantization, and what recorded runs took,
+between the two marks in the file. `measure` writes a checkpoint of random weights at full size into FOLDER, unless it
+is there already, runs it, prints what every phase took beside its plan, and records that with `--record`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +26,7 @@ from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, TensorInfo, module_tensors, variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.memory import Plan, Workload, parse_memory, plan
-from flux2_mlx.phases import Flux2Output, measured
+from flux2_mlx.phases import Flux2Output, Phase, measured
 from flux2_mlx.streaming import footprint
 from flux2_mlx.text import TOKENIZERS
 
@@ -40,6 +41,10 @@ DOCUMENTED = {
 }
 MARKS = "<!-- memory -->\n", "<!-- end of memory -->\n"
 GIB = 2**30
+RECORD = Path(__file__).with_suffix(".json")
+PHASES = ("text_encoder", "transformer", "vae")
+SETTINGS = ("quant", "text_quant", "side", "length", "steps", "dtype", "limit")
+RUNS = "Really run with random weights at full size, in float32 on a Linux CPU; GiB, measured / planned:"
 VALUES = 2**20
 
 
@@ -51,22 +56,49 @@ def planned(variant: str, quant: str, limit: float, dtype: mx.Dtype = mx.bfloat1
 
 
 def table() -> str:
-    """Markdown: peaks in GiB of a run in bfloat16 with all weights in memory, within the documented figure, and with
-    as little as a run can have."""
+    """Markdown: peaks in GiB of a run in bfloat16 with all weights in memory, within the documented figure (planned,
+    and measured where a run is recorded), and with as little as a run can have."""
     rows = [
-        "| model | weights | all in memory | documented elsewhere | within that | at least |",
-        "|---|---|--:|--:|--:|--:|",
+        "| model | weights | all in memory | documented elsewhere | within that | measured | at least |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
+    measured = {(row["model"], row["quant"]): whole_peak(row) for row in recorded() if row["side"] == 1024}
     for name, variant in VARIANTS.items():
         if not variant.repo:
             continue
         for quant in QUANTIZATIONS:
             figure = DOCUMENTED.get((name, quant))
-            within = planned(name, quant, figure * GIB) if figure else None
-            peaks = [planned(name, quant, limit).peak_memory / GIB for limit in (2**50, 0)]
-            middle = f"{figure} | {within.peak_memory / GIB:.1f}" if within else "– | –"
-            rows.append(f"| `{name}` | {quant} | {peaks[0]:.1f} | {middle} | {peaks[1]:.1f} |")
+            within = planned(name, quant, figure * GIB).peak_memory / GIB if figure else None
+            whole, least = (planned(name, quant, limit).peak_memory / GIB for limit in (2**50, 0))
+            cells = [whole, figure, within, measured.get((name, quant)), least]
+            shown = [f"{x:.1f}" if isinstance(x, float) else str(x or "–") for x in cells]
+            rows.append(f"| `{name}` | {quant} | {' | '.join(shown)} |")
     return "\n".join(rows) + "\n"
+
+
+def runs_table() -> str:
+    """Markdown: what recorded runs took, phase by phase, measured / planned, in GiB."""
+    rows = [
+        "| model | weights | image | limit | text encoder | transformer | VAE | read a pass |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in recorded():
+        phases = [f"{row['phases'][name]['peak']:.2f} / {row['phases'][name]['planned']:.2f}" for name in PHASES]
+        read = " + ".join(f"{row['phases'][name]['streamed']:.1f}" for name in PHASES[:2]) if row["limit"] else "–"
+        rows.append(
+            f"| `{row['model']}` | {row['quant']}, text {row['text_quant']} | {row['side']}² | {row['limit'] or '–'} | "
+            f"{' | '.join(phases)} | {read} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The runs of `measure --record`."""
+    return json.loads(RECORD.read_text())
+
+
+def whole_peak(row: dict[str, Any]) -> float:
+    return max(phase["peak"] for phase in row["phases"].values())
 
 
 def write_table(path: Path) -> None:
@@ -74,7 +106,8 @@ def write_table(path: Path) -> None:
     pattern = re.compile(f"(?<={re.escape(MARKS[0])}).*?(?={re.escape(MARKS[1])})", re.DOTALL)
     if not pattern.search(text):
         sys.exit(f"{path} has no marks {MARKS[0].strip()} and {MARKS[1].strip()}")
-    path.write_text(pattern.sub(lambda _: f"\n{table()}\n", text), encoding="utf-8")
+    tables = f"\n{table()}\n{RUNS}\n\n{runs_table()}\n"
+    path.write_text(pattern.sub(lambda _: tables, text), encoding="utf-8")
 
 
 def make_checkpoint(folder: Path, variant: str, quant: str, text_quant: str) -> None:
@@ -150,17 +183,30 @@ def measure(arguments: argparse.Namespace) -> None:
     limit = arguments.limit and parse_memory(arguments.limit)
     pipe = Flux2Pipeline.from_pretrained(folder, dtype=arguments.dtype, memory_limit=limit, prompt_cache=False)
     output, whole = run(pipe, arguments.side, arguments.steps, arguments.length)
-    print(
-        f"{arguments.variant} {arguments.quant}, text encoder {arguments.text_quant}, {pipe.dtype}, {arguments.side}²"
-    )
-    print(f"{'phase':14}{'seconds':>9}{'peak GiB':>10}{'planned':>9}{'ratio':>7}{'read a pass':>13}{'overlap':>9}")
-    for took in output.timings:
-        peak, expected = took.peak_memory / GIB, whole.phase(took.name).peak_memory / GIB
-        print(f"{took.name:14}{took.seconds:9.1f}{peak:10.3f}{expected:9.3f}{expected / peak:7.3f}", end="")
-        print(f"{took.streamed / GIB:13.3f}{took.overlap:9.0%}" if took.read else "")
-    image = np.ascontiguousarray(output.images)
-    digest = hashlib.sha256(image.tobytes()).hexdigest()[:16]
-    print(f"whole run: {output.peak_memory / GIB:.3f} GiB; image {digest}, finite: {bool(np.isfinite(image).all())}")
+    if not np.isfinite(output.images).all():
+        sys.exit("the image is not finite")
+    row = {
+        "model": arguments.variant,
+        **{name: getattr(arguments, name) for name in SETTINGS},
+        "phases": {phase.name: figures(phase, whole) for phase in output.timings},
+        "image": hashlib.sha256(np.ascontiguousarray(output.images).tobytes()).hexdigest()[:16],
+    }
+    print(json.dumps(row, indent=1))
+    print(f"whole run: {whole_peak(row):.3f} GiB")
+    if arguments.record:
+        others = [x for x in recorded() if any(x[name] != row[name] for name in ("model", *SETTINGS))]
+        RECORD.write_text(json.dumps([*others, row], indent=1) + "\n")
+
+
+def figures(phase: Phase, whole: Plan) -> dict[str, float | None]:
+    """Seconds, GiB measured, planned and streamed at each pass, and the share of reading beside the computation."""
+    return {
+        "seconds": round(phase.seconds, 1),
+        "peak": round(phase.peak_memory / GIB, 3),
+        "planned": round(whole.phase(phase.name).peak_memory / GIB, 3),
+        "streamed": round(phase.streamed / GIB, 3),
+        "overlap": phase.overlap and round(phase.overlap, 2),
+    }
 
 
 def main(words: Iterable[str] | None = None) -> None:
@@ -179,6 +225,7 @@ def main(words: Iterable[str] | None = None) -> None:
     command.add_argument("--length", type=int, default=512, help="text tokens")
     command.add_argument("--limit", help="of memory, such as 3GiB")
     command.add_argument("--dtype", default="float32")
+    command.add_argument("--record", action="store_true", help=f"in {RECORD.name}, for the tables")
     command.set_defaults(run=measure)
     arguments = parser.parse_args(words)
     arguments.run(arguments)

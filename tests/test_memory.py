@@ -1,6 +1,8 @@
 """What the phases of a run are said to need, against what they take."""
 
 import gc
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from flux2_mlx.errors import InputError
 from flux2_mlx.memory import PhasePlan, Plan, Workload, activation_bytes, device_memory, parse_memory, plan
 from flux2_mlx.streaming import footprint
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
+
+ROOT = Path(__file__).parent.parent
 
 
 def measured_peak(config: TransformerConfig, batch: int, side: int, text: int, dtype: mx.Dtype, wide: bool) -> int:
@@ -206,14 +210,20 @@ def test_what_is_no_size_of_memory(text):
         parse_memory(text)
 
 
+def readme_tables() -> list[list[list[str]]]:
+    """The cells of the tables that `scripts/bench_memory.py` writes, without their heads."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text.partition("<!-- memory -->")[2].partition("<!-- end of memory -->")[0]
+    tables = re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE)
+    return [[[x.strip(" `") for x in line.split("|")[1:-1]] for line in table.splitlines()[2:]] for table in tables]
+
+
 def test_the_table_of_the_readme_is_the_plan():
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- memory -->")[2].partition("<!-- end of memory -->")[0]
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()[2:]]
+    rows = readme_tables()[0]
     assert {(row[0], row[1]) for row in rows} == {
         (name, quant) for name, variant in VARIANTS.items() if variant.repo for quant in QUANTIZATIONS
     }
-    for name, quant, whole, documented, within, least in rows:
+    for name, quant, whole, documented, within, measured, least in rows:
         variant = VARIANTS[name]
         work = Workload(1024, 1024, variant.max_sequence_length)
         parts = variant_components(variant, quant)
@@ -222,6 +232,24 @@ def test_the_table_of_the_readme_is_the_plan():
         for figure, limit in limits.items():
             planned = plan(variant, networks, work, mx.bfloat16, int(limit)).peak_memory / 2**30
             assert float(figure) == pytest.approx(planned, rel=0.02, abs=0.06), (name, quant, figure)
-        if documented != "–":
-            assert float(within) <= float(documented)
+        for figure in (within, measured):
+            assert figure == "–" or float(figure) <= float(documented)
         assert float(least) < 8
+
+
+def test_recorded_runs_stayed_within_their_limit_and_near_their_plan():
+    rows = readme_tables()[1]
+    recorded = json.loads((ROOT / "scripts" / "bench_memory.json").read_text())
+    assert len(rows) == len(recorded) > 0
+    for row, run in zip(rows, recorded, strict=True):
+        assert [*row[:4]] == [
+            run["model"],
+            f"{run['quant']}, text {run['text_quant']}",
+            f"{run['side']}²",
+            run["limit"] or "–",
+        ]
+        for cell, phase in zip(row[4:7], ("text_encoder", "transformer", "vae"), strict=True):
+            peak, planned = map(float, cell.split(" / "))
+            assert peak == pytest.approx(run["phases"][phase]["peak"], abs=0.006)
+            assert 0.99 * peak - 0.01 <= planned <= 1.1 * peak + 0.01
+            assert run["limit"] is None or peak <= parse_memory(run["limit"]) / 2**30
