@@ -1,5 +1,6 @@
 """Prompt upsampling and image description by the language models that come with FLUX.2."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ TEMPERATURE = 0.15
 MAX_NEW_TOKENS = 512
 # Images are shown to the language model at no more than this area, as in the reference.
 _MAX_AREA = 768 * 768
+_log = logging.getLogger(__name__)
 # Hears the number of the answer and its text so far.
 OnText = Callable[[int, str], None]
 
@@ -152,7 +154,12 @@ class Writer:
 
     def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
         pixels = tuple(image.shape[0] * image.shape[1] for image in images)
-        return self.networks.checked_writing_plan(Writing(max(map(len, prompts)), max_new_tokens, pixels))
+        planned = self.networks.checked_writing_plan(Writing(max(map(len, prompts)), max_new_tokens, pixels))
+        if streamed := planned.phase("language_model").streamed:
+            _log.warning(
+                "%.3g GiB of the language model do not fit into memory and are read for every word", streamed / 2**30
+            )
+        return planned
 
     def _look(self, images: dict[int, np.ndarray]) -> dict[int, mx.array]:
         """The embeddings `[cells, D]` of each preprocessed image."""

@@ -97,14 +97,16 @@ def test_the_plan_is_near_what_writing_takes_and_never_below(folder, picture, mo
     assert all(1 <= ratio <= 1.15 for ratio in ratios.values()), ratios
 
 
-def test_a_limit_changes_memory_and_not_the_text(folder, picture, monkeypatch):
+def test_a_limit_changes_memory_and_not_the_text(folder, picture, monkeypatch, caplog):
     free, picture = open_writer(folder), picture.resize((60, 50))
     expected = free.describe([picture], **SHORT)
     limit = plan_of(free, monkeypatch, [picture]).peak_memory * 3 // 4
     writer = open_writer(folder, limit)
     gc.collect()
     base = mx.get_active_memory()
+    assert "of the language model" not in caplog.text
     assert writer.describe([picture], **SHORT) == expected
+    assert "of the language model do not fit into memory and are read for every word" in caplog.text
     assert max(phase.peak_memory for phase in free.timings) - base > limit
     assert max(phase.peak_memory for phase in writer.timings) - base <= limit
     read = writer.timings[-1]

@@ -32,6 +32,8 @@ EDITS, PROMPTS = 12, 8
 SCALE = 0.6
 DECAY = 0.998
 PLAIN = 0.6
+# How often each kind of edit is trained: a new shape is the hardest to draw, a new background the easiest.
+SHARES = {"shape": 0.34, "colour": 0.2, "swap": 0.14, "remove": 0.14, "add": 0.1, "background": 0.08}
 # What an instruction changes is decided at high noise; further down the noisy picture itself shows it.
 EDIT_SHIFT, EDIT_UNIFORM = 12.0, 0.1
 
@@ -68,7 +70,7 @@ class EditExamples:
         shards = [torch.load(path, weights_only=True) for path in sorted(work.glob("edits-*.pt"))]
         self.latents = (torch.cat([shard["patches"] for shard in shards]) - mean) / torch.sqrt(variance + 1e-4)
         # Rows of the latents before and after each edit, and the pictures that a prompt describes with their rows.
-        self.edits: list[tuple[Edit, int, int]] = []
+        self.edits: dict[str, list[tuple[Edit, int, int]]] = {kind: [] for kind in SHARES}
         self.scenes: list[tuple[Scene, int]] = []
         row = 0
         for family in (family for shard in shards for family in shard_families(shard["seed"])):
@@ -79,7 +81,8 @@ class EditExamples:
         pictures = [family[0].before, *(edit.after for edit in family)]
         self.scenes += [(scene, row + k) for k, picture in enumerate(pictures) if (scene := picture.scene)]
         for k, edit in enumerate(family, start=row + 1):
-            self.edits += [(edit, row, k), (edit.backward(), k, row)]
+            for change, old, new in ((edit, row, k), (edit.backward(), k, row)):
+                self.edits[change.kind].append((change, old, new))
 
     def prompts(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (count, 64, 32), token ids and attention mask (count, 48) of prompts without a reference."""
@@ -89,7 +92,8 @@ class EditExamples:
 
     def instructions(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same of instructions, the latents those of the outcome, and the references' latents (count, 64, 32)."""
-        chosen = [self.edits[k] for k in self.rng.integers(len(self.edits), size=count)]
+        kinds = self.rng.choice(list(SHARES), p=list(SHARES.values()), size=count)
+        chosen = [self.edits[kind][self.rng.integers(len(self.edits[kind]))] for kind in kinds]
         texts = tokenize(self.tokenizer, [sample_instruction(edit, self.rng, PLAIN) for edit, _, _ in chosen])
         before, after = [row for _, row, _ in chosen], [row for _, _, row in chosen]
         return self.latents[after], *texts, self.latents[before]
