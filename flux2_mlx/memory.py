@@ -23,7 +23,7 @@ _TOKENS_PER_PASS = 4096
 _PROJECTED_ARRAYS, _FLOAT32_BYTES = 3, 75
 # Arrays as wide as the stream: what is kept of projected tokens until all can attend; what there is while they do; and
 # what a projection holds while it widens its weights.
-_KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 14
+_KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 15
 # Arrays as wide as the stream, the queries, and the keys while a layer of the text encoder attends, and bytes of a
 # query in float32 for norms and rotation; then arrays as wide as the stream and the MLP. Measured as well.
 _TEXT_ARRAYS, _TEXT_QUERIES, _TEXT_KEYS, _TEXT_FLOAT32_BYTES = 6, 4.9, 2, 18

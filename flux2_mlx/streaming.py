@@ -1,6 +1,7 @@
 """Networks whose blocks are read from disk each time they are needed, for models larger than the memory."""
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -96,15 +97,19 @@ def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
             continue
         kept = memory_dtype(name, tensor.shape, dtype)
         cast[block] += tensor.nbytes if kept != mx.bfloat16 else 0
-        if kept != dtype and (block or component.name == "vision"):
-            layer, _, part = name.rpartition(".")
-            widened[layer] += dtype.size * min(WIDENED if part == "weight" else math.inf, math.prod(tensor.shape))
+        if kept != dtype and component.name != "vae" and not name.startswith("embed_tokens"):
+            # Weights are widened one after the other, the scales of packed ones all at once where MLX evaluates them.
+            weights = math.prod(tensor.shape) if component.quantization else min(WIDENED, math.prod(tensor.shape))
+            widened[_evaluated_with(name) if component.quantization else name] += dtype.size * weights
     rest, _ = sizes.pop("", 0), cast.pop("", 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
-    # Scales of packed weights are widened by MLX, at once for all of an MLP, which is evaluated as one unless it is the
-    # transformer's; weights are one after the other.
-    together = 3 if component.quantization and component.name != "transformer" else 1
-    return Footprint(rest, blocks, max(cast.values(), default=0), sum(sorted(widened.values())[-together:]))
+    return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0))
+
+
+def _evaluated_with(name: str) -> str:
+    """The layer, or else the part of a network, whose evaluation includes that of a weight."""
+    layer = re.match(r"\D*\.\d+(?=\.)", name)
+    return layer[0] if layer else name.split(".")[0]
 
 
 def _block_of(component: str, name: str) -> str | None:

@@ -34,6 +34,8 @@ DECAY = 0.998
 PLAIN = 0.6
 # How often each kind of edit is trained: a new shape is the hardest to draw, a new background the easiest.
 SHARES = {"shape": 0.34, "colour": 0.2, "swap": 0.14, "remove": 0.14, "add": 0.1, "background": 0.08}
+# A share of the prompts asks for a star alone, whose points are the hardest to draw.
+STARS = 0.25
 # What an instruction changes is decided at high noise; further down the noisy picture itself shows it.
 EDIT_SHIFT, EDIT_UNIFORM = 12.0, 0.1
 
@@ -76,6 +78,7 @@ class EditExamples:
         for family in (family for shard in shards for family in shard_families(shard["seed"])):
             self._add(family, row)
             row += 1 + len(family)
+        self.stars = [(scene, row) for scene, row in self.scenes if scene.size and scene.first.name == "star"]
 
     def _add(self, family: list[Edit], row: int) -> None:
         pictures = [family[0].before, *(edit.after for edit in family)]
@@ -86,7 +89,8 @@ class EditExamples:
 
     def prompts(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (count, 64, 32), token ids and attention mask (count, 48) of prompts without a reference."""
-        chosen = [self.scenes[k] for k in self.rng.integers(len(self.scenes), size=count)]
+        pools = [self.stars if star else self.scenes for star in self.rng.random(count) < STARS]
+        chosen = [pool[self.rng.integers(len(pool))] for pool in pools]
         sentences = [sample_prompt(scene, self.rng) for scene, _ in chosen]
         return self.latents[[row for _, row in chosen]], *tokenize(self.tokenizer, sentences)
 
