@@ -5,8 +5,11 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import torch
 from edit_evaluation import describe_kinds, held_out_edits, judge_edit
+from edit_stage import change_weights
 from edits import KINDS, Edit, Picture, edits_of, sample_held_out_edit, sample_picture, sample_training_family
+from flow_stage import flow_loss
 from geometry import TEXT_LENGTH
 from instructions import canonical_instruction, sample_instruction
 from scenes import Placed, Shape, place, sample_scene
@@ -118,6 +121,22 @@ def test_instructions_fit_the_text_length(edits):
     rng = np.random.default_rng(4)
     sentences = [sample_instruction(edit, rng, plain=0.0) for edit in edits for _ in range(20)]
     assert max(len(tokenizer.encode(chat_text(sentence)).ids) for sentence in sentences) <= TEXT_LENGTH
+
+
+def test_tokens_that_an_edit_changes_count_more():
+    reference = torch.zeros(2, 64, 32)
+    clean = reference.clone()
+    clean[0, :16] = 1
+    weights = change_weights(clean, reference)
+    assert weights.mean(1).tolist() == pytest.approx([1, 1])
+    assert (weights[0, 0] / weights[0, 16]).item() == pytest.approx(8)
+    assert len(set(weights[1].tolist())) == 1
+    predicted = torch.randn(2, 64, 32)
+    torch.manual_seed(0)
+    noise = torch.randn_like(clean)
+    torch.manual_seed(0)
+    loss = flow_loss(lambda *_: predicted, torch.tensor([0.5, 0.9]), clean, None, None, reference, weights=weights)
+    assert loss.item() == pytest.approx((weights[..., None] * (predicted - (noise - clean)) ** 2).mean().item())
 
 
 def test_evaluation_edits_are_stable_and_of_every_kind():

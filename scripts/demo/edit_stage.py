@@ -28,12 +28,14 @@ from transformers import Qwen2Tokenizer
 from vae_stage import load_vae
 
 FAMILIES = 100
-EDITS, PROMPTS = 12, 8
+EDITS, PROMPTS = 12, 12
 SCALE = 0.6
 DECAY = 0.998
 PLAIN = 0.6
 # How often each kind of edit is trained: a new shape is the hardest to draw, a new background the easiest.
 SHARES = {"shape": 0.34, "colour": 0.2, "swap": 0.14, "remove": 0.14, "add": 0.1, "background": 0.08}
+# An edit changes a quarter of the tokens or fewer: those whose latents differ by more than this in the mean square.
+CHANGED, CHANGED_WEIGHT = 0.1, 8.0
 # A share of the prompts asks for a star alone, whose points are the hardest to draw.
 STARS = 0.25
 # What an instruction changes is decided at high noise; further down the noisy picture itself shows it.
@@ -103,6 +105,13 @@ class EditExamples:
         return self.latents[after], *texts, self.latents[before]
 
 
+def change_weights(clean: Tensor, reference: Tensor) -> Tensor:
+    """Weights (B, 64), 1 on average, by which tokens count that an edit changes more than those that it copies."""
+    changed = (clean - reference).square().mean(-1) > CHANGED
+    weights = 1 + (CHANGED_WEIGHT - 1) * changed
+    return weights / weights.mean(1, keepdim=True)
+
+
 def train_edits(
     work: Path, progress: Progress, resume: bool, compiled: bool, report: Callable[[TextToVelocity], str]
 ) -> None:
@@ -115,7 +124,9 @@ def train_edits(
     def losses(seed: int) -> Iterator[Tensor]:
         examples = EditExamples(work, tokenizer, seed)
         while True:
-            of_edits = flow_loss(predict, sample_sigmas(EDITS, EDIT_SHIFT, EDIT_UNIFORM), *examples.instructions(EDITS))
+            clean, *conditions, reference = examples.instructions(EDITS)
+            sigmas, weights = sample_sigmas(EDITS, EDIT_SHIFT, EDIT_UNIFORM), change_weights(clean, reference)
+            of_edits = flow_loss(predict, sigmas, clean, *conditions, reference, weights=weights)
             of_prompts = flow_loss(predict, sample_sigmas(PROMPTS), *examples.prompts(PROMPTS))
             yield (EDITS * of_edits + PROMPTS * of_prompts) / (EDITS + PROMPTS)
 

@@ -173,12 +173,19 @@ def sample_sigmas(count: int, shift: float = SHIFT, uniform: float = UNIFORM_SHA
 
 
 def flow_loss(
-    predict: Callable[..., Tensor], sigmas: Tensor, clean: Tensor, ids: Tensor, mask: Tensor, *reference: Tensor
+    predict: Callable[..., Tensor],
+    sigmas: Tensor,
+    clean: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    *reference: Tensor,
+    weights: Tensor | float = 1.0,
 ) -> Tensor:
-    """Squared error of the velocity that `predict` gives for clean latents (B, 64, 32) noised to `sigmas` (B,)."""
+    """Squared error of the velocity that `predict` gives for clean latents (B, 64, 32) noised to `sigmas` (B,), with
+    `weights` (B, 64) of the tokens."""
     noise, level = torch.randn_like(clean), sigmas[:, None, None]
     velocity = predict((1 - level) * clean + level * noise, sigmas, ids, mask, *reference)
-    return nn.functional.mse_loss(velocity, noise - clean)
+    return (weights * (velocity - (noise - clean)).square().mean(-1)).mean()
 
 
 class Optimisers:
