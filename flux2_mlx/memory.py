@@ -135,7 +135,7 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     # Noise, and what becomes of it.
     activations["transformer"] = max(denoising, preview) + held + 2 * work.images * latents
     activations["vae"] = decode + pictures + work.images * latents
-    return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
+    return _plan(networks, activations, limit)
 
 
 def writing_plan(
@@ -169,6 +169,10 @@ def writing_plan(
     embeddings = 2 * work.tokens * text.hidden_size * dtype.size if work.pixels else 0
     logits = _LOGITS_ARRAYS * text.vocab_size * mx.float32.size
     activations["language_model"] = cache + reading + logits + features + embeddings
+    return _plan(networks, activations, limit)
+
+
+def _plan(networks: dict[str, Footprint], activations: dict[str, int], limit: int) -> Plan:
     return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
 
 

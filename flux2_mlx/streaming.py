@@ -99,8 +99,11 @@ def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
         cast[block] += tensor.nbytes if kept != mx.bfloat16 else 0
         if kept != dtype and component.name != "vae" and not name.startswith("embed_tokens"):
             # Weights are widened one after the other, the scales of packed ones all at once where MLX evaluates them.
-            weights = math.prod(tensor.shape) if component.quantization else min(WIDENED, math.prod(tensor.shape))
-            widened[_evaluated_with(name) if component.quantization else name] += dtype.size * weights
+            count = math.prod(tensor.shape)
+            if component.quantization:
+                widened[_evaluated_with(name)] += dtype.size * count
+            else:
+                widened[name] = dtype.size * min(WIDENED, count)
     rest, _ = sizes.pop("", 0), cast.pop("", 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
     return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0))

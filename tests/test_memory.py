@@ -37,7 +37,7 @@ def measured_peak(config: TransformerConfig, batch: int, side: int, text: int, d
     gc.collect()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
-    for _ in range(3):  # how far MLX allocates ahead of its computing differs
+    for _ in range(8):  # how far MLX allocates ahead of its computing differs, less so if the machine is busy
         mx.clear_cache()
         mx.eval(model(tokens, states, mx.array([0.5]), rope))
     return mx.get_peak_memory() - held
@@ -63,8 +63,7 @@ def test_the_prediction_is_near_the_peak_and_never_below(heads, batch, side, tex
     measured = measured_peak(config, batch, side, text, dtype, wide)
     predicted = activation_bytes(config, batch * (side * side + text), dtype.size, widened, batch)
     print(f"measured {measured}, predicted {predicted}: {predicted / measured:.3f}")
-    # How far MLX allocates ahead of its computing differs with what else the machine does.
-    assert measured <= predicted <= 1.2 * measured
+    assert measured <= predicted <= 1.1 * measured
 
 
 def test_device_memory_is_that_of_a_computer():

@@ -66,19 +66,21 @@ def weight_options(command: Callable) -> Callable:
     return quant_option(text_quant_option(command))
 
 
-def writing_options(command: Callable) -> Callable:
-    """`--seed` and `--temperature` of generated text."""
-    seed = click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes the text repeatable.")
-    temperature = click.option(
+_WRITING = (
+    text_quant_option,
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes the text repeatable."),
+    click.option(
         "--temperature",
         type=click.FloatRange(0, 2),
         default=0.15,
         show_default=True,
         help="0 takes the likeliest word each time.",
-    )
-    return seed(temperature(command))
-
-
+    ),
+    memory_option,
+    models_dir_option,
+    json_option,
+    quiet_option,
+)
 _PAINTING = (
     click.option("-m", "--model", help=f"Variant's name, repo id or folder.  [default: {DEFAULT_MODEL}]"),
     click.option(
@@ -145,6 +147,11 @@ def _apply(options: Sequence[Callable], command: Callable) -> Callable:
 def painting_options(command: Callable) -> Callable:
     """The options of every command that makes images, in the order of the help."""
     return _apply(_PAINTING, command)
+
+
+def writing_options(command: Callable) -> Callable:
+    """The options of every command that only writes text, in the order of the help."""
+    return _apply(_WRITING, command)
 
 
 def prompt_options(command: Callable) -> Callable:

@@ -12,6 +12,7 @@ from .job import Job
 from .options import DEFAULT_MODEL
 from .progress import Bars, Stream, conversion, notice
 from .report import Run, print_profile
+from .writing import open_writer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -137,19 +138,11 @@ def _rewrite(
 
 def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
     """A language model that sees: the model's own, or else that of --vision-model."""
-    from ..upsampling import Writer
-
     own = pipe.writer()
     if own.can_see:
         return own
-    return Writer.from_pretrained(
-        job.vision_model,
-        dtype=job.dtype,
-        memory_limit=job.memory_limit,
-        models_dir=job.models_dir,
-        quiet=job.quiet,
-        progress=conversion(bars),
-    )
+    options = {"dtype": job.dtype, "memory_limit": job.memory_limit, "models_dir": job.models_dir}
+    return open_writer(job.vision_model, bars, job.quiet, **options)
 
 
 def _make(run: Run, job: Job, paths: list[Path], bars: Bars) -> "Flux2Output":

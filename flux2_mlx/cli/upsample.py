@@ -2,42 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .options import (
-    image_option,
-    json_option,
-    memory_option,
-    models_dir_option,
-    quiet_option,
-    text_quant_option,
-    writing_options,
-)
-from .progress import Bars, Stream, conversion
+from .options import image_option, writing_options
+from .progress import Bars, Stream
+from .writing import open_writer
 
 
 @click.command()
 @click.argument("prompt")
 @click.option("-m", "--model", default="klein-4b", show_default=True, help="Whose language model to use.")
 @image_option
-@text_quant_option
 @writing_options
-@memory_option
-@models_dir_option
-@json_option
-@quiet_option
 def upsample(
     prompt: str,
     model: str,
     images: tuple[Path, ...],
-    text_quant: str | None,
     seed: int | None,
     temperature: float,
-    memory_limit: str | None,
-    models_dir: Path | None,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Rewrite PROMPT with more detail.
 
@@ -49,17 +36,9 @@ def upsample(
       flux2-mlx upsample "put the hat on the cat" -m dev -i cat.png -i hat.png
     """
     from ..images import open_image
-    from ..upsampling import Writer
 
     pictures = [open_image(path) for path in images]
     with Bars(quiet) as bars, Stream(quiet) as stream:
-        writer = Writer.from_pretrained(
-            model,
-            text_quant=text_quant,
-            memory_limit=memory_limit,
-            models_dir=models_dir,
-            quiet=quiet,
-            progress=conversion(bars),
-        )
+        writer = open_writer(model, bars, quiet, **options)
         answer = writer.upsample([prompt], pictures, seed=seed, temperature=temperature, on_text=stream.show)[0]
     click.echo(json.dumps({"prompt": prompt, "upsampled_prompt": answer}, ensure_ascii=False) if as_json else answer)
