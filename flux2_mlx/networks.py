@@ -82,7 +82,9 @@ class Networks:
         return plan(self.checkpoint.model, self._footprints, work, self.dtype, self.memory_limit)
 
     def _advice(self, work: Workload) -> str:
-        """Which smaller pictures would fit."""
+        """What would fit: the run from a converted model, or smaller pictures."""
+        if self._as_converted._plan(work).fits:
+            return f"convert the model with -q {self.quant} --text-quant {self.text_quant}, which lets it be streamed"
         token = self.checkpoint.model.vae.token_size
 
         def references(side: int) -> Workload:
@@ -112,6 +114,12 @@ class Networks:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._plan(work_of(middle * step)).fits else (low, middle - 1)
         return low * step
+
+    @cached_property
+    def _as_converted(self) -> "Networks":
+        """The same with nothing left to quantize at loading."""
+        stored = {name: part.quantized(self._quants[name]) for name, part in self.checkpoint.components.items()}
+        return replace(self, checkpoint=replace(self.checkpoint, components=stored))
 
     @cached_property
     def _footprints(self) -> dict[str, Footprint]:

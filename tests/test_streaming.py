@@ -115,9 +115,15 @@ def test_what_is_quantized_at_loading_stays(official):
     pipe = open_pipe(folder, quant="qint8")
     planned = pipe.networks.plan(pipe.request(["a fox"], width=64, height=48))
     tight = open_pipe(folder, quant="qint8", memory_limit=planned.peak_memory - 1)
-    assert all(
-        phase.streamed == 0 for phase in tight.networks.plan(pipe.request(["a fox"], width=64, height=48)).phases
+    request = tight.request(["a fox"], width=64, height=48)
+    assert all(phase.streamed == 0 for phase in tight.networks.plan(request).phases)
+    with pytest.raises(InputError, match="; convert the model with -q qint8 --text-quant qint8, which lets it be"):
+        tight.networks.checked_plan(request, tight.edit([]))
+    converted = convert(
+        official, official.with_name("packed"), quant="qint8", text_quant="qint8", variant=SHALLOW_VARIANT
     )
+    packed = open_pipe(converted, memory_limit=planned.peak_memory - 1)
+    assert packed.networks.checked_plan(request, packed.edit([])).fits
 
 
 def test_what_was_read_is_counted(folder):
