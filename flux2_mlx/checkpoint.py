@@ -231,7 +231,7 @@ class Component:
 def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorInfo], bits: int) -> dict[str, mx.array]:
     """Quantized copies of `weights`, which is emptied on the way, so that no weight stays in memory twice."""
     quantized: dict[str, mx.array] = {}
-    for name in list(weights):
+    for name in sorted(weights, key=lambda name: -weights[name].nbytes):  # the largest while little is in memory
         array, layer = weights.pop(name), name.removesuffix(".weight")
         if f"{layer}.scales" in expected:
             quantized |= {f"{layer}.{part}": x for part, x in quantize_array(array, bits).items()}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,9 +57,10 @@ class EmbeddingCache:
 
     def get(self, key: str) -> mx.array | None:
         """The states kept under `key`, bit for bit; a damaged entry is removed, and there are none."""
-        path = self._path(key)
-        states = _read(path)
+        path, states = self._path(key), None
         with suppress(OSError):
+            path.open("rb").close()  # what another user keeps from us, say, is not damaged
+            states = _read(path)
             if states is None:
                 path.unlink()
             else:
@@ -118,13 +119,13 @@ class EmbeddingCache:
 
     def _write(self, key: str, states: mx.array) -> None:
         """Write an entry that appears only when it is complete."""
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".partial")
+        partial = self.folder / f"{key}.{secrets.token_hex(8)}.partial"
         try:
-            with open(handle, "wb") as file:
+            with partial.open("xb") as file:
                 mx.save_safetensors(file, {"states": states}, {"sha256": _digest(states)})
-            os.replace(name, self._path(key))
+            partial.replace(self._path(key))
         finally:
-            Path(name).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 class CachedEncoder:

@@ -33,6 +33,7 @@ _TEXT_MLP_STREAM, _TEXT_MLP_ARRAYS = 4, 3
 _VISION_BYTES, _VISION_MLP_STREAM, _LOGITS_ARRAYS = 92, 3, 6
 # mlx-lm's: tokens that caches of keys and values grow by, and tokens of a prompt that are read at one time.
 _CACHE_STEP, _TOKENS_READ_TOGETHER = 256, 2048
+_MOST_BYTES = 2**63  # what MLX's limits can hold
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,19 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     states = work.length * variant.text.output_size * dtype.size
     token_bytes = variant.vae.token_channels * mx.float32.size
     latents, pictures = work.image_tokens(size) * token_bytes, work.reference_tokens(size) * token_bytes
-    encoding = text_activation_bytes(variant.text, work.length, dtype.size, networks["text_encoder"].widened)
-    activations = {"text_encoder": encoding + (texts - 1) * states}
+    encoder, transformer = networks["text_encoder"], networks["transformer"]
+    encoding = text_activation_bytes(variant.text, work.length, dtype.size, encoder.widened)
+    # What loading takes besides is given back before anything is computed.
+    activations = {"text_encoder": max(encoding + (texts - 1) * states, encoder.loading)}
     if work.references:
         held = texts * states + pictures
         encode = [vae_activation_bytes(variant.vae, height, width, dtype)[0] for width, height in set(work.references)]
         activations["vae_encoder"] = max(encode) + held
-    # Texts before and after their projection.
-    held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures
-    denoising = _denoising_bytes(variant, networks["transformer"], work, dtype.size)
+    # Texts before and after their projection, and the rotations of all positions.
+    positions = work.length + work.image_tokens(size) + work.reference_tokens(size)
+    rope = positions * variant.transformer.attention_head_dim // 2 * mx.complex64.size
+    held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures + rope
+    denoising = max(_denoising_bytes(variant, transformer, work, dtype.size), transformer.loading)
     decode = vae_activation_bytes(variant.vae, work.height, work.width, dtype)[1]
     preview = networks["vae"].all + decode if work.previews else 0
     # Noise, and what becomes of it.
@@ -165,7 +170,7 @@ def writing_plan(
     pair = 2 * text.num_key_value_heads * text.head_dim * dtype.size  # a key and a value
     cache = room * pair * (text.num_hidden_layers + text.num_later_layers)
     together, widened = min(work.tokens, _TOKENS_READ_TOGETHER), networks["language_model"].widened
-    reading = text_activation_bytes(text, together, dtype.size, widened)
+    reading = max(text_activation_bytes(text, together, dtype.size, widened), networks["language_model"].loading)
     embeddings = 2 * work.tokens * text.hidden_size * dtype.size if work.pixels else 0
     logits = _LOGITS_ARRAYS * text.vocab_size * mx.float32.size
     activations["language_model"] = cache + reading + logits + features + embeddings
@@ -273,9 +278,10 @@ def memory_bytes(limit: str | int | None) -> int:
 def parse_memory(text: str | int) -> int:
     """Bytes of a size such as `12GB`, `7.5GiB` or `800MB`; InputError if it is none."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {text!r}")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if match is None or not 0 < float(match[1]) * unit < _MOST_BYTES:
+        raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
+    return int(float(match[1]) * unit)
 
 
 def device_memory() -> int:

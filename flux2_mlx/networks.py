@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import PAINTING, Checkpoint, network_dtype
-from .errors import InputError
+from .checkpoint import PAINTING, Checkpoint, Component, module_tensors, network_dtype, variant_components
+from .config import Variant
+from .errors import CheckpointError, InputError
 from .memory import Plan, Workload, Writing, plan, writing_plan
+from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
 from .references import MIN_SIDE, Edit
 from .sampling import Request
 from .streaming import Footprint, Reading, footprint, load_streamed
@@ -26,6 +29,33 @@ class Networks:
     dtype: mx.Dtype
     memory_limit: int
     reading: Reading = field(default_factory=Reading)  # what all runs have streamed from disk
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, quant: str | None, text_quant: str | None, dtype: mx.Dtype, memory_limit: int
+    ) -> "Networks":
+        """Those of `checkpoint`, quantized at loading where it does not hold them as asked for; None: as stored.
+
+        Raises:
+            InputError: what is stored can't become that. CheckpointError: the checkpoint can't make images.
+        """
+        if not checkpoint.components.keys() >= set(PAINTING):
+            raise CheckpointError(f"{checkpoint.folder} holds a language model only; it can't make images")
+        if quant is not None and text_quant is None and checkpoint.text_quant == "bf16":
+            text_quant = DEFAULT_TEXT_QUANT[quant]
+        quant = loadable_quant("transformer", checkpoint.quant, quant)
+        text_quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
+        return cls(checkpoint, quant, text_quant, dtype, memory_limit)
+
+    @classmethod
+    def described(
+        cls, variant: Variant, quant: str, text_quant: str | None, dtype: mx.Dtype, memory_limit: int
+    ) -> "Networks":
+        """Those that `variant` would be converted to, without files."""
+        text_quant = text_quant or DEFAULT_TEXT_QUANT[quant]
+        components = variant_components(variant, quant, text_quant)
+        checkpoint = Checkpoint(Path(), variant, quant, text_quant, {}, components)
+        return cls(checkpoint, quant, text_quant, dtype, memory_limit)
 
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
         """A network in memory, as far as the plan says so."""
@@ -82,13 +112,29 @@ class Networks:
         return plan(self.checkpoint.model, self._footprints, work, self.dtype, self.memory_limit)
 
     def _advice(self, work: Workload) -> str:
-        """What would fit: the run from a converted model, or smaller pictures."""
-        if self._as_converted._plan(work).fits:
+        """What would fit: the same with less beside it, smaller pictures, or fewer bits."""
+        if self._stored_as(self.quant, self.text_quant)._plan(work).fits and self.checkpoint.variant.repo:
             return f"convert the model with -q {self.quant} --text-quant {self.text_quant}, which lets it be streamed"
-        token = self.checkpoint.model.vae.token_size
+        if work.previews and self._plan(replace(work, previews=False)).fits:
+            return "without images between the steps it would fit"
+
+        def images(count: int) -> Workload:
+            return replace(work, images=count, prompts=min(count, work.prompts))
+
+        if count := self._largest(images, 1, work.images):
+            return f"{count} at a time would fit"
+        if pictures := self._smaller_pictures(work):
+            return f"{pictures} would fit"
+        if self._stored_as("qint4", "qint4")._plan(work).fits:
+            return "no size fits, but -q qint4 would"
+        return "no size fits; choose a smaller model or a higher limit"
+
+    def _smaller_pictures(self, work: Workload) -> str | None:
+        """The largest references, or else the largest image, with which the run fits."""
+        token, count = self.checkpoint.model.vae.token_size, len(work.references)
 
         def references(side: int) -> Workload:
-            return replace(work, references=((side, side),) * len(work.references))
+            return replace(work, references=((side, side),) * count)
 
         def image(side: int) -> Workload:
             scale = side / max(work.width, work.height)
@@ -96,30 +142,28 @@ class Networks:
             return replace(work, width=width, height=height)
 
         largest = max((side for pixels in work.references for side in pixels), default=0)
-        if side := self._largest(references, largest, token):
-            count = len(work.references)
-            them = f"{count} references" if count > 1 else "a reference"
-            return f"{them} of {side}×{side} pixels would fit"
-        if side := self._largest(image, max(work.width, work.height), token):
+        if side := self._largest(references, MIN_SIDE, largest, token):
+            return f"{f'{count} references' if count > 1 else 'a reference'} of {side}×{side} pixels"
+        if side := self._largest(image, token, max(work.width, work.height), token):
             smaller = image(side)
-            return f"an image of {smaller.width}×{smaller.height} would fit"
-        return "no size fits, so choose -q qint4, a smaller model or a higher limit"
+            return f"an image of {smaller.width}×{smaller.height}"
+        return None
 
-    def _largest(self, work_of: Callable[[int], Workload], side: int, step: int) -> int:
-        """The largest side up to `side` with which the run fits; 0 if there is none."""
-        low, high = MIN_SIDE // step - 1, side // step
-        if high * step < MIN_SIDE or not self._plan(work_of(MIN_SIDE)).fits:
+    def _largest(self, work_of: Callable[[int], Workload], least: int, most: int, step: int = 1) -> int:
+        """The largest multiple of `step` from `least` to `most` with which the run fits; 0 if there is none."""
+        low, high = least // step - 1, most // step
+        if high * step < least or not self._plan(work_of(least)).fits:
             return 0
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._plan(work_of(middle * step)).fits else (low, middle - 1)
         return low * step
 
-    @cached_property
-    def _as_converted(self) -> "Networks":
-        """The same with nothing left to quantize at loading."""
-        stored = {name: part.quantized(self._quants[name]) for name, part in self.checkpoint.components.items()}
-        return replace(self, checkpoint=replace(self.checkpoint, components=stored))
+    def _stored_as(self, quant: str, text_quant: str) -> "Networks":
+        """The same with nothing to quantize at loading."""
+        wanted = replace(self, quant=quant, text_quant=text_quant)
+        stored = {name: part.quantized(wanted._quants[name]) for name, part in self.checkpoint.components.items()}
+        return replace(wanted, checkpoint=replace(self.checkpoint, components=stored))
 
     @cached_property
     def _footprints(self) -> dict[str, Footprint]:
@@ -129,13 +173,28 @@ class Networks:
         stored = self.checkpoint.components[name]
         wanted = stored.quantized(self._quants[name])
         weights = footprint(wanted, self.dtype_of(name))
+        if wanted == stored:
+            return weights
         # What is quantized at loading would be so again at every pass, so it has to stay.
-        return weights if wanted == stored else replace(weights, rest=weights.all, blocks=())
+        return replace(weights, rest=weights.all, blocks=(), loading=_quantizing(stored, wanted, weights.all))
 
     @property
     def _quants(self) -> dict[str, str]:
         text = dict.fromkeys(("text_encoder", "language_model", "vision"), self.text_quant)
         return {"transformer": self.quant, **text, "vae": "bf16"}
+
+
+def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
+    """What quantizing at loading takes above the `whole` network that it ends with."""
+    packed, held, peak = module_tensors(wanted.build()), 0, 0
+    weights = module_tensors(stored.build()).items()
+    for name, tensor in sorted(weights, key=lambda weight: -weight[1].nbytes):  # the order that they are quantized in
+        parts = [packed.get(f"{name.removesuffix('.weight')}.{part}") for part in ("weight", "scales", "biases")]
+        if all(parts):
+            nbytes = sum(part.nbytes for part in parts)
+            held += nbytes
+            peak = max(peak, held + quantizing_bytes(tensor.shape, nbytes))
+    return max(0, peak - whole)
 
 
 def _workload(request: Request, edit: Edit, previews: bool) -> Workload:

@@ -9,7 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
+from .images import to_pil, to_unit
 from .memory import Plan, limits
 from .references import Edit, to_pixels
 from .sampling import Conditioning, Painting, Request, Step, denoise
@@ -40,13 +42,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of a phase. `step` is set after a denoising step, for the images at `images`."""
+    """`done` of `total` units of a phase. After a denoising step `step` is set, and when an image is finished `image`;
+    `images` are the places that it is about among the images of the run."""
 
     phase: str
     done: int
     total: int
     step: Step | None = None
     images: range = range(0)
+    image: Image.Image | None = None
 
 
 @dataclass
@@ -197,13 +201,17 @@ def condition(
 
 
 def decode_images(
-    vae: VAE, tokens: list[mx.array], grid: tuple[int, int], dtype: mx.Dtype, latent: bool, on_progress: OnProgress
-) -> np.ndarray:
-    """Decoder output `[B, H, W, 3]` about −1..1, or un-normalised latents `[B, H/8, W/8, c]`; float32."""
-    decoded = []
-    for done, image_tokens in enumerate(tokens, 1):
+    vae: VAE, tokens: list[mx.array], grid: tuple[int, int], dtype: mx.Dtype, latent: bool
+) -> Iterator[np.ndarray]:
+    """Decoder output `[1, H, W, 3]` about −1..1, or un-normalised latents `[1, H/8, W/8, c]`, of one image after the
+    other; float32."""
+    for image_tokens in tokens:
         latents = vae.from_tokens(image_tokens[None], *grid)
         result = latents if latent else vae.decode(latents.astype(dtype))
-        decoded.append(np.array(result.astype(mx.float32)))
-        on_progress(Progress("vae", done, len(tokens)))
-    return np.concatenate(decoded)
+        yield np.array(result.astype(mx.float32))
+
+
+def finished_image(pixels: np.ndarray, edit: Edit) -> Image.Image:
+    """The image of decoder output `[1, H, W, 3]`, put into the picture that it paints over, if there is one."""
+    image = to_pil(to_unit(pixels))[0]
+    return image if edit.canvas is None else edit.canvas.paste(image)

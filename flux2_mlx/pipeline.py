@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from PIL import Image
 
-from .checkpoint import PAINTING, Checkpoint
+from .checkpoint import Checkpoint
 from .convert import find_checkpoint, models_folder
 from .embedding_cache import FOLDER, CachedEncoder, EmbeddingCache
-from .errors import CheckpointError, InputError
-from .images import to_pil, to_unit
+from .errors import InputError
+from .images import to_unit
 from .layers import activation_dtype, cast
 from .memory import Plan, memory_bytes, passes
 from .networks import Networks
@@ -27,9 +28,10 @@ from .phases import (
     decode_images,
     denoise_images,
     encode_images,
+    finished_image,
     measured,
 )
-from .quantization import DEFAULT_TEXT_QUANT, check_quant, loadable_quant
+from .quantization import check_quant
 from .references import Edit
 from .sampling import Request
 from .upsampling import Writer
@@ -41,23 +43,15 @@ _log = logging.getLogger(__name__)
 class Flux2Pipeline:
     """Text and images to image with FLUX.2. Networks are loaded for their phase of a run and released after it."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        quant: str,
-        text_quant: str,
-        dtype: mx.Dtype,
-        prompt_cache: EmbeddingCache | None = None,
-        memory_limit: int | str | None = None,
-    ):
-        self.checkpoint = checkpoint
-        self.variant = checkpoint.variant
-        self.quant = quant
-        self.text_quant = text_quant
-        self.dtype = dtype
+    def __init__(self, networks: Networks, prompt_cache: EmbeddingCache | None = None):
+        self.networks = networks
+        self.checkpoint = networks.checkpoint
+        self.variant = networks.checkpoint.variant
+        self.quant = networks.quant
+        self.text_quant = networks.text_quant
+        self.dtype = networks.dtype
         self.prompt_cache = prompt_cache
-        self.networks = Networks(checkpoint, quant, text_quant, dtype, memory_bytes(memory_limit))
-        self.tokenizer = checkpoint.tokenizer
+        self.tokenizer = networks.checkpoint.tokenizer
 
     @classmethod
     def from_pretrained(
@@ -91,26 +85,14 @@ class Flux2Pipeline:
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
-        activation_dtype(dtype)
-        limit = memory_bytes(memory_limit)
+        wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
         for setting in filter(None, (quant, text_quant)):
             check_quant(setting)
         folder = find_checkpoint(
             str(source), variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir
         )
-        checkpoint = Checkpoint.open(folder)
-        if not checkpoint.components.keys() >= set(PAINTING):
-            raise CheckpointError(f"{folder} holds a language model only; it can't make images")
-        if quant is not None and text_quant is None:
-            text_quant = DEFAULT_TEXT_QUANT[quant] if checkpoint.text_quant == "bf16" else checkpoint.text_quant
-        return cls(
-            checkpoint,
-            loadable_quant("transformer", checkpoint.quant, quant),
-            loadable_quant("text encoder", checkpoint.text_quant, text_quant),
-            activation_dtype(dtype),
-            EmbeddingCache(models_folder(models_dir) / FOLDER) if prompt_cache else None,
-            limit,
-        )
+        networks = Networks.of(Checkpoint.open(folder), quant, text_quant, **wanted)
+        return cls(networks, EmbeddingCache(models_folder(models_dir) / FOLDER) if prompt_cache else None)
 
     def __call__(
         self,
@@ -218,11 +200,9 @@ class Flux2Pipeline:
     ) -> Request:
         """Checked settings for `run`; the names are those of `Request.checked`. The size is by default `edit`'s."""
         own_width, own_height = edit.size
-        if edit.canvas is not None and (width or own_width, height or own_height) != edit.size:
-            raise InputError(
-                f"an image that is painted over keeps its size, {own_width}×{own_height}; leave width and height out"
-            )
-        size = {"width": width or own_width, "height": height or own_height}
+        size = {"width": own_width if width is None else width, "height": own_height if height is None else height}
+        if edit.canvas is not None and tuple(size.values()) != edit.size:
+            raise InputError("an image that is painted over keeps its size; leave width and height out")
         return Request.checked(self.variant, self.token_size, prompts, **size, **settings)
 
     def run(
@@ -257,9 +237,7 @@ class Flux2Pipeline:
             tokens = self._denoise(request, noise, embeds, negative, encoded, planned, on_progress)
             del noise, embeds, negative, encoded
         with phase("vae"):
-            output.images = self._decode(request, tokens, output_type, on_progress)
-        if edit.canvas is not None and output_type == "pil":
-            output.images = [edit.canvas.paste(image) for image in output.images]
+            output.images = self._decode(request, edit, tokens, output_type, on_progress)
         return output
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
@@ -293,9 +271,9 @@ class Flux2Pipeline:
         """What is to be seen in an RGB image; arguments as for `upsample_prompt`."""
         return (vision or self.writer()).describe([image], **settings)[0]
 
-    def preview(self, request: Request, tokens: mx.array) -> list[Image.Image]:
-        """Images from the tokens of a step, such as its `estimate`."""
-        return self._decode(request, list(tokens), "pil", lambda progress: None)
+    def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:
+        """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`."""
+        return self._decode(request, edit or Edit(), list(tokens), "pil", lambda progress: None)
 
     @property
     def token_size(self) -> int:
@@ -344,10 +322,7 @@ class Flux2Pipeline:
         states = {}
         if prompts or negatives:
             states = self._encode(prompts + negatives, request.max_sequence_length, planned, on_progress)
-        if prompt_embeds is None:
-            embeds = [states[prompt] for prompt in prompts]
-        else:
-            embeds = list(cast(prompt_embeds, self.dtype))
+        embeds = [states[p] for p in prompts] if prompt_embeds is None else list(cast(prompt_embeds, self.dtype))
         return embeds, states[""] if negatives else None
 
     def _encode(
@@ -387,12 +362,19 @@ class Flux2Pipeline:
         )
         return denoise_images(transformer, request, batches, noise, conditioning, encoded, self.dtype, on_progress)
 
-    def _decode(self, request: Request, tokens: list[mx.array], output_type: str, on_progress: OnProgress) -> Any:
+    def _decode(
+        self, request: Request, edit: Edit, tokens: list[mx.array], output_type: str, on_progress: OnProgress
+    ) -> Any:
         on_progress(Progress("vae", 0, len(tokens)))
         vae, latent = self.networks.load("vae"), output_type == "latent"
-        dtype = self.networks.dtype_of("vae")
-        images = decode_images(vae, tokens, self._grid(request), dtype, latent, on_progress)
-        if latent:
-            return images.transpose(0, 3, 1, 2)
-        images = to_unit(images)
-        return to_pil(images) if output_type == "pil" else images
+        decoded = decode_images(vae, tokens, self._grid(request), self.networks.dtype_of("vae"), latent)
+        images = []
+        for number, pixels in enumerate(decoded):
+            # Eight bits at once, or many images would take their size in float32.
+            image = finished_image(pixels, edit) if output_type == "pil" else None
+            images.append(pixels if image is None else image)
+            on_progress(Progress("vae", number + 1, len(tokens), images=range(number, number + 1), image=image))
+        if output_type == "pil":
+            return images
+        pixels = np.concatenate(images)
+        return pixels.transpose(0, 3, 1, 2) if latent else to_unit(pixels)

@@ -1,5 +1,6 @@
 """Which weights are quantized, and how: affine, groups of 64, 8 or 4 bits."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,8 @@ from .config import QUANTIZATIONS
 from .errors import InputError
 
 GROUP_SIZE = 64
-_ROWS = 4096
+# The most weights that are quantized at one time, and the bytes that each takes meanwhile, measured.
+_SLICE, _WORK_BYTES = 4 * 1024 * 1024, 10
 _PARTS = ("weight", "scales", "biases")
 BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))
 # A text encoder in 8 bits is hardly told from bfloat16 and half the size; 4 bits are for who asks for 4 bits.
@@ -50,11 +52,17 @@ def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:
 
     Rows are taken in slices, since the work needs several times the memory of the weight.
     """
-    slices = []
-    for start in range(0, len(weight), _ROWS):
-        slices.append(_quantize_rows(weight[start : start + _ROWS].astype(mx.float32), bits))
+    slices, rows = [], max(1, _SLICE // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        slices.append(_quantize_rows(weight[start : start + rows].astype(mx.float32), bits))
         mx.eval(slices[-1])
     return {part: mx.concatenate(arrays) for part, arrays in zip(_PARTS, zip(*slices, strict=True), strict=True)}
+
+
+def quantizing_bytes(shape: tuple[int, ...], packed: int) -> int:
+    """What quantizing a bfloat16 weight of `shape` takes, itself included, above the `packed` bytes that it gives."""
+    count = math.prod(shape)
+    return mx.bfloat16.size * count + max(packed, _WORK_BYTES * min(count, max(_SLICE, shape[-1])))
 
 
 def _quantize_rows(weight: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.array]:

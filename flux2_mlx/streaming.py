@@ -52,18 +52,20 @@ class Footprint:
     """Bytes of a network's weights in memory: of each block in order, and of the rest, which always stays.
 
     `reading` is what a streamed block takes besides while it is cast from how it is stored, `widened` what the weights
-    take that are widened at one time.
+    take that are widened at one time, and `loading` what a weight takes besides while it is cast or quantized at
+    loading.
     """
 
     rest: int
     blocks: tuple[int, ...] = ()
     reading: int = 0
     widened: int = 0
+    loading: int = 0
 
     def __add__(self, other: "Footprint") -> "Footprint":
         """Two networks in memory together, the other's blocks being run after this one's."""
-        largest = (max(pair) for pair in ((self.reading, other.reading), (self.widened, other.widened)))
-        return Footprint(self.rest + other.rest, self.blocks + other.blocks, *largest)
+        pairs = (self.reading, other.reading), (self.widened, other.widened), (self.loading, other.loading)
+        return Footprint(self.rest + other.rest, self.blocks + other.blocks, *map(max, pairs))
 
     @property
     def all(self) -> int:
@@ -89,14 +91,16 @@ class Footprint:
 
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
     """What `component` takes in memory while activations are in `dtype`."""
-    sizes, cast, widened = Counter(), Counter(), Counter()
+    sizes, cast, widened, loading = Counter(), Counter(), Counter(), 0
     for name, tensor in module_tensors(component.build()).items():
         block = _block_of(component.name, name) or ""
         sizes[block] += tensor_bytes(name, tensor, dtype)
         if tensor.dtype == "U32":
             continue
         kept = memory_dtype(name, tensor.shape, dtype)
-        cast[block] += tensor.nbytes if kept != mx.bfloat16 else 0
+        if kept != mx.bfloat16:
+            cast[block] += tensor.nbytes
+            loading = max(loading, tensor.nbytes)
         if kept != dtype and component.name != "vae" and not name.startswith("embed_tokens"):
             # Weights are widened one after the other, the scales of packed ones all at once where MLX evaluates them.
             count = math.prod(tensor.shape)
@@ -106,7 +110,7 @@ def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
                 widened[name] = dtype.size * min(WIDENED, count)
     rest, _ = sizes.pop("", 0), cast.pop("", 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
-    return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0))
+    return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0), loading)
 
 
 def _evaluated_with(name: str) -> str:

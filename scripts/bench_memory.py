@@ -25,9 +25,10 @@ from tokenizers import Tokenizer, models
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, TensorInfo, module_tensors, variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
-from flux2_mlx.memory import Plan, Workload, parse_memory, plan
+from flux2_mlx.memory import Plan, parse_memory
+from flux2_mlx.networks import Networks
 from flux2_mlx.phases import Flux2Output, Phase, measured
-from flux2_mlx.streaming import footprint
+from flux2_mlx.sampling import Request
 from flux2_mlx.text import TOKENIZERS
 
 # GiB that a Swift port of these models documents for 1024×1024.
@@ -48,11 +49,11 @@ RUNS = "Really run with random weights at full size, in float32 on a Linux CPU; 
 VALUES = 2**20
 
 
-def planned(variant: str, quant: str, limit: float, dtype: mx.Dtype = mx.bfloat16) -> Plan:
-    """The plan of one 1024×1024 image within `limit` bytes."""
+def planned(variant: str, quant: str, limit: float) -> Plan:
+    """The plan of one 1024×1024 image in bfloat16 within `limit` bytes."""
     model = VARIANTS[variant]
-    networks = {name: footprint(part, dtype) for name, part in variant_components(model, quant).items()}
-    return plan(model, networks, Workload(1024, 1024, model.max_sequence_length), dtype, int(limit))
+    networks = Networks.described(model, quant, None, mx.bfloat16, int(limit))
+    return networks.plan(Request.checked(model, model.vae.token_size, [""]))
 
 
 def table() -> str:
@@ -101,13 +102,16 @@ def whole_peak(row: dict[str, Any]) -> float:
     return max(phase["peak"] for phase in row["phases"].values())
 
 
-def write_table(path: Path) -> None:
+def tables() -> str:
+    return f"{table()}\n{RUNS}\n\n{runs_table()}"
+
+
+def write_tables(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     pattern = re.compile(f"(?<={re.escape(MARKS[0])}).*?(?={re.escape(MARKS[1])})", re.DOTALL)
     if not pattern.search(text):
         sys.exit(f"{path} has no marks {MARKS[0].strip()} and {MARKS[1].strip()}")
-    tables = f"\n{table()}\n{RUNS}\n\n{runs_table()}\n"
-    path.write_text(pattern.sub(lambda _: tables, text), encoding="utf-8")
+    path.write_text(pattern.sub(lambda _: f"\n{tables()}\n", text), encoding="utf-8")
 
 
 def make_checkpoint(folder: Path, variant: str, quant: str, text_quant: str) -> None:
@@ -214,7 +218,7 @@ def main(words: Iterable[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("table")
     command.add_argument("--readme", type=Path, help="write it there; default: print it")
-    command.set_defaults(run=lambda given: write_table(given.readme) if given.readme else print(table(), end=""))
+    command.set_defaults(run=lambda given: write_tables(given.readme) if given.readme else print(tables(), end=""))
     command = commands.add_parser("measure")
     command.add_argument("variant", choices=[name for name, variant in VARIANTS.items() if variant.repo])
     command.add_argument("quant", choices=QUANTIZATIONS)

@@ -210,6 +210,23 @@ def test_a_damaged_entry_is_a_miss_and_replaced(damage: Callable[[Path], None], 
     assert bits(cache.get(KEYS[0])) == bits(STATES)
 
 
+def test_an_entry_that_can_not_be_read_is_a_miss_and_stays(cache, monkeypatch):
+    cache.put(KEYS[0], STATES)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing(errno.EACCES))
+        assert cache.get(KEYS[0]) is None
+    assert bits(cache.get(KEYS[0])) == bits(STATES)
+
+
+def test_entries_are_as_readable_as_other_files(cache):
+    before = os.umask(0o027)
+    try:
+        cache.put(KEYS[0], STATES)
+    finally:
+        os.umask(before)
+    assert path_of(cache, KEYS[0]).stat().st_mode & 0o777 == 0o640
+
+
 def test_a_run_with_a_damaged_entry_encodes_again(loads):
     pipe = open_demo()
     missed = pipe.encode_prompt(PROMPT)
@@ -306,7 +323,11 @@ def failing(code: int) -> Callable:
 
 @pytest.mark.parametrize(
     ("place", "code"),
-    [("os.replace", errno.EROFS), ("tempfile.mkstemp", errno.EACCES), ("mlx.core.save_safetensors", errno.ENOSPC)],
+    [
+        ("pathlib.Path.replace", errno.EROFS),
+        ("pathlib.Path.mkdir", errno.EACCES),
+        ("mlx.core.save_safetensors", errno.ENOSPC),
+    ],
 )
 def test_a_folder_that_can_not_be_written_is_told_once(place, code, monkeypatch, caplog):
     expected = open_demo(prompt_cache=False)(PROMPT, **IMAGE).images[0]
@@ -316,7 +337,7 @@ def test_a_folder_that_can_not_be_written_is_told_once(place, code, monkeypatch,
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == f"can't keep encoded prompts in {pipe.prompt_cache.folder}: {os.strerror(code)}"
-    assert list(pipe.prompt_cache.folder.iterdir()) == []
+    assert list(pipe.prompt_cache.folder.glob("*")) == []
 
 
 def test_a_file_in_the_place_of_the_folder(models, caplog):

@@ -18,6 +18,9 @@ from flux2_mlx.checkpoint import variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, TransformerConfig
 from flux2_mlx.errors import InputError
 from flux2_mlx.memory import PhasePlan, Plan, Workload, activation_bytes, device_memory, parse_memory, plan
+from flux2_mlx.networks import Networks
+from flux2_mlx.references import Edit
+from flux2_mlx.sampling import Request
 from flux2_mlx.streaming import footprint
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
@@ -86,9 +89,21 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
     assert all(1 <= ratio <= most for ratio in ratios.values()), ratios
 
 
-@pytest.mark.parametrize("size", [(128, 128), (256, 192), (512, 512)])
-def test_a_plan_is_near_what_a_run_takes_and_never_below(size):
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+@pytest.mark.parametrize(
+    ("dtype", "quant", "size"),
+    [
+        ("float32", None, (128, 128)),
+        ("float32", None, (256, 192)),
+        ("float32", None, (512, 512)),
+        ("bfloat16", None, (128, 128)),
+        ("float16", None, (128, 128)),
+        ("float32", "qint8", (128, 128)),
+        ("float32", "qint4", (64, 64)),
+    ],
+)
+def test_a_plan_is_near_what_a_run_takes_and_never_below(dtype, quant, size):
+    options = {"dtype": dtype, "quant": quant, "text_quant": quant}
+    pipe = Flux2Pipeline.from_pretrained("demo", **options, prompt_cache=False)
     compare(pipe, width=size[0], height=size[1])
 
 
@@ -188,7 +203,40 @@ def test_what_would_fit_is_said():
     fitting = pipe.edit([Image.new("RGB", (side, side))] * 3)
     assert pipe.networks.checked_plan(pipe.request(["a"], edit=fitting, width=128, height=128), fitting).fits
     tiny = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=10**6)
-    assert "no size fits" in refusal(tiny, width=128, height=128)
+    assert refusal(tiny, width=128, height=128).endswith("no size fits; choose a smaller model or a higher limit")
+
+
+def test_the_smallest_image_may_fit():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    limit = pipe.networks.plan(pipe.request(["a"], width=48, height=48)).peak_memory
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
+    assert refusal(pipe, width=128, height=128).endswith("an image of 48×48 would fit")
+
+
+def test_fewer_images_may_fit():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    limit = pipe.networks.plan(pipe.request(["a"], width=64, height=64, images_per_prompt=20)).peak_memory
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
+    message = refusal(pipe, width=64, height=64, images_per_prompt=300)
+    count = int(re.search(r"; (\d+) at a time would fit", message)[1])
+    assert 20 <= count < 300
+    assert pipe.networks.plan(pipe.request(["a"], width=64, height=64, images_per_prompt=count)).fits
+
+
+def test_without_previews_it_may_fit():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    request = pipe.request(["a"], width=256, height=192)
+    limit = pipe.networks.plan(request, previews=True).peak_memory - 1
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
+    with pytest.raises(InputError, match="; without images between the steps it would fit"):
+        pipe.networks.checked_plan(request, pipe.edit([]), previews=True)
+
+
+def test_fewer_bits_may_fit():
+    networks = Networks.described(VARIANTS["klein-4b"], "bf16", None, mx.bfloat16, 2**30 * 3 // 2)
+    request = Request.checked(VARIANTS["klein-4b"], 16, ["a"], width=16, height=16)
+    with pytest.raises(InputError, match="no size fits, but -q qint4 would"):
+        networks.checked_plan(request, Edit())
 
 
 def test_what_fits():
@@ -204,7 +252,7 @@ def test_sizes_of_memory(text, expected):
     assert parse_memory(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3XB", "GB", "1e9"])
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3XB", "GB", "1e9", "100000000TB", "9" * 400 + "GB"])
 def test_what_is_no_size_of_memory(text):
     with pytest.raises(InputError, match="memory must be a size such as 12GB"):
         parse_memory(text)

@@ -3,12 +3,16 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import QUANTIZATIONS, VARIANTS, Variant, get_variant
+from ..config import QUANTIZATIONS, VARIANTS, Variant
+from ..errors import InputError
 from .options import dtype_option, json_option, memory_option, models_dir_option, weight_options
+
+if TYPE_CHECKING:
+    from ..networks import Networks
 
 
 @click.command()
@@ -33,25 +37,27 @@ def info(
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the models, or sizes, files and memory needs of one MODEL.
+    """Show the models, or sizes, files and memory needs of one MODEL: a name, its repo id or a converted folder.
 
     Sizes are those of the stored weights; each network is in memory only while it is used. The memory is what making
-    one image is expected to take on this machine.
+    one image is expected to take on this machine. With --json the models are a list.
 
     \b
     Examples:
       flux2-mlx info
       flux2-mlx info klein-9b -q qint8 -W 1536 -H 1536
     """
-    rows = [_row(variant, models_dir) for variant in ([get_variant(model)] if model else VARIANTS.values())]
-    if model:
-        rows[0] |= _plan(get_variant(model), quant or "bf16", text_quant, dtype, width, height, memory_limit)
-    if as_json:
-        click.echo(json.dumps(rows[0] if model else rows))
-    elif model:
-        _print_one(rows[0])
-    else:
-        _print_all(rows)
+    if model is None:
+        planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
+        given = [name for name, value in {**planning, "memory-limit": memory_limit}.items() if value is not None]
+        if given:
+            raise click.UsageError(f"--{given[0]} is about one model; give a MODEL")
+        rows = [_row(variant, models_dir) for variant in VARIANTS.values()]
+        click.echo(json.dumps(rows)) if as_json else _print_all(rows)
+        return
+    networks = _networks(model, quant, text_quant, dtype, memory_limit)
+    row = _row(networks.checkpoint.variant, models_dir) | _plan(networks, width, height)
+    click.echo(json.dumps(row)) if as_json else _print_one(row)
 
 
 def _row(variant: Variant, models_dir: Path | None) -> dict[str, Any]:
@@ -71,32 +77,36 @@ def _row(variant: Variant, models_dir: Path | None) -> dict[str, Any]:
     }
 
 
-def _plan(
-    variant: Variant,
-    quant: str,
-    text_quant: str | None,
-    wanted_dtype: str | None,
-    width: int | None,
-    height: int | None,
-    memory_limit: str | None,
-) -> dict[str, Any]:
-    from ..checkpoint import network_dtype, variant_components
-    from ..layers import activation_dtype, dtype_name
-    from ..memory import Workload, memory_bytes, plan
-    from ..quantization import DEFAULT_TEXT_QUANT
-    from ..sampling import Request
-    from ..streaming import footprint
+def _networks(
+    model: str, quant: str | None, text_quant: str | None, dtype: str | None, memory_limit: str | None
+) -> "Networks":
+    """Those that a run of `model` would use: of the checkpoint that it is, or else as it would be converted."""
+    from ..checkpoint import Checkpoint, is_checkpoint
+    from ..convert import find_checkpoint, look_up
+    from ..layers import activation_dtype
+    from ..memory import memory_bytes
+    from ..networks import Networks
 
+    wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
+    known, _ = look_up(model)
+    if known and known.repo:
+        return Networks.described(known, quant or "bf16", text_quant, **wanted)
+    if not known and not is_checkpoint(Path(model).expanduser()):
+        raise InputError(f"unknown model {model!r}; choose one of {', '.join(VARIANTS)}, or a converted model's folder")
+    return Networks.of(Checkpoint.open(find_checkpoint(model)), quant, text_quant, **wanted)
+
+
+def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:
+    from ..layers import dtype_name
+    from ..sampling import Request
+
+    variant = networks.checkpoint.model
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
-    text_quant, dtype = text_quant or DEFAULT_TEXT_QUANT[quant], activation_dtype(wanted_dtype)
-    components = variant_components(variant, quant, text_quant)
-    networks = {name: footprint(part, network_dtype(name, dtype)) for name, part in components.items()}
-    work = Workload(request.width, request.height, request.max_sequence_length)
-    planned = plan(variant, networks, work, dtype, memory_bytes(memory_limit))
+    planned = networks.plan(request)
     return {
-        "quant": quant,
-        "text_quant": text_quant,
-        "dtype": dtype_name(dtype),
+        "quant": networks.quant,
+        "text_quant": networks.text_quant,
+        "dtype": dtype_name(networks.dtype),
         "width": request.width,
         "height": request.height,
         "phases": [asdict(phase) | {"peak_memory": phase.peak_memory} for phase in planned.phases],
@@ -115,9 +125,9 @@ def _print_plan(row: dict[str, Any]) -> None:
     for phase in row["phases"]:
         columns = ("weights", "activations", "peak_memory", "streamed")
         weights, activations, peak, streamed = (phase[name] / 2**30 for name in columns)
-        click.echo(f"{phase['name']:14}{weights:9.2f}{activations:13.2f}{peak:9.2f}{streamed:17.2f}")
+        click.echo(f"{phase['name']:14}{weights:9.3g}{activations:13.3g}{peak:9.3g}{streamed:17.3g}")
     verdict = "fits into" if row["fits"] else "does not fit into"
-    click.echo(f"{row['peak_memory'] / 2**30:.2f} GiB {verdict} the limit of {row['limit'] / 2**30:.2f} GiB")
+    click.echo(f"{row['peak_memory'] / 2**30:.3g} GiB {verdict} the limit of {row['limit'] / 2**30:.3g} GiB")
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:

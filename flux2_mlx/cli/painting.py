@@ -152,13 +152,12 @@ def _make(run: Run, job: Job, paths: list[Path], bars: Bars) -> "Flux2Output":
 
     def on_progress(progress: "Progress") -> None:
         bars.show(progress.phase, progress.done, progress.total)
-        step = progress.step
+        step, image = progress.step, progress.image
+        if image is not None:
+            save(image, paths[progress.images.start], run.settings(progress.images.start))
         if step is None or not job.checkpoint or step.number % job.checkpoint or step.number == request.steps:
             return
-        for i, image in zip(progress.images, pipe.preview(request, step.estimate), strict=True):
-            save(image, job.checkpoint_path(paths[i], step.number))
+        for i, preview in zip(progress.images, pipe.preview(request, step.estimate, run.edit), strict=True):
+            save(preview, job.checkpoint_path(paths[i], step.number))
 
-    output = pipe.run(request, run.edit, on_progress=on_progress, previews=job.checkpoint is not None)
-    for i, (image, path) in enumerate(zip(output.images, paths, strict=True)):
-        save(image, path, run.settings(i))
-    return output
+    return pipe.run(request, run.edit, on_progress=on_progress, previews=job.checkpoint is not None)

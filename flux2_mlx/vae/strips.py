@@ -12,6 +12,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..layers import on_metal
+
 # Rows at a seam are prepared for both strips, so small strips cost time. This gives 32 rows or more in any convolution
 # of the released models at a width of 1024 in bfloat16.
 STRIP_BYTES = 256 * 1024 * 1024
@@ -159,10 +161,13 @@ class Convolved(Rows):
         source, kernel, stride = self._sources[0], self._conv.weight.shape[1], self._conv.stride[0]
         window = rows * stride + kernel - stride
         # The backend copies the window, which may have been padded here before, and then unfolds the copy: each pixel
-        # goes to all places where the kernel meets it. MLX unfolds on a CPU, and on a GPU for few channels.
+        # goes to all places where the kernel meets it. MLX unfolds on a CPU, there in float32 whatever it is given, and
+        # on a GPU for few channels.
+        widening = 1 if on_metal() else mx.float32.size // self.dtype.size
         unfolded = kernel * kernel * source.nbytes(rows) // stride
-        copies = 1 if rows == self.shape[1] and stride == 1 else 2
-        return source.temporaries(window) + copies * source.nbytes(window) + unfolded + self.nbytes(rows)
+        padded = 0 if rows == self.shape[1] and stride == 1 else source.nbytes(window)
+        result = self.nbytes(rows) * (widening + 1 if widening > 1 else 1)
+        return source.temporaries(window) + padded + widening * (source.nbytes(window) + unfolded) + result
 
     def _window(self, start: int, stop: int, axis: int) -> tuple[int, int, int, int]:
         """What outputs `start` to `stop` read along an axis: first, last + 1, and the zeros before and after them."""
