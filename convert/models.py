@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flux2_mlx import hub
 from flux2_mlx.checkpoint import MANIFEST, is_checkpoint, read_json
-from flux2_mlx.config import VARIANTS, Variant
+from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant
 from flux2_mlx.errors import InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 
@@ -36,7 +36,6 @@ def find_checkpoint(
     text_quant: str | None = None,
     models_dir: str | os.PathLike | None = None,
     text_only: bool = False,
-    offline: bool = False,
     quiet: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -49,7 +48,6 @@ def find_checkpoint(
         text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         models_dir: where converted models are kept; see `models_folder`.
         text_only: a checkpoint without transformer and VAE will do.
-        offline: use no network.
         quiet: show no download progress.
         progress: called with bytes converted and bytes in all.
 
@@ -63,32 +61,32 @@ def find_checkpoint(
         return path
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
-    folder = models_folder(models_dir)
     if source in VARIANTS or hub.is_repo_id(source):
-        target = folder / checkpoint_name(source.replace("/", "--"), quant, text_quant)
-        if is_checkpoint(target):
-            return target
-        if text_only:
-            target = folder / f"{source.replace('/', '--')}-text-only-{text_quant}"
-            if is_checkpoint(target):
-                return target
         known = _known_variant(source)
-        repo = known.repo if source in VARIANTS else source
-        fetched = hub.fetch(repo, text_only=text_only, offline=offline, quiet=quiet)
-        opened = Source.open(fetched, variant or (known and known.name), text_only=text_only)
+        repo, name, opened = known.repo if source in VARIANTS else source, source.replace("/", "--"), None
     elif path.exists():
-        opened, repo = Source.open(path, variant, text_only=text_only), str(path)
-        name = f"{opened.variant.name}-{opened.fingerprint[:12]}"
-        target = folder / (f"{name}-text-only-{text_quant}" if text_only else checkpoint_name(name, quant, text_quant))
-        if is_checkpoint(target):
-            return target
+        opened = Source.open(path, variant, text_only=text_only)
+        repo, name = str(path), f"{opened.variant.name}-{opened.fingerprint[:12]}"
     else:
         raise InputError(
             f"there is no model or folder {source!r}; choose one of {', '.join(VARIANTS)}, a Hugging Face repo id "
             "or a model folder"
         )
-    _convert(opened, target, quant, text_quant, repo, progress)
-    return target
+    targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
+    if found := next(filter(is_checkpoint, targets), None):
+        return found
+    if opened is None:
+        fetched = hub.fetch(repo, text_only=text_only, quiet=quiet)
+        opened = Source.open(fetched, variant or (known and known.name), text_only=text_only)
+    _convert(opened, targets[0], quant, text_quant, repo, progress)
+    return targets[0]
+
+
+def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> list[str]:
+    """The names of the folders that will do, the one to make first. Every whole model has a language model."""
+    if not text_only:
+        return [checkpoint_name(model, quant, text_quant)]
+    return [f"{model}-text-only-{text_quant}", *(checkpoint_name(model, q, text_quant) for q in QUANTIZATIONS)]
 
 
 def _known_variant(source: str) -> Variant | None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from flux2_mlx import upsampling
 from flux2_mlx.checkpoint import Checkpoint, Component
+from flux2_mlx.errors import DownloadError
 from flux2_mlx.images import read_settings
 from flux2_mlx.text.generation import generate
 
@@ -138,6 +140,33 @@ def test_refusals(words, message, folder):
 def test_a_model_that_does_not_see_is_refused(klein):
     assert "has no vision weights" in refusal("describe", "photo.png", "-m", klein)
     assert "has no vision weights" in refusal("upsample", PROMPT, "-m", klein, "-i", "photo.png")
+
+
+@pytest.mark.parametrize(
+    ("model", "quant", "words"),
+    [
+        ("klein-4b", "qint8", ["upsample", PROMPT]),
+        ("klein-4b", "qint8", ["upsample", PROMPT, "--text-quant", "qint8"]),
+        ("klein-4b", "qint4", ["upsample", PROMPT, "--text-quant", "qint4"]),
+        ("dev", "bf16", ["describe", "photo.png"]),
+        ("dev", "qint8", ["describe", "photo.png"]),
+    ],
+)
+def test_the_language_model_of_a_converted_model_is_not_fetched(model, quant, words, folder, request, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    (folder / "models").mkdir()
+    official = request.getfixturevalue(model.partition("-")[0]).with_name("official")
+    convert(official, folder / "models" / f"{model}-{quant}", quant, None, variant=model)
+    assert done(*words, "-m", model, "--seed", "6").stdout
+
+
+def test_a_text_encoder_of_another_quantization_will_not_do(folder, klein, monkeypatch):
+    def fetch(repo: str, **options: Any) -> None:
+        raise DownloadError(f"asked for {repo}")
+
+    monkeypatch.setattr("flux2_mlx.hub.fetch", fetch)
+    shutil.copytree(klein, folder / "models" / "klein-4b-qint8")
+    assert refusal("upsample", PROMPT, "-m", "klein-4b", "--text-quant", "qint4").startswith("asked for black-forest")
 
 
 def test_t2i_upsamples_first(dev):
