@@ -12,7 +12,7 @@ from flux2_mlx.errors import InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 
 from .sources import Source
-from .write import write_checkpoint
+from .write import check_writable, write_checkpoint
 
 DEMO = "demo"
 
@@ -75,6 +75,7 @@ def find_checkpoint(
     targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
     if found := next(filter(is_checkpoint, targets), None):
         return found
+    check_writable(targets[0])
     if opened is None:
         fetched = hub.fetch(repo, text_only=text_only, quiet=quiet)
         opened = Source.open(fetched, variant or (known and known.name), text_only=text_only)
@@ -97,10 +98,7 @@ def _known_variant(source: str) -> Variant | None:
 
 
 def _convert(source: Source, target: Path, quant: str, text_quant: str, name: str, progress) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"can't make the models folder {target.parent}: {error.strerror}") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_checkpoint(source, target, quant, text_quant, name=name, progress=progress)
     except InputError:

@@ -182,6 +182,17 @@ def check_target(target: Path, force: bool) -> None:
         raise InputError(f"{target} is not an MLX checkpoint, so --force does not replace it; remove it yourself")
     if not target.parent.is_dir():
         raise InputError(f"can't write {target}: there is no folder {target.parent}")
+    check_writable(target)
+
+
+def check_writable(target: Path) -> None:
+    """Raise InputError if nothing can be made where `target` would be; what is missing on the way to it may be."""
+    try:
+        # A link whose disk is not there counts as existing.
+        existing = next(path for path in target.absolute().parents if path.exists() or path.is_symlink())
+        os.rmdir(tempfile.mkdtemp(dir=existing, prefix=".flux2-mlx-"))
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror}; choose another folder") from error
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -1,8 +1,10 @@
 """`convert` and `download`, from folders and from a hub on the loopback interface."""
 
+import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,23 @@ def test_a_target_without_a_folder_is_told_before_the_download(target, monkeypat
     Path("file.txt").write_text("")
     parent = target.partition("/")[0]
     assert refusal("convert", "klein-4b", target) == f"can't write {target}: there is no folder {parent}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "klein-4b", "mine", "--variant", "klein-5b"], "unknown model 'klein-5b'; choose one of demo, "),
+        (["convert", "klein-4b", "mine"], "can't write mine: Permission denied"),
+        (["download", "klein-4b", "--models-dir", "mine"], "can't write mine/klein-4b-bf16: Permission denied"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_download(arguments, message, monkeypatch):
+    def mkdtemp(**options):  # the permission bits stop nobody who runs the tests as root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    assert refusal(*arguments, "--quiet").startswith(message)
 
 
 def test_a_source_of_another_geometry_must_be_named(official):

@@ -56,6 +56,28 @@ def test_a_wrong_setting_is_told_before_any_model_is_looked_for(model, arguments
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory-limit", "nonsense"], "memory must be a size such as 12GB"),
+        (["--interpret", "none.png"], "can't read none.png: No such file or directory"),
+        (["--interpret", "a.png", "--vision-model", "klein-4b"], "klein-4b has no language model that sees images; "),
+        (["--models-dir", "a.png/models"], "can't write a.png/models/klein-9b-bf16: Not a directory"),
+        (["--models-dir", "lost"], "can't write lost/klein-9b-bf16: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_download(folder, arguments, message):
+    Image.new("RGB", (64, 64)).save("a.png")
+    (folder / "lost").symlink_to("disk/of/models")
+    assert refusal("t2i", PROMPT, *SMALL, "-m", "klein-9b", *arguments).startswith(message)
+
+
+def test_a_wrong_limit_of_the_cache_is_told_before_a_download(monkeypatch):
+    monkeypatch.setenv("FLUX2_MLX_CACHE_BYTES", "abc")
+    message = refusal("t2i", PROMPT, *SMALL, "-m", "klein-9b")
+    assert message == "FLUX2_MLX_CACHE_BYTES must be a number of bytes, got 'abc'"
+
+
+@pytest.mark.parametrize(
     ("prompt", "message"),
     [
         ("", "the prompt is empty; describe the image in words"),

@@ -169,6 +169,13 @@ def test_a_text_encoder_of_another_quantization_will_not_do(folder, klein, monke
     assert refusal("upsample", PROMPT, "-m", "klein-4b", "--text-quant", "qint4").startswith("asked for black-forest")
 
 
+@pytest.mark.parametrize("words", [["describe", "photo.png"], ["upsample", PROMPT, "-i", "photo.png"]])
+def test_a_model_that_is_known_not_to_see_is_not_fetched(words, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    expected = "klein-4b has no language model that sees images; choose dev"
+    assert refusal(*words, "-m", "klein-4b") == expected
+
+
 def test_t2i_upsamples_first(dev):
     report = painted(dev, "--upsample-prompt", "--seed", "6", "-o", "a.png")
     assert (report["prompt"], report["upsampled_prompt"]) == (PROMPT, answered(PROMPT, 6))

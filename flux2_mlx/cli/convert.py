@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..config import VARIANTS
+from ..config import VARIANTS, get_variant
 from ..errors import InputError
 from .options import quiet_option, variant_option, weight_options
 from .progress import Bars, conversion
@@ -38,6 +38,8 @@ def convert(
     from ..checkpoint import is_checkpoint
     from ..convert import Source, check_target, write_checkpoint
 
+    if variant is not None:
+        get_variant(variant)
     check_target(target, force)
     if is_checkpoint(Path(source)):
         raise InputError(f"{source} is an MLX checkpoint already")

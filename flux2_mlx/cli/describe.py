@@ -8,7 +8,7 @@ import click
 
 from .options import writing_options
 from .progress import Bars, Stream
-from .writing import open_writer
+from .writing import check_sight, open_writer
 
 
 @click.command()
@@ -35,6 +35,7 @@ def describe(
     from ..images import open_image
 
     picture = open_image(image)
+    check_sight(model)
     with Bars(quiet) as bars, Stream(quiet) as stream:
         writer = open_writer(model, bars, quiet, **options)
         answer = writer.describe([picture], seed=seed, temperature=temperature, on_text=stream.show)[0]

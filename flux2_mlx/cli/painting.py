@@ -12,7 +12,7 @@ from .job import Job
 from .options import DEFAULT_MODEL
 from .progress import Bars, Stream, conversion, notice
 from .report import Run, print_profile
-from .writing import open_writer
+from .writing import check_sight, open_writer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     """Make the images of `job`, and print their paths or a report."""
-    paths = job.paths()
+    from ..images import open_image
+
     images, edit = job.pictures.open()
-    _check(job, paths, images, edit)
+    interpreted = [open_image(path) for path in job.interpret]
+    _check(job, images, edit)
+    paths = job.paths()
     start = time.perf_counter()
     with Bars(job.quiet) as bars:
         pipe = _open(job, bars)
@@ -37,7 +40,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         _check_images(request, job, paths)
         if images:
             _count_tokens(pipe, request, edit, job)
-        prompts, timings = _rewrite(pipe, job, images, bars)
+        prompts, timings = _rewrite(pipe, job, images, interpreted, bars)
         request = pipe.request(prompts, edit=edit, **job.settings())
         run = Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings())
         output = _make(run, job, paths, bars)
@@ -52,19 +55,33 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
             click.echo(path)
 
 
-def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
+def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """Everything that can be known to be wrong before a model is fetched."""
     from ..images import check_output
     from ..layers import activation_dtype
+    from ..memory import memory_bytes
     from ..references import Edit
     from ..sampling import Request
 
     activation_dtype(job.dtype)
+    memory_bytes(job.memory_limit)
     row = VARIANTS.get(job.model, VARIANTS[DEFAULT_MODEL])
     Request.checked(row, row.vae.token_size, job.prompts, **job.settings())
     Edit.checked(images, row.vae.token_size, **edit)
-    for path in paths:
+    looks = job.interpret or (images and job.upsample_prompt)
+    if looks and job.rewritten is None and job.model in VARIANTS and VARIANTS[job.model].vision is None:
+        check_sight(job.vision_model)
+    if not job.no_cache:
+        _check_cache(job)
+    for path in job.paths():
         check_output(path, job.force)
+
+
+def _check_cache(job: Job) -> None:
+    from ..convert import models_folder
+    from ..embedding_cache import FOLDER, EmbeddingCache
+
+    EmbeddingCache(models_folder(job.models_dir) / FOLDER)
 
 
 def _check_images(request: "Request", job: Job, paths: list[Path]) -> None:
@@ -114,19 +131,20 @@ def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: 
 
 
 def _rewrite(
-    pipe: "Flux2Pipeline", job: Job, images: "list[Image.Image]", bars: Bars
+    pipe: "Flux2Pipeline",
+    job: Job,
+    images: "list[Image.Image]",
+    interpreted: "list[Image.Image]",
+    bars: Bars,
 ) -> tuple[list[str], list["Phase"]]:
     """The prompts that the images are made from, after --interpret and --upsample-prompt, and what that took."""
-    from ..images import open_image
-
     if job.rewritten is not None:
         return job.rewritten, []
     prompts, timings = job.prompts, []
     with Stream(job.quiet) as stream:
-        if job.interpret:
-            pictures = [open_image(path) for path in job.interpret]
+        if interpreted:
             writer = _seeing(pipe, job, bars)
-            descriptions = writer.describe(pictures, seed=job.seed, on_text=stream.show)
+            descriptions = writer.describe(interpreted, seed=job.seed, on_text=stream.show)
             timings += writer.timings
             prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
         if job.upsample_prompt:

@@ -8,7 +8,7 @@ import click
 
 from .options import image_option, writing_options
 from .progress import Bars, Stream
-from .writing import open_writer
+from .writing import check_sight, open_writer
 
 
 @click.command()
@@ -38,6 +38,8 @@ def upsample(
     from ..images import open_image
 
     pictures = [open_image(path) for path in images]
+    if pictures:
+        check_sight(model)
     with Bars(quiet) as bars, Stream(quiet) as stream:
         writer = open_writer(model, bars, quiet, **options)
         answer = writer.upsample([prompt], pictures, seed=seed, temperature=temperature, on_text=stream.show)[0]

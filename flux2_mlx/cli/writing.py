@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..config import VARIANTS
+from ..errors import InputError
 from .progress import Bars, conversion
 
 if TYPE_CHECKING:
@@ -14,3 +16,10 @@ def open_writer(model: str, bars: Bars, quiet: bool, **settings: Any) -> "Writer
     from ..upsampling import Writer
 
     return Writer.from_pretrained(model, quiet=quiet, progress=conversion(bars), **settings)
+
+
+def check_sight(model: str) -> None:
+    """Raise InputError if `model` is one of the table whose language model can't look at images."""
+    if model in VARIANTS and VARIANTS[model].vision is None:
+        seeing = ", ".join(name for name, variant in VARIANTS.items() if variant.vision)
+        raise InputError(f"{model} has no language model that sees images; choose {seeing}")
