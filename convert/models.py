@@ -19,7 +19,15 @@ DEMO = "demo"
 
 def models_folder(models_dir: str | os.PathLike | None = None) -> Path:
     """`models_dir`, or `$FLUX2_MLX_HOME`, or `~/.cache/flux2-mlx`."""
-    return Path(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx").expanduser()
+    return _expanded(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx")
+
+
+def _expanded(path: str | os.PathLike) -> Path:
+    """`path` with a home folder in place of a leading `~`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"can't tell whose home folder {str(path)!r} starts with; write the folder in full") from error
 
 
 def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
@@ -56,7 +64,7 @@ def find_checkpoint(
     """
     if source == DEMO:
         return Path(str(files("flux2_mlx.demo")))
-    path = Path(source).expanduser()
+    path = _expanded(source)
     if is_checkpoint(path):
         return path
     quant = check_quant(quant or "bf16")

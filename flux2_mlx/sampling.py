@@ -12,12 +12,12 @@ import numpy as np
 from .config import Variant
 from .errors import InputError, RangeError
 from .scheduler import euler_step
+from .text.prompts import check_prompt
 from .transformer import Flux2Transformer, KeysValues
 
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
-MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
 _NOT_FINITE = {mx.float16: "the computation overflowed float16; use --dtype bfloat16"}
 
@@ -98,12 +98,7 @@ class Request:
             "raise the strength or take fewer steps",
         )
         for prompt in self.prompts:
-            _require(
-                len(prompt) <= MAX_PROMPT_CHARACTERS,
-                f"a prompt of {len(prompt)} characters is too long; the limit is {MAX_PROMPT_CHARACTERS}, and the "
-                f"model reads its first {self.max_sequence_length} tokens",
-            )
-            _require(_is_text(prompt), f"the prompt is not valid text: {prompt[:80]!a}")
+            check_prompt(prompt, self.max_sequence_length)
         limit = variant.max_sequence_length
         _require(
             1 <= self.max_sequence_length <= limit,
@@ -130,11 +125,6 @@ class Request:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
-
-
-def _is_text(prompt: str) -> bool:
-    """Whether `prompt` has no lone surrogates, which stand for undecodable bytes of a command line."""
-    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from .quantization import loadable_quant
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
 from .text.pixtral import preprocess
-from .text.prompts import DESCRIBE, UPSAMPLE_I2I, UPSAMPLE_T2I, mistral_image_chat
+from .text.prompts import DESCRIBE, UPSAMPLE_I2I, UPSAMPLE_T2I, check_prompt, check_words, mistral_image_chat
 
 TEMPERATURE = 0.15
 MAX_NEW_TOKENS = 512
@@ -80,8 +80,9 @@ class Writer:
     def upsample(self, prompts: Sequence[str], images: Sequence[Image.Image] = (), **settings: Any) -> list[str]:
         """Each prompt with more visual detail or, with RGB `images` to edit, as one clear instruction.
 
-        `settings` are those of `write`.
+        `settings` are those of `write`. InputError if a prompt is empty, too long or no text.
         """
+        check_prompts(prompts)
         images = [shown(images)] if images else []
         return self.write(
             [(prompt, images) for prompt in prompts], UPSAMPLE_I2I if images else UPSAMPLE_T2I, **settings
@@ -101,7 +102,7 @@ class Writer:
         seed: int | None = None,
         on_text: OnText = lambda number, text: None,
     ) -> list[str]:
-        """The model's answers to texts with images. Answer k is sampled with seed + k.
+        """The model's answers to texts with images. Answer k is sampled with seed + k, and 0 follows the largest seed.
 
         Raises:
             CheckpointError: the checkpoint has no language model, or none that sees.
@@ -124,7 +125,7 @@ class Writer:
             model = self.networks.load_language_model(planned)
             for number, (ids, (_, images)) in enumerate(zip(prompts, questions, strict=True)):
                 settings["embeddings"] = self._embeddings(model, ids, [features[id(image)] for image in images])
-                settings["seed"] = None if seed is None else seed + number
+                settings["seed"] = None if seed is None else (seed + number) % 2**64
                 tokens = generate(model, ids, self.checkpoint.tokenizer.end_ids, **settings)
                 answers.append(self._read(tokens, number, on_text))
             del model, tokens  # or they would outlive the phase
@@ -182,6 +183,13 @@ class Writer:
         if not text.strip():
             raise InputError("the language model answered nothing; try another seed, or leave the rewriting out")
         return text.strip()
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise InputError if one of `prompts` can't be rewritten: empty, too long, or no text."""
+    for prompt in prompts:
+        check_words(prompt)
+        check_prompt(prompt)
 
 
 def shown(images: Sequence[Image.Image]) -> Image.Image:

@@ -180,6 +180,13 @@ def test_an_unknown_model_lists_the_models(model):
     )
 
 
+def test_a_home_folder_of_nobody(monkeypatch):
+    message = refusal("t2i", PROMPT, *SMALL, "-m", "~nosuchuser/x")
+    assert message == "can't tell whose home folder '~nosuchuser/x' starts with; write the folder in full"
+    monkeypatch.setenv("FLUX2_MLX_HOME", "~nosuchuser/models")
+    assert "'~nosuchuser/models'" in refusal("t2i", PROMPT, *SMALL)
+
+
 def test_a_folder_that_holds_no_model(folder):
     (folder / "model").mkdir()
     assert "model is no model folder" in refusal("t2i", PROMPT, *SMALL, "-m", "model")

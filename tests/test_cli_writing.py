@@ -176,6 +176,27 @@ def test_a_model_that_is_known_not_to_see_is_not_fetched(words, monkeypatch):
     assert refusal(*words, "-m", "klein-4b") == expected
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty; describe the image in words"),
+        (" \n", "the prompt is empty; describe the image in words"),
+        ("a" * 10_001, "a prompt of 10001 characters is too long; the limit is 10000"),
+        ("\udcff", r"the prompt is not valid text: '\udcff'"),
+    ],
+)
+@pytest.mark.parametrize("model", ["klein-4b", "demo"])
+def test_a_prompt_that_can_not_be_rewritten(model, prompt, message, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    assert refusal("upsample", prompt, "-m", model) == message
+
+
+def test_the_largest_seed_goes_with_several_images(dev, calls):
+    arguments = ("--interpret", "photo.png", "--interpret", "photo.png", "--seed", str(2**64 - 1), "-o", "a.png")
+    painted(dev, *arguments)
+    assert [call["seed"] for call in calls] == [2**64 - 1, 0]
+
+
 def test_t2i_upsamples_first(dev):
     report = painted(dev, "--upsample-prompt", "--seed", "6", "-o", "a.png")
     assert (report["prompt"], report["upsampled_prompt"]) == (PROMPT, answered(PROMPT, 6))

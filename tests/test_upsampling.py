@@ -115,6 +115,14 @@ def test_an_empty_answer_is_refused(text, writer, monkeypatch):
         writer.upsample(["a red fox"])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("", "is empty"), ("a" * 10_001, "is too long"), ("a \ud800", "is not valid text")]
+)
+def test_a_prompt_that_can_not_be_rewritten(writer, prompt, message):
+    with pytest.raises(InputError, match=message):
+        writer.upsample(["a red fox", prompt])
+
+
 def test_a_model_without_the_needed_parts_is_refused(klein, picture):
     demo = Writer.from_pretrained("demo")
     with pytest.raises(CheckpointError, match=r"demo has no language model, so it can't rewrite prompts"):

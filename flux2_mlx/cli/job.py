@@ -153,6 +153,8 @@ class Job:
     @classmethod
     def of(cls, prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> "Job":
         """The job of a command line; `given` are its options by name, and its `pictures`."""
+        from ..text.prompts import check_words
+
         if prompts_file is not None and prompt is not None:
             raise click.UsageError("give either PROMPT or --prompts-file")
         if prompts_file is None and prompt is None and replay is None:
@@ -172,8 +174,8 @@ class Job:
         # A replayed prompt was rewritten already; rewriting it again need not give the same words.
         again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
         given["rewritten"] = [again] if again is not None else None
-        if not all(prompt.strip() for prompt in prompts):
-            raise InputError("the prompt is empty; describe the image in words")
+        for prompt in prompts:
+            check_words(prompt)
         if not 1 <= len(prompts) * given["num_images"] <= MAX_IMAGES:
             raise InputError(f"a run makes 1 to {MAX_IMAGES} images, not {len(prompts) * given['num_images']}")
         defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}

@@ -36,7 +36,9 @@ def upsample(
       flux2-mlx upsample "put the hat on the cat" -m dev -i cat.png -i hat.png
     """
     from ..images import open_image
+    from ..upsampling import check_prompts
 
+    check_prompts([prompt])
     pictures = [open_image(path) for path in images]
     if pictures:
         check_sight(model)
