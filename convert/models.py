@@ -1,20 +1,23 @@
 """The models folder: from a name, repo id or folder to a converted MLX checkpoint."""
 
+import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from flux2_mlx import hub
-from flux2_mlx.checkpoint import MANIFEST, is_checkpoint, read_json
+from flux2_mlx.checkpoint import MANIFEST, PAINTING, is_checkpoint, read_json
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant
-from flux2_mlx.errors import InputError
+from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 
 from .sources import Source
 from .write import check_writable, write_checkpoint
 
 DEMO = "demo"
+_log = logging.getLogger(__name__)
 
 
 def models_folder(models_dir: str | os.PathLike | None = None) -> Path:
@@ -116,9 +119,26 @@ def _convert(source: Source, target: Path, quant: str, text_quant: str, name: st
 
 
 def converted_folders(variant: Variant, models_dir: str | os.PathLike | None = None) -> list[Path]:
-    """The converted checkpoints of a variant in the models folder."""
+    """The converted checkpoints of a variant in the models folder that can make images."""
     folder = models_folder(models_dir)
     if not folder.is_dir():
         return []
-    checkpoints = (path for path in sorted(folder.iterdir()) if is_checkpoint(path))
-    return [path for path in checkpoints if read_json(path / MANIFEST).get("variant") == variant.name]
+    return [path for path in sorted(folder.iterdir()) if is_checkpoint(path) and _paints(path, variant)]
+
+
+def _paints(folder: Path, variant: Variant) -> bool:
+    """Whether a checkpoint is of `variant`, and more than a language model; a damaged one is not."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except CheckpointError as error:
+        _warn(f"{error}; remove {folder}, or convert the model again")
+        return False
+    components = manifest.get("components")
+    complete = isinstance(components, list) and all(name in components for name in PAINTING)
+    return complete and manifest.get("variant") == variant.name
+
+
+@cache
+def _warn(message: str) -> None:
+    """Log a warning once, since the same folders are read for each variant."""
+    _log.warning("%s", message)

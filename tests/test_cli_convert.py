@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from checkpoints import VARIANT, WEIGHTS, edit_json, save_small
 from cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
+from flux2_mlx.convert import converted_folders, find_checkpoint
 from hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.config import VARIANTS
 from flux2_mlx.images import read_settings
 
 REPO = "org/model"
@@ -235,3 +237,15 @@ def test_a_converted_model_is_on_the_list_of_info(official, folder):
     assert row.endswith("  1 converted")
     assert json.loads(done("info", VARIANT, "--json").stdout)["folders"] == [str(path)]
     assert json.loads(done("info", "klein-9b", "--json").stdout)["folders"] == []
+
+
+def test_what_can_not_make_images_is_not_on_the_list(official, folder, caplog):
+    whole, _ = (find_checkpoint(str(official), variant=VARIANT, text_only=text_only) for text_only in (False, True))
+    cut = Path(shutil.copytree(whole, folder / "models" / "cut"))
+    os.truncate(cut / "flux2.json", 20)
+    assert {name: converted_folders(variant) for name, variant in VARIANTS.items()} == {
+        name: [whole] if name == VARIANT else [] for name in VARIANTS
+    }
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("flux2_mlx")]
+    assert warning.startswith(f"{cut}/flux2.json is not JSON: ")
+    assert warning.endswith(f"; remove {cut}, or convert the model again")
