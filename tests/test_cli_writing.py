@@ -233,6 +233,13 @@ def test_interpret_and_upsample(dev):
     assert phases(report) == ["vision_tower", "language_model", "language_model", "text_encoder", "transformer", "vae"]
 
 
+def test_all_that_is_written_is_shown(dev):
+    size = ("-W", "32", "-H", "32", "-s", "1", "--seed", "6", "-o", "a.png")
+    result = done("t2i", PROMPT, "-m", dev, *size, "--interpret", "photo.png", "--upsample-prompt")
+    described = answered(DESCRIBED, 6)
+    assert f"{described}\n{answered(described, 6)}\n" in result.stderr
+
+
 def test_another_model_describes_for_one_that_does_not_see(dev):
     arguments = ("--interpret", "photo.png", "--vision-model", dev, "--seed", "6", "-o", "a.png")
     report = painted("demo", *arguments)

@@ -141,16 +141,17 @@ def _rewrite(
     if job.rewritten is not None:
         return job.rewritten, []
     prompts, timings = job.prompts, []
-    with Stream(job.quiet) as stream:
-        if interpreted:
-            writer = _seeing(pipe, job, bars)
+    if interpreted:
+        writer = _seeing(pipe, job, bars)
+        with Stream(job.quiet) as stream:
             descriptions = writer.describe(interpreted, seed=job.seed, on_text=stream.show)
-            timings += writer.timings
-            prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
-        if job.upsample_prompt:
-            writer = _seeing(pipe, job, bars) if images else pipe.writer()
+        timings += writer.timings
+        prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
+    if job.upsample_prompt:
+        writer = _seeing(pipe, job, bars) if images else pipe.writer()
+        with Stream(job.quiet) as stream:
             prompts = writer.upsample(prompts, images, seed=job.seed, on_text=stream.show)
-            timings += writer.timings
+        timings += writer.timings
     return prompts, timings
 
 
