@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flux2_mlx import hub
 from flux2_mlx.checkpoint import MANIFEST, PAINTING, is_checkpoint, read_json
-from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant
+from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant, get_variant
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 
@@ -54,7 +54,7 @@ def find_checkpoint(
 
     Args:
         source: a variant's name, a Hugging Face repo id, a diffusers folder, or an MLX checkpoint folder.
-        variant: the model's name where the source can't tell.
+        variant: the model's name where the source can't tell; where it can, InputError if it is another.
         quant: `bf16` (None), `qint8` or `qint4`; an MLX checkpoint keeps its own.
         text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         models_dir: where converted models are kept; see `models_folder`.
@@ -65,33 +65,58 @@ def find_checkpoint(
     Raises:
         InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
     """
-    if source == DEMO:
-        return Path(str(files("flux2_mlx.demo")))
-    path = _expanded(source)
+    if variant is not None:
+        get_variant(variant)
+    path = Path(str(files("flux2_mlx.demo"))) if source == DEMO else _expanded(source)
     if is_checkpoint(path):
-        return path
+        return _holding(path, variant)
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
-    if source in VARIANTS or hub.is_repo_id(source):
-        known = _known_variant(source)
-        repo, name, opened = known.repo if source in VARIANTS else source, source.replace("/", "--"), None
-    elif path.exists():
-        opened = Source.open(path, variant, text_only=text_only)
-        repo, name = str(path), f"{opened.variant.name}-{opened.fingerprint[:12]}"
-    else:
+    known, repo = look_up(source)
+    if known and variant not in (None, known.name):
+        raise InputError(f"{source} is not {variant}; leave the variant out, or choose another model")
+    variant = known.name if known else variant
+    opened = None if repo else _open_folder(source, path, variant, text_only)
+    name = source.replace("/", "--") if repo else f"{opened.variant.name}-{opened.fingerprint[:12]}"
+    targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
+    if found := next(filter(is_checkpoint, targets), None):
+        return _holding(found, variant)
+    check_writable(targets[0])
+    if repo:
+        opened = Source.open(hub.fetch(repo, text_only=text_only, quiet=quiet), variant, text_only=text_only)
+    _convert(opened, targets[0], quant, text_quant, repo or str(path), progress)
+    return targets[0]
+
+
+def look_up(source: str) -> tuple[Variant | None, str | None]:
+    """The row of the table that `source` names or whose repo it is, and its Hugging Face repo; None: there is none.
+
+    A model folder comes before a model of its name, any other folder does not.
+    """
+    if (_expanded(source) / "model_index.json").is_file():
+        return None, None
+    if source in VARIANTS:
+        return VARIANTS[source], VARIANTS[source].repo
+    if not hub.is_repo_id(source):
+        return None, None
+    known = next((v for v in VARIANTS.values() if v.repo and v.repo.lower() == source.lower()), None)
+    return known, known.repo if known else source
+
+
+def _open_folder(source: str, path: Path, variant: str | None, text_only: bool) -> Source:
+    if not path.exists():
         raise InputError(
             f"there is no model or folder {source!r}; choose one of {', '.join(VARIANTS)}, a Hugging Face repo id "
             "or a model folder"
         )
-    targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
-    if found := next(filter(is_checkpoint, targets), None):
-        return found
-    check_writable(targets[0])
-    if opened is None:
-        fetched = hub.fetch(repo, text_only=text_only, quiet=quiet)
-        opened = Source.open(fetched, variant or (known and known.name), text_only=text_only)
-    _convert(opened, targets[0], quant, text_quant, repo, progress)
-    return targets[0]
+    return Source.open(path, variant, text_only=text_only)
+
+
+def _holding(folder: Path, variant: str | None) -> Path:
+    """The checkpoint `folder`; InputError if it is not of `variant`."""
+    if variant is not None and (stored := read_json(folder / MANIFEST).get("variant", variant)) != variant:
+        raise InputError(f"{folder} holds {stored}, not {variant}; leave the variant out, or choose another model")
+    return folder
 
 
 def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> list[str]:
@@ -99,13 +124,6 @@ def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> lis
     if not text_only:
         return [checkpoint_name(model, quant, text_quant)]
     return [f"{model}-text-only-{text_quant}", *(checkpoint_name(model, q, text_quant) for q in QUANTIZATIONS)]
-
-
-def _known_variant(source: str) -> Variant | None:
-    """The row of the table that `source` names or whose repo it is."""
-    if source in VARIANTS:
-        return VARIANTS[source]
-    return next((v for v in VARIANTS.values() if v.repo and v.repo.lower() == source.lower()), None)
 
 
 def _convert(source: Source, target: Path, quant: str, text_quant: str, name: str, progress) -> None:

@@ -16,6 +16,7 @@ from hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
+from flux2_mlx.errors import DownloadError
 from flux2_mlx.images import read_settings
 
 REPO = "org/model"
@@ -187,8 +188,43 @@ def test_a_folder_of_the_same_name_comes_first(official, monkeypatch):
     assert quants(Path("mine"))[0] == VARIANT
 
 
+@pytest.mark.parametrize("command", [["convert", "klein-9b", "mine"], ["download", "klein-9b"]])
+def test_a_model_folder_of_the_same_name_comes_first_and_no_other_folder(command, official, monkeypatch):
+    def fetch(repo, **options):
+        raise DownloadError(f"asked for {repo}")
+
+    monkeypatch.setattr("flux2_mlx.hub.fetch", fetch)
+    Path("klein-9b").mkdir()
+    assert refusal(*command, "--quiet") == f"asked for {MODELS['klein-9b']}"
+    shutil.copytree(official, "klein-9b", dirs_exist_ok=True)
+    assert done(*command, "--variant", VARIANT).stdout
+
+
+@pytest.mark.parametrize("variant", ["nonsense", "dev"])
+@pytest.mark.parametrize("model", ["demo", "mine", "klein-4b"])
+def test_a_variant_that_the_model_is_not(model, variant, folder, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    shutil.copytree(DEMO, "mine")
+    expected = {
+        "demo": f"{DEMO} holds demo, not dev; leave the variant out, or choose another model",
+        "mine": "mine holds demo, not dev; leave the variant out, or choose another model",
+        "klein-4b": "klein-4b is not dev; leave the variant out, or choose another model",
+    }[model]
+    if variant == "nonsense":
+        expected = "unknown model 'nonsense'; choose one of demo, "
+    for command in (["t2i", "a red fox", "-m"], ["download"]):
+        assert refusal(*command, model, "--variant", variant).startswith(expected)
+
+
 def test_download_of_the_built_in_model_prints_its_folder():
     assert done("download", "demo").stdout == f"{DEMO}\n"
+
+
+@pytest.mark.parametrize("options", [["-q", "qint4"], ["--text-quant", "qint8"]])
+def test_download_does_not_pass_off_another_quantization(options):
+    message = refusal("download", "demo", *options)
+    assert message.startswith(f"{DEMO} is an MLX checkpoint already, stored as bf16 with the text encoder as bf16; ")
+    assert done("download", "demo", "-q", "bf16", "--variant", "demo").stdout == f"{DEMO}\n"
 
 
 def test_download_fetches_converts_and_then_has_it(official, folder):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..config import VARIANTS, get_variant
+from ..config import get_variant
 from ..errors import InputError
 from .options import quiet_option, variant_option, weight_options
 from .progress import Bars, conversion
@@ -36,18 +36,20 @@ def convert(
     """
     from .. import hub
     from ..checkpoint import is_checkpoint
-    from ..convert import Source, check_target, write_checkpoint
+    from ..convert import Source, check_target, look_up, write_checkpoint
 
     if variant is not None:
         get_variant(variant)
     check_target(target, force)
     if is_checkpoint(Path(source)):
         raise InputError(f"{source} is an MLX checkpoint already")
-    repo = _repo(source)
+    known, repo = look_up(source)
+    if known and repo is None:
+        raise InputError(f"{source} is built in and needs no conversion")
     folder = Path(source) if repo is None else hub.fetch(repo, quiet=quiet)
     with Bars(quiet) as bars:
         write_checkpoint(
-            Source.open(folder, variant),
+            Source.open(folder, variant or (known and known.name)),
             target,
             quant or "bf16",
             text_quant,
@@ -56,19 +58,3 @@ def convert(
             progress=conversion(bars),
         )
     click.echo(target)
-
-
-def _repo(source: str) -> str | None:
-    """The repo id that `source` is or names; None for a folder."""
-    from .. import hub
-
-    if Path(source).exists():
-        return None
-    if source == "demo":
-        raise InputError("demo is built in and needs no conversion")
-    row = next(
-        (v for v in VARIANTS.values() if v.repo and (source == v.name or source.lower() == v.repo.lower())), None
-    )
-    if row is None:
-        return source if hub.is_repo_id(source) else None
-    return row.repo

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ..config import VARIANTS
+from ..errors import InputError
 from .options import models_dir_option, quiet_option, variant_option, weight_options
 from .progress import Bars, conversion, notice
 
@@ -42,4 +43,18 @@ def download(
             quiet=quiet,
             progress=conversion(bars),
         )
+    _check_quants(folder, quant, text_quant)
     click.echo(folder)
+
+
+def _check_quants(folder: Path, quant: str | None, text_quant: str | None) -> None:
+    """Raise InputError if an MLX checkpoint that MODEL is itself is stored in another quantization than asked for."""
+    from ..checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(folder)
+    stored = (checkpoint.quant, checkpoint.text_quant)
+    if quant not in (None, stored[0]) or text_quant not in (None, stored[1]):
+        raise InputError(
+            f"{folder} is an MLX checkpoint already, stored as {stored[0]} with the text encoder as {stored[1]}; "
+            "leave -q and --text-quant out, or convert the original"
+        )
