@@ -90,6 +90,18 @@ def test_an_image_that_does_not_say_its_dtype_gets_the_usual_one(folder):
     assert (folder / "a.png").read_bytes() == (folder / "c.png").read_bytes()
 
 
+def test_other_weights_than_those_of_the_image_are_noticed():
+    make("--seed", "7", "-o", "a.png")
+    remember("b.png", fingerprint="0" * 64)
+    message = "demo has other weights than when the image was made, so the new one will differ\n"
+    assert message in replay("b.png", "-o", "c.png").stderr
+    assert replay("b.png", "-o", "c.png", "--force", "--quiet").stderr == ""
+    assert message not in replay("b.png", "-o", "c.png", "--force", "-m", "demo").stderr  # asked for as it is now
+    assert message not in replay("a.png", "-o", "c.png", "--force").stderr
+    remember("b.png", fingerprint=None)  # of a model whose checkpoint has none
+    assert message not in replay("b.png", "-o", "c.png", "--force").stderr
+
+
 def test_replay_goes_with_several_seeds_and_prompts():
     make("--seed", "7", "-o", "a.png")
     assert replay("a.png", "-n", "2", "-o", "b.png").stdout == "b-7.png\nb-8.png\n"
@@ -137,6 +149,7 @@ def test_a_picture_cut_short_gives_one_line(folder):
         ({"prompt": "  "}, "the prompt is empty; describe the image in words"),
         ({"prompt": "\ud800"}, r"the prompt is not valid text: '\ud800'"),
         ({"upsampled_prompt": "\ud800"}, r"the prompt is not valid text: '\ud800'"),
+        ({"fingerprint": 5}, "the settings in b.png are damaged: fingerprint is 5"),
         ({"upsampled_prompt": 5}, "the settings in b.png are damaged: upsampled_prompt is 5"),
         ({"width": 17}, "width 17 must be a positive multiple of 16"),
         ({"guidance": float("nan")}, "guidance must be a number of 0 or more, got nan"),

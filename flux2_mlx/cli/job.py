@@ -97,7 +97,10 @@ def _unchanged(file: dict[str, str]) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """Settings of a run; None is the variant's default. Build it with `Job.of`."""
+    """Settings of a run; None is the variant's default. Build it with `Job.of`.
+
+    `rewritten` are the prompts and `fingerprint` the weights that a replayed image was made from.
+    """
 
     prompts: list[str]
     model: str
@@ -123,6 +126,7 @@ class Job:
     force: bool
     pictures: Pictures
     rewritten: list[str] | None = None
+    fingerprint: str | None = None
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -161,7 +165,7 @@ class Job:
             raise click.UsageError("give a PROMPT, --prompts-file or --replay")
         remembered = {} if replay is None else _remembered(replay)
         if given["model"] is not None:
-            remembered.pop("variant", None)  # what the other model was
+            remembered |= {"variant": None, "fingerprint": None}  # those of the other model
         if remembered.get("edit") and not given["pictures"].paths:
             given["pictures"] = Pictures.remembered(remembered["edit"], replay)
         if given["pictures"].keep_size:
@@ -171,6 +175,7 @@ class Job:
             prompts = _read_prompts(prompts_file)
         else:
             prompts = [remembered["prompt"] if prompt is None else prompt]
+        given["fingerprint"] = remembered.get("fingerprint")
         # A replayed prompt was rewritten already; rewriting it again need not give the same words.
         again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
         given["rewritten"] = [again] if again is not None else None
@@ -191,9 +196,9 @@ def _remembered(image: Path) -> dict[str, Any]:
             raise InputError(f"the settings in {image} are damaged: {name} is {settings.get(name)!r}")
     if not isinstance(settings.get("edit"), dict | None):
         raise InputError(f"the settings in {image} are damaged: edit is {settings['edit']!r}")
-    upsampled = settings.get("upsampled_prompt")
-    if not isinstance(upsampled, str | None):
-        raise InputError(f"the settings in {image} are damaged: upsampled_prompt is {upsampled!r}")
+    for name in ("upsampled_prompt", "fingerprint"):
+        if not isinstance(settings.get(name), str | None):
+            raise InputError(f"the settings in {image} are damaged: {name} is {settings[name]!r}")
     return settings
 
 

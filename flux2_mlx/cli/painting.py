@@ -121,6 +121,8 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
         notice(f"{variant.name} and its images: {variant.licence} licence", job.quiet)
     if variant.distilled and job.guidance not in (None, variant.guidance):
         notice(f"{variant.name} is distilled and ignores --guidance", job.quiet)
+    if job.fingerprint not in (None, pipe.checkpoint.source.get("fingerprint")):
+        notice(f"{job.model} has other weights than when the image was made, so the new one will differ", job.quiet)
     return pipe
 
 
