@@ -201,10 +201,12 @@ class Component:
         layers = [(name.removesuffix(".weight"), x.shape) for name, x in plain.items() if len(x.shape) == 2]
         return replace(self, quantization=statement(quant, self.name, layers))
 
-    def verify(self) -> None:
-        """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all."""
+    def verify(self, folder: Path) -> None:
+        """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all that is
+        wrong in the component's `folder`."""
         found = read_headers(self.files)
-        raise_problems(f"{self.name} of the checkpoint is damaged", mismatches(module_tensors(self.build()), found))
+        problems = mismatches(module_tensors(self.build()), found)
+        raise_problems(f"{folder} is damaged, convert the model again", problems)
 
     def load(self, dtype: mx.Dtype, quant: str | None = None) -> nn.Module:
         """The network with its weights in memory.
@@ -279,8 +281,8 @@ class Checkpoint:
             checkpoint._check_consistency()
         except (*_NONSENSE, InputError) as error:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
-        for component in checkpoint.components.values():
-            component.verify()
+        for name, component in checkpoint.components.items():
+            component.verify(folder / name)
         if not checkpoint.tokenizer_file.is_file():
             raise CheckpointError(f"{folder} is incomplete: there is no {checkpoint.tokenizer_file}")
         return checkpoint

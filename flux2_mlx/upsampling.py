@@ -133,7 +133,8 @@ class Writer:
 
     def _check(self, must_see: bool) -> None:
         if "language_model" not in self.checkpoint.components:
-            raise CheckpointError(f"{self.checkpoint.folder} has no language model, so it can't rewrite prompts")
+            folder = self.checkpoint.folder
+            raise CheckpointError(f"{folder} has no language model, so it can't rewrite prompts or describe images")
         if must_see and not self.can_see:
             raise CheckpointError(f"{self.checkpoint.folder} has no vision weights, so it can't look at images")
 

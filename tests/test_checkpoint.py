@@ -121,9 +121,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda folder: shutil.copy(folder / PACKED, folder / "transformer/model (1).safetensors"),
         "repeats tensors of another file",
     ),
-    "missing key": (put(PACKED, "img_in.weight", None), "transformer of the checkpoint is damaged: missing img_in.w"),
-    "missing scales": (put(PACKED, "txt_in.scales", None), "is damaged: missing txt_in.scales$"),
-    "extra key": (put(VAE_WEIGHTS, "lora", torch.zeros(1)), "vae of the checkpoint is damaged: unexpected lora$"),
+    "missing key": (
+        put(PACKED, "img_in.weight", None),
+        "/transformer is damaged, convert the model again: missing img_in.w",
+    ),
+    "missing scales": (
+        put(PACKED, "txt_in.scales", None),
+        "is damaged, convert the model again: missing txt_in.scales$",
+    ),
+    "extra key": (
+        put(VAE_WEIGHTS, "lora", torch.zeros(1)),
+        "/vae is damaged, convert the model again: unexpected lora$",
+    ),
     "wrong shape": (
         put(PACKED, "img_in.weight", torch.zeros(16, 64, dtype=torch.bfloat16)),
         r"img_in.weight is BF16 \[16, 64\] instead of BF16 \[64, 16\]",
@@ -138,7 +147,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "several": (
         weights(VAE_WEIGHTS, lambda x: (x.pop("quant_conv.bias"), x.update({"a": x.pop("quant_conv.weight")}))),
-        "damaged: missing quant_conv.weight; missing quant_conv.bias; unexpected a$",
+        "damaged, convert the model again: missing quant_conv.weight; missing quant_conv.bias; unexpected a$",
     ),
 }
 

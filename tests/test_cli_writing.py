@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import convert, make_dev_source, save_small
-from cli_runner import PROMPT, SMALL, done, pixels, refusal
+from cli_runner import DEMO, PROMPT, SMALL, done, pixels, refusal
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx import upsampling
@@ -125,6 +125,11 @@ def test_real_text_is_repeatable(dev, monkeypatch):
         (["upsample", PROMPT, "-m", "demo"], "has no language model, so it can't rewrite prompts"),
         (["describe", "none.png", "-m", "demo"], "can't read none.png: No such file or directory"),
         (["describe", "notes.txt", "-m", "demo"], "can't read notes.txt: it is not an image"),
+        (["describe", "photo.png", "-m", "demo"], "demo has no language model that sees images; choose dev"),
+        (
+            ["describe", "photo.png", "-m", DEMO],
+            "has no language model, so it can't rewrite prompts or describe images",
+        ),
         (["describe", "photo.png", "-m", "nothing"], "there is no model or folder 'nothing'"),
         (["upsample", PROMPT, "-i", "none.png", "-m", "demo"], "can't read none.png: No such file or directory"),
         (["t2i", PROMPT, *SMALL, "--upsample-prompt"], "has no language model, so it can't rewrite prompts"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,10 +205,14 @@ def _remembered(image: Path) -> dict[str, Any]:
 
 def _read_prompts(file: str) -> list[str]:
     try:
-        with click.open_file(file, encoding="utf-8-sig") as lines:
-            prompts = [line.strip() for line in lines if line.strip()]
+        with click.open_file(file, encoding="utf-8-sig") as stream:
+            lines = stream.readlines()
     except (OSError, UnicodeError) as error:
         raise InputError(f"can't read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+    for number, line in enumerate(lines, 1):
+        if control := next((c for c in line if unicodedata.category(c) == "Cc" and c not in "\t\n"), None):
+            raise InputError(f"line {number} of {file} has the control character {control!a}; write it as UTF-8 text")
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"{file} holds no prompt; write one a line")
     return prompts
