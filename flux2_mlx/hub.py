@@ -36,21 +36,17 @@ def is_repo_id(text: str) -> bool:
 def fetch(
     repo_id: str,
     *,
-    revision: str | None = None,
     text_only: bool = False,
-    offline: bool = False,
     quiet: bool = False,
 ) -> Path:
     """Fetch what a conversion of a diffusers-layout repo needs, check it, and return its folder in the cache.
 
     What the cache already holds is not fetched again, and a big file goes on where an earlier call was stopped.
-    Without a connection a complete copy in the cache is used.
+    Without a connection, or with `HF_HUB_OFFLINE=1`, a complete copy in the cache is used.
 
     Args:
         repo_id: `owner/name`.
-        revision: branch, tag or commit; the default branch if None.
         text_only: leave out the weights of the transformer and the VAE.
-        offline: look in the cache only, as with `HF_HUB_OFFLINE=1`.
         quiet: show no progress bars.
 
     Raises:
@@ -60,22 +56,22 @@ def fetch(
         raise DownloadError(f"{repo_id!r} is no Hugging Face repo id; give it as owner/name")
     from huggingface_hub import HfApi, constants
 
-    if offline or constants.HF_HUB_OFFLINE:
-        if folder := _find_cached(repo_id, revision, text_only):
+    if constants.HF_HUB_OFFLINE:
+        if folder := _find_cached(repo_id, text_only):
             return folder
         absent = f"{repo_id} is not complete in the cache {constants.HF_HUB_CACHE} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+        info = HfApi().model_info(repo_id, files_metadata=True, timeout=timeout)
     except Exception as error:  # the HTTP client, and so the class of its errors, depends on the version
         cause = f"cannot reach {constants.ENDPOINT} ({_first_line(error)})"
-        reason = _explain(error, repo_id, revision) or f"{cause}; check the connection, or give a folder"
-        if folder := _find_cached(repo_id, revision, text_only):
+        reason = _explain(error, repo_id) or f"{cause}; check the connection, or give a folder"
+        if folder := _find_cached(repo_id, text_only):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
         raise DownloadError(reason) from error
-    return _download(repo_id, revision, info, text_only, quiet)
+    return _download(repo_id, info, text_only, quiet)
 
 
 def _is_needed(name: str, text_only: bool) -> bool:
@@ -83,11 +79,11 @@ def _is_needed(name: str, text_only: bool) -> bool:
     return _NEEDED.fullmatch(name) is not None and not skipped
 
 
-def _find_cached(repo_id: str, revision: str | None, text_only: bool) -> Path | None:
+def _find_cached(repo_id: str, text_only: bool) -> Path | None:
     """Look up a snapshot with no part and no shard missing: other programs may have fetched single files of it."""
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(repo_id, _INDEX, revision=revision)
+    index = try_to_load_from_cache(repo_id, _INDEX)
     if not isinstance(index, str):
         return None
     folder = Path(index).parent
@@ -103,7 +99,7 @@ def _find_cached(repo_id: str, revision: str | None, text_only: bool) -> Path | 
     return folder if complete else None
 
 
-def _download(repo_id: str, revision: str | None, info: Any, text_only: bool, quiet: bool) -> Path:
+def _download(repo_id: str, info: Any, text_only: bool, quiet: bool) -> Path:
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
     # Small ones first, so that what goes wrong goes wrong early.
@@ -127,12 +123,12 @@ def _download(repo_id: str, revision: str | None, info: Any, text_only: bool, qu
                 path = hf_hub_download(repo_id, file.rfilename, revision=info.sha)  # only links a blob that is there
             _verify(Path(path), file, fresh=file in missing and not partial)
         # Asking by branch records the branch in the cache, for offline look-ups; only now is everything there.
-        hf_hub_download(repo_id, _INDEX, revision=revision)
+        hf_hub_download(repo_id, _INDEX)
     except DownloadError:
         raise
     except Exception as error:  # as above, and hf_xet raises RuntimeError
         broken = f"the download of {repo_id} broke off ({_first_line(error)}); start it again, it goes on from there"
-        raise DownloadError(_explain(error, repo_id, revision) or broken) from error
+        raise DownloadError(_explain(error, repo_id) or broken) from error
     return storage / "snapshots" / info.sha
 
 
@@ -209,7 +205,7 @@ def _discard(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _explain(error: BaseException, repo_id: str, revision: str | None) -> str | None:
+def _explain(error: BaseException, repo_id: str) -> str | None:
     """Say what `error` means for the user, unless it is just a failed connection."""
     from huggingface_hub import constants, errors, get_token
 
@@ -228,8 +224,6 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str | 
     # Who has no token gets 401 for a repo that does not exist.
     if status == 401 or isinstance(error, errors.RepositoryNotFoundError):
         return f"unknown repo id {repo_id!r} at {constants.ENDPOINT}; check the spelling; if it is private, {log_in}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r}; {page} lists its branches and tags"
     if status is not None:
         return f"{constants.ENDPOINT} answers HTTP {status} for {repo_id}; try again later"
     if os.strerror(errno.ENOSPC).lower() in str(error).lower():  # hf_xet gives no errno

@@ -44,7 +44,7 @@ DEFAULT_ENDPOINT = constants.ENDPOINT
 BIG_FROM, CHUNK = 10_000, 1024
 
 
-def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, **options):
+def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
     """What `hub.fetch` gives for a user whose HF_HOME is `home`."""
     environment = hub.environment(home, token)
     endpoint = endpoint or environment["HF_ENDPOINT"]
@@ -58,7 +58,7 @@ def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, **options):
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + path)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_OFFLINE", offline)
         patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
         patch.setattr(flux2_mlx.hub, "_SMALL", BIG_FROM)
         patch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))  # it waits between retries

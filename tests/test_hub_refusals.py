@@ -50,10 +50,6 @@ def test_unknown_repo(hub, home, token):
     assert message.startswith(f"unknown repo id 'org/modle' at {hub.url}; check the spelling")
 
 
-def test_unknown_revision(hub, home):
-    assert refusal(hub, home, revision="v2").startswith(f"{REPO} has no revision 'v2'")
-
-
 def test_other_layout(home):
     with HubServer({REPO: UNNEEDED}) as hub:
         assert refusal(hub, home).startswith(f"{REPO} has no model_index.json")

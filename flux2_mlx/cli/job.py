@@ -15,7 +15,6 @@ from .options import DEFAULT_MODEL
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_IMAGES = 1000
 # What an image file remembers that goes back to the option of the same name with --replay.
 _REPLAYED = {
     "model": str,
@@ -182,8 +181,6 @@ class Job:
         given["rewritten"] = [again] if again is not None else None
         for prompt in prompts:
             check_words(prompt)
-        if not 1 <= len(prompts) * given["num_images"] <= MAX_IMAGES:
-            raise InputError(f"a run makes 1 to {MAX_IMAGES} images, not {len(prompts) * given['num_images']}")
         defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
         return cls(prompts=prompts, **given | {key: x for key, x in defaults.items() if given[key] is None})
 
