@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 
 def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     """Make the images of `job`, and print their paths or a report."""
-    from ..images import open_image
-
     images, edit = job.pictures.open()
-    interpreted = [open_image(path) for path in job.interpret]
     _check(job, images, edit)
     paths = job.paths()
     start = time.perf_counter()
@@ -40,7 +37,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         _check_images(request, job, paths)
         if images:
             _count_tokens(pipe, request, edit, job)
-        prompts, timings = _rewrite(pipe, job, images, interpreted, bars)
+        prompts, timings = _rewrite(pipe, job, images, bars)
         request = pipe.request(prompts, edit=edit, **job.settings())
         run = Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings())
         output = _make(run, job, paths, bars)
@@ -57,7 +54,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
 
 def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """Everything that can be known to be wrong before a model is fetched."""
-    from ..images import check_output
+    from ..images import check_output, open_image
     from ..layers import activation_dtype
     from ..memory import memory_bytes
     from ..references import Edit
@@ -68,6 +65,8 @@ def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     row = VARIANTS.get(job.model, VARIANTS[DEFAULT_MODEL])
     Request.checked(row, row.vae.token_size, job.prompts, **job.settings())
     Edit.checked(images, row.vae.token_size, **edit)
+    for path in job.interpret:
+        open_image(path)
     looks = job.interpret or (images and job.upsample_prompt)
     if looks and job.rewritten is None and job.model in VARIANTS and VARIANTS[job.model].vision is None:
         check_sight(job.vision_model)
@@ -133,20 +132,19 @@ def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: 
 
 
 def _rewrite(
-    pipe: "Flux2Pipeline",
-    job: Job,
-    images: "list[Image.Image]",
-    interpreted: "list[Image.Image]",
-    bars: Bars,
+    pipe: "Flux2Pipeline", job: Job, images: "list[Image.Image]", bars: Bars
 ) -> tuple[list[str], list["Phase"]]:
     """The prompts that the images are made from, after --interpret and --upsample-prompt, and what that took."""
+    from ..images import open_image
+
     if job.rewritten is not None:
         return job.rewritten, []
     prompts, timings = job.prompts, []
-    if interpreted:
+    if job.interpret:
+        pictures = [open_image(path) for path in job.interpret]
         writer = _seeing(pipe, job, bars)
         with Stream(job.quiet) as stream:
-            descriptions = writer.describe(interpreted, seed=job.seed, on_text=stream.show)
+            descriptions = writer.describe(pictures, seed=job.seed, on_text=stream.show)
         timings += writer.timings
         prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
     if job.upsample_prompt:
