@@ -91,7 +91,7 @@ def _networks(
     known, _ = look_up(model)
     if known and known.repo:
         return Networks.described(known, quant or "bf16", text_quant, **wanted)
-    if not known and not is_checkpoint(Path(model).expanduser()):
+    if not known and not is_checkpoint(Path(model)):
         raise InputError(f"unknown model {model!r}; choose one of {', '.join(VARIANTS)}, or a converted model's folder")
     return Networks.of(Checkpoint.open(find_checkpoint(model)), quant, text_quant, **wanted)
 
