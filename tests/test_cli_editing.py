@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from cli_runner import PROMPT, difference, done, pixels, refusal, run
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from flux2_mlx.images import read_settings
 
@@ -131,6 +131,40 @@ def test_a_changed_image_is_not_replayed():
     edit("-i", "a.png", "-o", "first.png")
     Image.new("RGB", (96, 80)).save("a.png")
     assert "a.png, which the image was made from, is gone or has changed" in refusal("i2i", "--replay", "first.png")
+
+
+def remember(path, **changes):
+    """Write a picture whose edit is that of `first.png` with some of it changed."""
+    with Image.open("first.png") as image:
+        settings = json.loads(image.text["flux2-mlx"])
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("flux2-mlx", json.dumps(settings | {"edit": settings["edit"] | changes}))
+        image.save(path, pnginfo=info)
+
+
+SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strength": "0.5"}, "the settings in b.png are damaged: strength is '0.5'"),
+        ({"mask_crop": "x"}, "the settings in b.png are damaged: mask_crop is 'x'"),
+        ({"mask": "mask.png"}, "the settings in b.png are damaged: mask is 'mask.png'"),
+        ({"mask": {"path": 5}}, "the settings in b.png are damaged: path is 5"),
+        ({"extend": {"foo": 1}}, "the settings in b.png are damaged: left is None"),
+        ({"extend": SIDES | {"overlap": "z"}}, "the settings in b.png are damaged: overlap is 'z'"),
+        ({"images": []}, "the settings in b.png are damaged: images is []"),
+        ({"images": None}, "the settings in b.png are damaged: images is None"),
+        ({"images": ["a.png"]}, "the settings in b.png are damaged: 'a.png' should say path, sha256"),
+        ({"images": [{"path": "a.png"}]}, "the settings in b.png are damaged: sha256 is None"),
+        ({"strength": float("nan")}, "strength must be above 0 and at most 1, got nan"),
+    ],
+)
+def test_a_damaged_edit(changes, message):
+    edit("-i", "a.png", "-o", "first.png")
+    remember("b.png", **changes)
+    assert refusal("i2i", "--replay", "b.png", "-o", "c.png") == message
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,15 @@ _REPLAYED = {
     "guidance": float,
     "seed": int,
 }
+_EDIT = {
+    "images": list,
+    "strength": float | None,
+    "mask": dict | None,
+    "mask_crop": int | None,
+    "extend": dict | None,
+}
+_EXTEND = dict.fromkeys(("left", "right", "top", "bottom", "overlap"), int)
+_FILE = {"path": str, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -75,20 +84,25 @@ class Pictures:
 
     @classmethod
     def remembered(cls, values: Any, image: Path) -> "Pictures":
-        """The edit that `image` remembers; InputError if its files are gone or have changed."""
-        try:
-            mask = values["mask"] and _unchanged(values["mask"])
-            paths = tuple(_unchanged(file) for file in values["images"])
-            return cls(paths, values["strength"], mask, values["mask_crop"], values["extend"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"the settings in {image} are damaged: edit is {values!r}") from error
+        """The edit that `image` remembers; InputError if it is damaged, or its files are gone or have changed."""
+        _check_kinds(values, _EDIT, image)
+        if not values["images"]:
+            raise InputError(f"the settings in {image} are damaged: images is []")
+        mask, extend = values.get("mask"), values.get("extend")
+        if extend is not None:
+            _check_kinds(extend, _EXTEND, image)
+            extend = {name: extend[name] for name in _EXTEND}
+        paths = tuple(_unchanged(file, image) for file in values["images"])
+        mask = None if mask is None else _unchanged(mask, image)
+        return cls(paths, values.get("strength"), mask, values.get("mask_crop"), extend)
 
 
 def _identity(path: Path) -> dict[str, str]:
     return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _unchanged(file: dict[str, str]) -> Path:
+def _unchanged(file: Any, image: Path) -> Path:
+    _check_kinds(file, _FILE, image)
     path = Path(file["path"])
     if not path.is_file() or _identity(path)["sha256"] != file["sha256"]:
         raise InputError(f"{path}, which the image was made from, is gone or has changed; give the images with -i")
@@ -166,7 +180,7 @@ class Job:
         remembered = {} if replay is None else _remembered(replay)
         if given["model"] is not None:
             remembered |= {"variant": None, "fingerprint": None}  # those of the other model
-        if remembered.get("edit") and not given["pictures"].paths:
+        if remembered.get("edit") is not None and not given["pictures"].paths:
             given["pictures"] = Pictures.remembered(remembered["edit"], replay)
         if given["pictures"].keep_size:
             remembered |= {"width": None, "height": None}
@@ -189,15 +203,18 @@ def _remembered(image: Path) -> dict[str, Any]:
     from ..images import read_settings
 
     settings = read_settings(image)
-    for name, kind in {"prompt": str, **_REPLAYED}.items():
-        if not isinstance(settings.get(name), kind):
-            raise InputError(f"the settings in {image} are damaged: {name} is {settings.get(name)!r}")
-    if not isinstance(settings.get("edit"), dict | None):
-        raise InputError(f"the settings in {image} are damaged: edit is {settings['edit']!r}")
-    for name in ("upsampled_prompt", "fingerprint"):
-        if not isinstance(settings.get(name), str | None):
-            raise InputError(f"the settings in {image} are damaged: {name} is {settings[name]!r}")
+    optional = dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None)
+    _check_kinds(settings, {"prompt": str, **optional, "edit": dict | None, **_REPLAYED}, image)
     return settings
+
+
+def _check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:
+    """Raise InputError if `values`, which `image` remembers, are not all of their kinds; None may be left out."""
+    if not isinstance(values, dict):
+        raise InputError(f"the settings in {image} are damaged: {values!r} should say {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise InputError(f"the settings in {image} are damaged: {name} is {values.get(name)!r}")
 
 
 def _read_prompts(file: str) -> list[str]:
