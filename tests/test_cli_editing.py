@@ -52,12 +52,12 @@ def test_tokens_are_counted_and_many_are_warned_of(caplog):
     assert "160 tokens, demo is recommended for 128" in caplog.text
 
 
-def test_report():
+def test_report(folder):
     result = edit("-i", "a.png", "--strength", "0.5", "-o", "out.png", "--json", "--quiet")
     report = json.loads(result.stdout)
     assert [phase["name"] for phase in report["phases"]] == ["text_encoder", "vae_encoder", "transformer", "vae"]
     assert (report["width"], report["height"], report["steps"]) == (96, 80, 2)
-    assert report["edit"]["images"][0]["path"] == "a.png"
+    assert report["edit"]["images"][0]["path"] == str(folder / "a.png")
     assert report["edit"]["strength"] == 0.5
 
 
@@ -127,10 +127,62 @@ def test_replay_of_outpainting():
     assert np.array_equal(pixels("first.png"), pixels("again.png"))
 
 
-def test_a_changed_image_is_not_replayed():
-    edit("-i", "a.png", "-o", "first.png")
+def test_a_changed_image_is_not_replayed(folder):
+    edit("-i", "a.png", "--mask", "mask.png", "-o", "first.png")
+    message = "which the image was made from, is gone or has changed; give the"
+    Image.new("L", (96, 80)).save("mask.png")
+    assert refusal("i2i", "--replay", "first.png") == f"{folder / 'mask.png'}, {message} mask with --mask"
+    edit("-i", "a.png", "-o", "second.png")
     Image.new("RGB", (96, 80)).save("a.png")
-    assert "a.png, which the image was made from, is gone or has changed" in refusal("i2i", "--replay", "first.png")
+    assert refusal("i2i", "--replay", "second.png") == f"{folder / 'a.png'}, {message} images with -i"
+
+
+def test_a_replay_in_another_folder(folder, monkeypatch):
+    edit("-i", "a.png", "-o", "first.png")
+    (folder / "other").mkdir()
+    monkeypatch.chdir(folder / "other")
+    done("i2i", "--replay", "../first.png", "-o", "again.png")
+    assert np.array_equal(pixels("../first.png"), pixels("again.png"))
+
+
+def test_a_replay_of_files_that_were_moved(folder):
+    Image.open("a.png").resize((100, 84)).save("odd.png")
+    Image.open("mask.png").resize((100, 84)).save("odd-mask.png")
+    edit("-i", "odd.png", "--mask", "odd-mask.png", "--mask-crop", "8", "--strength", "0.8", "-o", "first.png")
+    for name in ("odd.png", "odd-mask.png"):
+        (folder / name).rename(f"moved-{name}")
+    done("i2i", "--replay", "first.png", "-i", "moved-odd.png", "--mask", "moved-odd-mask.png", "-o", "again.png")
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+
+
+def test_a_replay_of_outpainting_an_image_that_was_moved(folder):
+    done("outpaint", "a.png", *DEMO, "--top", "16", "-o", "first.png")
+    (folder / "a.png").rename("moved.png")
+    done("i2i", "--replay", "first.png", "-i", "moved.png", "-o", "again.png")
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+    message = refusal("i2i", "--replay", "first.png", "-i", "moved.png", "--mask", "mask.png", "-o", "c.png")
+    assert message == "first.png was extended, which marks what is new; leave out the mask mask.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (("--strength", "0.9"), "strength", 0.9),
+        (("--mask-crop", "0"), "mask_crop", 0),
+        (("--mask", "other.png"), "mask", "other.png"),
+        (("-i", "c.png"), "images", "c.png"),
+    ],
+)
+def test_what_is_given_of_an_edit_wins_and_the_rest_stays(arguments, name, value):
+    Image.new("L", (96, 80), "white").save("other.png")
+    Image.new("RGB", (96, 80), "red").save("c.png")
+    edit("-i", "a.png", "--mask", "mask.png", "--mask-crop", "8", "--strength", "0.6", "-o", "first.png")
+    done("i2i", "--replay", "first.png", *arguments, "-o", "again.png")
+    first, again = (read_settings(path) for path in ("first.png", "again.png"))
+    changed = again["edit"].pop(name)
+    assert first["edit"].pop(name) != changed
+    assert value == changed or value in str(changed)
+    assert again == first
 
 
 def remember(path, **changes):

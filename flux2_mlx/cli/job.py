@@ -82,30 +82,41 @@ class Pictures:
         """Whether the size is that of the first image."""
         return self.strength is not None or self.mask is not None or self.extend is not None
 
-    @classmethod
-    def remembered(cls, values: Any, image: Path) -> "Pictures":
-        """The edit that `image` remembers; InputError if it is damaged, or its files are gone or have changed."""
-        _check_kinds(values, _EDIT, image)
-        if not values["images"]:
+    def completed(self, edit: dict[str, Any], image: Path) -> "Pictures":
+        """These pictures, and for all that is not given what `image` remembers of its `edit`.
+
+        Raises:
+            InputError: `edit` is damaged, or a file that is not given is gone or has changed.
+        """
+        _check_kinds(edit, _EDIT, image)
+        if not edit["images"]:
             raise InputError(f"the settings in {image} are damaged: images is []")
-        mask, extend = values.get("mask"), values.get("extend")
+        mask, extend = edit.get("mask"), edit.get("extend")
         if extend is not None:
             _check_kinds(extend, _EXTEND, image)
             extend = {name: extend[name] for name in _EXTEND}
-        paths = tuple(_unchanged(file, image) for file in values["images"])
-        mask = None if mask is None else _unchanged(mask, image)
-        return cls(paths, values.get("strength"), mask, values.get("mask_crop"), extend)
+            if self.mask is not None:
+                raise InputError(f"{image} was extended, which marks what is new; leave out the mask {self.mask}")
+        if self.mask is None and mask is not None:
+            mask = _unchanged(mask, image, "the mask with --mask")
+        return Pictures(
+            self.paths or tuple(_unchanged(file, image, "the images with -i") for file in edit["images"]),
+            edit.get("strength") if self.strength is None else self.strength,
+            mask if self.mask is None else self.mask,
+            edit.get("mask_crop") if self.mask_crop is None else self.mask_crop,
+            extend,
+        )
 
 
 def _identity(path: Path) -> dict[str, str]:
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"path": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _unchanged(file: Any, image: Path) -> Path:
+def _unchanged(file: Any, image: Path, way_out: str) -> Path:
     _check_kinds(file, _FILE, image)
     path = Path(file["path"])
     if not path.is_file() or _identity(path)["sha256"] != file["sha256"]:
-        raise InputError(f"{path}, which the image was made from, is gone or has changed; give the images with -i")
+        raise InputError(f"{path}, which the image was made from, is gone or has changed; give {way_out}")
     return path
 
 
@@ -180,8 +191,8 @@ class Job:
         remembered = {} if replay is None else _remembered(replay)
         if given["model"] is not None:
             remembered |= {"variant": None, "fingerprint": None}  # those of the other model
-        if remembered.get("edit") is not None and not given["pictures"].paths:
-            given["pictures"] = Pictures.remembered(remembered["edit"], replay)
+        if remembered.get("edit") is not None:
+            given["pictures"] = given["pictures"].completed(remembered["edit"], replay)
         if given["pictures"].keep_size:
             remembered |= {"width": None, "height": None}
         given |= {key: remembered.get(key) for key in _REPLAYED if given[key] is None}
