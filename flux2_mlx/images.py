@@ -5,6 +5,8 @@ import math
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +37,35 @@ def open_image(path: Path) -> Image.Image:
     """An image file as RGB: turned as its EXIF data say, transparency laid on white.
 
     Raises:
-        InputError: not a readable image, an animation, or more than `MAX_INPUT_PIXELS`.
+        InputError: not a readable image, an animation, several pages, or more than `MAX_INPUT_PIXELS`.
     """
+    with _reading(path), Image.open(path) as image:
+        if image.width * image.height > MAX_INPUT_PIXELS:
+            raise InputError(f"{path} is too large: {image.width}×{image.height}; scale it down first")
+        # Behind a camera's picture an MPO file, named .jpg, has only a preview or a second view of it.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            if image.format == "TIFF":
+                raise InputError(f"{path} has several pages; save one of them as an image")
+            raise InputError(f"{path} is an animation; save one of its frames as an image")
+        image.load()
+        return _flat(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever is raised inside into an InputError about `path`; what can be skipped is not warned of."""
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_INPUT_PIXELS:
-                raise InputError(f"{path} is too large: {image.width}×{image.height}; scale it down first")
-            if getattr(image, "n_frames", 1) > 1:
-                raise InputError(f"{path} is an animation; save one of its frames as an image")
-            image.load()
-            return _flat(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
-        raise InputError(f"can't read {path}: it is not an image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        phone = path.suffix.lower() in (".heic", ".heif")
+        raise InputError(
+            f"can't read {path}: {'export it as JPEG or PNG' if phone else 'it is not an image'}"
+        ) from error
+    except Exception as error:  # what Pillow raises for a damaged file depends on the damage
         raise InputError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -143,16 +161,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no readable image, or an image without settings of this tool.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about damaged metadata that it can skip
-            with Image.open(path) as image:
-                payload = _payload(image)
+    with _reading(path):
+        with Image.open(path) as image:
+            payload = _payload(image)
         settings = json.loads(payload) if payload else None
-    except UnidentifiedImageError as error:
-        raise InputError(f"can't read {path}: it is not an image") from error
-    except Exception as error:  # what Pillow raises for a damaged file depends on the damage
-        raise InputError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path} carries no settings of flux2-mlx, so it can't be made again")
     return settings

@@ -14,7 +14,17 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import ExifTags, Image, PngImagePlugin
 
 from flux2_mlx.errors import InputError
-from flux2_mlx.images import FORMATS, check_output, check_size, describe, read_settings, save, to_pil, to_unit
+from flux2_mlx.images import (
+    FORMATS,
+    check_output,
+    check_size,
+    describe,
+    open_image,
+    read_settings,
+    save,
+    to_pil,
+    to_unit,
+)
 
 SETTINGS = {
     "prompt": "a red fox in snow",
@@ -318,3 +328,40 @@ def test_settings_with_a_comment_that_is_cut(tmp_path, image):
     image.save(tmp_path / "a.webp", exif=exif)
     with pytest.raises(InputError, match=r"can't read .*a\.webp: "):
         read_settings(tmp_path / "a.webp")
+
+
+def test_the_first_picture_of_a_camera_is_taken(tmp_path, image):
+    image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    image.save(tmp_path / "b.jpg")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.jpg")), np.asarray(open_image(tmp_path / "b.jpg")))
+
+
+def test_a_document_of_several_pages_is_refused(tmp_path, image):
+    image.save(tmp_path / "a.tif", save_all=True, append_images=[image])
+    with pytest.raises(InputError, match=r"a\.tif has several pages; save one of them as an image$"):
+        open_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIF"])
+def test_pictures_of_phones(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(InputError, match=rf"can't read .*a{suffix}: export it as JPEG or PNG$"):
+        open_image(tmp_path / f"a{suffix}")
+
+
+def test_whatever_a_damaged_file_makes_pillow_raise_is_one_error(tmp_path, image):
+    image.save(tmp_path / "a.dds")
+    data = bytearray((tmp_path / "a.dds").read_bytes())
+    data[80] = 0  # no kind of pixels, which Pillow calls not implemented
+    (tmp_path / "a.dds").write_bytes(data)
+    with pytest.raises(InputError, match=r"can't read .*a\.dds: Unknown pixel format flags 0$"):
+        open_image(tmp_path / "a.dds")
+
+
+def test_a_picture_within_our_limit_is_not_warned_of(tmp_path, image, monkeypatch):
+    image.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32 - 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert open_image(tmp_path / "a.png").size == (32, 24)
+    assert caught == []
