@@ -1,5 +1,6 @@
 """Pixels to image files and back, with the settings that made an image kept inside its file."""
 
+import io
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import InputError
 
@@ -33,8 +34,8 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image) for image in np.round(images * 255).astype(np.uint8)]
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB: turned as its EXIF data say, transparency laid on white.
+def open_image(path: Path, ground: str = "white") -> Image.Image:
+    """An image file as RGB in sRGB: turned as its EXIF data say, transparency laid on the colour `ground`.
 
     Raises:
         InputError: not a readable image, an animation, several pages, or more than `MAX_INPUT_PIXELS`.
@@ -48,7 +49,7 @@ def open_image(path: Path) -> Image.Image:
                 raise InputError(f"{path} has several pages; save one of them as an image")
             raise InputError(f"{path} is an animation; save one of its frames as an image")
         image.load()
-        return _flat(ImageOps.exif_transpose(image))
+        return flattened(ImageOps.exif_transpose(image), ground)
 
 
 @contextmanager
@@ -69,13 +70,44 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def flattened(image: Image.Image, ground: str = "white") -> Image.Image:
+    """An image of any mode as RGB in sRGB with nothing attached, transparency laid on the colour `ground`.
+
+    Raises:
+        InputError: it is no PIL image.
+    """
+    if not isinstance(image, Image.Image):
+        raise InputError(f"images must be PIL images, got {type(image).__name__}; open files with PIL.Image.open")
+    if image.mode == "RGB" and not image.info:
+        return image
+    profile, alpha = image.info.get("icc_profile"), None
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.has_transparency_data:
+        whole = image.convert("RGBA")
+        image, alpha = whole.convert(Image.getmodebase(image.mode)), whole.getchannel("A")
+    flat = _in_srgb(image, profile)
+    if alpha is not None:
+        flat.putalpha(alpha)
+        flat = Image.alpha_composite(Image.new("RGBA", flat.size, ground), flat).convert("RGB")
+    flat.info = {}
+    return flat
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An opaque image as RGB, its colours converted from `profile` if that can be used."""
+    plain = image.convert("RGB")
+    if not profile:
+        return plain
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        fits = plain if source.profile.xcolor_space.strip() == "RGB" and image.mode != "CMYK" else image
+        converted = ImageCms.profileToProfile(fits, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ValueError, ImageCms.PyCMSError):  # damaged, or of another kind of colours than the image
+        return plain
+    # What is in sRGB already differs by rounding alone, and is to stay what it is.
+    furthest = max(high for _, high in ImageChops.difference(plain, converted).getextrema())
+    return converted if furthest > 2 else plain
 
 
 def describe(settings: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .errors import InputError
+from .images import flattened
 
 MIN_SIDE = 64
 MAX_ASPECT = 8
@@ -246,7 +247,9 @@ class Edit:
         crop_padding: int | None = None,
         feather: int = 0,
     ) -> "Edit":
-        """Prepare RGB `images` of any size; with `mask` or `on_canvas` the first is painted over.
+        """Prepare `images` of any mode and size; with `mask` or `on_canvas` the first is painted over.
+
+        Transparent parts of images are white, those of the mask black, so they are kept.
 
         Raises:
             InputError: a picture or the mask can't be used, or there are too many.
@@ -259,10 +262,12 @@ class Edit:
             if mask is not None or on_canvas:
                 raise InputError("a mask or a strength needs an image to start from")
             return cls()
+        images = [flattened(image) for image in images]
         for image in images:
             check_picture(image)
         if mask is None and not on_canvas:
             return cls(tuple(fit_reference(image, multiple) for image in images))
+        mask = None if mask is None else flattened(mask, "black")
         canvas = Canvas.checked(images[0], mask, multiple, crop_padding=crop_padding, feather=feather)
         return cls((canvas.picture, *(fit_reference(image, multiple) for image in images[1:])), canvas)
 

@@ -5,13 +5,14 @@ import json
 import os
 import random
 import stat
+import struct
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from flux2_mlx.errors import InputError
 from flux2_mlx.images import (
@@ -19,6 +20,7 @@ from flux2_mlx.images import (
     check_output,
     check_size,
     describe,
+    flattened,
     open_image,
     read_settings,
     save,
@@ -365,3 +367,56 @@ def test_a_picture_within_our_limit_is_not_warned_of(tmp_path, image, monkeypatc
         warnings.simplefilter("always")
         assert open_image(tmp_path / "a.png").size == (32, 24)
     assert caught == []
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# Red light and green light changed places.
+SWAPPED = SRGB.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
+
+
+def grey_profile():
+    """A profile of grey levels that are proportional to light."""
+    line = b"curv" + bytes(8)
+    table = SRGB.index(b"rTRC")
+    grey = SRGB[:table] + struct.pack(">4sII", b"kTRC", len(SRGB), len(line)) + SRGB[table + 12 :] + line
+    return struct.pack(">I", len(grey)) + grey[4:16] + b"GRAY" + grey[20:]
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "profile", "expected"),
+    [
+        ("RGB", (255, 0, 0), SWAPPED, (0, 255, 0)),
+        ("RGBA", (255, 0, 0, 255), SWAPPED, (0, 255, 0)),
+        ("L", 100, SWAPPED, (100, 100, 100)),
+        ("L", 128, grey_profile(), (188, 188, 188)),
+        ("LA", (128, 255), grey_profile(), (188, 188, 188)),
+        ("I;16", 128 * 257, grey_profile(), (188, 188, 188)),
+    ],
+)
+def test_colours_are_converted_from_the_profile(tmp_path, mode, color, profile, expected):
+    Image.new(mode, (8, 8), color).save(tmp_path / "a.png", icc_profile=profile)
+    opened = open_image(tmp_path / "a.png")
+    assert opened.getpixel((4, 4)) == pytest.approx(expected, abs=2)
+    assert (opened.mode, opened.info) == ("RGB", {})
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [("RGB", SRGB), ("RGB", b"damaged"), ("RGB", SRGB[:300]), ("RGB", grey_profile()), ("CMYK", SWAPPED)],
+)
+def test_profiles_of_srgb_and_those_of_no_use_change_nothing(tmp_path, image, mode, profile):
+    image.convert(mode).save(tmp_path / "a.tif", icc_profile=profile)
+    opened = open_image(tmp_path / "a.tif")
+    assert np.array_equal(np.asarray(opened), np.asarray(image.convert(mode).convert("RGB")))
+    assert opened.info == {}
+
+
+@pytest.mark.parametrize(("ground", "expected"), [("white", 255), ("black", 0)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_is_laid_on_a_ground(mode, ground, expected):
+    clear = Image.new("RGBA", (4, 4), (90, 90, 90, 0)).convert(mode)
+    assert flattened(clear, ground).getpixel((0, 0)) == (expected,) * 3
+
+
+def test_what_is_flat_already_is_not_copied(image):
+    assert flattened(image) is image

@@ -26,8 +26,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ROWS = (
     ("errors", "demo"),
     ("config",),
-    ("layers",),
-    ("transformer", "vae", "text", "scheduler", "noise", "images", "references"),
+    ("layers", "images"),
+    ("transformer", "vae", "text", "scheduler", "noise", "references"),
     ("quantization",),
     ("checkpoint",),
     ("streaming",),

@@ -30,7 +30,7 @@ from .painting import paint
     "--mask",
     type=click.Path(path_type=Path),
     metavar="IMAGE",
-    help="Of the size of the first image: white is painted over, all other pixels stay as they are.",
+    help="Of the size of the first image: white is painted over, all else, black or transparent, stays as it is.",
 )
 @click.option(
     "--mask-crop",

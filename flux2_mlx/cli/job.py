@@ -55,7 +55,7 @@ class Pictures:
         from ..references import extended
 
         images = [open_image(path) for path in self.paths]
-        mask = None if self.mask is None else open_image(self.mask)
+        mask = None if self.mask is None else open_image(self.mask, "black")
         if self.extend is not None:
             images[0], mask = extended(images[0], **self.extend)
         return images, {
