@@ -1,5 +1,6 @@
 """Pixels to image files and back, with the settings that made an image kept inside its file."""
 
+import hashlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin,
 from .errors import InputError
 
 MAX_INPUT_PIXELS = 100_000_000
+_MAX_INPUT_BYTES = 10 * MAX_INPUT_PIXELS  # RGBA of 16 bits takes 8 a pixel
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SETTINGS_KEY = "flux2-mlx"
 _UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
@@ -40,7 +42,20 @@ def open_image(path: Path, ground: str = "white") -> Image.Image:
     Raises:
         InputError: not a readable image, an animation, several pages, or more than `MAX_INPUT_PIXELS`.
     """
-    with _reading(path), Image.open(path) as image:
+    return open_hashed(path, ground)[0]
+
+
+def open_hashed(path: Path, ground: str = "white") -> tuple[Image.Image, str]:
+    """The image of `open_image`, and the SHA-256 of the very bytes that it was read from."""
+    with _reading(path):
+        if path.stat().st_size > _MAX_INPUT_BYTES:
+            raise InputError(f"{path} is too large for an image: {path.stat().st_size:,} bytes")
+        data = path.read_bytes()
+        return flattened(_decoded(path, data), ground), hashlib.sha256(data).hexdigest()
+
+
+def _decoded(path: Path, data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > MAX_INPUT_PIXELS:
             raise InputError(f"{path} is too large: {image.width}×{image.height}; scale it down first")
         # Behind a camera's picture an MPO file, named .jpg, has only a preview or a second view of it.
@@ -49,7 +64,7 @@ def open_image(path: Path, ground: str = "white") -> Image.Image:
                 raise InputError(f"{path} has several pages; save one of them as an image")
             raise InputError(f"{path} is an animation; save one of its frames as an image")
         image.load()
-        return flattened(ImageOps.exif_transpose(image), ground)
+        return ImageOps.exif_transpose(image)
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """`i2i` and `outpaint`: references, strength, masks, replays, and what they refuse."""
 
+import hashlib
 import json
+import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +166,18 @@ def test_a_replay_of_outpainting_an_image_that_was_moved(folder):
     assert np.array_equal(pixels("first.png"), pixels("again.png"))
     message = refusal("i2i", "--replay", "first.png", "-i", "moved.png", "--mask", "mask.png", "-o", "c.png")
     assert message == "first.png was extended, which marks what is new; leave out the mask mask.png"
+
+
+def test_the_bytes_that_were_read_are_remembered(folder):
+    """Whatever becomes of a file during the run; here it can't even be read again."""
+    os.mkfifo("pipe")
+    data = Path("a.png").read_bytes()
+    writer = threading.Thread(target=Path("pipe").write_bytes, args=[data])
+    writer.start()
+    edit("-i", "pipe", "-o", "first.png")
+    writer.join()
+    expected = {"path": str(folder / "pipe"), "sha256": hashlib.sha256(data).hexdigest()}
+    assert read_settings("first.png")["edit"]["images"] == [expected]
 
 
 @pytest.mark.parametrize(

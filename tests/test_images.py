@@ -420,3 +420,10 @@ def test_transparency_is_laid_on_a_ground(mode, ground, expected):
 
 def test_what_is_flat_already_is_not_copied(image):
     assert flattened(image) is image
+
+
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"safetensors is too large for an image: 1,099,511,627,776 bytes"):
+        open_image(tmp_path / "model.safetensors")

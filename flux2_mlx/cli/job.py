@@ -49,30 +49,38 @@ class Pictures:
     mask_crop: int | None = None
     extend: dict[str, int] | None = None
 
-    def open(self) -> "tuple[list[Image.Image], dict[str, Any]]":
-        """The images, and what `Edit.checked` is to do with them."""
-        from ..images import open_image
+    def open(self) -> "tuple[list[Image.Image], dict[str, Any], dict[Path, str]]":
+        """The images, what `Edit.checked` is to do with them, and the SHA-256 of every file as it was read."""
+        from ..images import open_hashed
         from ..references import extended
 
-        images = [open_image(path) for path in self.paths]
-        mask = None if self.mask is None else open_image(self.mask, "black")
+        hashes = {}
+
+        def read(path: Path, ground: str = "white") -> "Image.Image":
+            image, hashes[path] = open_hashed(path, ground)
+            return image
+
+        images = [read(path) for path in self.paths]
+        mask = None if self.mask is None else read(self.mask, "black")
         if self.extend is not None:
             images[0], mask = extended(images[0], **self.extend)
-        return images, {
+        edit = {
             "mask": mask,
             "on_canvas": self.strength is not None,
             "crop_padding": self.mask_crop,
             "feather": 0 if self.extend is None else self.extend["overlap"] // 2,
         }
+        return images, edit, hashes
 
-    def settings(self) -> dict[str, Any] | None:
-        """What an image file remembers of the edit: the files by name and content."""
+    def settings(self, hashes: dict[Path, str]) -> dict[str, Any] | None:
+        """What an image file remembers of the edit: the files by name and by content, which `open` gives."""
         if not self.paths:
             return None
+        files = {path: {"path": str(path.absolute()), "sha256": sha256} for path, sha256 in hashes.items()}
         return {
-            "images": [_identity(path) for path in self.paths],
+            "images": [files[path] for path in self.paths],
             "strength": self.strength,
-            "mask": None if self.mask is None else _identity(self.mask),
+            "mask": None if self.mask is None else files[self.mask],
             "mask_crop": self.mask_crop,
             "extend": self.extend,
         }
@@ -108,14 +116,10 @@ class Pictures:
         )
 
 
-def _identity(path: Path) -> dict[str, str]:
-    return {"path": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
 def _unchanged(file: Any, image: Path, way_out: str) -> Path:
     _check_kinds(file, _FILE, image)
     path = Path(file["path"])
-    if not path.is_file() or _identity(path)["sha256"] != file["sha256"]:
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
         raise InputError(f"{path}, which the image was made from, is gone or has changed; give {way_out}")
     return path
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     """Make the images of `job`, and print their paths or a report."""
-    images, edit = job.pictures.open()
+    images, edit, hashes = job.pictures.open()
     _check(job, images, edit)
     paths = job.paths()
     start = time.perf_counter()
@@ -39,7 +39,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
             _count_tokens(pipe, request, edit, job)
         prompts, timings = _rewrite(pipe, job, images, bars)
         request = pipe.request(prompts, edit=edit, **job.settings())
-        run = Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings())
+        run = Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings(hashes))
         output = _make(run, job, paths, bars)
         output.timings[:0] = timings
     seconds = time.perf_counter() - start
