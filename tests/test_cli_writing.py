@@ -331,6 +331,15 @@ def test_a_replay_paints_the_rewritten_prompt_without_writing_again(dev, monkeyp
     assert (report["prompt"], report["upsampled_prompt"]) == ("a dog", None)
 
 
+def test_a_replay_with_a_wish_to_rewrite_writes_again(dev):
+    painted("demo", "--interpret", "photo.png", "--vision-model", dev, "--seed", "6", "-o", "a.png")
+    asked = ("--interpret", "photo.png", "--interpret", "photo.png", "--vision-model", dev)
+    report = painted("demo", "--replay", "a.png", *asked, "-o", "b.png", prompt=None)
+    assert report["upsampled_prompt"] == "\n\n".join([PROMPT, answered(DESCRIBED, 6), answered(DESCRIBED, 7)])
+    report = painted("demo", "--replay", "a.png", "--upsample-prompt", "-m", dev, "-o", "c.png", prompt=None)
+    assert report["upsampled_prompt"] == answered(PROMPT, 6)
+
+
 @pytest.mark.parametrize("text", [5, ["a"], {}])
 def test_a_damaged_rewritten_prompt(text):
     painted("demo", "--seed", "6", "-o", "a.png")

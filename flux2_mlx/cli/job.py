@@ -207,7 +207,8 @@ class Job:
         given["fingerprint"] = remembered.get("fingerprint")
         # A replayed prompt was rewritten already; rewriting it again need not give the same words.
         again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
-        given["rewritten"] = [again] if again is not None else None
+        asked = given["interpret"] or given["upsample_prompt"]
+        given["rewritten"] = [again] if again is not None and not asked else None
         for prompt in prompts:
             check_words(prompt)
         defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
