@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .errors import InputError
-from .images import flattened
+from .images import MAX_INPUT_PIXELS, flattened
 
 MIN_SIDE = 64
 MAX_ASPECT = 8
@@ -22,9 +22,8 @@ _LANCZOS = Image.Resampling.LANCZOS
 Box = tuple[int, int, int, int]
 
 
-def check_picture(image: Image.Image) -> None:
-    """Raise InputError if `image` is too small or too narrow for the model to make sense of."""
-    width, height = image.size
+def check_picture(width: int, height: int) -> None:
+    """Raise InputError if a picture of this size is too small or too narrow for the model to make sense of."""
     if min(width, height) < MIN_SIDE:
         raise InputError(f"an image of {width}×{height} is too small; each side must have at least {MIN_SIDE} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -87,7 +86,7 @@ class Canvas:
         """Prepare an RGB image and its mask.
 
         Args:
-            image: the original.
+            image: the original, of a size that `check_picture` lets pass.
             mask: of the same size; what is lighter than middle grey is painted over. None: everything.
             multiple: pixels per token along one side.
             crop_padding: work on the mask's surroundings only, so many pixels around it. None: on the whole image.
@@ -96,7 +95,6 @@ class Canvas:
         Raises:
             InputError: sizes differ, or the mask marks nothing.
         """
-        check_picture(image)
         small = _shrunk(image)
         width, height = _floored(small.size, multiple)
         if mask is None:
@@ -111,7 +109,8 @@ class Canvas:
             picture, shown = (_filled(layer.crop(box), width, height) for layer in (image, mask))
         tokens = _token_mask(np.asarray(shown) >= 128, multiple)
         if not tokens.any():
-            raise InputError(f"the mask marks too little: make the white parts at least {multiple} pixels wide")
+            least = math.ceil(multiple * max((box[2] - box[0]) / width, (box[3] - box[1]) / height))
+            raise InputError(f"the mask marks too little: make the white parts at least {least} pixels wide")
         return cls(picture, image, mask, tokens, box, feather)
 
     @property
@@ -213,14 +212,24 @@ def extended(
     The mask reaches `overlap` pixels into the image on the sides that grow, for the seam to fade there.
 
     Raises:
-        InputError: nothing is added, or a number is negative.
+        InputError: nothing is added or too much, a number is negative, or the overlap leaves nothing of the image.
     """
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
-    for name, pixels in sides.items():
+    for name, pixels in {**sides, "overlap": overlap}.items():
         if pixels < 0:
             raise InputError(f"{name} must be 0 or more pixels, got {pixels}")
     if not any(sides.values()):
         raise InputError("nothing to add; say how many pixels on the left, right, top or bottom")
+    width, height = image.width + left + right, image.height + top + bottom
+    check_picture(width, height)
+    if width * height > MAX_INPUT_PIXELS:
+        raise InputError(f"an image of {width}×{height} is too large; at most {MAX_INPUT_PIXELS:,} pixels can be made")
+    seams = ((image.width, (left > 0) + (right > 0)), (image.height, (top > 0) + (bottom > 0)))
+    most = min((side - 1) // count for side, count in seams if count)
+    if overlap > most:
+        raise InputError(
+            f"an overlap of {overlap} leaves nothing of an image of {image.width}×{image.height}; choose at most {most}"
+        )
     picture = np.pad(np.asarray(image), [(top, bottom), (left, right), (0, 0)], mode="edge")
     mask = np.full(picture.shape[:2], 255, dtype=np.uint8)
     first_row, last_row = top + overlap * (top > 0), top + image.height - overlap * (bottom > 0)
@@ -258,13 +267,15 @@ class Edit:
             raise InputError(f"{len(images)} images are too many; give at most {MAX_REFERENCES}")
         if mask is None and crop_padding is not None:
             raise InputError("cropping to the mask needs a mask")
+        if crop_padding is not None and crop_padding < 0:
+            raise InputError(f"the crop must reach 0 or more pixels around the mask, got {crop_padding}")
         if not images:
             if mask is not None or on_canvas:
                 raise InputError("a mask or a strength needs an image to start from")
             return cls()
         images = [flattened(image) for image in images]
         for image in images:
-            check_picture(image)
+            check_picture(*image.size)
         if mask is None and not on_canvas:
             return cls(tuple(fit_reference(image, multiple) for image in images))
         mask = None if mask is None else flattened(mask, "black")
@@ -273,8 +284,13 @@ class Edit:
 
     @property
     def size(self) -> tuple[int | None, int | None]:
-        """Width and height that the output takes unless asked otherwise."""
+        """Width and height that a run works at unless asked otherwise."""
         return self.references[0].size if self.references else (None, None)
+
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """Size of the images of a run at `width`×`height`: where there is a mask, that of the original."""
+        masked = self.canvas is not None and self.canvas.mask is not None
+        return self.canvas.original.size if masked else (width, height)
 
     def token_counts(self, multiple: int) -> list[int]:
         """How many tokens each reference is."""

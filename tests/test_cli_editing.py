@@ -267,12 +267,27 @@ def test_refusals(arguments, message):
     assert message in refusal("i2i", PROMPT, *DEMO, *arguments, "-o", "out.png")
 
 
+def test_outpainting_says_how_far_the_seam_reaches():
+    help_text = " ".join(done("outpaint", "--help").stdout.split())
+    assert "the half beside what is new is painted anew, the other half fades into the image." in help_text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "nothing to add; say how many pixels on the left, right, top or bottom"),
         (("--left", "-5"), "left must be 0 or more pixels, got -5"),
         (("--left", "1000"), "an image of 1096×80 is too narrow"),
+        (("--left", "100000000"), "an image of 100000096×80 is too narrow"),
+        (("--left", "20000", "--top", "20000"), "an image of 20096×20080 is too large; at most 100,000,000 pixels"),
+        (
+            ("--left", "20", "--overlap", "96"),
+            "an overlap of 96 leaves nothing of an image of 96×80; choose at most 95",
+        ),
+        (
+            ("--top", "16", "--bottom", "16", "--overlap", "40"),
+            "an overlap of 40 leaves nothing of an image of 96×80; choose at most 39",
+        ),
     ],
 )
 def test_outpainting_refuses(arguments, message):

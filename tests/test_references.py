@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flux2_mlx.errors import InputError
-from flux2_mlx.references import Edit
+from flux2_mlx.references import Edit, extended
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (96, 80)) -> Image.Image:
@@ -52,3 +52,49 @@ def test_what_is_no_picture_is_refused(thing):
 def test_masks_of_any_mode(mode, kept, painted):
     mask = Edit.checked([picture()], 16, mask=half_mask(mode, kept, painted)).canvas.mask
     assert np.array_equal(np.asarray(mask), np.asarray(half_mask("L", 0, 255)))
+
+
+@pytest.mark.parametrize(("sides", "overlap", "columns"), [((16, 16), 47, 2), ((16, 0), 95, 1), ((0, 16), 0, 96)])
+def test_an_overlap_leaves_something_of_the_picture(sides, overlap, columns):
+    kept = np.asarray(extended(picture(), *sides, 0, 0, overlap)[1])[0] == 0
+    assert kept.sum() == columns
+    assert kept[sides[0] : sides[0] + 96].sum() == columns
+
+
+def test_a_negative_overlap_is_refused():
+    with pytest.raises(InputError, match=r"^overlap must be 0 or more pixels, got -1$"):
+        extended(picture(), 16, 0, 0, 0, -1)
+
+
+def test_a_negative_padding_is_refused():
+    with pytest.raises(InputError, match=r"^the crop must reach 0 or more pixels around the mask, got -5$"):
+        Edit.checked([picture()], 16, mask=half_mask("L", 0, 255), crop_padding=-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "least"),
+    [((96, 80), None, 16), ((100, 84), None, 17), ((2048, 1024), None, 23), ((2048, 1024), 900, 21)],
+)
+def test_a_mask_that_marks_too_little_is_told_the_least_in_its_own_pixels(size, crop, least):
+    mask = Image.new("L", size)
+    mask.putpixel((32, 32), 255)
+    message = f"^the mask marks too little: make the white parts at least {least} pixels wide$"
+    with pytest.raises(InputError, match=message):
+        Edit.checked([picture(size=size)], 16, mask=mask, crop_padding=crop)
+
+
+@pytest.mark.parametrize("width", [17, 20, 33])
+def test_a_white_part_of_that_width_is_enough(width):
+    """Wherever it lies."""
+    for left in range(32, 64):
+        mask = Image.new("L", (width * 8, 128))
+        mask.paste(255, (left, left, left + width, left + width))
+        assert Edit.checked([picture(size=mask.size)], 16, mask=mask).canvas.tokens.any()
+
+
+@pytest.mark.parametrize(("mask", "size"), [(None, (96, 80)), (half_mask("L", 0, 255).resize((100, 84)), (100, 84))])
+def test_size_of_the_output(mask, size):
+    edit = Edit.checked([picture(size=(100, 84))], 16, mask=mask, on_canvas=True)
+    assert edit.size == (96, 80)
+    assert edit.output_size(*edit.size) == size
+    assert Edit().output_size(64, 48) == (64, 48)

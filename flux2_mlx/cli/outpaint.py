@@ -24,7 +24,8 @@ _PROMPT = "Extend the image beyond its borders; the scene goes on naturally in t
     type=click.IntRange(0, 512),
     default=32,
     show_default=True,
-    help="Pixels of the image at a seam that fade into what is new; all others stay as they are.",
+    help="Pixels of the image at a seam that change: the half beside what is new is painted anew, the other half fades "
+    "into the image. All others stay as they are.",
 )
 @painting_options
 def outpaint(

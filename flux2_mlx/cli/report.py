@@ -29,10 +29,7 @@ class Run:
 
     @property
     def _size(self) -> tuple[int, int]:
-        canvas = self.edit.canvas
-        if canvas is not None and canvas.mask is not None:
-            return canvas.original.size
-        return self.request.width, self.request.height
+        return self.edit.output_size(self.request.width, self.request.height)
 
     @property
     def _rewritten(self) -> bool:
