@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import tempfile
@@ -23,7 +24,9 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SETTINGS_KEY = "flux2-mlx"
 _UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
 _QUALITY = 95
+_MAX_JPEG_EXIF = 65533
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # what libjpeg and libwebp write
+_log = logging.getLogger(__name__)
 
 
 def to_unit(images: np.ndarray) -> np.ndarray:
@@ -158,7 +161,8 @@ def check_size(path: Path, width: int, height: int) -> None:
 def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
     """Write `image` in the format that the name says, complete or not at all.
 
-    `settings` (JSON-serialisable) go into PNG text chunks, or into EXIF for JPEG and WebP.
+    `settings` (JSON-serialisable) go into PNG text chunks, or into EXIF for JPEG and WebP; where JPEG has no room for
+    them, they are left out with a warning.
 
     Raises:
         InputError: the file can't be written.
@@ -167,7 +171,7 @@ def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None)
     if options["format"] != "PNG":
         options["quality"] = _QUALITY
     if settings is not None:
-        options |= _metadata(options["format"], settings)
+        options |= _metadata(path, settings)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".flux2-mlx-")
         try:
@@ -188,18 +192,31 @@ def _umask() -> int:
     return mask
 
 
-def _metadata(format_name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    payload = json.dumps(settings, ensure_ascii=False)
-    if format_name == "PNG":
+def _metadata(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `Image.save` is told for the settings to be kept."""
+    name = FORMATS[path.suffix.lower()]
+    if name == "PNG":
         info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", describe(settings))
-        info.add_itxt(_SETTINGS_KEY, payload)
+        info.add_itxt("parameters", _encodable(describe(settings)))
+        info.add_itxt(_SETTINGS_KEY, _payload(settings))
         return {"pnginfo": info}
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = describe(settings)  # Pillow writes ? for what is not ASCII
     exif[ExifTags.Base.Software] = f"flux2-mlx {settings['version']}"
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + payload.encode("utf-16-be")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + _payload(settings).encode("utf-16-be")
+    if name == "JPEG" and len(exif.tobytes()) > _MAX_JPEG_EXIF:
+        _log.warning("%s does not carry its settings, which are too long for JPEG; choose .png to keep them", path)
+        return {}
     return {"exif": exif}
+
+
+def _payload(settings: dict[str, Any]) -> str:
+    return _encodable(json.dumps(settings, ensure_ascii=False))
+
+
+def _encodable(text: str) -> str:
+    """`text` with escapes, which JSON knows too, for bytes of file names that are not text."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -210,14 +227,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     with _reading(path):
         with Image.open(path) as image:
-            payload = _payload(image)
+            payload = _stored(image)
         settings = json.loads(payload) if payload else None
     if not isinstance(settings, dict):
         raise InputError(f"{path} carries no settings of flux2-mlx, so it can't be made again")
     return settings
 
 
-def _payload(image: Image.Image) -> str | None:
+def _stored(image: Image.Image) -> str | None:
     if image.format == "PNG":
         return image.text.get(_SETTINGS_KEY)
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)

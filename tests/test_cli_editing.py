@@ -294,6 +294,16 @@ def test_outpainting_refuses(arguments, message):
     assert message in refusal("outpaint", "a.png", *DEMO, *arguments, "-o", "out.png")
 
 
+def test_an_image_that_its_format_can_not_hold_is_refused_before_anything_is_made(monkeypatch):
+    from flux2_mlx import Flux2Pipeline
+
+    monkeypatch.setattr(Flux2Pipeline, "run", None)
+    Image.new("RGB", (16500, 2070)).save("wide.png")
+    Image.new("L", (16500, 2070), "white").save("all.png")
+    message = refusal("i2i", PROMPT, *DEMO, "-i", "wide.png", "--mask", "all.png", "-o", "out.webp", "--quiet")
+    assert message == "can't write out.webp: WEBP has at most 16383 pixels a side; choose .png"
+
+
 def test_an_image_is_needed():
     result = run("i2i", PROMPT, *DEMO)
     assert (result.exit_code, "give an image with -i, or --replay" in result.stderr) == (2, True)

@@ -90,6 +90,7 @@ def test_decoder_output_is_scaled_as_in_diffusers():
         {"prompt": 'a "quoted" \\ prompt\r\n\tof two lines\0 with \x7f odd \ufeff ends\u2028'},
         {"prompt": "🦊" * 10_000},
         {"model": "/some folder/模型"},
+        {"model": "/some folder/\udcff\\\udcfe", "edit": {"images": [{"path": "\udc80.png"}]}},
     ],
 )
 def test_settings_come_back_as_they_were(tmp_path, image, suffix, changes):
@@ -187,11 +188,16 @@ def test_a_folder_that_is_gone(tmp_path, image):
         save(image, tmp_path / "missing" / "a.png")
 
 
-def test_settings_that_a_jpeg_does_not_hold(tmp_path, image):
+def test_settings_that_a_jpeg_does_not_hold_are_left_out(tmp_path, image, caplog):
     (tmp_path / "a.jpg").write_bytes(b"old")
-    with pytest.raises(InputError, match=r"can't write .*a\.jpg: EXIF data is too long"):
-        save(image, tmp_path / "a.jpg", SETTINGS | {"prompt": "🦊" * 20_000})
-    assert names(tmp_path) == ["a.jpg"]
+    save(image, tmp_path / "a.jpg", SETTINGS | {"prompt": "🦊" * 20_000})
+    assert caplog.messages == [
+        f"{tmp_path / 'a.jpg'} does not carry its settings, which are too long for JPEG; choose .png to keep them"
+    ]
+    with pytest.raises(InputError, match="carries no settings of flux2-mlx"):
+        read_settings(tmp_path / "a.jpg")
+    save(image, tmp_path / "b.jpg")
+    assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
 
 
 def test_a_name_of_the_largest_length_can_be_saved(tmp_path, image):

@@ -34,7 +34,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         pipe = _open(job, bars)
         edit = pipe.edit(images, **edit)
         request = pipe.request(job.prompts, edit=edit, **job.settings())
-        _check_images(request, job, paths)
+        _check_images(request, edit, job, paths)
         if images:
             _count_tokens(pipe, request, edit, job)
         prompts, timings = _rewrite(pipe, job, images, bars)
@@ -83,12 +83,12 @@ def _check_cache(job: Job) -> None:
     EmbeddingCache(models_folder(job.models_dir) / FOLDER)
 
 
-def _check_images(request: "Request", job: Job, paths: list[Path]) -> None:
+def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path]) -> None:
     """What else can be wrong with the files, now that the model has given size and steps."""
     from ..images import check_output, check_size
 
     for path in paths:
-        check_size(path, request.width, request.height)
+        check_size(path, *edit.output_size(request.width, request.height))
         for step in range(job.checkpoint or request.steps, request.steps, job.checkpoint or 1):
             check_output(job.checkpoint_path(path, step), job.force)
 
