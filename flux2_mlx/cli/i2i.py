@@ -6,20 +6,13 @@ from typing import Any
 import click
 
 from .job import Job, Pictures
-from .options import painting_options, prompt_options
+from .options import image_option, painting_options, prompt_options, size_options
 from .painting import paint
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option(
-    "-i",
-    "--images",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="IMAGE",
-    help="Image that the model sees; may be given several times. The first one gives the size.",
-)
+@image_option
 @click.option(
     "--strength",
     type=float,
@@ -38,6 +31,7 @@ from .painting import paint
     metavar="PIXELS",
     help="Work on the mask's surroundings only, so many pixels around it, in full resolution.",
 )
+@size_options("; not with --mask or --strength.  [default: the first image's]")
 @prompt_options
 @painting_options
 def i2i(

@@ -119,18 +119,6 @@ _PAINTING = (
     click.option("--force", is_flag=True, help="Replace existing images."),
 )
 _PROMPT = (
-    click.option(
-        "-W",
-        "--width",
-        type=int,
-        help="Pixels, a multiple of 16.  [default: that of the first image, else 1024; demo 128]",
-    ),
-    click.option(
-        "-H",
-        "--height",
-        type=int,
-        help="Pixels, a multiple of 16.  [default: that of the first image, else 1024; demo 128]",
-    ),
     click.option("--prompts-file", metavar="FILE", help="File with one prompt a line, or - for standard input."),
     click.option(
         "--replay", type=click.Path(path_type=Path), metavar="IMAGE", help="Make an image again from its file."
@@ -154,6 +142,12 @@ def writing_options(command: Callable) -> Callable:
     return _apply(_WRITING, command)
 
 
+def size_options(text: str) -> Callable:
+    """`--width` and `--height`; `text` ends their help."""
+    names = (("-W", "--width"), ("-H", "--height"))
+    return partial(_apply, [click.option(*name, type=int, help=f"Pixels, a multiple of 16{text}") for name in names])
+
+
 def prompt_options(command: Callable) -> Callable:
-    """`--width`, `--height`, `--prompts-file` and `--replay`."""
+    """`--prompts-file` and `--replay`."""
     return _apply(_PROMPT, command)

@@ -5,12 +5,13 @@ from typing import Any
 import click
 
 from .job import Job, Pictures
-from .options import painting_options, prompt_options
+from .options import painting_options, prompt_options, size_options
 from .painting import paint
 
 
 @click.command()
 @click.argument("prompt", required=False)
+@size_options(".  [default: 1024; demo 128]")
 @prompt_options
 @painting_options
 def t2i(prompt: str | None, profile: bool, as_json: bool, **given: Any) -> None:
