@@ -79,6 +79,7 @@ def project(x: mx.array, weight: mx.array) -> mx.array:
     if weight.dtype == x.dtype:
         return x @ weight.T
     rows, parts = max(1, WIDENED // weight.shape[1]), []
+    mx.eval(x)  # what it is made of is freed before weights are widened
     for start in range(0, len(weight), rows):
         parts.append(x @ weight[start : start + rows].astype(x.dtype).T)
         mx.eval(parts[-1])  # or MLX would widen the next rows, and the next layer's, meanwhile
@@ -114,6 +115,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
         return _attend(q, k, v, mask)
     rows = max(1, _SCORES_PER_CHUNK // (B * heads * k.shape[2]))
     chunks = []
+    if rows < Lq:
+        mx.eval(q, k, v)  # what they are made of is freed before there are scores
     for start in range(0, Lq, rows):
         part = slice(start, start + rows)
         chunks.append(_attend(q[:, :, part], k, v, None if mask is None else mask[:, :, part]))

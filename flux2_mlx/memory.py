@@ -23,7 +23,7 @@ _TOKENS_PER_PASS = 4096
 _PROJECTED_ARRAYS, _FLOAT32_BYTES = 3, 75
 # Arrays as wide as the stream: what is kept of projected tokens until all can attend; what there is while they do; and
 # what a projection holds while it widens its weights.
-_KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 15
+_KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 11
 # Arrays as wide as the stream, the queries, and the keys while a layer of the text encoder attends, and bytes of a
 # query in float32 for norms and rotation; then arrays as wide as the stream and the MLP. Measured as well.
 _TEXT_ARRAYS, _TEXT_QUERIES, _TEXT_KEYS, _TEXT_FLOAT32_BYTES = 6, 4.9, 2, 18
@@ -243,9 +243,10 @@ def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, wide
     # A chunk of queries is scaled before it attends, and kept until it has.
     chunk = min(scores * 2 * config.attention_head_dim * images // tokens, 2 * tokens * array)
     attending = tokens * (_ATTENDING_ARRAYS * array + config.in_channels * mx.float32.size) + scores + chunk
-    # What is in one part is evaluated at once, attention included.
     projected = part * config.hidden_size * (_PROJECTED_ARRAYS * itemsize + _FLOAT32_BYTES)
-    projected = max(projected + (scores if tokens == part else 0), part * _WIDENING_ARRAYS * array + widened)
+    if tokens == part and scores == images * config.num_attention_heads * (tokens // images) ** 2 * itemsize:
+        projected += scores  # all is evaluated at once, attention included, unless that is in chunks
+    projected = max(projected, part * _WIDENING_ARRAYS * array + widened)
     kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
     return max(attending, kept * array + projected)
 

@@ -119,10 +119,10 @@ class Flux2Pipeline:
 
         Args:
             prompt: one or several prompts; left out only with `prompt_embeds`.
-            image: reference images (RGB) that the model sees, each at least 64 pixels a side and at most 8 times as
-                long as wide. Above 1024² pixels they are scaled down, and cut to multiples of 16 in the middle.
+            image: reference images that the model sees, each at least 64 pixels a side and at most 8 times as long as
+                wide. Above 1024² pixels they are scaled down, and cut to multiples of 16 in the middle.
             mask_image: of the size of the first image, which is then painted over where the mask is white; `pil`
-                output has the original's size and its very pixels elsewhere.
+                output has the original's size and its very pixels elsewhere. Transparent is black.
             strength: above 0 to 1: the first image is what the run starts from, noisier the greater. All
                 `num_inference_steps` are taken, at the end of a longer schedule.
             padding_mask_crop: work on the mask's surroundings only, with so many pixels around it.
@@ -153,7 +153,7 @@ class Flux2Pipeline:
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != features:
                 raise InputError(f"prompt_embeds must be [prompts, tokens, {features}], got {prompt_embeds.shape}")
             prompts, max_sequence_length = [""] * len(prompt_embeds), prompt_embeds.shape[1]
-        images = [image] if isinstance(image, Image.Image) else list(image or [])
+        images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         edit = self.edit(images, mask=mask_image, on_canvas=strength is not None, crop_padding=padding_mask_crop)
         request = self.request(
             prompts,

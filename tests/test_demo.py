@@ -1,8 +1,9 @@
-"""Does the built-in model draw what prompts say? `scripts/demo/evaluate.py` measures the same on 200 prompts."""
+"""Does the built-in model draw what prompts say, and edit as told? `scripts/demo/evaluate.py` measures more of both."""
 
 import numpy as np
 import pytest
-from evaluate import held_out_prompts
+from edit_evaluation import evaluate_edits, held_out_edits
+from evaluate import held_out_prompts, own_generator
 from scorer import judge
 
 from flux2_mlx import Flux2Pipeline
@@ -27,3 +28,8 @@ def test_another_prompt_gives_another_scene():
     image = pipe(prompt, seed=0).images[0]
     assert judge(image, scene).all_right
     assert not judge(image, other).all_right
+
+
+def test_demo_edits_as_held_out_instructions_say():
+    _, verdicts = evaluate_edits(own_generator("demo", None, steps=8), held_out_edits(60, seed=SEED))
+    assert np.mean([verdict.all_right for verdict in verdicts]) >= 0.8

@@ -58,6 +58,7 @@ def measured_peak(config: TransformerConfig, batch: int, side: int, text: int, d
         (2, 1, 48, 64, mx.bfloat16, True),
         (8, 1, 24, 64, mx.float32, False),
         (12, 1, 8, 64, mx.float32, False),
+        (12, 1, 28, 64, mx.float32, False),
     ],
 )
 def test_the_prediction_is_near_the_peak_and_never_below(heads, batch, side, text, dtype, wide):

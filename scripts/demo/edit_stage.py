@@ -33,11 +33,11 @@ SCALE = 0.6
 DECAY = 0.998
 PLAIN = 0.6
 # How often each kind of edit is trained: a new shape is the hardest to draw, a new background the easiest.
-SHARES = {"shape": 0.34, "colour": 0.2, "swap": 0.14, "remove": 0.14, "add": 0.1, "background": 0.08}
+SHARES = {"shape": 0.36, "colour": 0.24, "swap": 0.12, "remove": 0.12, "add": 0.08, "background": 0.08}
 # Most edits change a third of the tokens or fewer: those whose latents differ by more than this in the mean square.
 CHANGED, CHANGED_WEIGHT = 0.1, 8.0
 # A share of the prompts asks for a star alone, whose points are the hardest to draw.
-STARS = 0.25
+STARS = 0.3
 # What an instruction changes is decided at high noise; further down the noisy picture itself shows it.
 EDIT_SHIFT, EDIT_UNIFORM = 12.0, 0.1
 
