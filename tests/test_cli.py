@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 from cli_runner import done, process, refusal, run
@@ -51,6 +52,7 @@ def test_every_option_is_explained(command):
 def test_help_imports_nothing_heavy(arguments):
     script = f"""
 import sys
+from importlib.resources import files
 from flux2_mlx.cli.main import cli
 cli({arguments}, standalone_mode=False)
 print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
@@ -154,7 +156,25 @@ def test_info_of_a_model_as_json():
 
 
 def test_info_of_an_unknown_model_lists_the_models():
-    assert refusal("info", "klein-5b") == f"unknown model 'klein-5b'; choose one of {', '.join(VARIANTS)}"
+    names = ", ".join(VARIANTS)
+    message = refusal("info", "klein-5b")
+    assert message == f"unknown model 'klein-5b'; choose one of {names}, or a converted model's folder"
+
+
+def test_info_of_the_demo_and_of_a_folder_is_what_a_run_would_load():
+    for model in ("demo", str(files("flux2_mlx.demo"))):
+        values = json.loads(done("info", model, "--json").stdout)
+        assert (values["quant"], values["text_quant"]) == ("bf16", "bf16")
+    quantized = json.loads(done("info", "demo", "-q", "qint8", "--memory-limit", "3MB", "--json").stdout)
+    assert [phase["streamed"] for phase in quantized["phases"]] == [0, 0, 0]
+
+
+def test_info_of_a_repo_is_that_of_its_model():
+    assert json.loads(done("info", "black-forest-labs/FLUX.2-klein-4B", "--json").stdout)["model"] == "klein-4b"
+
+
+def test_a_plan_needs_a_model():
+    assert "--quant is about one model; give a MODEL" in run("info", "-q", "qint8").stderr
 
 
 def test_info_plans_the_memory_of_a_run():
@@ -199,5 +219,5 @@ def test_info_says_what_a_limit_means():
     assert (values["limit"], values["fits"]) == (6 * 2**30, True)
     assert transformer["peak_memory"] <= 6 * 2**30
     text = done("info", "klein-4b", "--memory-limit", "2GiB").stdout
-    assert text.endswith("does not fit into the limit of 2.00 GiB\n")
+    assert text.endswith("does not fit into the limit of 2 GiB\n")
     assert refusal("info", "klein-4b", "--memory-limit", "few").startswith("memory must be a size such as 12GB")

@@ -37,10 +37,11 @@ def info(
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the models, or sizes, files and memory needs of one MODEL: a name, its repo id or a converted folder.
+    """Show the models, or sizes, files and memory needs of one MODEL.
 
-    Sizes are those of the stored weights; each network is in memory only while it is used. The memory is what making
-    one image is expected to take on this machine. With --json the models are a list.
+    MODEL is a name, a repo id or a converted folder. Sizes are those of the stored weights; each network is in memory
+    only while it is used. The memory is what making one image is expected to take on this machine. With --json the
+    models are a list.
 
     \b
     Examples:
