@@ -95,11 +95,10 @@ class Canvas:
         Raises:
             InputError: sizes differ, or the mask marks nothing.
         """
+        if mask is None:
+            return cls(fit_reference(image, multiple), image, None, None, (0, 0, *image.size), feather)
         small = _shrunk(image)
         width, height = _floored(small.size, multiple)
-        if mask is None:
-            picture = small.resize((width, height), _LANCZOS)
-            return cls(picture, image, None, None, (0, 0, *image.size), feather)
         mask = _binary(mask, image.size)
         if crop_padding is None:
             box = (0, 0, *image.size)

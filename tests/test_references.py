@@ -98,3 +98,9 @@ def test_size_of_the_output(mask, size):
     assert edit.size == (96, 80)
     assert edit.output_size(*edit.size) == size
     assert Edit().output_size(64, 48) == (64, 48)
+
+
+def test_what_is_painted_over_in_whole_is_cut_and_not_stretched():
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(127, 79, 3), dtype=np.uint8))
+    edit = Edit.checked([image], 16, on_canvas=True)
+    assert edit.canvas.picture == edit.references[0] == image.crop((7, 7, 71, 119))
