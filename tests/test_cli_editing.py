@@ -79,6 +79,12 @@ def test_a_mask_leaves_the_rest_alone(crop):
     assert not np.array_equal(pixels("out.png")[inside], pixels("a.png")[inside])
 
 
+def test_images_between_the_steps_are_put_into_the_original():
+    edit("-i", "a.png", "--mask", "mask.png", "--mask-crop", "4", "--checkpoint", "1", "-o", "out.png")
+    inside = pixels("mask.png") > 0
+    assert np.array_equal(pixels("out-step-001.png")[~inside], pixels("a.png")[~inside])
+
+
 def test_outpainting_keeps_the_image():
     done("outpaint", "a.png", *DEMO, "--left", "32", "--bottom", "20", "--overlap", "8", "-o", "out.png")
     out, original = pixels("out.png"), pixels("a.png")

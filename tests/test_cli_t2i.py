@@ -7,11 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
-from cli_runner import DEMO, PROMPT, SMALL, difference, done, make, pixels, process
+from cli_runner import DEMO, PROMPT, SMALL, difference, done, make, pixels, process, run
 from PIL import Image
 
 from flux2_mlx import __version__
 from flux2_mlx.images import read_settings
+from flux2_mlx.vae import VAE
 
 REPORT = {
     "images", "model", "quant", "text_quant", "dtype", "prompt", "upsampled_prompt", "width", "height", "steps",
@@ -48,6 +49,21 @@ def test_writes_the_format_that_the_name_says(folder, name, kind):
     with Image.open(name) as image:
         assert (image.format, image.mode, image.size) == (kind, "RGB", (64, 64))
     assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_what_is_decoded_is_saved_before_the_next(folder, monkeypatch):
+    decode, calls = VAE.decode, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    monkeypatch.setattr(VAE, "decode", interrupted)
+    assert run("t2i", PROMPT, *SMALL, "-n", "3", "--seed", "4", "-o", "a.png").exit_code == 130
+    assert [path.name for path in folder.iterdir()] == ["a-4.png"]
+    assert read_settings(folder / "a-4.png")["seed"] == 4
 
 
 def test_width_and_height_are_not_mixed_up():
