@@ -113,7 +113,8 @@ class Networks:
 
     def _advice(self, work: Workload) -> str:
         """What would fit: the same with less beside it, smaller pictures, or fewer bits."""
-        if self._stored_as(self.quant, self.text_quant)._plan(work).fits and self.checkpoint.variant.repo:
+        built_in = self.checkpoint.source.get("name") == "demo"
+        if not built_in and self._stored_as(self.quant, self.text_quant)._plan(work).fits:
             return f"convert the model with -q {self.quant} --text-quant {self.text_quant}, which lets it be streamed"
         if work.previews and self._plan(replace(work, previews=False)).fits:
             return "without images between the steps it would fit"

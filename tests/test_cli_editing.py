@@ -256,7 +256,7 @@ def test_a_damaged_edit(changes, message):
         (("-i", "a.png", "--mask", "b.png"), "the mask has 70×131 pixels, its image 96×80; make them equal"),
         (("-i", "a.png", "--mask", "black.png"), "the mask is black, so nothing would change"),
         (("-i", "a.png", "--mask", "line.png"), "the mask marks too little: make the white parts at least 16 pixels"),
-        (("-i", "a.png", "--mask", "mask.png", "-W", "64"), "an image that is painted over keeps its size, 96×80"),
+        (("-i", "a.png", "--mask", "mask.png", "-W", "64"), "an image that is painted over keeps its size; leave"),
         (("-i", "a.png", "--mask-crop", "5"), "cropping to the mask needs a mask"),
         (("-i", "a.png", "-W", "65"), "width 65 must be a positive multiple of 16"),
     ],

@@ -234,7 +234,7 @@ def test_without_previews_it_may_fit():
 
 
 def test_fewer_bits_may_fit():
-    networks = Networks.described(VARIANTS["klein-4b"], "bf16", None, mx.bfloat16, 2**30 * 3 // 2)
+    networks = Networks.described(VARIANTS["klein-4b"], "bf16", None, mx.bfloat16, 2**30)
     request = Request.checked(VARIANTS["klein-4b"], 16, ["a"], width=16, height=16)
     with pytest.raises(InputError, match="no size fits, but -q qint4 would"):
         networks.checked_plan(request, Edit())

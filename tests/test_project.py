@@ -166,7 +166,10 @@ def readme_blocks(*languages: str) -> list[str]:
 
 def test_the_readme_begins_with_an_image_and_then_the_tests():
     first, second, *_ = readme_blocks("bash", "sh", "shell", "console")
-    assert first.strip().splitlines()[-1].startswith("flux2-mlx t2i ")
+    assert [line.split()[:2] for line in first.strip().splitlines()[2:]] == [
+        ["flux2-mlx", "t2i"],
+        ["flux2-mlx", "i2i"],
+    ]
     assert second.strip().splitlines()[-1] == "python -m pytest"
 
 
