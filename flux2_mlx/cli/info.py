@@ -1,6 +1,7 @@
 """`flux2-mlx info`."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,17 +54,26 @@ def info(
         given = [name for name, value in {**planning, "memory-limit": memory_limit}.items() if value is not None]
         if given:
             raise click.UsageError(f"--{given[0]} is about one model; give a MODEL")
-        rows = [_row(variant, models_dir) for variant in VARIANTS.values()]
-        click.echo(json.dumps(rows)) if as_json else _print_all(rows)
-        return
-    networks = _networks(model, quant, text_quant, dtype, memory_limit)
-    row = _row(networks.checkpoint.variant, models_dir) | _plan(networks, width, height)
-    click.echo(json.dumps(row)) if as_json else _print_one(row)
+        shown, show = _rows(VARIANTS.values(), models_dir), _print_all
+    else:
+        networks = _networks(model, quant, text_quant, dtype, memory_limit)
+        (row,) = _rows([networks.checkpoint.variant], models_dir)
+        shown, show = row | _plan(networks, width, height), _print_one
+    if as_json:
+        click.echo(json.dumps(shown))
+    else:
+        show(shown)
 
 
-def _row(variant: Variant, models_dir: Path | None) -> dict[str, Any]:
-    from ..checkpoint import variant_sizes
+def _rows(variants: Iterable[Variant], models_dir: Path | None) -> list[dict[str, Any]]:
     from ..convert import converted_folders
+
+    folders = converted_folders(models_dir)
+    return [_row(variant, folders[variant.name]) for variant in variants]
+
+
+def _row(variant: Variant, folders: list[Path]) -> dict[str, Any]:
+    from ..checkpoint import variant_sizes
 
     return {
         "model": variant.name,
@@ -74,7 +84,7 @@ def _row(variant: Variant, models_dir: Path | None) -> dict[str, Any]:
         "guidance": variant.guidance,
         "size": variant.size,
         "bytes": {quant: variant_sizes(variant, quant) for quant in QUANTIZATIONS},
-        "folders": [str(folder) for folder in converted_folders(variant, models_dir)],
+        "folders": [str(folder) for folder in folders],
     }
 
 

@@ -12,7 +12,7 @@ from .job import Job
 from .options import DEFAULT_MODEL
 from .progress import Bars, Stream, conversion, notice
 from .report import Run, print_profile
-from .writing import check_sight, open_writer
+from .writing import check_sight, is_blind, open_writer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     """Make the images of `job`, and print their paths or a report."""
     images, edit, hashes = job.pictures.open()
-    _check(job, images, edit)
     paths = job.paths()
+    _check(job, paths, images, edit)
     start = time.perf_counter()
     with Bars(job.quiet) as bars:
         pipe = _open(job, bars)
@@ -52,7 +52,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
             click.echo(path)
 
 
-def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
+def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """Everything that can be known to be wrong before a model is fetched."""
     from ..images import check_output, open_image
     from ..layers import activation_dtype
@@ -68,11 +68,11 @@ def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     for path in job.interpret:
         open_image(path)
     looks = job.interpret or (images and job.upsample_prompt)
-    if looks and job.rewritten is None and job.model in VARIANTS and VARIANTS[job.model].vision is None:
+    if looks and job.rewritten is None and is_blind(job.model):
         check_sight(job.vision_model)
     if not job.no_cache:
         _check_cache(job)
-    for path in job.paths():
+    for path in paths:
         check_output(path, job.force)
 
 

@@ -1,0 +1,108 @@
+"""Pictures that are read: which are taken, their colours and their transparency."""
+
+import struct
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from flux2_mlx.errors import InputError
+from flux2_mlx.images import flattened, open_image
+
+
+def test_the_first_picture_of_a_camera_is_taken(tmp_path, image):
+    image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    image.save(tmp_path / "b.jpg")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.jpg")), np.asarray(open_image(tmp_path / "b.jpg")))
+
+
+def test_a_document_of_several_pages_is_refused(tmp_path, image):
+    image.save(tmp_path / "a.tif", save_all=True, append_images=[image])
+    with pytest.raises(InputError, match=r"a\.tif has several pages; save one of them as an image$"):
+        open_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIF"])
+def test_pictures_of_phones(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(InputError, match=rf"can't read .*a{suffix}: export it as JPEG or PNG$"):
+        open_image(tmp_path / f"a{suffix}")
+
+
+def test_whatever_a_damaged_file_makes_pillow_raise_is_one_error(tmp_path, image):
+    image.save(tmp_path / "a.dds")
+    data = bytearray((tmp_path / "a.dds").read_bytes())
+    data[80] = 0  # no kind of pixels, which Pillow calls not implemented
+    (tmp_path / "a.dds").write_bytes(data)
+    with pytest.raises(InputError, match=r"can't read .*a\.dds: Unknown pixel format flags 0$"):
+        open_image(tmp_path / "a.dds")
+
+
+def test_a_picture_within_our_limit_is_not_warned_of(tmp_path, image, monkeypatch):
+    image.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32 - 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert open_image(tmp_path / "a.png").size == (32, 24)
+    assert caught == []
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# Red light and green light changed places.
+SWAPPED = SRGB.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
+
+
+def grey_profile():
+    """A profile of grey levels that are proportional to light."""
+    line = b"curv" + bytes(8)
+    table = SRGB.index(b"rTRC")
+    grey = SRGB[:table] + struct.pack(">4sII", b"kTRC", len(SRGB), len(line)) + SRGB[table + 12 :] + line
+    return struct.pack(">I", len(grey)) + grey[4:16] + b"GRAY" + grey[20:]
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "profile", "expected"),
+    [
+        ("RGB", (255, 0, 0), SWAPPED, (0, 255, 0)),
+        ("RGBA", (255, 0, 0, 255), SWAPPED, (0, 255, 0)),
+        ("L", 100, SWAPPED, (100, 100, 100)),
+        ("L", 128, grey_profile(), (188, 188, 188)),
+        ("LA", (128, 255), grey_profile(), (188, 188, 188)),
+        ("I;16", 128 * 257, grey_profile(), (188, 188, 188)),
+    ],
+)
+def test_colours_are_converted_from_the_profile(tmp_path, mode, color, profile, expected):
+    Image.new(mode, (8, 8), color).save(tmp_path / "a.png", icc_profile=profile)
+    opened = open_image(tmp_path / "a.png")
+    assert opened.getpixel((4, 4)) == pytest.approx(expected, abs=2)
+    assert (opened.mode, opened.info) == ("RGB", {})
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [("RGB", SRGB), ("RGB", b"damaged"), ("RGB", SRGB[:300]), ("RGB", grey_profile()), ("CMYK", SWAPPED)],
+)
+def test_profiles_of_srgb_and_those_of_no_use_change_nothing(tmp_path, image, mode, profile):
+    image.convert(mode).save(tmp_path / "a.tif", icc_profile=profile)
+    opened = open_image(tmp_path / "a.tif")
+    assert np.array_equal(np.asarray(opened), np.asarray(image.convert(mode).convert("RGB")))
+    assert opened.info == {}
+
+
+@pytest.mark.parametrize(("ground", "expected"), [("white", 255), ("black", 0)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_is_laid_on_a_ground(mode, ground, expected):
+    clear = Image.new("RGBA", (4, 4), (90, 90, 90, 0)).convert(mode)
+    assert flattened(clear, ground).getpixel((0, 0)) == (expected,) * 3
+
+
+def test_what_is_flat_already_is_not_copied(image):
+    assert flattened(image) is image
+
+
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"safetensors is too large for an image: 1,099,511,627,776 bytes"):
+        open_image(tmp_path / "model.safetensors")
