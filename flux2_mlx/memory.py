@@ -33,6 +33,9 @@ _TEXT_MLP_STREAM, _TEXT_MLP_ARRAYS = 4, 3
 _VISION_BYTES, _VISION_MLP_STREAM, _LOGITS_ARRAYS = 92, 3, 6
 # mlx-lm's: tokens that caches of keys and values grow by, and tokens of a prompt that are read at one time.
 _CACHE_STEP, _TOKENS_READ_TOGETHER = 256, 2048
+# The share of a phase's activations up to which MLX may allocate ahead of what it computes. It looks before it
+# allocates, so that one more array comes on top.
+_AHEAD = 0.9
 _MOST_BYTES = 2**63  # what MLX's limits can hold
 
 
@@ -252,14 +255,20 @@ def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, wide
 
 
 @contextmanager
-def limits(planned: Plan, name: str) -> Iterator[None]:
+def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     """MLX's own limits as the plan has them for a phase; the former ones are back afterwards.
 
-    Memory: allocations beyond it wait for running work to free some. Cache: freed buffers are kept only within what
+    Memory: before MLX allocates beyond it, running work is waited for. Cache: freed buffers are kept only within what
     the phase leaves. Wired: on Metal, what the phase needs is never paged out.
+
+    Args:
+        planned: the plan of the run.
+        name: that of the phase.
+        others: bytes that are in memory besides the run.
     """
-    peak = planned.phase(name).peak_memory
-    memory, wired = mx.set_memory_limit(planned.limit), mx.set_wired_limit(min(peak, device_memory()))
+    phase = planned.phase(name)
+    peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
+    memory, wired = mx.set_memory_limit(others + phase.weights + ahead), mx.set_wired_limit(min(peak, device_memory()))
     cache = mx.set_cache_limit(0)
     mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
     try:

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,15 +68,15 @@ class Flux2Output:
 
 
 @contextmanager
-def measured(
-    name: str, timings: list[Phase], planned: Plan | None = None, reading: Reading | None = None
-) -> Iterator[None]:
-    """Add what a phase took to `timings`, keep it within what is `planned`, and give its memory back at the end."""
+def measured(name: str, timings: list[Phase], planned: Plan, reading: Reading, others: int) -> Iterator[None]:
+    """Add what a phase took to `timings`, keep it within what is `planned`, and give its memory back at the end.
+
+    `others` are the bytes in memory that do not belong to the run.
+    """
     mx.clear_cache()
     mx.reset_peak_memory()
-    reading = reading or Reading()
     start, before = time.perf_counter(), replace(reading)
-    with nullcontext() if planned is None else limits(planned, name):
+    with limits(planned, name, others):
         yield
     read, seconds = reading.since(before), time.perf_counter() - start
     streamed = planned.phase(name).streamed if read.nbytes else 0

@@ -224,7 +224,8 @@ class Flux2Pipeline:
         planned = self.networks.checked_plan(request, edit, previews=previews)
         latents, encoded = self._checked_latents(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
-        phase = partial(measured, timings=output.timings, planned=planned, reading=self.networks.reading)
+        held, reading = mx.get_active_memory(), self.networks.reading
+        phase = partial(measured, timings=output.timings, planned=planned, reading=reading, others=held)
         with phase("text_encoder"):
             embeds, negative = self._text_states(request, prompt_embeds, planned, on_progress)
         if edit.references:

@@ -71,13 +71,8 @@ class Footprint:
     def all(self) -> int:
         return self.rest + sum(self.blocks)
 
-    @property
-    def least(self) -> int:
-        """With every block streamed: two at a time, one at work and the next one being read."""
-        return self.held(0)
-
     def held(self, resident: int) -> int:
-        """Bytes in memory if so many blocks stay and the others are streamed."""
+        """Bytes in memory if so many blocks stay and the others are streamed: one at work, the next one being read."""
         streamed = self.blocks[resident:]
         if not streamed:
             return self.all

@@ -114,7 +114,8 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        phase = partial(measured, timings=self.timings, planned=planned, reading=self.networks.reading)
+        held, reading = mx.get_active_memory(), self.networks.reading
+        phase = partial(measured, timings=self.timings, planned=planned, reading=reading, others=held)
         features = {}
         if pictures:
             with phase("vision_tower"):

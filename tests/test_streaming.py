@@ -46,7 +46,7 @@ def test_the_footprint_is_what_loading_takes(folder):
 
 def test_what_stays():
     network = Footprint(10, (4, 4, 2, 2))
-    assert (network.all, network.least) == (22, 18)
+    assert (network.all, network.held(0)) == (22, 18)
     assert [network.held(count) for count in range(5)] == [18, 22, 22, 22, 22]
     assert [Footprint(10, (4, 4, 2, 2), 3).held(count) for count in range(5)] == [21, 25, 25, 25, 22]
     long = Footprint(10, (2,) * 8)
