@@ -104,6 +104,19 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return nn.silu(gate) * x
 
 
+class GatedMLP(nn.Module):
+    """`down(SiLU(gate(x)) · up(x))`, `dims` channels to `hidden_dims` and back."""
+
+    def __init__(self, dims: int, hidden_dims: int):
+        super().__init__()
+        self.gate_proj = Linear(dims, hidden_dims)
+        self.up_proj = Linear(dims, hidden_dims)
+        self.down_proj = Linear(hidden_dims, dims)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
     """Scaled dot-product attention, `[B, tokens, heads · head_dim]`; `k` and `v` may have fewer heads than `q`.
 

@@ -1,17 +1,16 @@
 """Our checkpoint folder: strict opening, and loading."""
 
 import json
-import os
 import shutil
 import struct
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 import torch
-from checkpoints import LARGE_TRANSFORMER, TEXT, TRANSFORMER, VAE, VARIANT, convert, edit_json, edit_weights, save_small
+from checkpoints import LARGE_TRANSFORMER, TEXT, TRANSFORMER, VAE, VARIANT, convert, save_small
+from damage import Damage, edit, fill, remove, resize, weights
 from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline
@@ -19,7 +18,6 @@ from flux2_mlx.checkpoint import Checkpoint, TensorInfo, is_checkpoint, read_hea
 from flux2_mlx.errors import CheckpointError
 
 PACKED, TEXT_WEIGHTS, VAE_WEIGHTS = (f"{name}/model.safetensors" for name in ("transformer", "text_encoder", "vae"))
-Damage = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +37,6 @@ def mixed(plain: Path) -> Path:
 def folder(mixed: Path, tmp_path: Path) -> Path:
     """A copy of `mixed` to damage."""
     return Path(shutil.copytree(mixed, tmp_path / "checkpoint"))
-
-
-def remove(name: str) -> Damage:
-    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-
-
-def fill(name: str, data: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def resize(name: str, extra: int) -> Damage:
-    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size + extra)
-
-
-def edit(name: str, **changes) -> Damage:
-    return lambda folder: edit_json(folder / name, **changes)
-
-
-def weights(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    return lambda folder: edit_weights(folder / name, change)
 
 
 def put(name: str, key: str, tensor: torch.Tensor | None) -> Damage:

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import VARIANT, WEIGHTS, convert, edit_json, edit_weights, save_small
+from checkpoints import VARIANT, WEIGHTS, convert, edit_weights, save_small
+from damage import Damage, edit, fill, remove, resize, weights
 from safetensors.torch import load_file
 
 from flux2_mlx.checkpoint import Checkpoint
@@ -25,7 +25,6 @@ from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
 TRANSFORMER, VAE = WEIGHTS["transformer"], WEIGHTS["vae"]
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS}
 TOKENIZER, SCHEDULER = "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"
-Damage = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +58,6 @@ def assert_refused(source: Path, target: Path, match: str, kind: type[Flux2Error
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     assert before == (contents(target.parent) if target.parent.exists() else None)
-
-
-def remove(name: str) -> Damage:
-    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-
-
-def fill(name: str, data: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def resize(name: str, extra: int) -> Damage:
-    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size + extra)
-
-
-def edit(name: str, **changes) -> Damage:
-    return lambda folder: edit_json(folder / name, **changes)
-
-
-def weights(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    return lambda folder: edit_weights(folder / name, change)
 
 
 def poison(name: str, key: str, value: float, dtype: torch.dtype = torch.bfloat16) -> Damage:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
-from ..layers import Embedding, Linear, attention, swiglu
+from ..layers import Embedding, GatedMLP, Linear, attention
 
 
 class Attention(nn.Module):
@@ -44,25 +44,13 @@ class Attention(nn.Module):
         return mx.fast.rope(x, x.shape[-1], traditional=False, base=self._rope_theta, scale=1.0, offset=offset)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        D, M = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(D, M)
-        self.up_proj = Linear(D, M)
-        self.down_proj = Linear(M, D)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
 class Layer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def __call__(self, x: mx.array, mask: mx.array | None, cache: Any = None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)

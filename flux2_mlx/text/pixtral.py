@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import VisionConfig
-from ..layers import Linear, attention, swiglu
+from ..layers import GatedMLP, Linear, attention
 
 # Mean and deviation of CLIP's training images, which the tower was trained with.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -65,25 +65,13 @@ class Attention(nn.Module):
         return self.o_proj(attention(_rotate(q, rope), _rotate(k, rope), v))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        D, M = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(D, M)
-        self.up_proj = Linear(D, M)
-        self.down_proj = Linear(M, D)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
 class Layer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=_LN_PRE_EPS)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=_LN_PRE_EPS)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def __call__(self, x: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
         x = x + self.attention(self.attention_norm(x), rope)
