@@ -22,7 +22,8 @@ from hub_server import HubServer
 from flux2_mlx.errors import DownloadError
 
 SCRIPT = f"""
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which those who run tests may have let be ignored
 import flux2_mlx.hub
 from huggingface_hub import constants
 flux2_mlx.hub._SMALL, constants.DOWNLOAD_CHUNK_SIZE = {BIG_FROM}, {CHUNK}

@@ -170,7 +170,7 @@ def test_the_readme_begins_with_an_image_and_then_the_tests():
         ["flux2-mlx", "t2i"],
         ["flux2-mlx", "i2i"],
     ]
-    assert second.strip().splitlines()[-1] == "python -m pytest"
+    assert second.strip().splitlines()[-1] == "python -m pytest -n 2 --dist loadfile"
 
 
 def test_python_in_the_readme_compiles_and_its_imports_exist():
