@@ -89,10 +89,9 @@ class Networks:
 
     def checked_plan(self, request: Request, edit: Edit, *, previews: bool = False) -> Plan:
         """The plan; InputError that says what would fit if the run does not fit into memory."""
-        work = _workload(request, edit, previews)
-        planned = self._plan(work)
+        planned = self.plan(request, edit, previews=previews)
         if not planned.fits:
-            raise _refusal(planned, self._advice(work))
+            raise _refusal(planned, self.advice(request, edit, previews=previews))
         return planned
 
     def checked_writing_plan(self, writing: Writing) -> Plan:
@@ -111,8 +110,9 @@ class Networks:
     def _plan(self, work: Workload) -> Plan:
         return plan(self.checkpoint.model, self._footprints, work, self.dtype, self.memory_limit)
 
-    def _advice(self, work: Workload) -> str:
-        """What would fit: the same with less beside it, smaller pictures, or fewer bits."""
+    def advice(self, request: Request, edit: Edit = Edit(), *, previews: bool = False) -> str:  # noqa: B008 (it is frozen)
+        """What would fit instead of a run that does not: the same with less beside it, smaller pictures, fewer bits."""
+        work = _workload(request, edit, previews)
         built_in = self.checkpoint.source.get("name") == "demo"
         if not built_in and self._stored_as(self.quant, self.text_quant)._plan(work).fits:
             return f"convert the model with -q {self.quant} --text-quant {self.text_quant}, which lets it be streamed"
@@ -126,8 +126,9 @@ class Networks:
             return f"{count} at a time would fit"
         if pictures := self._smaller_pictures(work):
             return f"{pictures} would fit"
-        if self._stored_as("qint4", "qint4")._plan(work).fits:
-            return "no size fits, but -q qint4 would"
+        for quant, text_quant in DEFAULT_TEXT_QUANT.items():
+            if self._stored_as(quant, text_quant)._plan(work).fits:
+                return f"no size fits, but -q {quant} would"
         return "no size fits; choose a smaller model or a higher limit"
 
     def _smaller_pictures(self, work: Workload) -> str | None:
@@ -211,10 +212,8 @@ def _workload(request: Request, edit: Edit, previews: bool) -> Workload:
 
 
 def _refusal(planned: Plan, advice: str) -> InputError:
-    return InputError(
-        f"the {planned.worst.name.replace('_', ' ')} needs {_gib(planned.peak_memory)}, the limit is "
-        f"{_gib(planned.limit)}; {advice}"
-    )
+    name = planned.worst.name.replace("_", " ").replace("vae", "VAE")
+    return InputError(f"the {name} needs {_gib(planned.peak_memory)}, the limit is {_gib(planned.limit)}; {advice}")
 
 
 def _gib(nbytes: int) -> str:

@@ -218,6 +218,9 @@ def test_info_says_what_a_limit_means():
     assert transformer["streamed"] > 0
     assert (values["limit"], values["fits"]) == (6 * 2**30, True)
     assert transformer["peak_memory"] <= 6 * 2**30
+    assert done("info", "klein-4b", "--memory-limit", "6GiB").stdout.endswith("fits into the limit of 6 GiB\n")
     text = done("info", "klein-4b", "--memory-limit", "2GiB").stdout
-    assert text.endswith("does not fit into the limit of 2 GiB\n")
+    size = text.partition(" does not fit into the limit of 2 GiB; an image of ")[2].removesuffix(" would fit\n")
+    width, height = size.split("×")
+    assert "GiB fits into" in done("info", "klein-4b", "--memory-limit", "2GiB", "-W", width, "-H", height).stdout
     assert refusal("info", "klein-4b", "--memory-limit", "few").startswith("memory must be a size such as 12GB")

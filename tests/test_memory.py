@@ -207,7 +207,7 @@ def test_what_would_fit_is_said():
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
     message = refusal(pipe, width=512, height=256)
     width, height = map(int, message.partition("an image of ")[2].partition(" would fit")[0].split("×"))
-    assert "the vae needs" in message
+    assert "the VAE needs" in message
     assert pipe.networks.checked_plan(pipe.request(["a"], width=width, height=height), pipe.edit([])).fits
     refusal(pipe, width=width + 16, height=(width + 16) // 32 * 16 or 16)
 
@@ -245,11 +245,15 @@ def test_without_previews_it_may_fit():
         pipe.networks.checked_plan(request, pipe.edit([]), previews=True)
 
 
-def test_fewer_bits_may_fit():
-    networks = Networks.described(VARIANTS["klein-4b"], "bf16", None, mx.bfloat16, 2**30)
-    request = Request.checked(VARIANTS["klein-4b"], 16, ["a"], width=16, height=16)
-    with pytest.raises(InputError, match="no size fits, but -q qint4 would"):
-        networks.checked_plan(request, Edit())
+@pytest.mark.parametrize(("limit", "quant"), [(4.5, "qint8"), (3, "qint4")])
+def test_fewer_bits_may_fit(limit, quant):
+    def networks(quant: str) -> Networks:
+        return Networks.described(VARIANTS["dev"], quant, None, mx.bfloat16, int(limit * GIB))
+
+    request = Request.checked(VARIANTS["dev"], 16, ["a"], width=16, height=16)
+    with pytest.raises(InputError, match=f"no size fits, but -q {quant} would"):
+        networks("bf16").checked_plan(request, Edit())
+    assert networks(quant).checked_plan(request, Edit()).fits
 
 
 def test_what_fits():

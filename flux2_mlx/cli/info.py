@@ -124,6 +124,7 @@ def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[s
         "peak_memory": planned.peak_memory,
         "limit": planned.limit,
         "fits": planned.fits,
+        "advice": None if planned.fits else networks.advice(request),
     }
 
 
@@ -137,8 +138,8 @@ def _print_plan(row: dict[str, Any]) -> None:
         columns = ("weights", "activations", "peak_memory", "streamed")
         weights, activations, peak, streamed = (phase[name] / 2**30 for name in columns)
         click.echo(f"{phase['name']:14}{weights:9.3g}{activations:13.3g}{peak:9.3g}{streamed:17.3g}")
-    verdict = "fits into" if row["fits"] else "does not fit into"
-    click.echo(f"{row['peak_memory'] / 2**30:.3g} GiB {verdict} the limit of {row['limit'] / 2**30:.3g} GiB")
+    verdict, advice = ("fits into", "") if row["fits"] else ("does not fit into", f"; {row['advice']}")
+    click.echo(f"{row['peak_memory'] / 2**30:.3g} GiB {verdict} the limit of {row['limit'] / 2**30:.3g} GiB{advice}")
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
