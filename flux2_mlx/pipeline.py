@@ -199,11 +199,8 @@ class Flux2Pipeline:
         **settings: Any,
     ) -> Request:
         """Checked settings for `run`; the names are those of `Request.checked`. The size is by default `edit`'s."""
-        own_width, own_height = edit.size
-        size = {"width": own_width if width is None else width, "height": own_height if height is None else height}
-        if edit.canvas is not None and tuple(size.values()) != edit.size:
-            raise InputError("an image that is painted over keeps its size; leave width and height out")
-        return Request.checked(self.variant, self.token_size, prompts, **size, **settings)
+        width, height = edit.working_size(width, height)
+        return Request.checked(self.variant, self.token_size, prompts, width=width, height=height, **settings)
 
     def run(
         self,

@@ -281,10 +281,16 @@ class Edit:
         canvas = Canvas.checked(images[0], mask, multiple, crop_padding=crop_padding, feather=feather)
         return cls((canvas.picture, *(fit_reference(image, multiple) for image in images[1:])), canvas)
 
-    @property
-    def size(self) -> tuple[int | None, int | None]:
-        """Width and height that a run works at unless asked otherwise."""
-        return self.references[0].size if self.references else (None, None)
+    def working_size(self, width: int | None, height: int | None) -> tuple[int | None, int | None]:
+        """Width and height that a run works at if asked for these: by default the first reference's, if there is one.
+
+        InputError if an image that is painted over would get another size.
+        """
+        own = self.references[0].size if self.references else (None, None)
+        size = own[0] if width is None else width, own[1] if height is None else height
+        if self.canvas is not None and size != own:
+            raise InputError("an image that is painted over keeps its size; leave width and height out")
+        return size
 
     def output_size(self, width: int, height: int) -> tuple[int, int]:
         """Size of the images of a run at `width`×`height`: where there is a mask, that of the original."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -336,3 +337,11 @@ def test_references_beyond_the_memory_are_refused_before_anything_is_loaded(monk
     monkeypatch.setattr(Component, "load", None)
     message = refusal("i2i", PROMPT, *DEMO, "-i", "a.png", "-o", "out.png", "--quiet")
     assert "the limit is 0.000977 GiB; no size fits" in message
+
+
+def test_references_beyond_the_memory_are_refused_before_a_download(monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    Image.new("RGB", (1024, 1024)).save("large.png")
+    limit, images = ("--dtype", "bfloat16", "--memory-limit", "4GiB"), ["-i", "large.png"] * 20
+    message = refusal("i2i", PROMPT, "-m", "klein-4b", *limit, *images, "-o", "out.png")
+    assert re.search(r"^the transformer needs .* GiB, the limit is 4 GiB; 20 references of (\d+)×\1 pixels ", message)

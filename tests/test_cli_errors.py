@@ -59,6 +59,7 @@ def test_a_wrong_setting_is_told_before_any_model_is_looked_for(model, arguments
     ("arguments", "message"),
     [
         (["--memory-limit", "nonsense"], "memory must be a size such as 12GB"),
+        (["--memory-limit", "1GB"], "the transformer needs "),
         (["--interpret", "none.png"], "can't read none.png: No such file or directory"),
         (["--interpret", "a.png", "--vision-model", "klein-4b"], "klein-4b has no language model that sees images; "),
         (["--models-dir", "a.png/models"], "can't write a.png/models/klein-9b-bf16: Not a directory"),

@@ -95,9 +95,12 @@ def test_a_white_part_of_that_width_is_enough(width):
 @pytest.mark.parametrize(("mask", "size"), [(None, (96, 80)), (half_mask("L", 0, 255).resize((100, 84)), (100, 84))])
 def test_size_of_the_output(mask, size):
     edit = Edit.checked([picture(size=(100, 84))], 16, mask=mask, on_canvas=True)
-    assert edit.size == (96, 80)
-    assert edit.output_size(*edit.size) == size
-    assert Edit().output_size(64, 48) == (64, 48)
+    assert edit.working_size(None, None) == edit.working_size(96, None) == (96, 80)
+    assert edit.output_size(96, 80) == size
+    with pytest.raises(InputError, match="an image that is painted over keeps its size"):
+        edit.working_size(None, 96)
+    assert Edit().output_size(64, 48) == Edit().working_size(64, 48) == (64, 48)
+    assert Edit.checked([picture(size=(100, 84))], 16).working_size(None, 48) == (96, 48)
 
 
 def test_what_is_painted_over_in_whole_is_cut_and_not_stretched():

@@ -55,16 +55,8 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
 def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """Everything that can be known to be wrong before a model is fetched."""
     from ..images import check_output, open_image
-    from ..layers import activation_dtype
-    from ..memory import memory_bytes
-    from ..references import Edit
-    from ..sampling import Request
 
-    activation_dtype(job.dtype)
-    memory_bytes(job.memory_limit)
-    row = VARIANTS.get(job.model, VARIANTS[DEFAULT_MODEL])
-    Request.checked(row, row.vae.token_size, job.prompts, **job.settings())
-    Edit.checked(images, row.vae.token_size, **edit)
+    _check_run(job, images, edit)
     for path in job.interpret:
         open_image(path)
     looks = job.interpret or (images and job.upsample_prompt)
@@ -74,6 +66,26 @@ def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[
         _check_cache(job)
     for path in paths:
         check_output(path, job.force)
+
+
+def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
+    """The settings, and, of a model that is known by its name, that it will fit into memory."""
+    from ..convert import look_up
+    from ..layers import activation_dtype
+    from ..memory import memory_bytes
+    from ..networks import Networks
+    from ..references import Edit
+    from ..sampling import Request
+
+    wanted = {"dtype": activation_dtype(job.dtype), "memory_limit": memory_bytes(job.memory_limit)}
+    known, _ = look_up(job.model)
+    row = known or VARIANTS[DEFAULT_MODEL]
+    edit, settings = Edit.checked(images, row.vae.token_size, **edit), job.settings()
+    settings["width"], settings["height"] = edit.working_size(job.width, job.height)
+    request = Request.checked(row, row.vae.token_size, job.prompts, **settings)
+    if known and known.repo:
+        networks = Networks.described(known, job.quant or "bf16", job.text_quant, **wanted)
+        networks.checked_plan(request, edit, previews=job.checkpoint is not None)
 
 
 def _check_cache(job: Job) -> None:
