@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ _KEPT_ARRAYS, _ATTENDING_ARRAYS, _WIDENING_ARRAYS = 6, 8, 11
 # query in float32 for norms and rotation; then arrays as wide as the stream and the MLP. Measured as well.
 _TEXT_ARRAYS, _TEXT_QUERIES, _TEXT_KEYS, _TEXT_FLOAT32_BYTES = 6, 4.9, 2, 18
 _TEXT_MLP_STREAM, _TEXT_MLP_ARRAYS = 4, 3
+_TEXT_MASKS = 3  # who sees whom, as it is made, a byte each
 # The same of the vision tower: bytes of a patch and channel while it attends, and arrays around the MLP. And of the
 # logits, arrays in float32.
 _VISION_BYTES, _VISION_MLP_STREAM, _LOGITS_ARRAYS = 92, 3, 6
@@ -137,11 +138,12 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     positions = work.length + work.image_tokens(size) + work.reference_tokens(size)
     rope = positions * variant.transformer.attention_head_dim // 2 * mx.complex64.size
     held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures + rope
-    denoising = max(_denoising_bytes(variant, transformer, work, dtype.size), transformer.loading)
+    past, passing = _denoising_bytes(variant, transformer, work, dtype.size)
     decode = vae_activation_bytes(variant.vae, work.height, work.width, dtype)[1]
     preview = networks["vae"].all + decode if work.previews else 0
     # Noise, and what becomes of it.
-    activations["transformer"] = max(denoising, preview) + held + 2 * work.images * latents
+    denoising = max(past + max(passing, preview), transformer.loading)
+    activations["transformer"] = denoising + held + 2 * work.images * latents
     activations["vae"] = decode + pictures + work.images * latents
     return _plan(networks, activations, limit)
 
@@ -190,21 +192,23 @@ def _phase(name: str, networks: dict[str, Footprint], activations: int, limit: i
     return PhasePlan(name, network.held(resident), activations, resident, sum(network.blocks[resident:]))
 
 
-def _denoising_bytes(variant: Variant, network: Footprint, work: Workload, itemsize: int) -> int:
-    """Peak of the passes of a run above the weights."""
+def _denoising_bytes(variant: Variant, network: Footprint, work: Workload, itemsize: int) -> tuple[int, int]:
+    """What stays from the first pass of a run to its last, and the peak of a pass above that and the weights."""
     config, size = variant.transformer, variant.vae.token_size
     image, sources = work.image_tokens(size), work.reference_tokens(size)
     together = len(passes(work.images, image + sources)[0])
+    texts = together * work.length * config.hidden_size * itemsize if together > 1 else 0  # side by side
     if not (variant.kv_cache and sources):
         tokens = together * (work.length + image + sources)
-        return activation_bytes(config, tokens, itemsize, network.widened, together)
+        return 0, texts + activation_bytes(config, tokens, itemsize, network.widened, together)
     pair = 2 * config.hidden_size * itemsize  # a key and a value
     past = sources * pair * (config.num_layers + config.num_single_layers)
     tokens = together * (work.length + image)
     # One block at a time has the keys and values of both side by side.
     joined = (tokens + 2 * together * sources) * pair
     reading = activation_bytes(config, sources, itemsize, network.widened)
-    return past + max(reading, activation_bytes(config, tokens, itemsize, network.widened, together) + joined)
+    writing = texts + activation_bytes(config, tokens, itemsize, network.widened, together) + joined
+    return past, max(reading, writing)
 
 
 def passes(count: int, tokens: int) -> list[range]:
@@ -218,7 +222,8 @@ def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int, widene
     D, heads = config.hidden_size, config.num_attention_heads
     queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim
     arrays = itemsize * (_TEXT_ARRAYS * D + _TEXT_QUERIES * queries + _TEXT_KEYS * keys)
-    attending = tokens * (arrays + _TEXT_FLOAT32_BYTES * queries) + score_bytes(heads, tokens, itemsize)
+    masks = _TEXT_MASKS * tokens**2
+    attending = tokens * (arrays + _TEXT_FLOAT32_BYTES * queries) + score_bytes(heads, tokens, itemsize) + masks
     mlp = tokens * itemsize * (_TEXT_MLP_STREAM * D + _TEXT_MLP_ARRAYS * config.intermediate_size)
     return int(max(attending, mlp + widened))
 
@@ -268,16 +273,14 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     """
     phase = planned.phase(name)
     peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
-    memory, wired = mx.set_memory_limit(others + phase.weights + ahead), mx.set_wired_limit(min(peak, device_memory()))
-    cache = mx.set_cache_limit(0)
-    mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
-    try:
+    with ExitStack() as former:  # each is back even if another can't be
+        former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
+        former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
+        cache = mx.set_cache_limit(0)
+        former.callback(mx.set_cache_limit, cache)
+        mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
         yield
-    finally:
         mx.synchronize()
-        mx.set_memory_limit(memory)
-        mx.set_cache_limit(cache)
-        mx.set_wired_limit(wired)
 
 
 def memory_bytes(limit: str | int | None) -> int:
@@ -289,7 +292,7 @@ def parse_memory(text: str | int) -> int:
     """Bytes of a size such as `12GB`, `7.5GiB` or `800MB`; InputError if it is none."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if match is None or not 0 < float(match[1]) * unit < _MOST_BYTES:
+    if match is None or not 1 <= float(match[1]) * unit < _MOST_BYTES:
         raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
     return int(float(match[1]) * unit)
 

@@ -1,15 +1,18 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .checkpoint import PAINTING, Checkpoint, Component, module_tensors, network_dtype, variant_components
-from .config import Variant
+from .config import QUANTIZATIONS, Variant
 from .errors import CheckpointError, InputError
 from .memory import Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
@@ -83,15 +86,22 @@ class Networks:
         """What a network computes in."""
         return network_dtype(name, self.dtype)
 
-    def plan(self, request: Request, edit: Edit = Edit(), *, previews: bool = False) -> Plan:  # noqa: B008 (it is frozen)
-        """What a run holds in memory, phase by phase, and what it streams from disk."""
-        return self._plan(_workload(request, edit, previews))
+    def plan(self, request: Request, edit: Edit = Edit(), **beside: Any) -> Plan:  # noqa: B008 (it is frozen)
+        """What a run holds in memory, phase by phase, and what it streams from disk.
 
-    def checked_plan(self, request: Request, edit: Edit, *, previews: bool = False) -> Plan:
+        Args:
+            request: the settings.
+            edit: the pictures.
+            beside: `previews`, whether there are images between the steps, and `texts`, how many encoded texts are
+                given in place of prompts.
+        """
+        return self._plan(_workload(request, edit, **beside))
+
+    def checked_plan(self, request: Request, edit: Edit, **beside: Any) -> Plan:
         """The plan; InputError that says what would fit if the run does not fit into memory."""
-        planned = self.plan(request, edit, previews=previews)
+        planned = self.plan(request, edit, **beside)
         if not planned.fits:
-            raise _refusal(planned, self.advice(request, edit, previews=previews))
+            raise _refusal(planned, self.advice(request, edit, **beside))
         return planned
 
     def checked_writing_plan(self, writing: Writing) -> Plan:
@@ -110,11 +120,10 @@ class Networks:
     def _plan(self, work: Workload) -> Plan:
         return plan(self.checkpoint.model, self._footprints, work, self.dtype, self.memory_limit)
 
-    def advice(self, request: Request, edit: Edit = Edit(), *, previews: bool = False) -> str:  # noqa: B008 (it is frozen)
+    def advice(self, request: Request, edit: Edit = Edit(), **beside: Any) -> str:  # noqa: B008 (it is frozen)
         """What would fit instead of a run that does not: the same with less beside it, smaller pictures, fewer bits."""
-        work = _workload(request, edit, previews)
-        built_in = self.checkpoint.source.get("name") == "demo"
-        if not built_in and self._stored_as(self.quant, self.text_quant)._plan(work).fits:
+        work = _workload(request, edit, **beside)
+        if not self._built_in and self._stored_as(self.quant, self.text_quant)._plan(work).fits:
             return f"convert the model with -q {self.quant} --text-quant {self.text_quant}, which lets it be streamed"
         if work.previews and self._plan(replace(work, previews=False)).fits:
             return "without images between the steps it would fit"
@@ -124,32 +133,50 @@ class Networks:
 
         if count := self._largest(images, 1, work.images):
             return f"{count} at a time would fit"
-        if pictures := self._smaller_pictures(work):
+        if pictures := self._smaller_pictures(work, edit.canvas is not None):
             return f"{pictures} would fit"
-        for quant, text_quant in DEFAULT_TEXT_QUANT.items():
-            if self._stored_as(quant, text_quant)._plan(work).fits:
-                return f"no size fits, but -q {quant} would"
+        if bits := self._fewer_bits(work):
+            return f"no size fits, but {bits} it would"
         return "no size fits; choose a smaller model or a higher limit"
 
-    def _smaller_pictures(self, work: Workload) -> str | None:
-        """The largest references, or else the largest image, with which the run fits."""
+    def _smaller_pictures(self, work: Workload, is_painted_over: bool) -> str | None:
+        """The largest references, or else the largest image, or else the largest of both, with which the run fits."""
         token, count = self.checkpoint.model.vae.token_size, len(work.references)
 
         def references(side: int) -> Workload:
             return replace(work, references=((side, side),) * count)
 
         def image(side: int) -> Workload:
-            scale = side / max(work.width, work.height)
-            width, height = (max(token, int(x * scale) // token * token) for x in (work.width, work.height))
+            width, height = _within((work.width, work.height), side, token)
             return replace(work, width=width, height=height)
 
-        largest = max((side for pixels in work.references for side in pixels), default=0)
-        if side := self._largest(references, MIN_SIDE, largest, token):
+        def both(side: int) -> Workload:
+            return replace(image(side), references=tuple(_within(size, side, token) for size in work.references))
+
+        sides = [max(size) for size in work.references]
+        if not is_painted_over and (side := self._largest(references, MIN_SIDE, max(sides, default=0), token)):
             return f"{f'{count} references' if count > 1 else 'a reference'} of {side}×{side} pixels"
-        if side := self._largest(image, token, max(work.width, work.height), token):
+        if not is_painted_over and (side := self._largest(image, token, max(work.width, work.height), token)):
             smaller = image(side)
             return f"an image of {smaller.width}×{smaller.height}"
+        # No reference may be narrower than the least that there may be.
+        least = max((math.ceil(MIN_SIDE * max(size) / min(size)) for size in work.references), default=MIN_SIDE)
+        if work.references and (side := self._largest(both, -(-least // token) * token, max(sides), token)):
+            return f"pictures and an image of at most {side} pixels a side"
         return None
+
+    def _fewer_bits(self, work: Workload) -> str | None:
+        """The options of the mildest quantization with which the run fits."""
+        left = [QUANTIZATIONS[QUANTIZATIONS.index(quant) :] for quant in (self.quant, self.text_quant)]
+        for quant, text_quant in sorted(product(*left), key=lambda pair: sorted(map(QUANTIZATIONS.index, pair))[::-1]):
+            other = replace(self, quant=quant, text_quant=text_quant)
+            if (other if self._built_in else self._stored_as(quant, text_quant))._plan(work).fits:
+                return f"{'' if self._built_in else 'converted '}with -q {quant} --text-quant {text_quant}"
+        return None
+
+    @property
+    def _built_in(self) -> bool:
+        return self.checkpoint.source.get("name") == "demo"
 
     def _largest(self, work_of: Callable[[int], Workload], least: int, most: int, step: int = 1) -> int:
         """The largest multiple of `step` from `least` to `most` with which the run fits; 0 if there is none."""
@@ -199,13 +226,20 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
     return max(0, peak - whole)
 
 
-def _workload(request: Request, edit: Edit, previews: bool) -> Workload:
+def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
+    """A size of the same shape, of at most `side` pixels a side, in whole tokens."""
+    scale = min(1, side / max(size))
+    width, height = (max(token, int(x * scale) // token * token) for x in size)
+    return width, height
+
+
+def _workload(request: Request, edit: Edit, *, previews: bool = False, texts: int | None = None) -> Workload:
     return Workload(
         request.width,
         request.height,
         request.max_sequence_length,
         tuple(image.size for image in edit.references),
-        len(set(request.prompts)),
+        len(set(request.prompts)) if texts is None else texts,
         len(request.seeds),
         previews,
     )
@@ -213,8 +247,11 @@ def _workload(request: Request, edit: Edit, previews: bool) -> Workload:
 
 def _refusal(planned: Plan, advice: str) -> InputError:
     name = planned.worst.name.replace("_", " ").replace("vae", "VAE")
-    return InputError(f"the {name} needs {_gib(planned.peak_memory)}, the limit is {_gib(planned.limit)}; {advice}")
+    needed, limit = (_shown(x, planned.peak_memory - planned.limit) for x in (planned.peak_memory, planned.limit))
+    return InputError(f"the {name} needs {needed}, the limit is {limit}; {advice}")
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.3g} GiB"
+def _shown(nbytes: int, difference: int) -> str:
+    """In GiB, or MiB below 0.1 GiB, with as many digits as a difference from another number of bytes needs."""
+    value, unit = (nbytes / 2**30, "GiB") if nbytes > 2**30 / 10 else (nbytes / 2**20, "MiB")
+    return f"{value:.3g} {unit}" if difference > 0.01 * nbytes else f"{value:.10g} {unit}"

@@ -1,6 +1,7 @@
 """The phases of a run after the text is encoded, what a caller hears of them, and what they took."""
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from .vae import VAE
 
 # References lie this far apart on the T axis; the image that is made is at 0.
 _T_STEP = 10
+# MLX counts memory, and limits it, for the process as a whole.
+_TURN = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,19 @@ class Flux2Output:
 def measured(name: str, timings: list[Phase], planned: Plan, reading: Reading, others: int) -> Iterator[None]:
     """Add what a phase took to `timings`, keep it within what is `planned`, and give its memory back at the end.
 
-    `others` are the bytes in memory that do not belong to the run.
+    `others` are the bytes in memory that do not belong to the run. Runs of several threads take turns.
     """
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    start, before = time.perf_counter(), replace(reading)
-    with limits(planned, name, others):
-        yield
-    read, seconds = reading.since(before), time.perf_counter() - start
-    streamed = planned.phase(name).streamed if read.nbytes else 0
-    timings.append(Phase(name, seconds, mx.get_peak_memory(), read.nbytes, streamed, read.overlap))
-    gc.collect()
-    mx.clear_cache()
+    with _TURN:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        start, before = time.perf_counter(), replace(reading)
+        with limits(planned, name, others):
+            yield
+        read, seconds = reading.since(before), time.perf_counter() - start
+        streamed = planned.phase(name).streamed if read.nbytes else 0
+        timings.append(Phase(name, seconds, mx.get_peak_memory(), read.nbytes, streamed, read.overlap))
+        gc.collect()
+        mx.clear_cache()
 
 
 OnProgress = Callable[[Progress], mx.array | None]
@@ -180,7 +184,8 @@ def condition(
         kv_cache: whether the model was trained to see references through their keys and values only.
     """
     config = transformer.config
-    projected = [transformer.txt_in(states) for states in embeds]
+    distinct = {id(states): states for states in embeds}  # prompts may be the same
+    projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
     negative = None if negative is None else transformer.txt_in(negative)
     ids = [text_ids(embeds[0].shape[0]), image_ids(*grid)]
     guidance = mx.array([request.guidance]) if config.guidance_embeds else None
@@ -193,7 +198,7 @@ def condition(
     rope = rope_table(np.concatenate(ids), config)
 
     def of(images: range) -> Conditioning:
-        text = mx.stack([projected[i // request.images_per_prompt] for i in images])
+        text = mx.stack([projected[id(embeds[i // request.images_per_prompt])] for i in images])
         against = None if negative is None else mx.broadcast_to(negative, (len(images), *negative.shape))
         return Conditioning(text, rope, against, request.guidance, guidance, references, past)
 

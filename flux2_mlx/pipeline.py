@@ -148,7 +148,8 @@ class Flux2Pipeline:
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("give either prompt or prompt_embeds")
         if prompt_embeds is not None:
-            prompt_embeds = mx.array(prompt_embeds)
+            # An array of MLX would be copied.
+            prompt_embeds = prompt_embeds if isinstance(prompt_embeds, mx.array) else mx.array(prompt_embeds)
             features = self.checkpoint.components["text_encoder"].config.output_size
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != features:
                 raise InputError(f"prompt_embeds must be [prompts, tokens, {features}], got {prompt_embeds.shape}")
@@ -218,7 +219,8 @@ class Flux2Pipeline:
         `previews`, and raise to cancel."""
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
-        planned = self.networks.checked_plan(request, edit, previews=previews)
+        texts = None if prompt_embeds is None else len(prompt_embeds)
+        planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
         latents, encoded = self._checked_latents(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
         held, reading = mx.get_active_memory(), self.networks.reading

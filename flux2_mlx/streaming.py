@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .checkpoint import Component, in_memory, memory_dtype, module_tensors, read_header, tensor_bytes
+from .errors import CheckpointError
 from .layers import WIDENED
 
 # The lists of blocks of each network that can be streamed, in the order that they are run in.
@@ -155,7 +157,8 @@ class Blocks:
             for number in range(len(self._resident), self._count):
                 needed = time.perf_counter()
                 self._template.load_weights(weights)
-                mx.eval(self._template.parameters())  # or two blocks would be on their way at once
+                with _readable():
+                    mx.eval(self._template.parameters())  # or two blocks would be on their way at once
                 there = time.perf_counter()
                 self._reading.add(sum(x.nbytes for _, x in weights), there - asked, there - needed)
                 weights, asked = self._ahead(number + 1)
@@ -209,7 +212,19 @@ def _reader(name: str, places: dict[str, Path], dtype: mx.Dtype) -> Callable[[in
     return read
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn what MLX raises for a file that can't be read into a CheckpointError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"can't read weights any more: {str(error).splitlines()[0]}; put the files back"
+        ) from error
+
+
 def _pick(names: set[str], places: dict[str, Path], dtype: mx.Dtype) -> Weights:
     """Tensors of the files, still unread."""
-    loaded = {path: mx.load(str(path), stream=_READER) for path in {places[name] for name in names}}
+    with _readable():
+        loaded = {path: mx.load(str(path), stream=_READER) for path in {places[name] for name in names}}
     return [(name, in_memory(name, loaded[places[name]][name], dtype)) for name in sorted(names)]

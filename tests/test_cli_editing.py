@@ -336,7 +336,7 @@ def test_references_beyond_the_memory_are_refused_before_anything_is_loaded(monk
     monkeypatch.setattr(memory, "device_memory", lambda: 2**20)
     monkeypatch.setattr(Component, "load", None)
     message = refusal("i2i", PROMPT, *DEMO, "-i", "a.png", "-o", "out.png", "--quiet")
-    assert "the limit is 0.000977 GiB; no size fits" in message
+    assert "the limit is 1 MiB; no size fits" in message
 
 
 def test_references_beyond_the_memory_are_refused_before_a_download(monkeypatch):

@@ -7,10 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
-from cli_runner import DEMO, PROMPT, SMALL, difference, done, make, pixels, process, run
+from cli_runner import DEMO, PROMPT, SMALL, difference, done, make, pixels, process, refusal, run
 from PIL import Image
 
-from flux2_mlx import __version__
+from flux2_mlx import Flux2Pipeline, __version__
 from flux2_mlx.images import read_settings
 from flux2_mlx.vae import VAE
 
@@ -211,6 +211,15 @@ def test_the_image_of_the_first_step_is_where_it_points():
     make("--seed", "7", "-s", "3", "--checkpoint", "1", "-o", "a.png")
     make("--seed", "7", "-s", "1", "-o", "b.png")
     assert difference("a-step-001.png", "b.png") < 0.5
+
+
+def test_no_memory_is_kept_for_images_between_steps_where_there_are_none():
+    pipe = Flux2Pipeline.from_pretrained("demo", prompt_cache=False)
+    limit = pipe.networks.plan(pipe.request([PROMPT], width=128, height=96, steps=2)).peak_memory
+    words = ("-W", "128", "-H", "96", "-s", "2", "--memory-limit", str(limit), "-o", "a.png")
+    make(*words, "--checkpoint", "2")
+    message = refusal("t2i", PROMPT, "-m", "demo", *words, "--checkpoint", "1", "--quiet", "--force")
+    assert message.endswith("; without images between the steps it would fit")
 
 
 def test_checkpoints_of_several_images_carry_their_seeds(folder):

@@ -214,6 +214,12 @@ def test_t2i_upsamples_first(dev):
     assert not np.array_equal(pixels("a.png"), pixels("c.png"))
 
 
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(dev, calls):
+    words = ("t2i", PROMPT, "-m", dev, "-W", "1024", "-H", "1024", "--upsample-prompt", "--memory-limit", "60MB")
+    assert " would fit" in refusal(*words, "-o", "a.png", "--quiet")
+    assert calls == []
+
+
 def test_every_prompt_of_a_file_is_upsampled(klein, folder):
     (folder / "prompts.txt").write_text("a large red fox\na small blue dog\n")
     arguments = ("--upsample-prompt", "--prompts-file", "prompts.txt", "-n", "2", "--seed", "6", "-o", "a.png")

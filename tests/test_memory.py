@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from mlx.utils import tree_map
+from mlx_state import mlx_limits
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
@@ -126,14 +128,62 @@ def test_a_plan_counts_references(sizes):
     compare(pipe, [Image.new("RGB", size, "teal") for size in sizes], width=128, height=128)
 
 
-def test_a_plan_counts_the_keys_and_values_of_references(tmp_path):
-    source = save_small(tmp_path / "official", transformer=LARGE_TRANSFORMER, text=SHALLOW_TEXT)
-    folder = convert(source, tmp_path / "ours", variant=SHALLOW_VARIANT)
-    pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False)
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    source = save_small(folder / "official", transformer=LARGE_TRANSFORMER, text=SHALLOW_TEXT)
+    return convert(source, folder / "ours", variant=SHALLOW_VARIANT)
+
+
+@pytest.fixture
+def kv_pipe(small_folder):
+    pipe = Flux2Pipeline.from_pretrained(small_folder, dtype="float32", prompt_cache=False)
     pipe.variant = replace(pipe.variant, kv_cache=True)
     pipe.checkpoint = replace(pipe.checkpoint, variant=pipe.variant)
     pipe.networks = replace(pipe.networks, checkpoint=pipe.checkpoint)
-    compare(pipe, [Image.new("RGB", (512, 384), "teal")] * 2, width=64, height=64, most=1.15)
+    return pipe
+
+
+def test_a_plan_counts_the_keys_and_values_of_references(kv_pipe):
+    compare(kv_pipe, [Image.new("RGB", (512, 384), "teal")] * 2, width=64, height=64)
+
+
+def test_a_plan_counts_keys_and_values_beside_previews(kv_pipe):
+    edit = kv_pipe.edit([Image.new("RGB", (512, 384), "teal")] * 3)
+    request = kv_pipe.request(["a red ring"], edit=edit, width=384, height=384, steps=2, seed=0)
+    planned = kv_pipe.networks.plan(request, edit, previews=True).phase("transformer").peak_memory
+    assert planned > kv_pipe.networks.plan(request, edit).phase("transformer").peak_memory
+
+    def on_progress(progress):
+        if progress.step is not None:
+            kv_pipe.preview(request, progress.step.estimate)
+
+    gc.collect()
+    base = mx.get_active_memory()
+    timings = kv_pipe.run(request, edit, on_progress=on_progress, previews=True).timings
+    measured = next(phase.peak_memory for phase in timings if phase.name == "transformer") - base
+    assert measured <= planned <= 1.1 * measured
+
+
+def test_a_plan_counts_prompts_given_as_embeds():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    embeds = mx.concatenate([pipe.encode_prompt("a red ring")] * 100).astype(mx.bfloat16)
+    mx.eval(embeds)
+    gc.collect()
+    base = mx.get_active_memory()
+    output = pipe(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
+    request = pipe.request([""] * 100, width=16, height=16, steps=1)
+    planned = pipe.networks.plan(request, texts=100)
+    measured = max(phase.peak_memory for phase in output.timings if phase.name != "vae") - base
+    assert measured <= planned.phase("transformer").peak_memory <= 1.2 * measured
+    tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="20MB")
+    with pytest.raises(InputError, match="the transformer needs "):
+        tight(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
+
+
+def test_a_prompt_that_is_repeated_is_held_once():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    compare(pipe, prompts=["a red ring"] * 60, width=16, height=16, most=1.3)
 
 
 def test_a_plan_counts_previews():
@@ -153,14 +203,6 @@ def test_a_plan_counts_previews():
         timings = pipe.run(request, on_progress=on_progress, previews=True).timings
         peaks.append(next(phase.peak_memory for phase in timings if phase.name == "transformer") - base)
     assert max(peaks) <= planned <= 1.1 * max(peaks)
-
-
-def mlx_limits() -> tuple[int, int]:
-    """MLX's memory and cache limits, which can only be read by setting them."""
-    limits = mx.set_memory_limit(2**40), mx.set_cache_limit(2**40)
-    mx.set_memory_limit(limits[0])
-    mx.set_cache_limit(limits[1])
-    return limits
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -193,6 +235,36 @@ def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
     assert any(free < before[1] for free in room)
     assert mlx_limits() == before
     assert wired[1:] == [limit for phase in phases for limit in (phase.peak_memory, 7)]
+
+
+def test_the_limits_of_mlx_come_back_though_its_work_fails(monkeypatch):
+    def fail():
+        raise RuntimeError("lost")
+
+    before = mlx_limits()
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    monkeypatch.setattr(mx, "synchronize", fail)
+    with pytest.raises(RuntimeError, match="lost"):
+        pipe("a red ring", width=64, height=64, num_inference_steps=1)
+    assert mlx_limits() == before
+
+
+def test_runs_of_two_threads_take_turns():
+    before, images = mlx_limits(), {}
+
+    def run(seed: int) -> None:
+        pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+        images[seed] = [pipe("a red ring", width=64, height=64, seed=seed).images[0].tobytes() for _ in range(2)]
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert mlx_limits() == before
+    for seed, (first, second) in images.items():
+        run(seed)
+        assert images[seed] == [first, second] == [first] * 2
 
 
 def refusal(pipe: Flux2Pipeline, images=(), **settings) -> str:
@@ -245,15 +317,38 @@ def test_without_previews_it_may_fit():
         pipe.networks.checked_plan(request, pipe.edit([]), previews=True)
 
 
-@pytest.mark.parametrize(("limit", "quant"), [(4.5, "qint8"), (3, "qint4")])
-def test_fewer_bits_may_fit(limit, quant):
-    def networks(quant: str) -> Networks:
-        return Networks.described(VARIANTS["dev"], quant, None, mx.bfloat16, int(limit * GIB))
+@pytest.mark.parametrize(
+    ("limit", "text_quant", "quants"),
+    [
+        (5, None, ("qint8", "qint8")),
+        (3, None, ("qint4", "qint8")),
+        (1.8, None, ("qint4", "qint4")),
+        (5, "bf16", ("qint8", "bf16")),
+    ],
+)
+def test_fewer_bits_may_fit(limit, text_quant, quants):
+    def networks(quant: str, text_quant: str | None) -> Networks:
+        return Networks.described(VARIANTS["dev"], quant, text_quant, mx.bfloat16, int(limit * GIB))
 
     request = Request.checked(VARIANTS["dev"], 16, ["a"], width=16, height=16)
-    with pytest.raises(InputError, match=f"no size fits, but -q {quant} would"):
-        networks("bf16").checked_plan(request, Edit())
-    assert networks(quant).checked_plan(request, Edit()).fits
+    with pytest.raises(
+        InputError, match="no size fits, but converted with -q {} --text-quant {} it would".format(*quants)
+    ):
+        networks("bf16", text_quant).checked_plan(request, Edit())
+    assert networks(*quants).checked_plan(request, Edit()).fits
+
+
+@pytest.mark.parametrize("painted_over", [False, True])
+def test_smaller_pictures_and_a_smaller_image_may_fit(painted_over):
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=60_000_000)
+    picture = Image.new("RGB", (512, 384), "teal")
+    edit = pipe.edit([picture] * 2, on_canvas=painted_over)
+    with pytest.raises(InputError, match="; pictures and an image of at most ") as caught:
+        pipe.networks.checked_plan(pipe.request(["a"], edit=edit), edit)
+    side = int(re.search(r"at most (\d+) pixels a side would fit", str(caught.value))[1])
+    for longest, fits in ((side, True), (side + 32, False)):
+        smaller = pipe.edit([picture.resize((longest, longest * 3 // 4))] * 2, on_canvas=painted_over)
+        assert pipe.networks.plan(pipe.request(["a"], edit=smaller), smaller).fits == fits
 
 
 def test_what_fits():

@@ -1,6 +1,8 @@
 """Streamed networks: the same bits as from memory, in less of it."""
 
 import json
+import os
+import shutil
 import time
 
 import mlx.core as mx
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from cli_runner import PROMPT, done, pixels, refusal
+from mlx_state import mlx_limits
 
 from flux2_mlx import Flux2Pipeline, InputError, streaming
 from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.errors import CheckpointError
 from flux2_mlx.streaming import Footprint, Reading, footprint, load_streamed
 
 SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3, "max_sequence_length": 40}
@@ -106,7 +110,7 @@ def test_streaming_reads_one_block_ahead_and_keeps_none(folder):
 def test_a_run_beyond_the_limit_is_refused_before_anything_is_loaded(folder, monkeypatch):
     pipe = open_pipe(folder, memory_limit="1MB")
     monkeypatch.setattr(streaming.Component, "load", None)
-    with pytest.raises(InputError, match=r"needs 0\.\d+ GiB, the limit is 0\.000931 GiB; no size fits"):
+    with pytest.raises(InputError, match=r"needs [\d.]+ MiB, the limit is 0\.954 MiB; no size fits"):
         pipe("a fox", **SETTINGS)
 
 
@@ -166,4 +170,23 @@ def test_command_line(folder, tmp_path, monkeypatch):
     lines = [line for line in run.stderr.splitlines() if " a pass, " in line and line.startswith("transformer")]
     assert len(lines) == 1
     assert f"{took['read'] / 2**30:.3f} GiB read" in lines[0]
-    assert "the limit is 0.000931 GiB" in refusal(*settings, "-o", "c.png", "--memory-limit", "1MB", "--quiet")
+    assert "the limit is 0.954 MiB" in refusal(*settings, "-o", "c.png", "--memory-limit", "1MB", "--quiet")
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_a_file_that_is_lost_while_it_is_streamed(folder, tmp_path, damage):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    pipe = open_pipe(mine)
+    request = pipe.request(["a"], width=64, height=48, steps=3, max_sequence_length=40)
+    pipe = open_pipe(mine, memory_limit=pipe.networks.plan(request).peak_memory * 3 // 4)
+    weights = mine / "transformer/model.safetensors"
+
+    def on_progress(progress):
+        if progress.step is not None:
+            weights.unlink() if damage == "gone" else os.truncate(weights, 100_000)
+
+    before = mlx_limits()
+    with pytest.raises(CheckpointError, match=r"can't read weights any more: .*; put the files back") as caught:
+        pipe.run(request, on_progress=on_progress)
+    assert "\n" not in str(caught.value)
+    assert mlx_limits() == before

@@ -131,7 +131,7 @@ def test_streamed_layers_give_the_same_logits(folder, resident, monkeypatch):
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(folder, picture, monkeypatch):
     monkeypatch.setattr(Component, "load", None)
     with pytest.raises(
-        InputError, match=r"the (vision tower|language model) needs 0\.\d+ GiB, the limit is .* GiB; choose a"
+        InputError, match=r"the (vision tower|language model) needs [\d.]+ MiB, the limit is .* MiB; choose a"
     ):
         open_writer(folder, 10**6).describe([picture], **SHORT)
 

@@ -35,6 +35,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         edit = pipe.edit(images, **edit)
         request = pipe.request(job.prompts, edit=edit, **job.settings())
         _check_images(request, edit, job, paths)
+        pipe.networks.checked_plan(request, edit, previews=_has_previews(job, request))
         if images:
             _count_tokens(pipe, request, edit, job)
         prompts, timings = _rewrite(pipe, job, images, bars)
@@ -85,7 +86,11 @@ def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> N
     request = Request.checked(row, row.vae.token_size, job.prompts, **settings)
     if known and known.repo:
         networks = Networks.described(known, job.quant or "bf16", job.text_quant, **wanted)
-        networks.checked_plan(request, edit, previews=job.checkpoint is not None)
+        networks.checked_plan(request, edit, previews=_has_previews(job, request))
+
+
+def _has_previews(job: Job, request: "Request") -> bool:
+    return job.checkpoint is not None and job.checkpoint < request.steps
 
 
 def _check_cache(job: Job) -> None:
@@ -191,4 +196,4 @@ def _make(run: Run, job: Job, paths: list[Path], bars: Bars) -> "Flux2Output":
         for i, preview in zip(progress.images, pipe.preview(request, step.estimate, run.edit), strict=True):
             save(preview, job.checkpoint_path(paths[i], step.number))
 
-    return pipe.run(request, run.edit, on_progress=on_progress, previews=job.checkpoint is not None)
+    return pipe.run(request, run.edit, on_progress=on_progress, previews=_has_previews(job, request))
