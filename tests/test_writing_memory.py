@@ -87,12 +87,15 @@ def test_the_plan_is_near_what_writing_takes_and_never_below(folder, picture, mo
     assert [phase.name for phase in planned.phases] == ["vision_tower", "language_model"]
     gc.collect()
     base = mx.get_active_memory()
-    for _ in range(3):
+    ratios: dict[str, float] = {}
+    for attempt in range(20):  # how far MLX allocates ahead of its computing differs
+        writer.timings.clear()
         writer.describe([picture], **SHORT)
-    peaks = {
-        phase.name: [x.peak_memory - base for x in writer.timings if x.name == phase.name] for phase in planned.phases
-    }
-    ratios = {phase.name: phase.peak_memory / max(peaks[phase.name]) for phase in planned.phases}
+        for phase, took in zip(planned.phases, writer.timings, strict=True):
+            ratio = phase.peak_memory / (took.peak_memory - base)
+            ratios[phase.name] = min(ratio, ratios.get(phase.name, ratio))
+        if attempt >= 2 and max(ratios.values()) <= 1.15:
+            break
     print(ratios)
     assert all(1 <= ratio <= 1.15 for ratio in ratios.values()), ratios
 

@@ -1,0 +1,100 @@
+"""What the refusal of a run that does not fit into memory says would fit, and that it does."""
+
+import re
+
+import mlx.core as mx
+import pytest
+from PIL import Image
+
+from flux2_mlx import Flux2Pipeline
+from flux2_mlx.config import VARIANTS
+from flux2_mlx.errors import InputError
+from flux2_mlx.networks import Networks
+from flux2_mlx.references import Edit
+from flux2_mlx.sampling import Request
+
+GIB = 2**30
+
+
+def refusal(pipe: Flux2Pipeline, images=(), **settings) -> str:
+    edit = pipe.edit(images)
+    with pytest.raises(InputError) as caught:
+        pipe.networks.checked_plan(pipe.request(["a"], edit=edit, **settings), edit)
+    return str(caught.value)
+
+
+def test_what_would_fit_is_said():
+    limit = 60_000_000
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
+    message = refusal(pipe, width=512, height=256)
+    width, height = map(int, message.partition("an image of ")[2].partition(" would fit")[0].split("×"))
+    assert "the VAE needs" in message
+    assert pipe.networks.checked_plan(pipe.request(["a"], width=width, height=height), pipe.edit([])).fits
+    refusal(pipe, width=width + 16, height=(width + 16) // 32 * 16 or 16)
+
+    pictures = [Image.new("RGB", (512, 512))] * 3
+    side = int(refusal(pipe, pictures, width=128, height=128).partition("3 references of ")[2].partition("×")[0])
+    fitting = pipe.edit([Image.new("RGB", (side, side))] * 3)
+    assert pipe.networks.checked_plan(pipe.request(["a"], edit=fitting, width=128, height=128), fitting).fits
+    tiny = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=10**6)
+    assert refusal(tiny, width=128, height=128).endswith("no size fits; choose a smaller model or a higher limit")
+
+
+def test_the_smallest_image_may_fit():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    limit = pipe.networks.plan(pipe.request(["a"], width=48, height=48)).peak_memory
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
+    assert refusal(pipe, width=128, height=128).endswith("an image of 48×48 would fit")
+
+
+def test_fewer_images_may_fit():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    limit = pipe.networks.plan(pipe.request(["a"], width=64, height=64, images_per_prompt=20)).peak_memory
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
+    message = refusal(pipe, width=64, height=64, images_per_prompt=300)
+    count = int(re.search(r"; (\d+) at a time would fit", message)[1])
+    assert 20 <= count < 300
+    assert pipe.networks.plan(pipe.request(["a"], width=64, height=64, images_per_prompt=count)).fits
+
+
+def test_without_previews_it_may_fit():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    request = pipe.request(["a"], width=256, height=192)
+    limit = pipe.networks.plan(request).peak_memory
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
+    with pytest.raises(InputError, match="; without images between the steps it would fit"):
+        pipe.networks.checked_plan(request, pipe.edit([]), previews=True)
+
+
+@pytest.mark.parametrize(
+    ("limit", "text_quant", "quants"),
+    [
+        (5, None, ("qint8", "qint8")),
+        (3, None, ("qint4", "qint8")),
+        (1.8, None, ("qint4", "qint4")),
+        (5, "bf16", ("qint8", "bf16")),
+    ],
+)
+def test_fewer_bits_may_fit(limit, text_quant, quants):
+    def networks(quant: str, text_quant: str | None) -> Networks:
+        return Networks.described(VARIANTS["dev"], quant, text_quant, mx.bfloat16, int(limit * GIB))
+
+    request = Request.checked(VARIANTS["dev"], 16, ["a"], width=16, height=16)
+    with pytest.raises(
+        InputError, match="no size fits, but converted with -q {} --text-quant {} it would".format(*quants)
+    ):
+        networks("bf16", text_quant).checked_plan(request, Edit())
+    assert networks(*quants).checked_plan(request, Edit()).fits
+
+
+@pytest.mark.parametrize("painted_over", [False, True])
+def test_smaller_pictures_and_a_smaller_image_may_fit(painted_over):
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=60_000_000)
+    picture = Image.new("RGB", (512, 384), "teal")
+    edit = pipe.edit([picture] * 2, on_canvas=painted_over)
+    with pytest.raises(InputError, match="; pictures and an image of at most ") as caught:
+        pipe.networks.checked_plan(pipe.request(["a"], edit=edit), edit)
+    side = int(re.search(r"at most (\d+) pixels a side would fit", str(caught.value))[1])
+    for longest, fits in ((side, True), (side + 32, False)):
+        smaller = pipe.edit([picture.resize((longest, longest * 3 // 4))] * 2, on_canvas=painted_over)
+        assert pipe.networks.plan(pipe.request(["a"], edit=smaller), smaller).fits == fits
