@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -110,6 +110,10 @@ class Plan:
 
     def phase(self, name: str) -> PhasePlan:
         return next(phase for phase in self.phases if phase.name == name)
+
+    def only(self, name: str) -> "Plan":
+        """The plan of one phase by itself."""
+        return replace(self, phases=(self.phase(name),))
 
 
 def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype: mx.Dtype, limit: int) -> Plan:

@@ -21,6 +21,8 @@ from .sampling import Request
 from .streaming import Footprint, Reading, footprint, load_streamed
 from .text import LanguageModel
 
+_SMALLER_TEXT = "choose a smaller model, one converted with --text-quant qint4, or a higher limit"
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -104,6 +106,13 @@ class Networks:
             raise _refusal(planned, self.advice(request, edit, **beside))
         return planned
 
+    def checked_text_plan(self, request: Request) -> Plan:
+        """What encoding the prompts holds in memory; InputError if that does not fit."""
+        planned = self.plan(request).only("text_encoder")
+        if not planned.fits:
+            raise _refusal(planned, _SMALLER_TEXT)
+        return planned
+
     def checked_writing_plan(self, writing: Writing) -> Plan:
         """What writing text holds in memory; InputError if that does not fit."""
         components = self.checkpoint.components
@@ -114,7 +123,7 @@ class Networks:
         text, dtype = components["text_encoder"].config, self.dtype_of("language_model")
         planned = writing_plan(text, vision, networks, writing, dtype, self.memory_limit)
         if not planned.fits:
-            raise _refusal(planned, "choose a smaller model, one converted with --text-quant qint4, or a higher limit")
+            raise _refusal(planned, _SMALLER_TEXT)
         return planned
 
     def _plan(self, work: Workload) -> Plan:

@@ -244,7 +244,9 @@ class Flux2Pipeline:
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
-        states = self._encode(prompts, request.max_sequence_length, self.networks.plan(request), lambda progress: None)
+        planned, reading = self.networks.checked_text_plan(request), self.networks.reading
+        with measured("text_encoder", [], planned, reading, mx.get_active_memory()):
+            states = self._encode(prompts, request.max_sequence_length, planned, lambda progress: None)
         return mx.stack([states[p] for p in prompts])
 
     def writer(self) -> Writer:

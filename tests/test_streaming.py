@@ -1,5 +1,6 @@
 """Streamed networks: the same bits as from memory, in less of it."""
 
+import gc
 import json
 import os
 import shutil
@@ -112,6 +113,23 @@ def test_a_run_beyond_the_limit_is_refused_before_anything_is_loaded(folder, mon
     monkeypatch.setattr(streaming.Component, "load", None)
     with pytest.raises(InputError, match=r"needs [\d.]+ MiB, the limit is 0\.954 MiB; no size fits"):
         pipe("a fox", **SETTINGS)
+
+
+def test_encoding_alone_keeps_to_the_limit(folder):
+    free = open_pipe(folder)
+    request = free.request(["a fox"], max_sequence_length=40)
+    planned = free.networks.plan(request).phase("text_encoder")
+    pipe = open_pipe(folder, memory_limit=planned.peak_memory - 1)
+    gc.collect()
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+    states = pipe.encode_prompt("a fox", max_sequence_length=40)
+    assert mx.get_peak_memory() - base < planned.peak_memory
+    assert pipe.networks.reading.nbytes > 0
+    assert np.array_equal(states, free.encode_prompt("a fox", max_sequence_length=40))
+    with pytest.raises(InputError, match=r"the text encoder needs .*; choose a smaller model"):
+        open_pipe(folder, memory_limit="100kB").encode_prompt("a fox", max_sequence_length=40)
 
 
 def test_what_is_quantized_at_loading_stays(official):
