@@ -263,7 +263,11 @@ def test_runs_of_two_threads_take_turns():
         pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
         images[seed] = [pipe("a red ring", width=64, height=64, seed=seed).images[0].tobytes() for _ in range(2)]
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2)]
+    def run_in_thread(seed: int) -> None:
+        run(seed)
+        mx.clear_streams()  # or MLX may abort the process at its exit
+
+    threads = [threading.Thread(target=run_in_thread, args=(seed,)) for seed in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
