@@ -4,8 +4,9 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -87,6 +88,11 @@ def measured(name: str, timings: list[Phase], planned: Plan, reading: Reading, o
         timings.append(Phase(name, seconds, mx.get_peak_memory(), read.nbytes, streamed, read.overlap))
         gc.collect()
         mx.clear_cache()
+
+
+def measuring(timings: list[Phase], planned: Plan, reading: Reading) -> Callable[[str], AbstractContextManager[None]]:
+    """`measured` for the phases of a run that starts now: what is in memory already does not belong to it."""
+    return partial(measured, timings=timings, planned=planned, reading=reading, others=mx.get_active_memory())
 
 
 OnProgress = Callable[[Progress], mx.array | None]

@@ -29,7 +29,7 @@ from .phases import (
     denoise_images,
     encode_images,
     finished_image,
-    measured,
+    measuring,
 )
 from .quantization import check_quant
 from .references import Edit
@@ -223,8 +223,7 @@ class Flux2Pipeline:
         planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
         latents, encoded = self._checked_latents(request, latents), None
         output = Flux2Output(seeds=list(request.seeds))
-        held, reading = mx.get_active_memory(), self.networks.reading
-        phase = partial(measured, timings=output.timings, planned=planned, reading=reading, others=held)
+        phase = measuring(output.timings, planned, self.networks.reading)
         with phase("text_encoder"):
             embeds, negative = self._text_states(request, prompt_embeds, planned, on_progress)
         if edit.references:
@@ -244,8 +243,8 @@ class Flux2Pipeline:
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
-        planned, reading = self.networks.checked_text_plan(request), self.networks.reading
-        with measured("text_encoder", [], planned, reading, mx.get_active_memory()):
+        planned = self.networks.checked_text_plan(request)
+        with measuring([], planned, self.networks.reading)("text_encoder"):
             states = self._encode(prompts, request.max_sequence_length, planned, lambda progress: None)
         return mx.stack([states[p] for p in prompts])
 

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ from .errors import CheckpointError, InputError
 from .layers import activation_dtype
 from .memory import Plan, Writing, memory_bytes
 from .networks import Networks
-from .phases import Phase, measured
+from .phases import Phase, measuring
 from .quantization import loadable_quant
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
@@ -114,8 +113,7 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        held, reading = mx.get_active_memory(), self.networks.reading
-        phase = partial(measured, timings=self.timings, planned=planned, reading=reading, others=held)
+        phase = measuring(self.timings, planned, self.networks.reading)
         features = {}
         if pictures:
             with phase("vision_tower"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from mlx.utils import tree_map
-from mlx_state import mlx_limits
+from mlx_state import mlx_limits, plan_ratios
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
@@ -90,18 +90,7 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
     request = pipe.request(settings.pop("prompts", ["a red ring"]), edit=edit, steps=1, seed=0, **settings)
     planned = pipe.networks.plan(request, edit)
     pipe.run(request, edit)
-    gc.collect()
-    base = mx.get_active_memory()
-    ratios: dict[str, float] = {}
-    for attempt in range(40):  # as above
-        timings = pipe.run(request, edit).timings
-        assert [phase.name for phase in timings] == [phase.name for phase in planned.phases]
-        for phase, took in zip(planned.phases, timings, strict=True):
-            ratio = phase.peak_memory / (took.peak_memory - base)
-            ratios[phase.name] = min(ratio, ratios.get(phase.name, ratio))
-        if attempt >= 2 and max(ratios.values()) <= most:
-            break
-    print({name: round(ratio, 3) for name, ratio in ratios.items()})
+    ratios = plan_ratios(planned, lambda: pipe.run(request, edit).timings, most, attempts=40)
     assert all(1 <= ratio <= most for ratio in ratios.values()), ratios
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from checkpoints import write_dev_tokenizer
 from mlx.utils import tree_flatten
+from mlx_state import plan_ratios
 from PIL import Image
 
 from flux2_mlx import upsampling
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component
 from flux2_mlx.config import TextConfig, VisionConfig
 from flux2_mlx.errors import InputError
+from flux2_mlx.phases import Phase
 from flux2_mlx.upsampling import Writer
 
 # 20 MB in bfloat16, and 9 MB.
@@ -85,18 +87,13 @@ def test_the_plan_is_near_what_writing_takes_and_never_below(folder, picture, mo
     writer = open_writer(folder)
     planned = plan_of(writer, monkeypatch, [picture])
     assert [phase.name for phase in planned.phases] == ["vision_tower", "language_model"]
-    gc.collect()
-    base = mx.get_active_memory()
-    ratios: dict[str, float] = {}
-    for attempt in range(20):  # how far MLX allocates ahead of its computing differs
+
+    def run() -> list[Phase]:
         writer.timings.clear()
         writer.describe([picture], **SHORT)
-        for phase, took in zip(planned.phases, writer.timings, strict=True):
-            ratio = phase.peak_memory / (took.peak_memory - base)
-            ratios[phase.name] = min(ratio, ratios.get(phase.name, ratio))
-        if attempt >= 2 and max(ratios.values()) <= 1.15:
-            break
-    print(ratios)
+        return list(writer.timings)
+
+    ratios = plan_ratios(planned, run, 1.15, attempts=20)
     assert all(1 <= ratio <= 1.15 for ratio in ratios.values()), ratios
 
 
