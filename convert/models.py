@@ -7,10 +7,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from flux2_mlx import hub
-from flux2_mlx.checkpoint import MANIFEST, PAINTING, is_checkpoint, read_json
+from flux2_mlx.checkpoint import MANIFEST, PAINTING, is_checkpoint
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant, get_variant
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.weights import read_json
 
 from .sources import Source
 from .write import check_writable, write_checkpoint

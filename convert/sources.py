@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux2_mlx.checkpoint import Component, TensorInfo, check_fit, read_headers, read_json
+from flux2_mlx.checkpoint import Component, check_fit
 from flux2_mlx.config import VARIANTS, Config, TransformerConfig, Variant, VisionConfig, get_variant
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import TensorInfo, read_headers, read_json
 
 from .text import canonical
 

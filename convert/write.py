@@ -4,32 +4,28 @@ import glob
 import json
 import os
 import shutil
-import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from flux2_mlx.checkpoint import (
     FORMAT_VERSION,
     MANIFEST,
     Component,
-    TensorInfo,
     is_checkpoint,
-    mismatches,
     module_tensors,
-    raise_problems,
 )
 from flux2_mlx.config import Config
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
 from flux2_mlx.text import TOKENIZERS
+from flux2_mlx.weights import TensorInfo, mismatches, raise_problems, write_safetensors
 
 from . import text, transformer, vae
 from .rules import Rule, Shape
@@ -246,7 +242,7 @@ def _write_component(folder: Path, source: Source, plan: _Plan, progress: _Progr
     for name, layers in zip(names, shards, strict=True):
         stored = {key: tensor for layer in layers for key, tensor in layer.stored.items()}
         arrays = (array for layer in layers for array in _arrays(source, plan, layer))
-        write_safetensors(folder / name, stored, arrays, progress.add)
+        write_safetensors(folder / name, stored, arrays, _METADATA, progress.add)
     if len(shards) > 1:
         weight_map = {key: name for name, layers in zip(names, shards, strict=True) for x in layers for key in x.stored}
         _write_json(
@@ -280,29 +276,6 @@ def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
     else:
         quantized = quantize_array(array, plan.bits)
         yield from (quantized[key.rpartition(".")[2]] for key in layer.stored)
-
-
-def write_safetensors(
-    path: Path, tensors: dict[str, TensorInfo], arrays: Iterable[mx.array], report: Callable[[int], None]
-) -> None:
-    """Write a safetensors file of `tensors`, whose `arrays` come in the same order and are dropped one by one."""
-    header, offset = {"__metadata__": _METADATA}, 0
-    for name, tensor in tensors.items():
-        span = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
-        offset = span[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor, array in zip(tensors.values(), arrays, strict=True):
-            data = np.ascontiguousarray(array.view(mx.uint16) if tensor.dtype == "BF16" else array)
-            if data.shape != tensor.shape:
-                raise AssertionError(f"planned {tensor.shape}, made {data.shape}")
-            file.write(data.data)
-            report(tensor.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -1,9 +1,6 @@
 """The MLX checkpoint: the folder that `convert` writes and the pipeline loads."""
 
-import json
 import math
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +16,7 @@ from .quantization import BITS, DEFAULT_TEXT_QUANT, quantize_array, quantize_mod
 from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
 from .transformer import Flux2Transformer
 from .vae import VAE
+from .weights import NONSENSE, TensorInfo, mismatches, raise_problems, read_headers, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -31,93 +29,6 @@ COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
 }
 # What making images needs. Generating text needs the other two, and neither the transformer nor the VAE.
 PAINTING = ("transformer", "text_encoder", "vae")
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
-_MAX_PROBLEMS = 8
-# What Python raises when values of a JSON file have other types or sizes than they should.
-_NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as its file's header states it; `dtype` is the safetensors code, such as `BF16`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPE_BYTES.get(self.dtype, 1)
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes in a safetensors file, after comparing its length with its header.
-
-    Raises:
-        CheckpointError: not a safetensors file, or one that is cut short or too long.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        for name, tensor in tensors.items():
-            first, last = header[name]["data_offsets"]
-            if last - first != tensor.nbytes:
-                raise ValueError(f"{name} has {last - first} bytes in place of {tensor.nbytes}")
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except (*_NONSENSE, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if size != end:
-        raise CheckpointError(f"{path} has {size} bytes where its header says {end}; fetch or convert it again")
-    return tensors
-
-
-def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
-    """The tensors of several safetensors files; CheckpointError also if two of them hold the same one."""
-    tensors: dict[str, TensorInfo] = {}
-    for path in paths:
-        header = read_header(path)
-        raise_problems(f"{path} repeats tensors of another file", [name for name in header if name in tensors])
-        tensors |= header
-    return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
-
-
-def mismatches(expected: dict[str, TensorInfo], found: dict[str, TensorInfo]) -> list[str]:
-    """A line for each tensor that is missing, left over, or of another shape or dtype."""
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    for name, want in expected.items():
-        have = found.get(name, want)
-        if have != want:
-            problems.append(f"{name} is {have.dtype} {list(have.shape)} instead of {want.dtype} {list(want.shape)}")
-    return problems
-
-
-def raise_problems(what: str, problems: list[str]) -> None:
-    """Raise one CheckpointError that lists `problems`, if there are any."""
-    if problems:
-        more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
-        raise CheckpointError(f"{what}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")
 
 
 def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
@@ -179,7 +90,7 @@ class Component:
         try:
             component = cls(name, COMPONENTS[name][0].from_dict(values), values.get("quantization"), ())
             component.build()
-        except _NONSENSE as error:
+        except NONSENSE as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{path} describes no {name} ({type(error).__name__}: {reason})") from error
         return component
@@ -279,7 +190,7 @@ class Checkpoint:
                 {name: Component.open(folder / name, name) for name in manifest["components"]},
             )
             checkpoint._check_consistency()
-        except (*_NONSENSE, InputError) as error:
+        except (*NONSENSE, InputError) as error:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
         for name, component in checkpoint.components.items():
             component.verify(folder / name)

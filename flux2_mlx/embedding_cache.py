@@ -16,9 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .checkpoint import FORMAT_VERSION, Checkpoint, read_header
+from .checkpoint import FORMAT_VERSION, Checkpoint
 from .errors import CheckpointError, InputError
 from .text import TextEncoder
+from .weights import read_header
 
 FOLDER = "prompts"  # within the models folder
 LIMIT_VARIABLE = "FLUX2_MLX_CACHE_BYTES"

@@ -13,9 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .checkpoint import Component, in_memory, memory_dtype, module_tensors, read_header, tensor_bytes
+from .checkpoint import Component, in_memory, memory_dtype, module_tensors, tensor_bytes
 from .errors import CheckpointError
 from .layers import WIDENED
+from .weights import read_header
 
 # The lists of blocks of each network that can be streamed, in the order that they are run in.
 _LISTS = {

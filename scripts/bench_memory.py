@@ -19,17 +19,17 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from flux2_mlx.convert.write import write_safetensors
 from tokenizers import Tokenizer, models
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, TensorInfo, module_tensors, variant_components
+from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, module_tensors, variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.memory import Plan, parse_memory
 from flux2_mlx.networks import Networks
 from flux2_mlx.phases import Phase
 from flux2_mlx.sampling import Request
 from flux2_mlx.text import TOKENIZERS
+from flux2_mlx.weights import TensorInfo, write_safetensors
 
 # GiB that a Swift port of these models documents for 1024×1024.
 DOCUMENTED = {
@@ -144,7 +144,7 @@ def write_component(folder: Path, part: Component) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     tensors = module_tensors(part.build())
     bits = (part.quantization or {}).get("bits")
-    write_safetensors(folder / "model.safetensors", tensors, random_arrays(tensors, bits), lambda count: None)
+    write_safetensors(folder / "model.safetensors", tensors, random_arrays(tensors, bits), {}, lambda count: None)
 
 
 def random_arrays(tensors: dict[str, TensorInfo], bits: int | None) -> Iterator[mx.array]:

@@ -14,8 +14,9 @@ from damage import Damage, edit, fill, remove, resize, weights
 from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoint import Checkpoint, TensorInfo, is_checkpoint, read_header
+from flux2_mlx.checkpoint import Checkpoint, is_checkpoint
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import TensorInfo, read_header
 
 PACKED, TEXT_WEIGHTS, VAE_WEIGHTS = (f"{name}/model.safetensors" for name in ("transformer", "text_encoder", "vae"))
 

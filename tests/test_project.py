@@ -26,7 +26,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ROWS = (
     ("errors", "demo"),
     ("config",),
-    ("layers", "images"),
+    ("layers", "images", "weights"),
     ("transformer", "vae", "text", "scheduler", "noise", "references"),
     ("quantization",),
     ("checkpoint",),
