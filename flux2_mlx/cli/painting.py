@@ -190,10 +190,10 @@ def _make(run: Run, job: Job, paths: list[Path], bars: Bars) -> "Flux2Output":
         bars.show(progress.phase, progress.done, progress.total)
         step, image = progress.step, progress.image
         if image is not None:
-            save(image, paths[progress.images.start], run.settings(progress.images.start))
+            save(image, paths[progress.images.start], run.settings(progress.images.start), replace=job.force)
         if step is None or not job.checkpoint or step.number % job.checkpoint or step.number == request.steps:
             return
         for i, preview in zip(progress.images, pipe.preview(request, step.estimate, run.edit), strict=True):
-            save(preview, job.checkpoint_path(paths[i], step.number))
+            save(preview, job.checkpoint_path(paths[i], step.number), replace=job.force)
 
     return pipe.run(request, run.edit, on_progress=on_progress, previews=_has_previews(job, request))
