@@ -172,7 +172,7 @@ class Job:
     def paths(self) -> list[Path]:
         """The file of each image: the name given, with the seed where there are several; a name that is not given is
         one that is free."""
-        from ..images import free_path
+        from ..files import free_path
 
         count = len(self.prompts) * self.num_images
         seeds = range(self.seed, self.seed + count)
