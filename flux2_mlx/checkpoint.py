@@ -16,7 +16,7 @@ from .quantization import BITS, DEFAULT_TEXT_QUANT, quantize_array, quantize_mod
 from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
 from .transformer import Flux2Transformer
 from .vae import VAE
-from .weights import NONSENSE, TensorInfo, mismatches, raise_problems, read_headers, read_json
+from .weights import NONSENSE, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -128,7 +128,7 @@ class Component:
         """
         weights: dict[str, mx.array] = {}
         for file in self.files:
-            weights |= mx.load(str(file))
+            weights |= load_arrays(file)
         target = self if quant is None else self.quantized(quant)
         module = target.build()
         if self.quantization is None and target.quantization is not None:
