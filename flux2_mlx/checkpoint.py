@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from .config import TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig, get_variant
 from .errors import CheckpointError, InputError
 from .quantization import BITS, DEFAULT_TEXT_QUANT, quantize_array, quantize_module, statement
+from .staging import bring_back
 from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
 from .transformer import Flux2Transformer
 from .vae import VAE
@@ -234,7 +235,8 @@ def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is in our format (it may still be damaged)."""
+    """Whether `folder` is in our format (it may still be damaged). What a killed conversion moved aside is put back."""
+    bring_back(folder)
     return (folder / MANIFEST).is_file()
 
 
