@@ -11,6 +11,7 @@ from flux2_mlx.checkpoint import MANIFEST, PAINTING, is_checkpoint
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant, get_variant
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.staging import bring_all_back
 from flux2_mlx.weights import read_json
 
 from .sources import Source
@@ -139,6 +140,7 @@ def _convert(source: Source, target: Path, quant: str, text_quant: str, name: st
 def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, list[Path]]:
     """The converted checkpoints in the models folder that can make images, by the name of their variant."""
     folder, found = models_folder(models_dir), {name: [] for name in VARIANTS}
+    bring_all_back(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if is_checkpoint(path) and (name := _painter(path)) in found:
             found[name].append(path)

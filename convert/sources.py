@@ -11,7 +11,7 @@ import mlx.core as mx
 from flux2_mlx.checkpoint import Component, check_fit
 from flux2_mlx.config import VARIANTS, Config, TransformerConfig, Variant, VisionConfig, get_variant
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import TensorInfo, read_headers, read_json
+from flux2_mlx.weights import TensorInfo, load_arrays, read_headers, read_json
 
 from .text import canonical
 
@@ -102,7 +102,7 @@ class Source:
         """The tensor, still unread; it is handed out once, so that reading it leaves nothing behind here."""
         if (component, name) not in self._arrays:
             for path in self.files[component]:
-                self._arrays |= {(component, canonical(key)): array for key, array in mx.load(str(path)).items()}
+                self._arrays |= {(component, canonical(key)): array for key, array in load_arrays(path).items()}
         return self._arrays.pop((component, name))
 
 

@@ -13,10 +13,11 @@ from mlx.utils import tree_flatten
 from .config import TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig, get_variant
 from .errors import CheckpointError, InputError
 from .quantization import BITS, DEFAULT_TEXT_QUANT, quantize_array, quantize_module, statement
+from .staging import bring_back
 from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
 from .transformer import Flux2Transformer
 from .vae import VAE
-from .weights import NONSENSE, TensorInfo, mismatches, raise_problems, read_headers, read_json
+from .weights import NONSENSE, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -128,7 +129,7 @@ class Component:
         """
         weights: dict[str, mx.array] = {}
         for file in self.files:
-            weights |= mx.load(str(file))
+            weights |= load_arrays(file)
         target = self if quant is None else self.quantized(quant)
         module = target.build()
         if self.quantization is None and target.quantization is not None:
@@ -234,7 +235,8 @@ def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is in our format (it may still be damaged)."""
+    """Whether `folder` is in our format (it may still be damaged). What a killed conversion moved aside is put back."""
+    bring_back(folder)
     return (folder / MANIFEST).is_file()
 
 

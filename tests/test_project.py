@@ -27,7 +27,7 @@ ROWS = (
     ("errors", "demo"),
     ("config", "files", "settings"),
     ("layers", "images", "weights"),
-    ("transformer", "vae", "text", "scheduler", "noise", "references"),
+    ("transformer", "vae", "text", "scheduler", "noise", "references", "staging"),
     ("quantization",),
     ("checkpoint",),
     ("streaming",),
