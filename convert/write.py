@@ -96,6 +96,7 @@ def write_checkpoint(
     """
     text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
     quants = {"transformer": check_quant(quant), "text_encoder": check_quant(text_quant), "vae": "bf16"}
+    source.check()
     plans = [_plan(source, name, quants[_READS[name]]) for name in _READS if name in source.configs]
     _check_source(source, plans)
     _check_tokenizer(source)
