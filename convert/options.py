@@ -55,7 +55,7 @@ _COMMON = _keys("""
     num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states output_scores
     pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tie_last_hidden_states tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """)
 # How a network's weights are stored, which decides what they are.
@@ -141,10 +141,10 @@ QWEN3 = Options(
     },
 )
 MISTRAL = Options(
-    _TEXT,
+    _TEXT - {"model_type"},
     # A window that a file does not state is one of 4,096 tokens, longer than any prompt.
     _DECODER | {"model_type": ("mistral",), "sliding_window": (None,)},
-    _COMMON,
+    _COMMON | {"tie_word_embeddings"},
     {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -167,7 +167,7 @@ PIXTRAL = Options(
         "partial_rotary_factor": _ONE,
         "per_layer_config": (None, {}),
     },
-    _COMMON | {"vocab_size"},
+    _COMMON | {"tie_word_embeddings", "vocab_size"},
     {"hidden_act": "gelu", "image_size": 1024, "patch_size": 16},
 )
 MISTRAL3 = Options(
