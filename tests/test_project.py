@@ -25,7 +25,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # A module imports only from rows above its own; a package may import from itself.
 ROWS = (
     ("errors", "demo"),
-    ("config",),
+    ("config", "files", "settings"),
     ("layers", "images", "weights"),
     ("transformer", "vae", "text", "scheduler", "noise", "references"),
     ("quantization",),
@@ -35,7 +35,8 @@ ROWS = (
     ("convert",),
     ("sampling",),
     ("phases", "networks"),
-    ("upsampling",),
+    ("unfinished", "upsampling"),
+    ("run",),
     ("pipeline",),
     ("cli",),
     ("__main__",),

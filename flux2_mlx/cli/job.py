@@ -153,6 +153,7 @@ class Job:
     vision_model: str
     quiet: bool
     force: bool
+    skip_existing: bool
     pictures: Pictures
     rewritten: list[str] | None = None
     fingerprint: str | None = None
@@ -169,12 +170,16 @@ class Job:
         }
 
     def paths(self) -> list[Path]:
-        """The file of each image: the name given, with the seed where there are several."""
+        """The file of each image: the name given, with the seed where there are several; a name that is not given is
+        one that is free."""
+        from ..files import free_path
+
         count = len(self.prompts) * self.num_images
         seeds = range(self.seed, self.seed + count)
         if self.output is None or self.output.is_dir():
             folder = self.output or Path()
-            return [folder / f"{Path(self.model).absolute().name}-{seed}.png" for seed in seeds]
+            paths = [folder / f"{Path(self.model).absolute().name}-{seed}.png" for seed in seeds]
+            return paths if self.force or self.skip_existing else [free_path(path) for path in paths]
         if count == 1:
             return [self.output]
         return [self.output.with_name(f"{self.output.stem}-{seed}{self.output.suffix}") for seed in seeds]
@@ -211,6 +216,8 @@ class Job:
         given["rewritten"] = [again] if again is not None and not asked else None
         for prompt in prompts:
             check_words(prompt)
+        if given["force"] and given["skip_existing"]:
+            raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
         defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
         return cls(prompts=prompts, **given | {key: x for key, x in defaults.items() if given[key] is None})
 

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -49,6 +50,13 @@ class Bars:
             self._close()
             self._phase, self._bar = phase, tqdm(desc=_LABELS[phase], total=total, leave=True, **options)
         self._bar.update(done - self._bar.n)
+
+    def print(self, path: Path) -> None:
+        """Print the path of a result on a line of its own on stdout, above a bar that is being drawn."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stdout):
+            click.echo(path)
 
     def _close(self) -> None:
         if self._bar is not None:
