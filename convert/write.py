@@ -168,7 +168,8 @@ def _check_tokenizer(source: Source) -> None:
     file = source.folder / "tokenizer" / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
-    TOKENIZERS[source.configs["text_encoder"].model_type](file)
+    text = source.configs["text_encoder"]
+    TOKENIZERS[text.model_type](file, text.vocab_size)
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -253,6 +253,7 @@ class Checkpoint:
             component.verify(folder / name)
         if not checkpoint.tokenizer_file.is_file():
             raise CheckpointError(f"{folder} is incomplete: there is no {checkpoint.tokenizer_file}")
+        _ = checkpoint.tokenizer  # refuses what does not belong to the encoder
         return checkpoint
 
     def _check_consistency(self) -> None:
@@ -271,7 +272,8 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
-        return TOKENIZERS[self.components["text_encoder"].config.model_type](self.tokenizer_file)
+        text = self.components["text_encoder"].config
+        return TOKENIZERS[text.model_type](self.tokenizer_file, text.vocab_size)
 
     @property
     def tokenizer_file(self) -> Path:
