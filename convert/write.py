@@ -93,6 +93,7 @@ def write_checkpoint(
     """
     text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
     quants = {"transformer": check_quant(quant), "text_encoder": check_quant(text_quant), "vae": "bf16"}
+    source.check()
     plans = [_plan(source, name, quants[_READS[name]]) for name in _READS if name in source.configs]
     _check_source(source, plans)
     _check_tokenizer(source)
@@ -161,7 +162,8 @@ def _check_tokenizer(source: Source) -> None:
     file = source.folder / "tokenizer" / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
-    TOKENIZERS[source.configs["text_encoder"].model_type](file)
+    text = source.configs["text_encoder"]
+    TOKENIZERS[text.model_type](file, text.vocab_size)
 
 
 def check_target(target: Path, force: bool) -> None:

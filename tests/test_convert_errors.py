@@ -122,7 +122,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other scheduler": (edit(SCHEDULER, time_shift_type="linear"), "time_shift_type is 'linear'"),
     "config nonsense": (edit(CONFIGS["transformer"], num_layers="two"), "config.json describes no transformer"),
     "config zero": (edit(CONFIGS["text_encoder"], num_key_value_heads=0), "config.json describes no text_encoder"),
-    "config without a size": (edit(CONFIGS["text_encoder"], hidden_size=None), "missing .* 'hidden_size'"),
+    "config without a size": (
+        edit(CONFIGS["text_encoder"], hidden_size=None),
+        "takes 192 text features, the encoder gives 12288",
+    ),
     "config deep": (fill(CONFIGS["vae"], b"[" * 100_000), "is not JSON"),
     "too few layers": (edit(CONFIGS["text_encoder"], num_hidden_layers=26), "26 layers, but the states of layers"),
     "parts that do not fit": (edit(CONFIGS["text_encoder"], hidden_size=128), "takes 192 text features"),

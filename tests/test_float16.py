@@ -232,7 +232,7 @@ def test_an_overflow_leaves_no_image(tmp_path: Path, monkeypatch):
 
 def test_what_is_no_number_in_another_dtype_is_not_blamed_on_float16(monkeypatch):
     spoil(monkeypatch, "transformer", broken)
-    with pytest.raises(RangeError, match="^the transformer gave values that are not finite numbers; "):
+    with pytest.raises(RangeError, match=r"^the transformer gave values that are not finite numbers; "):
         demo("float32")(PROMPT, width=32, height=32)
 
 
