@@ -20,7 +20,7 @@ from .files import opened, read_bytes, write
 from .settings import metadata, stored
 
 MAX_INPUT_PIXELS = 100_000_000
-_MAX_INPUT_BYTES = 10 * MAX_INPUT_PIXELS  # RGBA of 16 bits takes 8 a pixel
+MAX_INPUT_BYTES = 10 * MAX_INPUT_PIXELS  # RGBA of 16 bits takes 8 a pixel
 _READ = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _QUALITY = 95
@@ -50,7 +50,7 @@ def open_image(path: Path, ground: str = "white") -> Image.Image:
 def open_hashed(path: Path, ground: str = "white") -> tuple[Image.Image, str]:
     """The image of `open_image`, and the SHA-256 of the very bytes that it was read from."""
     with _reading(path):
-        data = read_bytes(path, _MAX_INPUT_BYTES)
+        data = read_bytes(path, MAX_INPUT_BYTES)
         return flattened(_decoded(path, data), ground), hashlib.sha256(data).hexdigest()
 
 
@@ -192,7 +192,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no readable image, or an image without settings of this tool.
     """
-    with _reading(path), opened(path, _MAX_INPUT_BYTES) as file, Image.open(file, formats=_formats()) as image:
+    with _reading(path), opened(path, MAX_INPUT_BYTES) as file, Image.open(file, formats=_formats()) as image:
         _check_pixels(path, image)
         settings = stored(image)
     if settings is None:

@@ -1,6 +1,7 @@
 """`t2i --replay`: an image made again from what its file remembers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest

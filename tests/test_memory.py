@@ -249,6 +249,7 @@ def test_runs_of_two_threads_take_turns():
 
     def run_in_thread(seed: int) -> None:
         run(seed)
+
     threads = [threading.Thread(target=run_in_thread, args=(seed,)) for seed in (1, 2)]
     for thread in threads:
         thread.start()

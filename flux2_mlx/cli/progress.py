@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .terminal import line, printable
+
 _LABELS = {
     "text_encoder": "text encoder",
     "vae_encoder": "references",
@@ -23,7 +25,7 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(" ".join(self.format(record).split()), file=sys.stderr)
+        tqdm.write(line(self.format(record)), file=sys.stderr)
 
 
 class Bars:
@@ -72,7 +74,7 @@ def conversion(bars: Bars) -> Callable[[int, int], None]:
 def notice(message: str, quiet: bool) -> None:
     """Print a line on stderr, unless `quiet`."""
     if not quiet:
-        click.echo(message, err=True)
+        click.echo(line(message), err=True)
 
 
 class Stream:
@@ -99,5 +101,5 @@ class Stream:
         # The last character of an unfinished word may still change.
         settled = text.rstrip("\ufffd")
         if settled.startswith(self._shown):
-            click.echo(settled[len(self._shown) :], nl=False, err=True)
+            click.echo(printable(settled[len(self._shown) :]), nl=False, err=True)
             self._shown = settled
