@@ -5,6 +5,7 @@ client is used for its proxies and certificates; which one that is, and so the c
 version.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -126,9 +127,10 @@ def _claim(partial: Path) -> Iterator[BinaryIO]:
     """Open `partial` for this process alone."""
     while True:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", str(partial))
         with open(descriptor, "r+b") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(0, "not a regular file", str(partial))
             with suppress(OSError):  # some network disks know no locks: what two processes wrote fails its check
                 _lock(stream, partial)
             with suppress(FileNotFoundError):

@@ -85,3 +85,22 @@ def starts(hub):
     """Where each transfer of the big file began."""
     transfers = [request for request in hub.requests if request.host == "cdn" and BIG in request.path]
     return [int((request.range or "bytes=0-")[6:-1]) for request in transfers if request.method == "GET"]
+
+
+def storage(home):
+    """The repo's folder in the cache."""
+    return home / "hub/models--org--model"
+
+
+def blob(hub, home, name):
+    return storage(home) / "blobs" / hub.repos[REPO].etag(name)
+
+
+def pointer(hub, home, name):
+    return storage(home) / "snapshots" / hub.repos[REPO].commit / name
+
+
+def listing(hub):
+    """What the hub lists, to be changed."""
+    repo = hub.repos[REPO]
+    return {"id": REPO, "sha": repo.commit, "siblings": [repo.sibling(name) for name in repo.files]}
