@@ -30,7 +30,7 @@ ROWS = (
     ("transformer", "vae", "text", "scheduler", "noise", "references", "staging"),
     ("quantization",),
     ("checkpoint",),
-    ("streaming",),
+    ("streaming", "downloads"),
     ("hub", "embedding_cache", "memory"),
     ("convert",),
     ("sampling",),
