@@ -118,7 +118,7 @@ class Component:
             raise _nonsense(self.name, path, error) from error
 
     def build(self) -> nn.Module:
-        """The network with unevaluated random weights."""
+        """The network with unevaluated zeros for weights."""
         module = COMPONENTS[self.name][1](self.config)
         quantize_module(module, self.quantization)
         return module.eval()

@@ -54,21 +54,64 @@ def fused(function: Callable) -> Callable:
     return mx.compile(function, shapeless=True) if mx.metal.is_available() else function
 
 
+# Weights wait for those of a file as zeros. MLX's own initialisers would draw from random numbers that are the
+# caller's, and every draw is remembered until there is a next one that is evaluated.
 class Linear(nn.Linear):
-    """A linear layer without bias whose weight may be narrower than its input (see `project`)."""
+    """A linear layer whose weight may be narrower than its input (see `project`) where there is no bias."""
 
-    def __init__(self, input_dims: int, output_dims: int):
-        super().__init__(input_dims, output_dims, bias=False)
+    def __init__(self, input_dims: int, output_dims: int, bias: bool = False):
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((output_dims, input_dims))
+        if bias:
+            self.bias = mx.zeros((output_dims,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return project(x, self.weight)
+        return super().__call__(x) if "bias" in self else project(x, self.weight)
+
+    def to_quantized(self, group_size: int, bits: int, mode: str) -> nn.QuantizedLinear:
+        """This layer with its weight packed."""
+        return _pack(self, nn.QuantizedLinear, group_size, bits, mode)
 
 
 class Embedding(nn.Embedding):
     """An embedding whose weight may be narrower than what it projects as a language model's head."""
 
+    def __init__(self, num_embeddings: int, dims: int):
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((num_embeddings, dims))
+
     def as_linear(self, x: mx.array) -> mx.array:
         return project(x, self.weight)
+
+    def to_quantized(self, group_size: int, bits: int, mode: str) -> nn.QuantizedEmbedding:
+        """This layer with its weight packed."""
+        packed = _pack(self, nn.QuantizedEmbedding, group_size, bits, mode)
+        packed.num_embeddings, packed.dims = self.weight.shape
+        return packed
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with square kernels, over all channels."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True
+    ):
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((out_channels, kernel, kernel, in_channels))
+        if bias:
+            self.bias = mx.zeros((out_channels,))
+        self.stride, self.padding = (stride, stride), (padding, padding)
+        self.dilation, self.groups = (1, 1), 1
+
+
+def _pack(layer: nn.Module, kind: type[nn.Module], group_size: int, bits: int, mode: str) -> nn.Module:
+    packed = kind.__new__(kind)
+    nn.Module.__init__(packed)
+    packed.group_size, packed.bits, packed.mode = group_size, bits, mode
+    packed.weight, packed.scales, packed.biases = mx.quantize(layer.weight, group_size, bits, mode=mode)
+    if "bias" in layer:
+        packed.bias = layer.bias
+    return packed
 
 
 def project(x: mx.array, weight: mx.array) -> mx.array:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
@@ -36,6 +37,7 @@ def main() -> None:
     side, text_length = arguments.side, arguments.text
     config = TransformerConfig(1, 2, arguments.heads, 7680, guidance_embeds=False)
     model = Flux2Transformer(config)
+    model.update(tree_map(lambda x: mx.random.normal(x.shape, scale=x.shape[-1] ** -0.5), model.parameters()))
     image, reference = (mx.random.normal((1, side * side, config.in_channels)) for _ in range(2))
     text = mx.random.normal((1, text_length, config.hidden_size))
     positions, more = [text_ids(text_length), image_ids(side, side)], image_ids(side, side, t=10)

@@ -26,12 +26,14 @@ SIGMA = 0.9
 def ours() -> tuple[Callable[[], object], Callable[[], int]]:
     import mlx.core as mx
     import numpy as np
+    from mlx.utils import tree_map
 
     from flux2_mlx.config import TransformerConfig
     from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
     config = TransformerConfig(DOUBLE, SINGLE, HEADS, CONTEXT, guidance_embeds=False)
     model = Flux2Transformer(config)
+    model.update(tree_map(lambda x: mx.random.normal(x.shape, scale=x.shape[-1] ** -0.5), model.parameters()))
     mx.eval(model.parameters())
     tokens, text = mx.random.normal((1, SIDE * SIDE, 128)), mx.random.normal((1, TEXT, CONTEXT))
 

@@ -1,9 +1,11 @@
-"""What MLX keeps for the whole process: its limits, and the memory that it takes."""
+"""What MLX keeps for the whole process: its limits, and the memory that it takes. Random weights."""
 
 import gc
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
 
 from flux2_mlx.memory import Plan
 from flux2_mlx.phases import Phase
@@ -35,3 +37,15 @@ def plan_ratios(planned: Plan, run: Callable[[], list[Phase]], most: float, atte
             break
     print({name: round(ratio, 3) for name, ratio in ratios.items()})
     return ratios
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """`module` with random matrices and kernels, as large as MLX's own layers draw them."""
+    mx.random.seed(seed)
+
+    def draw(x: mx.array) -> mx.array:
+        scale = (x.size // len(x)) ** -0.5
+        return x if x.ndim == 1 else mx.random.uniform(-scale, scale, x.shape)
+
+    module.update(tree_map(draw, module.parameters()))
+    return module

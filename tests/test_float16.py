@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cli_runner import PROMPT, SMALL, refusal
 from mlx.utils import tree_map
+from mlx_state import randomized
 
 from flux2_mlx import Flux2Pipeline, RangeError, layers, networks
 from flux2_mlx.checkpoint import Component, network_dtype
@@ -77,8 +78,7 @@ def projections(network: Flux2Transformer) -> None:
 
 def transformer(dtype: mx.Dtype, change: Change = lambda network: None) -> Flux2Transformer:
     """The same weights in any dtype: values that bfloat16 and float16 hold, too."""
-    mx.random.seed(0)
-    network = Flux2Transformer(CONFIG)
+    network = randomized(Flux2Transformer(CONFIG))
     change(network)
     network.update(tree_map(lambda x: mx.clip(x, -60000, 60000).astype(mx.bfloat16), network.parameters()))
     network.set_dtype(dtype)

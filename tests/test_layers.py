@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import pytest
+from mlx_state import randomized
 
 from flux2_mlx import layers
 from flux2_mlx.errors import InputError
@@ -40,7 +41,7 @@ def test_a_dtype_asked_for_is_taken():
 
 @pytest.mark.parametrize("rows", [1, 7, 48])
 def test_a_narrow_weight_is_widened_some_rows_at_a_time(rows, monkeypatch):
-    layer, x = Linear(64, 48), mx.random.normal((2, 5, 64))
+    layer, x = randomized(Linear(64, 48)), mx.random.normal((2, 5, 64))
     layer.weight = layer.weight.astype(mx.bfloat16)
     expected = x @ layer.weight.astype(mx.float32).T
     monkeypatch.setattr(layers, "WIDENED", rows * 64)
@@ -49,7 +50,7 @@ def test_a_narrow_weight_is_widened_some_rows_at_a_time(rows, monkeypatch):
 
 
 def test_widening_takes_no_more_memory_than_it_may(monkeypatch):
-    layer, x = Linear(1024, 4096), mx.random.normal((1, 1024))
+    layer, x = randomized(Linear(1024, 4096)), mx.random.normal((1, 1024))
     layer.weight = layer.weight.astype(mx.bfloat16)
     mx.eval(layer.weight, x)
     taken = {}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from mlx.utils import tree_map
-from mlx_state import mlx_limits, plan_ratios
+from mlx_state import mlx_limits, plan_ratios, randomized
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
@@ -33,7 +33,7 @@ def measured_peak(
     config: TransformerConfig, batch: int, side: int, text: int, dtype: mx.Dtype, wide: bool, predicted: int
 ) -> int:
     """Bytes that a pass takes above the weights under the limits of MLX that follow from what it is `predicted` to."""
-    model = Flux2Transformer(config)
+    model = randomized(Flux2Transformer(config))
     model.set_dtype(dtype)
     if not wide:
         narrow = tree_map(lambda x: x.astype(mx.bfloat16) if x.ndim == 2 else x, model.parameters())

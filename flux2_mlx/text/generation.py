@@ -1,5 +1,6 @@
 """Generating text with mlx-lm."""
 
+import secrets
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
@@ -51,15 +52,22 @@ def generate(
         RangeError: the model's logits are not finite, so that no token can be chosen.
     """
     from mlx_lm.generate import generate_step
-    from mlx_lm.sample_utils import make_sampler
 
-    if seed is not None:
-        mx.random.seed(seed)
+    # MLX's own sequence of random numbers is the caller's.
+    key = mx.random.key(secrets.randbits(64) if seed is None else seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        if temperature == 0:
+            return mx.argmax(logprobs, axis=-1)
+        key, part = mx.random.split(key)
+        return mx.random.categorical(logprobs * (1 / temperature), key=part)
+
     steps = generate_step(
         mx.array(ids),
         model,
         max_tokens=max_tokens,
-        sampler=make_sampler(temp=temperature),
+        sampler=sample,
         input_embeddings=embeddings,
     )
     for token, log_probabilities in steps:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import VisionConfig
-from ..layers import GatedMLP, Linear, attention
+from ..layers import Conv2d, GatedMLP, Linear, attention
 
 # Mean and deviation of CLIP's training images, which the tower was trained with.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -88,7 +88,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self._config = config
-        self.patch_conv = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_conv = Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
         self.ln_pre = nn.RMSNorm(config.hidden_size, eps=_LN_PRE_EPS)
         self.transformer = Layers(config)
 

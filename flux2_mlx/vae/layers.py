@@ -3,13 +3,14 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers import attention, fused
+from .. import layers
+from ..layers import Linear, attention, fused
 from .strips import Convolved, Doubled, Mapped, Moments, Rows, Sum
 
 _EPS = 1e-6
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(layers.Conv2d):
     def __call__(self, x: Rows) -> Rows:
         return Convolved(x, self)
 
@@ -76,10 +77,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = GroupNorm(channels, groups)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = [nn.Linear(channels, channels)]
+        self.to_q = Linear(channels, channels, bias=True)
+        self.to_k = Linear(channels, channels, bias=True)
+        self.to_v = Linear(channels, channels, bias=True)
+        self.to_out = [Linear(channels, channels, bias=True)]
 
     def __call__(self, x: Rows) -> Rows:
         B, H, W, _ = x.shape
