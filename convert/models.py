@@ -11,6 +11,7 @@ from flux2_mlx.checkpoint import MANIFEST, PAINTING, is_checkpoint
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant, get_variant
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.staging import bring_all_back
 from flux2_mlx.weights import read_json
 
 from .sources import Source
@@ -47,6 +48,7 @@ def find_checkpoint(
     text_quant: str | None = None,
     models_dir: str | os.PathLike | None = None,
     text_only: bool = False,
+    only_converted: bool = False,
     quiet: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -59,6 +61,7 @@ def find_checkpoint(
         text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         models_dir: where converted models are kept; see `models_folder`.
         text_only: a checkpoint without transformer and VAE will do.
+        only_converted: fetch and convert nothing.
         quiet: show no download progress.
         progress: called with bytes converted and bytes in all.
 
@@ -81,6 +84,8 @@ def find_checkpoint(
     targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
     if found := next(filter(is_checkpoint, targets), None):
         return _holding(found, variant)
+    if only_converted:
+        raise InputError(f"{source} is not converted yet; name it with -m to have it fetched and converted")
     check_writable(targets[0])
     if repo:
         opened = Source.open(hub.fetch(repo, text_only=text_only, quiet=quiet), variant, text_only=text_only)
@@ -139,6 +144,7 @@ def _convert(source: Source, target: Path, quant: str, text_quant: str, name: st
 def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, list[Path]]:
     """The converted checkpoints in the models folder that can make images, by the name of their variant."""
     folder, found = models_folder(models_dir), {name: [] for name in VARIANTS}
+    bring_all_back(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if is_checkpoint(path) and (name := _painter(path)) in found:
             found[name].append(path)

@@ -1,13 +1,10 @@
 """Writing an MLX checkpoint: tensor by tensor, all or nothing."""
 
-import glob
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +21,7 @@ from flux2_mlx.checkpoint import (
 from flux2_mlx.config import Config
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
+from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZERS
 from flux2_mlx.weights import TensorInfo, mismatches, raise_problems, write_safetensors
 
@@ -43,7 +41,6 @@ _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropp
 _FLOATS = ("BF16", "F16", "F32")
 _SHARD_BYTES = 4 << 30
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_LEFTOVER_SECONDS = 3600  # no tensor takes that long to write, so an older folder is that of a killed conversion
 _METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
 
 
@@ -96,13 +93,13 @@ def write_checkpoint(
     """
     text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
     quants = {"transformer": check_quant(quant), "text_encoder": check_quant(text_quant), "vae": "bf16"}
+    source.check()
     plans = [_plan(source, name, quants[_READS[name]]) for name in _READS if name in source.configs]
     _check_source(source, plans)
     _check_tokenizer(source)
     check_target(target, force)
-    _remove_leftovers(target)
+    place = Path(os.path.realpath(target))  # where a link leads to
     total = sum(plan.nbytes for plan in plans)
-    _check_space(target.parent, total)
     manifest = {
         "format_version": FORMAT_VERSION,
         "variant": source.variant.name,
@@ -112,12 +109,10 @@ def write_checkpoint(
         "version": version("flux2-mlx"),
     }
     try:
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            _fill(temporary, source, plans, manifest, _Progress(total, progress))
-            _publish(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        remove_leftovers(place.parent)
+        _check_space(place.parent, total)
+        with staged(place, lambda: check_target(target, force), replace=force) as folder:
+            _fill(folder, source, plans, manifest, _Progress(total, progress))
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error
 
@@ -167,11 +162,13 @@ def _check_tokenizer(source: Source) -> None:
     file = source.folder / "tokenizer" / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
-    TOKENIZERS[source.configs["text_encoder"].model_type](file)
+    text = source.configs["text_encoder"]
+    TOKENIZERS[text.model_type](file, text.vocab_size)
 
 
 def check_target(target: Path, force: bool) -> None:
     """Raise InputError if a checkpoint can't be written at `target`."""
+    bring_back(target)
     if target.exists() and not force:
         raise InputError(f"{target} exists; choose another folder or pass --force to replace it")
     if target.exists() and not is_checkpoint(target):
@@ -189,14 +186,6 @@ def check_writable(target: Path) -> None:
         os.rmdir(tempfile.mkdtemp(dir=existing, prefix=".flux2-mlx-"))
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror}; choose another folder") from error
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what conversions to `target` that were killed have left beside it."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        with suppress(FileNotFoundError):  # another conversion may just have finished
-            if max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < time.time() - _LEFTOVER_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -280,19 +269,3 @@ def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Put the finished folder in its place; an old one is moved aside first, and back if that fails."""
-    os.chmod(temporary, 0o755)
-    if not target.exists():
-        os.replace(temporary, target)
-        return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
-        old = Path(aside) / "old"
-        os.replace(target, old)
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            os.replace(old, target)
-            raise

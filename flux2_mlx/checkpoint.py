@@ -1,6 +1,7 @@
 """The MLX checkpoint: the folder that `convert` writes and the pipeline loads."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,12 @@ from mlx.utils import tree_flatten
 
 from .config import TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig, get_variant
 from .errors import CheckpointError, InputError
-from .quantization import BITS, DEFAULT_TEXT_QUANT, quantize_array, quantize_module, statement
+from .quantization import BITS, DEFAULT_TEXT_QUANT, check_statement, quantize_array, quantize_module, statement
+from .staging import bring_back
 from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
 from .transformer import Flux2Transformer
 from .vae import VAE
-from .weights import NONSENSE, TensorInfo, mismatches, raise_problems, read_headers, read_json
+from .weights import NONSENSE, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -27,6 +29,23 @@ COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
     "vision": (VisionConfig, PixtralVision),
     "vae": (VAEConfig, VAE),
 }
+# How many blocks a geometry has, by the start of their names; see `check_counts`.
+COUNTS: dict[str, Callable[[Any], dict[str, tuple[str, int]]]] = {
+    "transformer": lambda config: {
+        "double_blocks.": ("num_layers", config.num_layers),
+        "single_blocks.": ("num_single_layers", config.num_single_layers),
+    },
+    "text_encoder": lambda config: {"layers.": ("num_hidden_layers", config.num_hidden_layers)},
+    "language_model": lambda config: {"layers.": ("num_later_layers", config.num_later_layers)},
+    "vision": lambda config: {
+        "vision_tower.transformer.layers.": ("num_hidden_layers", config.num_hidden_layers),
+    },
+    "vae": lambda config: {
+        "encoder.down_blocks.": ("the length of block_out_channels", len(config.block_out_channels)),
+        "encoder.down_blocks.0.resnets.": ("layers_per_block", config.layers_per_block),
+    },
+}
+_FEW_BLOCKS = 8
 # What making images needs. Generating text needs the other two, and neither the transformer nor the VAE.
 PAINTING = ("transformer", "text_encoder", "vae")
 
@@ -81,19 +100,22 @@ class Component:
     @classmethod
     def open(cls, folder: Path, name: str) -> "Component":
         path = folder / "config.json"
-        files = tuple(sorted(folder.glob("model*.safetensors")))
-        return replace(cls.described(name, read_json(path), path), files=files)
-
-    @classmethod
-    def described(cls, name: str, values: dict[str, Any], path: Path) -> "Component":
-        """The network, without files, that the `values` read from `path` describe; CheckpointError if none."""
+        values = read_json(path)
+        quantization = values.pop("quantization", None)
+        config = described(name, values, path)
         try:
-            component = cls(name, COMPONENTS[name][0].from_dict(values), values.get("quantization"), ())
-            component.build()
+            check_statement(quantization)
+            config.check_known(values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} describes no {name}: {error}") from error
+        return cls(name, config, quantization, tuple(sorted(folder.glob("model*.safetensors"))))
+
+    def check(self, path: Path) -> None:
+        """CheckpointError if no such network can be built; `path` is that of its config."""
+        try:
+            self.build()
         except NONSENSE as error:
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{path} describes no {name} ({type(error).__name__}: {reason})") from error
-        return component
+            raise _nonsense(self.name, path, error) from error
 
     def build(self) -> nn.Module:
         """The network with unevaluated zeros for weights."""
@@ -116,6 +138,8 @@ class Component:
         """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all that is
         wrong in the component's `folder`."""
         found = read_headers(self.files)
+        check_counts(COUNTS[self.name](self.config), found, folder / "config.json")
+        self.check(folder / "config.json")
         problems = mismatches(module_tensors(self.build()), found)
         raise_problems(f"{folder} is damaged, convert the model again", problems)
 
@@ -128,7 +152,7 @@ class Component:
         """
         weights: dict[str, mx.array] = {}
         for file in self.files:
-            weights |= mx.load(str(file))
+            weights |= load_arrays(file)
         target = self if quant is None else self.quantized(quant)
         module = target.build()
         if self.quantization is None and target.quantization is not None:
@@ -139,6 +163,40 @@ class Component:
         for _, array in tree_flatten(module.parameters()):
             mx.eval(array)
         return module
+
+
+def described(name: str, values: dict[str, Any], path: Path, section: str = "") -> Any:
+    """The geometry of the network `name` that a `section` (`text_config.`) of the file at `path` describes.
+
+    Raises:
+        CheckpointError: it describes none. Nothing is built to find out.
+    """
+    try:
+        return COMPONENTS[name][0].from_dict(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} describes no {name}: {section}{error}") from error
+    except NONSENSE as error:
+        raise _nonsense(name, path, error) from error
+
+
+def _nonsense(name: str, path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} describes no {name} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+
+
+def check_counts(counts: dict[str, tuple[str, int]], names: Iterable[str], path: Path) -> None:
+    """CheckpointError if the config at `path` asks for many more blocks than `names` of tensors are there for.
+
+    A few are better named one by one, by who compares all tensors.
+
+    Args:
+        counts: by the start of their names, which their number follows: the key of the config, and what it says.
+        names: those in the files.
+        path: of the config.
+    """
+    for prefix, (key, count) in counts.items():
+        found = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+        if count > len(found) + _FEW_BLOCKS:
+            raise CheckpointError(f"{path}: {key} is {count}, but the files hold {len(found)} of {prefix}*")
 
 
 def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorInfo], bits: int) -> dict[str, mx.array]:
@@ -196,6 +254,7 @@ class Checkpoint:
             component.verify(folder / name)
         if not checkpoint.tokenizer_file.is_file():
             raise CheckpointError(f"{folder} is incomplete: there is no {checkpoint.tokenizer_file}")
+        _ = checkpoint.tokenizer  # refuses what does not belong to the encoder
         return checkpoint
 
     def _check_consistency(self) -> None:
@@ -214,7 +273,8 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
-        return TOKENIZERS[self.components["text_encoder"].config.model_type](self.tokenizer_file)
+        text = self.components["text_encoder"].config
+        return TOKENIZERS[text.model_type](self.tokenizer_file, text.vocab_size)
 
     @property
     def tokenizer_file(self) -> Path:
@@ -234,7 +294,8 @@ def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is in our format (it may still be damaged)."""
+    """Whether `folder` is in our format (it may still be damaged). What a killed conversion moved aside is put back."""
+    bring_back(folder)
     return (folder / MANIFEST).is_file()
 
 

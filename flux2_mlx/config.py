@@ -5,13 +5,18 @@ Field names follow the diffusers and transformers `config.json` files. Sources: 
 """
 
 import dataclasses
+import math
+import reprlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from .errors import CheckpointError, InputError
 
 QUANTIZATIONS = ("bf16", "qint8", "qint4")
 DTYPES = ("float32", "bfloat16", "float16")
+TEXT_MODELS = ("qwen3", "mistral3")
+# Several times what any FLUX.2 has, so that no config can ask for more than memory holds before files are looked at.
+MAX_LAYERS, MAX_SIZE, _MAX_NUMBER = 256, 2**24, 1e30
 
 
 def _check(condition: bool, message: str) -> None:
@@ -19,18 +24,54 @@ def _check(condition: bool, message: str) -> None:
         raise CheckpointError(message)
 
 
+def _check_value(name: str, kind: Any, value: Any) -> None:
+    """Raise CheckpointError if `value`, read from a file, is not of the `kind` that a field states, or out of range."""
+    if get_origin(kind) is tuple:
+        sizes = get_args(kind)
+        fixed = sizes[-1] is not Ellipsis
+        good = isinstance(value, tuple) and (len(value) == len(sizes) if fixed else 0 < len(value) <= MAX_LAYERS)
+        _check(good, f"{name} is {reprlib.repr(value)}, not a list of {len(sizes) if fixed else 'some'} whole numbers")
+        for item in value:
+            _check_value(f"an item of {name}", int, item)
+    elif get_args(kind):  # of a type or None
+        if value is not None:
+            _check_value(name, get_args(kind)[0], value)
+    elif kind is int:
+        least, most = (0, MAX_LAYERS) if name.startswith("num_") and name.endswith("layers") else (1, MAX_SIZE)
+        good = type(value) is int and least <= value <= most
+        _check(good, f"{name} is {reprlib.repr(value)}, not a whole number from {least} to {most}")
+    elif kind is float:
+        good = type(value) in (int, float) and math.isfinite(value) and 0 < value <= _MAX_NUMBER
+        _check(good, f"{name} is {reprlib.repr(value)}, not a number above 0")
+    else:
+        what = {bool: "true or false", str: "text"}[kind]
+        _check(type(value) is kind, f"{name} is {reprlib.repr(value)}, not {what}")
+
+
 class Config:
     """What the geometries share: reading and writing `config.json`."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
-        """Build from a parsed `config.json`; keys that are no field are ignored, lists become tuples."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-        try:
-            return cls(**kept)
-        except TypeError as error:
-            raise CheckpointError(f"config.json does not describe a {cls.__name__}: {error}") from error
+        """Build from a parsed `config.json`; keys that are no field are ignored, lists become tuples.
+
+        Raises:
+            CheckpointError: a key is missing, or its value is of another type or out of range.
+        """
+        kept = {}
+        for field in dataclasses.fields(cls):
+            if field.name in values:
+                value = values[field.name]
+                kept[field.name] = tuple(value) if isinstance(value, list) else value
+                _check_value(field.name, field.type, kept[field.name])
+            else:
+                _check(field.default is not dataclasses.MISSING, f"missing key {field.name!r}")
+        return cls(**kept)
+
+    def check_known(self, values: dict[str, Any]) -> None:
+        """CheckpointError if `values`, from a file of ours, have keys that are no field."""
+        unknown = sorted(values.keys() - self.to_dict().keys())
+        _check(not unknown, f"unknown keys {reprlib.repr(unknown)}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -61,6 +102,10 @@ class TransformerConfig(Config):
         )
         _check(len(self.axes_dims_rope) == 4, f"transformer: RoPE needs 4 axes, got {self.axes_dims_rope}")
         _check(self.in_channels % 4 == 0, f"transformer: in_channels {self.in_channels} is not a multiple of 4")
+        _check(
+            self.timestep_guidance_channels % 2 == 0,
+            f"transformer: timestep_guidance_channels {self.timestep_guidance_channels} is not even",
+        )
 
     @property
     def hidden_size(self) -> int:
@@ -139,6 +184,15 @@ class TextConfig(Config):
 
     def __post_init__(self):
         _check(
+            self.model_type in TEXT_MODELS,
+            f"text encoder: {reprlib.repr(self.model_type)} is none of {', '.join(TEXT_MODELS)}",
+        )
+        _check(
+            all(a < b for a, b in zip((0, *self.out_layers), self.out_layers, strict=False)),
+            f"text encoder: the states {self.out_layers} are not in ascending order",
+        )
+        _check(self.head_dim % 2 == 0, f"text encoder: the head dimension {self.head_dim} is not even")
+        _check(
             max(self.out_layers) == self.num_hidden_layers,
             f"text encoder: states {self.out_layers} need {max(self.out_layers)} layers, not {self.num_hidden_layers}",
         )
@@ -172,6 +226,13 @@ class VisionConfig(Config):
     spatial_merge_size: int = 2
     rope_theta: float = 1e4
     projector_eps: float = 1e-5
+
+    def __post_init__(self):
+        _check(
+            self.hidden_size % (4 * self.num_attention_heads) == 0,
+            f"vision: {self.hidden_size} features do not divide into {self.num_attention_heads} heads of a multiple "
+            "of 4",
+        )
 
     @property
     def head_dim(self) -> int:

@@ -103,6 +103,11 @@ class EmbeddingCache:
                 _log.warning("can't keep encoded prompts in %s: %s", self.folder, error.strerror)
             self._warned = True
 
+    def remove(self, key: str) -> None:
+        """Forget what is kept under `key`, if anything is."""
+        with suppress(OSError):
+            self._path(key).unlink()
+
     def entries(self) -> list[Entry]:
         """What is kept, the least recently used first."""
         found = []

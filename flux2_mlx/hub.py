@@ -9,11 +9,25 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from .downloads import (
+    Blob,
+    BrokenError,
+    DamagedError,
+    RefusedError,
+    download,
+    first_line,
+    quoted,
+    read,
+    redacted,
+    remove_partial,
+)
 from .errors import DownloadError
 
 _logger = logging.getLogger(__name__)
@@ -24,8 +38,29 @@ _INDEX = "model_index.json"
 _WEIGHTS = ("transformer", "vae", "text_encoder")
 _FOLDERS = (*_WEIGHTS, "tokenizer", "scheduler")
 # Nothing else of the root: it also holds the transformer as a single file, which would double the download.
-_NEEDED = re.compile(rf"{_INDEX}|(?:{'|'.join(_FOLDERS)})/[^/]+\.(?:json|safetensors|txt|jinja)")
-_SMALL = 10_000_000  # files below this many bytes get no progress bar, and start anew after an interruption
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)"
+_NEEDED = re.compile(rf"{_INDEX}|(?:{'|'.join(_FOLDERS)})/{_PART}")
+_SMALL = 10_000_000  # files below this many bytes get no progress bar
+_QUICK = 100_000_000  # files of the cache up to this many bytes are hashed: a tenth of a second
+_LISTING = 4_000_000  # bytes; that of FLUX.2-dev has some 50,000
+_LARGEST = 10**15  # bytes
+_PARTIAL = ".flux2-mlx.incomplete"  # the end of the name is that of the Hub's own, which its tools clear away
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """Whom to ask, with which headers, and the folder of the cache."""
+
+    endpoint: str
+    headers: Mapping[str, str]
+    cache: Path
+
+    @property
+    def shown(self) -> str:
+        return redacted(self.endpoint, self.headers, self.endpoint)
+
+    def quote(self, text: str) -> str:
+        return quoted(text, self.headers, self.endpoint)
 
 
 def is_repo_id(text: str) -> bool:
@@ -41,7 +76,7 @@ def fetch(
 ) -> Path:
     """Fetch what a conversion of a diffusers-layout repo needs, check it, and return its folder in the cache.
 
-    What the cache already holds is not fetched again, and a big file goes on where an earlier call was stopped.
+    What the cache already holds is not fetched again, and a file goes on where an earlier call was stopped.
     Without a connection, or with `HF_HUB_OFFLINE=1`, a complete copy in the cache is used.
 
     Args:
@@ -50,129 +85,195 @@ def fetch(
         quiet: show no progress bars.
 
     Raises:
-        DownloadError: unknown or gated repo, refused token, no connection, full disk, or a damaged file.
+        DownloadError: unknown or gated repo, refused token, no or a slow connection, full disk, or a damaged file.
     """
     if not _REPO_ID.fullmatch(repo_id):
         raise DownloadError(f"{repo_id!r} is no Hugging Face repo id; give it as owner/name")
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
+    hub, offline = _open()
+    if offline:
         if folder := _find_cached(repo_id, text_only):
             return folder
-        absent = f"{repo_id} is not complete in the cache {constants.HF_HUB_CACHE} and offline mode is on"
+        absent = f"{repo_id} is not complete in the cache {hub.cache} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(repo_id, files_metadata=True, timeout=timeout)
-    except Exception as error:  # the HTTP client, and so the class of its errors, depends on the version
-        cause = f"cannot reach {constants.ENDPOINT} ({_first_line(error)})"
-        reason = _explain(error, repo_id) or f"{cause}; check the connection, or give a folder"
+        commit, files = _parse(read(f"{hub.endpoint}/api/models/{repo_id}?blobs=true", hub.headers, _LISTING))
+    except (RefusedError, BrokenError, DamagedError, ValueError, RecursionError) as error:
+        reason = _explain_listing(error, hub, repo_id)
         if folder := _find_cached(repo_id, text_only):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
         raise DownloadError(reason) from error
-    return _download(repo_id, info, text_only, quiet)
+    if _INDEX not in files:
+        raise DownloadError(f"{repo_id} has no {_INDEX}, so it is no diffusers-layout model; give another repo id")
+    try:
+        return _download(hub, repo_id, commit, files, text_only, quiet)
+    except (RefusedError, BrokenError, OSError) as error:
+        raise DownloadError(_explain_download(error, hub, repo_id)) from error
+
+
+def _open() -> tuple[_Hub, bool]:
+    """Return the hub that the environment names, and whether it must not be asked."""
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers
+
+        parts = urlsplit(constants.ENDPOINT)
+        if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:
+            raise ValueError
+    except ValueError:  # without its text, which may hold a part of a password
+        wrong = "HF_ENDPOINT, or another variable HF_HUB_…, has a value that can't be read"
+        raise DownloadError(f"{wrong}; unset it, or give an endpoint as https://host") from None
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    if constants.HF_HUB_OFFLINE:
+        return _Hub(constants.ENDPOINT, {}, cache), True
+    try:
+        headers = build_hf_headers()
+    except Exception as error:  # it may read a file, or ask a server for a token
+        reason = quoted(first_line(error), {}, constants.ENDPOINT)
+        raise DownloadError(f"can't read the token ({reason}); log in again with `hf auth login`") from error
+    return _Hub(constants.ENDPOINT, headers, cache), False
+
+
+def _parse(listing: bytes) -> tuple[str, dict[str, Blob]]:
+    """Return the commit and the needed files of a repo; raise ValueError for whatever no hub would list."""
+    info = json.loads(listing)
+    commit, siblings = _get(info, "sha", str), _get(info, "siblings", list)
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise ValueError(f"commit {commit!r}")
+    files: dict[str, Blob] = {}
+    for entry in siblings:
+        name = _get(entry, "rfilename", str)
+        if not _NEEDED.fullmatch(name):
+            continue
+        if name.lower() in map(str.lower, files):  # on many disks these are one file
+            raise ValueError(f"{name} twice")
+        lfs = entry.get("lfs") is not None and _get(entry, "lfs", dict)
+        size = _get(entry, "size", int)
+        digest, digits = (_get(lfs, "sha256", str), 64) if lfs is not False else (_get(entry, "blobId", str), 40)
+        if not 0 <= size < _LARGEST or (lfs and lfs.get("size", size) != size):
+            raise ValueError(f"{name} of {size} bytes")
+        if not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
+            raise ValueError(f"{name} with hash {digest!r}")
+        files[name] = Blob(size, digest)
+    return commit, files
+
+
+def _get(entry: Any, key: str, kind: type) -> Any:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if type(value) is not kind:
+        raise ValueError(f"{key} is {str(value)[:80]!r}")
+    return value
 
 
 def _is_needed(name: str, text_only: bool) -> bool:
-    skipped = text_only and name.endswith(".safetensors") and not name.startswith("text_encoder/")
-    return _NEEDED.fullmatch(name) is not None and not skipped
+    return not text_only or not name.endswith(".safetensors") or name.startswith("text_encoder/")
 
 
 def _find_cached(repo_id: str, text_only: bool) -> Path | None:
     """Look up a snapshot with no part and no shard missing: other programs may have fetched single files of it."""
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(repo_id, _INDEX)
-    if not isinstance(index, str):
+    try:
+        index = try_to_load_from_cache(repo_id, _INDEX)
+        folder = Path(index).parent if isinstance(index, str) else None
+        return folder if folder and _is_complete(folder, text_only) else None
+    except (OSError, ValueError, RecursionError):  # a damaged ref or index
         return None
-    folder = Path(index).parent
+
+
+def _is_complete(folder: Path, text_only: bool) -> bool:
     weights = ("text_encoder",) if text_only else _WEIGHTS
     kinds = [f"{name}/*.json" for name in _FOLDERS] + [f"{name}/*.safetensors" for name in weights]
-    shards = (
-        table.parent / shard
-        for name in weights
-        for table in folder.glob(f"{name}/*.safetensors.index.json")
-        for shard in json.loads(table.read_bytes())["weight_map"].values()
-    )
-    complete = all(any(folder.glob(kind)) for kind in kinds) and all(shard.exists() for shard in shards)
-    return folder if complete else None
+    tables = [table for name in weights for table in folder.glob(f"{name}/*.safetensors.index.json")]
+    shards = [
+        table.parent / str(shard)
+        for table in tables
+        for shard in _get(json.loads(table.read_bytes()), "weight_map", dict).values()
+    ]
+    return all(any(folder.glob(kind)) for kind in kinds) and all(shard.exists() for shard in shards)
 
 
-def _download(repo_id: str, info: Any, text_only: bool, quiet: bool) -> Path:
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url
+def _download(hub: _Hub, repo_id: str, commit: str, files: dict[str, Blob], text_only: bool, quiet: bool) -> Path:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import tqdm
 
+    storage = hub.cache / f"models--{repo_id.replace('/', '--')}"
+    blobs, snapshot = storage / "blobs", storage / "snapshots" / commit
     # Small ones first, so that what goes wrong goes wrong early.
-    files = sorted((f for f in info.siblings if _is_needed(f.rfilename, text_only)), key=lambda file: file.size or 0)
-    if all(file.rfilename != _INDEX for file in files):
-        raise DownloadError(f"{repo_id} has no {_INDEX}, so it is no diffusers-layout model; give another repo id")
-    cache = Path(constants.HF_HUB_CACHE).absolute()
-    storage = cache / f"models--{repo_id.replace('/', '--')}"
-    missing = [file for file in files if not _is_cached(file, storage, info.sha)]
-    # Files above MAX_HTTP_DOWNLOAD_SIZE only hf_xet can fetch.
-    big = [file for file in missing if file.lfs and _SMALL <= file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]
-    partials = {file.rfilename: storage / "blobs" / f"{file.lfs.sha256}.incomplete" for file in big}
+    needed = sorted((name for name in files if _is_needed(name, text_only)), key=lambda name: files[name].size)
+    missing = [name for name in needed if not _is_cached(files[name], storage, snapshot / name)]
+    partials = {name: blobs / f"{files[name].digest}{_PARTIAL}" for name in missing}
     kept = sum(partial.stat().st_size for partial in partials.values() if partial.exists())
-    _check_space(repo_id, sum(file.size or 0 for file in missing) - kept, cache)
-    try:
-        # One by one in this thread: on Ctrl-C `snapshot_download` first completes every file it has open.
-        for file in files:
-            with _progress_bars(not quiet and (file.size or 0) >= _SMALL):
-                if partial := partials.get(file.rfilename):
-                    _fetch_resumably(hf_hub_url(repo_id, file.rfilename, revision=info.sha), file, partial)
-                path = hf_hub_download(repo_id, file.rfilename, revision=info.sha)  # only links a blob that is there
-            _verify(Path(path), file, fresh=file in missing and not partial)
-        # Asking by branch records the branch in the cache, for offline look-ups; only now is everything there.
-        hf_hub_download(repo_id, _INDEX)
-    except DownloadError:
-        raise
-    except Exception as error:  # as above, and hf_xet raises RuntimeError
-        broken = f"the download of {repo_id} broke off ({_first_line(error)}); start it again, it goes on from there"
-        raise DownloadError(_explain(error, repo_id) or broken) from error
-    return storage / "snapshots" / info.sha
+    _check_space(repo_id, sum(files[name].size for name in missing) - kept, hub.cache)
+    _folder(blobs, storage)
+    for name in needed:
+        blob = files[name]
+        if name in partials:
+            hidden = True if quiet or blob.size < _SMALL else None  # None: where stderr is no terminal
+            url = hf_hub_url(repo_id, name, revision=commit)
+            with tqdm(total=blob.size, unit="B", unit_scale=True, desc=Path(name).name, disable=hidden) as bar:
+                try:
+                    download(url, hub.headers, blob, partials[name], blobs / blob.digest, bar)
+                except DamagedError as error:
+                    problem = f"{name} arrived damaged ({error}) and was deleted; start the download again"
+                    raise DownloadError(problem) from error
+        _link(storage, snapshot / name, blobs / blob.digest)
+    _record(storage, commit)  # only now is everything there
+    listed = {blob.digest for blob in files.values()}
+    for partial in blobs.glob(f"*{_PARTIAL}"):
+        if partial.name.removesuffix(_PARTIAL) not in listed:  # of an older commit
+            remove_partial(partial)
+    return snapshot
 
 
-def _fetch_resumably(url: str, file: Any, partial: Path) -> None:
-    """Fetch a big file into `blobs` of the cache, on from the partial file that an earlier call left, and check it.
-
-    Not left to hf_hub_download: newer versions (2.4 for one) delete their temporary file when they are stopped, and
-    hf_xet takes up no partial file, so a broken connection or Ctrl-C would cost all gigabytes that had arrived.
-    """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
-
-    blob, storage = partial.with_suffix(""), partial.parent.parent
-    lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # hf_hub_download takes the same
-    for folder in (blob.parent, lock.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    # `url` is on the Hub: the signed address it redirects to expires, maybe before a retry. The HTTP client drops the
-    # token on a redirect to another host.
-    headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # compressed, a range could be ignored
-    options = {"headers": headers, "expected_size": file.size, "displayed_filename": file.rfilename}
-    with WeakFileLock(lock):
-        while not blob.exists():  # it may have come from another process
-            with partial.open("ab") as stream:
-                start = stream.tell()
-                if start > file.size:
-                    start = stream.seek(0)
-                    stream.truncate()
-                http_get(url, stream, resume_size=start, **options)
-            try:
-                _verify(partial, file, fresh=True)
-                os.replace(partial, blob)
-            except DownloadError:  # `partial` is deleted by now
-                if start == 0:
-                    raise
-
-
-def _is_cached(file: Any, storage: Path, commit: str) -> bool:
-    etag = file.lfs.sha256 if file.lfs else file.blob_id
-    for path in (storage / "snapshots" / commit / file.rfilename, storage / "blobs" / etag):
-        if path.exists():
-            if file.size in (None, path.stat().st_size):
-                return True
-            _discard(path)
+def _is_cached(blob: Blob, storage: Path, link: Path) -> bool:
+    """Whether the file is in the cache; what is there in its place is deleted."""
+    for path in (link, storage / "blobs" / blob.digest):
+        if path.is_file() and _is_intact(path, blob):
+            return True
+        if os.path.lexists(path):
+            _folder(path.parent, storage)
+            path.unlink()
     return False
+
+
+def _is_intact(path: Path, blob: Blob) -> bool:
+    if path.stat().st_size != blob.size or blob.size > _QUICK:
+        return path.stat().st_size == blob.size
+    hasher = blob.hasher()
+    hasher.update(path.read_bytes())
+    return hasher.hexdigest() == blob.digest
+
+
+def _folder(folder: Path, storage: Path) -> None:
+    """Make a folder of the repo's part of the cache, unless a link leads out of that."""
+    home = os.path.realpath(storage)
+    if os.path.commonpath([home, os.path.realpath(folder)]) != home:
+        raise DownloadError(f"{folder} is a link out of {storage}; delete the link and start the download again")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _link(storage: Path, link: Path, target: Path) -> None:
+    if link.exists():
+        return
+    _folder(link.parent, storage)
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(os.path.relpath(target, link.parent))
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError:  # as the Hub's library does it on a disk without links
+        os.replace(target, link)
+
+
+def _record(storage: Path, commit: str) -> None:
+    """Note that the branch is at this commit, for offline look-ups."""
+    ref, scratch = storage / "refs" / "main", storage / f".main-{os.getpid()}-{threading.get_ident()}"
+    if ref.is_file() and ref.read_bytes() == commit.encode():
+        return
+    _folder(ref.parent, storage)
+    scratch.write_text(commit)
+    os.replace(scratch, ref)
 
 
 def _check_space(repo_id: str, needed: int, cache: Path) -> None:
@@ -182,68 +283,35 @@ def _check_space(repo_id: str, needed: int, cache: Path) -> None:
         raise DownloadError(f"{sizes}; make room, or set HF_HOME to a folder on another disk")
 
 
-def _verify(path: Path, file: Any, fresh: bool) -> None:
-    """Delete the file and raise if it is not what the Hub lists; hash it only if it was fetched just now."""
-    from huggingface_hub.utils.sha import sha_fileobj
-
-    facts = [("bytes", file.size, path.stat().st_size)]
-    if fresh and file.lfs:
-        with path.open("rb") as stream:
-            facts.append(("sha256", file.lfs.sha256, sha_fileobj(stream).hex()))
-    for name, listed, found in facts:
-        if listed not in (None, found):
-            _discard(path)
-            problem = f"{file.rfilename} arrived damaged ({name}: {found}, not {listed})"
-            raise DownloadError(f"{problem} and was deleted; start the download again")
+def _explain_listing(error: Exception, hub: _Hub, repo_id: str) -> str:
+    if isinstance(error, RefusedError):
+        return _explain_refusal(error, hub, repo_id)
+    if isinstance(error, BrokenError):
+        return f"cannot reach {hub.shown} ({error}); check the connection, or give a folder"
+    return f"{hub.shown} lists {repo_id} as no hub does ({hub.quote(first_line(error))}); check HF_ENDPOINT"
 
 
-def _discard(path: Path) -> None:
-    """Delete a file of the cache and every link on the way from `path` to it."""
-    while path.is_symlink():
-        link, path = path, path.parent / path.readlink()
-        link.unlink()
-    path.unlink(missing_ok=True)
+def _explain_download(error: Exception, hub: _Hub, repo_id: str) -> str:
+    if isinstance(error, RefusedError):
+        return _explain_refusal(error, hub, repo_id)
+    if isinstance(error, BrokenError):
+        return f"the download of {repo_id} broke off ({error}); start it again, it goes on from there"
+    elsewhere = "set HF_HOME to a folder on another disk"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left in {hub.cache}; make room, or {elsewhere}"
+    return f"can't write {error.filename or 'a file'} in {hub.cache} ({error.strerror}); check it, or {elsewhere}"
 
 
-def _explain(error: BaseException, repo_id: str) -> str | None:
-    """Say what `error` means for the user, unless it is just a failed connection."""
-    from huggingface_hub import constants, errors, get_token
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    page = f"{constants.ENDPOINT}/{repo_id}"
+def _explain_refusal(error: RefusedError, hub: _Hub, repo_id: str) -> str:
+    page = f"{hub.shown}/{repo_id}"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    has_token = get_token() is not None
-    if isinstance(error, errors.GatedRepoError):
+    has_token = "authorization" in hub.headers
+    if error.code == "GatedRepo":
         token = " and your token has no access (a fine-grained one must allow gated repos)" if has_token else ""
         return f"{repo_id} is gated{token}: accept its licence at {page}, then {log_in}"
-    if status == 403 or (status == 401 and has_token):
-        said = " ".join(str(getattr(error, "server_message", None)).split())
-        return f"no access to {page} (HTTP {status}: {said}); {log_in}"
+    if error.status == 403 or (error.status == 401 and has_token):
+        return f"no access to {page} ({error}); {log_in}"
     # Who has no token gets 401 for a repo that does not exist.
-    if status == 401 or isinstance(error, errors.RepositoryNotFoundError):
-        return f"unknown repo id {repo_id!r} at {constants.ENDPOINT}; check the spelling; if it is private, {log_in}"
-    if status is not None:
-        return f"{constants.ENDPOINT} answers HTTP {status} for {repo_id}; try again later"
-    if os.strerror(errno.ENOSPC).lower() in str(error).lower():  # hf_xet gives no errno
-        return f"no space left in {constants.HF_HUB_CACHE}; make room, or set HF_HOME to a folder on another disk"
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    from huggingface_hub import utils
-
-    if shown or utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.enable_progress_bars()
+    if error.status == 401 or error.code == "RepoNotFound":
+        return f"unknown repo id {repo_id!r} at {hub.shown}; check the spelling; if it is private, {log_in}"
+    return f"{hub.shown} answers HTTP {error.status} for {repo_id}; try again later"

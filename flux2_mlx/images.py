@@ -1,30 +1,29 @@
-"""Pixels to image files and back, with the settings that made an image kept inside its file."""
+"""Pixels to image files and back."""
 
 import hashlib
 import io
-import json
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
+from .files import opened, read_bytes, write
+from .settings import metadata, stored
 
 MAX_INPUT_PIXELS = 100_000_000
-_MAX_INPUT_BYTES = 10 * MAX_INPUT_PIXELS  # RGBA of 16 bits takes 8 a pixel
+MAX_INPUT_BYTES = 10 * MAX_INPUT_PIXELS  # RGBA of 16 bits takes 8 a pixel
+_READ = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_SETTINGS_KEY = "flux2-mlx"
-_UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
 _QUALITY = 95
-_MAX_JPEG_EXIF = 65533
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # what libjpeg and libwebp write
 _log = logging.getLogger(__name__)
 
@@ -51,16 +50,13 @@ def open_image(path: Path, ground: str = "white") -> Image.Image:
 def open_hashed(path: Path, ground: str = "white") -> tuple[Image.Image, str]:
     """The image of `open_image`, and the SHA-256 of the very bytes that it was read from."""
     with _reading(path):
-        if path.stat().st_size > _MAX_INPUT_BYTES:
-            raise InputError(f"{path} is too large for an image: {path.stat().st_size:,} bytes")
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_INPUT_BYTES)
         return flattened(_decoded(path, data), ground), hashlib.sha256(data).hexdigest()
 
 
 def _decoded(path: Path, data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
-        if image.width * image.height > MAX_INPUT_PIXELS:
-            raise InputError(f"{path} is too large: {image.width}×{image.height}; scale it down first")
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        _check_pixels(path, image)
         # Behind a camera's picture an MPO file, named .jpg, has only a preview or a second view of it.
         if getattr(image, "is_animated", False) and image.format != "MPO":
             if image.format == "TIFF":
@@ -68,6 +64,18 @@ def _decoded(path: Path, data: bytes) -> Image.Image:
             raise InputError(f"{path} is an animation; save one of its frames as an image")
         image.load()
         return ImageOps.exif_transpose(image)
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `_READ` that Pillow was built with; of others, some start programs such as Ghostscript."""
+    Image.init()
+    return [name for name in _READ if name in Image.OPEN]
+
+
+def _check_pixels(path: Path, image: Image.Image) -> None:
+    if image.width * image.height > MAX_INPUT_PIXELS:
+        raise InputError(f"{path} is too large: {image.width}×{image.height}; scale it down first")
 
 
 @contextmanager
@@ -128,22 +136,13 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return converted if furthest > 2 else plain
 
 
-def describe(settings: dict[str, Any]) -> str:
-    """The settings as the one-paragraph text that other image tools show under `parameters`."""
-    return (
-        f"{settings['prompt']}\nSteps: {settings['steps']}, Sampler: Euler, CFG scale: {settings['guidance']}, "
-        f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['model']}, "
-        f"Version: flux2-mlx {settings['version']}"
-    )
-
-
 def check_output(path: Path, force: bool = False) -> None:
     """Raise InputError if an image can't be written to `path`: its type, an existing file, its folder."""
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}, or be a folder that exists")
     if path.is_dir():
         raise InputError(f"can't write {path}: it is a folder")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
     if not path.parent.is_dir():
         raise InputError(f"can't write {path}: there is no folder {path.parent}")
@@ -158,9 +157,10 @@ def check_size(path: Path, width: int, height: int) -> None:
         raise InputError(f"can't write {path}: {name} has at most {_MAX_SIDE[name]} pixels a side; choose .png")
 
 
-def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
-    """Write `image` in the format that the name says, complete or not at all.
+def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None, *, replace: bool = False) -> Path:
+    """Write `image` in the format that the name says, complete or not at all, and give the path that it is at.
 
+    Unless `replace`, a file that is at `path` stays, and the image goes to the next free name, with a warning.
     `settings` (JSON-serialisable) go into PNG text chunks, or into EXIF for JPEG and WebP; where JPEG has no room for
     them, they are left out with a warning.
 
@@ -171,52 +171,19 @@ def save(image: Image.Image, path: Path, settings: dict[str, Any] | None = None)
     if options["format"] != "PNG":
         options["quality"] = _QUALITY
     if settings is not None:
-        options |= _metadata(path, settings)
+        kept = metadata(options["format"], settings)
+        if not kept:
+            _log.warning("%s does not carry its settings, which are too long for JPEG; choose .png to keep them", path)
+        options |= kept
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".flux2-mlx-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                image.save(file, **options)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        encoded = io.BytesIO()  # Pillow's encoders take no notice of a disk that is full
+        image.save(encoded, **options)
+        written = write(path, encoded.getbuffer(), replace)
     except (OSError, ValueError) as error:
         raise InputError(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _metadata(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `Image.save` is told for the settings to be kept."""
-    name = FORMATS[path.suffix.lower()]
-    if name == "PNG":
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", _encodable(describe(settings)))
-        info.add_itxt(_SETTINGS_KEY, _payload(settings))
-        return {"pnginfo": info}
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = describe(settings)  # Pillow writes ? for what is not ASCII
-    exif[ExifTags.Base.Software] = f"flux2-mlx {settings['version']}"
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + _payload(settings).encode("utf-16-be")
-    if name == "JPEG" and len(exif.tobytes()) > _MAX_JPEG_EXIF:
-        _log.warning("%s does not carry its settings, which are too long for JPEG; choose .png to keep them", path)
-        return {}
-    return {"exif": exif}
-
-
-def _payload(settings: dict[str, Any]) -> str:
-    return _encodable(json.dumps(settings, ensure_ascii=False))
-
-
-def _encodable(text: str) -> str:
-    """`text` with escapes, which JSON knows too, for bytes of file names that are not text."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    if written != path:
+        _log.warning("%s has appeared meanwhile and stays as it is; the image is %s", path, written)
+    return written
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -225,19 +192,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no readable image, or an image without settings of this tool.
     """
-    with _reading(path):
-        with Image.open(path) as image:
-            payload = _stored(image)
-        settings = json.loads(payload) if payload else None
-    if not isinstance(settings, dict):
+    with _reading(path), opened(path, MAX_INPUT_BYTES) as file, Image.open(file, formats=_formats()) as image:
+        _check_pixels(path, image)
+        settings = stored(image)
+    if settings is None:
         raise InputError(f"{path} carries no settings of flux2-mlx, so it can't be made again")
     return settings
-
-
-def _stored(image: Image.Image) -> str | None:
-    if image.format == "PNG":
-        return image.text.get(_SETTINGS_KEY)
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
-        return None
-    return comment.removeprefix(_UNICODE).decode("utf-16-be")

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import DTYPES
-from .errors import InputError
+from .errors import InputError, RangeError
 
 # Metal's attention kernel has these head sizes and never stores the scores. Elsewhere MLX stores them for all
 # queries at once, so the queries are taken in chunks of at most this many scores.
@@ -139,6 +139,18 @@ def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
     """`x` in `dtype`; what is beyond the range of float16 is put at its end."""
     x = x.astype(dtype)
     return clip_float16(x) if dtype == mx.float16 else x
+
+
+def check_finite(x: mx.array, network: str) -> None:
+    """Raise RangeError if `x`, which the `network` gave, has values that are not finite numbers."""
+    if mx.isfinite(x).all().item():
+        return
+    if x.dtype == mx.float16:
+        raise RangeError("the computation overflowed float16; use --dtype bfloat16")
+    raise RangeError(
+        f"the {network} gave values that are not finite numbers; `flux2-mlx models verify` tells whether its weights "
+        "are damaged"
+    )
 
 
 @fused

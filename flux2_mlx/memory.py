@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -90,11 +90,12 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The phases of a run and the memory that there is, in bytes. Networks of different phases are never in memory
-    together."""
+    """The phases of a run and the memory that there is, in bytes. Networks of different phases are not in memory
+    together, but for the transformer and the VAE where images are decoded `beside` the denoising of others."""
 
     phases: tuple[PhasePlan, ...]
     limit: int
+    beside: bool = False
 
     @property
     def worst(self) -> PhasePlan:
@@ -118,6 +119,9 @@ class Plan:
 
 def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype: mx.Dtype, limit: int) -> Plan:
     """What a run takes if as much as fits into `limit` bytes stays in memory.
+
+    Where there is more to denoise after an image is finished, it is decoded at once if the VAE fits beside the
+    transformer without blocks of that having to be streamed for its sake.
 
     Args:
         variant: the model.
@@ -144,12 +148,15 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures + rope
     past, passing = _denoising_bytes(variant, transformer, work, dtype.size)
     decode = vae_activation_bytes(variant.vae, work.height, work.width, dtype)[1]
-    preview = networks["vae"].all + decode if work.previews else 0
     # Noise, and what becomes of it.
-    denoising = max(past + max(passing, preview), transformer.loading)
-    activations["transformer"] = denoising + held + 2 * work.images * latents
-    activations["vae"] = decode + pictures + work.images * latents
-    return _plan(networks, activations, limit)
+    activations["transformer"] = max(past + passing, transformer.loading) + held + 2 * work.images * latents
+    alone = _plan(networks, activations | {"vae": decode + pictures + work.images * latents}, limit)
+    if not work.previews and len(_passes(variant, work)) == 1:
+        return alone
+    activations["vae"] = past + decode + held + 2 * work.images * latents
+    beside = _plan_beside(networks, activations, limit)
+    streams = beside.phase("transformer").streamed > 0 and not alone.phase("transformer").streamed
+    return beside if work.previews or (beside.fits and not streams) else alone
 
 
 def writing_plan(
@@ -190,6 +197,16 @@ def _plan(networks: dict[str, Footprint], activations: dict[str, int], limit: in
     return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
 
 
+def _plan_beside(networks: dict[str, Footprint], activations: dict[str, int], limit: int) -> Plan:
+    """The plan where the transformer stays in memory with the VAE for both their phases."""
+    before = {name: needed for name, needed in activations.items() if name not in ("transformer", "vae")}
+    both = replace(networks["transformer"], rest=networks["transformer"].rest + networks["vae"].all)
+    resident = both.resident(limit - max(activations["transformer"], activations["vae"]))
+    streamed = {"transformer": sum(both.blocks[resident:]), "vae": 0}
+    phases = [PhasePlan(x, both.held(resident), activations[x], resident, streamed[x]) for x in ("transformer", "vae")]
+    return Plan((*_plan(networks, before, limit).phases, *phases), limit, beside=True)
+
+
 def _phase(name: str, networks: dict[str, Footprint], activations: int, limit: int) -> PhasePlan:
     network = networks["vae" if name == "vae_encoder" else name]
     resident = network.resident(limit - activations)
@@ -200,7 +217,7 @@ def _denoising_bytes(variant: Variant, network: Footprint, work: Workload, items
     """What stays from the first pass of a run to its last, and the peak of a pass above that and the weights."""
     config, size = variant.transformer, variant.vae.token_size
     image, sources = work.image_tokens(size), work.reference_tokens(size)
-    together = len(passes(work.images, image + sources)[0])
+    together = len(_passes(variant, work)[0])
     texts = together * work.length * config.hidden_size * itemsize if together > 1 else 0  # side by side
     if not (variant.kv_cache and sources):
         tokens = together * (work.length + image + sources)
@@ -215,10 +232,16 @@ def _denoising_bytes(variant: Variant, network: Footprint, work: Workload, items
     return past, max(reading, writing)
 
 
-def passes(count: int, tokens: int) -> list[range]:
-    """The images that go through the transformer together, given how many tokens each one is, references included."""
+def _passes(variant: Variant, work: Workload) -> list[Sequence[int]]:
+    size = variant.vae.token_size
+    return passes(range(work.images), work.image_tokens(size) + work.reference_tokens(size))
+
+
+def passes(images: Sequence[int], tokens: int) -> list[Sequence[int]]:
+    """Those of `images` that go through the transformer together, given how many tokens each one is, references
+    included."""
     per_pass = max(1, _TOKENS_PER_PASS // tokens)
-    return [range(start, min(start + per_pass, count)) for start in range(0, count, per_pass)]
+    return [images[start : start + per_pass] for start in range(0, len(images), per_pass)]
 
 
 def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int, widened: int = 0) -> int:

@@ -94,8 +94,8 @@ class Networks:
         Args:
             request: the settings.
             edit: the pictures.
-            beside: `previews`, whether there are images between the steps, and `texts`, how many encoded texts are
-                given in place of prompts.
+            beside: `previews`, whether there are images between the steps, and `texts`, how many encoded texts of how
+                many tokens are given in place of prompts.
         """
         return self._plan(_workload(request, edit, **beside))
 
@@ -242,13 +242,16 @@ def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
     return width, height
 
 
-def _workload(request: Request, edit: Edit, *, previews: bool = False, texts: int | None = None) -> Workload:
+def _workload(
+    request: Request, edit: Edit, *, previews: bool = False, texts: tuple[int, int] | None = None
+) -> Workload:
+    prompts, length = texts or (len(set(request.prompts)), request.max_sequence_length)
     return Workload(
         request.width,
         request.height,
-        request.max_sequence_length,
+        length,
         tuple(image.size for image in edit.references),
-        len(set(request.prompts)) if texts is None else texts,
+        prompts,
         len(request.seeds),
         previews,
     )

@@ -3,20 +3,21 @@
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .errors import RangeError
 from .images import to_pil, to_unit
+from .layers import check_finite
 from .memory import Plan, limits
 from .references import Edit, to_pixels
-from .sampling import Conditioning, Painting, Request, Step, denoise
+from .sampling import Conditioning, Painting, Request, Step, Text, denoise
 from .scheduler import noise_levels
 from .streaming import Reading
 from .transformer import Flux2Transformer, image_ids, rope_table, text_ids
@@ -24,8 +25,10 @@ from .vae import VAE
 
 # References lie this far apart on the T axis; the image that is made is at 0.
 _T_STEP = 10
-# MLX counts memory, and limits it, for the process as a whole.
+# No image is a thousand times as bright as white; what a decoder gives beyond that is damage, though it is finite.
+_MOST_INTENSITY = 1000
 _TURN = threading.RLock()
+_THREAD = threading.local()
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of a phase. After a denoising step `step` is set, and when an image is finished `image`;
-    `images` are the places that it is about among the images of the run."""
+    """`done` of `total` units of a phase.
+
+    After a denoising step `step` is set, and `preview` makes an image of its estimate for each one of the pass; when an
+    image is finished, `image` is. `images` are the places that it is about among the images of the run.
+    """
 
     phase: str
     done: int
     total: int
     step: Step | None = None
-    images: range = range(0)
+    images: Sequence[int] = ()
     image: Image.Image | None = None
+    preview: Callable[[], list[Image.Image]] | None = None
 
 
 @dataclass
@@ -72,27 +79,89 @@ class Flux2Output:
 
 
 @contextmanager
-def measured(name: str, timings: list[Phase], planned: Plan, reading: Reading, others: int) -> Iterator[None]:
-    """Add what a phase took to `timings`, keep it within what is `planned`, and give its memory back at the end.
-
-    `others` are the bytes in memory that do not belong to the run. Runs of several threads take turns.
-    """
+def turn() -> Iterator[None]:
+    """Runs of several threads take turns, since MLX counts memory, and limits it, for the process as a whole."""
     with _TURN:
-        mx.clear_cache()
+        if threading.current_thread() is not threading.main_thread() and not hasattr(_THREAD, "streams"):
+            _THREAD.streams = _Streams()
+        yield
+
+
+class _Streams:
+    """The streams of MLX of a thread. Unless they are cleared when it ends, MLX may abort the process at its exit."""
+
+    def __del__(self):
+        mx.clear_streams()
+
+
+@dataclass
+class _Span:
+    """What a phase has taken so far, which may be interrupted by others. `place` is that among the timings."""
+
+    name: str
+    place: int
+    seconds: float = 0.0
+    peak: int = 0
+    read: Reading = field(default_factory=Reading)
+
+    def start(self, reading: Reading) -> None:
         mx.reset_peak_memory()
-        start, before = time.perf_counter(), replace(reading)
-        with limits(planned, name, others):
-            yield
-        read, seconds = reading.since(before), time.perf_counter() - start
-        streamed = planned.phase(name).streamed if read.nbytes else 0
-        timings.append(Phase(name, seconds, mx.get_peak_memory(), read.nbytes, streamed, read.overlap))
-        gc.collect()
+        self._start, self._before = time.perf_counter(), replace(reading)
+
+    def stop(self, reading: Reading) -> None:
+        read = reading.since(self._before)
+        self.read.add(read.nbytes, read.seconds, read.waited)
+        self.seconds += time.perf_counter() - self._start
+        self.peak = max(self.peak, mx.get_peak_memory())
+
+    def phase(self, planned: Plan) -> Phase:
+        streamed = planned.phase(self.name).streamed if self.read.nbytes else 0
+        return Phase(self.name, self.seconds, self.peak, self.read.nbytes, streamed, self.read.overlap)
+
+
+class Meter:
+    """Measures the phases of a run that starts now, and keeps each within what is planned.
+
+    What is in memory already does not belong to the run. A phase that is entered within another interrupts that.
+
+    Args:
+        timings: gets a `Phase` for each phase.
+        planned: the plan of the run.
+        reading: what is streamed from disk.
+    """
+
+    def __init__(self, timings: list[Phase], planned: Plan, reading: Reading):
+        self._timings, self._planned, self._reading = timings, planned, reading
+        self._others = mx.get_active_memory()
+        self._spans: dict[str, _Span] = {}
+        self._open: list[_Span] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what is done inside as phase `name`, and give its memory back at the end."""
+        span = self._span(name)
+        for outer in self._open[-1:]:
+            outer.stop(self._reading)
+        self._open.append(span)
         mx.clear_cache()
+        span.start(self._reading)
+        try:
+            with limits(self._planned, name, self._others):
+                yield
+        finally:
+            span.stop(self._reading)
+            self._timings[span.place] = span.phase(self._planned)
+            self._open.pop()
+            gc.collect()
+            mx.clear_cache()
+            for outer in self._open[-1:]:
+                outer.start(self._reading)
 
-
-def measuring(timings: list[Phase], planned: Plan, reading: Reading) -> Callable[[str], AbstractContextManager[None]]:
-    """`measured` for the phases of a run that starts now: what is in memory already does not belong to it."""
-    return partial(measured, timings=timings, planned=planned, reading=reading, others=mx.get_active_memory())
+    def _span(self, name: str) -> _Span:
+        if name not in self._spans:
+            self._spans[name] = _Span(name, len(self._timings))
+            self._timings.append(Phase(name, 0.0, 0))
+        return self._spans[name]
 
 
 OnProgress = Callable[[Progress], mx.array | None]
@@ -115,7 +184,7 @@ def encode_images(vae: VAE, edit: Edit, dtype: mx.Dtype, on_progress: OnProgress
     for number, image in enumerate(edit.references, 1):
         latents = vae.encode(mx.array(to_pixels(image)).astype(dtype)).astype(mx.float32)
         rows.append(vae.to_tokens(latents))
-        mx.eval(rows[-1])
+        check_finite(rows[-1], "VAE")
         ids.append(image_ids(latents.shape[1] // 2, latents.shape[2] // 2, t=_T_STEP * number))
         on_progress(Progress("vae_encoder", number, len(edit.references)))
     canvas = edit.canvas
@@ -126,29 +195,30 @@ def encode_images(vae: VAE, edit: Edit, dtype: mx.Dtype, on_progress: OnProgress
 def denoise_images(
     transformer: Flux2Transformer,
     request: Request,
-    batches: list[range],
-    noise: list[mx.array],
-    conditioning: Callable[[range], Conditioning],
+    batches: list[Sequence[int]],
+    noise: dict[int, mx.array],
+    conditioning: Callable[[Sequence[int]], Conditioning],
     encoded: EncodedEdit | None,
     dtype: mx.Dtype,
-    on_progress: OnProgress,
-) -> list[mx.array]:
-    """Tokens of all images.
+    on_step: Callable[[int, Step, Sequence[int]], mx.array | None],
+) -> Iterator[dict[int, mx.array]]:
+    """The tokens `[L, C]` of the images of each pass when it is done.
 
     Args:
         transformer: the network.
         request: the settings.
         batches: the images of each pass.
         noise: of each image, float32 `[L, C]`.
-        conditioning: gives that of the images in a range.
+        conditioning: gives that of some images.
         encoded: the pictures of the run.
         dtype: what the transformer computes in.
-        on_progress: hears of every step and may return tokens to go on from.
+        on_step: hears how many steps are done, of the last one, and its images; it may return tokens to go on from.
     """
-    sigmas = noise_levels(request.schedule_steps, len(noise[0]), request.sigmas)[-request.steps - 1 :]
-    total, done, finished = request.steps * len(batches), 0, []
+    length = len(noise[batches[0][0]])
+    sigmas = noise_levels(request.schedule_steps, length, request.sigmas, request.shift_steps)[-request.steps - 1 :]
+    done = 0
     for images in batches:
-        batch, painting = mx.stack(noise[images.start : images.stop]), None
+        batch, painting = mx.stack([noise.pop(image) for image in images]), None
         if encoded is not None and encoded.source is not None:
             painting = Painting(encoded.source, batch, encoded.mask)
             batch = painting.at(float(sigmas[0]))
@@ -156,70 +226,91 @@ def denoise_images(
         step = next(steps)
         while step is not None:
             done += 1
-            batch, replaced = step.tokens, on_progress(Progress("transformer", done, total, step, images))
+            batch, replaced = step.tokens, on_step(done, step, images)
             batch = batch if replaced is None else mx.array(replaced).astype(mx.float32)
             try:
                 step = steps.send(batch)
             except StopIteration:
                 step = None
-        finished += list(batch)
-    return finished
+        yield dict(zip(images, batch, strict=True))
 
 
 def condition(
     transformer: Flux2Transformer,
     request: Request,
     grid: tuple[int, int],
-    embeds: list[mx.array],
+    embeds: dict[int, mx.array],
     negative: mx.array | None,
     encoded: EncodedEdit | None,
     dtype: mx.Dtype,
     *,
     kv_cache: bool,
-) -> Callable[[range], Conditioning]:
-    """All that no step changes, worked out once: a function from a range of images to their conditioning.
+) -> Callable[[Sequence[int]], Conditioning]:
+    """All that no step changes, worked out once: a function from images to their conditioning.
 
     Args:
         transformer: the network.
         request: the settings.
         grid: height and width in tokens.
-        embeds: text states `[Lt, F]` of each prompt.
+        embeds: text states `[Lt, F]` of each prompt that is needed, by its number.
         negative: those of the empty prompt, for classifier-free guidance.
         encoded: the pictures of the run.
         dtype: what the transformer computes in.
         kv_cache: whether the model was trained to see references through their keys and values only.
     """
     config = transformer.config
-    distinct = {id(states): states for states in embeds}  # prompts may be the same
+    distinct = {id(states): states for states in embeds.values()}  # prompts may be the same
     projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
-    negative = None if negative is None else transformer.txt_in(negative)
-    ids = [text_ids(embeds[0].shape[0]), image_ids(*grid)]
     guidance = mx.array([request.guidance]) if config.guidance_embeds else None
-    references = past = None
+    ids, references, past = [image_ids(*grid)], None, None
     if encoded is not None and kv_cache:
         past = transformer.read(encoded.references.astype(dtype), rope_table(encoded.ids, config), guidance)
     elif encoded is not None:
         ids.append(encoded.ids)
         references = encoded.references
-    rope = rope_table(np.concatenate(ids), config)
 
-    def of(images: range) -> Conditioning:
+    def rope(text: mx.array) -> mx.array:
+        return rope_table(np.concatenate([text_ids(len(text)), *ids]), config)
+
+    (length,) = {len(states) for states in distinct.values()}
+    positions = rope(next(iter(distinct.values())))
+    against = None
+    if negative is not None:
+        against = transformer.txt_in(negative), positions if len(negative) == length else rope(negative)
+
+    def of(images: Sequence[int]) -> Conditioning:
         text = mx.stack([projected[id(embeds[i // request.images_per_prompt])] for i in images])
-        against = None if negative is None else mx.broadcast_to(negative, (len(images), *negative.shape))
-        return Conditioning(text, rope, against, request.guidance, guidance, references, past)
+        unwanted = None
+        if against is not None:
+            states = mx.broadcast_to(against[0], (len(images), *against[0].shape))
+            unwanted = Text(states, against[1])
+        return Conditioning(Text(text, positions), unwanted, request.guidance, guidance, references, past)
 
     return of
 
 
-def decode_images(
-    vae: VAE, tokens: list[mx.array], grid: tuple[int, int], dtype: mx.Dtype, latent: bool
-) -> Iterator[np.ndarray]:
-    """Decoder output `[1, H, W, 3]` about −1..1, or un-normalised latents `[1, H/8, W/8, c]`, of one image after the
-    other; float32."""
-    for image_tokens in tokens:
-        latents = vae.from_tokens(image_tokens[None], *grid)
-        result = latents if latent else vae.decode(latents.astype(dtype))
-        yield np.array(result.astype(mx.float32))
+def decode_image(vae: VAE, tokens: mx.array, grid: tuple[int, int], dtype: mx.Dtype) -> np.ndarray:
+    """Decoder output `[1, H, W, 3]` about −1..1 of an image's tokens `[L, C]`, float32.
+
+    Raises:
+        RangeError: it is no image, as some weights of the VAE or the tokens are far from what they should be.
+    """
+    pixels = vae.decode(vae.from_tokens(tokens[None], *grid).astype(dtype))
+    check_finite(pixels, "VAE")
+    pixels = np.array(pixels.astype(mx.float32))
+    if np.abs(pixels).max() > _MOST_INTENSITY:
+        raise RangeError(
+            f"the VAE gave pixels of {np.abs(pixels).max():.3g} where −1 to 1 is black to white; `flux2-mlx models "
+            "verify` tells whether the weights are damaged"
+        )
+    return pixels
+
+
+def latents_of(vae: VAE, tokens: mx.array, grid: tuple[int, int]) -> np.ndarray:
+    """Un-normalised latents `[1, H/8, W/8, c]` of an image's tokens `[L, C]`, float32."""
+    latents = vae.from_tokens(tokens[None], *grid).astype(mx.float32)
+    check_finite(latents, "VAE")
+    return np.array(latents)
 
 
 def finished_image(pixels: np.ndarray, edit: Edit) -> Image.Image:

@@ -1,49 +1,38 @@
 """`Flux2Pipeline`: from prompts to images."""
 
-import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from PIL import Image
 
 from .checkpoint import Checkpoint
 from .convert import find_checkpoint, models_folder
-from .embedding_cache import FOLDER, CachedEncoder, EmbeddingCache
+from .embedding_cache import FOLDER as PROMPTS
+from .embedding_cache import EmbeddingCache
 from .errors import InputError
-from .images import to_unit
-from .layers import activation_dtype, cast
-from .memory import Plan, memory_bytes, passes
+from .layers import activation_dtype
+from .memory import Plan, memory_bytes
 from .networks import Networks
-from .noise import initial_noise
-from .phases import (
-    EncodedEdit,
-    Flux2Output,
-    OnProgress,
-    Progress,
-    condition,
-    decode_images,
-    denoise_images,
-    encode_images,
-    finished_image,
-    measuring,
-)
+from .phases import Flux2Output, OnProgress, Progress, decode_image, finished_image, turn
 from .quantization import check_quant
 from .references import Edit
+from .run import Run
 from .sampling import Request
+from .unfinished import FOLDER as UNFINISHED
+from .unfinished import Unfinished
 from .upsampling import Writer
 
 _OUTPUT_TYPES = ("pil", "np", "latent")
-_log = logging.getLogger(__name__)
 
 
 class Flux2Pipeline:
     """Text and images to image with FLUX.2. Networks are loaded for their phase of a run and released after it."""
 
-    def __init__(self, networks: Networks, prompt_cache: EmbeddingCache | None = None):
+    def __init__(
+        self, networks: Networks, prompt_cache: EmbeddingCache | None = None, unfinished: Unfinished | None = None
+    ):
         self.networks = networks
         self.checkpoint = networks.checkpoint
         self.variant = networks.checkpoint.variant
@@ -51,6 +40,7 @@ class Flux2Pipeline:
         self.text_quant = networks.text_quant
         self.dtype = networks.dtype
         self.prompt_cache = prompt_cache
+        self.unfinished = unfinished
         self.tokenizer = networks.checkpoint.tokenizer
 
     @classmethod
@@ -78,7 +68,7 @@ class Flux2Pipeline:
                 bfloat16 on later chips, float32 on a CPU. Under float16 all but the transformer is in bfloat16.
             models_dir: where converted models are kept; None: `$FLUX2_MLX_HOME` or `~/.cache/flux2-mlx`.
             prompt_cache: keep encoded prompts in the folder `prompts` there, so that a prompt seen before needs no
-                text encoder.
+                text encoder, and denoised images that wait for their decoding in `unfinished`.
             memory_limit: bytes, or a size such as `"12GB"`, that a run stays within, if need be by reading blocks of
                 the networks from disk at every step; None: what the machine has.
 
@@ -92,7 +82,10 @@ class Flux2Pipeline:
             str(source), variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir
         )
         networks = Networks.of(Checkpoint.open(folder), quant, text_quant, **wanted)
-        return cls(networks, EmbeddingCache(models_folder(models_dir) / FOLDER) if prompt_cache else None)
+        if not prompt_cache:
+            return cls(networks)
+        folder = models_folder(models_dir)
+        return cls(networks, EmbeddingCache(folder / PROMPTS), Unfinished(folder / UNFINISHED))
 
     def __call__(
         self,
@@ -128,15 +121,17 @@ class Flux2Pipeline:
             padding_mask_crop: work on the mask's surroundings only, with so many pixels around it.
             height: pixels, a multiple of 16; None: the first image's. With a mask or strength it can't be chosen.
             width: the same.
-            num_inference_steps: denoising steps.
+            num_inference_steps: denoising steps; with `sigmas`, what their shift is worked out for (None: 50).
             guidance_scale: embedded guidance (dev) or the CFG scale (base models); distilled models ignore it.
             seed: of the first image, 0 … 2^64 − 1; image k has seed + k. None: random.
             num_images_per_prompt: images for each prompt.
             latents: noise to start from, `[B, 4c, H/16, W/16]`, in place of the seeds' noise.
             prompt_embeds: what `encode_prompt` gives, one row a prompt, in place of `prompt`.
-            max_sequence_length: text tokens that the transformer sees, at most the variant's.
-            sigmas: noise levels before the shift, in place of the even grid.
-            output_type: `pil`; `np`: float32 `[B, H, W, 3]` in 0..1; `latent`: `[B, c, H/8, W/8]`, un-normalised.
+            max_sequence_length: text tokens of a prompt that the transformer sees, at most the variant's. Embeds have
+                their own length; the negative prompt of guidance has this one.
+            sigmas: noise levels before the shift, one a step, in place of the even grid.
+            output_type: `pil`; `np`: float32 `[B, H, W, 3]` in 0..1; `latent`: `[B, c, H/8, W/8]`, un-normalised, with
+                dev too, whose pipeline in diffusers gives its normalised tokens `[B, L, 4c]`.
             callback_on_step_end: called as `(pipe, step, timestep, {"latents": tokens})` after every step, with
                 the timestep that it started from, in 0..1000, and tokens `[b, L, 4c]`; `latents` of the dict it
                 returns are gone on with.
@@ -153,7 +148,9 @@ class Flux2Pipeline:
             features = self.checkpoint.components["text_encoder"].config.output_size
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != features:
                 raise InputError(f"prompt_embeds must be [prompts, tokens, {features}], got {prompt_embeds.shape}")
-            prompts, max_sequence_length = [""] * len(prompt_embeds), prompt_embeds.shape[1]
+            if prompt_embeds.shape[1] == 0 or not mx.isfinite(prompt_embeds).all().item():
+                raise InputError(f"prompt_embeds {prompt_embeds.shape} must be finite numbers, for one token at least")
+            prompts = [""] * len(prompt_embeds)
         images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         edit = self.edit(images, mask=mask_image, on_canvas=strength is not None, crop_padding=padding_mask_crop)
         request = self.request(
@@ -184,6 +181,7 @@ class Flux2Pipeline:
             prompt_embeds=prompt_embeds,
             output_type=output_type,
             on_progress=on_progress,
+            resume=callback_on_step_end is None,
         )
 
     def edit(self, images: Sequence[Image.Image], **settings: Any) -> Edit:
@@ -213,39 +211,55 @@ class Flux2Pipeline:
         output_type: str = "pil",
         on_progress: OnProgress = lambda progress: None,
         previews: bool = False,
+        resume: bool = False,
+        output: Flux2Output | None = None,
     ) -> Flux2Output:
-        """Make the images of `request` with the pictures of `edit`. `on_progress` hears of every phase, step and
-        image; after a step it may return tokens to go on from, make a `preview` if the run was planned with
-        `previews`, and raise to cancel."""
+        """Make the images of `request` with the pictures of `edit`.
+
+        Args:
+            request: the settings.
+            edit: the pictures.
+            latents: as for a call.
+            prompt_embeds: the same.
+            output_type: the same.
+            on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
+                before that of the next pass where memory allows it. After a step it may return tokens to go on from,
+                call the progress' `preview`, and raise to cancel.
+            previews: plan for those, so that the VAE stays in memory.
+            resume: where images wait for their decoding, keep them on disk meanwhile, and go on from those that an
+                earlier run of the same settings has left.
+            output: what to fill in and return; of a run that is cut short it has the timings.
+        """
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
-        texts = None if prompt_embeds is None else len(prompt_embeds)
+        texts = None
+        if prompt_embeds is not None:
+            negative = request.max_sequence_length if self.variant.uses_cfg and request.guidance > 1 else 0
+            texts = len(prompt_embeds), max(prompt_embeds.shape[1], negative)
         planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
-        latents, encoded = self._checked_latents(request, latents), None
-        output = Flux2Output(seeds=list(request.seeds))
-        phase = measuring(output.timings, planned, self.networks.reading)
-        with phase("text_encoder"):
-            embeds, negative = self._text_states(request, prompt_embeds, planned, on_progress)
-        if edit.references:
-            self._warn(request, edit)
-            with phase("vae_encoder"):
-                on_progress(Progress("vae_encoder", 0, len(edit.references)))
-                encoded = encode_images(self.networks.load("vae"), edit, self.networks.dtype_of("vae"), on_progress)
-        with phase("transformer"):
-            noise = self._noise(request, latents)
-            tokens = self._denoise(request, noise, embeds, negative, encoded, planned, on_progress)
-            del noise, embeds, negative, encoded
-        with phase("vae"):
-            output.images = self._decode(request, edit, tokens, output_type, on_progress)
-        return output
+        latents = self._checked_latents(request, latents)
+        with turn():
+            run = self._run(
+                request,
+                planned,
+                edit=edit,
+                output_type=output_type,
+                on_progress=on_progress,
+                unfinished=self.unfinished if resume and latents is None and prompt_embeds is None else None,
+                output=Flux2Output() if output is None else output,
+            )
+            return run.make(latents, prompt_embeds)
+
+    def _run(self, request: Request, planned: Plan, **settings: Any) -> Run:
+        return Run(self.networks, self.variant, request, planned, prompt_cache=self.prompt_cache, **settings)
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
         planned = self.networks.checked_text_plan(request)
-        with measuring([], planned, self.networks.reading)("text_encoder"):
-            states = self._encode(prompts, request.max_sequence_length, planned, lambda progress: None)
+        with turn():
+            states = self._run(request, planned).encode(prompts)
         return mx.stack([states[p] for p in prompts])
 
     def writer(self) -> Writer:
@@ -274,108 +288,25 @@ class Flux2Pipeline:
 
     def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:
         """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`."""
-        return self._decode(request, edit or Edit(), list(tokens), "pil", lambda progress: None)
+        vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
+        grid = request.height // self.token_size, request.width // self.token_size
+        return [finished_image(decode_image(vae, image, grid, dtype), edit or Edit()) for image in tokens]
 
     @property
     def token_size(self) -> int:
         """Pixels per image token along one side."""
         return self.checkpoint.components["vae"].config.token_size
 
-    def _grid(self, request: Request) -> tuple[int, int]:
-        """Height and width of the image in tokens."""
-        return request.height // self.token_size, request.width // self.token_size
-
-    def _warn(self, request: Request, edit: Edit) -> None:
-        if edit.canvas is not None and edit.canvas.keeps_nothing:
-            _log.warning("the mask is white all over, so nothing of the image is kept")
-        height, width = self._grid(request)
-        count, limit = height * width + sum(edit.token_counts(self.token_size)), self.variant.max_image_tokens
-        if count > limit:
-            _log.warning(
-                "the image and its references are %d tokens, %s is recommended for %d; use fewer or smaller images",
-                count,
-                self.variant.name,
-                limit,
-            )
-
-    def _latent_shape(self, request: Request) -> tuple[int, ...]:
-        channels = self.checkpoint.components["transformer"].config.in_channels
-        return (len(request.seeds), channels, *self._grid(request))
-
     def _checked_latents(self, request: Request, latents: Any) -> mx.array | None:
-        latents, shape = None if latents is None else mx.array(latents), self._latent_shape(request)
-        if latents is not None and latents.shape != shape:
-            raise InputError(f"latents have shape {latents.shape}, this run needs {shape}")
-        return latents
-
-    def _noise(self, request: Request, latents: mx.array | None) -> list[mx.array]:
-        """Noise tokens `[L, C]` of each image, float32."""
-        shape = self._latent_shape(request)
-        noise = mx.array(initial_noise(request.seeds, *shape[1:])) if latents is None else latents.astype(mx.float32)
-        return list(noise.reshape(*shape[:2], -1).transpose(0, 2, 1))
-
-    def _text_states(
-        self, request: Request, prompt_embeds: mx.array | None, planned: Plan, on_progress: OnProgress
-    ) -> tuple[list[mx.array], mx.array | None]:
-        """States `[L, C]` of each prompt, and those of the empty prompt if CFG needs them."""
-        prompts = [] if prompt_embeds is not None else list(request.prompts)
-        negatives = [""] if self.variant.uses_cfg and request.guidance > 1 else []
-        states = {}
-        if prompts or negatives:
-            states = self._encode(prompts + negatives, request.max_sequence_length, planned, on_progress)
-        embeds = [states[p] for p in prompts] if prompt_embeds is None else list(cast(prompt_embeds, self.dtype))
-        return embeds, states[""] if negatives else None
-
-    def _encode(
-        self, prompts: Sequence[str], length: int, planned: Plan, on_progress: OnProgress
-    ) -> dict[str, mx.array]:
-        distinct = list(dict.fromkeys(prompts))
-        on_progress(Progress("text_encoder", 0, len(distinct)))
-        load = partial(self.networks.load, "text_encoder", planned)
-        dtype = self.networks.dtype_of("text_encoder")
-        encoder = CachedEncoder(self.checkpoint, self.text_quant, dtype, self.prompt_cache, load)
-        states = {}
-        for done, prompt in enumerate(distinct, 1):
-            count = self.tokenizer.count(prompt)
-            if count > length:
-                _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", count, length, prompt)
-            states[prompt] = cast(encoder(*self.tokenizer([prompt], length)), self.dtype)
-            mx.eval(states[prompt])  # or both dtypes would stay in memory
-            on_progress(Progress("text_encoder", done, len(distinct)))
-        return states
-
-    def _denoise(
-        self,
-        request: Request,
-        noise: list[mx.array],
-        embeds: list[mx.array],
-        negative: mx.array | None,
-        encoded: EncodedEdit | None,
-        planned: Plan,
-        on_progress: OnProgress,
-    ) -> list[mx.array]:
-        references = 0 if encoded is None else len(encoded.ids)
-        batches = passes(len(noise), len(noise[0]) + references)
-        on_progress(Progress("transformer", 0, request.steps * len(batches)))
-        transformer, kv_cache = self.networks.load("transformer", planned), self.variant.kv_cache
-        conditioning = condition(
-            transformer, request, self._grid(request), embeds, negative, encoded, self.dtype, kv_cache=kv_cache
+        if latents is None:
+            return None
+        channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
+        latents, shape = (
+            mx.array(latents),
+            (len(request.seeds), channels, request.height // size, request.width // size),
         )
-        return denoise_images(transformer, request, batches, noise, conditioning, encoded, self.dtype, on_progress)
-
-    def _decode(
-        self, request: Request, edit: Edit, tokens: list[mx.array], output_type: str, on_progress: OnProgress
-    ) -> Any:
-        on_progress(Progress("vae", 0, len(tokens)))
-        vae, latent = self.networks.load("vae"), output_type == "latent"
-        decoded = decode_images(vae, tokens, self._grid(request), self.networks.dtype_of("vae"), latent)
-        images = []
-        for number, pixels in enumerate(decoded):
-            # Eight bits at once, or many images would take their size in float32.
-            image = finished_image(pixels, edit) if output_type == "pil" else None
-            images.append(pixels if image is None else image)
-            on_progress(Progress("vae", number + 1, len(tokens), images=range(number, number + 1), image=image))
-        if output_type == "pil":
-            return images
-        pixels = np.concatenate(images)
-        return pixels.transpose(0, 3, 1, 2) if latent else to_unit(pixels)
+        if latents.shape != shape:
+            raise InputError(f"latents have shape {latents.shape}, this run needs {shape}")
+        if not mx.isfinite(latents).all().item():
+            raise InputError("latents have values that are not finite numbers")
+        return latents

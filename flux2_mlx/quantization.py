@@ -1,6 +1,7 @@
 """Which weights are quantized, and how: affine, groups of 64, 8 or 4 bits."""
 
 import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import QUANTIZATIONS
-from .errors import InputError
+from .errors import CheckpointError, InputError
 
 GROUP_SIZE = 64
 # The most weights that are quantized at one time, and the bytes that each takes meanwhile, measured.
@@ -45,6 +46,21 @@ def statement(quant: str, component: str, layers: Iterable[tuple[str, tuple[int,
         return None
     spared = {name: False for name, shape in layers if not is_quantizable(component, shape)}
     return {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine", **spared}
+
+
+def check_statement(values: Any) -> None:
+    """CheckpointError if `values`, read from a file, are nothing that `statement` gives."""
+    if values is None:
+        return
+    parameters = {"group_size": (GROUP_SIZE,), "bits": (4, 8), "mode": ("affine",)}
+    if not isinstance(values, dict):
+        raise CheckpointError(f"quantization is {reprlib.repr(values)}, not an object")
+    for key, allowed in parameters.items():
+        if type(values.get(key)) is not type(allowed[0]) or values[key] not in allowed:
+            raise CheckpointError(f"quantization.{key} is {reprlib.repr(values.get(key))}, none of {allowed}")
+    for key, value in values.items():
+        if key not in parameters and value is not False:
+            raise CheckpointError(f"quantization.{reprlib.repr(key)} is {reprlib.repr(value)}, not false")
 
 
 def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:

@@ -3,14 +3,15 @@
 import math
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
 from .config import Variant
-from .errors import InputError, RangeError
+from .errors import InputError
+from .layers import check_finite
 from .scheduler import euler_step
 from .text.prompts import check_prompt
 from .transformer import Flux2Transformer, KeysValues
@@ -19,14 +20,15 @@ MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
 MAX_SEED = 2**64 - 1
-_NOT_FINITE = {mx.float16: "the computation overflowed float16; use --dtype bfloat16"}
+_SHIFT_STEPS = 50  # the default of diffusers' pipelines, whose shift of given sigmas follows from it
 
 
 @dataclass(frozen=True)
 class Request:
     """The settings of one run, checked. Build it with `Request.checked`.
 
-    There is one seed for each image; the images of a prompt are neighbours.
+    There is one seed for each image; the images of a prompt are neighbours. `shift_steps` is the number of steps that
+    the shift of given `sigmas` is worked out for.
     """
 
     prompts: tuple[str, ...]
@@ -38,6 +40,7 @@ class Request:
     max_sequence_length: int
     sigmas: tuple[float, ...] | None = None
     strength: float = 1.0
+    shift_steps: int | None = None
 
     @classmethod
     def checked(
@@ -56,11 +59,17 @@ class Request:
         sigmas: Sequence[float] | None = None,
         strength: float | None = None,
     ) -> "Request":
-        """Fill in the variant's defaults and check every setting; InputError says which one is wrong."""
+        """Fill in the variant's defaults and check every setting; InputError says which one is wrong.
+
+        With `sigmas`, `steps` is only what the shift is worked out for, by default 50, as in diffusers.
+        """
+        shift_steps = None
         if sigmas is not None:
             sigmas = tuple(float(sigma) for sigma in sigmas)
-            _require(steps in (None, len(sigmas)), f"{len(sigmas)} sigmas don't go with {steps} steps")
+            _require(len(sigmas) > 0, "there are no sigmas; give one for each step")
             _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")
+            shift_steps = _SHIFT_STEPS if steps is None else steps
+            _require(1 <= shift_steps <= MAX_STEPS, f"steps must be 1 to {MAX_STEPS}, got {shift_steps}")
             steps = len(sigmas)
         count = len(prompts) * images_per_prompt
         _require(len(prompts) > 0, "there is no prompt")
@@ -75,6 +84,7 @@ class Request:
             variant.max_sequence_length if max_sequence_length is None else max_sequence_length,
             sigmas,
             1.0 if strength is None else strength,
+            shift_steps,
         )
         request._check(variant, token_size)
         return request
@@ -112,6 +122,11 @@ class Request:
     def images_per_prompt(self) -> int:
         return len(self.seeds) // len(self.prompts)
 
+    def only(self, images: Sequence[int]) -> "Request":
+        """The settings of a run that makes some of the images, in this order."""
+        prompts = tuple(self.prompts[image // self.images_per_prompt] for image in images)
+        return replace(self, prompts=prompts, seeds=tuple(self.seeds[image] for image in images))
+
     @property
     def schedule_steps(self) -> int:
         """Steps of the whole schedule, of which the last `steps` are taken: those that `strength` leaves."""
@@ -135,17 +150,25 @@ def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Text states `[B, Lt, D]` that went through `txt_in`, and the `rope` of the text, the image and then references
+    that go along."""
+
+    states: mx.array
+    rope: mx.array
+
+
+@dataclass(frozen=True)
 class Conditioning:
-    """What stays the same at every step. `text` and `negative_text` went through `txt_in`.
+    """What stays the same at every step.
 
     References are either `references`, tokens `[1, Lr, C]` that go along with the image's, or `past`, their keys and
-    values (see `Flux2Transformer.read`). `rope` is for the text, the image and then `references`. `guidance` is the
-    scale of classifier-free guidance, `embedded_guidance` `[1]` what models get that were trained with one.
+    values (see `Flux2Transformer.read`). `guidance` is the scale of classifier-free guidance against `negative_text`,
+    `embedded_guidance` `[1]` what models get that were trained with one.
     """
 
-    text: mx.array
-    rope: mx.array
-    negative_text: mx.array | None = None
+    text: Text
+    negative_text: Text | None = None
     guidance: float = 1.0
     embedded_guidance: mx.array | None = None
     references: mx.array | None = None
@@ -212,8 +235,7 @@ def denoise(
         if painting is not None:
             estimate, tokens = painting.kept(estimate, 0.0), painting.kept(tokens, next_sigma)
         mx.eval(tokens)
-        if not mx.isfinite(tokens).all().item():
-            raise RangeError(_NOT_FINITE.get(dtype, "the transformer gave values that are not finite numbers"))
+        check_finite(velocity, "transformer")
         replaced = yield Step(number, sigma, next_sigma, tokens, estimate)
         tokens = tokens if replaced is None else replaced
 
@@ -229,11 +251,11 @@ def _velocity(transformer: Flux2Transformer, tokens: mx.array, conditioning: Con
 
 
 def _pass(
-    transformer: Flux2Transformer, tokens: mx.array, text: mx.array, conditioning: Conditioning, sigma: float
+    transformer: Flux2Transformer, tokens: mx.array, text: Text, conditioning: Conditioning, sigma: float
 ) -> mx.array:
     B, L, _ = tokens.shape
     if conditioning.references is not None:
         references = mx.repeat(conditioning.references.astype(tokens.dtype), B, axis=0)
         tokens = mx.concatenate([tokens, references], axis=1)
     timestep, guidance = mx.array([sigma]), conditioning.embedded_guidance
-    return transformer(tokens, text, timestep, conditioning.rope, guidance, conditioning.past)[:, :L]
+    return transformer(tokens, text.states, timestep, text.rope, guidance, conditioning.past)[:, :L]

@@ -24,13 +24,16 @@ def empirical_mu(image_tokens: int, steps: int) -> float:
     return slope * steps + mu_200 - 200 * slope
 
 
-def noise_levels(steps: int, image_tokens: int, sigmas: Sequence[float] | None = None) -> np.ndarray:
+def noise_levels(
+    steps: int, image_tokens: int, sigmas: Sequence[float] | None = None, shift_steps: int | None = None
+) -> np.ndarray:
     """Noise levels σ from 1 down to the final 0: float32 `[steps + 1]`.
 
-    `sigmas` replaces the even grid that is shifted, as in diffusers; `steps` must then be its length.
+    `sigmas` replaces the even grid that is shifted, as in diffusers; `steps` must then be its length. `shift_steps` is
+    the number of steps that the shift is for, where that is another.
     """
     grid = np.linspace(1, 1 / steps, steps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
-    shifted = np.exp(empirical_mu(image_tokens, steps)) * grid
+    shifted = np.exp(empirical_mu(image_tokens, shift_steps or steps)) * grid
     return np.append(shifted / (shifted + 1 - grid), 0).astype(np.float32)
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from .checkpoint import Checkpoint
 from .convert import find_checkpoint
 from .errors import CheckpointError, InputError
-from .layers import activation_dtype
+from .layers import activation_dtype, check_finite
 from .memory import Plan, Writing, memory_bytes
 from .networks import Networks
-from .phases import Phase, measuring
+from .phases import Meter, Phase, turn
 from .quantization import loadable_quant
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
@@ -113,21 +113,22 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        phase = measuring(self.timings, planned, self.networks.reading)
-        features = {}
-        if pictures:
-            with phase("vision_tower"):
-                features = self._look(pictures)
         settings = {"temperature": temperature, "max_tokens": max_new_tokens}
         answers = []
-        with phase("language_model"):
-            model = self.networks.load_language_model(planned)
-            for number, (ids, (_, images)) in enumerate(zip(prompts, questions, strict=True)):
-                settings["embeddings"] = self._embeddings(model, ids, [features[id(image)] for image in images])
-                settings["seed"] = None if seed is None else (seed + number) % 2**64
-                tokens = generate(model, ids, self.checkpoint.tokenizer.end_ids, **settings)
-                answers.append(self._read(tokens, number, on_text))
-            del model, tokens  # or they would outlive the phase
+        with turn():
+            meter = Meter(self.timings, planned, self.networks.reading)
+            features = {}
+            if pictures:
+                with meter.phase("vision_tower"):
+                    features = self._look(pictures)
+            with meter.phase("language_model"):
+                model = self.networks.load_language_model(planned)
+                for number, (ids, (_, images)) in enumerate(zip(prompts, questions, strict=True)):
+                    settings["embeddings"] = self._embeddings(model, ids, [features[id(image)] for image in images])
+                    settings["seed"] = None if seed is None else (seed + number) % 2**64
+                    tokens = generate(model, ids, self.checkpoint.tokenizer.end_ids, **settings)
+                    answers.append(self._read(tokens, number, on_text))
+                del model, tokens  # or they would outlive the phase
         return answers
 
     def _check(self, must_see: bool) -> None:
@@ -167,7 +168,7 @@ class Writer:
         vision, dtype, features = self.networks.load("vision"), self.networks.dtype_of("vision"), {}
         for key, pixels in images.items():
             features[key] = vision(mx.array(pixels).astype(dtype))
-            mx.eval(features[key])
+            check_finite(features[key], "vision tower")
         return features
 
     def _embeddings(self, model: LanguageModel, ids: list[int], features: list[mx.array]) -> mx.array | None:

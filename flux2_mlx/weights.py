@@ -3,19 +3,28 @@
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import CheckpointError
 
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+# The codes of the safetensors library that MLX reads.
+_DTYPE_BYTES = {
+    **dict.fromkeys(("C64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0"), 1),
+}
+_MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater ones
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
+_MAX_JSON = 10_000_000  # the largest JSON file that belongs to a model, an index of its tensors, takes less than 1 MB
 _MAX_PROBLEMS = 8
 # What Python raises when values of a JSON file have other types or sizes than they should.
 NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -30,36 +39,129 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPE_BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; CheckpointError if there is none, or what could be waited for or read without end."""
+    try:
+        # Without O_NONBLOCK opening a FIFO would already wait.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:  # a name with a NUL
+        raise CheckpointError(f"can't read {str(path)!r}: {error}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"can't read {path}: it is not a regular file")
+    return file
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes in a safetensors file, after comparing its length with its header.
+    """Names, dtypes and shapes in a safetensors file, in the order of their bytes.
+
+    What the safetensors library refuses is refused, and so is what MLX can't read.
 
     Raises:
         CheckpointError: not a safetensors file, or one that is cut short or too long.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(size - 8, _MAX_HEADER):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        for name, tensor in tensors.items():
-            first, last = header[name]["data_offsets"]
-            if last - first != tensor.nbytes:
-                raise ValueError(f"{name} has {last - first} bytes in place of {tensor.nbytes}")
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except (*NONSENSE, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if size != end:
+                raise ValueError("the header is longer than the file, or than 100 MB")
+            tensors, end = _parse_header(file.read(length))
+        except OSError as error:
+            raise CheckpointError(f"can't read {path}: {error.strerror}") from error
+        except (ValueError, RecursionError, struct.error) as error:
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    if size != 8 + length + end:
+        end += 8 + length
         raise CheckpointError(f"{path} has {size} bytes where its header says {end}; fetch or convert it again")
     return tensors
+
+
+def _parse_header(data: bytes) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of a header in the order of their bytes, and how many bytes they take; ValueError if it is none."""
+    if data[:1] != b"{":
+        raise ValueError("the header does not begin with {")
+    header = _parse_json(data, unique=True)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not _is_table_of_texts(metadata):
+        raise ValueError("__metadata__ is not a table of texts")
+    entries = [(*_parse_entry(name, entry), name) for name, entry in header.items()]
+    entries.sort(key=lambda entry: entry[:2])
+    tensors, end = {}, 0
+    for first, last, tensor, name in entries:
+        if first != end:
+            raise ValueError(f"{name} begins at byte {first}, the tensor before it ends at {end}")
+        if last - first != tensor.nbytes:
+            raise ValueError(f"{name} has {last - first} bytes in place of {tensor.nbytes}")
+        tensors[name], end = tensor, last
+    return tensors, end
+
+
+def _is_table_of_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _parse_entry(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+    """Where the bytes of a tensor begin and end, and what it is; ValueError if its `entry` does not say."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is not described")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
+        raise ValueError(f"{name} is of dtype {dtype!r}, which is not one of {', '.join(_DTYPE_BYTES)}")
+    if not _are_counts(shape) or max(shape, default=0) > _MAX_DIMENSION:
+        raise ValueError(f"{name} has no proper shape")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name} has no proper data_offsets")
+    return *offsets, TensorInfo(dtype, tuple(shape))
+
+
+def _are_counts(values: Any) -> bool:
+    """Whether `values` is a list of whole numbers, none of them negative."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _parse_json(data: bytes, *, unique: bool = False) -> Any:
+    """What JSON in UTF-8 says, in the strict sense: Python's own reader takes more than MLX's does.
+
+    Raises:
+        ValueError, RecursionError: another encoding, NaN or infinity, halves of surrogate pairs, a name that stands
+            twice where names are `unique`.
+    """
+    text = data.decode("utf-8")
+    value = json.loads(
+        text,
+        parse_constant=_refuse_constant,
+        parse_float=_finite,
+        object_pairs_hook=_unique if unique else None,
+    )
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number there")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"{name!r} stands there twice")
+        table[name] = value
+    return table
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
@@ -72,14 +174,26 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
     return tensors
 
 
+def load_arrays(path: Path, **options: Any) -> dict[str, mx.array]:
+    """The unread arrays of a safetensors file; `options` go to MLX. CheckpointError if it can't open the file."""
+    try:
+        return mx.load(str(path), format="safetensors", **options)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"can't read {path}: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    with open_regular(path) as file:
+        try:
+            data = file.read(_MAX_JSON + 1)
+            if len(data) > _MAX_JSON:
+                raise CheckpointError(f"{path} has more than {_MAX_JSON} bytes, so it is no part of a model")
+            value = _parse_json(data)
+        except OSError as error:
+            raise CheckpointError(f"can't read {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return value

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_client import NEEDED, REPO, UNNEEDED
+from hub_client import NEEDED, REPO, UNNEEDED, fetch
 from hub_server import HubServer
 from PIL import Image
 from tekken import tekken_tokenizer
@@ -62,6 +62,24 @@ def hub():
 def home(tmp_path: Path) -> Path:
     """Where huggingface_hub keeps its cache and token."""
     return tmp_path / "home"
+
+
+@pytest.fixture
+def filled_home(hub, home):
+    """A home whose cache holds all that is needed of the repo."""
+    fetch(hub, home)
+    hub.requests.clear()
+    return home
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """Files beside the user's HF_HOME that must stay as they are."""
+    folder = tmp_path / "canary"
+    for name in ("file", "folder/file", "x.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"canary")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,12 @@
 
 import json
 import os
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
+import flux2_mlx.downloads
 import flux2_mlx.hub
 from flux2_mlx.errors import DownloadError
 
@@ -40,8 +40,8 @@ UNNEEDED = {
     "transformer/old/model.safetensors": b"8",
 }
 DEFAULT_ENDPOINT = constants.ENDPOINT
-# What counts as big, and the size of chunks, are made for the small files of a test.
-BIG_FROM, CHUNK = 10_000, 1024
+BIG_FROM = 10_000  # what counts as big, for the small files of a test
+CHUNK = 65_536  # as much as the HTTP client reads at once
 
 
 def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
@@ -59,9 +59,8 @@ def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **o
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
         patch.setattr(flux2_mlx.hub, "_SMALL", BIG_FROM)
-        patch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))  # it waits between retries
+        patch.setattr(flux2_mlx.downloads, "_WAITS", (0, 0, 0, 0))
         huggingface_hub.close_session()  # its client keeps the proxies that it finds in the environment
         try:
             return flux2_mlx.hub.fetch(repo, **options)
@@ -86,3 +85,22 @@ def starts(hub):
     """Where each transfer of the big file began."""
     transfers = [request for request in hub.requests if request.host == "cdn" and BIG in request.path]
     return [int((request.range or "bytes=0-")[6:-1]) for request in transfers if request.method == "GET"]
+
+
+def storage(home):
+    """The repo's folder in the cache."""
+    return home / "hub/models--org--model"
+
+
+def blob(hub, home, name):
+    return storage(home) / "blobs" / hub.repos[REPO].etag(name)
+
+
+def pointer(hub, home, name):
+    return storage(home) / "snapshots" / hub.repos[REPO].commit / name
+
+
+def listing(hub):
+    """What the hub lists, to be changed."""
+    repo = hub.repos[REPO]
+    return {"id": REPO, "sha": repo.commit, "siblings": [repo.sibling(name) for name in repo.files]}

@@ -8,11 +8,12 @@ It answers what `huggingface_hub` asks when it lists a repo and fetches files of
 come from a second host, anyone can list a gated repo, and an unknown repo means 401 to who sends no token.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +113,14 @@ class HubServer:
         """Stop sending the file after so many bytes and set `stalled`, with the connection left open."""
         self._stalls[name] = after
 
+    def publish(self, answer: object) -> None:
+        """Answer with this, as JSON unless it is bytes, when a repo's listing is asked for."""
+        self._listing = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+    def script(self, name: str, act: Callable[[BaseHTTPRequestHandler], None]) -> None:
+        """Let `act` answer each GET for the file, or for the repo's listing if `name` is empty."""
+        self._scripts[name] = act
+
     def fail(self, status: int) -> None:
         """Answer everything with this HTTP status."""
         self._status = status
@@ -121,6 +130,8 @@ class HubServer:
         self._sent: dict[str, bytes] = {}
         self._cuts: dict[str, int] = {}
         self._stalls: dict[str, int] = {}
+        self._scripts: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        self._listing: bytes | None = None
         self._status = 200
 
     @property
@@ -179,7 +190,10 @@ def _handler(hub: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
             else:
                 entries = [repo.sibling(name) if "blobs" in query else {"rfilename": name} for name in repo.files]
                 answer = {"id": repo_id, "sha": repo.commit, "private": False, "siblings": entries}
-            body = json.dumps(answer).encode()
+            if "" in hub._scripts:
+                self.act("")
+                return
+            body = json.dumps(answer).encode() if hub._listing is None else hub._listing
             self.answer(200, {"Content-Type": "application/json", "Content-Length": len(body)}, body)
 
         def resolve(self, repo_id: str, revision: str, name: str, token: str | None) -> None:
@@ -188,6 +202,8 @@ def _handler(hub: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
                 return
             if name not in repo.files:
                 self.refuse(404, "EntryNotFound", "Entry not found")
+            elif name in hub._scripts and (host == "cdn" or not repo.lfs(name)) and self.command == "GET":
+                self.act(name)
             elif host == "cdn":
                 self.send_file(name, repo.files[name], {"ETag": f'"{repo.etag(name)}"'})
             elif repo_id in hub.gated and token != hub.token:
@@ -198,6 +214,11 @@ def _handler(hub: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
                 self.answer(302, {**linked, **place}, b"")
             else:
                 self.send_file(name, repo.files[name], {"ETag": f'"{repo.etag(name)}"', "X-Repo-Commit": repo.commit})
+
+        def act(self, name: str) -> None:
+            self.close_connection = True
+            with contextlib.suppress(ConnectionError):
+                hub._scripts[name](self)
 
         def send_file(self, name: str, data: bytes, headers: dict) -> None:
             data = hub._sent.get(name, data)

@@ -39,8 +39,8 @@ def environment(folder):
     return {**kept, **homes, "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
 
 
-def interrupted(*arguments, when):
-    """stderr of a `t2i` that gets a SIGINT as soon as its stderr matches `when`."""
+def interrupted(*arguments, when, number=signal.SIGINT):
+    """stderr of a `t2i` that gets a signal as soon as its stderr matches `when`."""
     command = [sys.executable, "-c", START, "t2i", "a red circle", "-m", "demo", *arguments]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     seen = b""
@@ -48,9 +48,9 @@ def interrupted(*arguments, when):
         new = os.read(run.stderr.fileno(), 4096)
         assert new, seen
         seen += new
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     out, rest = run.communicate(timeout=120)
-    assert (run.returncode, out) == (130, b""), seen + rest
+    assert (run.returncode, out) == (128 + number, b""), seen + rest
     return (seen + rest).decode()
 
 
@@ -60,6 +60,13 @@ def test_ctrl_c_while_denoising_is_one_line_and_leaves_no_file(output):
     *bars, message, end = re.split(r"[\r\n]+", stderr)
     assert (message, end) == ("interrupted; nothing was left half written", "")
     assert all(re.match(r"(text encoder|denoising): +\d+%|$", bar) for bar in bars), stderr
+    assert tree() == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_a_run_as_ctrl_c_does(number):
+    stderr = interrupted("-s", "500", "-o", "a.png", when=rb"denoising: +\d+%.* [1-9]\d*/500 ", number=number)
+    assert re.split(r"[\r\n]+", stderr)[-2:] == ["terminated; nothing was left half written", ""]
     assert tree() == {}
 
 

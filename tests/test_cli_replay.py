@@ -1,6 +1,7 @@
 """`t2i --replay`: an image made again from what its file remembers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,8 +112,10 @@ def test_replay_goes_with_several_seeds_and_prompts():
 
 
 def test_the_replayed_image_is_not_replaced_by_accident():
-    make("--seed", "7")
-    assert refusal("t2i", "--replay", "demo-7.png").startswith("demo-7.png exists")
+    before = make("--seed", "7")[0].read_bytes()
+    assert done("t2i", "--replay", "demo-7.png").stdout == "demo-7-2.png\n"
+    assert Path("demo-7.png").read_bytes() == before
+    assert refusal("t2i", "--replay", "demo-7.png", "-o", "demo-7.png").startswith("demo-7.png exists")
 
 
 def test_a_picture_without_settings(folder):

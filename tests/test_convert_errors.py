@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from checkpoints import VARIANT, WEIGHTS, convert, edit_weights, save_small
 from damage import Damage, edit, fill, remove, resize, weights
+from flux2_mlx.convert import converted_folders, find_checkpoint
 from safetensors.torch import load_file
 
 from flux2_mlx.checkpoint import Checkpoint
@@ -122,7 +122,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other scheduler": (edit(SCHEDULER, time_shift_type="linear"), "time_shift_type is 'linear'"),
     "config nonsense": (edit(CONFIGS["transformer"], num_layers="two"), "config.json describes no transformer"),
     "config zero": (edit(CONFIGS["text_encoder"], num_key_value_heads=0), "config.json describes no text_encoder"),
-    "config without a size": (edit(CONFIGS["text_encoder"], hidden_size=None), "missing .* 'hidden_size'"),
+    "config without a size": (
+        edit(CONFIGS["text_encoder"], hidden_size=None),
+        "takes 192 text features, the encoder gives 12288",
+    ),
     "config deep": (fill(CONFIGS["vae"], b"[" * 100_000), "is not JSON"),
     "too few layers": (edit(CONFIGS["text_encoder"], num_hidden_layers=26), "26 layers, but the states of layers"),
     "parts that do not fit": (edit(CONFIGS["text_encoder"], hidden_size=128), "takes 192 text features"),
@@ -294,14 +297,77 @@ def test_a_killed_conversion_leaves_no_target(official, target):
     Checkpoint.open(convert(official, target))
 
 
-def test_what_a_killed_conversion_left_is_removed_once_it_is_old(official, target):
-    beside = {name: target.parent / f".{name}" for name in (f"{target.name}.old", f"{target.name}.new", "other.old")}
-    for folder in beside.values():
+def test_what_a_conversion_to_another_name_left_is_removed_and_nothing_else(official, target):
+    yours = [target.parent / name for name in (f".{target.name}.backup", f".{target.name}.x", ".flux2-mlx-convert-me")]
+    for folder in yours:
         folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"half")
-    hours_ago = time.time() - 2 * 3600
-    for name in (f"{target.name}.old", "other.old"):
-        for path in (beside[name] / "model.safetensors", beside[name]):
-            os.utime(path, (hours_ago, hours_ago))
+        (folder / "model.safetensors").write_bytes(b"mine")
+        for path in (folder / "model.safetensors", folder):
+            os.utime(path, (0, 0))
+    command = [sys.executable, "-c", KILLED, str(official), VARIANT, str(target.with_name("other"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half\n"
+        convert(official, target)
+        (live,) = set(target.parent.glob(".flux2-mlx-convert-*")) - set(yours)  # while it lives it is let be
+        process.kill()
+    assert list(live.rglob("*.safetensors"))
+    convert(official, target, force=True)
+    assert set(target.parent.iterdir()) == {target, *yours}
+    assert all((folder / "model.safetensors").read_bytes() == b"mine" for folder in yours)
+
+
+def half_replaced(target: Path) -> None:
+    """Leave `target` as a conversion with --force does that is killed between its two renames."""
+    work = target.with_name(".flux2-mlx-convert-x")
+    (work / "new").mkdir(parents=True)
+    mark = {"made_by": "flux2-mlx convert", "target": target.name}
+    (work / "flux2-mlx-convert.json").write_text(json.dumps(mark))
+    target.rename(work / "old")
+
+
+@pytest.mark.parametrize("start", ["open", "find", "list", "convert", "force"])
+def test_an_old_checkpoint_that_was_moved_aside_comes_back(start, official, target, monkeypatch):
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(target.parent))
     convert(official, target)
-    assert [folder.exists() for folder in beside.values()] == [False, True, True]
+    before = contents(target)
+    half_replaced(target)
+    if start == "convert":
+        with pytest.raises(InputError, match="exists; choose another folder or pass --force"):
+            convert(official, target)
+    elif start == "force":
+        with pytest.raises(InputError, match="unknown quantization"):
+            convert(official, target, "q3", force=True)
+        poison(VAE, "bn.running_mean", torch.nan)(Path(shutil.copytree(official, target.with_name("source"))))
+        with pytest.raises(CheckpointError, match="is not finite"):
+            convert(target.with_name("source"), target, force=True)
+        assert not list(target.parent.glob(".*"))
+    else:
+        starts = {
+            "open": lambda: Checkpoint.open(target),
+            "find": lambda: find_checkpoint(str(target)),
+            "list": lambda: converted_folders()[VARIANT] == [target] or pytest.fail("not on the list"),
+        }
+        starts[start]()
+    assert contents(target) == before
+
+
+def test_a_link_is_followed_and_stays(official, target):
+    (target.parent / "disk").mkdir()
+    target.symlink_to("disk/model")
+    convert(official, target)
+    convert(official, target, "qint4", force=True)
+    assert target.is_symlink()
+    assert Checkpoint.open(target.parent / "disk/model").quant == "qint4"
+    assert [path.name for path in (target.parent / "disk").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_appears_meanwhile_is_not_replaced(force, official, target):
+    def appear(done: int, total: int) -> None:
+        if done == total:
+            target.mkdir()
+            (target / "letter.txt").write_text("precious")
+
+    with pytest.raises(InputError, match="is not an MLX checkpoint" if force else "exists; choose another"):
+        convert(official, target, force=force, progress=appear)
+    assert contents(target.parent) == {target.name: None, f"{target.name}/letter.txt": b"precious"}

@@ -173,7 +173,8 @@ def test_a_text_encoder_with_large_activations_equals_float32(monkeypatch):
     assert mx.abs(exact).max() < FLOAT16_MAX
     assert relative_error(half, exact) <= 0.02  # that of bfloat16
     monkeypatch.setattr(networks, "network_dtype", lambda name, dtype: dtype)
-    assert not is_finite(demo("float16").encode_prompt(PROMPT))
+    with pytest.raises(RangeError, match="the computation overflowed float16"):
+        demo("float16").encode_prompt(PROMPT)
 
 
 def large_embeddings(encoder: nn.Module) -> None:
@@ -231,7 +232,7 @@ def test_an_overflow_leaves_no_image(tmp_path: Path, monkeypatch):
 
 def test_what_is_no_number_in_another_dtype_is_not_blamed_on_float16(monkeypatch):
     spoil(monkeypatch, "transformer", broken)
-    with pytest.raises(RangeError, match=r"^the transformer gave values that are not finite numbers$"):
+    with pytest.raises(RangeError, match=r"^the transformer gave values that are not finite numbers; "):
         demo("float32")(PROMPT, width=32, height=32)
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from hub_client import NEEDED, REPO, UNNEEDED, fetch, files_in, refusal, starts
 from hub_server import REFUSED, HubServer
-from huggingface_hub import file_download
 
+import flux2_mlx.downloads
 from flux2_mlx.hub import is_repo_id
 
 GATED = {"gated": [REPO], "token": "hf_access"}
@@ -67,7 +67,7 @@ def test_disk_that_fills_up_during_the_download(hub, home, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(file_download, "http_get", full)
+    monkeypatch.setattr(flux2_mlx.downloads.os, "fsync", full)
     assert refusal(hub, home).startswith(f"no space left in {home}/hub; make room")
 
 

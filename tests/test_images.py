@@ -18,12 +18,12 @@ from flux2_mlx.images import (
     FORMATS,
     check_output,
     check_size,
-    describe,
     read_settings,
     save,
     to_pil,
     to_unit,
 )
+from flux2_mlx.settings import describe
 
 SETTINGS = {
     "prompt": "a red fox in snow",
@@ -157,7 +157,7 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path, image, monkeypatch, ol
         (tmp_path / "a.png").write_bytes(old)
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(raised, match=match):
-        save(image, tmp_path / "a.png", SETTINGS)
+        save(image, tmp_path / "a.png", SETTINGS, replace=True)
     assert names(tmp_path) == ([] if old is None else ["a.png"])
     assert old is None or (tmp_path / "a.png").read_bytes() == old
 
@@ -169,7 +169,7 @@ def test_a_failure_to_put_the_file_in_place_leaves_what_was_there(tmp_path, imag
     (tmp_path / "a.png").write_bytes(b"old")
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(InputError, match=r"a\.png: Operation not permitted$"):
-        save(image, tmp_path / "a.png")
+        save(image, tmp_path / "a.png", replace=True)
     assert names(tmp_path) == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == b"old"
 
@@ -181,7 +181,7 @@ def test_a_folder_that_is_gone(tmp_path, image):
 
 def test_settings_that_a_jpeg_does_not_hold_are_left_out(tmp_path, image, caplog):
     (tmp_path / "a.jpg").write_bytes(b"old")
-    save(image, tmp_path / "a.jpg", SETTINGS | {"prompt": "🦊" * 20_000})
+    save(image, tmp_path / "a.jpg", SETTINGS | {"prompt": "🦊" * 20_000}, replace=True)
     assert caplog.messages == [
         f"{tmp_path / 'a.jpg'} does not carry its settings, which are too long for JPEG; choose .png to keep them"
     ]

@@ -144,21 +144,26 @@ def test_a_plan_counts_the_keys_and_values_of_references(kv_pipe):
     compare(kv_pipe, [Image.new("RGB", (512, 384), "teal")] * 2, width=64, height=64, most=1.15)
 
 
-def test_a_plan_counts_keys_and_values_beside_previews(kv_pipe):
-    edit = kv_pipe.edit([Image.new("RGB", (512, 384), "teal")] * 3)
-    request = kv_pipe.request(["a red ring"], edit=edit, width=384, height=384, steps=2, seed=0)
-    planned = kv_pipe.networks.plan(request, edit, previews=True).phase("transformer").peak_memory
-    assert planned > kv_pipe.networks.plan(request, edit).phase("transformer").peak_memory
+def compare_previews(pipe: Flux2Pipeline, images=(), **settings) -> None:
+    """The same for a run with an image after every step, which is decoded beside the transformer."""
+    edit = pipe.edit(images)
+    request = pipe.request(["a red ring"], edit=edit, steps=2, seed=0, **settings)
+    planned = pipe.networks.plan(request, edit, previews=True)
+    assert planned.phase("vae").weights > pipe.networks.plan(request, edit).phase("vae").weights
 
     def on_progress(progress):
         if progress.step is not None:
-            kv_pipe.preview(request, progress.step.estimate)
+            progress.preview()
 
-    gc.collect()
-    base = mx.get_active_memory()
-    timings = kv_pipe.run(request, edit, on_progress=on_progress, previews=True).timings
-    measured = next(phase.peak_memory for phase in timings if phase.name == "transformer") - base
-    assert measured <= planned <= 1.1 * measured
+    def run():
+        return pipe.run(request, edit, on_progress=on_progress, previews=True).timings
+
+    ratios = plan_ratios(planned, run, 1.12, attempts=40)
+    assert all(1 <= ratio <= 1.12 for ratio in ratios.values()), ratios
+
+
+def test_a_plan_counts_keys_and_values_beside_previews(kv_pipe):
+    compare_previews(kv_pipe, [Image.new("RGB", (512, 384), "teal")] * 3, width=384, height=384)
 
 
 def test_a_plan_counts_prompts_given_as_embeds():
@@ -169,7 +174,7 @@ def test_a_plan_counts_prompts_given_as_embeds():
     base = mx.get_active_memory()
     output = pipe(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
     request = pipe.request([""] * 100, width=16, height=16, steps=1)
-    planned = pipe.networks.plan(request, texts=100)
+    planned = pipe.networks.plan(request, texts=(100, 48))
     measured = max(phase.peak_memory for phase in output.timings if phase.name != "vae") - base
     assert measured <= planned.phase("transformer").peak_memory <= 1.2 * measured
     tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="20MB")
@@ -183,22 +188,12 @@ def test_a_prompt_that_is_repeated_is_held_once():
 
 
 def test_a_plan_counts_previews():
+    compare_previews(Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False), width=256, height=192)
+
+
+def test_a_plan_counts_images_that_are_decoded_while_others_wait():
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
-    request = pipe.request(["a red ring"], width=256, height=192, steps=2, seed=0)
-    planned = pipe.networks.plan(request, previews=True).phase("transformer").peak_memory
-    assert planned > 2 * pipe.networks.plan(request).phase("transformer").peak_memory
-
-    def on_progress(progress):
-        if progress.step is not None:
-            pipe.preview(request, progress.step.estimate)
-
-    peaks = []
-    for _ in range(3):
-        gc.collect()
-        base = mx.get_active_memory()
-        timings = pipe.run(request, on_progress=on_progress, previews=True).timings
-        peaks.append(next(phase.peak_memory for phase in timings if phase.name == "transformer") - base)
-    assert max(peaks) <= planned <= 1.1 * max(peaks)
+    compare(pipe, width=512, height=512, images_per_prompt=10, most=1.12)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -254,7 +249,6 @@ def test_runs_of_two_threads_take_turns():
 
     def run_in_thread(seed: int) -> None:
         run(seed)
-        mx.clear_streams()  # or MLX may abort the process at its exit
 
     threads = [threading.Thread(target=run_in_thread, args=(seed,)) for seed in (1, 2)]
     for thread in threads:

@@ -50,14 +50,16 @@ def guided(folder: Path) -> Flux2Pipeline:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The networks loaded so far. A load fails while another network is still in memory."""
+    """The networks loaded so far. A load fails while another network is still in memory, but for the transformer while
+    the VAE is loaded for many images."""
     names, networks = [], []
     load = Component.load
 
     def recorded(component: Component, *args, **kwargs):
         gc.collect()
         alive = [name for name, network in zip(names, networks, strict=True) if network() is not None]
-        assert alive == [], f"{alive} in memory while {component.name} is loaded"
+        beside = ["transformer"] if component.name == "vae" and memory._TOKENS_PER_PASS < 100 else []
+        assert alive == beside, f"{alive} in memory while {component.name} is loaded"
         network = load(component, *args, **kwargs)
         names.append(component.name)
         networks.append(weakref.ref(network))
@@ -91,7 +93,7 @@ def test_phases_follow_each_other(pipe, loads):
         *(("vae", done, 2) for done in range(3)),
     ]
     steps = [(p.step.number, p.images) for p in heard if p.step is not None]
-    assert steps == [(1, range(2)), (2, range(2)), (3, range(2))]
+    assert steps == [(1, [0, 1]), (2, [0, 1]), (3, [0, 1])]
     assert output.peak_memory == max(phase.peak_memory for phase in output.timings) > 0
     assert all(phase.seconds > 0 for phase in output.timings)
 
@@ -115,7 +117,7 @@ def test_networks_are_loaded_once_for_many_images(pipe, loads, monkeypatch):
     assert loads == PHASES
     assert heard[0].total == 2  # the fox is encoded once
     steps = [(p.done, p.step.number, p.images) for p in heard if p.step is not None]
-    passes = [range(2), range(2, 4), range(4, 6), range(6, 8), range(8, 9)]
+    passes = [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
     assert steps == [(2 * i + n, n, images) for i, images in enumerate(passes) for n in (1, 2)]
     assert {p.total for p in heard if p.phase == "transformer"} == {10}
 
@@ -252,7 +254,9 @@ EMBEDS = np.zeros((1, 40, 192), dtype=np.float32)
         ({"prompt_embeds": EMBEDS[:0]}, "there is no prompt"),
         ({"prompt_embeds": EMBEDS[0]}, r"prompt_embeds must be \[prompts, tokens, 192\], got \(40, 192\)"),
         ({"prompt_embeds": EMBEDS[..., :64]}, r"prompt_embeds must be .* got \(1, 40, 64\)"),
-        ({"prompt_embeds": np.zeros((1, 513, 192), np.float32)}, "max_sequence_length must be 1 to 48, got 513"),
+        ({"prompt_embeds": np.full((1, 40, 192), np.nan, np.float32)}, r"prompt_embeds \(1, 40, 192\) must be finite"),
+        ({"prompt_embeds": np.zeros((1, 0, 192), np.float32)}, "for one token at least"),
+        ({"prompt": FOX, "latents": np.full((1, 16, 3, 4), np.inf)}, "latents have values that are not finite"),
         ({"prompt": FOX, "output_type": "pt"}, "unknown output_type 'pt'; choose one of pil, np, latent"),
         (
             {"prompt": FOX, "latents": np.zeros((1, 16, 4, 3))},

@@ -9,7 +9,7 @@ import pytest
 
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import InputError
-from flux2_mlx.sampling import MAX_IMAGES, MAX_SEED, Conditioning, Request, denoise
+from flux2_mlx.sampling import MAX_IMAGES, MAX_SEED, Conditioning, Request, Text, denoise
 
 KLEIN, BASE = VARIANTS["klein-4b"], VARIANTS["klein-base-4b"]
 SIGMAS = np.array([1, 0.75, 0.5, 0], dtype=np.float32)
@@ -52,7 +52,7 @@ def test_defaults_come_from_the_variant(variant):
         ({"images_per_prompt": 10**12}, "the number of images must be 1 to 1000, got 1000000000000"),
         ({"max_sequence_length": 0}, "max_sequence_length must be 1 to 512, got 0"),
         ({"max_sequence_length": 513}, "max_sequence_length must be 1 to 512, got 513"),
-        ({"sigmas": []}, "steps must be 1 to 1000, got 0"),
+        ({"sigmas": []}, "there are no sigmas; give one for each step"),
         ({"sigmas": [1.0] * 1001}, "steps must be 1 to 1000, got 1001"),
         ({"sigmas": [1.1, 0.5]}, "sigmas must fall from at most 1 to above 0"),
         ({"sigmas": [0.5, 0.5]}, "sigmas must fall"),
@@ -62,7 +62,8 @@ def test_defaults_come_from_the_variant(variant):
         ({"sigmas": [math.nan]}, "sigmas must fall"),
         ({"sigmas": [1.0, math.nan, 0.5]}, "sigmas must fall"),
         ({"sigmas": [math.inf, 0.5]}, "sigmas must fall"),
-        ({"sigmas": [1.0, 0.5], "steps": 3}, "2 sigmas don't go with 3 steps"),
+        ({"sigmas": [1.0, 0.5], "steps": 0}, "steps must be 1 to 1000, got 0"),
+        ({"sigmas": [1.0, 0.5], "strength": 0.5}, r"sigmas don't go with a strength of 0\.5"),
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": ["a", "x" * 100_000]}, "a prompt of 100000 characters is too long; the limit is 10000"),
     ],
@@ -123,7 +124,13 @@ def test_a_run_without_seed_gets_a_random_one():
 
 
 def test_sigmas_set_the_steps():
-    assert checked(sigmas=[0.9, 0.5, 0.2]).steps == 3
+    assert (checked(sigmas=[0.9, 0.5, 0.2]).steps, checked(sigmas=[0.9, 0.5, 0.2]).shift_steps) == (3, 50)
+    assert (checked(sigmas=[0.9, 0.5], steps=7).steps, checked(sigmas=[0.9, 0.5], steps=7).shift_steps) == (2, 7)
+
+
+def test_a_request_of_some_images_has_their_prompts_and_seeds():
+    some = checked(["a", "b", "c"], seed=40, images_per_prompt=2).only([4, 1])
+    assert (some.prompts, some.seeds, some.images_per_prompt) == (("c", "a"), (44, 41), 1)
 
 
 class Network:
@@ -142,7 +149,8 @@ class Network:
         return [call.timestep.item() for call in self.calls]
 
 
-TEXT, NEGATIVE, ROPE = mx.array([1]), mx.array([2]), mx.array([0])
+ROPE, OTHER_ROPE = mx.array([0]), mx.array([3])
+TEXT, NEGATIVE = Text(mx.array([1]), ROPE), Text(mx.array([2]), OTHER_ROPE)
 
 
 @pytest.fixture
@@ -162,7 +170,7 @@ def network(noise, image) -> Network:
 
 
 def run(network: Network, noise: mx.array, dtype=mx.float32, **conditioning):
-    return denoise(network, noise, Conditioning(TEXT, ROPE, **conditioning), SIGMAS, dtype)
+    return denoise(network, noise, Conditioning(TEXT, **conditioning), SIGMAS, dtype)
 
 
 def assert_close(a: mx.array, b: mx.array) -> None:
@@ -180,7 +188,7 @@ def test_denoise_yields_after_every_step(network, noise, image):
     assert number == 3
     assert network.timesteps == [1, 0.75, 0.5]
     assert_close(network.calls[1].tokens, image + 0.75 * (noise - image))
-    assert all(call.text is TEXT and call.rope is ROPE and call.guidance is None for call in network.calls)
+    assert all(call.text is TEXT.states and call.rope is ROPE and call.guidance is None for call in network.calls)
 
 
 def test_denoise_goes_on_from_tokens_that_were_sent(network, noise):
@@ -189,7 +197,7 @@ def test_denoise_goes_on_from_tokens_that_were_sent(network, noise):
     other = mx.ones_like(noise)
     step = steps.send(other)
     assert_close(network.calls[1].tokens, other)
-    assert_close(step.tokens, other - 0.25 * network(other, TEXT, mx.array([0.0]), ROPE, None))
+    assert_close(step.tokens, other - 0.25 * network(other, TEXT.states, mx.array([0.0]), ROPE, None))
 
 
 def test_denoise_can_be_closed_early(network, noise):
@@ -209,6 +217,7 @@ def test_tokens_stay_in_float32(network, noise):
 def test_classifier_free_guidance(network, noise, image):
     step = next(run(network, noise, negative_text=NEGATIVE, guidance=3.0))
     assert [call.text.item() for call in network.calls] == [1, 2]
+    assert [call.rope for call in network.calls] == [ROPE, OTHER_ROPE]
     assert network.timesteps == [1, 1]
     assert all(call.guidance is None for call in network.calls)
     velocity = image + 3 * ((noise - image) - image)

@@ -1,11 +1,11 @@
 """`flux2-mlx cache`."""
 
-import json
 from pathlib import Path
 
 import click
 
 from .options import json_option, models_dir_option
+from .terminal import print_result, to_json
 
 
 @click.command()
@@ -33,8 +33,8 @@ def cache(clear: bool, models_dir: Path | None, as_json: bool) -> None:
     count, size = len(entries), sum(entry.size for entry in entries)
     if as_json:
         values = {"folder": str(prompts.folder), "entries": count, "bytes": size, "limit": prompts.max_bytes}
-        click.echo(json.dumps(values))
+        print_result(to_json(values))
     else:
-        click.echo(
+        print_result(
             f"{count} encoded prompts, {size / 1e6:.1f} of {prompts.max_bytes / 1e6:.1f} MB, in {prompts.folder}"
         )

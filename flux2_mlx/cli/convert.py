@@ -8,6 +8,7 @@ from ..config import get_variant
 from ..errors import InputError
 from .options import quiet_option, variant_option, weight_options
 from .progress import Bars, conversion
+from .terminal import print_result
 
 
 @click.command()
@@ -57,4 +58,4 @@ def convert(
             force=force,
             progress=conversion(bars),
         )
-    click.echo(target)
+    print_result(target)

@@ -1,6 +1,5 @@
 """`flux2-mlx describe`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import click
 
 from .options import writing_options
 from .progress import Bars, Stream
+from .terminal import print_result, to_json
 from .writing import check_sight, open_writer
 
 
@@ -39,4 +39,4 @@ def describe(
     with Bars(quiet) as bars, Stream(quiet) as stream:
         writer = open_writer(model, bars, quiet, **options)
         answer = writer.describe([picture], seed=seed, temperature=temperature, on_text=stream.show)[0]
-    click.echo(json.dumps({"image": str(image), "description": answer}, ensure_ascii=False) if as_json else answer)
+    print_result(to_json({"image": str(image), "description": answer}) if as_json else answer)

@@ -8,6 +8,7 @@ from ..config import VARIANTS
 from ..errors import InputError
 from .options import models_dir_option, quiet_option, variant_option, weight_options
 from .progress import Bars, conversion, notice
+from .terminal import print_result
 
 
 @click.command()
@@ -44,7 +45,7 @@ def download(
             progress=conversion(bars),
         )
     _check_quants(folder, quant, text_quant)
-    click.echo(folder)
+    print_result(folder)
 
 
 def _check_quants(folder: Path, quant: str | None, text_quant: str | None) -> None:

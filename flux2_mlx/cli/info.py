@@ -1,6 +1,5 @@
 """`flux2-mlx info`."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import InputError
 from .options import dtype_option, json_option, memory_option, models_dir_option, weight_options
+from .terminal import print_result, to_json
 
 if TYPE_CHECKING:
     from ..networks import Networks
@@ -60,7 +60,7 @@ def info(
         (row,) = _rows([networks.checkpoint.variant], models_dir)
         shown, show = row | _plan(networks, width, height), _print_one
     if as_json:
-        click.echo(json.dumps(shown))
+        print_result(to_json(shown))
     else:
         show(shown)
 
@@ -162,4 +162,4 @@ def _print_one(row: dict[str, Any]) -> None:
         click.echo(f"{quant:8}{numbers}{sum(parts.values()) / 1e9:10.3f}")
     _print_plan(row)
     for folder in row["folders"]:
-        click.echo(folder)
+        print_result(folder)

@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
+from ..files import opened
 from .options import DEFAULT_MODEL
+from .prompts import read_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,9 +97,11 @@ class Pictures:
         Raises:
             InputError: `edit` is damaged, or a file that is not given is gone or has changed.
         """
+        from ..references import MAX_REFERENCES
+
         _check_kinds(edit, _EDIT, image)
-        if not edit["images"]:
-            raise InputError(f"the settings in {image} are damaged: images is []")
+        if not 1 <= len(edit["images"]) <= MAX_REFERENCES:
+            raise InputError(f"the settings in {image} are damaged: it was made from {len(edit['images'])} images")
         mask, extend = edit.get("mask"), edit.get("extend")
         if extend is not None:
             _check_kinds(extend, _EXTEND, image)
@@ -119,9 +122,23 @@ class Pictures:
 def _unchanged(file: Any, image: Path, way_out: str) -> Path:
     _check_kinds(file, _FILE, image)
     path = Path(file["path"])
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
+    if _sha256(path) != file["sha256"]:
         raise InputError(f"{path}, which the image was made from, is gone or has changed; give {way_out}")
     return path
+
+
+def _sha256(path: Path) -> str | None:
+    """The SHA-256 of an image file; None if there is none, or something that can't be one."""
+    from ..images import MAX_INPUT_BYTES
+
+    found = hashlib.sha256()
+    try:
+        with opened(path, MAX_INPUT_BYTES) as file:
+            while chunk := file.read(2**20):
+                found.update(chunk)
+    except (OSError, ValueError, InputError):  # ValueError: a name that no file can have
+        return None
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,7 @@ class Job:
     vision_model: str
     quiet: bool
     force: bool
+    skip_existing: bool
     pictures: Pictures
     rewritten: list[str] | None = None
     fingerprint: str | None = None
@@ -169,12 +187,16 @@ class Job:
         }
 
     def paths(self) -> list[Path]:
-        """The file of each image: the name given, with the seed where there are several."""
+        """The file of each image: the name given, with the seed where there are several; a name that is not given is
+        one that is free."""
+        from ..files import free_path
+
         count = len(self.prompts) * self.num_images
         seeds = range(self.seed, self.seed + count)
         if self.output is None or self.output.is_dir():
             folder = self.output or Path()
-            return [folder / f"{Path(self.model).absolute().name}-{seed}.png" for seed in seeds]
+            paths = [folder / f"{Path(self.model).absolute().name}-{seed}.png" for seed in seeds]
+            return paths if self.force or self.skip_existing else [free_path(path) for path in paths]
         if count == 1:
             return [self.output]
         return [self.output.with_name(f"{self.output.stem}-{seed}{self.output.suffix}") for seed in seeds]
@@ -186,6 +208,7 @@ class Job:
     @classmethod
     def of(cls, prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> "Job":
         """The job of a command line; `given` are its options by name, and its `pictures`."""
+        from ..sampling import MAX_IMAGES
         from ..text.prompts import check_words
 
         if prompts_file is not None and prompt is not None:
@@ -193,6 +216,7 @@ class Job:
         if prompts_file is None and prompt is None and replay is None:
             raise click.UsageError("give a PROMPT, --prompts-file or --replay")
         remembered = {} if replay is None else _remembered(replay)
+        replayed_model = remembered.get("model") if given["model"] is None else None
         if given["model"] is not None:
             remembered |= {"variant": None, "fingerprint": None}  # those of the other model
         if remembered.get("edit") is not None:
@@ -201,7 +225,7 @@ class Job:
             remembered |= {"width": None, "height": None}
         given |= {key: remembered.get(key) for key in _REPLAYED if given[key] is None}
         if prompts_file is not None:
-            prompts = _read_prompts(prompts_file)
+            prompts = read_prompts(prompts_file)
         else:
             prompts = [remembered["prompt"] if prompt is None else prompt]
         given["fingerprint"] = remembered.get("fingerprint")
@@ -209,8 +233,14 @@ class Job:
         again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
         asked = given["interpret"] or given["upsample_prompt"]
         given["rewritten"] = [again] if again is not None and not asked else None
+        count = len(prompts) * given["num_images"]
+        if not 1 <= count <= MAX_IMAGES:
+            raise InputError(f"the number of images must be 1 to {MAX_IMAGES}, got {count}")
         for prompt in prompts:
             check_words(prompt)
+        if given["force"] and given["skip_existing"]:
+            raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
+        _check_weights(given, replayed_model)
         defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
         return cls(prompts=prompts, **given | {key: x for key, x in defaults.items() if given[key] is None})
 
@@ -224,25 +254,27 @@ def _remembered(image: Path) -> dict[str, Any]:
     return settings
 
 
+def _check_weights(given: dict[str, Any], replayed: str | None) -> None:
+    """Raise InputError if the weights can't be used, or are a `replayed` model that would have to be fetched.
+
+    Whoever made an image chose what it says, so it may only name a model of the table or one that is here already.
+    """
+    from ..config import get_variant
+    from ..convert import find_checkpoint, look_up
+    from ..quantization import check_quant
+
+    weights = {name: given[name] for name in ("variant", "quant", "text_quant")}
+    for value, check in zip(weights.values(), (get_variant, check_quant, check_quant), strict=True):
+        if value is not None:
+            check(value)
+    if replayed is not None and look_up(replayed)[0] is None:
+        find_checkpoint(replayed, **weights, models_dir=given["models_dir"], only_converted=True)
+
+
 def _check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:
     """Raise InputError if `values`, which `image` remembers, are not all of their kinds; None may be left out."""
     if not isinstance(values, dict):
         raise InputError(f"the settings in {image} are damaged: {values!r} should say {', '.join(kinds)}")
     for name, kind in kinds.items():
-        if not isinstance(values.get(name), kind):
+        if not isinstance(values.get(name), kind) or isinstance(values.get(name), bool):
             raise InputError(f"the settings in {image} are damaged: {name} is {values.get(name)!r}")
-
-
-def _read_prompts(file: str) -> list[str]:
-    try:
-        with click.open_file(file, encoding="utf-8-sig") as stream:
-            lines = stream.readlines()
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"can't read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
-    for number, line in enumerate(lines, 1):
-        if control := next((c for c in line if unicodedata.category(c) == "Cc" and c not in "\t\n"), None):
-            raise InputError(f"line {number} of {file} has the control character {control!a}; write it as UTF-8 text")
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{file} holds no prompt; write one a line")
-    return prompts

@@ -117,6 +117,7 @@ _PAINTING = (
     json_option,
     quiet_option,
     click.option("--force", is_flag=True, help="Replace existing images."),
+    click.option("--skip-existing", is_flag=True, help="Make only those images whose files are not there yet."),
 )
 _PROMPT = (
     click.option("--prompts-file", metavar="FILE", help="File with one prompt a line, or - for standard input."),

@@ -1,7 +1,8 @@
 """Doing a job: checks, loading, rewriting, painting, saving, printing."""
 
 import json
-import time
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,13 @@ from ..config import VARIANTS
 from .job import Job
 from .options import DEFAULT_MODEL
 from .progress import Bars, Stream, conversion, notice
-from .report import Run, print_profile
+from .report import Result, Run, print_profile
 from .writing import check_sight, is_blind, open_writer
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..phases import Flux2Output, Phase, Progress
+    from ..phases import Phase, Progress
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
@@ -25,32 +26,73 @@ if TYPE_CHECKING:
 
 
 def paint(job: Job, *, profile: bool, as_json: bool) -> None:
-    """Make the images of `job`, and print their paths or a report."""
+    """Make the images of `job`, and print the path of each as soon as it is there, or a report of all at the end."""
     images, edit, hashes = job.pictures.open()
     paths = job.paths()
-    _check(job, paths, images, edit)
-    start = time.perf_counter()
+    missing = [place for place, path in enumerate(paths) if not (job.skip_existing and path.exists())]
+    _check(job, [paths[place] for place in missing], images, edit)
     with Bars(job.quiet) as bars:
         pipe = _open(job, bars)
         edit = pipe.edit(images, **edit)
         request = pipe.request(job.prompts, edit=edit, **job.settings())
-        _check_images(request, edit, job, paths)
-        pipe.networks.checked_plan(request, edit, previews=_has_previews(job, request))
-        if images:
-            _count_tokens(pipe, request, edit, job)
-        prompts, timings = _rewrite(pipe, job, images, bars)
-        request = pipe.request(prompts, edit=edit, **job.settings())
-        run = Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings(hashes))
-        output = _make(run, job, paths, bars)
-        output.timings[:0] = timings
-    seconds = time.perf_counter() - start
+        result = Result(Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings(hashes)), paths)
+        result.skip(place for place in range(len(paths)) if place not in missing)
+        try:
+            if missing:
+                _make(result, missing, job, images, bars, as_json)
+        finally:
+            # Of a run that is cut short, too, what is finished stays and is named.
+            ended = sys.exc_info()[0] is None
+            if as_json and (ended or result.made):
+                click.echo(json.dumps(result.report(complete=ended), ensure_ascii=False))
     if profile:
-        print_profile(output, seconds)
-    if as_json:
-        click.echo(json.dumps(run.report(output, paths, seconds), ensure_ascii=False))
-    else:
-        for path in paths:
-            click.echo(path)
+        print_profile(result.output, result.seconds)
+
+
+def _make(result: Result, missing: list[int], job: Job, images: "list[Image.Image]", bars: Bars, as_json: bool) -> None:
+    """Make the images of the places that are `missing`."""
+    run = result.run
+    request = run.request.only(missing)
+    _check_images(request, run.edit, job, [result.paths[place] for place in missing])
+    run.pipe.networks.checked_plan(request, run.edit, previews=_has_previews(job, request))
+    if images:
+        _count_tokens(run.pipe, request, run.edit, job)
+    prompts, result.output.timings[:] = _rewrite(run.pipe, job, images, bars)
+    result.run = run = replace(run, request=run.pipe.request(prompts, edit=run.edit, **job.settings()))
+    denoised = True
+
+    def on_progress(progress: "Progress") -> None:
+        nonlocal denoised
+        if progress.phase == "transformer":
+            denoised = progress.done == progress.total
+        if denoised or progress.phase != "vae":  # a bar at a time
+            bars.show(progress.phase, progress.done, progress.total)
+        places = [missing[image] for image in progress.images]
+        if progress.image is not None:
+            path = result.save(places[0], progress.image, replace=job.force)
+            if not as_json:
+                bars.print(path)
+        step = progress.step
+        if step is not None and job.checkpoint and step.number % job.checkpoint == 0 and step.number < request.steps:
+            _save_previews(job, [result.paths[place] for place in places], step.number, progress.preview())
+
+    run.pipe.run(
+        run.request.only(missing),
+        run.edit,
+        on_progress=on_progress,
+        previews=_has_previews(job, request),
+        resume=True,
+        output=result.output,
+    )
+
+
+def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image.Image]") -> None:
+    from ..images import save
+
+    for path, preview in zip(paths, previews, strict=True):
+        target = job.checkpoint_path(path, step)
+        if not (job.skip_existing and target.exists()):
+            save(preview, target, replace=job.force)
 
 
 def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
@@ -107,7 +149,7 @@ def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path])
     for path in paths:
         check_size(path, *edit.output_size(request.width, request.height))
         for step in range(job.checkpoint or request.steps, request.steps, job.checkpoint or 1):
-            check_output(job.checkpoint_path(path, step), job.force)
+            check_output(job.checkpoint_path(path, step), job.force or job.skip_existing)
 
 
 def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
@@ -179,21 +221,3 @@ def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
         return own
     options = {"dtype": job.dtype, "memory_limit": job.memory_limit, "models_dir": job.models_dir}
     return open_writer(job.vision_model, bars, job.quiet, **options)
-
-
-def _make(run: Run, job: Job, paths: list[Path], bars: Bars) -> "Flux2Output":
-    from ..images import save
-
-    pipe, request = run.pipe, run.request
-
-    def on_progress(progress: "Progress") -> None:
-        bars.show(progress.phase, progress.done, progress.total)
-        step, image = progress.step, progress.image
-        if image is not None:
-            save(image, paths[progress.images.start], run.settings(progress.images.start))
-        if step is None or not job.checkpoint or step.number % job.checkpoint or step.number == request.steps:
-            return
-        for i, preview in zip(progress.images, pipe.preview(request, step.estimate, run.edit), strict=True):
-            save(preview, job.checkpoint_path(paths[i], step.number))
-
-    return pipe.run(request, run.edit, on_progress=on_progress, previews=_has_previews(job, request))

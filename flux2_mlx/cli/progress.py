@@ -3,9 +3,12 @@
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
+
+from .terminal import line, printable
 
 _LABELS = {
     "text_encoder": "text encoder",
@@ -22,7 +25,7 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(" ".join(self.format(record).split()), file=sys.stderr)
+        tqdm.write(line(self.format(record)), file=sys.stderr)
 
 
 class Bars:
@@ -50,6 +53,13 @@ class Bars:
             self._phase, self._bar = phase, tqdm(desc=_LABELS[phase], total=total, leave=True, **options)
         self._bar.update(done - self._bar.n)
 
+    def print(self, path: Path) -> None:
+        """Print the path of a result on a line of its own on stdout, above a bar that is being drawn."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stdout):
+            click.echo(path)
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -64,7 +74,7 @@ def conversion(bars: Bars) -> Callable[[int, int], None]:
 def notice(message: str, quiet: bool) -> None:
     """Print a line on stderr, unless `quiet`."""
     if not quiet:
-        click.echo(message, err=True)
+        click.echo(line(message), err=True)
 
 
 class Stream:
@@ -91,5 +101,5 @@ class Stream:
         # The last character of an unfinished word may still change.
         settled = text.rstrip("\ufffd")
         if settled.startswith(self._shown):
-            click.echo(settled[len(self._shown) :], nl=False, err=True)
+            click.echo(printable(settled[len(self._shown) :]), nl=False, err=True)
             self._shown = settled

@@ -1,6 +1,9 @@
 """What a run leaves behind: settings inside image files, the JSON report, the profile."""
 
-from dataclasses import asdict, dataclass
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +12,21 @@ import click
 from .. import __version__
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..phases import Flux2Output, Phase
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
+
+
+_log = logging.getLogger(__name__)
+
+
+def _new_output() -> "Flux2Output":
+    from ..phases import Flux2Output
+
+    return Flux2Output()
 
 
 @dataclass(frozen=True)
@@ -66,19 +80,76 @@ class Run:
             "version": __version__,
         }
 
-    def report(self, output: "Flux2Output", paths: list[Path], seconds: float) -> dict[str, Any]:
-        """The object that --json prints."""
+    def report(self) -> dict[str, Any]:
+        """What --json prints of the settings."""
         rewritten = list(self.request.prompts) if self._rewritten else None
         return {
-            "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, output.seeds, strict=True)],
             "prompt": self.asked[0] if len(self.asked) == 1 else self.asked,
             "upsampled_prompt": rewritten[0] if rewritten and len(rewritten) == 1 else rewritten,
             **self._shared(),
             **self._edited(),
-            "phases": [_phase(phase) for phase in output.timings],
-            "seconds": seconds,
-            "peak_memory": output.peak_memory,
         }
+
+
+@dataclass
+class Result:
+    """What has become of a run so far: the places of the images that are `made`, and of those that were there already
+    and are `skipped`, which have their files at `paths`."""
+
+    run: Run
+    paths: list[Path]
+    output: "Flux2Output" = field(default_factory=_new_output)
+    made: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    _start: float = field(default_factory=time.perf_counter)
+
+    def save(self, place: int, image: "Image.Image", *, replace: bool) -> Path:
+        """Write an image, with its settings, to its path, or beside it if something has appeared there meanwhile."""
+        from ..images import save
+
+        self.paths[place] = save(image, self.paths[place], self.run.settings(place), replace=replace)
+        self.made.append(place)
+        return self.paths[place]
+
+    def skip(self, places: Iterable[int]) -> None:
+        """Leave images that are there already, with a warning for each that was made from something else."""
+        for place in places:
+            self.skipped.append(place)
+            if not self._is_alike(place):
+                _log.warning(
+                    "%s is left as it is, but it does not say that it was made from this prompt and seed",
+                    self.paths[place],
+                )
+
+    def _is_alike(self, place: int) -> bool:
+        from ..errors import InputError
+        from ..images import read_settings
+
+        wanted = self.run.settings(place)
+        try:
+            found = read_settings(self.paths[place])
+        except InputError:
+            return False
+        return all(found.get(name) == wanted[name] for name in ("prompt", "seed"))
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def report(self, *, complete: bool) -> dict[str, Any]:
+        """The object that --json prints; `complete` is whether nothing is missing."""
+        return {
+            "images": self._files(self.made),
+            **({"skipped": self._files(self.skipped)} if self.skipped else {}),
+            **({} if complete else {"interrupted": True}),
+            **self.run.report(),
+            "phases": [_phase(phase) for phase in self.output.timings],
+            "seconds": self.seconds,
+            "peak_memory": self.output.peak_memory,
+        }
+
+    def _files(self, places: list[int]) -> list[dict[str, Any]]:
+        return [{"path": str(self.paths[place]), "seed": self.run.request.seeds[place]} for place in sorted(places)]
 
 
 def _phase(phase: "Phase") -> dict[str, Any]:

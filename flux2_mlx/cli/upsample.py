@@ -1,6 +1,5 @@
 """`flux2-mlx upsample`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import click
 
 from .options import image_option, writing_options
 from .progress import Bars, Stream
+from .terminal import print_result, to_json
 from .writing import check_sight, open_writer
 
 
@@ -45,4 +45,4 @@ def upsample(
     with Bars(quiet) as bars, Stream(quiet) as stream:
         writer = open_writer(model, bars, quiet, **options)
         answer = writer.upsample([prompt], pictures, seed=seed, temperature=temperature, on_text=stream.show)[0]
-    click.echo(json.dumps({"prompt": prompt, "upsampled_prompt": answer}, ensure_ascii=False) if as_json else answer)
+    print_result(to_json({"prompt": prompt, "upsampled_prompt": answer}) if as_json else answer)

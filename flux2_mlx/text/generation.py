@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..layers import check_finite
 from .decoder import LanguageModel
 from .prompts import IMAGE
 
@@ -46,6 +47,9 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         max_tokens: the most tokens to yield.
         seed: makes sampling repeatable.
+
+    Raises:
+        RangeError: the model's logits are not finite, so that no token can be chosen.
     """
     from mlx_lm.generate import generate_step
 
@@ -66,7 +70,8 @@ def generate(
         sampler=sample,
         input_embeddings=embeddings,
     )
-    for token, _ in steps:
+    for token, log_probabilities in steps:
+        check_finite(log_probabilities, "language model")
         if token in ends:
             return
         yield token

@@ -8,35 +8,39 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .prompts import IMAGE, mistral_chat, qwen3_chat
+from .tokenizer_file import answers, check_vocabulary, read_tokenizer
 
 
 class PromptTokenizer(ABC):
     """A `tokenizer.json` with the chat template, padding and end of text of a model family.
 
+    Args:
+        path: of the file.
+        vocab_size: tokens that the model has rows for; None: as many as it takes.
+
     Raises:
-        CheckpointError: `path` is no tokenizer file, or of another model.
+        CheckpointError: `path` is no tokenizer file, of another model, or gives ids that the model has no row for.
     """
 
     pad: str
     pads_left: bool
     ends: tuple[str, ...]
+    chat_tokens: tuple[str, ...]
 
-    def __init__(self, path: Path):
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer file: {error}") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        special = {token: self._tokenizer.token_to_id(token) for token in (self.pad, *self.ends)}
-        for token, number in special.items():
-            if number is None:
+    def __init__(self, path: Path, vocab_size: int | None = None):
+        self._path, self._vocab_size = path, vocab_size
+        self._tokenizer = read_tokenizer(path)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        check_vocabulary(vocabulary, vocab_size, path)
+        for token in dict.fromkeys((self.pad, *self.ends, *self.chat_tokens)):
+            if token not in vocabulary:
                 raise CheckpointError(f"{path} has no {token} token; it belongs to another model")
-        self._pad_id = special[self.pad]
-        self.end_ids = frozenset(special[token] for token in self.ends)
-        self.image_id = self._tokenizer.token_to_id(IMAGE)
+            if self.encode(token) != [vocabulary[token]]:
+                raise CheckpointError(f"{path} does not read {token} as one token; it belongs to another model")
+        self.count("a")  # some fail only when they are used
+        self._pad_id = vocabulary[self.pad]
+        self.end_ids = frozenset(vocabulary[token] for token in self.ends)
+        self.image_id = vocabulary.get(IMAGE)
 
     @abstractmethod
     def chat(self, prompt: str, system: str | None = None) -> str:
@@ -44,11 +48,18 @@ class PromptTokenizer(ABC):
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that is already in its template."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with answers(self._path):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
+            raise CheckpointError(
+                f"{self._path} gives the token id {max(ids)}, but the text encoder has only {self._vocab_size} tokens"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with answers(self._path):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def count(self, prompt: str) -> int:
         """Tokens of `prompt` in its template, before truncation."""
@@ -75,6 +86,7 @@ class KleinTokenizer(PromptTokenizer):
     pad = "<|endoftext|>"
     pads_left = False
     ends = ("<|im_end|>", "<|endoftext|>")
+    chat_tokens = ("<|im_start|>", "<think>", "</think>")
 
     def chat(self, prompt: str, system: str | None = None) -> str:
         return qwen3_chat(prompt, system)
@@ -86,6 +98,7 @@ class DevTokenizer(PromptTokenizer):
     pad = "<pad>"
     pads_left = True
     ends = ("</s>",)
+    chat_tokens = ("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", IMAGE)
 
     def chat(self, prompt: str, system: str | None = None) -> str:
         return mistral_chat(prompt) if system is None else mistral_chat(prompt, system)

@@ -146,6 +146,17 @@ def test_sigmas(klein):
     assert klein.error(prompt=CAT, num_inference_steps=3, sigmas=[1.0, 0.6509, 0.1893]) <= LATENTS
 
 
+def test_sigmas_alone_are_shifted_as_for_the_default_number_of_steps(klein):
+    settings = {name: value for name, value in SETTINGS.items() if name != "num_inference_steps"}
+    settings |= {"prompt": CAT, "sigmas": [1.0, 0.6509, 0.1893], "output_type": "latent"}
+    expected = klein.reference(generator=torch.Generator("cpu").manual_seed(SEED), **settings).images
+    assert relative_error(klein.ours(seed=SEED, **settings).images, expected) <= LATENTS
+
+
+def test_sigmas_and_another_number_of_steps(klein):
+    assert klein.error(prompt=CAT, num_inference_steps=7, sigmas=[0.9, 0.4]) <= LATENTS
+
+
 @pytest.mark.parametrize("length", [7, 100])
 def test_shorter_text(length, pair):
     assert pair.error(prompt=CAT, max_sequence_length=length, guidance_scale=4.0) <= LATENTS
@@ -161,6 +172,13 @@ def test_given_prompt_embeds(name, prompts, request):
     embeds, _ = pair.reference.encode_prompt(prompts, max_sequence_length=48)
     settings = {"prompt_embeds": embeds, "num_images_per_prompt": 2, "guidance_scale": 4.0}
     assert pair.error(seeds=2 * len(prompts), **settings) <= LATENTS
+
+
+@pytest.mark.parametrize(("length", "negative"), [(20, 60), (60, 20), (530, 20)])
+def test_prompt_embeds_of_another_length_than_the_negative_prompt(length, negative, base):
+    embeds, _ = base.reference.encode_prompt([CAT], max_sequence_length=length)
+    settings = {"prompt_embeds": embeds, "max_sequence_length": negative, "guidance_scale": 4.0}
+    assert base.error(num_inference_steps=2, **settings) <= LATENTS
 
 
 def test_encode_prompt(klein):

@@ -1,0 +1,42 @@
+"""Text that is printed: nothing in it drives the terminal, whoever it comes from."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+_MAX_LINE = 1000
+# Control characters but for tab and line feed, what changes the direction of text, ends of lines that are not shown as
+# such, and bytes that are no text.
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` with escapes such as \\x1b in place of what would drive a terminal."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def line(text: str) -> str:
+    """`text` in one line of bounded length; of what is longer, the beginning and the end."""
+    text = printable(" ".join(text.split()))
+    half = _MAX_LINE // 2
+    return text if len(text) <= _MAX_LINE else f"{text[: half - 1]}…{text[-half:]}"
+
+
+def to_json(value: Any) -> str:
+    """`value` as JSON in one line, with letters of all languages as they are."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def print_result(result: str | Path) -> None:
+    """Print a result on stdout: byte for byte for a program, `printable` for a terminal."""
+    if sys.stdout.isatty():
+        click.echo(printable(str(result)))
+    elif isinstance(result, Path):
+        click.echo(os.fsencode(result))
+    else:
+        click.echo(result.encode(sys.stdout.encoding or "utf-8", "surrogateescape"))

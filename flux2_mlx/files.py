@@ -1,0 +1,159 @@
+"""Files read within a size, and written whole or not at all."""
+
+import errno
+import fcntl
+import itertools
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import InputError
+
+# The mark of a file that is being written: its process and a random number, and a lock as long as that process lives.
+_PART = re.compile(r"\.flux2-mlx-\d+-[0-9a-f]{16}\.part")
+_MAX_NAME_BYTES = 255
+_KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+@contextmanager
+def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
+    """A regular file of at most `limit` bytes, open for reading; nothing else is waited for or read.
+
+    Raises:
+        InputError: it is something else, or larger. OSError: it can't be opened.
+    """
+    _check_regular(path, os.stat(path).st_mode)
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        info = os.fstat(file.fileno())
+        _check_regular(path, info.st_mode)  # it may have been exchanged meanwhile
+        if info.st_size > limit:
+            raise InputError(f"{path} is too large: {info.st_size:,} bytes, of which at most {limit:,} are read")
+        yield file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
+        raise InputError(f"can't read {path}: it is {kind}; give a file")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """All of a regular file of at most `limit` bytes; raises what `opened` does."""
+    with opened(path, limit) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise InputError(f"can't read {path}: it grows while it is read")
+    return data
+
+
+def bounded(file: BinaryIO, path: Path | str, limit: int) -> bytes:
+    """The rest of an open `file`; InputError where that is more than `limit` bytes."""
+    data, chunk = bytearray(), None
+    while chunk := file.read(min(2**20, limit + 1 - len(data))):
+        data += chunk
+        if len(data) > limit:
+            raise InputError(f"{path} is too large: it has more than {limit:,} bytes")
+    return bytes(data)
+
+
+def free_path(path: Path) -> Path:
+    """The first of `path`, then its name with -2, -3 and so on before the suffix, where there is nothing."""
+    return next(candidate for candidate in _candidates(path) if not os.path.lexists(candidate))
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    yield path
+    for number in itertools.count(2):
+        ending = f"-{number}{path.suffix}"
+        room = _MAX_NAME_BYTES - len(os.fsencode(ending))
+        stem = path.stem
+        while len(os.fsencode(stem)) > room:
+            stem = stem[:-1]
+        yield path.with_name(stem + ending)
+
+
+def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
+    """Write `data` to `path`, on the disk and whole or not at all, and give the path that it is at.
+
+    Unless `replace`, what is at `path` already stays, and the data go to the next name of `free_path`.
+    """
+    remove_parts(path.parent)
+    descriptor, part = _new_part(path.parent)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]  # a full disk may take a part without an error
+        os.fsync(descriptor)
+        if replace:
+            os.replace(part, path)
+            return path
+        return next(candidate for candidate in _candidates(path) if _placed(part, candidate))
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+        os.close(descriptor)
+
+
+def _new_part(folder: Path) -> tuple[int, Path]:
+    """A new locked file in `folder`, with the rights of any new file."""
+    while True:
+        part = folder / f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part"
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # a file system may have no locks, and then has nothing removed either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, part
+        os.close(descriptor)  # another run took it for a leftover before it was locked
+
+
+def _placed(part: Path, target: Path) -> bool:
+    """Give `part` the name `target`; False if something has that name."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        return False
+    except OSError:  # exFAT and some network disks have no hard links
+        return _placed_without_links(part, target)
+    return True
+
+
+def _placed_without_links(part: Path, target: Path) -> bool:
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(part, target)
+    except BaseException:
+        os.unlink(target)
+        raise
+    return True
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the unfinished files in `folder` whose processes are gone."""
+    with suppress(OSError):  # what can't be listed or removed is in nobody's way
+        for name in filter(_PART.fullmatch, os.listdir(folder)):
+            _remove_abandoned(folder / name)
+
+
+def _remove_abandoned(part: Path) -> None:
+    with suppress(OSError):  # BlockingIOError: it is being written
+        descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(part)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,164 @@
+"""Folders that appear whole or not at all, and replace an old one without a moment at which both could be lost.
+
+A folder is made inside a marked one beside its place, and the old one is moved into that before the new one takes its
+place. The mark is a file that names us and is locked for as long as its process lives, so what a killed one left is
+known without guessing, and nothing else is ever touched.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
+
+from .errors import CheckpointError, InputError
+from .weights import open_regular, read_json
+
+_PREFIX = ".flux2-mlx-convert-"
+_MARK, _OWNER = "flux2-mlx-convert.json", "flux2-mlx convert"
+_NEW, _OLD = "new", "old"
+
+
+@contextmanager
+def staged(place: Path, check: Callable[[], object] = lambda: None, *, replace: bool) -> Iterator[Path]:
+    """An empty folder that is moved to `place` when the block ends without an exception, and removed otherwise.
+
+    Args:
+        place: where it goes; its parent exists.
+        check: called when all is ready to be moved; what it raises prevents that.
+        replace: take the place of what is there then.
+    """
+    work = Path(tempfile.mkdtemp(dir=place.parent, prefix=_PREFIX))
+    try:
+        with _marked(work, place.name):
+            try:
+                (work / _NEW).mkdir(mode=0o755)
+                yield work / _NEW
+                check()
+                _sync_folders(work / _NEW)
+                if replace and place.exists():
+                    os.rename(place, work / _OLD)
+                os.rename(work / _NEW, place)
+                _sync(place.parent)
+            finally:
+                _put_back(work, place)
+    finally:
+        _remove(work, place)
+
+
+def bring_back(place: Path) -> None:
+    """Put an old folder back to `place` if a replacement was killed before the new one was there.
+
+    Raises:
+        InputError: that can't be done.
+    """
+    if os.path.islink(place):
+        place = Path(os.path.realpath(place))
+    if not os.path.lexists(place):
+        for work in _works(place.parent):
+            with _dead(work) as name:
+                if name == place.name:
+                    _put_back(work, place)
+
+
+def bring_all_back(parent: Path) -> None:
+    """The same for all places in `parent`."""
+    for work in _works(parent):
+        with _dead(work) as name:
+            if name:
+                _put_back(work, parent / name)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what killed processes left in `parent`, after putting back what they had moved aside."""
+    for work in _works(parent):
+        with _dead(work) as name:
+            if name:
+                _put_back(work, parent / name)
+                _remove(work, parent / name)
+
+
+def _works(parent: Path) -> list[Path]:
+    try:
+        return sorted(parent.glob(f"{_PREFIX}*"))
+    except (OSError, ValueError):  # a folder that can't be listed, or a name that is none
+        return []
+
+
+@contextmanager
+def _marked(work: Path, name: str) -> Iterator[None]:
+    """`work` with a locked mark. Until it is locked it is empty, and an empty mark says nothing."""
+    with (work / _MARK).open("x", encoding="utf-8") as file:
+        with suppress(OSError):  # on file systems without locks leftovers stay
+            fcntl.flock(file, fcntl.LOCK_EX)
+        values = {"made_by": _OWNER, "target": quote(os.fsencode(name)), "pid": os.getpid(), "host": platform.node()}
+        file.write(json.dumps(values))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _dead(work: Path) -> Iterator[str | None]:
+    """The name of the place that `work` was made for, if it is marked and its process is gone."""
+    try:
+        file = open_regular(work / _MARK)
+    except CheckpointError:
+        yield None
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            values = read_json(work / _MARK)
+        except (OSError, CheckpointError):
+            values = {}
+        target = values.get("target")
+        name = os.fsdecode(unquote_to_bytes(target)) if isinstance(target, str) else ""
+        ours = values.get("made_by") == _OWNER and Path(name).name == name
+        yield name if ours and not work.is_symlink() else None
+
+
+def _is_half_done(work: Path, place: Path) -> bool:
+    """Whether the old folder is aside and the new one, which leaves `work` for its place, is not there yet."""
+    return (work / _OLD).exists() and (work / _NEW).exists() and not os.path.lexists(place)
+
+
+def _put_back(work: Path, place: Path) -> None:
+    """Undo half a replacement."""
+    if _is_half_done(work, place):
+        try:
+            os.rename(work / _OLD, place)
+        except OSError as error:
+            raise InputError(f"can't put {work / _OLD} back to {place}: {error.strerror}; move it yourself") from error
+
+
+def _remove(work: Path, place: Path) -> None:
+    """Remove what was made in `work`, the mark last, so that what could not be removed can be another time."""
+    if _is_half_done(work, place):
+        return
+    for name in (_OLD, _NEW):
+        shutil.rmtree(work / name, ignore_errors=True)
+    if not any(os.path.lexists(work / name) for name in (_OLD, _NEW)):
+        with suppress(OSError):
+            (work / _MARK).unlink(missing_ok=True)
+            work.rmdir()
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _sync(path)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems can't do that for folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

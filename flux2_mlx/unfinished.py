@@ -1,0 +1,73 @@
+"""Images that are denoised and wait for the autoencoder, kept on disk: a run that is killed can be gone on with."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+
+from . import __version__
+from .embedding_cache import EmbeddingCache
+from .layers import dtype_name
+from .networks import Networks
+from .references import Edit
+from .sampling import Request
+
+FOLDER = "unfinished"  # within the models folder
+
+
+class Unfinished:
+    """The tokens of denoised images in a folder, a file each until the image is decoded."""
+
+    def __init__(self, folder: Path):
+        self._files = EmbeddingCache(folder)
+
+    def kept(self, networks: Networks, request: Request, edit: Edit) -> dict[int, mx.array]:
+        """The tokens `[L, C]` that an earlier run of the same settings has left, by the place of their image."""
+        if not self._files.entries():
+            return {}
+        found = {place: self._files.get(key) for place, key in _keys(networks, request, edit)}
+        return {place: tokens for place, tokens in found.items() if tokens is not None}
+
+    def keep(self, networks: Networks, request: Request, edit: Edit, tokens: dict[int, mx.array]) -> None:
+        """Keep the `tokens` of images until they are decoded."""
+        for place, key in _keys(networks, request, edit, tokens):
+            self._files.put(key, tokens[place])
+
+    def drop(self, networks: Networks, request: Request, edit: Edit, place: int) -> None:
+        """Remove the tokens of an image that is decoded, if they are here."""
+        if self._files.entries():
+            for _, key in _keys(networks, request, edit, [place]):
+                self._files.remove(key)
+
+
+def _keys(
+    networks: Networks, request: Request, edit: Edit, places: Iterable[int] | None = None
+) -> Iterator[tuple[int, str]]:
+    """SHA-256 of all that the tokens of an image depend on, for each place."""
+    places = range(len(request.seeds)) if places is None else places
+    settings = asdict(request) | {"prompts": None, "seeds": None}
+    shared = [__version__, mx.__version__, str(mx.default_device()), _weights(networks), settings, _pictures(edit)]
+    for place in places:
+        own = [request.prompts[place // request.images_per_prompt], request.seeds[place]]
+        yield place, hashlib.sha256(json.dumps([*shared, *own]).encode()).hexdigest()
+
+
+def _weights(networks: Networks) -> list:
+    """What tells these weights from all others: their very files, and what is made of them."""
+    files = [file for part in networks.checkpoint.components.values() for file in part.files]
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    checkpoint = networks.checkpoint
+    return [checkpoint.variant.name, networks.quant, networks.text_quant, dtype_name(networks.dtype), states]
+
+
+def _pictures(edit: Edit) -> str:
+    digest = hashlib.sha256()
+    for image in edit.references:
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    if edit.canvas is not None:
+        mask = edit.canvas.tokens
+        digest.update(b"canvas" if mask is None else mask.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""Signals end a command in one line and with a shell's exit code, from its first moment on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from cli_runner import PROMPT, SMALL, run, tree
+
+from flux2_mlx.cli.main import main
+from flux2_mlx.cli.stopping import stoppable
+
+INTERRUPTED, TERMINATED = "interrupted; nothing was left half written\n", "terminated; nothing was left half written\n"
+# Sends the process a signal when it imports a module. A shell that starts tests in the background makes its children
+# ignore Ctrl-C, which a terminal does not.
+HOOK = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["STOP_AT"]:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), int(os.environ["STOP_WITH"]))
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    return tmp_path
+
+
+def stopped(module, number, start=("-m", "flux2_mlx")):
+    """What a `t2i` that gets this signal when it imports `module` comes to."""
+    command = [sys.executable, *start, "t2i", PROMPT, *SMALL]
+    environment = os.environ | {"STOP_AT": module, "STOP_WITH": str(int(number))}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "code", "message"),
+    [
+        ("flux2_mlx.cli.group", signal.SIGINT, 130, INTERRUPTED),
+        ("click", signal.SIGINT, 130, INTERRUPTED),
+        ("flux2_mlx.cli.report", signal.SIGTERM, 143, TERMINATED),
+        ("importlib.metadata", signal.SIGINT, 130, INTERRUPTED),
+        ("numpy", signal.SIGINT, 130, INTERRUPTED),
+        ("PIL.Image", signal.SIGINT, 130, INTERRUPTED),
+        ("mlx.core", signal.SIGINT, 130, INTERRUPTED),
+        ("mlx.nn", signal.SIGTERM, 143, TERMINATED),
+        ("tokenizers", signal.SIGHUP, 129, TERMINATED),
+        ("tqdm", signal.SIGINT, 130, INTERRUPTED),
+    ],
+)
+def test_a_signal_while_modules_are_imported(module, number, code, message):
+    result = stopped(module, number)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", message)
+    assert tree() == {}
+
+
+def test_the_console_script_is_stopped_like_the_module():
+    script = Path(sys.executable).with_name("flux2-mlx")
+    result = stopped("click", signal.SIGINT, [script])
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", INTERRUPTED)
+
+
+def test_what_a_process_is_started_to_ignore_stays_ignored():
+    before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)]
+    try:
+        with stoppable():
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_handlers_are_given_back(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flux2-mlx", "--version"])
+    before = handlers()
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 0
+    assert handlers() == before
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        signal.raise_signal(signal.SIGTERM)
+    assert handlers() == before
+
+
+def test_a_thread_that_runs_a_command_leaves_signals_alone():
+    seen = []
+
+    def look():
+        with stoppable():
+            seen.extend(handlers())
+
+    before = handlers()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+def test_a_library_call_handles_no_signals():
+    before = handlers()
+    assert run("--version").exit_code == 0
+    assert handlers() == before
+
+
+SLOW = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from flux2_mlx.cli.stopping import stoppable
+with stoppable():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        print("cleaned up")
+"""
+
+
+def test_a_second_ctrl_c_waits_for_nothing():
+    result = subprocess.run(
+        [sys.executable, "-c", SLOW],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"STOP_AT": "", "STOP_WITH": ""},
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")

@@ -1,0 +1,212 @@
+"""The one reader of safetensors headers and JSON files, compared with the safetensors library and with MLX."""
+
+import json
+import os
+import random
+import struct
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import TensorInfo, load_arrays, read_header, read_json
+
+X = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+FIELDS = b'"dtype":"F32","shape":[1],"data_offsets":[0,4]'
+
+
+def file_of(header: object, data: bytes = bytes(4)) -> bytes:
+    """A safetensors file; `header` is JSON already or becomes it."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + data
+
+
+def placed(first: int, last: int, **changes: object) -> dict[str, object]:
+    return {**X, "data_offsets": [first, last], **changes}
+
+
+# Whether the library takes a file and whether we do. Where these differ, the format forbids it or MLX can't read it.
+FILES: dict[str, tuple[bytes, bool, bool]] = {
+    "one tensor": (file_of({"x": X}), True, True),
+    "nothing": (file_of({}, b""), True, True),
+    "a scalar": (file_of({"x": {**X, "shape": []}}), True, True),
+    "no elements": (file_of({"y": placed(4, 4, shape=[3, 0]), "x": X}), True, True),
+    "another order": (file_of({"y": placed(4, 8), "x": X}, bytes(8)), True, True),
+    "padding": (file_of(json.dumps({"x": X}).encode() + b" \n "), True, True),
+    "metadata": (file_of({"__metadata__": {"a": "b"}, "x": X}), True, True),
+    "no metadata": (file_of({"__metadata__": None, "x": X}), True, True),
+    "one more field": (file_of({"x": {**X, "note": 1.5}}), True, True),
+    "a hole": (file_of({"x": placed(4, 8)}, bytes(8)), False, False),
+    "a hole between": (file_of({"x": X, "y": placed(8, 12)}, bytes(12)), False, False),
+    "an overlap": (file_of({"x": X, "y": placed(2, 6)}, bytes(6)), False, False),
+    "the same place": (file_of({"x": X, "y": X}), False, False),
+    "a rest": (file_of({"x": X}, bytes(8)), False, False),
+    "cut short": (file_of({"x": X}, bytes(3)), False, False),
+    "backwards": (file_of({"x": placed(4, 0)}), False, False),
+    "no elements elsewhere": (file_of({"y": placed(8, 8, shape=[0]), "x": X}), False, False),
+    "negative": (file_of({"x": placed(-4, 0)}), False, False),
+    "a negative shape": (file_of({"x": {**X, "shape": [-1, -1]}}), False, False),
+    "a shape of floats": (file_of({"x": {**X, "shape": [1.0]}}), False, False),
+    "a shape of truth": (file_of({"x": {**X, "shape": [True]}}), False, False),
+    "a shape without end": (file_of({"x": placed(0, 0, shape=[2**64, 0])}, b""), False, False),
+    "an overflowing shape": (file_of({"x": placed(0, 0, shape=[2**62, 2**62, 0])}, b""), False, False),
+    "another size": (file_of({"x": {**X, "shape": [2]}}), False, False),
+    "three offsets": (file_of({"x": {**X, "data_offsets": [0, 4, 4]}}), False, False),
+    "no offsets": (file_of({"x": {"dtype": "F32", "shape": [1]}}), False, False),
+    "a dtype of no one": (file_of({"x": {**X, "dtype": "F33"}}), False, False),
+    "a dtype in a list": (file_of({"x": {**X, "dtype": ["F32"]}}), False, False),
+    "an entry of text": (file_of({"x": "F32"}), False, False),
+    "metadata of numbers": (file_of({"__metadata__": {"a": 1}, "x": X}), False, False),
+    "metadata in a list": (file_of({"__metadata__": [], "x": X}), False, False),
+    "metadata twice": (file_of(b'{"__metadata__":{},"__metadata__":{},"x":{%s}}' % FIELDS), False, False),
+    "a field twice": (file_of(b'{"x":{"dtype":"F32",%s}}' % FIELDS), False, False),
+    "UTF-16": (file_of(json.dumps({"x": X}).encode("utf-16")), False, False),
+    "UTF-16 without mark": (file_of(json.dumps({"x": X}).encode("utf-16-le")), False, False),
+    "UTF-32": (file_of(json.dumps({"x": X}).encode("utf-32")), False, False),
+    "a byte order mark": (file_of(b"\xef\xbb\xbf" + json.dumps({"x": X}).encode()), False, False),
+    "Latin-1": (file_of(b'{"\xe4":{%s}}' % FIELDS), False, False),
+    "half a surrogate pair": (file_of(b'{"\\ud800":{%s}}' % FIELDS), False, False),
+    "half of one in a field": (file_of(b'{"x":{%s,"a":"\\udfff"}}' % FIELDS), False, False),
+    "NaN": (file_of(b'{"x":{%s,"a":NaN}}' % FIELDS), False, False),
+    "infinity": (file_of(b'{"x":{%s,"a":-Infinity}}' % FIELDS), False, False),
+    "a number too large": (file_of(b'{"x":{%s,"a":1e999}}' % FIELDS), False, False),
+    "a NUL behind": (file_of(json.dumps({"x": X}).encode() + b"\0"), False, False),
+    "deep": (file_of(b'{"x":' + b"[" * 99_999 + b"]" * 99_999 + b"}"), False, False),
+    "a list": (file_of(b"[]"), False, False),
+    "a name twice": (file_of(b'{"x":{%s},"x":{%s}}' % (FIELDS, FIELDS)), True, False),
+    "space before": (file_of(b" " + json.dumps({"x": X}).encode()), True, False),
+    "fields in a list": (file_of({"x": ["F32", [1], [0, 4]]}), True, False),
+    "more than 32 bits": (file_of({"x": placed(0, 0, shape=[2**32, 0])}, b""), True, False),
+    "F64": (file_of({"x": placed(0, 8, dtype="F64")}, bytes(8)), True, False),
+    "F8_E5M2": (file_of({"x": placed(0, 1, dtype="F8_E5M2")}, bytes(1)), True, False),
+    "F4": (file_of({"x": placed(0, 1, dtype="F4", shape=[2])}, bytes(1)), True, False),
+}
+
+
+def library_takes(path: Path) -> bool:
+    try:
+        with safe_open(path, "np") as file:
+            file.keys()
+    except SafetensorError:
+        return False
+    return True
+
+
+def we_take(path: Path) -> bool:
+    """The same of our reader; what it takes MLX must read, and as it was stated."""
+    try:
+        tensors = read_header(path)
+    except CheckpointError:
+        return False
+    arrays = load_arrays(path)
+    mx.eval(arrays)
+    assert {name: array.shape for name, array in arrays.items()} == {name: x.shape for name, x in tensors.items()}
+    return True
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_headers(case, tmp_path):
+    data, library, ours = FILES[case]
+    (tmp_path / "x.safetensors").write_bytes(data)
+    assert library_takes(tmp_path / "x.safetensors") == library
+    assert we_take(tmp_path / "x.safetensors") == ours
+
+
+def test_every_dtype_that_is_taken_mlx_reads(tmp_path):
+    for dtype, size in {
+        "C64": 8,
+        "I64": 8,
+        "U32": 4,
+        "BF16": 2,
+        "I8": 1,
+        "BOOL": 1,
+        "F8_E4M3": 1,
+        "F8_E8M0": 1,
+    }.items():
+        (tmp_path / dtype).write_bytes(file_of({"x": placed(0, 3 * size, dtype=dtype, shape=[3])}, bytes(3 * size)))
+        assert library_takes(tmp_path / dtype)
+        assert we_take(tmp_path / dtype)
+
+
+def test_no_mutated_header_is_taken_that_the_library_refuses(tmp_path):
+    """A few hundred bytes changed at random: never more than the library takes, and no error of another kind."""
+    tensors = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(5, np.uint32), "c": np.zeros((), np.float16)}
+    whole, chance, path = save(tensors, {"format": "mlx"}), random.Random(0), tmp_path / "x.safetensors"
+    outcomes = set()
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 1, 2))):
+            data[chance.randrange(len(data) - 46)] = chance.choice((chance.randrange(256), *b'0123456789,:[]{}"'))
+        path.write_bytes(data)
+        outcomes.add((library_takes(path), we_take(path)))
+    assert (False, True) not in outcomes
+    assert {(False, False), (True, True)} <= outcomes
+
+
+def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(file_of({"y": placed(4, 8), "x": X}, bytes(8)))
+    assert list(read_header(tmp_path / "x").items()) == [("x", TensorInfo("F32", (1,))), ("y", TensorInfo("F32", (1,)))]
+
+
+@pytest.mark.parametrize("read", [read_header, read_json])
+def test_what_is_no_file_is_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    failures: list[str] = []
+
+    def attempt() -> None:
+        for name in ("fifo", "link", "loop", ".", "a\0b"):
+            with pytest.raises(CheckpointError, match="can't read ") as caught:
+                read(tmp_path / name)
+            failures.append(str(caught.value))
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert len(failures) == 5
+    assert failures[0] == f"can't read {tmp_path}/fifo: it is not a regular file"
+    assert not any("\n" in failure or "\0" in failure for failure in failures)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a": NaN}',
+        b'{"a": [Infinity]}',
+        b'{"a": -1e999}',
+        b'{"a": "\\ud800"}',
+        b'\xef\xbb\xbf{"a": 1}',
+        '{"a": 1}'.encode("utf-16"),
+        '{"a": 1}'.encode("utf-32-le"),
+        b'{"a": ' + b"[" * 99_999,
+    ],
+    ids=lambda data: repr(data[:20]),
+)
+def test_what_only_python_takes_for_json(data, tmp_path):
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON: ") as caught:
+        read_json(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": "\\ud83e\\udd8a", "b": 1e-6, "c": 1000000000000000019884624838656}')
+    assert read_json(tmp_path / "config.json") == {"a": "🦊", "b": 1e-6, "c": 1000000000000000019884624838656}
+
+
+def test_json_without_end_is_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(10_000_001)
+    with pytest.raises(CheckpointError, match="has more than 10000000 bytes, so it is no part of a model"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_file_that_goes_away_after_it_was_looked_at(tmp_path):
+    with pytest.raises(CheckpointError, match=r"can't read .*gone\.safetensors: "):
+        load_arrays(tmp_path / "gone.safetensors")
