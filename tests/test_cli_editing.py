@@ -231,7 +231,7 @@ SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 16}
         ({"mask": {"path": 5}}, "the settings in b.png are damaged: path is 5"),
         ({"extend": {"foo": 1}}, "the settings in b.png are damaged: left is None"),
         ({"extend": SIDES | {"overlap": "z"}}, "the settings in b.png are damaged: overlap is 'z'"),
-        ({"images": []}, "the settings in b.png are damaged: images is []"),
+        ({"images": []}, "the settings in b.png are damaged: it was made from 0 images"),
         ({"images": None}, "the settings in b.png are damaged: images is None"),
         ({"images": ["a.png"]}, "the settings in b.png are damaged: 'a.png' should say path, sha256"),
         ({"images": [{"path": "a.png"}]}, "the settings in b.png are damaged: sha256 is None"),
