@@ -14,8 +14,7 @@ import json
 import os
 import random
 import resource
-import selectors
-import signal
+import select
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 BAD = {
     "traceback": "an exception that is none of the library's",
@@ -74,46 +73,50 @@ def _worker(first: int, end: int, seed: int, kinds: str, module: str, seconds: f
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=scratch, env=environment) as process,
     ):
-        begun, limit = None, _START_SECONDS
+        begun, lines = None, _Lines(process.stdout.fileno())
         try:
-            for line in _lines(process.stdout.fileno(), lambda: limit):
+            while line := lines.next(_START_SECONDS if begun is None else seconds):
                 message = json.loads(line)
-                if len(message) == 2:
-                    begun, limit = message, seconds
-                else:
-                    begun = None
+                begun = message if len(message) == 2 else None
+                if begun is None:
                     yield Result(*message)
         except TimeoutError:
             if begun is None:
                 raise
-            yield Result(*begun, "hang", f"after {seconds} s")
+            yield Result(*begun, "hang", f"no end after {seconds} s")
             return
         finally:
-            process.kill()
-        if process.wait() and begun is not None:
-            yield Result(*begun, "crash", f"signal {-process.returncode}; {_tail(errors)}")
-        elif begun is None and process.returncode not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"the worker did not start: {_tail(errors)}")
+            if begun is not None or sys.exc_info()[0]:
+                process.kill()
+        code = process.wait()
+        if begun is not None:
+            yield Result(*begun, "crash", f"exit code {code}; {_tail(errors)}")
+        elif code:
+            raise RuntimeError(f"a worker ended with {code}: {_tail(errors)}")
 
 
-def _tail(errors: Any) -> str:
-    errors.seek(max(0, errors.tell() - 2000))
+def _tail(errors: IO[bytes]) -> str:
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2000))
     return errors.read().decode(errors="replace")
 
 
-def _lines(descriptor: int, seconds: Any) -> Iterator[bytes]:
-    """Lines that come in; TimeoutError when there is none for `seconds()`."""
-    pending = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        while True:
-            if not selector.select(seconds()):
+class _Lines:
+    """Lines that come from a pipe."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor, self._pending = descriptor, b""
+
+    def next(self, seconds: float) -> bytes:
+        """The next line, and none at the end; TimeoutError when there is none for so long."""
+        while b"\n" not in self._pending:
+            if not select.select([self._descriptor], [], [], seconds)[0]:
                 raise TimeoutError
-            data = os.read(descriptor, 65536)
+            data = os.read(self._descriptor, 65536)
             if not data:
-                return
-            *lines, pending = (pending + data).split(b"\n")
-            yield from lines
+                return b""
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
 
 
 def work(count: int, seed: int, first: int, kinds: str, module: str) -> None:
@@ -147,7 +150,7 @@ def judge(bench: Any, kind: str, rng: random.Random) -> tuple[str, str]:
         raise
     except MemoryError:
         outcome, detail = "memory", traceback.format_exc()
-    except BaseException as error:  # noqa: BLE001 (a panic of a Rust library is no Exception)
+    except BaseException as error:  # a panic of a Rust library is no Exception
         frames = traceback.extract_tb(error.__traceback__)
         places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[:-6:-1])
         outcome, detail = "traceback", f"{type(error).__name__}: {error} at {places}"

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flux2_mlx.convert import Source, write_checkpoint
+from flux2_mlx.verification import verify
 from fuzz import Finding, is_one_line
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 from tiny_model import VARIANT, write_source
 
 from flux2_mlx import CheckpointError, Flux2Pipeline
-from flux2_mlx.convert import Source, write_checkpoint
 from flux2_mlx.embedding_cache import EmbeddingCache
-from flux2_mlx.images import open_image, save
-from flux2_mlx.verification import verify
+from flux2_mlx.images import open_image, read_settings
 
 MB = 1 << 20
 # What reading a damaged input may take: networks, compiled kernels and libraries need this on their own.
@@ -53,7 +53,7 @@ def mutated(rng: random.Random, value: Any) -> Any:
         place = rng.randrange(len(value))
         return [*value[:place], mutated(rng, value[place]), *value[place + rng.randrange(2) :]]
     if isinstance(value, int) and rng.random() < 0.4:
-        return rng.choice([value + 1, value - 1, 2 * value, -value, str(value), float(value)])
+        return rng.choice([value + 1, value - 1, 2 * value, -value, str(value)])
     return rng.choice(VALUES)
 
 
@@ -103,7 +103,7 @@ def damaged_header(rng: random.Random, data: bytes) -> bytes:
         return stated.to_bytes(8, "little") + header + payload
     if action < 0.3:
         header = scrambled(rng, header)
-    elif action < 0.4:
+    elif action < 0.4 and header.count(b"data_offsets") > 1:
         names = rng.sample([name for name in json.loads(header) if name != "__metadata__"], 2)
         values = json.loads(header)
         part = rng.choice(["data_offsets", "shape", "dtype"])
@@ -235,8 +235,6 @@ class Bench:
     @functools.cached_property
     def _remembered(self) -> list[dict]:
         """The settings of an image made from text, and of one made from a picture with a mask."""
-        from flux2_mlx.images import read_settings
-
         small = [*("-W", "16", "-H", "16", "-s", "1", "--seed", "1"), "-m", str(self.models[0])]
         picture(random.Random(0), "RGB", self.folder / "in.png", (64, 64))
         picture(random.Random(1), "L", self.folder / "mask.png", (64, 64))
@@ -254,19 +252,11 @@ class Bench:
         for _ in range(rng.choice([1, 1, 1, 2])):
             settings = mutated(rng, settings)
         # A run that takes long, or has many pixels, is what was asked for.
-        if isinstance(settings.get("steps"), int) and not isinstance(settings["steps"], bool):
-            settings["steps"] = min(settings["steps"], 3)
-        for side in ("width", "height"):
-            if isinstance(settings.get(side), int) and 0 < settings[side] < 10**6:
-                settings[side] = min(settings[side], 64)
+        for name, most in {"steps": 3, "width": 64, "height": 64}.items():
+            if isinstance(settings, dict) and type(settings.get(name)) is int and 0 < settings[name] < 10**6:
+                settings[name] = min(settings[name], most)
         path = self.scratch() / rng.choice(["a.png", "a.jpg", "a.webp"])
-        image = Image.open(self.folder / "in.png")
-        try:
-            save(
-                image, path, {"prompt": "", "steps": 0, "guidance": 0, "seed": 0, "model": "", "version": ""} | settings
-            )
-        except (OverflowError, ValueError):  # Python writes no number of so many digits
-            return "unwritable"
+        remember(path, json.dumps(settings))
         if rng.random() < 0.15:
             path.write_bytes(scrambled(rng, path.read_bytes()))
         code, output = flux2_mlx([["t2i", "i2i"][number], "--replay", str(path), "-o", str(path.with_name("b.png"))])
@@ -333,6 +323,15 @@ class Bench:
         if any(NEEDED.get(name) != data for name, data in found.items()):
             raise Finding("silent", "files of other content were fetched")
         return "fetched"
+
+
+def remember(path: Path, settings: str) -> None:
+    """Write an image with `settings` where the program keeps its own."""
+    info, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    info.add_itxt("flux2-mlx", settings)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + settings.encode("utf-16-be")
+    options = {"pnginfo": info} if path.suffix == ".png" else {"exif": exif}
+    Image.new("RGB", (16, 16)).save(path, **options)
 
 
 def pixels(model: Path, cache: Path | None = None) -> bytes:

@@ -54,11 +54,9 @@ def write_source(folder: Path) -> Path:
 def _random(name: str, shape: tuple[int, ...], seed: int) -> mx.array:
     """Matrices and kernels that keep the size of what they meet; scales and variances about 1."""
     x = mx.random.normal(shape, key=mx.random.key(seed))
-    if len(shape) > 1:
-        x = x * (x.size // len(x)) ** -0.5
-    else:
+    if len(shape) == 1:
         x = 0.1 * x if name.endswith("bias") else mx.exp(0.1 * x)
-    return x.astype(mx.bfloat16)
+    return (x * (x.size // len(x)) ** -0.5).astype(mx.bfloat16)
 
 
 def _undo(rule: Rule, array: mx.array) -> dict[str, mx.array]:
