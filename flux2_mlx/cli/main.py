@@ -13,6 +13,7 @@ from .describe import describe
 from .download import download
 from .i2i import i2i
 from .info import info
+from .models import models
 from .outpaint import outpaint
 from .progress import Warnings
 from .t2i import t2i
@@ -53,7 +54,7 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, cache):
+for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, cache):
     cli.add_command(_command)
 
 

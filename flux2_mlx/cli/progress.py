@@ -13,6 +13,7 @@ _LABELS = {
     "transformer": "denoising",
     "vae": "decoding",
     "convert": "converting",
+    "verify": "verifying",
 }
 
 
@@ -37,7 +38,7 @@ class Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self.close()
 
     def show(self, phase: str, done: int, total: int, **options: Any) -> None:
         """Show `done` of `total` units of `phase`; `options` go to tqdm when the bar is made."""
@@ -46,11 +47,12 @@ class Bars:
         if phase != self._phase:
             from tqdm import tqdm
 
-            self._close()
+            self.close()
             self._phase, self._bar = phase, tqdm(desc=_LABELS[phase], total=total, leave=True, **options)
         self._bar.update(done - self._bar.n)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the bar that is shown, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar, self._phase = None, ""
