@@ -121,7 +121,7 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
     for name in sorted({*records, *weights}):
         if name not in records and records:
             problems.append(Problem(name, None, "was not there after the conversion"))
-        problems += _check_file(folder, name, records.get(name), hashes.get(name), meter)
+        problems += _check_file(folder, name, records.get(name), hashes.get(name, {}), meter)
     try:
         Checkpoint.open(folder)
     except Flux2Error as error:
@@ -179,7 +179,7 @@ def _tensor_hashes(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _check_file(
-    folder: Path, name: str, record: dict[str, Any] | None, hashes: dict[str, str] | None, meter: _Meter
+    folder: Path, name: str, record: dict[str, Any] | None, hashes: dict[str, str], meter: _Meter
 ) -> list[Problem]:
     if not os.path.lexists(folder / name):
         return [Problem(name, None, "is missing")]
@@ -198,7 +198,7 @@ def _check_file(
                 for key, tensor in tensors.items():
                     digest, flaws = _read_tensor(file, key, tensor, whole, meter)
                     problems += [Problem(name, key, flaw) for flaw in flaws]
-                    if hashes and hashes.get(key) != digest:
+                    if hashes.keys() == tensors.keys() and hashes[key] != digest:
                         changed.append(Problem(name, key, _CHANGED))
             else:
                 _read(file, size, [whole], meter)
