@@ -1,6 +1,7 @@
 """`flux2-mlx models`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +46,15 @@ def verify(ctx: click.Context, model: str, models_dir: Path | None, as_json: boo
     from ..verification import verify as verify_folder
 
     folders, good = [], True
-    with Bars(quiet) as bars:
-        for folder in named_checkpoints(model, models_dir):
-            report = verify_folder(folder, lambda *done: bars.show("verify", *done, unit="B", unit_scale=True))
-            bars.close()
-            built_in = folder.resolve() == demo_folder().resolve()
-            remembered = not built_in and report.remember()
-            folders.append(_row(report, remembered))
-            good = good and not report.problems
-            if not as_json:
-                _print(report, remembered or built_in)
+    for folder in named_checkpoints(model, models_dir):
+        with Bars(quiet) as bars:
+            report = verify_folder(folder, partial(bars.show, "verify", unit="B", unit_scale=True))
+        built_in = folder.resolve() == demo_folder().resolve()
+        remembered = not built_in and report.remember()
+        folders.append(_row(report, remembered))
+        good = good and not report.problems
+        if not as_json:
+            _print(report, remembered or built_in)
     if as_json:
         click.echo(json.dumps({"good": good, "folders": folders}))
     if not good:

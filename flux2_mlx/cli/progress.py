@@ -38,7 +38,7 @@ class Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._close()
 
     def show(self, phase: str, done: int, total: int, **options: Any) -> None:
         """Show `done` of `total` units of `phase`; `options` go to tqdm when the bar is made."""
@@ -47,12 +47,11 @@ class Bars:
         if phase != self._phase:
             from tqdm import tqdm
 
-            self.close()
+            self._close()
             self._phase, self._bar = phase, tqdm(desc=_LABELS[phase], total=total, leave=True, **options)
         self._bar.update(done - self._bar.n)
 
-    def close(self) -> None:
-        """End the bar that is shown, if there is one."""
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar, self._phase = None, ""
