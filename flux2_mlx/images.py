@@ -102,10 +102,14 @@ def flattened(image: Image.Image, ground: str = "white") -> Image.Image:
     Floating-point numbers are light from 0 to 1, as in float TIFFs, and integers of more than 8 bits are of 16.
 
     Raises:
-        InputError: it is no PIL image, or its numbers are of another range.
+        InputError: it is no PIL image, its file is damaged, or its numbers are of another range.
     """
     if not isinstance(image, Image.Image):
         raise InputError(f"images must be PIL images, got {type(image).__name__}; open files with PIL.Image.open")
+    try:
+        image.load()
+    except Exception as error:  # what Pillow raises for a damaged file depends on the damage
+        raise InputError(f"can't read the image: {getattr(error, 'strerror', None) or error}") from error
     if image.mode == "RGB" and not image.info:
         return image
     profile, alpha = image.info.get("icc_profile"), None

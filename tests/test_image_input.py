@@ -192,6 +192,17 @@ def test_a_colour_that_is_transparent(tmp_path, mode, clear, other, expected, gr
     assert opened.getpixel((7, 0)) == (expected,) * 3
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_a_picture_that_is_damaged_further_on(tmp_path, image, suffix):
+    image.save(tmp_path / f"a{suffix}")
+    data = (tmp_path / f"a{suffix}").read_bytes()
+    (tmp_path / f"a{suffix}").write_bytes(data[: len(data) * 3 // 4])
+    with Image.open(tmp_path / f"a{suffix}") as opened, pytest.raises(InputError, match=r"^can't read the image: "):
+        flattened(opened)
+    with pytest.raises(InputError, match="can't read"):
+        open_image(tmp_path / f"a{suffix}")
+
+
 def test_what_is_flat_already_is_not_copied(image):
     assert flattened(image) is image
 
