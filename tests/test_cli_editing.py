@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from cli_runner import PROMPT, difference, done, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
+from flux2_mlx.files import read_bytes
 from flux2_mlx.images import read_settings
 
 DEMO = ("-m", "demo", "-s", "2", "--seed", "3")
@@ -175,15 +174,18 @@ def test_a_replay_of_outpainting_an_image_that_was_moved(folder):
     assert message == "first.png was extended, which marks what is new; leave out the mask mask.png"
 
 
-def test_the_bytes_that_were_read_are_remembered(folder):
-    """Whatever becomes of a file during the run; here it can't even be read again."""
-    os.mkfifo("pipe")
+def test_the_bytes_that_were_read_are_remembered(folder, monkeypatch):
+    """Whatever becomes of a file during the run; here it is gone as soon as it was read."""
     data = Path("a.png").read_bytes()
-    writer = threading.Thread(target=Path("pipe").write_bytes, args=[data])
-    writer.start()
-    edit("-i", "pipe", "-o", "first.png")
-    writer.join()
-    expected = {"path": str(folder / "pipe"), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def read_once(path, limit):
+        read = read_bytes(path, limit)
+        path.unlink()
+        return read
+
+    monkeypatch.setattr("flux2_mlx.images.read_bytes", read_once)
+    edit("-i", "a.png", "-o", "first.png")
+    expected = {"path": str(folder / "a.png"), "sha256": hashlib.sha256(data).hexdigest()}
     assert read_settings("first.png")["edit"]["images"] == [expected]
 
 
