@@ -26,6 +26,11 @@ def models_folder(models_dir: str | os.PathLike | None = None) -> Path:
     return _expanded(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx")
 
 
+def demo_folder() -> Path:
+    """The built-in checkpoint."""
+    return Path(str(files("flux2_mlx.demo")))
+
+
 def _expanded(path: str | os.PathLike) -> Path:
     """`path` with a home folder in place of a leading `~`."""
     try:
@@ -70,7 +75,7 @@ def find_checkpoint(
     """
     if variant is not None:
         get_variant(variant)
-    path = Path(str(files("flux2_mlx.demo"))) if source == DEMO else _expanded(source)
+    path = demo_folder() if source == DEMO else _expanded(source)
     if is_checkpoint(path):
         return _holding(path, variant)
     quant = check_quant(quant or "bf16")
@@ -149,6 +154,44 @@ def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, 
         if is_checkpoint(path) and (name := _painter(path)) in found:
             found[name].append(path)
     return found
+
+
+def named_checkpoints(name: str, models_dir: str | os.PathLike | None = None) -> list[Path]:
+    """The converted checkpoints that `name` stands for, damaged ones among them.
+
+    Args:
+        name: a converted folder, one in the models folder, or a variant or repo id that was converted to that.
+        models_dir: see `models_folder`.
+
+    Raises:
+        InputError: there are none.
+    """
+    if name == DEMO:
+        return [demo_folder()]
+    folder, path = models_folder(models_dir), _expanded(name)
+    for one in (path, folder / name):
+        if is_checkpoint(one):
+            return [one]
+    bring_all_back(folder)
+    converted = [x for x in sorted(folder.iterdir()) if is_checkpoint(x)] if folder.is_dir() else []
+    names = {name.lower()} | ({known.name} if (known := look_up(name)[0]) else set())
+    if found := [path for path in converted if _is_named(path, names)]:
+        return found
+    if path.is_dir():
+        raise CheckpointError(f"{path} is not an MLX checkpoint: it has no {MANIFEST}")
+    choices = ", ".join([DEMO, *(path.name for path in converted)])
+    raise InputError(f"there is no converted model {name!r} in {folder}; choose one of {choices}, or a folder")
+
+
+def _is_named(folder: Path, names: set[str]) -> bool:
+    """Whether a checkpoint was made of a model of these `names`; one that can't tell is judged by its folder's."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except CheckpointError:
+        return any(folder.name.startswith(f"{name.replace('/', '--')}-") for name in names)
+    source = manifest.get("source")
+    claims = [manifest.get("variant"), source.get("name") if isinstance(source, dict) else None]
+    return any(isinstance(claim, str) and claim.lower() in names for claim in claims)
 
 
 def _painter(folder: Path) -> str | None:

@@ -7,13 +7,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from flux2_mlx.checkpoint import (
+    FILES,
     FORMAT_VERSION,
     MANIFEST,
+    TENSOR_HASHES,
     Component,
     is_checkpoint,
     module_tensors,
@@ -23,9 +27,10 @@ from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZERS
-from flux2_mlx.weights import TensorInfo, mismatches, raise_problems, write_safetensors
+from flux2_mlx.weights import TensorInfo, Written, mismatches, raise_problems, write_bytes, write_safetensors
 
 from . import text, transformer, vae
+from .blobs import blobs, check_blob
 from .rules import Rule, Shape
 from .sources import Source
 
@@ -85,11 +90,13 @@ def write_checkpoint(
         text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         name: what the manifest calls the source; its folder's name if None.
         force: replace an MLX checkpoint at `target`.
-        progress: called with bytes written and bytes in all.
+        progress: called with bytes done and bytes in all: those that are written, and of a source in the Hub's cache
+            also those that are compared with the hashes which the Hub states.
 
     Raises:
         InputError: `target` exists or can't be written, the disk is too small, an unknown quantization.
-        CheckpointError: names, shapes or dtypes are not those of the model, or weights are not finite.
+        CheckpointError: names, shapes or dtypes are not those of the model, weights are not finite, or a file of the
+            source is not what the Hub states.
     """
     text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
     quants = {"transformer": check_quant(quant), "text_encoder": check_quant(text_quant), "vae": "bf16"}
@@ -99,7 +106,9 @@ def write_checkpoint(
     _check_tokenizer(source)
     check_target(target, force)
     place = Path(os.path.realpath(target))  # where a link leads to
-    total = sum(plan.nbytes for plan in plans)
+    needed = sum(plan.nbytes for plan in plans)
+    stated = blobs([*_small_files(source.folder), *chain(*source.files.values())])
+    meter = _Progress(needed + sum(blob.stat().st_size for blob in stated.values()), progress)
     manifest = {
         "format_version": FORMAT_VERSION,
         "variant": source.variant.name,
@@ -110,11 +119,17 @@ def write_checkpoint(
     }
     try:
         remove_leftovers(place.parent)
-        _check_space(place.parent, total)
+        _check_space(place.parent, needed)
+        for path, blob in stated.items():
+            check_blob(path, blob, meter.add)
         with staged(place, lambda: check_target(target, force), replace=force) as folder:
-            _fill(folder, source, plans, manifest, _Progress(total, progress))
+            _fill(_Folder(folder), source, plans, manifest, meter)
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error
+
+
+def _small_files(folder: Path) -> list[Path]:
+    return [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix in (".json", ".jinja")]
 
 
 def _plan(source: Source, name: str, quant: str) -> _Plan:
@@ -204,26 +219,49 @@ class _Progress:
             self._report(self._done, self._total)
 
 
-def _fill(folder: Path, source: Source, plans: list[_Plan], manifest: dict, progress: _Progress) -> None:
+class _Folder:
+    """Writes the files of a checkpoint and records what they hold, as it is written."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._written: dict[str, Written] = {}
+
+    def put(self, name: str, data: bytes) -> None:
+        self._written[name] = write_bytes(self._path(name), data)
+
+    def put_json(self, name: str, value: dict[str, Any]) -> None:
+        self.put(name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def put_weights(self, name: str, *args: Any) -> None:
+        """`args` are those of `write_safetensors`."""
+        self._written[name] = write_safetensors(self._path(name), *args)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write the record of the tensors and the manifest, with that of all files."""
+        self.put_json(TENSOR_HASHES, {name: x.tensors for name, x in self._written.items() if x.tensors})
+        files = {name: {"bytes": x.nbytes, "sha256": x.sha256} for name, x in self._written.items()}
+        self.put_json(MANIFEST, manifest | {FILES: files})
+
+    def _path(self, name: str) -> Path:
+        path = self._folder / name
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+
+def _fill(folder: _Folder, source: Source, plans: list[_Plan], manifest: dict[str, Any], progress: _Progress) -> None:
     for plan in plans:
-        _write_component(folder / plan.component.name, source, plan, progress)
-    (folder / "tokenizer").mkdir()
-    for file in _TOKENIZER_FILES:
-        if (source.folder / "tokenizer" / file).is_file():
-            shutil.copyfile(source.folder / "tokenizer" / file, folder / "tokenizer" / file)
-    (folder / "scheduler").mkdir()
-    shutil.copyfile(
-        source.folder / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"
-    )
-    _write_json(folder / MANIFEST, manifest)
+        _write_component(folder, source, plan, progress)
+    copies = [f"tokenizer/{file}" for file in _TOKENIZER_FILES if (source.folder / "tokenizer" / file).is_file()]
+    for name in (*copies, "scheduler/scheduler_config.json"):
+        folder.put(name, (source.folder / name).read_bytes())
+    folder.finish(manifest)
 
 
-def _write_component(folder: Path, source: Source, plan: _Plan, progress: _Progress) -> None:
-    folder.mkdir()
-    config = plan.component.config.to_dict()
+def _write_component(folder: _Folder, source: Source, plan: _Plan, progress: _Progress) -> None:
+    config, part = plan.component.config.to_dict(), plan.component.name
     if plan.component.quantization:
         config["quantization"] = plan.component.quantization
-    _write_json(folder / "config.json", config)
+    folder.put_json(f"{part}/config.json", config)
     shards = list(_shards(plan.layers))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -231,13 +269,11 @@ def _write_component(folder: Path, source: Source, plan: _Plan, progress: _Progr
     for name, layers in zip(names, shards, strict=True):
         stored = {key: tensor for layer in layers for key, tensor in layer.stored.items()}
         arrays = (array for layer in layers for array in _arrays(source, plan, layer))
-        write_safetensors(folder / name, stored, arrays, _METADATA, progress.add)
+        folder.put_weights(f"{part}/{name}", stored, arrays, _METADATA, progress.add)
     if len(shards) > 1:
         weight_map = {key: name for name, layers in zip(names, shards, strict=True) for x in layers for key in x.stored}
-        _write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map},
-        )
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        folder.put_json(f"{part}/model.safetensors.index.json", index)
 
 
 def _shards(layers: list[_Layer]) -> Iterator[list[_Layer]]:
@@ -265,7 +301,3 @@ def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
     else:
         quantized = quantize_array(array, plan.bits)
         yield from (quantized[key.rpartition(".")[2]] for key in layer.stored)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

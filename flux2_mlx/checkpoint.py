@@ -22,6 +22,8 @@ from .weights import NONSENSE, TensorInfo, load_arrays, mismatches, raise_proble
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
+FILES = "files"  # in the manifest: bytes and SHA-256 of every other file
+TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
 COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
     "transformer": (TransformerConfig, Flux2Transformer),
     "text_encoder": (TextConfig, TextEncoder),

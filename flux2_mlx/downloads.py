@@ -154,22 +154,23 @@ def _complete(url: str, headers: Mapping[str, str], blob: Blob, stream: BinaryIO
     while size <= blob.size and (piece := stream.read(_PIECE)):
         hasher.update(piece)
         size += len(piece)
+    bar.initial = bar.n = size
     waits = iter(_WAITS)
     while size < blob.size:
-        before = size
+        before, end = size, 0
         try:
             with closing(_pieces(url, headers, size)) as pieces:
                 for offset, piece in pieces:
-                    if offset != size:  # the server knows no ranges
-                        size, before, hasher = 0, 0, blob.hasher()
-                        stream.seek(0)
-                        stream.truncate()
-                    size += len(piece)
+                    end = offset + len(piece)
+                    new = piece[size - offset :] if offset < size else piece  # where the server knows no ranges
+                    size += len(new)
                     if size > blob.size:
                         break
-                    stream.write(piece)
-                    hasher.update(piece)
-                    bar.update(size - bar.n)
+                    stream.write(new)
+                    hasher.update(new)
+                    bar.update(len(new))
+            if end < before:  # not the file, maybe a page to log in
+                raise BrokenError(f"{end} bytes came, fewer than an earlier call got")
             break
         except (BrokenError, RefusedError) as error:
             if size - before > _PIECE:

@@ -141,12 +141,14 @@ def _parse(listing: bytes) -> tuple[str, dict[str, Blob]]:
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise ValueError(f"commit {commit!r}")
     files: dict[str, Blob] = {}
+    names = set()
     for entry in siblings:
         name = _get(entry, "rfilename", str)
         if not _NEEDED.fullmatch(name):
             continue
-        if name.lower() in map(str.lower, files):  # on many disks these are one file
+        if name.lower() in names:  # on many disks these are one file
             raise ValueError(f"{name} twice")
+        names.add(name.lower())
         lfs = entry.get("lfs") is not None and _get(entry, "lfs", dict)
         size = _get(entry, "size", int)
         digest, digits = (_get(lfs, "sha256", str), 64) if lfs is not False else (_get(entry, "blobId", str), 40)

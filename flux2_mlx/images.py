@@ -99,18 +99,24 @@ def _reading(path: Path) -> Iterator[None]:
 def flattened(image: Image.Image, ground: str = "white") -> Image.Image:
     """An image of any mode as RGB in sRGB with nothing attached, transparency laid on the colour `ground`.
 
+    Floating-point numbers are light from 0 to 1, as in float TIFFs, and integers of more than 8 bits are of 16.
+
     Raises:
-        InputError: it is no PIL image.
+        InputError: it is no PIL image, its file is damaged, or its numbers are of another range.
     """
     if not isinstance(image, Image.Image):
         raise InputError(f"images must be PIL images, got {type(image).__name__}; open files with PIL.Image.open")
+    try:
+        image.load()
+    except Exception as error:  # what Pillow raises for a damaged file depends on the damage
+        raise InputError(f"can't read the image: {getattr(error, 'strerror', None) or error}") from error
     if image.mode == "RGB" and not image.info:
         return image
     profile, alpha = image.info.get("icc_profile"), None
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _in_8_bits(image)
     if image.has_transparency_data:
-        whole = image.convert("RGBA")
+        whole = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image, alpha = whole.convert(Image.getmodebase(image.mode)), whole.getchannel("A")
     flat = _in_srgb(image, profile)
     if alpha is not None:
@@ -118,6 +124,26 @@ def flattened(image: Image.Image, ground: str = "white") -> Image.Image:
         flat = Image.alpha_composite(Image.new("RGBA", flat.size, ground), flat).convert("RGB")
     flat.info = {}
     return flat
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """An image of larger numbers, which Pillow would clip at 255, as `L`, or `LA` if one of them is transparent."""
+    values = np.asarray(image)
+    least, most = values.min(), values.max()
+    if image.mode == "F":
+        _check_range(least >= 0 and most <= 1, least, most, "0 to 1")  # NaN is in no range
+        return Image.fromarray(np.round(values * 255).astype(np.uint8))
+    if image.mode == "I":  # 32 bits, where Pillow keeps those of 16, too
+        _check_range(least >= 0 and most <= 65535, least, most, "0 to 65535")
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
+    return grey
+
+
+def _check_range(fits: bool, least: float, most: float, expected: str) -> None:
+    if not fits:
+        raise InputError(f"the image has numbers from {least:g} to {most:g}, not {expected}; save it in 8 or 16 bits")
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -1,5 +1,6 @@
 """Files of weights: what their headers say, and writing them. Knows bytes, no model."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -217,13 +218,21 @@ def raise_problems(what: str, problems: list[str]) -> None:
         raise CheckpointError(f"{what}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")
 
 
+class Written(NamedTuple):
+    """What was written to a file, as it was written: its length, its SHA-256, and that of each tensor's bytes."""
+
+    nbytes: int
+    sha256: str
+    tensors: dict[str, str]
+
+
 def write_safetensors(
     path: Path,
     tensors: dict[str, TensorInfo],
     arrays: Iterable[mx.array],
     metadata: dict[str, str],
     report: Callable[[int], None],
-) -> None:
+) -> Written:
     """Write a safetensors file of `tensors`, whose `arrays` come in the same order and are dropped one by one."""
     header, offset = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
@@ -232,13 +241,31 @@ def write_safetensors(
         offset = span[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    start = struct.pack("<Q", len(encoded)) + encoded
+    digest, digests = hashlib.sha256(start), {}
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor, array in zip(tensors.values(), arrays, strict=True):
+        file.write(start)
+        for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
             data = np.ascontiguousarray(array.view(mx.uint16) if tensor.dtype == "BF16" else array)
             if data.shape != tensor.shape:
                 raise AssertionError(f"planned {tensor.shape}, made {data.shape}")
+            digest.update(data)
+            digests[name] = hashlib.sha256(data).hexdigest()
             file.write(data.data)
             report(tensor.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
+    return Written(len(start) + offset, digest.hexdigest(), digests)
+
+
+def write_bytes(path: Path, data: bytes) -> Written:
+    """Write a small file of another kind."""
+    with path.open("wb") as file:
+        file.write(data)
+        _sync(file)
+    return Written(len(data), hashlib.sha256(data).hexdigest(), {})
+
+
+def _sync(file: BinaryIO) -> None:
+    """Make what was written to `file` durable."""
+    file.flush()
+    os.fsync(file.fileno())

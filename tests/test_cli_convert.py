@@ -268,7 +268,7 @@ def test_a_gated_model_says_how_to_get_access(official, folder, token):
 def test_a_converted_model_is_on_the_list_of_info(official, folder):
     done("download", official, "--variant", VARIANT, "-q", "qint4")
     (path,) = (folder / "models").iterdir()
-    assert done("info", VARIANT).stdout.splitlines()[-1] == str(path)
+    assert done("info", VARIANT).stdout.splitlines()[-1] == f"{path}: not verified"
     (row,) = [line for line in done("info").stdout.splitlines() if line.startswith(f"{VARIANT} ")]
     assert row.endswith("  1 converted")
     assert json.loads(done("info", VARIANT, "--json").stdout)["folders"] == [str(path)]

@@ -10,7 +10,7 @@ import pytest
 from cli_runner import PROMPT, difference, done, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
-from flux2_mlx.cli.job import Pictures
+from flux2_mlx.files import read_bytes
 from flux2_mlx.images import read_settings
 
 DEMO = ("-m", "demo", "-s", "2", "--seed", "3")
@@ -175,15 +175,15 @@ def test_a_replay_of_outpainting_an_image_that_was_moved(folder):
 
 
 def test_the_bytes_that_were_read_are_remembered(folder, monkeypatch):
-    """Whatever becomes of a file during the run."""
-    data, opened = Path("a.png").read_bytes(), Pictures.open
+    """Whatever becomes of a file during the run; here it is gone as soon as it was read."""
+    data = Path("a.png").read_bytes()
 
-    def replaced(pictures: Pictures):
-        outcome = opened(pictures)
-        Path("a.png").write_bytes(b"something else")
-        return outcome
+    def read_once(path, limit):
+        read = read_bytes(path, limit)
+        path.unlink()
+        return read
 
-    monkeypatch.setattr(Pictures, "open", replaced)
+    monkeypatch.setattr("flux2_mlx.images.read_bytes", read_once)
     edit("-i", "a.png", "-o", "first.png")
     expected = {"path": str(folder / "a.png"), "sha256": hashlib.sha256(data).hexdigest()}
     assert read_settings("first.png")["edit"]["images"] == [expected]
@@ -231,7 +231,7 @@ SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 16}
         ({"mask": {"path": 5}}, "the settings in b.png are damaged: path is 5"),
         ({"extend": {"foo": 1}}, "the settings in b.png are damaged: left is None"),
         ({"extend": SIDES | {"overlap": "z"}}, "the settings in b.png are damaged: overlap is 'z'"),
-        ({"images": []}, "the settings in b.png are damaged: it was made from 0 images"),
+        ({"images": []}, "the settings in b.png are damaged: images is []"),
         ({"images": None}, "the settings in b.png are damaged: images is None"),
         ({"images": ["a.png"]}, "the settings in b.png are damaged: 'a.png' should say path, sha256"),
         ({"images": [{"path": "a.png"}]}, "the settings in b.png are damaged: sha256 is None"),

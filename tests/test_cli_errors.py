@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_format_version(damaged):
         ("flux2.json", b'{"format_version": 1}', "model/flux2.json is damaged"),
         ("vae/config.json", None, "can't read model/vae/config.json: No such file or directory"),
         ("vae/config.json", b"\xff", "model/vae/config.json is not JSON"),
-        ("transformer/config.json", b"{}", "config.json does not describe a TransformerConfig"),
+        ("transformer/config.json", b"{}", "model/transformer/config.json describes no transformer: missing key"),
         ("transformer/model.safetensors", b"", "model/transformer/model.safetensors is not a safetensors file"),
         ("transformer/model.safetensors", b"a" * 100, "model/transformer/model.safetensors is not a safetensors file"),
         ("transformer/model.safetensors", None, "model/transformer is damaged, convert the model again: missing "),

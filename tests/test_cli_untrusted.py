@@ -206,7 +206,7 @@ UNKNOWN_MODEL = f"choose one of {', '.join(VARIANTS)}"
         ({"guidance": float("-inf")}, "guidance must be a number of 0 or more, got -inf"),
         ({"edit": EDIT}, "b.png, which the image was made from, is gone or has changed; give the images with -i"),
         ({"edit": EDIT | {"images": [PICTURE] * 101}}, "the settings in a.png are damaged: it was made from 101"),
-        ({"edit": EDIT | {"images": []}}, "the settings in a.png are damaged: it was made from 0 images"),
+        ({"edit": EDIT | {"images": []}}, "the settings in a.png are damaged: images is []"),
         ({"edit": EDIT | {"strength": True}}, "the settings in a.png are damaged: strength is True"),
         ({"edit": EDIT | {"images": [PICTURE | {"path": "b\0.png"}]}}, "b"),
         ({"edit": EDIT | {"images": [PICTURE | {"path": "/dev/zero"}]}}, "/dev/zero, which the image was made from"),

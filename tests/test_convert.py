@@ -1,5 +1,6 @@
 """What the converter writes, and how it tells the variants apart."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ from checkpoints import (
 from flux2_mlx.convert import Source, write
 from mlx.utils import tree_flatten
 from reference.parity import relative_error
-from safetensors import safe_open
+from safetensors import deserialize, safe_open
 from safetensors.torch import load_file
 
 from flux2_mlx import __version__
@@ -71,7 +72,7 @@ def test_the_folder(official, converted):
     files = {str(path.relative_to(converted)) for path in converted.rglob("*") if path.is_file()}
     configs = {f"{name}/config.json" for name in FILES}
     copies = {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"}
-    assert files == {"flux2.json", *FILES.values(), *configs, *copies}
+    assert files == {"flux2.json", "tensors.json", *FILES.values(), *configs, *copies}
     for file in copies:
         assert (converted / file).read_bytes() == (official / file).read_bytes()
     for file in FILES.values():
@@ -79,9 +80,26 @@ def test_the_folder(official, converted):
             assert weights.metadata() == {"format": "mlx", "flux2-mlx": "1"}
 
 
+def raw_tensors(path: Path) -> dict[str, bytes]:
+    """The bytes of every tensor in a file."""
+    return {key: bytes(values["data"]) for key, values in deserialize(path.read_bytes())}
+
+
 def test_the_manifest(official, tmp_path):
     folder = convert(official, tmp_path / "m", "qint4", None, variant="klein-base-4b", name="me/finetune")
-    assert json.loads((folder / "flux2.json").read_text()) == {
+    manifest = json.loads((folder / "flux2.json").read_text())
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert manifest.pop("files") == {
+        name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for name, path in paths.items()
+        if name != "flux2.json"
+    }
+    hashes = json.loads((folder / "tensors.json").read_text())
+    assert hashes == {
+        file: {key: hashlib.sha256(data).hexdigest() for key, data in raw_tensors(folder / file).items()}
+        for file in FILES.values()
+    }
+    assert manifest == {
         "format_version": 1,
         "variant": "klein-base-4b",
         "components": COMPONENTS,
@@ -231,7 +249,7 @@ def test_converting_twice_gives_the_same_files(quant, official, tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
         write.write_checkpoint(source, folder, quant)
     files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert len(files) == 12
+    assert len(files) == 13
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 
 import pytest
 from hub_client import BIG, NEEDED, REPO, SHARD, blob, fetch, files_in, listing, pointer, refusal, storage
@@ -133,6 +134,49 @@ def test_a_hub_that_does_not_answer_is_waited_for_as_long_as_set(hub, home, rele
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 30)
     hub.script("", lambda handler: released.wait(20))
     assert refusal(hub, home).startswith(f"cannot reach {hub.url} (")
+
+
+def partial_of_big(hub, home):
+    """The cache without the big file, of which a half has arrived."""
+    blob(hub, home, BIG).unlink()
+    path = blob(hub, home, BIG).with_name(f"{hub.repos[REPO].etag(BIG)}.flux2-mlx.incomplete")
+    path.write_bytes(NEEDED[BIG][:300_000])
+    return path
+
+
+def test_a_page_in_place_of_a_file_costs_nothing_that_had_arrived(hub, filled_home):
+    path = partial_of_big(hub, filled_home)
+    hub.script(BIG, lambda handler: handler.answer(200, {"Content-Length": 6}, b"log in"))
+    assert "broke off (6 bytes came, fewer than an earlier call got)" in refusal(hub, filled_home)
+    assert path.read_bytes() == NEEDED[BIG][:300_000]
+
+
+@pytest.mark.parametrize("length", [["Content-Length: 600000"], []])
+def test_a_file_from_a_server_without_ranges_is_completed(hub, filled_home, length):
+    path = partial_of_big(hub, filled_home)
+
+    def act(handler):
+        head(handler, *length)
+        handler.wfile.write(NEEDED[BIG])
+
+    hub.script(BIG, act)
+    assert files_in(fetch(hub, filled_home)) == NEEDED
+    assert not path.exists()
+
+
+def test_many_files_are_listed_in_no_time(hub, home):
+    info = listing(hub)
+    info["siblings"] += [{"rfilename": f"vae/{i}.json", "size": 1, "blobId": "b" * 40} for i in range(40_000)]
+    info["siblings"].append(info["siblings"][-1])
+    hub.publish(info)
+    start = time.process_time()
+    assert "vae/39999.json twice" in refusal(hub, home)
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("token", ["hf_s3cret\x0bx", "hf_s3cret é", "s3cret\x0cs3cret"])
+def test_a_token_that_cannot_be_sent(hub, home, token):
+    assert "\n" not in without_secrets(refusal(hub, home, token=token))
 
 
 def changed(entry_name=CONFIG, /, **values):

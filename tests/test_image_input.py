@@ -97,6 +97,112 @@ def test_transparency_is_laid_on_a_ground(mode, ground, expected):
     assert flattened(clear, ground).getpixel((0, 0)) == (expected,) * 3
 
 
+@pytest.fixture(params=["in memory", "in a file"])
+def read(request, tmp_path):
+    """An image as RGB: one given as it is, or one opened from a TIFF."""
+
+    def opened(image):
+        if request.param == "in memory":
+            return flattened(image)
+        image.save(tmp_path / "a.tif")
+        return open_image(tmp_path / "a.tif")
+
+    return opened
+
+
+def test_floating_point_numbers_are_light_from_0_to_1(read):
+    levels = np.arange(256, dtype=np.float32).reshape(16, 16)
+    assert np.array_equal(np.asarray(read(Image.fromarray(levels / 255)))[..., 1], levels)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "match"),
+    [
+        ([0, 1.5], r"the image has numbers from 0 to 1\.5, not 0 to 1; save it in 8 or 16 bits$"),
+        ([0, 255], "numbers from 0 to 255, not 0 to 1"),
+        ([-0.5, 0.5], r"numbers from -0\.5 to 0\.5, not 0 to 1"),
+        ([0, np.nan], "numbers from nan to nan, not 0 to 1"),
+        ([0, np.inf], "numbers from 0 to inf, not 0 to 1"),
+    ],
+)
+def test_floating_point_numbers_of_another_range_are_refused(read, numbers, match):
+    with pytest.raises(InputError, match=match):
+        read(Image.fromarray(np.array([numbers], dtype=np.float32)))
+
+
+def test_integers_are_of_16_bits(read):
+    levels = np.arange(256, dtype=np.int32).reshape(16, 16)
+    assert np.array_equal(np.asarray(read(Image.fromarray(levels * 257)))[..., 1], levels)
+    assert read(Image.fromarray(levels * 0)).getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("numbers", [[0, 65536], [-1, 60_000]])
+def test_integers_of_another_range_are_refused(read, numbers):
+    match = f"numbers from {numbers[0]} to {numbers[1]}, not 0 to 65535; save it in 8 or 16 bits$"
+    with pytest.raises(InputError, match=match):
+        read(Image.fromarray(np.array([numbers], dtype=np.int32)))
+
+
+def in_mode(mode):
+    """A picture of one colour, or of its grey, in this mode."""
+    color = Image.new("RGB", (8, 8), (200, 100, 50))
+    if mode == "LAB":
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        return ImageCms.profileToProfile(color, *profiles, outputMode="LAB")
+    if mode.startswith("I;"):
+        return Image.new(mode, (8, 8), 124 * 257)
+    steps = {"La": ("LA", "La"), "RGBa": ("RGBA", "RGBa"), "PA": ("RGBA", "PA")}
+    for step in steps.get(mode, (mode,)):
+        color = color.convert(step)
+    return color
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_colours_of_every_mode(mode):
+    assert flattened(in_mode(mode)).getpixel((4, 4)) == pytest.approx((200, 100, 50), abs=4)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"])
+def test_grey_of_every_mode(mode):
+    assert flattened(in_mode(mode)).getpixel((4, 4)) == (124, 124, 124)
+
+
+@pytest.mark.parametrize(("color", "expected"), [(0, 0), (1, 255)])
+def test_black_and_white(color, expected):
+    assert flattened(Image.new("1", (8, 8), color)).getpixel((4, 4)) == (expected,) * 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "clear", "other", "expected"),
+    [
+        ("1", 0, 1, 255),
+        ("L", 70, 71, 71),
+        ("I;16", 70 * 257, 71 * 257, 71),
+        ("P", 0, 7, 0),
+        ("RGB", (7, 70, 7), (71, 71, 71), 71),
+    ],
+)
+@pytest.mark.parametrize("ground", ["white", "black"])
+def test_a_colour_that_is_transparent(tmp_path, mode, clear, other, expected, ground):
+    picture = Image.new(mode, (8, 8), clear)
+    picture.paste(other, (4, 0, 8, 8))
+    picture.save(tmp_path / "a.png", transparency=clear)
+    opened = open_image(tmp_path / "a.png", ground)
+    assert opened.getpixel((0, 0)) == ((255, 255, 255) if ground == "white" else (0, 0, 0))
+    assert opened.getpixel((7, 0)) == (expected,) * 3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_a_picture_that_is_damaged_further_on(tmp_path, image, suffix):
+    image.save(tmp_path / f"a{suffix}")
+    data = (tmp_path / f"a{suffix}").read_bytes()
+    (tmp_path / f"a{suffix}").write_bytes(data[: len(data) * 3 // 4])
+    with Image.open(tmp_path / f"a{suffix}") as opened, pytest.raises(InputError, match=r"^can't read the image: "):
+        flattened(opened)
+    with pytest.raises(InputError, match="can't read"):
+        open_image(tmp_path / f"a{suffix}")
+
+
 def test_what_is_flat_already_is_not_copied(image):
     assert flattened(image) is image
 

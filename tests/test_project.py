@@ -31,7 +31,7 @@ ROWS = (
     ("quantization",),
     ("checkpoint",),
     ("streaming", "downloads"),
-    ("hub", "embedding_cache", "memory"),
+    ("hub", "embedding_cache", "memory", "verification"),
     ("convert",),
     ("sampling",),
     ("phases", "networks"),

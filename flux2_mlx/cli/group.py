@@ -15,6 +15,7 @@ from .describe import describe
 from .download import download
 from .i2i import i2i
 from .info import info
+from .models import models
 from .outpaint import outpaint
 from .progress import Warnings
 from .stopping import report
@@ -65,5 +66,5 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, cache):
+for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, cache):
     cli.add_command(_command)

@@ -58,6 +58,7 @@ def info(
     else:
         networks = _networks(model, quant, text_quant, dtype, memory_limit)
         (row,) = _rows([networks.checkpoint.variant], models_dir)
+        row["verified"] = _verified([*map(Path, row["folders"]), *_own_folder(model)])
         shown, show = row | _plan(networks, width, height), _print_one
     if as_json:
         print_result(to_json(shown))
@@ -128,6 +129,28 @@ def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[s
     }
 
 
+def _own_folder(model: str) -> list[Path]:
+    """The folder that MODEL is, if it is one."""
+    from ..checkpoint import is_checkpoint
+
+    return [Path(model)] if is_checkpoint(Path(model)) else []
+
+
+def _verified(folders: Iterable[Path]) -> dict[str, dict[str, Any] | None]:
+    """When each folder was found good by `models verify`, and what has changed since; None: it never was."""
+    from ..verification import remembered
+
+    return {str(folder): (memory := remembered(folder)) and memory._asdict() for folder in folders}
+
+
+def _verdict(memory: dict[str, Any] | None) -> str:
+    if memory is None:
+        return "not verified"
+    if memory["changed"]:
+        return f"changed since it was verified at {memory['time']}: {', '.join(memory['changed'])}"
+    return f"verified at {memory['time']}"
+
+
 def _print_plan(row: dict[str, Any]) -> None:
     click.echo(
         f"memory for {row['width']}×{row['height']} with {row['quant']}, text encoder {row['text_quant']}, computed in "
@@ -161,5 +184,5 @@ def _print_one(row: dict[str, Any]) -> None:
         numbers = "".join(f"{parts[name] / 1e9:16.3f}" for name in components)
         click.echo(f"{quant:8}{numbers}{sum(parts.values()) / 1e9:10.3f}")
     _print_plan(row)
-    for folder in row["folders"]:
-        print_result(folder)
+    for folder, memory in row["verified"].items():
+        print_result(f"{folder}: {_verdict(memory)}")

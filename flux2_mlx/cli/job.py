@@ -100,7 +100,9 @@ class Pictures:
         from ..references import MAX_REFERENCES
 
         _check_kinds(edit, _EDIT, image)
-        if not 1 <= len(edit["images"]) <= MAX_REFERENCES:
+        if not edit["images"]:
+            raise InputError(f"the settings in {image} are damaged: images is []")
+        if len(edit["images"]) > MAX_REFERENCES:
             raise InputError(f"the settings in {image} are damaged: it was made from {len(edit['images'])} images")
         mask, extend = edit.get("mask"), edit.get("extend")
         if extend is not None:

@@ -1,18 +1,16 @@
 """Doing a job: checks, loading, rewriting, painting, saving, printing."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from ..config import VARIANTS
 from .job import Job
 from .options import DEFAULT_MODEL
 from .progress import Bars, Stream, conversion, notice
 from .report import Result, Run, print_profile
+from .terminal import print_result, to_json
 from .writing import check_sight, is_blind, open_writer
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
             # Of a run that is cut short, too, what is finished stays and is named.
             ended = sys.exc_info()[0] is None
             if as_json and (ended or result.made):
-                click.echo(json.dumps(result.report(complete=ended), ensure_ascii=False))
+                print_result(to_json(result.report(complete=ended)))
     if profile:
         print_profile(result.output, result.seconds)
 
@@ -71,7 +69,8 @@ def _make(result: Result, missing: list[int], job: Job, images: "list[Image.Imag
         if progress.image is not None:
             path = result.save(places[0], progress.image, replace=job.force)
             if not as_json:
-                bars.print(path)
+                with bars.aside():
+                    print_result(path)
         step = progress.step
         if step is not None and job.checkpoint and step.number % job.checkpoint == 0 and step.number < request.steps:
             _save_previews(job, [result.paths[place] for place in places], step.number, progress.preview())

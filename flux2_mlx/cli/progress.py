@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -16,6 +16,7 @@ _LABELS = {
     "transformer": "denoising",
     "vae": "decoding",
     "convert": "converting",
+    "verify": "verifying",
 }
 
 
@@ -53,12 +54,13 @@ class Bars:
             self._phase, self._bar = phase, tqdm(desc=_LABELS[phase], total=total, leave=True, **options)
         self._bar.update(done - self._bar.n)
 
-    def print(self, path: Path) -> None:
-        """Print the path of a result on a line of its own on stdout, above a bar that is being drawn."""
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the bar away from the terminal while a result is printed."""
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stdout):
-            click.echo(path)
+            yield
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -1,0 +1,240 @@
+"""Is a checkpoint still what the converter wrote? All of its bytes are read, and none of them is kept."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from .checkpoint import FILES, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint
+from .errors import CheckpointError, Flux2Error
+from .weights import NONSENSE, TensorInfo, open_regular, read_header, read_json
+
+_MEMORY = "verified.json"
+_CHUNK = 1 << 24
+_CHANGED = "is not what was converted"
+_Progress = Callable[[int, int], None]
+
+
+class _Float(NamedTuple):
+    """How a dtype lies in bits: those of the exponent are all set in what is not finite."""
+
+    bits: type
+    exponent: int
+    sign: int
+
+
+_FLOATS = {
+    "F32": _Float(np.uint32, 0x7F800000, 0x80000000),
+    "F16": _Float(np.uint16, 0x7C00, 0x8000),
+    "BF16": _Float(np.uint16, 0x7F80, 0x8000),
+}
+
+
+class Problem(NamedTuple):
+    """What is wrong with a file of the checkpoint, or with one tensor in it; without a file, with the whole."""
+
+    file: str | None
+    tensor: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, [self.file and f"{self.file}:", self.tensor, self.what]))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verification found.
+
+    `hashed` says whether there were hashes to compare with; without them other finite values pass.
+    """
+
+    folder: Path
+    problems: list[Problem]
+    hashed: bool
+    files: dict[str, list[int]]  # size and time of change of each file, as they were before it was read
+
+    def remember(self) -> bool:
+        """Note in the folder that it was found good, or forget that it once was; gives whether that could be done."""
+        memory = self.folder / _MEMORY
+        partial = memory.with_name(f".{_MEMORY}.{secrets.token_hex(8)}.partial")
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        try:
+            if self.problems:
+                memory.unlink(missing_ok=True)
+                return True
+            try:
+                partial.write_text(json.dumps({"time": time, "files": self.files}, indent=2), encoding="utf-8")
+                os.replace(partial, memory)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
+
+
+class Memory(NamedTuple):
+    """When a checkpoint was found good, and which files have changed since, by their sizes and times."""
+
+    time: str
+    changed: list[str]
+
+
+def remembered(folder: Path) -> Memory | None:
+    """What was noted of the last verification that found the folder good; None: there is no such note."""
+    if not (folder / _MEMORY).exists():
+        return None
+    try:
+        values = read_json(folder / _MEMORY)
+        time, before = datetime.fromisoformat(values["time"]).isoformat(timespec="seconds"), dict(values["files"])
+    except (*NONSENSE, CheckpointError):
+        return None
+    now = _states(folder)
+    return Memory(time, sorted(name for name in {**before, **now} if before.get(name) != now.get(name)))
+
+
+def verify(folder: Path, progress: _Progress | None = None) -> Report:
+    """Read every file of a checkpoint and compare it with what the converter recorded; look at every value.
+
+    Args:
+        folder: an MLX checkpoint folder.
+        progress: called with bytes read and bytes in all.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    if not is_checkpoint(folder):
+        raise CheckpointError(f"{folder} is not an MLX checkpoint: it has no {MANIFEST}")
+    states = _states(folder)
+    problems: list[Problem] = []
+    records = _records(folder, problems)
+    hashes = _tensor_hashes(folder) if TENSOR_HASHES in records else {}
+    weights = {name for name in states if name.endswith(".safetensors")}
+    meter = _Meter(sum(states[name][0] for name in {*records, *weights} if name in states), progress)
+    for name in sorted({*records, *weights}):
+        if name not in records and records:
+            problems.append(Problem(name, None, "was not there after the conversion"))
+        problems += _check_file(folder, name, records.get(name), hashes.get(name, {}), meter)
+    try:
+        Checkpoint.open(folder)
+    except Flux2Error as error:
+        if str(error) not in {f"{folder / (problem.file or '')} {problem.what}" for problem in problems}:
+            problems.append(Problem(None, None, str(error)))
+    return Report(folder, problems, bool(records), states)
+
+
+class _Meter:
+    def __init__(self, total: int, report: _Progress | None):
+        self._done, self._total, self._report = 0, total, report
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._report:
+            self._report(self._done, self._total)
+
+
+def _states(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of every file that a checkpoint may consist of."""
+    found = {}
+    for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
+        if path.suffix in (".json", ".safetensors", ".jinja") and path.name != _MEMORY:
+            with suppress(OSError):  # a link to nothing
+                status = path.stat()
+                found[path.relative_to(folder).as_posix()] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def _records(folder: Path, problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """The manifest's record of each file that lies in the folder; what is wrong with it is added to `problems`."""
+    try:
+        records = read_json(folder / MANIFEST).get(FILES, {})
+    except CheckpointError:  # opening will say so
+        return {}
+    if isinstance(records, dict) and all(_is_record(*item) for item in records.items()):
+        return records
+    problems.append(Problem(MANIFEST, None, "is damaged: it does not say which files there are"))
+    return {}
+
+
+def _is_record(name: str, record: Any) -> bool:
+    path = PurePosixPath(name)
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return inside and isinstance(record, dict) and all(key in record for key in ("bytes", "sha256"))
+
+
+def _tensor_hashes(folder: Path) -> dict[str, dict[str, str]]:
+    """SHA-256 of the tensors of each file, as far as they can be read: they only say where a file has changed."""
+    try:
+        values = read_json(folder / TENSOR_HASHES)
+    except CheckpointError:
+        return {}
+    return {name: hashes for name, hashes in values.items() if isinstance(hashes, dict)}
+
+
+def _check_file(
+    folder: Path, name: str, record: dict[str, Any] | None, hashes: dict[str, str], meter: _Meter
+) -> list[Problem]:
+    if not os.path.lexists(folder / name):
+        return [Problem(name, None, "is missing")]
+    whole, problems, changed = hashlib.sha256(), [], []
+    try:
+        with open_regular(folder / name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if name.endswith(".safetensors"):
+                try:
+                    tensors = read_header(folder / name)
+                except CheckpointError as error:  # what it says of tensors is worth nothing
+                    tensors = {}
+                    problems.append(Problem(name, None, str(error).removeprefix(f"{folder / name} ")))
+                start = size - sum(tensor.nbytes for tensor in tensors.values())
+                _read(file, start, [whole], meter)
+                for key, tensor in tensors.items():
+                    digest, flaws = _read_tensor(file, key, tensor, whole, meter)
+                    problems += [Problem(name, key, flaw) for flaw in flaws]
+                    if hashes.keys() == tensors.keys() and hashes[key] != digest:
+                        changed.append(Problem(name, key, _CHANGED))
+            else:
+                _read(file, size, [whole], meter)
+    except (OSError, CheckpointError) as error:
+        return [*problems, Problem(name, None, str(error))]
+    if record and (record["bytes"], record["sha256"]) != (size, whole.hexdigest()):
+        problems += changed or [Problem(name, None, _CHANGED)]
+    return problems
+
+
+def _read_tensor(file: BinaryIO, name: str, tensor: TensorInfo, whole: Any, meter: _Meter) -> tuple[str, set[str]]:
+    """SHA-256 of the tensor that comes next in `file`, and what is wrong with its values."""
+    own, flaws, kind = hashlib.sha256(), set(), _FLOATS.get(tensor.dtype)
+    for data in _pieces(file, tensor.nbytes, [whole, own], meter):
+        if kind:
+            bits = np.frombuffer(data, kind.bits)
+            if ((bits & kind.exponent) == kind.exponent).any():
+                flaws.add("has values that are not finite")
+            if name.endswith("running_var") and (bits > kind.sign).any():
+                flaws.add("has negative values, which a variance can't have")
+    return own.hexdigest(), flaws
+
+
+def _read(file: BinaryIO, count: int, digests: list[Any], meter: _Meter) -> None:
+    for _ in _pieces(file, count, digests, meter):
+        pass
+
+
+def _pieces(file: BinaryIO, count: int, digests: list[Any], meter: _Meter) -> Iterator[bytes]:
+    """The next `count` bytes of `file`, a few megabytes at a time; all `digests` see them."""
+    while count:
+        data = file.read(min(count, _CHUNK))
+        if not data:
+            raise CheckpointError("became shorter while it was read")
+        for digest in digests:
+            digest.update(data)
+        meter.add(len(data))
+        count -= len(data)
+        yield data
