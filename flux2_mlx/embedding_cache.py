@@ -3,8 +3,11 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
+import stat
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,19 +19,21 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .checkpoint import FORMAT_VERSION, Checkpoint
+from .checkpoint import FORMAT_VERSION, Checkpoint, Component
 from .errors import CheckpointError, InputError
 from .text import TextEncoder
-from .weights import read_header
 
 FOLDER = "prompts"  # within the models folder
 LIMIT_VARIABLE = "FLUX2_MLX_CACHE_BYTES"
-_DEFAULT_LIMIT = 1_000_000_000
+_DEFAULT_LIMIT, _MAX_DIGITS = 1_000_000_000, 18
 # Patterns that match nothing but our files, since the folder may have been the user's before.
 _KEY = "[0-9a-f]" * 64
 _ENTRIES, _PARTIALS = f"{_KEY}.safetensors", f"{_KEY}.*.partial"
 _LEFTOVER_SECONDS = 3600  # writing takes far less, so an older partial file is that of a writer that was killed
 _HEADER_BYTES = 512  # more than an entry's header takes
+_CODES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # of the safetensors format
+# An encoder is known by this many pieces of this many bytes from each of its files, among other things.
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +43,17 @@ class Entry(NamedTuple):
     used: int
     size: int
     path: Path
+
+
+class Form(NamedTuple):
+    """What all states of a kind have in common."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
 
 
 class EmbeddingCache:
@@ -56,12 +72,16 @@ class EmbeddingCache:
         self.max_bytes = _limit() if max_bytes is None else max_bytes
         self._warned = False
 
-    def get(self, key: str) -> mx.array | None:
-        """The states kept under `key`, bit for bit; a damaged entry is removed, and there are none."""
+    def get(self, key: str, form: Form) -> mx.array | None:
+        """The states of `form` kept under `key`, bit for bit; an entry that is anything else is removed, and there are
+        none."""
         path, states = self._path(key), None
-        with suppress(OSError):
-            path.open("rb").close()  # what another user keeps from us, say, is not damaged
-            states = _read(path)
+        with suppress(OSError):  # what another user keeps from us, say, is not damaged
+            data = _read(path, _HEADER_BYTES + form.nbytes)
+            payload = b"" if data is None else data[-form.nbytes :]
+            if data == _header(key, payload, form) + payload:
+                states = mx.array(np.frombuffer(payload, np.uint8)).view(form.dtype).reshape(form.shape)
+                states = states if _is_finite(states) else None
             if states is None:
                 path.unlink()
             else:
@@ -69,9 +89,9 @@ class EmbeddingCache:
         return states
 
     def put(self, key: str, states: mx.array) -> None:
-        """Keep `states`. Where that can't be done, the first failure is logged as a warning."""
+        """Keep `states` if they are finite. Where that can't be done, the first failure is logged as a warning."""
         needed = states.nbytes + _HEADER_BYTES
-        if needed > self.max_bytes:
+        if needed > self.max_bytes or not _is_finite(states):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,15 +111,15 @@ class EmbeddingCache:
     def entries(self) -> list[Entry]:
         """What is kept, the least recently used first."""
         found = []
-        for path in self.folder.glob(_ENTRIES):
-            with suppress(FileNotFoundError):  # another process may have removed it
+        for path in self._found(_ENTRIES):
+            with suppress(OSError):  # another process may have removed it, or it is a link to nowhere
                 status = path.stat()
                 found.append(Entry(status.st_mtime_ns, status.st_size, path))
         return sorted(found)
 
     def clear(self) -> None:
         """Remove all entries; InputError if that can't be done."""
-        for path in (*self.folder.glob(_ENTRIES), *self.folder.glob(_PARTIALS)):
+        for path in (*self._found(_ENTRIES), *self._found(_PARTIALS)):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -108,9 +128,15 @@ class EmbeddingCache:
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
+    def _found(self, pattern: str) -> list[Path]:
+        try:
+            return list(self.folder.glob(pattern))
+        except OSError:  # a folder that can't be looked into holds nothing for us
+            return []
+
     def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(_PARTIALS):
-            with suppress(FileNotFoundError):
+        for path in self._found(_PARTIALS):
+            with suppress(OSError):
                 if path.stat().st_mtime < time.time() - _LEFTOVER_SECONDS:
                     path.unlink()
 
@@ -120,15 +146,16 @@ class EmbeddingCache:
         for entry in entries:
             if excess <= 0:
                 return
-            entry.path.unlink(missing_ok=True)
+            with suppress(OSError):  # another process has removed it, or it is a folder
+                entry.path.unlink()
             excess -= entry.size
 
     def _write(self, key: str, states: mx.array) -> None:
         """Write an entry that appears only when it is complete."""
         partial = self.folder / f"{key}.{secrets.token_hex(8)}.partial"
+        payload = np.array(states.view(mx.uint8)).tobytes()
         try:
-            with partial.open("xb") as file:
-                mx.save_safetensors(file, {"states": states}, {"sha256": _digest(states)})
+            partial.write_bytes(_header(key, payload, Form(states.shape, states.dtype)) + payload)
             partial.replace(self._path(key))
         finally:
             partial.unlink(missing_ok=True)
@@ -146,16 +173,15 @@ class CachedEncoder:
         load: Callable[[], TextEncoder],
     ):
         self._checkpoint, self._quant, self._dtype = checkpoint, quant, dtype
-        # Nothing else tells the weights of two checkpoints apart for certain.
-        self._cache = cache if checkpoint.source.get("fingerprint") else None
-        self._load = load
+        self._cache, self._load = cache, load
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> mx.array:
         """States `[L, C]` of one prompt's token ids and attention mask `[1, L]`, evaluated."""
         if self._cache is None:
             return self._encode(ids, mask)
-        key = entry_key(self._checkpoint, self._quant, self._dtype, ids, mask)
-        states = self._cache.get(key)
+        key = entry_key(self._checkpoint, self._fingerprint, self._quant, self._dtype, ids, mask)
+        features = self._checkpoint.components["text_encoder"].config.output_size
+        states = self._cache.get(key, Form((ids.shape[1], features), self._dtype))
         if states is None:
             states = self._encode(ids, mask)
             self._cache.put(key, states)
@@ -167,17 +193,23 @@ class CachedEncoder:
         return states
 
     @cached_property
+    def _fingerprint(self) -> str:
+        return _fingerprint(self._checkpoint.components["text_encoder"])
+
+    @cached_property
     def _encoder(self) -> TextEncoder:
         return self._load()
 
 
-def entry_key(checkpoint: Checkpoint, quant: str, dtype: mx.Dtype, ids: np.ndarray, mask: np.ndarray) -> str:
+def entry_key(
+    checkpoint: Checkpoint, fingerprint: str, quant: str, dtype: mx.Dtype, ids: np.ndarray, mask: np.ndarray
+) -> str:
     """SHA-256 of all that the states depend on. Ids and mask stand for prompt, template, tokenizer and length."""
     facts = {
         "format": FORMAT_VERSION,
         "versions": [__version__, mx.__version__],
         "device": str(mx.default_device()),
-        "weights": checkpoint.source["fingerprint"],
+        "weights": fingerprint,
         "variant": checkpoint.variant.name,
         "quant": quant,
         "dtype": str(dtype),
@@ -189,23 +221,45 @@ def entry_key(checkpoint: Checkpoint, quant: str, dtype: mx.Dtype, ids: np.ndarr
 
 def _limit() -> int:
     text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_LIMIT)
-    if not text.isdecimal():
-        raise InputError(f"{LIMIT_VARIABLE} must be a number of bytes, got {text!r}")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise InputError(f"{LIMIT_VARIABLE} must be a number of bytes, got {text[:40]!r}")
     return int(text)
 
 
-def _read(path: Path) -> mx.array | None:
-    """The states in a file, or None if it is missing or damaged."""
-    try:
-        read_header(path)  # MLX reads lazily, and garbage from a file that is too short
-        arrays, metadata = mx.load(str(path), return_metadata=True)
-        return arrays["states"] if metadata["sha256"] == _digest(arrays["states"]) else None
-    except (CheckpointError, RuntimeError, ValueError, KeyError):
-        return None
-
-
-def _digest(states: mx.array) -> str:
-    """SHA-256 of dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{states.dtype} {states.shape}".encode())
-    digest.update(np.array(states.view(mx.uint8)).tobytes())
+def _fingerprint(encoder: Component) -> str:
+    """SHA-256 of what tells an encoder's files from all others, a copy of them included: where and what they are, when
+    they were last changed, and pieces of their content. What a folder says about itself would be a claim."""
+    digest = hashlib.sha256(repr((encoder.config, encoder.quantization)).encode())
+    for path in encoder.files:
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                changed = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+                digest.update(repr((os.path.realpath(path), changed)).encode())
+                for start in range(0, status.st_size, max(_SAMPLE_BYTES, status.st_size // _SAMPLES)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise CheckpointError(f"can't read {path}: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def _read(path: Path, most: int) -> bytes | None:
+    """The bytes of a regular file, and None if it is none or has more than `most`."""
+    # Without O_NONBLOCK opening a FIFO would already wait.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        return file.read(most) if stat.S_ISREG(status.st_mode) and status.st_size <= most else None
+
+
+def _header(key: str, payload: bytes, form: Form) -> bytes:
+    """What stands before the `payload` of an entry: the header of a safetensors file, with a hash."""
+    info = {"dtype": _CODES[form.dtype], "shape": list(form.shape), "data_offsets": [0, len(payload)]}
+    digest = hashlib.sha256(key.encode() + payload).hexdigest()
+    header = json.dumps({"__metadata__": {"sha256": digest}, "states": info}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header
+
+
+def _is_finite(states: mx.array) -> bool:
+    return mx.isfinite(states).all().item()

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import __version__
-from .embedding_cache import EmbeddingCache
+from .embedding_cache import EmbeddingCache, Form
 from .layers import dtype_name
 from .networks import Networks
 from .references import Edit
@@ -28,7 +28,11 @@ class Unfinished:
         """The tokens `[L, C]` that an earlier run of the same settings has left, by the place of their image."""
         if not self._files.entries():
             return {}
-        found = {place: self._files.get(key) for place, key in _keys(networks, request, edit)}
+        components = networks.checkpoint.components
+        size = components["vae"].config.token_size
+        length, channels = request.height * request.width // size**2, components["transformer"].config.in_channels
+        form = Form((length, channels), mx.float32)
+        found = {place: self._files.get(key, form) for place, key in _keys(networks, request, edit)}
         return {place: tokens for place, tokens in found.items() if tokens is not None}
 
     def keep(self, networks: Networks, request: Request, edit: Edit, tokens: dict[int, mx.array]) -> None:

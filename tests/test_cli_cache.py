@@ -8,11 +8,13 @@ import pytest
 from cli_runner import PROMPT, done, refusal
 
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.embedding_cache import Form
 from flux2_mlx.errors import InputError
 
 IMAGE = ("-m", "demo", "-W", "32", "-H", "32", "-s", "1", "--seed", "5")
 KEYS = ["0" * 64, "1" * 64]
 STATES = mx.ones((30, 50), mx.bfloat16)
+FORM = Form(STATES.shape, STATES.dtype)
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -65,7 +67,7 @@ def test_what_can_not_be_removed_is_told(cache):
     path = cache.folder / f"{KEYS[0]}.safetensors"
     path.mkdir(parents=True)
     assert refusal("cache", "--clear").startswith(f"can't remove {path}: ")
-    assert cache.get(KEYS[0]) is None
+    assert cache.get(KEYS[0], FORM) is None
 
 
 def test_the_limit_may_be_set_in_the_environment(monkeypatch, cache):

@@ -1,7 +1,6 @@
 """Encoded prompts on disk: bits, keys, the limit, damage, several processes, folders that can't be written."""
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -15,20 +14,22 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import edit_json
 from cli_runner import DEMO, PROMPT
 from flux2_mlx.convert import converted_folders
 from safetensors.numpy import save_file
 
-from flux2_mlx import Flux2Pipeline, embedding_cache
+from flux2_mlx import CheckpointError, Flux2Pipeline, InputError, embedding_cache
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
-from flux2_mlx.embedding_cache import EmbeddingCache, entry_key
+from flux2_mlx.embedding_cache import EmbeddingCache, Form, entry_key
 from flux2_mlx.phases import Progress
 
 OTHER = "a large green ring on a white background"
 IMAGE = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 5}
 KEYS = [character * 64 for character in "0123456789abcdef"]
 STATES = mx.arange(1500).reshape(30, 50).astype(mx.bfloat16)  # 3000 bytes
+FORM = Form(STATES.shape, STATES.dtype)
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -44,6 +45,10 @@ def bits(states: mx.array) -> tuple:
 def states_of(key: str) -> mx.array:
     """What the tests keep under `key`."""
     return STATES + KEYS.index(key)
+
+
+def encoder_file(folder: Path) -> Path:
+    return folder / "text_encoder" / "model.safetensors"
 
 
 def path_of(cache: EmbeddingCache, key: str) -> Path:
@@ -101,7 +106,7 @@ def test_other_settings_need_the_encoder(settings, length, loads):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda facts: facts | {"checkpoint": replace(facts["checkpoint"], source={"fingerprint": "0"})},
+        lambda facts: facts | {"fingerprint": "0"},
         lambda facts: facts | {"checkpoint": replace(facts["checkpoint"], variant=VARIANTS["klein-4b"])},
         lambda facts: facts | {"quant": "qint8"},
         lambda facts: facts | {"dtype": mx.bfloat16},
@@ -114,7 +119,14 @@ def test_other_settings_need_the_encoder(settings, length, loads):
 def test_the_key_depends_on(change):
     checkpoint = Checkpoint.open(DEMO)
     ids, mask = checkpoint.tokenizer([PROMPT], 48)
-    facts = {"checkpoint": checkpoint, "quant": "bf16", "dtype": mx.float32, "ids": ids, "mask": mask}
+    facts = {
+        "checkpoint": checkpoint,
+        "fingerprint": "1",
+        "quant": "bf16",
+        "dtype": mx.float32,
+        "ids": ids,
+        "mask": mask,
+    }
     assert entry_key(**facts) == entry_key(**facts)
     assert entry_key(**change(facts)) != entry_key(**facts)
 
@@ -127,14 +139,72 @@ def test_another_version_has_other_keys(name, monkeypatch, loads):
     assert loads == ["text_encoder"] * 2
 
 
-def test_a_model_without_a_fingerprint_is_not_cached(models, tmp_path, loads):
-    folder = shutil.copytree(DEMO, tmp_path / "mine")
-    manifest = json.loads((folder / "flux2.json").read_text())
-    (folder / "flux2.json").write_text(json.dumps(manifest | {"source": {"name": "mine"}}))
-    for _ in range(2):
+def copy_of_demo(tmp_path: Path) -> Path:
+    return shutil.copytree(DEMO, tmp_path / "mine")
+
+
+def invert(path: Path, position: int) -> None:
+    """Change one byte of a file, which keeps the times it was changed at as far as that can be asked for."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte[0] ^ 64]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("place", [1, 3001])
+def test_a_damaged_copy_shares_no_entries_with_the_healthy_model(place, tmp_path, loads):
+    folder = copy_of_demo(tmp_path)  # with the same claims in its manifest
+    invert(encoder_file(folder), encoder_file(folder).stat().st_size - place)
+    damaged = Flux2Pipeline.from_pretrained(folder).encode_prompt(PROMPT)
+    healthy = open_demo().encode_prompt(PROMPT)
+    assert bits(healthy) == bits(open_demo(prompt_cache=False).encode_prompt(PROMPT)) != bits(damaged)
+    assert bits(Flux2Pipeline.from_pretrained(folder).encode_prompt(PROMPT)) == bits(damaged)
+    assert loads == ["text_encoder"] * 3
+
+
+def replace_file(path: Path) -> None:
+    """Put another file of the same size and time in the place of this one."""
+    copy = shutil.copy2(path, path.with_name("copy"))
+    invert(copy, path.stat().st_size - 1)
+    os.replace(copy, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: invert(encoder_file(folder), encoder_file(folder).stat().st_size - 1),
+        lambda folder: replace_file(encoder_file(folder)),
+        lambda folder: edit_json(folder / "text_encoder" / "config.json", rms_norm_eps=1e-3),
+        lambda folder: edit_json(folder / "text_encoder" / "config.json", rope_theta=10.0),
+    ],
+    ids=["a byte", "another file", "eps", "rope"],
+)
+def test_an_encoder_that_changes_has_other_entries(change, tmp_path, loads):
+    folder = copy_of_demo(tmp_path)
+    before = Flux2Pipeline.from_pretrained(folder).encode_prompt(PROMPT)
+    change(folder)
+    after = Flux2Pipeline.from_pretrained(folder).encode_prompt(PROMPT)
+    assert bits(after) == bits(Flux2Pipeline.from_pretrained(folder, prompt_cache=False).encode_prompt(PROMPT))
+    assert bits(after) != bits(before)
+    assert loads == ["text_encoder"] * 3
+
+
+def test_what_a_manifest_claims_is_nothing_to_the_entries(tmp_path, loads):
+    folder = copy_of_demo(tmp_path)
+    for source in ({"name": "mine"}, {"name": "demo", "fingerprint": "0"}):
+        edit_json(folder / "flux2.json", source=source)
         Flux2Pipeline.from_pretrained(folder).encode_prompt(PROMPT)
-    assert loads == ["text_encoder"] * 2
-    assert not models.exists()
+    assert loads == ["text_encoder"]
+
+
+def test_an_encoder_that_has_gone_is_told(tmp_path):
+    pipe = Flux2Pipeline.from_pretrained(copy_of_demo(tmp_path))
+    encoder_file(tmp_path / "mine").unlink()
+    with pytest.raises(CheckpointError, match=r"can't read .*model\.safetensors: No such file"):
+        pipe.encode_prompt(PROMPT)
 
 
 def test_the_least_recently_used_make_room(cache):
@@ -143,7 +213,7 @@ def test_the_least_recently_used_make_room(cache):
         cache.put(key, states_of(key))
         os.utime(path_of(cache, key), (used, used))
     assert kept(cache) == KEYS[:3]
-    cache.get(KEYS[0])
+    cache.get(KEYS[0], FORM)
     cache.put(KEYS[3], states_of(KEYS[3]))
     assert sorted(kept(cache)) == [KEYS[0], KEYS[2], KEYS[3]]
     assert sum(entry.size for entry in cache.entries()) <= cache.max_bytes
@@ -170,24 +240,81 @@ def flip_last_bit(path: Path) -> None:
         flip_last_bit,
         lambda path: save_file({"states": np.ones((2, 2))}, path),
         lambda path: save_file({"other": np.ones((2, 2), np.float32)}, path, {"sha256": ""}),
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"states"', b'"stated"')),
+        lambda path: path.write_bytes(b""),
+        lambda path: os.truncate(path, 2**40),  # takes no room on the disk, but would in memory
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+        lambda path: (path.unlink(), path.symlink_to(path)),
     ],
-    ids=["truncated", "garbage", "too long", "a flipped bit", "no digest", "another file"],
+    ids=[
+        "truncated",
+        "garbage",
+        "too long",
+        "a flipped bit",
+        "no digest",
+        "another file",
+        "another name",
+        "empty",
+        "huge",
+        "a FIFO",
+        "a device",
+        "a link to itself",
+    ],
 )
 def test_a_damaged_entry_is_a_miss_and_replaced(damage: Callable[[Path], None], cache):
     cache.put(KEYS[0], STATES)
     damage(path_of(cache, KEYS[0]))
-    assert cache.get(KEYS[0]) is None
+    assert cache.get(KEYS[0], FORM) is None
     assert not path_of(cache, KEYS[0]).exists()
     cache.put(KEYS[0], STATES)
-    assert bits(cache.get(KEYS[0])) == bits(STATES)
+    assert bits(cache.get(KEYS[0], FORM)) == bits(STATES)
+
+
+@pytest.mark.parametrize(
+    ("key", "states"),
+    [
+        (KEYS[1], STATES),
+        (KEYS[0], STATES.astype(mx.float16)),
+        (KEYS[0], STATES.view(mx.float32)),
+        (KEYS[0], STATES.T),
+        (KEYS[0], STATES[None]),
+        (KEYS[0], STATES[:-1]),
+        (KEYS[0], mx.where(STATES == 7, mx.nan, STATES).astype(mx.bfloat16)),
+        (KEYS[0], mx.where(STATES == 7, -mx.inf, STATES).astype(mx.bfloat16)),
+    ],
+    ids=["another key", "float16", "float32", "shape", "rank", "length", "no number", "infinite"],
+)
+def test_an_entry_of_something_else_is_a_miss_and_replaced(key, states, cache):
+    cache.folder.mkdir(parents=True)
+    cache._write(key, states)
+    path_of(cache, key).rename(path_of(cache, KEYS[0]))
+    assert cache.get(KEYS[0], FORM) is None
+    assert cache.entries() == []
+
+
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
+def test_states_that_are_not_finite_are_not_kept(value, cache):
+    cache.put(KEYS[0], mx.where(STATES == 7, value, STATES).astype(mx.bfloat16))
+    assert cache.entries() == []
+
+
+def test_what_can_not_be_removed_does_not_stand_in_the_way_of_others(cache, caplog):
+    cache.max_bytes = 7_000
+    path_of(cache, KEYS[0]).mkdir(parents=True)
+    for key in (KEYS[1], KEYS[2]):
+        cache.put(key, states_of(key))
+    (cache.folder / f"{KEYS[3]}.x.partial").symlink_to(f"{KEYS[3]}.x.partial")
+    assert bits(cache.get(KEYS[2], FORM)) == bits(states_of(KEYS[2]))
+    assert caplog.text == ""
 
 
 def test_an_entry_that_can_not_be_read_is_a_miss_and_stays(cache, monkeypatch):
     cache.put(KEYS[0], STATES)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", failing(errno.EACCES))
-        assert cache.get(KEYS[0]) is None
-    assert bits(cache.get(KEYS[0])) == bits(STATES)
+        patch.setattr(os, "open", failing(errno.EACCES))
+        assert cache.get(KEYS[0], FORM) is None
+    assert bits(cache.get(KEYS[0], FORM)) == bits(STATES)
 
 
 def test_entries_are_as_readable_as_other_files(cache):
@@ -210,7 +337,7 @@ def test_a_run_with_a_damaged_entry_encodes_again(loads):
 
 def test_states_that_are_a_view_of_others_are_kept_in_order(cache):
     cache.put(KEYS[0], STATES.T)
-    assert bits(cache.get(KEYS[0])) == bits(STATES.T)
+    assert bits(cache.get(KEYS[0], Form((50, 30), mx.bfloat16))) == bits(STATES.T)
 
 
 def start(script: str, cache: EmbeddingCache, *arguments: str) -> subprocess.Popen:
@@ -220,7 +347,7 @@ import os, random, sys, time
 from pathlib import Path
 import mlx.core as mx
 from flux2_mlx.embedding_cache import EmbeddingCache
-from test_embedding_cache import KEYS, STATES, bits, states_of
+from test_embedding_cache import FORM, KEYS, STATES, bits, states_of
 cache = EmbeddingCache(Path({str(cache.folder)!r}), {cache.max_bytes})
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
@@ -235,7 +362,7 @@ def test_several_processes_may_use_one_folder(cache):
 random.seed(sys.argv[1])
 for _ in range(200):
     key = random.choice(KEYS[:8])
-    states = cache.get(key)
+    states = cache.get(key, FORM)
     if states is None:
         cache.put(key, states_of(key))
     elif bits(states) != bits(states_of(key)):
@@ -254,12 +381,12 @@ print(cache._warned)
 
 def test_a_killed_writer_leaves_no_entry_and_is_cleaned_up_after(cache):
     script = """
-def stall(file, *arrays):
-    file.write(bytes(1000))
-    file.flush()
+def stall(path, data):
+    with path.open("wb") as file:
+        file.write(data[:1000])
     print("writing", flush=True)
     time.sleep(60)
-mx.save_safetensors = stall
+Path.write_bytes = stall
 cache.put(KEYS[0], STATES)
 """
     process = start(script, cache)
@@ -268,9 +395,9 @@ cache.put(KEYS[0], STATES)
     process.communicate()
     (partial,) = cache.folder.iterdir()
     assert cache.entries() == []
-    assert cache.get(KEYS[0]) is None
+    assert cache.get(KEYS[0], FORM) is None
     cache.put(KEYS[0], STATES)
-    assert bits(cache.get(KEYS[0])) == bits(STATES)
+    assert bits(cache.get(KEYS[0], FORM)) == bits(STATES)
     assert partial.exists()  # it might be that of a process that still writes
     os.utime(partial, (0, 0))
     cache.put(KEYS[1], STATES)
@@ -298,7 +425,7 @@ def failing(code: int) -> Callable:
     [
         ("pathlib.Path.replace", errno.EROFS),
         ("pathlib.Path.mkdir", errno.EACCES),
-        ("mlx.core.save_safetensors", errno.ENOSPC),
+        ("pathlib.Path.write_bytes", errno.ENOSPC),
     ],
 )
 def test_a_folder_that_can_not_be_written_is_told_once(place, code, monkeypatch, caplog):
@@ -312,18 +439,45 @@ def test_a_folder_that_can_not_be_written_is_told_once(place, code, monkeypatch,
     assert list(pipe.prompt_cache.folder.glob("*")) == []
 
 
-def test_a_file_in_the_place_of_the_folder(models, caplog):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_text("mine"),
+        lambda path: path.symlink_to("gone"),
+        lambda path: path.symlink_to(path),
+        os.mkfifo,
+    ],
+    ids=["a file", "a link to nowhere", "a link to itself", "a FIFO"],
+)
+def test_something_else_in_the_place_of_the_folder(make, models, caplog):
     models.mkdir()
-    (models / "prompts").write_text("mine")
-    open_demo()(PROMPT, **IMAGE)
+    make(models / "prompts")
+    before = (models / "prompts").lstat()
+    pipe = open_demo()
+    pipe(PROMPT, **IMAGE)
     assert caplog.text.count("can't keep encoded prompts") == 1
-    assert (models / "prompts").read_text() == "mine"
+    assert pipe.prompt_cache.entries() == []
+    pipe.prompt_cache.clear()
+    assert (models / "prompts").lstat().st_ino == before.st_ino
+
+
+def test_a_folder_whose_entries_can_not_be_looked_at(cache, monkeypatch):
+    cache.put(KEYS[0], STATES)
+    monkeypatch.setattr(Path, "stat", failing(errno.EACCES))
+    assert cache.entries() == []
+
+
+@pytest.mark.parametrize("text", ["-1", "1e9", "9" * 5000])
+def test_the_limit_is_a_number_of_bytes(text, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLUX2_MLX_CACHE_BYTES", text)
+    with pytest.raises(InputError, match=r"must be a number of bytes, got '.{1,40}'$"):
+        EmbeddingCache(tmp_path)
 
 
 def test_a_read_only_folder_still_gives_what_it_holds(cache, monkeypatch):
     cache.put(KEYS[0], STATES)
     monkeypatch.setattr(os, "utime", failing(errno.EROFS))
-    assert bits(cache.get(KEYS[0])) == bits(STATES)
+    assert bits(cache.get(KEYS[0], FORM)) == bits(STATES)
 
 
 def test_the_folder_is_no_model(models):

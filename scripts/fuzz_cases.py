@@ -1,0 +1,363 @@
+"""The kinds of cases that `fuzz.py` runs: each damages one input at random, uses it, and says what came of it."""
+
+import copy
+import functools
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flux2_mlx.convert import Source, write_checkpoint
+from flux2_mlx.verification import verify
+from fuzz import Finding, is_one_line
+from PIL import ExifTags, Image, PngImagePlugin
+from tiny_model import VARIANT, write_source
+
+from flux2_mlx import CheckpointError, Flux2Pipeline
+from flux2_mlx.embedding_cache import EmbeddingCache
+from flux2_mlx.images import open_image, read_settings
+
+MB = 1 << 20
+# What reading a damaged input may take: networks, compiled kernels and libraries need this on their own.
+_BASE = 120 * MB
+# A small file may say that it is a picture of as many pixels as are read at all.
+_PICTURE = 1500 * MB
+RUN = {"width": 16, "height": 16, "num_inference_steps": 1, "seed": 1, "max_sequence_length": 16}
+PROMPT = "a red circle"
+WEIGHTS = [f"{name}/model.safetensors" for name in ("transformer", "text_encoder", "vae")]
+VALUES = (
+    *(None, True, False, -1, 0, 1, 2, 5, 64, 10**9, 2**31, 2**63, 10**25, 10**400, 0.5, -1.5, 1e300),
+    *("", "x", "a" * 5000, "../../x", "/dev/zero", "\x1b[2J\n", "\ud800", "demo", "qint4", "bf16", "BF16", "F32"),
+    *([], {}, [None], [[]], [-1], {"a": 1}, [10**25] * 3, float("nan"), float("inf")),
+)
+FORMATS = {".png": {}, ".jpg": {}, ".webp": {}, ".tif": {}, ".bmp": {}, ".gif": {}}
+
+
+def mutated(rng: random.Random, value: Any) -> Any:
+    """A copy of a JSON value with one place changed."""
+    if isinstance(value, dict) and value and rng.random() < 0.93:
+        key = rng.choice(list(value))
+        action = rng.random()
+        if action < 0.08:
+            return {name: kept for name, kept in value.items() if name != key}
+        if action < 0.12:
+            return value | {f"{key}_": value[key]}
+        if action < 0.2:
+            return value | {key: copy.deepcopy(value[rng.choice(list(value))])}
+        return value | {key: mutated(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        place = rng.randrange(len(value))
+        return [*value[:place], mutated(rng, value[place]), *value[place + rng.randrange(2) :]]
+    if isinstance(value, int) and rng.random() < 0.4:
+        return rng.choice([value + 1, value - 1, 2 * value, -value, str(value)])
+    return rng.choice(VALUES)
+
+
+def scrambled(rng: random.Random, data: bytes, first: int = 0) -> bytes:
+    """Bytes with one place from `first` on changed, left out, or added to."""
+    place = rng.randrange(first, len(data)) if len(data) > first else len(data)
+    size = rng.choice([1, 1, 2, 8, 64, 1000])
+    run = data[place : place + size]
+    change = {
+        "bit": bytes([run[0] ^ (1 << rng.randrange(8))]) + run[1:] if run else b"",
+        "noise": rng.randbytes(len(run)),
+        "zeros": bytes(len(run)),
+        "ones": b"\xff" * len(run),
+        "removed": b"",
+        "doubled": run + run,
+        "added": run + rng.randbytes(size),
+        "exchanged": run[::-1],
+    }
+    name = rng.choice(list(change))
+    return data[:place] + change[name] + data[place + size :]
+
+
+def cut(rng: random.Random, data: bytes) -> bytes:
+    return rng.choice([data[: rng.randrange(len(data) + 1)], data + rng.randbytes(rng.choice([1, 8, 5000])), b""])
+
+
+def damaged_json(rng: random.Random, data: bytes) -> bytes:
+    """A JSON file with a value changed, or its bytes."""
+    action = rng.random()
+    if action < 0.75:
+        value = json.loads(data)
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            value = mutated(rng, value)
+        return json.dumps(value).encode()
+    if action < 0.95:
+        return rng.choice([scrambled, cut])(rng, data)
+    return rng.choice([b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b"null", b"1" * 10_000, b"[]"])
+
+
+def damaged_header(rng: random.Random, data: bytes) -> bytes:
+    """A safetensors file with another header before the same payload, or another length of it."""
+    length = int.from_bytes(data[:8], "little")
+    header, payload = data[8 : 8 + length], data[8 + length :]
+    action = rng.random()
+    if action < 0.1:
+        stated = rng.choice([0, length - 1, length + 1, len(data), 2**40, 2**63, 2**64 - 1])
+        return stated.to_bytes(8, "little") + header + payload
+    if action < 0.3:
+        header = scrambled(rng, header)
+    elif action < 0.4 and header.count(b"data_offsets") > 1:
+        names = rng.sample([name for name in json.loads(header) if name != "__metadata__"], 2)
+        values = json.loads(header)
+        part = rng.choice(["data_offsets", "shape", "dtype"])
+        values[names[0]][part], values[names[1]][part] = values[names[1]][part], values[names[0]][part]
+        header = json.dumps(values).encode()
+    else:
+        header = damaged_json(rng, header)
+    return len(header).to_bytes(8, "little") + header + payload
+
+
+class Bench:
+    """A folder with a healthy model of each kind, pictures and entries, and what they give."""
+
+    def __init__(self, folder: Path):
+        os.environ["FLUX2_MLX_HOME"] = str(folder / "home")
+        self.folder = folder
+        self.source = write_source(folder / "source")
+        self.models = [folder / "bf16", folder / "qint4"]
+        for model in self.models:
+            write_checkpoint(Source.open(self.source, VARIANT), model, model.name, model.name)
+        self.right = {model: pixels(model) for model in self.models}
+        self._touched: dict[Path, bytes] = {}
+        # Each kind's name, what runs a case of it, and how much memory that may take.
+        self.kinds: dict[str, tuple[Callable[[random.Random], str], int]] = {
+            "payload": (self.payload, _BASE),
+            "header": (self.header, _BASE),
+            "config": (self.config, _BASE),
+            "tokenizer": (self.tokenizer, _BASE),
+            "source": (self.converted, _BASE),
+            "image": (self.image, _PICTURE),
+            "replay": (self.replay, _PICTURE),
+            "cache": (self.cached, _BASE),
+            "hub": (self.fetched, _BASE),
+        }
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a damaged file until `restore`."""
+        self._touched.setdefault(path, path.read_bytes())
+        path.write_bytes(data)
+
+    def restore(self) -> None:
+        """Undo what a case has done to the folder."""
+        for path, data in self._touched.items():
+            path.write_bytes(data)
+        self._touched.clear()
+        shutil.rmtree(self.folder / "case", ignore_errors=True)
+        for model in self.models:
+            (model / "verified.json").unlink(missing_ok=True)
+
+    def scratch(self) -> Path:
+        """An empty folder until `restore`."""
+        (self.folder / "case").mkdir()
+        return self.folder / "case"
+
+    def used(self, model: Path) -> str:
+        """What a damaged checkpoint gives: the same pixels, or others of which a verification knows."""
+        if pixels(model) == self.right[model]:
+            return "identical"
+        if not verify(model).problems:
+            raise Finding("silent", f"other pixels of {model.name}")
+        return "found"
+
+    def payload(self, rng: random.Random) -> str:
+        model = rng.choice(self.models)
+        path = model / rng.choice(WEIGHTS)
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for _ in range(rng.choice([1, 1, 1, 5])):
+            place = rng.randrange(start, len(data))
+            run = rng.choice([bytes([data[place] ^ (1 << rng.randrange(8))]), rng.randbytes(rng.choice([1, 2, 64]))])
+            run = rng.choice([run, run, bytes(len(run)), b"\xff\x7f" * len(run), b"\x80\x7f"])[: len(data) - place]
+            data = data[:place] + run + data[place + len(run) :]
+        self.write(path, data)
+        return self.used(model)
+
+    def header(self, rng: random.Random) -> str:
+        model = rng.choice(self.models)
+        path = model / rng.choice(WEIGHTS)
+        self.write(path, rng.choice([damaged_header] * 4 + [cut])(rng, path.read_bytes()))
+        return self.used(model)
+
+    def config(self, rng: random.Random) -> str:
+        model = rng.choice(self.models)
+        paths = sorted(path for path in model.rglob("*.json") if path.parent.name != "tokenizer")
+        path = rng.choice(paths)
+        self.write(path, damaged_json(rng, path.read_bytes()))
+        return self.used(model)
+
+    def tokenizer(self, rng: random.Random) -> str:
+        model = rng.choice(self.models)
+        path = rng.choice(sorted((model / "tokenizer").glob("*.json")))
+        self.write(path, damaged_json(rng, path.read_bytes()))
+        return self.used(model)
+
+    def converted(self, rng: random.Random) -> str:
+        path = rng.choice(sorted(path for path in self.source.rglob("*") if path.is_file()))
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            data = damaged_json(rng, data)
+        elif path.suffix == ".safetensors":
+            data = rng.choice([damaged_header, damaged_header, cut, scrambled])(rng, data)
+        else:
+            data = scrambled(rng, data)
+        self.write(path, data)
+        folder = self.scratch()
+        try:
+            quant = rng.choice(["bf16", "qint4"])
+            write_checkpoint(Source.open(self.source, VARIANT), folder / "model", quant, quant)
+        except CheckpointError:
+            if any(folder.iterdir()):
+                raise Finding("leftover", f"{sorted(folder.iterdir())}") from None
+            raise
+        pixels(folder / "model")
+        return "converted"
+
+    def image(self, rng: random.Random) -> str:
+        path = self.scratch() / f"picture{rng.choice(list(FORMATS))}"
+        mode = rng.choice(["RGB", "L", "RGBA", "P", "1", "CMYK", "I;16"])
+        picture(rng, mode, path)
+        data = path.read_bytes()
+        for _ in range(rng.choice([1, 1, 2, 6])):
+            data = rng.choice([scrambled] * 4 + [cut])(rng, data)
+        path.write_bytes(data)
+        opened = open_image(path)
+        if opened.mode != "RGB" or opened.info:
+            raise Finding("silent", f"a picture of mode {opened.mode} with {list(opened.info)}")
+        return "decoded"
+
+    @functools.cached_property
+    def _remembered(self) -> list[dict]:
+        """The settings of an image made from text, and of one made from a picture with a mask."""
+        small = [*("-W", "16", "-H", "16", "-s", "1", "--seed", "1"), "-m", str(self.models[0])]
+        picture(random.Random(0), "RGB", self.folder / "in.png", (64, 64))
+        picture(random.Random(1), "L", self.folder / "mask.png", (64, 64))
+        edit = ["-i", str(self.folder / "in.png"), "--mask", str(self.folder / "mask.png"), *small[4:]]
+        commands = {"t.png": ["t2i", PROMPT, *small], "i.png": ["i2i", PROMPT, *edit]}
+        for name, command in commands.items():
+            code, output = flux2_mlx([*command, "-o", str(self.folder / name)])
+            if code:
+                raise RuntimeError(output)
+        return [read_settings(self.folder / name) for name in commands]
+
+    def replay(self, rng: random.Random) -> str:
+        number = rng.randrange(2)
+        settings = self._remembered[number]
+        for _ in range(rng.choice([1, 1, 1, 2])):
+            settings = mutated(rng, settings)
+        # A run that takes long, or has many pixels, is what was asked for.
+        for name, most in {"steps": 3, "width": 64, "height": 64}.items():
+            if isinstance(settings, dict) and type(settings.get(name)) is int and 0 < settings[name] < 10**6:
+                settings[name] = min(settings[name], most)
+        path = self.scratch() / rng.choice(["a.png", "a.jpg", "a.webp"])
+        remember(path, json.dumps(settings))
+        if rng.random() < 0.15:
+            path.write_bytes(scrambled(rng, path.read_bytes()))
+        code, output = flux2_mlx([["t2i", "i2i"][number], "--replay", str(path), "-o", str(path.with_name("b.png"))])
+        if code == 0:
+            return "made"
+        message = output.strip().splitlines()[-1:] or [""]
+        if "\x1b" in output or code not in (1, 2) or not is_one_line(message[0]) or "Error: " not in message[0]:
+            raise Finding("unclear", f"exit code {code}: {output!r}")
+        if path.with_name("b.png").exists():
+            raise Finding("leftover", "an image of a run that failed")
+        return "refused"
+
+    @functools.cached_property
+    def _entry(self) -> tuple[str, bytes]:
+        """An entry of the prompt cache, by name and content."""
+        pixels(self.models[0], self.folder / "fresh")
+        (entry,) = EmbeddingCache(self.folder / "fresh").entries()
+        return entry.path.name, entry.path.read_bytes()
+
+    def cached(self, rng: random.Random) -> str:
+        name, data = self._entry
+        path = self.scratch() / name
+        action = rng.random()
+        if action < 0.8:
+            path.write_bytes(rng.choice([scrambled, scrambled, cut, damaged_header])(rng, data))
+        elif action < 0.95:
+            target = rng.choice(["/dev/zero", "/dev/null", "gone", name, "/", "/proc/self/mem", self.source])
+            path.symlink_to(target)
+        else:
+            rng.choice([os.mkfifo, os.mkdir])(path)
+        if pixels(self.models[0], path.parent) != self.right[self.models[0]]:
+            raise Finding("silent", "other pixels from a damaged entry")
+        return "identical"
+
+    @functools.cached_property
+    def _hub(self) -> Any:
+        from hub_client import NEEDED, REPO
+        from hub_server import HubServer
+
+        hub = HubServer({REPO: NEEDED})
+        hub.__enter__()  # until the process ends
+        return hub
+
+    def fetched(self, rng: random.Random) -> str:
+        from hub_client import NEEDED, fetch, files_in, listing
+
+        hub, home = self._hub, self.scratch()
+        hub.heal()
+        if rng.random() < 0.6:
+            info = listing(hub)
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                info = mutated(rng, info)
+            text = json.dumps(info).encode()
+            hub.publish(text if rng.random() < 0.85 else rng.choice([scrambled, cut])(rng, text))
+        else:
+            name = rng.choice(sorted(NEEDED))
+            hub.replace(name, rng.choice([scrambled, cut])(rng, NEEDED[name]))
+        try:
+            folder = fetch(hub, home, quiet=True)
+        finally:
+            if {path.name for path in home.iterdir()} - {"hub"}:
+                raise Finding("leftover", f"{sorted(home.iterdir())}")
+        found = files_in(folder)
+        if any(NEEDED.get(name) != data for name, data in found.items()):
+            raise Finding("silent", "files of other content were fetched")
+        return "fetched"
+
+
+def remember(path: Path, settings: str) -> None:
+    """Write an image with `settings` where the program keeps its own."""
+    info, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    info.add_itxt("flux2-mlx", settings)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + settings.encode("utf-16-be")
+    options = {"pnginfo": info} if path.suffix == ".png" else {"exif": exif}
+    Image.new("RGB", (16, 16)).save(path, **options)
+
+
+def pixels(model: Path, cache: Path | None = None) -> bytes:
+    """What the model paints, with entries of `cache` if there is one."""
+    pipe = Flux2Pipeline.from_pretrained(model, prompt_cache=False)
+    pipe.prompt_cache = None if cache is None else EmbeddingCache(cache)
+    return pipe(PROMPT, **RUN).images[0].tobytes()
+
+
+def picture(rng: random.Random, mode: str, path: Path, size: tuple[int, int] = (24, 20)) -> None:
+    """Write noise in `mode`, or in RGB where the format has no such pixels."""
+    noise = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[0x0112] = rng.randrange(9)
+    try:
+        image.convert(mode).save(path, exif=exif)
+    except (OSError, ValueError):
+        image.save(path)
+
+
+def flux2_mlx(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of a command; an exception that it does not handle is raised."""
+    from click.testing import CliRunner
+
+    from flux2_mlx.cli.main import cli
+
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False, prog_name="flux2-mlx")
+    return result.exit_code, result.output
