@@ -116,7 +116,7 @@ class Component:
         """CheckpointError if no such network can be built; `path` is that of its config."""
         try:
             self.build()
-        except NONSENSE as error:
+        except (*NONSENSE, RuntimeError) as error:  # the last is MLX's for sizes beyond its own integers
             raise _nonsense(self.name, path, error) from error
 
     def build(self) -> nn.Module:

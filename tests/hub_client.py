@@ -96,6 +96,11 @@ def blob(hub, home, name):
     return storage(home) / "blobs" / hub.repos[REPO].etag(name)
 
 
+def partial(hub, home, name):
+    """Where the part of a file is that has arrived so far."""
+    return blob(hub, home, name).with_name(f"{hub.repos[REPO].etag(name)}{flux2_mlx.hub._PARTIAL}")
+
+
 def pointer(hub, home, name):
     return storage(home) / "snapshots" / hub.repos[REPO].commit / name
 

@@ -15,10 +15,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_client import BIG, BIG_FROM, CHUNK, NEEDED, REPO, SHARD, UNNEEDED, fetch, files_in, refusal, starts
+from hub_client import (
+    BIG,
+    BIG_FROM,
+    CHUNK,
+    NEEDED,
+    REPO,
+    SHARD,
+    UNNEEDED,
+    blob,
+    fetch,
+    files_in,
+    partial,
+    refusal,
+    starts,
+    storage,
+)
 from hub_server import HubServer
-
-import flux2_mlx.hub
 
 SCRIPT = f"""
 import json, signal, sys
@@ -51,7 +64,7 @@ def full_home(downloaded, tmp_path):
 @pytest.fixture
 def home_without_big(hub, full_home):
     (snapshot(hub, full_home) / BIG).unlink()
-    (full_home / "hub/models--org--model/blobs" / hub.repos[REPO].etag(BIG)).unlink()
+    blob(hub, full_home, BIG).unlink()
     return full_home
 
 
@@ -74,7 +87,7 @@ def wait_for(condition):
 
 
 def snapshot(hub, home):
-    return home / "hub/models--org--model/snapshots" / hub.repos[REPO].commit
+    return storage(home) / "snapshots" / hub.repos[REPO].commit
 
 
 def blobs(home):
@@ -82,13 +95,8 @@ def blobs(home):
     return [path.read_bytes() for path in paths if path.suffix != ".incomplete"]
 
 
-def partial(hub, home):
-    """Where the part of the big file is that has arrived so far."""
-    return home / "hub/models--org--model/blobs" / f"{hub.repos[REPO].etag(BIG)}{flux2_mlx.hub._PARTIAL}"
-
-
 def wait_for_part(hub, home):
-    path = partial(hub, home)
+    path = partial(hub, home, BIG)
     wait_for(lambda: path.exists() and path.stat().st_size > 200_000)
 
 
@@ -141,13 +149,13 @@ def test_goes_on_within_a_file_after_an_interrupt(hub, home, number, code):
     wait_for_part(hub, home)
     process.send_signal(number)
     assert finish(process) == (code, "")
-    arrived = partial(hub, home).stat().st_size
+    arrived = partial(hub, home, BIG).stat().st_size
     hub.heal()
     hub.requests.clear()
     assert files_in(fetch(hub, home)) == NEEDED
     assert hub.fetched == [BIG]
     assert starts(hub) == [arrived]
-    assert not partial(hub, home).exists()
+    assert not partial(hub, home, BIG).exists()
 
 
 def test_second_process_waits_for_the_first(hub, home_without_big):
@@ -180,14 +188,14 @@ def test_second_process_waits_for_the_first(hub, home_without_big):
     ],
 )
 def test_partial_file_of_an_earlier_call(hub, home_without_big, left, expected):
-    partial(hub, home_without_big).write_bytes(left)
+    partial(hub, home_without_big, BIG).write_bytes(left)
     assert files_in(fetch(hub, home_without_big)) == NEEDED
     assert starts(hub) == expected
-    assert not partial(hub, home_without_big).exists()
+    assert not partial(hub, home_without_big, BIG).exists()
 
 
 def test_partial_file_counts_as_fetched_for_the_disk_check(hub, home_without_big, monkeypatch):
-    partial(hub, home_without_big).write_bytes(b"4" * 590_000)
+    partial(hub, home_without_big, BIG).write_bytes(b"4" * 590_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
     assert files_in(fetch(hub, home_without_big)) == NEEDED
 

@@ -8,7 +8,7 @@ import click
 
 from .options import json_option, models_dir_option, quiet_option
 from .progress import Bars
-from .terminal import print_result, to_json
+from .terminal import print_result, printable, to_json
 
 if TYPE_CHECKING:
     from ..verification import Report
@@ -73,7 +73,7 @@ def _row(report: "Report", remembered: bool) -> dict[str, Any]:
 
 def _print(report: "Report", remembered: bool) -> None:
     for problem in report.problems:
-        print_result(f"{report.folder}: {problem}")
+        print_result(printable(f"{report.folder}: {problem}"))
     if not report.hashed:
         print_result(
             f"{report.folder}: no hashes were recorded, so other values can't be told; convert the model again to have "
