@@ -76,11 +76,6 @@ class Storm:
             "convert": self._convert,
             "download": self._download,
         }
-            "t2i": self._t2i,
-            "i2i": self._i2i,
-            "convert": self._convert,
-            "download": self._download,
-        }
 
     def __enter__(self) -> "Storm":
         self._hub.__enter__()
