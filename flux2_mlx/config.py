@@ -16,7 +16,8 @@ QUANTIZATIONS = ("bf16", "qint8", "qint4")
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT_MODELS = ("qwen3", "mistral3")
 # Several times what any FLUX.2 has, so that no config can ask for more than memory holds before files are looked at.
-MAX_LAYERS, MAX_SIZE, _MAX_NUMBER = 256, 2**24, 1e30
+# Whole numbers from 2^63 on are none for MLX.
+MAX_LAYERS, MAX_SIZE, _MAX_NUMBER = 256, 2**24, 1e15
 
 
 def _check(condition: bool, message: str) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source,
 from flux2_mlx.convert import Source
 
 from flux2_mlx.checkpoint import COMPONENTS, Checkpoint, Component
-from flux2_mlx.config import MAX_LAYERS
+from flux2_mlx.config import MAX_LAYERS, VARIANTS
 from flux2_mlx.errors import CheckpointError
 
 PARTS = ("transformer", "text_encoder", "vae")
@@ -226,3 +227,13 @@ def test_types_in_a_section_are_named_with_it(official, tmp_path):
         write(copy / "text_encoder/config.json", replaced(values, (section, key), "many"))
         with pytest.raises(CheckpointError, match=f"config.json describes no .*: {section}.{key} is 'many', not a"):
             Source.open(copy, "dev")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text", "vision", "vae"])
+def test_whole_numbers_that_mlx_has_not_are_refused(part):
+    config = getattr(VARIANTS["dev"], part)
+    numbers = [field.name for field in fields(config) if field.type is float]
+    assert numbers
+    for name in numbers:
+        with pytest.raises(CheckpointError, match=f"{name} is 9223372036854775808, not a number"):
+            type(config).from_dict(config.to_dict() | {name: 2**63})
