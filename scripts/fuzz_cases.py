@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from flux2_mlx.convert import Source, write_checkpoint
-from flux2_mlx.verification import verify
 from fuzz import Finding, is_one_line
 from PIL import ExifTags, Image, PngImagePlugin
 from tiny_model import VARIANT, write_source
@@ -20,6 +19,7 @@ from tiny_model import VARIANT, write_source
 from flux2_mlx import CheckpointError, Flux2Pipeline
 from flux2_mlx.embedding_cache import EmbeddingCache
 from flux2_mlx.images import open_image, read_settings
+from flux2_mlx.verification import verify
 
 MB = 1 << 20
 # What reading a damaged input may take: networks, compiled kernels and libraries need this on their own.
