@@ -1,6 +1,7 @@
 """The MLX checkpoint: the folder that `convert` writes and the pipeline loads."""
 
 import math
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -236,8 +237,8 @@ class Checkpoint:
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{folder} has format version {manifest.get('format_version')}, this version of flux2-mlx reads "
-                f"{FORMAT_VERSION}; convert the model again"
+                f"{folder} has format version {reprlib.repr(manifest.get('format_version'))}, this version of "
+                f"flux2-mlx reads {FORMAT_VERSION}; convert the model again"
             )
         try:
             variant, quantization = get_variant(manifest["variant"]), manifest["quantization"]
@@ -261,6 +262,8 @@ class Checkpoint:
 
     def _check_consistency(self) -> None:
         """Compare the manifest with the components, and these with each other."""
+        if "text_encoder" not in self.components:
+            raise InputError("it lists no text_encoder")
         for name, component in self.components.items():
             quant = {"transformer": self.quant, "vae": "bf16"}.get(name, self.text_quant)
             stored = (component.quantization or {}).get("bits")

@@ -263,7 +263,7 @@ class Bench:
         if code == 0:
             return "made"
         message = output.strip().splitlines()[-1:] or [""]
-        if "\x1b" in output or code not in (1, 2) or not is_one_line(message[0]) or "Error: " not in message[0]:
+        if "\x1b" in output or code not in (1, 2) or not is_one_line(message[0], 1100) or "Error: " not in message[0]:
             raise Finding("unclear", f"exit code {code}: {output!r}")
         if path.with_name("b.png").exists():
             raise Finding("leftover", "an image of a run that failed")

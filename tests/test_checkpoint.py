@@ -60,6 +60,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "manifest garbage": (fill("flux2.json", b"{"), "flux2.json is not JSON"),
     "manifest list": (fill("flux2.json", b"[1]"), "flux2.json holds no JSON object"),
     "other version": (edit("flux2.json", format_version=2), "has format version 2, this version .* reads 1"),
+    "version of two lines": (edit("flux2.json", format_version="1\n2"), r"has format version '1\\n2', this"),
+    "no encoder listed": (edit("flux2.json", components=["transformer", "vae"]), "it lists no text_encoder"),
     "no version": (edit("flux2.json", format_version=None), "has format version None"),
     "unknown variant": (edit("flux2.json", variant="flux3"), "flux2.json is damaged: unknown model 'flux3'"),
     "no variant": (edit("flux2.json", variant=None), "flux2.json is damaged: 'variant'"),
