@@ -163,7 +163,7 @@ def compare_previews(pipe: Flux2Pipeline, images=(), **settings) -> None:
 
 
 def test_a_plan_counts_keys_and_values_beside_previews(kv_pipe):
-    compare_previews(kv_pipe, [Image.new("RGB", (512, 384), "teal")] * 3, width=384, height=384)
+    compare_previews(kv_pipe, [Image.new("RGB", (256, 192), "teal")] * 2, width=128, height=128)
 
 
 def test_a_plan_counts_prompts_given_as_embeds():
@@ -188,7 +188,7 @@ def test_a_prompt_that_is_repeated_is_held_once():
 
 
 def test_a_plan_counts_previews():
-    compare_previews(Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False), width=256, height=192)
+    compare_previews(Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False), width=128, height=96)
 
 
 def test_a_plan_counts_images_that_are_decoded_while_others_wait(monkeypatch):

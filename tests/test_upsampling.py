@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from checkpoints import DEV_VISION, WEIGHTS, convert, make_dev_source, save_small
 from flux2_mlx.convert import find_checkpoint
+from mlx.utils import tree_map
 from PIL import ExifTags, Image
 
 from flux2_mlx import Flux2Pipeline, images, upsampling
-from flux2_mlx.checkpoint import Checkpoint
-from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.checkpoint import Checkpoint, Component
+from flux2_mlx.errors import CheckpointError, InputError, RangeError
 from flux2_mlx.text.generation import generate
 from flux2_mlx.upsampling import Writer
 
@@ -113,6 +114,21 @@ def test_an_empty_answer_is_refused(text, writer, monkeypatch):
     monkeypatch.setattr(upsampling, "generate", lambda *_, **__: iter(writer.checkpoint.tokenizer.encode(text)))
     with pytest.raises(InputError, match="the language model answered nothing; try another seed"):
         writer.upsample(["a red fox"])
+
+
+@pytest.mark.parametrize(("network", "name"), [("language_model", "language model"), ("vision", "vision tower")])
+def test_a_network_that_gives_no_numbers_is_told(network, name, writer, picture, monkeypatch):
+    load = Component.load
+
+    def spoiled(component, *arguments):
+        module = load(component, *arguments)
+        if component.name == network:
+            module.update(tree_map(lambda weight: weight * float("nan"), module.parameters()))
+        return module
+
+    monkeypatch.setattr(Component, "load", spoiled)
+    with pytest.raises(RangeError, match=f"the {name} gave values that are not finite numbers"):
+        writer.upsample(["a red fox"], [picture], seed=7, **SHORT)
 
 
 @pytest.mark.parametrize(
