@@ -90,8 +90,10 @@ def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
     Unless `replace`, what is at `path` already stays, and the data go to the next name of `free_path`.
     """
     remove_parts(path.parent)
-    descriptor, part = _new_part(path.parent)
-    try:
+    part = path.with_name(f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part")
+    descriptor = None
+    try:  # from before there is a file, since a signal may raise at any moment
+        descriptor = _create_locked(part)
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]  # a full disk may take a part without an error
@@ -101,20 +103,20 @@ def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
             return path
         return next(candidate for candidate in _candidates(path) if _placed(part, candidate))
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(part)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _new_part(folder: Path) -> tuple[int, Path]:
-    """A new locked file in `folder`, with the rights of any new file."""
+def _create_locked(part: Path) -> int:
+    """Open a new file, locked, with the rights of any new file."""
     while True:
-        part = folder / f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part"
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with suppress(OSError):  # a file system may have no locks, and then has nothing removed either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
-            return descriptor, part
+            return descriptor
         os.close(descriptor)  # another run took it for a leftover before it was locked
 
 

@@ -158,6 +158,18 @@ def test_the_next_free_name_of_the_longest_one(tmp_path):
         assert write(tmp_path / f"{stem}.png", b"new").name == f"{stem[: 249 // len(stem[0].encode())]}-2.png"
 
 
+@pytest.mark.parametrize("place", ["fcntl.flock", "os.fstat", "os.write", "os.fsync", "os.link"])
+def test_a_signal_at_any_moment_leaves_nothing(place, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", b"new")
+    monkeypatch.undo()
+    assert names(tmp_path) == []
+
+
 KILLED = """
 import os, signal
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
