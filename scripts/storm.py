@@ -188,10 +188,13 @@ def _interrupt(storm: Storm, kind: str, number: signal.Signals, moment: float) -
         stdout, stderr = process.communicate()
         return process.returncode, ["it did not end"]
     expected = {0, -9 if number == signal.SIGKILL else 128 + number}
+    # Before the program's own first line Python ends as it does by itself.
+    begun = ", in main\n" in stderr or "stopping.py" in stderr
+    early = process.returncode in (1, -number) and not begun and (not stderr or "Traceback" in stderr)
     wrongs = []
-    if "Traceback" in stderr and "flux2_mlx" in stderr:
+    if "Traceback" in stderr and not early:
         wrongs.append(f"a traceback: {stderr}")
-    elif process.returncode not in expected and (process.returncode != -number or "flux2_mlx" in stderr):
+    elif process.returncode not in expected and not early:
         wrongs.append(f"exit code {process.returncode}: {stderr}")
     if number != signal.SIGKILL and storm.hidden(trial):
         wrongs.append(f"left behind: {storm.hidden(trial)}")
