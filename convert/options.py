@@ -65,6 +65,7 @@ _DECODER = _STORED | {
     "hidden_act": ("silu", "swish"),
     "attention_bias": _OFF,
     "mlp_bias": _OFF,
+    "is_causal": (None, True),
     "partial_rotary_factor": _ONE,
     "per_layer_config": (None, {}),
     "attn_logit_softcapping": (None,),

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,15 @@ from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZERS
-from flux2_mlx.weights import TensorInfo, Written, mismatches, raise_problems, write_bytes, write_safetensors
+from flux2_mlx.weights import (
+    TensorInfo,
+    Written,
+    mismatches,
+    raise_problems,
+    read_json,
+    write_bytes,
+    write_safetensors,
+)
 
 from . import text, transformer, vae
 from .blobs import blobs, check_blob
@@ -46,6 +55,13 @@ _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropp
 _FLOATS = ("BF16", "F16", "F32")
 _SHARD_BYTES = 4 << 30
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# What a checkpoint consists of, folder by folder.
+_OWN = {
+    ".": (MANIFEST, TENSOR_HASHES, "*verified.json*", *_READS, "tokenizer", "scheduler"),
+    **dict.fromkeys(_READS, ("config.json", "model*.safetensors", "model.safetensors.index.json")),
+    "tokenizer": _TOKENIZER_FILES,
+    "scheduler": ("scheduler_config.json",),
+}
 _METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
 
 
@@ -186,11 +202,29 @@ def check_target(target: Path, force: bool) -> None:
     bring_back(target)
     if target.exists() and not force:
         raise InputError(f"{target} exists; choose another folder or pass --force to replace it")
-    if target.exists() and not is_checkpoint(target):
-        raise InputError(f"{target} is not an MLX checkpoint, so --force does not replace it; remove it yourself")
+    if target.exists():
+        _check_replaceable(target)
     if not target.parent.is_dir():
         raise InputError(f"can't write {target}: there is no folder {target.parent}")
     check_writable(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise InputError if more would be lost with `target` than a checkpoint of ours."""
+    try:
+        ours = is_checkpoint(target) and "format_version" in read_json(target / MANIFEST)
+    except CheckpointError:
+        ours = False
+    if not ours:
+        raise InputError(f"{target} is not an MLX checkpoint, so --force does not replace it; remove it yourself")
+    if foreign := next((path for path in sorted(target.rglob("*")) if not _is_own(path.relative_to(target))), None):
+        raise InputError(f"{target} also holds {foreign.relative_to(target)}, which --force would remove; move it away")
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a checkpoint may hold `path`, relative to it."""
+    folder, name = path.parent.as_posix(), path.name
+    return name == ".DS_Store" or any(fnmatch(name, pattern) for pattern in _OWN.get(folder, ()))
 
 
 def check_writable(target: Path) -> None:
@@ -206,7 +240,7 @@ def check_writable(target: Path) -> None:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"no space: the model takes {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
+        raise InputError(f"no space: the model takes {needed / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
 
 
 class _Progress:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .errors import RangeError
+from .errors import InputError, RangeError
 from .images import to_pil, to_unit
 from .layers import check_finite
 from .memory import Plan, limits
@@ -227,12 +227,23 @@ def denoise_images(
         while step is not None:
             done += 1
             batch, replaced = step.tokens, on_step(done, step, images)
-            batch = batch if replaced is None else mx.array(replaced).astype(mx.float32)
+            batch = batch if replaced is None else _replacement(replaced, batch.shape)
             try:
                 step = steps.send(batch)
             except StopIteration:
                 step = None
         yield dict(zip(images, batch, strict=True))
+
+
+def _replacement(tokens: Any, shape: tuple[int, ...]) -> mx.array:
+    """Tokens to go on from that a callback has returned; InputError if they can't be those of this pass."""
+    try:
+        tokens = mx.array(tokens).astype(mx.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a callback returned {type(tokens).__name__} for latents; give an array {shape}") from error
+    if tokens.shape != shape or not mx.isfinite(tokens).all().item():
+        raise InputError(f"a callback returned latents {tokens.shape}; give finite numbers of the shape {shape}")
+    return tokens
 
 
 def condition(

@@ -143,8 +143,7 @@ class Flux2Pipeline:
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("give either prompt or prompt_embeds")
         if prompt_embeds is not None:
-            # An array of MLX would be copied.
-            prompt_embeds = prompt_embeds if isinstance(prompt_embeds, mx.array) else mx.array(prompt_embeds)
+            prompt_embeds = _given(prompt_embeds, "prompt_embeds")
             features = self.checkpoint.components["text_encoder"].config.output_size
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != features:
                 raise InputError(f"prompt_embeds must be [prompts, tokens, {features}], got {prompt_embeds.shape}")
@@ -260,7 +259,9 @@ class Flux2Pipeline:
         planned = self.networks.checked_text_plan(request)
         with turn():
             states = self._run(request, planned).encode(prompts)
-        return mx.stack([states[p] for p in prompts])
+        stacked = mx.stack([states[p] for p in prompts])
+        mx.eval(stacked)  # or only this thread could use it
+        return stacked
 
     def writer(self) -> Writer:
         """The model's own language model: dev's sees images, klein's does not."""
@@ -301,12 +302,25 @@ class Flux2Pipeline:
         if latents is None:
             return None
         channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
-        latents, shape = (
-            mx.array(latents),
-            (len(request.seeds), channels, request.height // size, request.width // size),
-        )
+        shape = (len(request.seeds), channels, request.height // size, request.width // size)
+        latents = _given(latents, "latents")
         if latents.shape != shape:
             raise InputError(f"latents have shape {latents.shape}, this run needs {shape}")
         if not mx.isfinite(latents).all().item():
             raise InputError("latents have values that are not finite numbers")
         return latents
+
+
+def _given(values: Any, name: str) -> mx.array:
+    """An array of real numbers that the caller has given, evaluated; one of MLX is not copied."""
+    try:
+        array = values if isinstance(values, mx.array) else mx.array(values)
+        mx.eval(array)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{name} can't be used ({reason}); give an array, evaluated if another thread has made it"
+        ) from error
+    if array.dtype == mx.complex64:
+        raise InputError(f"{name} must be real numbers, got {array.dtype}")
+    return array

@@ -72,6 +72,7 @@ class Run:
     output: Flux2Output = field(default_factory=Flux2Output)
 
     def __post_init__(self):
+        self.output.seeds = list(self.request.seeds)
         self._meter = Meter(self.output.timings, self.planned, self.networks.reading)
         self._components = self.networks.checkpoint.components
         self._images: dict[int, Any] = {}
@@ -97,7 +98,6 @@ class Run:
             if waiting:
                 with self._meter.phase("vae"):
                     self._finish(waiting)
-        self.output.seeds = list(self.request.seeds)
         self.output.images = self._joined()
         return self.output
 
@@ -202,7 +202,7 @@ class Run:
                     self._finish(tokens)
             else:
                 waiting.update(tokens)
-                if self.unfinished is not None and len(batches) > 1:
+                if self.unfinished is not None:
                     self.unfinished.keep(self.networks, self.request, self.edit, tokens)
 
     def _noise(self, images: list[int], latents: mx.array | None) -> Tokens:

@@ -1,10 +1,12 @@
 """What is sampled, and the denoising loop."""
 
 import math
+import operator
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -63,9 +65,16 @@ class Request:
 
         With `sigmas`, `steps` is only what the shift is worked out for, by default 50, as in diffusers.
         """
+        height, width, steps = _integer("height", height), _integer("width", width), _integer("steps", steps)
+        seed, images_per_prompt = _integer("seed", seed), _integer("images per prompt", images_per_prompt)
+        max_sequence_length = _integer("max_sequence_length", max_sequence_length)
+        guidance, strength = _number("guidance", guidance), _number("strength", strength)
+        for prompt in prompts:
+            _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
         shift_steps = None
         if sigmas is not None:
-            sigmas = tuple(float(sigma) for sigma in sigmas)
+            _require(isinstance(sigmas, Iterable), f"sigmas must be a list of numbers, got {sigmas!r:.40}")
+            sigmas = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in sigmas)
             _require(len(sigmas) > 0, "there are no sigmas; give one for each step")
             _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")
             shift_steps = _SHIFT_STEPS if steps is None else steps
@@ -140,6 +149,22 @@ class Request:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _integer(name: str, value: Any) -> int | None:
+    """A whole number of any type, or None."""
+    try:
+        return value if value is None else operator.index(None if isinstance(value, bool) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be a whole number, got {value!r:.40}") from error
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A number of any type, or None."""
+    try:
+        return value if value is None else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{name} must be a number, got {value!r:.40}") from error
 
 
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ known without guessing, and nothing else is ever touched.
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import shutil
@@ -18,6 +19,8 @@ from urllib.parse import quote, unquote_to_bytes
 
 from .errors import CheckpointError, InputError
 from .weights import open_regular, read_json
+
+_log = logging.getLogger(__name__)
 
 _PREFIX = ".flux2-mlx-convert-"
 _MARK, _OWNER = "flux2-mlx-convert.json", "flux2-mlx convert"
@@ -59,7 +62,7 @@ def bring_back(place: Path) -> None:
     """
     if os.path.islink(place):
         place = Path(os.path.realpath(place))
-    if not os.path.lexists(place):
+    if _is_free(place):
         for work in _works(place.parent):
             with _dead(work) as name:
                 if name == place.name:
@@ -122,14 +125,19 @@ def _dead(work: Path) -> Iterator[str | None]:
         yield name if ours and not work.is_symlink() else None
 
 
-def _is_half_done(work: Path, place: Path) -> bool:
-    """Whether the old folder is aside and the new one, which leaves `work` for its place, is not there yet."""
-    return (work / _OLD).exists() and (work / _NEW).exists() and not os.path.lexists(place)
+def _is_half_done(work: Path) -> bool:
+    """Whether the old folder is aside and the new one has not left `work` for its place."""
+    return (work / _OLD).exists() and (work / _NEW).exists()
+
+
+def _is_free(place: Path) -> bool:
+    """Whether a folder can be moved to `place`: an empty one gives way."""
+    return not os.path.lexists(place) or (place.is_dir() and not place.is_symlink() and not any(place.iterdir()))
 
 
 def _put_back(work: Path, place: Path) -> None:
-    """Undo half a replacement."""
-    if _is_half_done(work, place):
+    """Undo half a replacement, unless something else has taken the place."""
+    if _is_half_done(work) and _is_free(place):
         try:
             os.rename(work / _OLD, place)
         except OSError as error:
@@ -137,8 +145,10 @@ def _put_back(work: Path, place: Path) -> None:
 
 
 def _remove(work: Path, place: Path) -> None:
-    """Remove what was made in `work`, the mark last, so that what could not be removed can be another time."""
-    if _is_half_done(work, place):
+    """Remove what was made in `work`, the mark last, so that what could not be removed can be another time. An old
+    folder that nothing has replaced stays."""
+    if _is_half_done(work):
+        _log.warning("%s was at %s, which something else has taken; move it where you want it", work / _OLD, place)
         return
     for name in (_OLD, _NEW):
         shutil.rmtree(work / name, ignore_errors=True)

@@ -71,7 +71,8 @@ class Report:
                 memory.unlink(missing_ok=True)
                 return True
             try:
-                partial.write_text(json.dumps({"time": time, "files": self.files}, indent=2), encoding="utf-8")
+                values = {"time": time, "hashed": self.hashed, "files": self.files}
+                partial.write_text(json.dumps(values, indent=2), encoding="utf-8")
                 os.replace(partial, memory)
             finally:
                 partial.unlink(missing_ok=True)
@@ -81,10 +82,11 @@ class Report:
 
 
 class Memory(NamedTuple):
-    """When a checkpoint was found good, and which files have changed since, by their sizes and times."""
+    """When a checkpoint was found good, whether by hashes, and which files have changed since, by sizes and times."""
 
     time: str
     changed: list[str]
+    hashed: bool
 
 
 def remembered(folder: Path) -> Memory | None:
@@ -97,7 +99,8 @@ def remembered(folder: Path) -> Memory | None:
     except (*NONSENSE, CheckpointError):
         return None
     now = _states(folder)
-    return Memory(time, sorted(name for name in {**before, **now} if before.get(name) != now.get(name)))
+    changed = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    return Memory(time, changed, values.get("hashed") is True)
 
 
 def verify(folder: Path, progress: _Progress | None = None) -> Report:
@@ -154,10 +157,12 @@ def _states(folder: Path) -> dict[str, list[int]]:
 def _records(folder: Path, problems: list[Problem]) -> dict[str, dict[str, Any]]:
     """The manifest's record of each file that lies in the folder; what is wrong with it is added to `problems`."""
     try:
-        records = read_json(folder / MANIFEST).get(FILES, {})
+        records = read_json(folder / MANIFEST).get(FILES)
     except CheckpointError:  # opening will say so
         return {}
-    if isinstance(records, dict) and all(_is_record(*item) for item in records.items()):
+    if records is None:
+        return {}
+    if isinstance(records, dict) and records and all(_is_record(*item) for item in records.items()):
         return records
     problems.append(Problem(MANIFEST, None, "is damaged: it does not say which files there are"))
     return {}

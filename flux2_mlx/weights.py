@@ -31,6 +31,9 @@ _MAX_PROBLEMS = 8
 NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
+_POINTER = b"version "  # how the small file begins that stands for a large one in a clone without its weights
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor as its file's header states it; `dtype` is the safetensors code, such as `BF16`."""
@@ -69,7 +72,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            length = struct.unpack("<Q", file.read(8))[0]
+            start = file.read(8)
+            if start == _POINTER:
+                raise ValueError("it is a Git LFS pointer; fetch the file itself with `git lfs pull`")
+            length = struct.unpack("<Q", start)[0]
             if length > min(size - 8, _MAX_HEADER):
                 raise ValueError("the header is longer than the file, or than 100 MB")
             tensors, end = _parse_header(file.read(length))

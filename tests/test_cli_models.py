@@ -166,8 +166,9 @@ def test_without_hashes_all_else_is_checked(old):
     lines = done("models", "verify", str(old), "--quiet").stdout.splitlines()
     assert lines == [
         f"{old}: no hashes were recorded, so other values can't be told; convert the model again to have them",
-        f"{old}: 11 files, all good",
+        f"{old}: 11 files, nothing bad found",
     ]
+    assert verdict(old).endswith(", without hashes to compare with")
     remove("tokenizer")(old)
     result = run("models", "verify", str(old), "--quiet")
     assert result.exit_code == 1
@@ -240,7 +241,7 @@ def test_info_tells_what_was_verified_and_has_changed_since(folder):
     done("models", "verify", str(folder))
     assert verdict(folder).startswith("verified at 20")
     (values,) = json.loads(done("info", str(folder), "--json").stdout)["verified"].values()
-    assert values == {"time": verdict(folder).removeprefix("verified at "), "changed": []}
+    assert values == {"time": verdict(folder).removeprefix("verified at "), "changed": [], "hashed": True}
     set_value(folder, TENSOR, 0x7F7F)
     os.utime(folder / WEIGHTS, ns=(1, 1))
     shutil.copy(folder / WEIGHTS, folder / "vae/more.safetensors")

@@ -204,12 +204,10 @@ def test_unknown_settings_are_refused(options, match, official, target):
 
 def test_an_existing_target_is_replaced_only_with_force(official, source, target):
     convert(official, target)
-    (target / "note.txt").write_text("mine")
     edit_weights(source / TRANSFORMER, lambda x: x["proj_out.weight"].zero_())
     assert_refused(source, target, "exists; choose another folder or pass --force", InputError)
     convert(source, target, force=True)
     assert not load_file(target / "transformer/model.safetensors")["final_layer.linear.weight"].any()
-    assert not (target / "note.txt").exists()
     assert [path.name for path in target.parent.iterdir()] == ["converted"]
 
 
@@ -223,6 +221,28 @@ def test_force_replaces_nothing_but_checkpoints(official, target):
     assert_refused(official, target, "exists; choose another folder", InputError)
 
 
+@pytest.mark.parametrize("manifest", ["not even json", "{}", "[]", '{"version": 1}'])
+def test_a_folder_with_a_file_of_the_manifest_s_name_is_no_checkpoint(manifest, official, target):
+    target.mkdir()
+    (target / "flux2.json").write_text(manifest)
+    (target / "thesis.txt").write_text("mine")
+    assert_refused(official, target, "is not an MLX checkpoint, so --force does not replace it", InputError, force=True)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "images/a.png", "transformer/notes.md", "vae/model/a.safetensors"])
+def test_what_someone_keeps_in_a_checkpoint_is_not_replaced_with_it(name, official, target):
+    convert(official, target)
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine")
+    assert_refused(official, target, f"also holds {name.split('/a')[0]}.*, which --force would remove", force=True)
+
+
+def test_a_source_inside_the_target_is_kept(official, target):
+    convert(official, target)
+    shutil.copytree(official, target / "source")
+    assert_refused(target / "source", target, "also holds source, which --force would remove", force=True)
+
+
 def test_a_failed_conversion_keeps_the_old_checkpoint(official, source, target):
     convert(official, target)
     poison(VAE, "bn.running_mean", torch.nan)(source)
@@ -231,7 +251,9 @@ def test_a_failed_conversion_keeps_the_old_checkpoint(official, source, target):
 
 def test_a_disk_that_is_too_small(official, target, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000))
-    assert_refused(official, target, r"no space: the model takes 0\.0 GB, .*models has 0\.0 GB free", InputError)
+    assert_refused(
+        official, target, r"no space: the model takes 0\.003\d* GB, .*models has 0\.0015 GB free", InputError
+    )
     convert(official, target, "qint4", "qint4")
 
 

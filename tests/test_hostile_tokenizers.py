@@ -285,3 +285,8 @@ def test_damaged_bytes_give_plain_errors(seed, klein):
         except Flux2Error as error:
             outcomes.add("\n" not in str(error))
     assert outcomes <= {"read", True}
+
+
+def test_a_tokenizer_that_reads_nothing_of_a_prompt_is_refused(klein):
+    edit(klein, lambda values: values["model"].update(vocab={}, merges=[]))
+    refused(lambda: KleinTokenizer(klein), "reads nothing of a prompt|no <|does not read|is not a tokenizer file")

@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,25 @@ def test_a_callback_may_change_the_latents(kind, pipe):
     np.testing.assert_array_equal(changed, empty)
 
 
+@pytest.mark.parametrize(
+    ("returned", "match"),
+    [
+        (np.zeros((1, 12, 8), np.float32), r"returned latents \(1, 12, 8\); give finite numbers of the shape \(1, 12"),
+        (np.full((1, 12, 16), np.nan, np.float32), "give finite numbers"),
+        ("much", "a callback returned str for latents"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(returned, match, pipe):
+    with pytest.raises(InputError, match=match):
+        pipe(FOX, callback_on_step_end=lambda *step: {"latents": returned}, **SETTINGS)
+
+
+def test_encoded_prompts_can_be_used_in_another_thread(pipe):
+    with ThreadPoolExecutor(1) as executor:
+        embeds = executor.submit(pipe.encode_prompt, FOX, 40).result()
+    np.testing.assert_array_equal(latents(pipe, prompt_embeds=embeds), latents(pipe, FOX))
+
+
 def test_a_callback_may_cancel(pipe, loads):
     def cancel(*args):
         raise KeyboardInterrupt
@@ -263,6 +283,8 @@ EMBEDS = np.zeros((1, 40, 192), dtype=np.float32)
             r"latents have shape \(1, 16, 4, 3\), this run needs \(1",
         ),
         ({"prompt": [FOX, CAT], "latents": np.zeros((1, 16, 3, 4))}, r"needs \(2, 16, 3, 4\)"),
+        ({"prompt": FOX, "latents": np.zeros((1, 16, 3, 4), np.complex64)}, "latents must be real numbers"),
+        ({"prompt_embeds": "much"}, "prompt_embeds can't be used"),
         ({"prompt": FOX, "height": 50}, "height 50 must be a positive multiple of 16"),
         ({"prompt": FOX, "num_inference_steps": 0}, "steps must be 1 to 1000"),
         ({"prompt": FOX, "num_images_per_prompt": 0}, "the number of images must be 1"),

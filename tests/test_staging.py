@@ -131,6 +131,29 @@ def test_a_kill_at_any_call_leaves_what_comes_back(tmp_path):
         assert content(place) == kept
 
 
+@pytest.mark.parametrize("taken", ["empty folder", "folder", "file"])
+def test_an_old_folder_whose_place_is_taken_is_never_removed(taken, place, caplog):
+    work = place.parent / ".flux2-mlx-convert-killed"
+    work.mkdir()
+    values = {"made_by": "flux2-mlx convert", "target": place.name, "pid": 1, "host": ""}
+    (work / "flux2-mlx-convert.json").write_text(json.dumps(values))
+    place.rename(work / "old")
+    (work / "new").mkdir()
+    if taken == "file":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / "letter").write_text("mine") if taken == "folder" else None
+    bring_back(place)
+    remove_leftovers(place.parent)
+    if taken == "empty folder":
+        assert content(place) == "old"
+        assert not work.exists()
+    else:
+        assert content(work / "old") == "old"
+        assert "something else has taken; move it where you want it" in caplog.text
+
+
 def test_a_failure_at_the_last_moment_brings_the_old_one_back(place, monkeypatch):
     real = os.rename
 

@@ -210,3 +210,9 @@ def test_json_without_end_is_not_read(tmp_path):
 def test_a_file_that_goes_away_after_it_was_looked_at(tmp_path):
     with pytest.raises(CheckpointError, match=r"can't read .*gone\.safetensors: "):
         load_arrays(tmp_path / "gone.safetensors")
+
+
+def test_a_pointer_in_place_of_the_file_is_told(tmp_path):
+    (tmp_path / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+    with pytest.raises(CheckpointError, match="it is a Git LFS pointer; fetch the file itself with `git lfs pull`"):
+        read_header(tmp_path / "a.safetensors")

@@ -148,7 +148,7 @@ def _verdict(memory: dict[str, Any] | None) -> str:
         return "not verified"
     if memory["changed"]:
         return f"changed since it was verified at {memory['time']}: {', '.join(memory['changed'])}"
-    return f"verified at {memory['time']}"
+    return f"verified at {memory['time']}{'' if memory['hashed'] else ', without hashes to compare with'}"
 
 
 def _print_plan(row: dict[str, Any]) -> None:

@@ -81,4 +81,5 @@ def _print(report: "Report", remembered: bool) -> None:
         )
     if not report.problems:
         note = "" if remembered else "; this can't be noted in the folder"
-        print_result(f"{report.folder}: {len(report.files)} files, all good{note}")
+        verdict = "all good" if report.hashed else "nothing bad found"
+        print_result(f"{report.folder}: {len(report.files)} files, {verdict}{note}")

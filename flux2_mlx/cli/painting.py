@@ -27,7 +27,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     """Make the images of `job`, and print the path of each as soon as it is there, or a report of all at the end."""
     images, edit, hashes = job.pictures.open()
     paths = job.paths()
-    missing = [place for place, path in enumerate(paths) if not (job.skip_existing and path.exists())]
+    missing = [place for place, path in enumerate(paths) if not (job.skip_existing and path.is_file())]
     _check(job, [paths[place] for place in missing], images, edit)
     with Bars(job.quiet) as bars:
         pipe = _open(job, bars)

@@ -37,7 +37,8 @@ class PromptTokenizer(ABC):
                 raise CheckpointError(f"{path} has no {token} token; it belongs to another model")
             if self.encode(token) != [vocabulary[token]]:
                 raise CheckpointError(f"{path} does not read {token} as one token; it belongs to another model")
-        self.count("a")  # some fail only when they are used
+        if self.count("a") <= self.count(""):  # and some fail only when they are used
+            raise CheckpointError(f"{path} reads nothing of a prompt; it is damaged or belongs to another model")
         self._pad_id = vocabulary[self.pad]
         self.end_ids = frozenset(vocabulary[token] for token in self.ends)
         self.image_id = vocabulary.get(IMAGE)
