@@ -11,6 +11,7 @@ import argparse
 import gc
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -189,7 +190,7 @@ def _interrupt(storm: Storm, kind: str, number: signal.Signals, moment: float) -
         return process.returncode, ["it did not end"]
     # While Python starts and ends a signal does what it does by itself, which for a shell is the same exit code.
     expected = {0, -number, 128 + number}
-    early = ", in main\n" not in stderr and "stopping.py" not in stderr
+    early = not re.search(r"cli/main\.py\", line \d+, in main|stopping\.py\", line", stderr)
     wrongs = []
     if "Traceback" in stderr and not early:
         wrongs.append(f"a traceback: {stderr}")
