@@ -84,7 +84,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
     if pipeline not in _PIPELINES:
-        raise CheckpointError(f"{folder} holds a {pipeline!s:.80}, not FLUX.2; its class must be one of {_PIPELINES}")
+        raise CheckpointError(
+            f"{folder} holds {reprlib.repr(pipeline)}, not FLUX.2; its class must be one of {_PIPELINES}"
+        )
     for name, wanted in _CLASSES.items():
         match index.get(name):
             case [_, str(found)] if found != wanted:

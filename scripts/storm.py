@@ -11,6 +11,7 @@ import argparse
 import gc
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -187,14 +188,13 @@ def _interrupt(storm: Storm, kind: str, number: signal.Signals, moment: float) -
         process.kill()
         stdout, stderr = process.communicate()
         return process.returncode, ["it did not end"]
-    expected = {0, -9 if number == signal.SIGKILL else 128 + number}
-    # Before the program's own first line Python ends as it does by itself.
-    begun = ", in main\n" in stderr or "stopping.py" in stderr
-    early = process.returncode in (1, -number) and not begun and (not stderr or "Traceback" in stderr)
+    # While Python starts and ends a signal does what it does by itself, which for a shell is the same exit code.
+    expected = {0, -number, 128 + number}
+    early = not re.search(r"cli/main\.py\", line \d+, in main|stopping\.py\", line", stderr)
     wrongs = []
     if "Traceback" in stderr and not early:
         wrongs.append(f"a traceback: {stderr}")
-    elif process.returncode not in expected and not early:
+    elif process.returncode not in expected and not (early and "Traceback" in stderr):
         wrongs.append(f"exit code {process.returncode}: {stderr}")
     if number != signal.SIGKILL and storm.hidden(trial):
         wrongs.append(f"left behind: {storm.hidden(trial)}")

@@ -171,7 +171,7 @@ def test_a_source_without_a_tokenizer_leaves_nothing_behind(source):
 
 def test_a_model_of_another_kind(source):
     edit_json(source / "model_index.json", _class_name="StableDiffusionPipeline")
-    assert "holds a StableDiffusionPipeline, not FLUX.2" in refusal("convert", source, "mine")
+    assert "holds 'StableDiffusionPipeline', not FLUX.2" in refusal("convert", source, "mine")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from cli_runner import PROMPT, SMALL, run, tree
 
 from flux2_mlx.cli.main import main
-from flux2_mlx.cli.stopping import stoppable
+from flux2_mlx.cli.stopping import Terminated, stoppable
 
 INTERRUPTED, TERMINATED = "interrupted; nothing was left half written\n", "terminated; nothing was left half written\n"
 # Sends the process a signal when it imports a module. A shell that starts tests in the background makes its children
@@ -144,3 +145,30 @@ def test_a_second_ctrl_c_waits_for_nothing():
         env=os.environ | {"STOP_AT": "", "STOP_WITH": ""},
     )
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
+class Stopped:
+    """Gets a signal where Python drops what is raised."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+def dropped(number: int) -> None:
+    Stopped(number)
+    time.sleep(5)  # it comes again long before
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_that_comes_in_a_callback_is_not_lost(number, kind, capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, see above
+    try:
+        with pytest.raises(kind) as stop, stoppable():
+            dropped(number)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert type(stop.value) is kind
+    assert capfd.readouterr() == ("", "")

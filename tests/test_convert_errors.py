@@ -99,7 +99,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no model_index": (remove("model_index.json"), "has no model_index.json"),
     "model_index garbage": (fill("model_index.json", b"\xff\x00"), "model_index.json is not JSON"),
     "model_index list": (fill("model_index.json", b"[]"), "holds no JSON object"),
-    "FLUX.1": (edit("model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, not FLUX.2"),
+    "FLUX.1": (edit("model_index.json", _class_name="FluxPipeline"), "holds 'FluxPipeline', not FLUX.2"),
+    "a name of two lines": (edit("model_index.json", _class_name="a\nb"), r"holds 'a\\nb', not FLUX.2"),
     "dev, by its guidance": (
         edit(CONFIGS["transformer"], guidance_embeds=True),
         "is not a klein-4b transformer: missing time_guidance_embed",

@@ -1,11 +1,13 @@
 """What ends a command from outside: Ctrl-C, a signal of the system, a terminal that closes."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_AGAIN = 0.02  # seconds after which a signal that was lost is sent again
 _CODE = 128  # a shell's exit code for a signal is this much more than its number
 
 
@@ -21,6 +23,7 @@ def stoppable() -> Iterator[None]:
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
+    hook = sys.unraisablehook
     handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         handled = []
@@ -30,18 +33,35 @@ def stoppable() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
+    def again(lost: "sys.UnraisableHookArgs") -> None:
+        # Python drops what is raised inside a callback, and imports alone have many of those.
+        if not handled or not isinstance(lost.exc_value, KeyboardInterrupt):
+            hook(lost)
+            return
+        for each in handled:
+            signal.signal(each, stop)
+        timer = threading.Timer(_AGAIN, os.kill, (os.getpid(), _number(lost.exc_value)))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
     try:
         for number in handled:
             signal.signal(number, stop)
         yield
     finally:
+        sys.unraisablehook = hook
         for number in handled:
             signal.signal(number, before[number])
 
 
 def report(stop: KeyboardInterrupt) -> int:
     """Say in a line on stderr that the command was stopped, and give its exit code."""
-    number = stop.args[0] if isinstance(stop, Terminated) else signal.SIGINT
+    number = _number(stop)
     word = "terminated" if isinstance(stop, Terminated) else "interrupted"
     print(f"{word}; nothing was left half written", file=sys.stderr)
     return _CODE + number
+
+
+def _number(stop: KeyboardInterrupt) -> int:
+    return stop.args[0] if isinstance(stop, Terminated) else signal.SIGINT
