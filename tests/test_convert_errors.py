@@ -235,13 +235,15 @@ def test_what_someone_keeps_in_a_checkpoint_is_not_replaced_with_it(name, offici
     convert(official, target)
     (target / name).parent.mkdir(exist_ok=True)
     (target / name).write_text("mine")
-    assert_refused(official, target, f"also holds {name.split('/a')[0]}.*, which --force would remove", force=True)
+    assert_refused(
+        official, target, f"also holds {name.split('/a')[0]}.*, which --force would remove", InputError, force=True
+    )
 
 
 def test_a_source_inside_the_target_is_kept(official, target):
     convert(official, target)
     shutil.copytree(official, target / "source")
-    assert_refused(target / "source", target, "also holds source, which --force would remove", force=True)
+    assert_refused(target / "source", target, "also holds source, which --force would remove", InputError, force=True)
 
 
 def test_a_failed_conversion_keeps_the_old_checkpoint(official, source, target):
