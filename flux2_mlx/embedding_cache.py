@@ -62,13 +62,14 @@ class EmbeddingCache:
     Args:
         folder: made when there is something to keep.
         max_bytes: of all entries; the least recently used make room. None: `$FLUX2_MLX_CACHE_BYTES`, or 1 GB.
+        what: the name of what is kept, for warnings.
 
     Raises:
         InputError: the variable is not a number of bytes.
     """
 
-    def __init__(self, folder: Path, max_bytes: int | None = None):
-        self.folder = folder
+    def __init__(self, folder: Path, max_bytes: int | None = None, what: str = "encoded prompts"):
+        self.folder, self._what = folder, what
         self.max_bytes = _limit() if max_bytes is None else max_bytes
         self._warned = False
 
@@ -100,7 +101,7 @@ class EmbeddingCache:
             self._write(key, states)
         except OSError as error:
             if not self._warned:
-                _log.warning("can't keep encoded prompts in %s: %s", self.folder, error.strerror)
+                _log.warning("can't keep %s in %s: %s", self._what, self.folder, error.strerror)
             self._warned = True
 
     def remove(self, key: str) -> None:

@@ -1,5 +1,6 @@
 """The phases of a run after the text is encoded, what a caller hears of them, and what they took."""
 
+import atexit
 import gc
 import threading
 import time
@@ -29,6 +30,7 @@ _T_STEP = 10
 _MOST_INTENSITY = 1000
 _TURN = threading.RLock()
 _THREAD = threading.local()
+_ENDING = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,27 @@ class Flux2Output:
 def turn() -> Iterator[None]:
     """Runs of several threads take turns, since MLX counts memory, and limits it, for the process as a whole."""
     with _TURN:
+        end_with_process()
         if threading.current_thread() is not threading.main_thread() and not hasattr(_THREAD, "streams"):
             _THREAD.streams = _Streams()
-        yield
+        try:
+            yield
+        finally:
+            if _ENDING.is_set():  # while the process waits, as later no call of MLX would return to this thread
+                vars(_THREAD).pop("streams", None)
+
+
+def end_with_process() -> None:
+    """End a thread whose process is about to."""
+    if _ENDING.is_set() and threading.current_thread() is not threading.main_thread():
+        raise SystemExit
+
+
+@atexit.register
+def _end_runs() -> None:
+    """Let the run of a daemon thread end at its next step: MLX aborts a process that exits while it computes."""
+    _ENDING.set()
+    _TURN.acquire()
 
 
 class _Streams:
@@ -226,6 +246,7 @@ def denoise_images(
         step = next(steps)
         while step is not None:
             done += 1
+            end_with_process()
             batch, replaced = step.tokens, on_step(done, step, images)
             batch = batch if replaced is None else _replacement(replaced, batch.shape)
             try:

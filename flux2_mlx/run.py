@@ -202,7 +202,7 @@ class Run:
                     self._finish(tokens)
             else:
                 waiting.update(tokens)
-                if self.unfinished is not None:
+                if self.unfinished is not None and len(images) > 1:
                     self.unfinished.keep(self.networks, self.request, self.edit, tokens)
 
     def _noise(self, images: list[int], latents: mx.array | None) -> Tokens:

@@ -16,13 +16,14 @@ from .references import Edit
 from .sampling import Request
 
 FOLDER = "unfinished"  # within the models folder
+_LIMIT = 4_000_000_000  # 2,000 images of 1024²
 
 
 class Unfinished:
     """The tokens of denoised images in a folder, a file each until the image is decoded."""
 
     def __init__(self, folder: Path):
-        self._files = EmbeddingCache(folder)
+        self._files = EmbeddingCache(folder, _LIMIT, "denoised images")
 
     def kept(self, networks: Networks, request: Request, edit: Edit) -> dict[int, mx.array]:
         """The tokens `[L, C]` that an earlier run of the same settings has left, by the place of their image."""

@@ -140,6 +140,21 @@ def test_a_killed_run_is_gone_on_with(narrow, tmp_path, monkeypatch, loads):
     assert list((tmp_path / FOLDER).iterdir()) == []
 
 
+def test_images_of_one_pass_are_kept_until_they_are_decoded(narrow, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_TOKENS_PER_PASS", 4096)
+    request, kept = narrow.request([PROMPT], images_per_prompt=3, seed=1, **SIZE), []
+
+    def on_progress(progress):
+        if progress.phase == "vae":
+            kept.append(len(list((tmp_path / FOLDER).iterdir())))
+
+    planned = narrow.networks.plan(request)
+    narrow.networks = replace(narrow.networks, memory_limit=planned.peak_memory + 100_000)
+    assert not narrow.networks.plan(request).beside
+    narrow.run(request, on_progress=on_progress, resume=True)
+    assert kept == [3, 3, 2, 1]
+
+
 @pytest.mark.parametrize("changed", [{"seed": 9}, {"steps": 3}, {"prompts": ["a star"]}, {"guidance": 2.0}])
 def test_what_is_kept_of_other_settings_is_not_gone_on_with(changed, narrow, monkeypatch):
     settings = {"prompts": [PROMPT], "images_per_prompt": 2, "seed": 1, **SIZE}
@@ -271,6 +286,31 @@ else:
         thread.join()
 print("done")
 """
+
+
+DAEMON = """
+import threading
+from flux2_mlx import Flux2Pipeline
+
+started = threading.Event()
+
+def work():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    started.set()
+    pipe("a red ring", width=64, height=64, num_inference_steps=1000)
+
+threading.Thread(target=work, daemon=True).start()
+started.wait()
+threading.Event().wait(0.3)
+print("done")
+"""
+
+
+def test_a_process_that_ends_while_a_thread_runs_a_pipeline_ends_cleanly(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", DAEMON], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
 
 
 @pytest.mark.parametrize("pool", [True, False])
