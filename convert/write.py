@@ -324,8 +324,10 @@ def _shards(layers: list[_Layer]) -> Iterator[list[_Layer]]:
 
 def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
     """The stored arrays of a layer in the order of `layer.stored`, evaluated."""
-    array = layer.rule.apply(*(source.take(_READS[plan.component.name], key) for key in layer.rule.sources))
-    array = array.astype(mx.bfloat16)
+    parts = [source.take(_READS[plan.component.name], key) for key in layer.rule.sources]
+    mx.eval(parts)  # or the device would wait for the file
+    array = layer.rule.apply(*parts).astype(mx.bfloat16)
+    parts.clear()
     if not mx.isfinite(array).all().item():
         raise CheckpointError(
             f"{source.folder / _READS[plan.component.name]}: {', '.join(layer.rule.sources)} is not finite"

@@ -19,7 +19,7 @@ from .staging import bring_back
 from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
 from .transformer import Flux2Transformer
 from .vae import VAE
-from .weights import NONSENSE, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
+from .weights import NONSENSE, READER, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -81,8 +81,10 @@ def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype
 
 
 def in_memory(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A stored tensor as it is kept in memory, still unread."""
-    return array.astype(memory_dtype(name, array.shape, dtype)) if mx.issubdtype(array.dtype, mx.floating) else array
+    """A stored tensor as it is kept in memory, still unread; what casts it is the reader of files."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    return array.astype(memory_dtype(name, array.shape, dtype), stream=READER)
 
 
 def tensor_bytes(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> int:
@@ -207,6 +209,7 @@ def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorIn
     quantized: dict[str, mx.array] = {}
     for name in sorted(weights, key=lambda name: -weights[name].nbytes):  # the largest while little is in memory
         array, layer = weights.pop(name), name.removesuffix(".weight")
+        mx.eval(array)  # or the device would wait for the file
         if f"{layer}.scales" in expected:
             quantized |= {f"{layer}.{part}": x for part, x in quantize_array(array, bits).items()}
         else:

@@ -13,6 +13,10 @@ class RangeError(Flux2Error):
     """A computation left the range of its numbers."""
 
 
+class DeviceError(Flux2Error):
+    """The GPU failed or was stopped, or has no memory left; the pipeline can be used again."""
+
+
 class CheckpointError(Flux2Error):
     """Model files are missing, damaged, or of another model."""
 

@@ -1,57 +1,19 @@
 """Blocks that more than one network uses. Arrays are channels-last; attention is `[B, heads, tokens, head_dim]`."""
 
-import re
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import DTYPES
-from .errors import InputError, RangeError
+from .device import fused, fuses_attention
+from .errors import RangeError
 
-# Metal's attention kernel has these head sizes and never stores the scores. Elsewhere MLX stores them for all
-# queries at once, so the queries are taken in chunks of at most this many scores.
-_FUSED_HEAD_SIZES = (64, 80, 128)
+# Where scores are stored for all queries at once, the queries are taken in chunks of at most this many scores.
 _SCORES_PER_CHUNK = 8 * 1024 * 1024
+# Elsewhere in chunks of at most so many operations, about a second of the slowest GPU: macOS stops what takes longer
+# than some five seconds, and less while the display is on.
+_OPERATIONS_PER_CHUNK = 10**12
 # The most weights that `project` widens at one time.
 WIDENED = 32 * 1024 * 1024
 FLOAT16_MAX = 65504
-_DTYPES = {name: getattr(mx, name) for name in DTYPES}
-# Chips whose GPU has no bfloat16, so that Metal makes do with float32 and conversions.
-_WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
-
-
-def on_metal() -> bool:
-    """Whether MLX computes on an Apple GPU."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu
-
-
-def activation_dtype(name: str | None) -> mx.Dtype:
-    """The dtype called `name`; InputError if there is none.
-
-    None: the device's own, which is float16 on M1 and M2 (Pro, Max and Ultra included), bfloat16 on other Apple GPUs,
-    and float32 on a CPU.
-    """
-    if name is None:
-        return _gpu_dtype() if on_metal() else mx.float32
-    if name not in _DTYPES:
-        raise InputError(f"unknown dtype {name!r}; choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _gpu_dtype() -> mx.Dtype:
-    name = str(mx.device_info().get("device_name", ""))
-    return mx.float16 if _WITHOUT_BFLOAT16.match(name) else mx.bfloat16
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """What `activation_dtype` calls it."""
-    return str(dtype).rpartition(".")[2]
-
-
-def fused(function: Callable) -> Callable:
-    """`function`, compiled into one kernel where that needs no C++ compiler at run time."""
-    return mx.compile(function, shapeless=True) if mx.metal.is_available() else function
 
 
 # Weights wait for those of a file as zeros. MLX's own initialisers would draw from random numbers that are the
@@ -179,9 +141,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     as in PyTorch.
     """
     B, heads, Lq, head_dim = q.shape
-    if on_metal() and head_dim in _FUSED_HEAD_SIZES:
+    keys, is_fused = B * heads * k.shape[2], fuses_attention(head_dim, q.dtype.size)
+    rows = max(1, _OPERATIONS_PER_CHUNK // (4 * keys * head_dim) if is_fused else _SCORES_PER_CHUNK // keys)
+    if is_fused and rows >= Lq:
         return _attend(q, k, v, mask)
-    rows = max(1, _SCORES_PER_CHUNK // (B * heads * k.shape[2]))
     chunks = []
     if rows < Lq:
         mx.eval(q, k, v)  # what they are made of is freed before there are scores
@@ -192,9 +155,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
-def score_bytes(heads: int, tokens: int, itemsize: int) -> int:
+def score_bytes(heads: int, tokens: int, head_dim: int, itemsize: int) -> int:
     """Bytes of the attention scores that are stored at one time (see `attention`)."""
-    return 0 if on_metal() else itemsize * min(max(_SCORES_PER_CHUNK, heads * tokens), heads * tokens**2)
+    if fuses_attention(head_dim, itemsize):
+        return 0
+    return itemsize * min(max(_SCORES_PER_CHUNK, heads * tokens), heads * tokens**2)
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:

@@ -1,7 +1,5 @@
 """How much memory a run needs phase by phase, and what fits."""
 
-import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -9,8 +7,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .config import TextConfig, TransformerConfig, Variant, VisionConfig
-from .errors import InputError
-from .layers import on_metal, score_bytes
+from .device import device_memory
+from .layers import score_bytes
 from .streaming import Footprint
 from .transformer import TOKENS_PER_PART
 from .vae import activation_bytes as vae_activation_bytes
@@ -37,7 +35,6 @@ _CACHE_STEP, _TOKENS_READ_TOGETHER = 256, 2048
 # The share of a phase's activations up to which MLX may allocate ahead of what it computes. It looks before it
 # allocates, so that one more array comes on top.
 _AHEAD = 0.9
-_MOST_BYTES = 2**63  # what MLX's limits can hold
 
 
 @dataclass(frozen=True)
@@ -249,8 +246,8 @@ def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int, widene
     D, heads = config.hidden_size, config.num_attention_heads
     queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim
     arrays = itemsize * (_TEXT_ARRAYS * D + _TEXT_QUERIES * queries + _TEXT_KEYS * keys)
-    masks = _TEXT_MASKS * tokens**2
-    attending = tokens * (arrays + _TEXT_FLOAT32_BYTES * queries) + score_bytes(heads, tokens, itemsize) + masks
+    masks, scores = _TEXT_MASKS * tokens**2, score_bytes(heads, tokens, config.head_dim, itemsize)
+    attending = tokens * (arrays + _TEXT_FLOAT32_BYTES * queries) + scores + masks
     mlp = tokens * itemsize * (_TEXT_MLP_STREAM * D + _TEXT_MLP_ARRAYS * config.intermediate_size)
     return int(max(attending, mlp + widened))
 
@@ -258,7 +255,9 @@ def text_activation_bytes(config: TextConfig, tokens: int, itemsize: int, widene
 def vision_activation_bytes(config: VisionConfig, patches: int, itemsize: int, widened: int = 0) -> int:
     """Peak of looking at an image of so many patches, above the weights."""
     D = config.hidden_size
-    attending = patches * D * _VISION_BYTES + score_bytes(config.num_attention_heads, patches, itemsize)
+    attending = patches * D * _VISION_BYTES + score_bytes(
+        config.num_attention_heads, patches, config.head_dim, itemsize
+    )
     mlp = patches * itemsize * (_VISION_MLP_STREAM * D + _TEXT_MLP_ARRAYS * config.intermediate_size)
     return max(attending, mlp + widened)
 
@@ -274,7 +273,7 @@ def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, wide
         images: of the pass.
     """
     array, part = itemsize * config.hidden_size, min(tokens, TOKENS_PER_PART)
-    scores = score_bytes(images * config.num_attention_heads, tokens // images, itemsize)
+    scores = score_bytes(images * config.num_attention_heads, tokens // images, config.attention_head_dim, itemsize)
     # A chunk of queries is scaled before it attends, and kept until it has.
     chunk = min(scores * 2 * config.attention_head_dim * images // tokens, 2 * tokens * array)
     attending = tokens * (_ATTENDING_ARRAYS * array + config.in_channels * mx.float32.size) + scores + chunk
@@ -308,24 +307,3 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
         mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
         yield
         mx.synchronize()
-
-
-def memory_bytes(limit: str | int | None) -> int:
-    """The bytes of a memory limit; None: what the device has."""
-    return device_memory() if limit is None else parse_memory(limit)
-
-
-def parse_memory(text: str | int) -> int:
-    """Bytes of a size such as `12GB`, `7.5GiB` or `800MB`; InputError if it is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if match is None or not 1 <= float(match[1]) * unit < _MOST_BYTES:
-        raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
-    return int(float(match[1]) * unit)
-
-
-def device_memory() -> int:
-    """Bytes that networks can have: what Metal recommends on an Apple GPU, else the physical memory."""
-    if on_metal():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .device import failures
 from .errors import InputError, RangeError
 from .images import to_pil, to_unit
 from .layers import check_finite
@@ -88,7 +89,8 @@ def turn() -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread() and not hasattr(_THREAD, "streams"):
             _THREAD.streams = _Streams()
         try:
-            yield
+            with failures():
+                yield
         finally:
             if _ENDING.is_set():  # while the process waits, as later no call of MLX would return to this thread
                 vars(_THREAD).pop("streams", None)

@@ -9,11 +9,11 @@ from PIL import Image
 
 from .checkpoint import Checkpoint
 from .convert import find_checkpoint, models_folder
+from .device import activation_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
-from .layers import activation_dtype
-from .memory import Plan, memory_bytes
+from .memory import Plan
 from .networks import Networks
 from .phases import Flux2Output, OnProgress, Progress, decode_image, finished_image, turn
 from .quantization import check_quant

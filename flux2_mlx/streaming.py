@@ -14,9 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .checkpoint import Component, in_memory, memory_dtype, module_tensors, tensor_bytes
+from .device import is_failure
 from .errors import CheckpointError
 from .layers import WIDENED
-from .weights import read_header
+from .weights import load_arrays, read_header
 
 # The lists of blocks of each network that can be streamed, in the order that they are run in.
 _LISTS = {
@@ -25,8 +26,6 @@ _LISTS = {
     "language_model": ("layers",),
 }
 Weights = list[tuple[str, mx.array]]
-# Files are read on a stream of their own, or on a CPU the computation would queue behind the reading.
-_READER = mx.new_thread_local_stream(mx.cpu)
 
 
 @dataclass
@@ -218,7 +217,9 @@ def _readable() -> Iterator[None]:
     """Turn what MLX raises for a file that can't be read into a CheckpointError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, CheckpointError) as error:
+        if is_failure(error):  # of work that went on meanwhile
+            raise
         raise CheckpointError(
             f"can't read weights any more: {str(error).splitlines()[0]}; put the files back"
         ) from error
@@ -227,5 +228,5 @@ def _readable() -> Iterator[None]:
 def _pick(names: set[str], places: dict[str, Path], dtype: mx.Dtype) -> Weights:
     """Tensors of the files, still unread."""
     with _readable():
-        loaded = {path: mx.load(str(path), stream=_READER) for path in {places[name] for name in names}}
+        loaded = {path: load_arrays(path) for path in {places[name] for name in names}}
     return [(name, in_memory(name, loaded[places[name]][name], dtype)) for name in sorted(names)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import __version__
+from .device import dtype_name
 from .embedding_cache import EmbeddingCache, Form
-from .layers import dtype_name
 from .networks import Networks
 from .references import Edit
 from .sampling import Request

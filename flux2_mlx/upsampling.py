@@ -13,9 +13,10 @@ from PIL import Image
 
 from .checkpoint import Checkpoint
 from .convert import find_checkpoint
+from .device import activation_dtype, memory_bytes
 from .errors import CheckpointError, InputError
-from .layers import activation_dtype, check_finite
-from .memory import Plan, Writing, memory_bytes
+from .layers import check_finite
+from .memory import Plan, Writing
 from .networks import Networks
 from .phases import Meter, Phase, turn
 from .quantization import loadable_quant

@@ -27,6 +27,8 @@ _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_JSON = 10_000_000  # the largest JSON file that belongs to a model, an index of its tensors, takes less than 1 MB
 _MAX_PROBLEMS = 8
+# Files are read, and what they hold is cast, on a stream of the CPU of its own: a computation would queue behind it.
+READER = mx.new_thread_local_stream(mx.cpu)
 # What Python raises when values of a JSON file have other types or sizes than they should.
 NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -181,10 +183,13 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def load_arrays(path: Path, **options: Any) -> dict[str, mx.array]:
-    """The unread arrays of a safetensors file; `options` go to MLX. CheckpointError if it can't open the file."""
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """The unread arrays of a safetensors file, on the stream `READER`; CheckpointError if it can't open the file.
+
+    Evaluate each before another stream touches it: macOS stops a GPU that waits some seconds for a file.
+    """
     try:
-        return mx.load(str(path), format="safetensors", **options)
+        return mx.load(str(path), format="safetensors", stream=READER)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"can't read {path}: {error}") from error
 

@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, models
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, module_tensors, variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
-from flux2_mlx.memory import Plan, parse_memory
+from flux2_mlx.device import parse_memory
+from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
 from flux2_mlx.phases import Phase
 from flux2_mlx.sampling import Request

@@ -332,10 +332,10 @@ def test_a_mask_of_everything_is_said_to_be_one(caplog):
 
 
 def test_references_beyond_the_memory_are_refused_before_anything_is_loaded(monkeypatch):
-    from flux2_mlx import memory
+    from flux2_mlx import device
     from flux2_mlx.checkpoint import Component
 
-    monkeypatch.setattr(memory, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(device, "device_memory", lambda: 2**20)
     monkeypatch.setattr(Component, "load", None)
     message = refusal("i2i", PROMPT, *DEMO, "-i", "a.png", "-o", "out.png", "--quiet")
     assert "the limit is 1 MiB; no size fits" in message

@@ -5,38 +5,7 @@ import pytest
 from mlx_state import randomized
 
 from flux2_mlx import layers
-from flux2_mlx.errors import InputError
-from flux2_mlx.layers import Linear, activation_dtype
-
-
-@pytest.mark.parametrize(
-    ("chip", "dtype"),
-    [
-        *((f"Apple M{number}{kind}", mx.float16) for number in (1, 2) for kind in ("", " Pro", " Max", " Ultra")),
-        *((f"Apple M{number}{kind}", mx.bfloat16) for number in (3, 4, 5, 10, 21) for kind in ("", " Pro", " Max")),
-        ("Apple Paravirtual device", mx.bfloat16),
-        ("Apple A18 Pro", mx.bfloat16),
-        ("", mx.bfloat16),
-    ],
-)
-def test_the_chip_decides_what_is_computed_in(chip, dtype, monkeypatch):
-    monkeypatch.setattr(layers, "on_metal", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": chip, "architecture": "applegpu_g13s"})
-    assert activation_dtype(None) == dtype
-    assert activation_dtype("float32") == mx.float32
-
-
-def test_a_cpu_computes_in_float32(monkeypatch):
-    monkeypatch.setattr(layers, "on_metal", lambda: False)
-    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M1"})
-    assert activation_dtype(None) == mx.float32
-
-
-def test_a_dtype_asked_for_is_taken():
-    names = ("float32", "bfloat16", "float16")
-    assert [activation_dtype(name) for name in names] == [mx.float32, mx.bfloat16, mx.float16]
-    with pytest.raises(InputError, match="unknown dtype 'float64'; choose one of float32, bfloat16, float16"):
-        activation_dtype("float64")
+from flux2_mlx.layers import Linear
 
 
 @pytest.mark.parametrize("rows", [1, 7, 48])

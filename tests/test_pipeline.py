@@ -14,7 +14,7 @@ import pytest
 from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, layers, memory
+from flux2_mlx import Flux2Pipeline, device, memory
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
 from flux2_mlx.noise import initial_noise
@@ -363,7 +363,7 @@ def test_a_stored_and_a_loaded_quantization_give_the_same_image(official, folder
 
 
 @pytest.mark.parametrize(
-    ("metal", "asked", "got"),
+    ("gpu", "asked", "got"),
     [
         (False, None, mx.float32),
         (True, None, mx.bfloat16),
@@ -371,9 +371,11 @@ def test_a_stored_and_a_loaded_quantization_give_the_same_image(official, folder
         (False, "bfloat16", mx.bfloat16),
     ],
 )
-def test_dtype(metal, asked, got, folder, monkeypatch):
-    monkeypatch.setattr(layers, "on_metal", lambda: metal)
-    pipe = Flux2Pipeline.from_pretrained(folder, dtype=asked)
+def test_dtype(gpu, asked, got, folder, monkeypatch):
+    with monkeypatch.context() as pretended:
+        pretended.setattr(device, "on_gpu", lambda: gpu)
+        pretended.setattr(device, "device_memory", lambda: 2**40)
+        pipe = Flux2Pipeline.from_pretrained(folder, dtype=asked)
     assert pipe.dtype == got
     assert pipe.encode_prompt(FOX, max_sequence_length=20).dtype == got
 

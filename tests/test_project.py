@@ -26,7 +26,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ROWS = (
     ("errors", "demo"),
     ("config", "files", "settings"),
-    ("layers", "images", "weights"),
+    ("device", "images", "weights"),
+    ("layers",),
     ("transformer", "vae", "text", "scheduler", "noise", "references", "staging"),
     ("quantization",),
     ("checkpoint",),

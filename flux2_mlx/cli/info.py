@@ -95,8 +95,7 @@ def _networks(
     """Those that a run of `model` would use: of the checkpoint that it is, or else as it would be converted."""
     from ..checkpoint import Checkpoint, is_checkpoint
     from ..convert import find_checkpoint, look_up
-    from ..layers import activation_dtype
-    from ..memory import memory_bytes
+    from ..device import activation_dtype, memory_bytes
     from ..networks import Networks
 
     wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
@@ -109,7 +108,7 @@ def _networks(
 
 
 def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:
-    from ..layers import dtype_name
+    from ..device import dtype_name
     from ..sampling import Request
 
     variant = networks.checkpoint.model

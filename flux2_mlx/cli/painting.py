@@ -113,8 +113,7 @@ def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[
 def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """The settings, and, of a model that is known by its name, that it will fit into memory."""
     from ..convert import look_up
-    from ..layers import activation_dtype
-    from ..memory import memory_bytes
+    from ..device import activation_dtype, memory_bytes
     from ..networks import Networks
     from ..references import Edit
     from ..sampling import Request

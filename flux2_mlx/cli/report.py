@@ -50,7 +50,7 @@ class Run:
         return tuple(self.asked) != self.request.prompts
 
     def _shared(self) -> dict[str, Any]:
-        from ..layers import dtype_name
+        from ..device import dtype_name
 
         return {
             "model": self.model,

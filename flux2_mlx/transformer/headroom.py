@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import layers
-from ..layers import clip_float16, fused
+from ..device import fused
+from ..layers import clip_float16
 
 # A power of two, so that only values below 0.002 lose digits.
 UNIT = 32

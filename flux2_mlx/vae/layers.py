@@ -4,7 +4,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import layers
-from ..layers import Linear, attention, fused
+from ..device import fused
+from ..layers import Linear, attention
 from .strips import Convolved, Doubled, Mapped, Moments, Rows, Sum
 
 _EPS = 1e-6

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers import on_metal
+from ..device import on_gpu
 
 # Rows at a seam are prepared for both strips, so small strips cost time. This gives 32 rows or more in any convolution
 # of the released models at a width of 1024 in bfloat16.
@@ -163,7 +163,7 @@ class Convolved(Rows):
         # The backend copies the window, which may have been padded here before, and then unfolds the copy: each pixel
         # goes to all places where the kernel meets it. MLX unfolds on a CPU, there in float32 whatever it is given, and
         # on a GPU for few channels.
-        widening = 1 if on_metal() else mx.float32.size // self.dtype.size
+        widening = 1 if on_gpu() else mx.float32.size // self.dtype.size
         unfolded = kernel * kernel * source.nbytes(rows) // stride
         padded = 0 if rows == self.shape[1] and stride == 1 else source.nbytes(window)
         result = self.nbytes(rows) * (widening + 1 if widening > 1 else 1)

@@ -1,0 +1,151 @@
+"""The device that MLX computes on: its dtypes, its memory, which kernels it has, and what its errors mean."""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from .config import DTYPES
+from .errors import DeviceError, InputError
+
+GIB = 2**30
+_DTYPES = {name: getattr(mx, name) for name in DTYPES}
+# Chips whose GPU has no bfloat16, so that Metal makes do with float32 and conversions.
+_WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
+# Metal's attention kernel has these head sizes, cuDNN's those up to 128 that are multiples of 8, in 16 bits.
+_FUSED_ON_METAL, _FUSED_ON_CUDA = (64, 80, 128), tuple(range(8, 129, 8))
+# The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
+_CARD_SHARE = 0.9
+_MOST_BYTES = 2**63  # what MLX's limits can hold
+# What a GPU says when a run fails, as MLX words it, and what that means. The first that is found counts.
+_FAILURES = (
+    (
+        r"OutOfMemory|Insufficient Memory|out of memory|cudaErrorMemoryAllocation|\[malloc\S*\] Unable to allocate",
+        "the GPU has no memory left for this; choose a lower memory_limit, a smaller image, or close other programs",
+    ),
+    (
+        r"maximum allowed buffer size",
+        "one array would be larger than the GPU allows; choose a smaller image",
+    ),
+    (
+        r"GPU Timeout|ErrorTimeout",
+        "the GPU was stopped, as one of its operations took too long; choose a smaller image, or set "
+        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
+    ),
+    (
+        r"Impacting Interactivity|ImpactingInteractivity",
+        "the GPU was stopped for the sake of the display; let the display sleep, choose a smaller image, or set "
+        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
+    ),
+    (r"\[METAL\]|\[metal::|cuda|cudnn|cublas", "the GPU failed"),
+)
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU: Apple's, or one with CUDA."""
+    return mx.is_available(mx.gpu) and mx.default_device() == mx.gpu
+
+
+def on_metal() -> bool:
+    """Whether MLX computes on an Apple GPU."""
+    return mx.metal.is_available() and on_gpu()
+
+
+def activation_dtype(name: str | None) -> mx.Dtype:
+    """The dtype called `name`; InputError if there is none.
+
+    None: the device's own, which is float16 on M1 and M2 (Pro, Max and Ultra included), bfloat16 on other GPUs, and
+    float32 on a CPU.
+    """
+    if name is None:
+        return _gpu_dtype() if on_gpu() else mx.float32
+    if name not in _DTYPES:
+        raise InputError(f"unknown dtype {name!r}; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _gpu_dtype() -> mx.Dtype:
+    name = str(mx.device_info(mx.gpu).get("device_name", ""))
+    return mx.float16 if _WITHOUT_BFLOAT16.match(name) else mx.bfloat16
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """What `activation_dtype` calls it."""
+    return str(dtype).rpartition(".")[2]
+
+
+def fused(function: Callable) -> Callable:
+    """`function`, compiled into one kernel on a GPU. (On a CPU that would need a C++ compiler at run time.)"""
+    compiled = mx.compile(function, shapeless=True)
+
+    @functools.wraps(function)
+    def call(*arrays: mx.array) -> mx.array:
+        return compiled(*arrays) if on_gpu() else function(*arrays)
+
+    return call
+
+
+def fuses_attention(head_dim: int, itemsize: int) -> bool:
+    """Whether attention over heads of this size, in numbers of `itemsize` bytes, never stores its scores."""
+    if on_metal():
+        return head_dim in _FUSED_ON_METAL
+    return on_gpu() and head_dim in _FUSED_ON_CUDA and itemsize == 2
+
+
+def device_memory() -> int:
+    """Bytes that networks can have: of an Apple GPU what Metal recommends, or less so that the system keeps 4 GiB (on a
+    Mac of 8 GiB) to 8 GiB (from 24 GiB on); of another GPU nine tenths; of a CPU the physical memory.
+
+    What is planned with is wired, and Macs of 16 GiB froze when all that Metal recommends was (mlx issue 3186).
+    """
+    if on_metal():
+        info = mx.device_info(mx.gpu)
+        whole, recommended = int(info["memory_size"]), int(info["max_recommended_working_set_size"])
+        return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4))
+    if on_gpu():
+        return int(_CARD_SHARE * int(mx.device_info(mx.gpu)["total_memory"]))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_bytes(limit: str | int | None) -> int:
+    """The bytes of a memory limit; None: what the device has."""
+    return device_memory() if limit is None else parse_memory(limit)
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of a size such as `12GB`, `7.5GiB` or `800MB`; InputError if it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if match is None or not 1 <= float(match[1]) * unit < _MOST_BYTES:
+        raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
+    return int(float(match[1]) * unit)
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn what MLX raises for a GPU that fails into a DeviceError; other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        meaning = _meaning(str(error))
+        if meaning is None:
+            raise
+        raise DeviceError(f"{meaning} ({_first_line(error)})") from error
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether MLX raised `error` for a GPU that fails."""
+    return _meaning(str(error)) is not None
+
+
+def _meaning(message: str) -> str | None:
+    found = (meaning for pattern, meaning in _FAILURES if re.search(pattern, message, re.IGNORECASE))
+    return next(found, None)
+
+
+def _first_line(error: Any) -> str:
+    return str(error).strip().splitlines()[0][:200]
