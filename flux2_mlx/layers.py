@@ -10,7 +10,7 @@ from .errors import RangeError
 _SCORES_PER_CHUNK = 8 * 1024 * 1024
 # Elsewhere in chunks of at most so many operations, about a second of the slowest GPU: macOS stops what takes longer
 # than some five seconds, and less while the display is on.
-_OPERATIONS_PER_CHUNK = 10**12
+OPERATIONS_PER_CHUNK = 10**12
 # The most weights that `project` widens at one time.
 WIDENED = 32 * 1024 * 1024
 FLOAT16_MAX = 65504
@@ -142,7 +142,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     """
     B, heads, Lq, head_dim = q.shape
     keys, is_fused = B * heads * k.shape[2], fuses_attention(head_dim, q.dtype.size)
-    rows = max(1, _OPERATIONS_PER_CHUNK // (4 * keys * head_dim) if is_fused else _SCORES_PER_CHUNK // keys)
+    rows = max(1, OPERATIONS_PER_CHUNK // (4 * keys * head_dim) if is_fused else _SCORES_PER_CHUNK // keys)
     if is_fused and rows >= Lq:
         return _attend(q, k, v, mask)
     chunks = []

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -65,7 +65,7 @@ class Report:
         """Note in the folder that it was found good, or forget that it once was; gives whether that could be done."""
         memory = self.folder / _MEMORY
         partial = memory.with_name(f".{_MEMORY}.{secrets.token_hex(8)}.partial")
-        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        time = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             if self.problems:
                 memory.unlink(missing_ok=True)

@@ -141,7 +141,7 @@ def test_a_fused_attention_is_bounded_by_its_work(masked, monkeypatch):
     mask = mx.array(rng.random((2, 1, 50, 50)) < 0.5) if masked else None
     whole = layers.attention(q, k, v, mask)
     monkeypatch.setattr(layers, "fuses_attention", lambda head_dim, itemsize: True)
-    monkeypatch.setattr(layers, "_OPERATIONS_PER_CHUNK", 1_000_000)
+    monkeypatch.setattr(layers, "OPERATIONS_PER_CHUNK", 1_000_000)
     work, attend = [], layers._attend
 
     def watched(q, k, v, mask):

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,6 @@ import pytest
 
 import flux2_mlx
 from flux2_mlx.cli.main import cli
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -39,6 +35,7 @@ ROWS = (
     ("unfinished", "upsampling"),
     ("run",),
     ("pipeline",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )

@@ -12,6 +12,7 @@ from ..errors import Flux2Error
 from .cache import cache
 from .convert import convert
 from .describe import describe
+from .doctor import doctor
 from .download import download
 from .i2i import i2i
 from .info import info
@@ -66,5 +67,5 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, cache):
+for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, doctor, cache):
     cli.add_command(_command)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import VAEConfig
+from ..device import direct_convolutions
 from .layers import Conv2d, Downsample, GroupNorm, Level, MidBlock, Upsample
 from .strips import STRIP_BYTES, Meter, Rows, Runner, Stored
 
@@ -84,12 +85,14 @@ class VAE(nn.Module):
         The layers run in strips of rows; `strip_bytes` is what they may allocate for one strip beside the activations
         that they keep.
         """
-        moments = self._encode(Stored([images], Runner(strip_bytes))).whole()
+        with direct_convolutions():
+            moments = self._encode(Stored([images], Runner(strip_bytes))).whole()
         return mx.split(moments, 2, axis=-1)[0]
 
     def decode(self, latents: mx.array, strip_bytes: int = STRIP_BYTES) -> mx.array:
         """Images `[B, H, W, 3]`, about −1..1 and not clipped; `strip_bytes` as in `encode`."""
-        return self._decode(Stored([latents], Runner(strip_bytes))).whole()
+        with direct_convolutions():
+            return self._decode(Stored([latents], Runner(strip_bytes))).whole()
 
     def to_tokens(self, latents: mx.array) -> mx.array:
         """Gather 2×2 patches of latents (token channel = 4·channel + 2·row + column) and normalise them."""

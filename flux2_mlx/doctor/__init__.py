@@ -1,0 +1,99 @@
+"""A check-up of this machine: whether results are right, memory is what is planned, and how fast it is.
+
+The CPU is what a GPU is compared with, so nothing is needed but this package.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import QUANTIZATIONS, VARIANTS
+from ..device import activation_dtype, device_memory, failures, on_gpu
+from ..errors import DeviceError
+from ..networks import Networks
+from ..phases import turn
+from ..pipeline import Flux2Pipeline
+from ..sampling import Request
+from . import machine, numerics, peaks, speed
+from .finding import Finding
+from .machine import describe
+from .speed import MODELS, Rates, predictions
+
+__all__ = ["CheckUp", "Finding", "describe", "fits", "predictions"]
+
+_Check = Callable[[], Finding]
+
+
+class CheckUp:
+    """The checks, one after the other; `rates` is set when they have been measured.
+
+    Args:
+        models: the folder whose disk is read.
+    """
+
+    def __init__(self, models: Path):
+        self._models, self._dtype = models, activation_dtype(None)
+        self.rates: Rates | None = None
+
+    def __iter__(self) -> Iterator[Finding]:
+        swap = machine.swap_used()
+        with turn():
+            for name, check in self._checks(swap):
+                yield _made(name, check)
+                mx.clear_cache()
+
+    def _checks(self, swap: int | None) -> Iterator[tuple[str, _Check]]:
+        dtype = self._dtype
+        yield "demo image", lambda: numerics.check_demo(Flux2Pipeline.from_pretrained("demo", prompt_cache=False))
+        yield "product", partial(numerics.check_product, dtype)
+        if on_gpu():
+            yield "float32", numerics.check_float32
+        for bits in (4, 8):
+            yield f"product with {bits} bit weights", partial(numerics.check_quantized, bits, dtype)
+        yield "convolution", partial(numerics.check_convolution, _network_dtype(dtype))
+        for head_dim in (64, 128, 512):
+            yield f"attention, {head_dim} wide", partial(numerics.check_attention, head_dim, dtype)
+        yield "blocks of klein-9b", partial(numerics.check_blocks, dtype)
+        yield "memory of attention", partial(peaks.check_attention, dtype)
+        yield "memory of a step", partial(peaks.check_step, dtype)
+        yield "memory of decoding", partial(peaks.check_decoding, _network_dtype(dtype))
+        yield "wired memory", peaks.check_wiring
+        yield "longest operation", partial(speed.check_dispatch, dtype)
+        yield "no cache of buffers", partial(speed.check_cache, dtype)
+        yield "computing while reading", speed.check_overlap
+        yield "reading from disk", partial(speed.check_disk, self._models)
+        yield "speed of a block", partial(self._measure, dtype)
+        yield "swap", partial(machine.check_swap, swap)
+
+    def _measure(self, dtype: mx.Dtype) -> Finding:
+        self.rates, finding = speed.measure_rates(dtype)
+        return finding
+
+
+def _network_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """What the autoencoder computes in."""
+    return mx.bfloat16 if dtype == mx.float16 else dtype
+
+
+def _made(name: str, check: _Check) -> Finding:
+    """What `check` finds; a GPU that fails is a finding too."""
+    try:
+        with failures():
+            return check()
+    except DeviceError as error:
+        return Finding(name, "fail", str(error))
+
+
+def fits() -> dict[str, dict[str, int | None]]:
+    """Of each model and quantization, bytes that a step for an image of 1024×1024 reads from disk on this machine; None
+    where that does not fit into memory."""
+    return {name: {quant: _streamed(name, quant) for quant in QUANTIZATIONS} for name in MODELS}
+
+
+def _streamed(model: str, quant: str) -> int | None:
+    variant = VARIANTS[model]
+    networks = Networks.described(variant, quant, None, activation_dtype(None), device_memory())
+    planned = networks.plan(Request.checked(variant, variant.vae.token_size, [""]))
+    return planned.phase("transformer").streamed if planned.fits else None

@@ -1,0 +1,74 @@
+"""The machine, in the words of a bug report."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..device import activation_dtype, device_memory, dtype_name, on_gpu, on_metal
+from .finding import Finding, judged, skipped
+
+_PACKAGES = ("flux2-mlx", "mlx", "mlx-lm", "numpy", "huggingface-hub", "tokenizers")
+_MORE_SWAP = 2**29  # bytes
+
+
+def describe(models: Path) -> dict[str, Any]:
+    """Chip, system, memory and versions, what is computed in by default, and the disk of the folder `models`."""
+    info = mx.device_info(mx.gpu) if on_gpu() else mx.device_info(mx.cpu)
+    return {
+        "chip": str(info.get("device_name", "")),
+        "computes_on": "Metal" if on_metal() else "CUDA" if on_gpu() else "CPU",
+        "system": f"macOS {platform.mac_ver()[0]}" if on_metal() else platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu_memory": info.get("max_recommended_working_set_size", info.get("total_memory")) if on_gpu() else None,
+        "largest_buffer": info.get("max_buffer_length", info.get("max_buffer_size")) if on_gpu() else None,
+        "memory_limit": device_memory(),
+        "dtype": dtype_name(activation_dtype(None)),
+        "tf32": os.environ.get("MLX_ENABLE_TF32", "1") != "0" if on_gpu() else False,
+        "models_folder": str(models),
+        "free_disk": _free(models),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _free(folder: Path) -> int:
+    """Bytes free on the disk where `folder` is or will be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def swap_used() -> int | None:
+    """Bytes of memory that the system has put on disk; None if it does not say."""
+    try:
+        if on_metal():
+            text = subprocess.run(["sysctl", "-n", "vm.swapusage"], capture_output=True, text=True, check=True).stdout
+            used = re.search(r"used = ([\d.]+)M", text)
+            return int(float(used[1]) * 2**20) if used else None
+        fields = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8")))
+        return 1024 * (int(fields["SwapTotal"]) - int(fields["SwapFree"]))
+    except (OSError, subprocess.SubprocessError, KeyError):
+        return None
+
+
+def check_swap(before: int | None) -> Finding:
+    """That the checks have not pushed other programs' memory onto the disk, of which `before` bytes were there."""
+    now = swap_used()
+    if before is None or now is None:
+        return skipped("swap", "the system does not say")
+    grown = max(0, now - before)
+    advice = "the memory is full; close other programs, or choose a lower --memory-limit"
+    return judged("swap", f"{grown / 2**20:.0f} MiB more", "< 512 MiB", grown < _MORE_SWAP, advice, "warn")

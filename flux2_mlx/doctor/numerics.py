@@ -1,0 +1,191 @@
+"""Whether what the device computes is right: by numpy in float64 where a part of a result tells, else by the CPU."""
+
+import time
+from collections.abc import Callable
+from importlib.resources import files
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+from PIL import Image
+
+from .. import layers
+from ..config import VARIANTS, TransformerConfig
+from ..device import direct_convolutions, on_gpu
+from ..pipeline import Flux2Pipeline
+from ..quantization import GROUP_SIZE, quantize_array
+from ..transformer import image_ids, rope_table, text_ids
+from ..transformer.blocks import DoubleBlock, SingleBlock
+from ..transformer.headroom import in_units, unit
+from .finding import Finding, judged, skipped
+
+# The error of a network's block that is rounding, relative to its output.
+BOUNDS = {mx.float32: 1e-5, mx.float16: 3e-3, mx.bfloat16: 1e-2}
+_WRONG = "results of this device are not right; please report this output"
+# The picture of the README, as a CPU makes it in float32.
+DEMO_PROMPT, DEMO_SEED, DEMO_PICTURE = "a yellow star left of a red ring on a blue background", 7, "star.png"
+_TEXT, _SIDE = 512, 32  # tokens of a block's text, and of a side of its image
+_LONGEST = 60  # seconds that the CPU may take for what the GPU is compared with
+
+
+def check_demo(pipe: Flux2Pipeline) -> Finding:
+    """The built-in model's image against the shipped one, by its peak signal-to-noise ratio."""
+    made = np.asarray(pipe(DEMO_PROMPT, seed=DEMO_SEED).images[0], np.float64)
+    shipped = np.asarray(Image.open(str(files("flux2_mlx.demo") / DEMO_PICTURE)).convert("RGB"), np.float64)
+    error = np.mean((made - shipped) ** 2)
+    decibels = 10 * np.log10(255**2 / error) if error else np.inf
+    least = 50 if pipe.dtype == mx.float32 else 35
+    return judged("demo image", f"{decibels:.1f} dB", f"> {least} dB", decibels > least, _WRONG)
+
+
+def check_product(dtype: mx.Dtype) -> Finding:
+    """A product of the size of a transformer's."""
+    x, w = _normal((1024, 12288), dtype), _normal((12288, 4096), dtype)
+    found, expected = _float64((x @ w)[:8, :64]), _float64(x[:8]) @ _float64(w[:, :64])
+    cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
+    return judged("product", f"cosine {cosine:.7f}", "> 0.9999", cosine > 0.9999, _WRONG)
+
+
+def check_float32() -> Finding:
+    """Whether float32 is that: matrix units may cut its products to 10 bits, which is called TF32."""
+    x, w = _normal((64, 4096), mx.float32), _normal((4096, 64), mx.float32)
+    error = _error(x @ w, _float64(x) @ _float64(w))
+    advice = "products in float32 are cut to TF32; MLX_ENABLE_TF32=0 in the environment prevents that"
+    return judged("float32", f"error {error:.1e}", "< 1e-05", error < 1e-5, advice, "warn" if error < 2e-3 else "fail")
+
+
+def check_quantized(bits: int, dtype: mx.Dtype) -> Finding:
+    """A product with packed weights against that with what they stand for."""
+    x, packed = _normal((64, 4096), dtype), quantize_array(_normal((1024, 4096), mx.bfloat16), bits)
+    parts = {name: x.astype(dtype) if name != "weight" else x for name, x in packed.items()}
+    weight, scales, biases = parts["weight"], parts["scales"], parts["biases"]
+    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=GROUP_SIZE, bits=bits)
+    codes = (np.array(weight)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
+    grouped = codes.reshape(*scales.shape, GROUP_SIZE) * _float64(scales)[..., None] + _float64(biases)[..., None]
+    error = _error(y, _float64(x) @ grouped.reshape(len(weight), -1).T)
+    return judged(f"product with {bits} bit weights", f"error {error:.1e}", "< 1e-02", error < 1e-2, _WRONG)
+
+
+def check_convolution(dtype: mx.Dtype) -> Finding:
+    """A convolution of the autoencoder, at some places and the corners."""
+    x, w = _normal((1, 64, 64, 256), dtype), _normal((256, 3, 3, 256), dtype)
+    with direct_convolutions():
+        y = mx.conv2d(x, w, padding=1)
+        mx.eval(y)
+    places = [(0, 0), (0, 63), (63, 0), (63, 63), *((7 * n % 64, 11 * n % 64) for n in range(1, 29))]
+    padded, kernels = np.pad(_float64(x)[0], ((1, 1), (1, 1), (0, 0))), _float64(w)
+    expected = [np.einsum("hwc,ohwc->o", padded[i : i + 3, j : j + 3], kernels) for i, j in places]
+    error = _error(mx.stack([y[0, i, j] for i, j in places]), np.stack(expected))
+    most = 4e-3 if dtype != mx.float32 else 1e-5
+    advice = f"MLX computes it by Winograd's method in 16 bits; {_WRONG}" if 1e-2 < error < 6e-2 else _WRONG
+    return judged("convolution", f"error {error:.1e}", f"< {most:.0e}", error < most, advice)
+
+
+def check_attention(head_dim: int, dtype: mx.Dtype) -> Finding:
+    """Attention of four times as many heads as there are keys, under a mask."""
+    q, k, v = (_normal((1, heads, 256, head_dim), dtype, seed) for seed, heads in enumerate((8, 2, 2)))
+    mask = np.random.RandomState(0).rand(1, 1, 256, 256) < 0.7
+    y = layers.attention(q, k, v, mx.array(mask))
+    k, v = (np.repeat(_float64(x), 4, axis=1) for x in (k, v))
+    scores = np.where(mask, _float64(q) @ k.swapaxes(2, 3) / np.sqrt(head_dim), -np.inf)
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = (scores / scores.sum(axis=-1, keepdims=True)) @ v
+    error = _error(y, expected.transpose(0, 2, 1, 3).reshape(1, 256, -1))
+    most = BOUNDS[dtype]
+    return judged(f"attention, {head_dim} wide", f"error {error:.1e}", f"< {most:.0e}", error < most, _WRONG)
+
+
+def check_blocks(dtype: mx.Dtype) -> Finding:
+    """The blocks of klein-9b, at random weights, against the CPU in float32."""
+    name, config = "blocks of klein-9b", VARIANTS["klein-9b"].transformer
+    if not on_gpu():
+        return skipped(name, "needs a GPU, which the CPU is compared with")
+    seconds = _seconds_on_cpu(config)
+    if seconds > _LONGEST:
+        return skipped(name, f"the CPU, which the GPU is compared with, would take {seconds:.0f} s")
+    error = max(_block_error(kind, config, dtype) for kind in (run_double, run_single))
+    most = BOUNDS[dtype]
+    return judged(name, f"error {error:.1e}", f"< {most:.0e}", error < most, _WRONG)
+
+
+Runner = Callable[[nn.Module | None, TransformerConfig, mx.Dtype], tuple[nn.Module, mx.array]]
+
+
+def run_double(block: nn.Module | None, config: TransformerConfig, dtype: mx.Dtype) -> tuple[nn.Module, mx.array]:
+    """A double block with random weights, or `block`, and what it makes of random tokens."""
+    block = block or random_weights(DoubleBlock(config))
+    img, txt = _stream(_SIDE**2, config, dtype), _stream(_TEXT, config, dtype)
+    mods = [[_modulation(config, dtype, seed) for seed in range(6)] for _ in range(2)]
+    out = mx.concatenate(block(img, txt, *mods, _rope(config)), axis=1)
+    return block, out.astype(mx.float32) * unit(dtype)
+
+
+def run_single(block: nn.Module | None, config: TransformerConfig, dtype: mx.Dtype) -> tuple[nn.Module, mx.array]:
+    """The same of a single block."""
+    block = block or random_weights(SingleBlock(config))
+    x = _stream(_SIDE**2 + _TEXT, config, dtype)
+    out = block(x, [_modulation(config, dtype, seed) for seed in range(3)], _rope(config))
+    return block, out.astype(mx.float32) * unit(dtype)
+
+
+def random_weights(module: nn.Module) -> nn.Module:
+    """`module` with weights of about the size that training gives, in bfloat16."""
+
+    def drawn(weight: mx.array) -> mx.array:
+        if weight.ndim == 1:
+            return mx.ones(weight.shape, mx.bfloat16)
+        return _normal(weight.shape, mx.bfloat16) * weight.shape[-1] ** -0.5
+
+    module.update(tree_map(drawn, module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+def _block_error(run: Runner, config: TransformerConfig, dtype: mx.Dtype) -> float:
+    with mx.stream(mx.cpu):
+        block, expected = run(None, config, mx.float32)
+        mx.eval(expected)
+    block.update(tree_map(lambda weight: weight.astype(dtype), block.parameters()))
+    return _error(run(block, config, dtype)[1], _float64(expected))
+
+
+def _seconds_on_cpu(config: TransformerConfig) -> float:
+    """What both blocks are expected to take there."""
+    with mx.stream(mx.cpu):
+        x, w = _normal((256, 1024), mx.float32), _normal((1024, 1024), mx.float32)
+        mx.eval(x, w)
+        start = time.perf_counter()
+        mx.eval(x @ w)
+    rate = 2 * x.size * w.shape[1] / (time.perf_counter() - start)
+    # Either kind of block multiplies each token with 13 squares of the width.
+    return 2 * 2 * 13 * config.hidden_size**2 * (_SIDE**2 + _TEXT) / rate
+
+
+def _stream(tokens: int, config: TransformerConfig, dtype: mx.Dtype) -> mx.array:
+    return in_units(_normal((1, tokens, config.hidden_size), mx.bfloat16, tokens).astype(dtype))
+
+
+def _modulation(config: TransformerConfig, dtype: mx.Dtype, seed: int) -> mx.array:
+    return (0.3 * _normal((1, 1, config.hidden_size), mx.bfloat16, 100 + seed)).astype(dtype)
+
+
+def _rope(config: TransformerConfig) -> mx.array:
+    return rope_table(np.concatenate([text_ids(_TEXT), image_ids(_SIDE, _SIDE)]), config)
+
+
+def _normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int = 0) -> mx.array:
+    """Normal numbers, drawn by the CPU, so that all devices have the same. The caller's generator stays as it is."""
+    x = mx.random.normal(shape, key=mx.random.key(seed), stream=mx.cpu).astype(dtype, stream=mx.cpu)
+    mx.eval(x)
+    return x
+
+
+def _float64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def _error(found: mx.array, expected: np.ndarray) -> float:
+    """Relative to what is expected; infinite where numbers are not finite."""
+    error = float(np.linalg.norm(_float64(found) - expected) / np.linalg.norm(expected))
+    return error if np.isfinite(error) else np.inf

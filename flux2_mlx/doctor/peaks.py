@@ -1,0 +1,101 @@
+"""Whether what runs take of the memory is what was planned."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map_with_path
+
+from .. import layers
+from ..checkpoint import Component, in_memory
+from ..config import VARIANTS, TransformerConfig, VAEConfig
+from ..device import device_memory, on_gpu, on_metal
+from ..memory import PhasePlan, Plan, activation_bytes, limits
+from ..streaming import footprint
+from ..transformer import Flux2Transformer, image_ids, rope_table, text_ids
+from ..vae import activation_bytes as vae_activation_bytes
+from .finding import Finding, judged, skipped
+
+_MOST = 1.05  # times what is planned
+_OVER = "runs take more memory than is planned; choose a lower --memory-limit, and please report this output"
+
+
+def check_step(dtype: mx.Dtype) -> Finding:
+    """The peak of a denoising step of klein-4b's width at 512×512, with fewer blocks, against its plan."""
+    full = VARIANTS["klein-4b"].transformer
+    config = TransformerConfig(1, 2, full.num_attention_heads, full.joint_attention_dim, guidance_embeds=False)
+    component = Component("transformer", config, None, ())
+    weights, side, text = footprint(component, dtype), 32, 512
+    module = _in_memory(component, dtype)
+    planned = activation_bytes(config, side * side + text, dtype.size, weights.widened)
+    img, txt = mx.zeros((1, side * side, config.in_channels), dtype), mx.zeros((1, text, config.hidden_size), dtype)
+    rope = rope_table(np.concatenate([text_ids(text), image_ids(side, side)]), config)
+    mx.eval(img, txt, rope)
+
+    def step() -> mx.array:
+        assert isinstance(module, Flux2Transformer)
+        return module(img, txt, mx.array([0.5]), rope)
+
+    return _compared("memory of a step", "transformer", step, weights.all, planned)
+
+
+def check_decoding(dtype: mx.Dtype) -> Finding:
+    """The peak of decoding an image of 1024×1024 (256×256 on a CPU), against its plan."""
+    config, side = VAEConfig(), 1024 if on_gpu() else 256
+    component = Component("vae", config, None, ())
+    module = _in_memory(component, dtype)
+    planned = vae_activation_bytes(config, side, side, dtype)[1]
+    latents = mx.zeros((1, side // 8, side // 8, config.latent_channels), dtype)
+    mx.eval(latents)
+    weights = footprint(component, dtype).all
+    return _compared(f"memory of decoding {side}×{side}", "vae", lambda: module.decode(latents), weights, planned)
+
+
+def check_attention(dtype: mx.Dtype) -> Finding:
+    """That attention over the tokens of an image of 1024×1024 does not store its scores."""
+    name = "memory of attention"
+    if not on_gpu():
+        return skipped(name, "a CPU stores the scores, some at a time")
+    q = mx.random.normal((1, 24, 4608, 128), key=mx.random.key(0)).astype(dtype)
+    mx.eval(q)
+    arrays = _peak(lambda: layers.attention(q, q, q)) / q.nbytes
+    advice = "attention stores its scores; long sequences will need much memory"
+    return judged(name, f"{arrays:.1f} arrays", "< 4", arrays < 4, advice)
+
+
+def check_wiring() -> Finding:
+    """That memory can be wired, which keeps a network from being paged out while it is used."""
+    name = "wired memory"
+    if not on_metal():
+        return skipped(name, "only Metal wires memory")
+    wanted = device_memory() // 2
+    before = mx.set_wired_limit(wanted)
+    was = mx.set_wired_limit(before)
+    return judged(
+        name, f"{was / 2**30:.3g} GiB", f"{wanted / 2**30:.3g} GiB", was == wanted, "macOS before 15 wires none", "warn"
+    )
+
+
+def _in_memory(component: Component, dtype: mx.Dtype) -> nn.Module:
+    """The network with zeros for weights, in memory as it would be for a run."""
+    module = component.build()
+    stored = tree_map_with_path(lambda name, x: in_memory(name, x.astype(mx.bfloat16), dtype), module.parameters())
+    module.update(stored)
+    mx.eval(module.parameters())
+    return module
+
+
+def _compared(name: str, phase: str, work, weights: int, planned: int) -> Finding:
+    others = mx.get_active_memory() - weights
+    with limits(Plan((PhasePlan(phase, weights, planned),), device_memory()), phase, max(0, others)):
+        ratio = _peak(work) / planned
+    figure = f"{ratio:.2f} of the {planned / 2**30:.2f} GiB planned"
+    return judged(name, figure, f"< {_MOST}", ratio < _MOST, _OVER)
+
+
+def _peak(work) -> int:
+    """Bytes that `work` takes at most above what is in memory."""
+    before = mx.get_active_memory()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    mx.eval(work())
+    return mx.get_peak_memory() - before
