@@ -23,6 +23,11 @@ def doctor(ctx: click.Context, models_dir: Path | None, as_json: bool) -> None:
     Takes some minutes, and up to 4 GB of memory and 1 GB of disk for that time. Each line says what was measured and
     what it should be; `fail` is a wrong result, `warn` a slow one. Ends with how long a step of each model takes here
     and which models fit, and with 1 if anything failed. Add the output of --json to a bug report.
+
+    \b
+    Examples:
+      flux2-mlx doctor
+      flux2-mlx doctor --json
     """
     from ..convert import models_folder
     from ..doctor import CheckUp, describe, fits, predictions
