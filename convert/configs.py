@@ -137,7 +137,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
     model_type = values.get("model_type")
     if model_type != variant.text.model_type:
         raise CheckpointError(
-            f"{path} is a {model_type!s:.80} model, {variant.name} reads prompts with {variant.text.model_type}"
+            f"{path}: model_type is {reprlib.repr(model_type)}, {variant.name} reads prompts with "
+            f"{variant.text.model_type!r}"
         )
     tied, section = values.get("tie_word_embeddings", False), _TEXT_SECTIONS[model_type]
     if section:

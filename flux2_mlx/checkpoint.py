@@ -115,10 +115,10 @@ class Component:
             raise CheckpointError(f"{path} describes no {name}: {error}") from error
         return cls(name, config, quantization, tuple(sorted(folder.glob("model*.safetensors"))))
 
-    def check(self, path: Path) -> None:
-        """CheckpointError if no such network can be built; `path` is that of its config."""
+    def check(self, path: Path) -> nn.Module:
+        """The network of `build`; CheckpointError if there can be none. `path` is that of its config."""
         try:
-            self.build()
+            return self.build()
         except (*NONSENSE, RuntimeError) as error:  # the last is MLX's for sizes beyond its own integers
             raise _nonsense(self.name, path, error) from error
 
@@ -144,8 +144,7 @@ class Component:
         wrong in the component's `folder`."""
         found = read_headers(self.files)
         check_counts(COUNTS[self.name](self.config), found, folder / "config.json")
-        self.check(folder / "config.json")
-        problems = mismatches(module_tensors(self.build()), found)
+        problems = mismatches(module_tensors(self.check(folder / "config.json")), found)
         raise_problems(f"{folder} is damaged, convert the model again", problems)
 
     def load(self, dtype: mx.Dtype, quant: str | None = None) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from .checkpoint import FILES, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint
-from .errors import CheckpointError, Flux2Error
+from .errors import CheckpointError, Flux2Error, one_line
 from .weights import NONSENSE, TensorInfo, open_regular, read_header, read_json
 
 _MEMORY = "verified.json"
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     what: str
 
     def __str__(self) -> str:
-        return " ".join(filter(None, [self.file and f"{self.file}:", self.tensor, self.what]))
+        return one_line(" ".join(filter(None, [self.file and f"{self.file}:", self.tensor, self.what])))
 
 
 @dataclass(frozen=True)
