@@ -163,6 +163,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
             "needed"
         )
     later = available - max(out_layers) if variant.text.num_later_layers else 0
+    if inner.get("tie_last_hidden_states") not in (None, True, False):
+        refuse(f"{section}tie_last_hidden_states", inner["tie_last_hidden_states"], True, path)
     return {
         **inner,
         "model_type": model_type,
@@ -171,6 +173,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
         "out_layers": out_layers,
         "num_hidden_layers": max(out_layers),
         "num_later_layers": later,
+        # The last of transformers' hidden states, and only that, has been through the final norm.
+        "final_norm": available == max(out_layers) and inner.get("tie_last_hidden_states") in (None, True),
     }
 
 

@@ -14,7 +14,7 @@ from damage import Damage, edit, fill, remove, resize, weights
 from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoint import Checkpoint, is_checkpoint
+from flux2_mlx.checkpoint import Checkpoint, Component, is_checkpoint
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo, read_header
 
@@ -161,6 +161,14 @@ def test_open(mixed):
     assert checkpoint.tokenizer_file == mixed / "tokenizer/tokenizer.json"
     for name, component in checkpoint.components.items():
         assert component.nbytes == sum(x.nbytes for x in read_header(mixed / name / "model.safetensors").values())
+
+
+def test_opening_builds_each_network_once(mixed, monkeypatch):
+    built = []
+    build = Component.build
+    monkeypatch.setattr(Component, "build", lambda component: built.append(component.name) or build(component))
+    components = Checkpoint.open(mixed).components
+    assert sorted(built) == sorted(components)
 
 
 def test_read_header(tmp_path):
