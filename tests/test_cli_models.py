@@ -110,7 +110,7 @@ def test_every_changed_value_of_the_manifest_is_found(folder):
             path.write_text(json.dumps(whole | {key: other}))
             assert verify(folder).problems, key
             if key != "format_version":
-                with pytest.raises(CheckpointError, match="flux2.json was changed after the conversion"):
+                with pytest.raises(CheckpointError, match=r"flux2\.json was changed after the conversion"):
                     Checkpoint.open(folder)
     path.write_text(json.dumps(dict(reversed(whole.items())), indent=7))  # another spelling of the same
     assert verify(folder).problems == []
