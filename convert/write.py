@@ -55,7 +55,10 @@ _READS = {
 _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
 _FLOATS = ("BF16", "F16", "F32")
 _SHARD_BYTES = 4 << 30
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 # What a checkpoint consists of, folder by folder.
 _OWN = {
     ".": (MANIFEST, TENSOR_HASHES, "*verified.json*", *_READS, "tokenizer", "scheduler"),
