@@ -15,10 +15,11 @@ _SECONDS = 60  # of a machine that has much else to do; the process itself has f
 
 def check_template(path: Path, template: str, calls: list[dict[str, Any]], expected: list[str]) -> None:
     """CheckpointError if the `template` of the file at `path` makes other texts than `expected` of the `calls`."""
-    answer = _answer(json.dumps({"template": template, "calls": calls}))
-    if "error" in answer:
-        raise CheckpointError(f"{path}: the chat template can't be used: {answer['error']}")
-    for found, ours in zip(answer["texts"], expected, strict=True):
+    try:
+        texts = _rendered(json.dumps({"template": template, "calls": calls}))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the chat template can't be used: {error}") from error
+    for found, ours in zip(texts, expected, strict=True):
         if found != ours:
             raise CheckpointError(
                 f"{path}: the chat template makes {found[:300]!r} of a prompt, FLUX.2 has {ours!r}, and nothing else "
@@ -27,12 +28,15 @@ def check_template(path: Path, template: str, calls: list[dict[str, Any]], expec
 
 
 @lru_cache(maxsize=64)
-def _answer(request: str) -> dict[str, Any]:
-    """What the process gives for a `request`; an `error` also if it comes to no end."""
+def _rendered(request: str) -> list[str]:
+    """The texts that the process gives for a `request`; ValueError if it gives none, which is not remembered."""
     command, options = [sys.executable, str(_PROCESS)], {"capture_output": True, "text": True, "timeout": _SECONDS}
     try:
-        return json.loads(subprocess.run(command, input=request, check=False, **options).stdout)
-    except (subprocess.TimeoutExpired, ValueError):
-        return {"error": "it takes too much time or memory"}
+        answer = json.loads(subprocess.run(command, input=request, check=False, **options).stdout)
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        raise ValueError("it takes too much time or memory") from error
     except OSError as error:
-        return {"error": f"no process for it can be started: {error.strerror}"}
+        raise ValueError(f"no process for it can be started: {error.strerror}") from error
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["texts"]

@@ -52,9 +52,7 @@ class PromptTokenizer(ABC):
             self._tokenizer.no_truncation()
             self._tokenizer.post_processor = None
         self._check_tokens()
-        named = self.named | ({"pad_token": padding["pad_token"]} if padding and self.pads_as_file else {})
-        named |= {key: token and token["content"] for key, token in settings.named.items()}
-        named = {key: token for key, token in named.items() if token}
+        named = self._names(settings, padding)
         self._pads_left = _is_left(settings.pads_left, padding, self.pads_left)
         self._cuts_left = _is_left(settings.cuts_left, truncation, False)
         self._pad_id = self._extend(settings).get(named.get("pad_token"))
@@ -65,6 +63,12 @@ class PromptTokenizer(ABC):
         if settings.template:
             calls = [self.template_call(prompt) | named for prompt in self.probes]
             check_template(*settings.template, calls, [self.chat(prompt) for prompt in self.probes])
+
+    def _names(self, settings: TokenizerSettings, padding: dict[str, Any]) -> dict[str, str]:
+        """The special tokens that have a name: those of the family, unless the files say otherwise."""
+        of_file = {"pad_token": padding["pad_token"]} if padding and self.pads_as_file else {}
+        stated = {key: token and token["content"] for key, token in settings.named.items()}
+        return {key: token for key, token in (self.named | of_file | stated).items() if token}
 
     def _check_tokens(self) -> None:
         path, vocabulary = self._path, self._tokenizer.get_vocab(with_added_tokens=True)
