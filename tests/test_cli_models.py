@@ -26,7 +26,7 @@ TENSOR = "encoder.conv_in.weight"
 @pytest.fixture
 def folder(models: Path) -> Path:
     """A converted model in the models folder, to damage."""
-    return Path(shutil.copytree(DEMO, models / "demo-bf16", ignore=shutil.ignore_patterns("__*")))
+    return Path(shutil.copytree(DEMO, models / "demo-bf16", ignore=shutil.ignore_patterns("__*", "*.png")))
 
 
 @pytest.fixture
