@@ -137,7 +137,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
     model_type = values.get("model_type")
     if model_type != variant.text.model_type:
         raise CheckpointError(
-            f"{path} is a {model_type!s:.80} model, {variant.name} reads prompts with {variant.text.model_type}"
+            f"{path}: model_type is {reprlib.repr(model_type)}, {variant.name} reads prompts with "
+            f"{variant.text.model_type!r}"
         )
     tied, section = values.get("tie_word_embeddings", False), _TEXT_SECTIONS[model_type]
     if section:
@@ -162,6 +163,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
             "needed"
         )
     later = available - max(out_layers) if variant.text.num_later_layers else 0
+    if inner.get("tie_last_hidden_states") not in (None, True, False):
+        refuse(f"{section}tie_last_hidden_states", inner["tie_last_hidden_states"], True, path)
     return {
         **inner,
         "model_type": model_type,
@@ -170,6 +173,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
         "out_layers": out_layers,
         "num_hidden_layers": max(out_layers),
         "num_later_layers": later,
+        # The last of transformers' hidden states, and only that, has been through the final norm.
+        "final_norm": available == max(out_layers) and inner.get("tie_last_hidden_states") in (None, True),
     }
 
 

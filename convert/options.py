@@ -55,7 +55,7 @@ _COMMON = _keys("""
     num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states output_scores
     pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """)
 # How a network's weights are stored, which decides what they are.
@@ -79,7 +79,7 @@ _DECODER = _STORED | {
 _ROPE = frozenset({"rope_theta", "rope_parameters", "rope_scaling"})
 _TEXT = _ROPE | _keys("""
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    head_dim rms_norm_eps layer_types
+    head_dim rms_norm_eps layer_types tie_last_hidden_states
     """)
 
 TRANSFORMER = Options(
@@ -168,7 +168,7 @@ PIXTRAL = Options(
         "partial_rotary_factor": _ONE,
         "per_layer_config": (None, {}),
     },
-    _COMMON | {"tie_word_embeddings", "vocab_size"},
+    _COMMON | {"tie_last_hidden_states", "tie_word_embeddings", "vocab_size"},
     {"hidden_act": "gelu", "image_size": 1024, "patch_size": 16},
 )
 MISTRAL3 = Options(
@@ -182,7 +182,7 @@ MISTRAL3 = Options(
         "image_token_id": (10,),
         "per_layer_config": (None, {}),
     },
-    _COMMON | {"image_seq_length", "vision_feature_select_strategy"},
+    _COMMON | {"image_seq_length", "tie_last_hidden_states", "vision_feature_select_strategy"},
 )
 
 

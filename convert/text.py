@@ -46,8 +46,9 @@ def vision_rule_for(name: str, shape: Shape) -> Rule:
 def is_dropped(name: str, config: TextConfig) -> bool:
     """Whether a source tensor has no place in our checkpoint: what generates text, where that is not kept, and a
     head that repeats the embedding."""
+    if name == "model.norm.weight":
+        return not config.num_later_layers and not config.final_norm
     if name == "lm_head.weight":
         return config.tie_word_embeddings or not config.num_later_layers
     layer = _LAYER.match(name)
-    later = name == "model.norm.weight" or (layer and int(layer[1]) >= config.num_hidden_layers)
-    return bool(later) and not config.num_later_layers
+    return layer is not None and int(layer[1]) >= config.num_hidden_layers and not config.num_later_layers

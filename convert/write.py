@@ -22,6 +22,7 @@ from flux2_mlx.checkpoint import (
     Component,
     is_checkpoint,
     module_tensors,
+    sealed,
 )
 from flux2_mlx.config import Config
 from flux2_mlx.errors import CheckpointError, InputError
@@ -54,7 +55,10 @@ _READS = {
 _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
 _FLOATS = ("BF16", "F16", "F32")
 _SHARD_BYTES = 4 << 30
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 # What a checkpoint consists of, folder by folder.
 _OWN = {
     ".": (MANIFEST, TENSOR_HASHES, "*verified.json*", *_READS, "tokenizer", "scheduler"),
@@ -271,10 +275,10 @@ class _Folder:
         self._written[name] = write_safetensors(self._path(name), *args)
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the record of the tensors and the manifest, with that of all files."""
+        """Write the record of the tensors and the manifest, with that of all files and its own digest."""
         self.put_json(TENSOR_HASHES, {name: x.tensors for name, x in self._written.items() if x.tensors})
         files = {name: {"bytes": x.nbytes, "sha256": x.sha256} for name, x in self._written.items()}
-        self.put_json(MANIFEST, manifest | {FILES: files})
+        self.put_json(MANIFEST, sealed(manifest | {FILES: files}))
 
     def _path(self, name: str) -> Path:
         path = self._folder / name

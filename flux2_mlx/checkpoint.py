@@ -1,5 +1,7 @@
 """The MLX checkpoint: the folder that `convert` writes and the pipeline loads."""
 
+import hashlib
+import json
 import math
 import reprlib
 from collections.abc import Callable, Iterable
@@ -24,6 +26,7 @@ from .weights import NONSENSE, READER, TensorInfo, load_arrays, mismatches, rais
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
 FILES = "files"  # in the manifest: bytes and SHA-256 of every other file
+DIGEST = "sha256"  # in the manifest: of its other keys
 TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
 COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
     "transformer": (TransformerConfig, Flux2Transformer),
@@ -115,10 +118,10 @@ class Component:
             raise CheckpointError(f"{path} describes no {name}: {error}") from error
         return cls(name, config, quantization, tuple(sorted(folder.glob("model*.safetensors"))))
 
-    def check(self, path: Path) -> None:
-        """CheckpointError if no such network can be built; `path` is that of its config."""
+    def check(self, path: Path) -> nn.Module:
+        """The network of `build`; CheckpointError if there can be none. `path` is that of its config."""
         try:
-            self.build()
+            return self.build()
         except (*NONSENSE, RuntimeError) as error:  # the last is MLX's for sizes beyond its own integers
             raise _nonsense(self.name, path, error) from error
 
@@ -144,8 +147,7 @@ class Component:
         wrong in the component's `folder`."""
         found = read_headers(self.files)
         check_counts(COUNTS[self.name](self.config), found, folder / "config.json")
-        self.check(folder / "config.json")
-        problems = mismatches(module_tensors(self.build()), found)
+        problems = mismatches(module_tensors(self.check(folder / "config.json")), found)
         raise_problems(f"{folder} is damaged, convert the model again", problems)
 
     def load(self, dtype: mx.Dtype, quant: str | None = None) -> nn.Module:
@@ -243,6 +245,8 @@ class Checkpoint:
                 f"{folder} has format version {reprlib.repr(manifest.get('format_version'))}, this version of "
                 f"flux2-mlx reads {FORMAT_VERSION}; convert the model again"
             )
+        if _is_changed(manifest):
+            raise CheckpointError(f"{folder / MANIFEST} was changed after the conversion; convert the model again")
         try:
             variant, quantization = get_variant(manifest["variant"]), manifest["quantization"]
             checkpoint = cls(
@@ -305,6 +309,20 @@ def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` is in our format (it may still be damaged). What a killed conversion moved aside is put back."""
     bring_back(folder)
     return (folder / MANIFEST).is_file()
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`manifest` with the digest of its other keys, by which a later change is found."""
+    others = {key: value for key, value in manifest.items() if key != DIGEST}
+    return others | {DIGEST: hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()}
+
+
+def _is_changed(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest is not what its digest says; one without a digest can't tell."""
+    try:
+        return DIGEST in manifest and manifest[DIGEST] != sealed(manifest)[DIGEST]
+    except RecursionError:  # what can just be read may be nested too deep to be written
+        return True
 
 
 def variant_components(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, Component]:

@@ -167,6 +167,7 @@ class TextConfig(Config):
 
     `num_hidden_layers` counts the layers up to the last of `out_layers`, the hidden states that the transformer reads
     (k = residual stream after k layers). `num_later_layers` are the further ones, which only generating text needs.
+    With `final_norm` the last state is taken after the model's own norm, as transformers does at its last layer.
     """
 
     model_type: str
@@ -182,6 +183,7 @@ class TextConfig(Config):
     rope_theta: float = 1e6
     num_later_layers: int = 0
     tie_word_embeddings: bool = False
+    final_norm: bool = False
 
     def __post_init__(self):
         _check(

@@ -94,12 +94,14 @@ def _quantize_rows(weight: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.
 
 
 def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> None:
-    """Replace the layers of `module` as `quantization` (a `statement`) says."""
+    """Replace the layers of `module` as `quantization` says; CheckpointError if it is no `statement`."""
+    check_statement(quantization)
     if quantization is not None:
         nn.quantize(
             module,
             group_size=quantization["group_size"],
             bits=quantization["bits"],
+            mode=quantization["mode"],
             class_predicate=lambda path, layer: hasattr(layer, "to_quantized") and quantization.get(path, True),
         )
 

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from .checkpoint import FILES, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint
-from .errors import CheckpointError, Flux2Error
+from .checkpoint import DIGEST, FILES, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint
+from .errors import CheckpointError, Flux2Error, one_line
 from .weights import NONSENSE, TensorInfo, open_regular, read_header, read_json
 
 _MEMORY = "verified.json"
@@ -46,19 +46,21 @@ class Problem(NamedTuple):
     what: str
 
     def __str__(self) -> str:
-        return " ".join(filter(None, [self.file and f"{self.file}:", self.tensor, self.what]))
+        return one_line(" ".join(filter(None, [self.file and f"{self.file}:", self.tensor, self.what])))
 
 
 @dataclass(frozen=True)
 class Report:
     """What a verification found.
 
-    `hashed` says whether there were hashes to compare with; without them other finite values pass.
+    `hashed` says whether there were hashes to compare with; without them other finite values pass. `sealed` says the
+    same of the manifest.
     """
 
     folder: Path
     problems: list[Problem]
     hashed: bool
+    sealed: bool
     files: dict[str, list[int]]  # size and time of change of each file, as they were before it was read
 
     def remember(self) -> bool:
@@ -117,7 +119,8 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
         raise CheckpointError(f"{folder} is not an MLX checkpoint: it has no {MANIFEST}")
     states = _states(folder)
     problems: list[Problem] = []
-    records = _records(folder, problems)
+    manifest = _manifest(folder)
+    records = _records(manifest, problems)
     hashes = _tensor_hashes(folder) if TENSOR_HASHES in records else {}
     weights = {name for name in states if name.endswith(".safetensors")}
     meter = _Meter(sum(states[name][0] for name in {*records, *weights} if name in states), progress)
@@ -130,7 +133,7 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
     except Flux2Error as error:
         if str(error) not in {f"{folder / (problem.file or '')} {problem.what}" for problem in problems}:
             problems.append(Problem(None, None, str(error)))
-    return Report(folder, problems, bool(records), states)
+    return Report(folder, problems, bool(records), DIGEST in manifest, states)
 
 
 class _Meter:
@@ -154,12 +157,16 @@ def _states(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-def _records(folder: Path, problems: list[Problem]) -> dict[str, dict[str, Any]]:
-    """The manifest's record of each file that lies in the folder; what is wrong with it is added to `problems`."""
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        records = read_json(folder / MANIFEST).get(FILES)
+        return read_json(folder / MANIFEST)
     except CheckpointError:  # opening will say so
         return {}
+
+
+def _records(manifest: dict[str, Any], problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """The manifest's record of each file that lies in the folder; what is wrong with it is added to `problems`."""
+    records = manifest.get(FILES)
     if records is None:
         return {}
     if isinstance(records, dict) and records and all(_is_record(*item) for item in records.items()):

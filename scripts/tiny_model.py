@@ -13,11 +13,12 @@ from mlx.utils import tree_flatten
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig
 
+_OURS = ("out_layers", "num_later_layers", "final_norm")  # of a text encoder: what its own config does not say
 VARIANT = "demo"  # of whose geometry it is not, so it must be named
 DEMO = Path(str(files("flux2_mlx.demo")))
 _CONFIGS = {
     "transformer": TransformerConfig(1, 2, 2, 192, 32, 16, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False),
-    "text_encoder": TextConfig("qwen3", 64, 128, 3, 480, (1, 2, 3), 4, 2, 16),
+    "text_encoder": TextConfig("qwen3", 64, 128, 3, 480, (1, 2, 3), 4, 2, 16, final_norm=True),
     "vae": VAEConfig((8, 16, 16, 24), None, 1, 4, 4),
 }
 _RULES = {"transformer": transformer.rule_for, "text_encoder": text.rule_for, "vae": vae.rule_for}
@@ -39,7 +40,7 @@ def write_source(folder: Path) -> Path:
         (folder / name).mkdir(parents=True)
         values = config.to_dict() | _CLASSES[name]
         if name == "text_encoder":
-            values = {key: value for key, value in values.items() if key not in ("out_layers", "num_later_layers")}
+            values = {key: value for key, value in values.items() if key not in _OURS}
         (folder / name / "config.json").write_text(json.dumps(values, indent=2))
         weights = {}
         for number, (key, x) in enumerate(tree_flatten(Component(name, config, None, ()).build().parameters())):

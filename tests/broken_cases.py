@@ -22,7 +22,7 @@ class Bench:
     def __init__(self, folder: Path):
         self.kinds = {
             "refused": (lambda rng: _raise(InputError("no")), 16 << 20),
-            "unclear": (lambda rng: _raise(InputError("no\nreally")), 16 << 20),
+            "unclear": (lambda rng: _raise(InputError("no " * 5_000)), 16 << 20),
             "traceback": (lambda rng: _raise(Panic()), 16 << 20),
             "silent": (lambda rng: _raise(Finding("silent", "")), 16 << 20),
             "memory": (lambda rng: str(len(b"1" * (64 << 20))), 16 << 20),

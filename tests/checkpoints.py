@@ -29,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from flux2_mlx.checkpoint import DIGEST, sealed
 from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig, VisionConfig
 
 torch.set_num_threads(1)  # more threads only wait for each other on networks so small
@@ -209,9 +210,10 @@ def convert(
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None removes a key."""
+    """Change keys of a JSON file; None removes a key. A manifest is sealed again, as if it had been written so."""
     values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    values = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(sealed(values) if DIGEST in values else values))
 
 
 def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -14,7 +14,7 @@ from damage import Damage, edit, fill, remove, resize, weights
 from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoint import Checkpoint, is_checkpoint
+from flux2_mlx.checkpoint import Checkpoint, Component, is_checkpoint
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo, read_header
 
@@ -53,6 +53,17 @@ def other_model(folder: Path) -> None:
     shutil.copytree(other / "vae", folder / "vae")
 
 
+def reworded(name: str, before: str, after: str) -> Damage:
+    """Put `after` in the place of the last `before`, or of the first if that is a brace, as in a text editor."""
+
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        place = text.index(before) if before == "{" else text.rindex(before)
+        (folder / name).write_text(text[:place] + after + text[place + len(before) :])
+
+    return change
+
+
 QUANTS = {"transformer": "qint8", "text_encoder": "qint4"}
 NOT_SAFETENSORS = "vae/model.safetensors is not a safetensors file"
 CONFIG = "transformer/config.json"
@@ -62,6 +73,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other version": (edit("flux2.json", format_version=2), "has format version 2, this version .* reads 1"),
     "version of two lines": (edit("flux2.json", format_version="1\n2"), r"has format version '1\\n2', this"),
     "no encoder listed": (edit("flux2.json", components=["transformer", "vae"]), "it lists no text_encoder"),
+    "changed without a word": (
+        reworded("flux2.json", '"klein-4b"', '"klein-base-4b"'),
+        "flux2.json was changed after the conversion; convert the model again",
+    ),
+    "other digest": (reworded("flux2.json", '"sha256": "', '"sha256": "0'), "flux2.json was changed after"),
+    "digest nonsense": (reworded("flux2.json", '"sha256": "', '"sha256": 7, "a": "'), "flux2.json was changed after"),
+    "nested": (reworded("flux2.json", "{", '{"a":' + '{"a":' * 980 + "1" + "}" * 980 + ","), "flux2.json "),
     "no version": (edit("flux2.json", format_version=None), "has format version None"),
     "unknown variant": (edit("flux2.json", variant="flux3"), "flux2.json is damaged: unknown model 'flux3'"),
     "no variant": (edit("flux2.json", variant=None), "flux2.json is damaged: 'variant'"),
@@ -161,6 +179,14 @@ def test_open(mixed):
     assert checkpoint.tokenizer_file == mixed / "tokenizer/tokenizer.json"
     for name, component in checkpoint.components.items():
         assert component.nbytes == sum(x.nbytes for x in read_header(mixed / name / "model.safetensors").values())
+
+
+def test_opening_builds_each_network_once(mixed, monkeypatch):
+    built = []
+    build = Component.build
+    monkeypatch.setattr(Component, "build", lambda component: built.append(component.name) or build(component))
+    components = Checkpoint.open(mixed).components
+    assert sorted(built) == sorted(components)
 
 
 def test_read_header(tmp_path):

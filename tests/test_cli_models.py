@@ -14,6 +14,7 @@ from cli_runner import DEMO, done, refusal, run
 from damage import edit, fill, remove, resize
 
 from flux2_mlx import verification
+from flux2_mlx.checkpoint import MANIFEST, Checkpoint
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.verification import Report, remembered, verify
 from flux2_mlx.weights import read_header
@@ -25,13 +26,13 @@ TENSOR = "encoder.conv_in.weight"
 @pytest.fixture
 def folder(models: Path) -> Path:
     """A converted model in the models folder, to damage."""
-    return Path(shutil.copytree(DEMO, models / "demo-bf16", ignore=shutil.ignore_patterns("__*")))
+    return Path(shutil.copytree(DEMO, models / "demo-bf16", ignore=shutil.ignore_patterns("__*", "*.png")))
 
 
 @pytest.fixture
 def old(folder: Path) -> Path:
     """The same as it was converted before hashes were recorded."""
-    edit("flux2.json", files=None)(folder)
+    edit("flux2.json", files=None, sha256=None)(folder)
     (folder / "tensors.json").unlink()
     return folder
 
@@ -59,7 +60,7 @@ NEGATIVE = "has negative values, which a variance can't have"
 
 def test_what_is_whole(folder):
     assert done("models", "verify", str(folder), "--quiet").stdout == f"{folder}: 12 files, all good\n"
-    assert verify(folder) == Report(folder, [], True, verify(folder).files)
+    assert verify(folder) == Report(folder, [], True, True, verify(folder).files)
 
 
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xFF80])
@@ -86,18 +87,45 @@ def test_any_other_bit_names_the_tensor(folder):
 
 
 def test_every_flipped_byte_is_found(folder):
-    """One byte anywhere in any file but the manifest, which has no hash of its own."""
+    """One byte anywhere in any file."""
     chance = np.random.default_rng(0)
-    names = [name for name in verify(folder).files if name != "flux2.json"]
-    assert len(names) == 11
+    names = list(verify(folder).files)
+    assert len(names) == 12
     for name in [*names, *chance.choice(names, 9)]:
         whole = (folder / name).read_bytes()
         data = bytearray(whole)
         data[chance.integers(len(data))] ^= 1 << int(chance.integers(8))
         (folder / name).write_bytes(data)
-        assert name in [problem.file for problem in verify(folder).problems]
+        found = verify(folder).problems
+        assert name in [problem.file for problem in found] or (name == MANIFEST and MANIFEST in str(found))
         (folder / name).write_bytes(whole)
     assert verify(folder).problems == []
+
+
+def test_every_changed_value_of_the_manifest_is_found(folder):
+    path = folder / MANIFEST
+    whole = json.loads(path.read_text())
+    for key, value in whole.items():
+        for other in (None, 3, value + value if isinstance(value, str | list) else {}):
+            path.write_text(json.dumps(whole | {key: other}))
+            assert verify(folder).problems, key
+            if key != "format_version":
+                with pytest.raises(CheckpointError, match=r"flux2\.json was changed after the conversion"):
+                    Checkpoint.open(folder)
+    path.write_text(json.dumps(dict(reversed(whole.items())), indent=7))  # another spelling of the same
+    assert verify(folder).problems == []
+
+
+def test_a_manifest_from_before_it_had_a_hash(folder):
+    edit(MANIFEST, sha256=None)(folder)
+    assert Checkpoint.open(folder).variant.name == "demo"
+    assert not verify(folder).sealed
+    assert done("models", "verify", str(folder), "--quiet").stdout.splitlines() == [
+        f"{folder}: flux2.json has no hash of its own, so changes in it can't be told; convert the model again to have "
+        "one",
+        f"{folder}: 12 files, all good",
+    ]
+    assert json.loads(done("models", "verify", str(folder), "--json").stdout)["folders"][0]["manifest_hash"] is False
 
 
 def exchange(folder: Path) -> None:
@@ -158,7 +186,8 @@ def test_json(folder):
     result = run("models", "verify", str(folder), "--quiet", "--json")
     assert result.exit_code == 1
     found = [{"file": WEIGHTS, "tensor": TENSOR, "problem": what} for what in (INFINITE, CHANGED)]
-    row = {"folder": str(folder), "good": False, "hashes": True, "remembered": False, "problems": found}
+    row = {"folder": str(folder), "good": False, "hashes": True, "manifest_hash": True}
+    row |= {"remembered": False, "problems": found}
     assert json.loads(result.stdout) == {"good": False, "folders": [row]}
 
 

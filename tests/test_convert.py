@@ -28,7 +28,7 @@ from safetensors import deserialize, safe_open
 from safetensors.torch import load_file
 
 from flux2_mlx import __version__
-from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.checkpoint import Checkpoint, sealed
 from flux2_mlx.config import VARIANTS, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.quantization import quantize_array
@@ -89,6 +89,8 @@ def test_the_manifest(official, tmp_path):
     folder = convert(official, tmp_path / "m", "qint4", None, variant="klein-base-4b", name="me/finetune")
     manifest = json.loads((folder / "flux2.json").read_text())
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert manifest == sealed(manifest)
+    assert len(manifest.pop("sha256")) == 64
     assert manifest.pop("files") == {
         name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for name, path in paths.items()

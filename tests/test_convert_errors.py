@@ -107,7 +107,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "dev, by its text encoder": (
         edit(CONFIGS["text_encoder"], model_type="mistral3"),
-        "text_encoder/config.json is a mistral3 model, klein-4b reads prompts with qwen3",
+        "text_encoder/config.json: model_type is 'mistral3', klein-4b reads prompts with 'qwen3'",
     ),
     "FLUX.1 transformer": (
         edit(CONFIGS["transformer"], _class_name="FluxTransformer2DModel"),

@@ -209,21 +209,24 @@ def test_what_multiplies_text_is_refused(damage, klein):
         put("normalizer", sequence("normalizers", {"type": "NFKC"}, {"type": "Lowercase"})),
         put("normalizer", {"type": "NFC"}),
         put("decoder", sequence("decoders", replace(" ", String="▁"), {"type": "ByteFallback"}, {"type": "Fuse"})),
-        put(
-            "post_processor",
-            {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 1_000}
-            | {"pair": [{"Sequence": {"id": x, "type_id": 0}} for x in "AB"], "special_tokens": {}},
-        ),
-        put("padding", {"strategy": {"Fixed": 10**9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0}
+        put("post_processor", {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}),
+        put("padding", {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
             | {"pad_type_id": 0, "pad_token": "!"}),
         put("truncation", {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}),
     ],
-    ids=["nfkc", "nfc", "decoder", "template", "padding", "truncation"],
+    ids=["nfkc", "nfc", "decoder", "post-processor", "padding", "truncation"],
 )  # fmt: skip
 def test_what_does_not_is_let_pass(damage, klein):
     before = KleinTokenizer(klein)(["a cat"], 32)
     edit(klein, damage)
     np.testing.assert_array_equal(KleinTokenizer(klein)(["a cat"], 32), before)
+
+
+def test_a_post_processor_that_repeats_the_prompt_is_refused(klein):
+    pieces = [{"Sequence": {"id": x, "type_id": 0}} for x in "AB"]
+    repeated = {"type": "TemplateProcessing", "single": pieces[:1] * 1_000, "pair": pieces, "special_tokens": {}}
+    edit(klein, put("post_processor", repeated))
+    refused(lambda: KleinTokenizer(klein), "its post_processor adds to the tokens of a prompt")
 
 
 def test_one_that_fails_at_any_text_is_refused_at_opening(klein):

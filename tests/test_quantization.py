@@ -1,5 +1,7 @@
 """Codes, scales and errors of quantized weights, and what `config.json` says about them."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux2_mlx.checkpoint import Component, module_tensors
-from flux2_mlx.config import VARIANTS
-from flux2_mlx.errors import InputError
+from flux2_mlx.config import VARIANTS, TransformerConfig
+from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import (
     BITS,
     GROUP_SIZE,
@@ -164,6 +166,18 @@ def test_modules_are_quantized_as_stated(component, bits):
     assert set(quantized) == set(shapes) - spared
     assert {(layer.group_size, layer.bits, layer.mode) for layer in quantized.values()} == {(64, bits, "affine")}
     assert spared == ({"img_in"} if component == "transformer" else set())
+
+
+@pytest.mark.parametrize(
+    "change", [{"mode": "mxfp4"}, {"mode": "nvfp4"}, {"mode": None}, {"bits": 3}, {"group_size": 32}, {"img_in": True}]
+)
+def test_what_is_not_implemented_is_not_built_as_something_else(change):
+    config = TransformerConfig(1, 1, 2, 64, 32, 64, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)
+    component = Component("transformer", config, None, ()).quantized("qint4")
+    assert component.build()
+    changed = replace(component, quantization=component.quantization | change)
+    with pytest.raises(CheckpointError, match=f"quantization.'?{next(iter(change))}'? is "):
+        changed.build()
 
 
 def test_modules_without_statement_stay_as_they_are():

@@ -66,6 +66,7 @@ def _row(report: "Report", remembered: bool) -> dict[str, Any]:
         "folder": str(report.folder),
         "good": not report.problems,
         "hashes": report.hashed,
+        "manifest_hash": report.sealed,
         "remembered": remembered and not report.problems,
         "problems": [{"file": x.file, "tensor": x.tensor, "problem": x.what} for x in report.problems],
     }
@@ -78,6 +79,11 @@ def _print(report: "Report", remembered: bool) -> None:
         print_result(
             f"{report.folder}: no hashes were recorded, so other values can't be told; convert the model again to have "
             "them"
+        )
+    elif not report.sealed:
+        print_result(
+            f"{report.folder}: flux2.json has no hash of its own, so changes in it can't be told; convert the model "
+            "again to have one"
         )
     if not report.problems:
         note = "" if remembered else "; this can't be noted in the folder"

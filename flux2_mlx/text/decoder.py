@@ -58,13 +58,16 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The embedding and the layers whose states the transformer reads; no final norm, no head."""
+    """The embedding and the layers whose states the transformer reads; no head, and a final norm only where no layer
+    follows."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self._out_layers = config.out_layers
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        if config.final_norm:
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, ids: mx.array, attention_mask: mx.array) -> mx.array:
         """Hidden states of token ids.
@@ -85,6 +88,8 @@ class TextEncoder(nn.Module):
             mx.eval(x)
             if number in self._out_layers:
                 states.append(x)
+        if "norm" in self:
+            states[-1] = self.norm(states[-1])
         return mx.concatenate(states, axis=-1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..files import read_bytes
+from .tokenizer_config import TokenizerSettings
 
 _MAX_BYTES = 64 << 20  # four times the largest of a released model
 _MAX_GROWTH = 256  # a prompt of the longest that is read then has a few million characters
@@ -21,7 +22,7 @@ _ADDED = ("prepend", "replacement", "prefix", "suffix", "word_delimiter_token")
 
 
 def read_tokenizer(path: Path) -> Any:
-    """The tokenizer of a file, without padding, truncation and templates; CheckpointError if there is none."""
+    """The tokenizer of a file; CheckpointError if there is none."""
     from tokenizers import Tokenizer
 
     try:
@@ -32,11 +33,22 @@ def read_tokenizer(path: Path) -> Any:
     except (InputError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a tokenizer file: {error}") from error
     with answers(path):
-        tokenizer = Tokenizer.from_buffer(data)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.post_processor = None  # a template could repeat the prompt
-    return tokenizer
+        return Tokenizer.from_buffer(data)
+
+
+def add_tokens(tokenizer: Any, settings: TokenizerSettings) -> None:
+    """Add to the tokenizer's own tokens those that stand beside it, as transformers does."""
+    from tokenizers import AddedToken
+
+    before = tokenizer.get_added_tokens_decoder().values()
+    known = {repr(token) for token in before}
+    new = [token for token in (AddedToken(**x) for x in settings.listed) if repr(token) not in known]
+    names = {token.content for token in (*before, *new)}
+    for token in (*filter(None, settings.named.values()), *settings.more):
+        if token["content"] not in names:
+            new.append(AddedToken(**{**token, "special": True}))
+            names.add(token["content"])
+    tokenizer.add_tokens(new)
 
 
 @contextmanager

@@ -1,0 +1,42 @@
+"""Whether a model's own chat template makes of a prompt what FLUX.2 was trained with."""
+
+import json
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+_PROCESS = Path(__file__).with_name("template_process.py")
+_SECONDS = 60  # of a machine that has much else to do; the process itself has five of its own
+
+
+def check_template(path: Path, template: str, calls: list[dict[str, Any]], expected: list[str]) -> None:
+    """CheckpointError if the `template` of the file at `path` makes other texts than `expected` of the `calls`."""
+    try:
+        texts = _rendered(json.dumps({"template": template, "calls": calls}))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the chat template can't be used: {error}") from error
+    for found, ours in zip(texts, expected, strict=True):
+        if found != ours:
+            raise CheckpointError(
+                f"{path}: the chat template makes {found[:300]!r} of a prompt, FLUX.2 has {ours!r}, and nothing else "
+                "is implemented"
+            )
+
+
+@lru_cache(maxsize=64)
+def _rendered(request: str) -> list[str]:
+    """The texts that the process gives for a `request`; ValueError if it gives none, which is not remembered."""
+    command, options = [sys.executable, str(_PROCESS)], {"capture_output": True, "text": True, "timeout": _SECONDS}
+    try:
+        answer = json.loads(subprocess.run(command, input=request, check=False, **options).stdout)
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        raise ValueError("it takes too much time or memory") from error
+    except OSError as error:
+        raise ValueError(f"no process for it can be started: {error.strerror}") from error
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["texts"]
