@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from .. import layers
 from ..device import fused
-from ..layers import Linear, attention
+from ..layers import Linear, attention, silu
 from .strips import Convolved, Doubled, Mapped, Moments, Rows, Sum
 
 _EPS = 1e-6
@@ -53,7 +53,7 @@ def _affine(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 
 @fused
 def _affine_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    return nn.silu(x.astype(mx.float32) * scale + shift).astype(x.dtype)
+    return silu(x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
 
 class ResnetBlock(nn.Module):
