@@ -15,6 +15,7 @@ from flux2_mlx.cli.main import main
 from flux2_mlx.cli.stopping import Terminated, stoppable
 
 INTERRUPTED, TERMINATED = "interrupted; nothing was left half written\n", "terminated; nothing was left half written\n"
+SCRIPT = Path(sys.executable).with_name("flux2-mlx")
 # Sends the process a signal when it imports a module. A shell that starts tests in the background makes its children
 # ignore Ctrl-C, which a terminal does not.
 HOOK = """
@@ -69,9 +70,23 @@ def test_a_signal_while_modules_are_imported(module, number, code, message):
     assert tree() == {}
 
 
+@pytest.mark.parametrize("start", [("-m", "flux2_mlx"), (SCRIPT,)])
+@pytest.mark.parametrize("module", ["flux2_mlx.cli", "flux2_mlx.cli.main", "flux2_mlx.cli.stopping", "threading"])
+def test_ctrl_c_before_anything_is_begun_says_nothing(module, start):
+    result = stopped(module, signal.SIGINT, start)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_the_package_imports_nothing_slow():
+    script = "import sys; before = set(sys.modules); import flux2_mlx; print(*sorted(set(sys.modules) - before))"
+    command = [sys.executable, "-S", "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split() == ["flux2_mlx", "flux2_mlx.errors"]
+
+
 def test_the_console_script_is_stopped_like_the_module():
-    script = Path(sys.executable).with_name("flux2-mlx")
-    result = stopped("click", signal.SIGINT, [script])
+    result = stopped("click", signal.SIGINT, [SCRIPT])
     assert (result.returncode, result.stdout, result.stderr) == (130, "", INTERRUPTED)
 
 
