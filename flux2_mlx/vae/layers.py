@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import layers
-from ..device import fused
+from ..device import fused, on_gpu
 from ..layers import Linear, attention, silu
 from .strips import Convolved, Doubled, Mapped, Moments, Rows, Sum
 
@@ -33,7 +33,7 @@ class GroupNorm(nn.Module):
         """SiLU of the normalised rows."""
         B, _, W, C = x.shape
         scale, shift = self._scale_and_shift(x)
-        gate = 0 if mx.metal.is_available() else B * W * C * mx.float32.size  # where it is not one kernel
+        gate = 0 if on_gpu() else B * W * C * mx.float32.size  # where it is not one kernel
         return Mapped(x, lambda rows: _affine_silu(rows, scale, shift), workspace=gate)
 
     def _scale_and_shift(self, x: Rows) -> tuple[mx.array, mx.array]:
