@@ -117,8 +117,8 @@ def check_finite(x: mx.array, network: str) -> None:
     )
 
 
-# MLX's own activations are compiled on every device, `fused` ones on a GPU. What is compiled holds Python objects until its thread ends, and
-# on Linux a daemon thread that ends while Python does aborts the process when it lets go of them.
+# MLX's own activations are compiled on every device, `fused` ones on a GPU. What is compiled holds Python objects until
+# its thread ends, and on Linux a daemon thread that ends while Python does aborts the process when it lets go of them.
 @fused
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)

@@ -177,8 +177,24 @@ def dropped(number: int) -> None:
     time.sleep(5)  # it comes again long before
 
 
+def slowly(start):
+    """A `Thread.start` that returns when the signal has been sent, the first time."""
+    calls = []
+
+    def slow(thread):
+        start(thread)
+        calls.append(thread)
+        if len(calls) == 1:
+            time.sleep(1)
+
+    return slow
+
+
+@pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_a_signal_that_comes_in_a_callback_is_not_lost(number, kind, capfd):
+def test_a_signal_that_comes_in_a_callback_is_not_lost(number, kind, busy, capfd, monkeypatch):
+    if busy:
+        monkeypatch.setattr(threading.Thread, "start", slowly(threading.Thread.start))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, see above
     try:
         with pytest.raises(kind) as stop, stoppable():
