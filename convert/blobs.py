@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import open_regular
+from flux2_mlx.weights import open_model_file
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _CHUNK = 1 << 24
@@ -24,7 +24,7 @@ def check_blob(path: Path, blob: Path, report: Callable[[int], None]) -> None:
 
     Large files are named by their SHA-256, small ones by git's SHA-1. `report` is called with bytes read.
     """
-    with open_regular(blob) as file:
+    with open_model_file(blob) as file:
         size = os.fstat(file.fileno()).st_size
         if len(blob.name) == 64:
             digest = hashlib.sha256()

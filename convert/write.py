@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from flux2_mlx import files
 from flux2_mlx.checkpoint import (
     FILES,
     FORMAT_VERSION,
@@ -61,7 +61,7 @@ _TOKENIZER_FILES = (
 )
 # What a checkpoint consists of, folder by folder.
 _OWN = {
-    ".": (MANIFEST, TENSOR_HASHES, "*verified.json*", *_READS, "tokenizer", "scheduler"),
+    ".": (MANIFEST, TENSOR_HASHES, "verified.json", ".flux2-mlx-*.part", *_READS, "tokenizer", "scheduler"),
     **dict.fromkeys(_READS, ("config.json", "model*.safetensors", "model.safetensors.index.json")),
     "tokenizer": _TOKENIZER_FILES,
     "scheduler": ("scheduler_config.json",),
@@ -236,7 +236,7 @@ def check_writable(target: Path) -> None:
     try:
         # A link whose disk is not there counts as existing.
         existing = next(path for path in target.absolute().parents if path.exists() or path.is_symlink())
-        os.rmdir(tempfile.mkdtemp(dir=existing, prefix=".flux2-mlx-"))
+        files.check_writable(existing)
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror}; choose another folder") from error
 

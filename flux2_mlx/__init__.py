@@ -1,9 +1,8 @@
 """FLUX.2 image generation on Apple Silicon with MLX."""
 
-from typing import TYPE_CHECKING
-
 from .errors import CheckpointError, DownloadError, Flux2Error, InputError, RangeError
 
+TYPE_CHECKING = False  # what type checkers take as true; typing is slow to import, see below
 if TYPE_CHECKING:
     from .pipeline import Flux2Output, Flux2Pipeline
 

@@ -5,10 +5,7 @@ import json
 import logging
 import math
 import os
-import secrets
-import stat
 import struct
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -21,15 +18,14 @@ import numpy as np
 from . import __version__
 from .checkpoint import FORMAT_VERSION, Checkpoint, Component
 from .errors import CheckpointError, InputError
+from .files import read_bytes, remove_parts, write
 from .text import TextEncoder
 
 FOLDER = "prompts"  # within the models folder
 LIMIT_VARIABLE = "FLUX2_MLX_CACHE_BYTES"
 _DEFAULT_LIMIT, _MAX_DIGITS = 1_000_000_000, 18
-# Patterns that match nothing but our files, since the folder may have been the user's before.
-_KEY = "[0-9a-f]" * 64
-_ENTRIES, _PARTIALS = f"{_KEY}.safetensors", f"{_KEY}.*.partial"
-_LEFTOVER_SECONDS = 3600  # writing takes far less, so an older partial file is that of a writer that was killed
+# It matches nothing but our files, since the folder may have been the user's before.
+_ENTRIES = "[0-9a-f]" * 64 + ".safetensors"
 _HEADER_BYTES = 512  # more than an entry's header takes
 _CODES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # of the safetensors format
 # An encoder is known by this many pieces of this many bytes from each of its files, among other things.
@@ -79,7 +75,7 @@ class EmbeddingCache:
         path, states = self._path(key), None
         with suppress(OSError):  # what another user keeps from us, say, is not damaged
             data = _read(path, _HEADER_BYTES + form.nbytes)
-            payload = b"" if data is None else data[-form.nbytes :]
+            payload = data[-form.nbytes :]
             if data == _header(key, payload, form) + payload:
                 states = mx.array(np.frombuffer(payload, np.uint8)).view(form.dtype).reshape(form.shape)
                 states = states if _is_finite(states) else None
@@ -96,9 +92,9 @@ class EmbeddingCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
             self._make_room(needed)
-            self._write(key, states)
+            payload = np.array(states.view(mx.uint8)).tobytes()
+            write(self._path(key), _header(key, payload, Form(states.shape, states.dtype)) + payload, replace=True)
         except OSError as error:
             if not self._warned:
                 _log.warning("can't keep %s in %s: %s", self._what, self.folder, error.strerror)
@@ -120,7 +116,8 @@ class EmbeddingCache:
 
     def clear(self) -> None:
         """Remove all entries; InputError if that can't be done."""
-        for path in (*self._found(_ENTRIES), *self._found(_PARTIALS)):
+        remove_parts(self.folder)
+        for path in self._found(_ENTRIES):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -135,12 +132,6 @@ class EmbeddingCache:
         except OSError:  # a folder that can't be looked into holds nothing for us
             return []
 
-    def _remove_leftovers(self) -> None:
-        for path in self._found(_PARTIALS):
-            with suppress(OSError):
-                if path.stat().st_mtime < time.time() - _LEFTOVER_SECONDS:
-                    path.unlink()
-
     def _make_room(self, needed: int) -> None:
         entries = self.entries()
         excess = sum(entry.size for entry in entries) + needed - self.max_bytes
@@ -150,16 +141,6 @@ class EmbeddingCache:
             with suppress(OSError):  # another process has removed it, or it is a folder
                 entry.path.unlink()
             excess -= entry.size
-
-    def _write(self, key: str, states: mx.array) -> None:
-        """Write an entry that appears only when it is complete."""
-        partial = self.folder / f"{key}.{secrets.token_hex(8)}.partial"
-        payload = np.array(states.view(mx.uint8)).tobytes()
-        try:
-            partial.write_bytes(_header(key, payload, Form(states.shape, states.dtype)) + payload)
-            partial.replace(self._path(key))
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class CachedEncoder:
@@ -245,12 +226,12 @@ def _fingerprint(encoder: Component) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, most: int) -> bytes | None:
-    """The bytes of a regular file, and None if it is none or has more than `most`."""
-    # Without O_NONBLOCK opening a FIFO would already wait.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        return file.read(most) if stat.S_ISREG(status.st_mode) and status.st_size <= most else None
+def _read(path: Path, most: int) -> bytes:
+    """The bytes of a regular file, and none if it is something else or has more than `most`."""
+    try:
+        return read_bytes(path, most)
+    except InputError:
+        return b""
 
 
 def _header(key: str, payload: bytes, form: Form) -> bytes:

@@ -20,23 +20,34 @@ _MAX_NAME_BYTES = 255
 _KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 
-@contextmanager
-def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
-    """A regular file of at most `limit` bytes, open for reading; nothing else is waited for or read.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; nothing else is waited for or read.
 
     Raises:
-        InputError: it is something else, or larger. OSError: it can't be opened.
+        InputError: it is something else. OSError: it can't be opened. ValueError: no file can have this name.
     """
     _check_regular(path, os.stat(path).st_mode)
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        info = os.fstat(file.fileno())
-        _check_regular(path, info.st_mode)  # it may have been exchanged meanwhile
-        if info.st_size > limit:
-            raise InputError(f"{path} is too large: {info.st_size:,} bytes, of which at most {limit:,} are read")
+    file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)  # it may have been exchanged meanwhile
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+@contextmanager
+def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
+    """The same for a block; InputError also if it is larger than `limit` bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise InputError(f"{path} is too large: {size:,} bytes, of which at most {limit:,} are read")
         yield file
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
+def open_without_waiting(path: str, flags: int) -> int:
+    """Open what may be a pipe, to which nobody need be writing."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
 
@@ -89,11 +100,7 @@ def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
 
     Unless `replace`, what is at `path` already stays, and the data go to the next name of `free_path`.
     """
-    remove_parts(path.parent)
-    part = path.with_name(f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part")
-    descriptor = None
-    try:  # from before there is a file, since a signal may raise at any moment
-        descriptor = _create_locked(part)
+    with _part(path.parent) as (part, descriptor):
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]  # a full disk may take a part without an error
@@ -102,6 +109,23 @@ def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
             os.replace(part, path)
             return path
         return next(candidate for candidate in _candidates(path) if _placed(part, candidate))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError if no file can be made in `folder`."""
+    with _part(folder):
+        pass
+
+
+@contextmanager
+def _part(folder: Path) -> Iterator[tuple[Path, int]]:
+    """A new file and its descriptor. It is removed at the end, or by a later run if this one is killed."""
+    remove_parts(folder)
+    part = folder / f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part"
+    descriptor = None
+    try:  # from before there is a file, since a signal may raise at any moment
+        descriptor = create_locked(part)
+        yield part, descriptor
     finally:
         with suppress(OSError):
             os.unlink(part)
@@ -109,10 +133,10 @@ def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
             os.close(descriptor)
 
 
-def _create_locked(part: Path) -> int:
-    """Open a new file, locked, with the rights of any new file."""
+def create_locked(path: Path) -> int:
+    """Open a new file for writing, locked, with the rights of any new file."""
     while True:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with suppress(OSError):  # a file system may have no locks, and then has nothing removed either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
@@ -148,14 +172,16 @@ def remove_parts(folder: Path) -> None:
     """Remove the unfinished files in `folder` whose processes are gone."""
     with suppress(OSError):  # what can't be listed or removed is in nobody's way
         for name in filter(_PART.fullmatch, os.listdir(folder)):
-            _remove_abandoned(folder / name)
+            remove_abandoned(folder / name)
 
 
-def _remove_abandoned(part: Path) -> None:
+def remove_abandoned(path: Path, *, empty: bool = False) -> None:
+    """Remove a file of `create_locked` if its process is gone, or only if it is `empty` too."""
     with suppress(OSError):  # BlockingIOError: it is being written
-        descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(part)
+            if not empty or os.fstat(descriptor).st_size == 0:
+                os.unlink(path)
         finally:
             os.close(descriptor)

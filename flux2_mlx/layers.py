@@ -1,5 +1,7 @@
 """Blocks that more than one network uses. Arrays are channels-last; attention is `[B, heads, tokens, head_dim]`."""
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -115,10 +117,22 @@ def check_finite(x: mx.array, network: str) -> None:
     )
 
 
+# MLX's own activations are compiled on every device, `fused` ones on a GPU. What is compiled holds Python objects until
+# its thread ends, and on Linux a daemon thread that ends while Python does aborts the process when it lets go of them.
+@fused
+def silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+@fused
+def gelu(x: mx.array) -> mx.array:
+    return x * (1 + mx.erf(x / math.sqrt(2))) / 2
+
+
 @fused
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """SiLU(gate) · x."""
-    return nn.silu(gate) * x
+    return silu(gate) * x
 
 
 class GatedMLP(nn.Module):

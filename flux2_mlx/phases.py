@@ -69,8 +69,8 @@ class Progress:
 
 @dataclass
 class Flux2Output:
-    """What a run gives: `images` as asked for, and the seed of each. `timings` has a `Phase` for each phase;
-    `peak_memory` is in bytes."""
+    """What a run gives: `images` as asked for, None before there are any, and the seed of each. `timings` has a `Phase`
+    for each phase; `peak_memory` is in bytes."""
 
     images: Any = None
     seeds: list[int] = field(default_factory=list)

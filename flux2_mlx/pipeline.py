@@ -138,6 +138,9 @@ class Flux2Pipeline:
 
         Raises:
             InputError: a setting is wrong.
+
+        Whatever ends the call early, an exception of the callback and Ctrl-C included, has the images that are finished
+        until then as its attribute `partial_output`, a `Flux2Output`; without any there is no such attribute.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         if (prompt is None) == (prompt_embeds is None):
@@ -223,11 +226,12 @@ class Flux2Pipeline:
             output_type: the same.
             on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
                 before that of the next pass where memory allows it. After a step it may return tokens to go on from,
-                call the progress' `preview`, and raise to cancel.
+                call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.
             previews: plan for those, so that the VAE stays in memory.
             resume: where images wait for their decoding, keep them on disk meanwhile, and go on from those that an
                 earlier run of the same settings has left.
-            output: what to fill in and return; of a run that is cut short it has the timings.
+            output: what to fill in and return; of a run that is cut short it has the timings, and the images that were
+                finished with their seeds. The exception has it as `partial_output` then, as for a call.
         """
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
@@ -237,6 +241,9 @@ class Flux2Pipeline:
             texts = len(prompt_embeds), max(prompt_embeds.shape[1], negative)
         planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
         latents = self._checked_latents(request, latents)
+        unfinished = None
+        if resume and self.unfinished is not None and latents is None and prompt_embeds is None:
+            unfinished = self.unfinished.of(self.networks, request, edit)
         with turn():
             run = self._run(
                 request,
@@ -244,7 +251,7 @@ class Flux2Pipeline:
                 edit=edit,
                 output_type=output_type,
                 on_progress=on_progress,
-                unfinished=self.unfinished if resume and latents is None and prompt_embeds is None else None,
+                unfinished=unfinished,
                 output=Flux2Output() if output is None else output,
             )
             return run.make(latents, prompt_embeds)

@@ -33,7 +33,7 @@ from .phases import (
 )
 from .references import Edit
 from .sampling import Request, Step
-from .unfinished import Unfinished
+from .unfinished import Waiting
 from .vae import VAE
 
 _log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class Run:
     """What the phases of a run share. Build it where the run has its `turn`, as memory is measured from there on.
 
     An image is decoded when its denoising ends, if the plan has the VAE beside the transformer. Else all are decoded
-    after the transformer has made room; until then `unfinished` keeps their tokens, and a run that is cut short still
-    decodes what it has finished.
+    after the transformer has made room; until then `unfinished` keeps their tokens. A run that is cut short still
+    decodes what is denoised, and what cuts it short takes the images along (see `make`).
 
     Args:
         networks: what computes.
@@ -58,6 +58,7 @@ class Run:
         unfinished: keeps what is denoised and not yet decoded.
         output_type: `pil`, `np` or `latent`.
         on_progress: hears of everything.
+        output: is filled in.
     """
 
     networks: Networks
@@ -66,13 +67,12 @@ class Run:
     planned: Plan
     edit: Edit = field(default_factory=Edit)
     prompt_cache: EmbeddingCache | None = None
-    unfinished: Unfinished | None = None
+    unfinished: Waiting | None = None
     output_type: str = "pil"
     on_progress: OnProgress = lambda progress: None
     output: Flux2Output = field(default_factory=Flux2Output)
 
     def __post_init__(self):
-        self.output.seeds = list(self.request.seeds)
         self._meter = Meter(self.output.timings, self.planned, self.networks.reading)
         self._components = self.networks.checkpoint.components
         self._images: dict[int, Any] = {}
@@ -81,25 +81,37 @@ class Run:
     def make(self, latents: mx.array | None = None, prompt_embeds: mx.array | None = None) -> Flux2Output:
         """The images of the request.
 
+        If some are finished when an exception ends the run, that has them as its `partial_output`.
+
         Args:
             latents: noise in place of that of the seeds, `[B, 4c, h, w]`.
             prompt_embeds: encoded prompts in place of the request's, `[prompts, tokens, features]`.
         """
-        waiting = {} if self.unfinished is None else self.unfinished.kept(self.networks, self.request, self.edit)
+        try:
+            self._make(latents, prompt_embeds)
+        except BaseException as error:
+            if self._images:
+                error.partial_output = self.output
+                if hasattr(error, "add_note"):  # since Python 3.11
+                    error.add_note(f"{len(self._images)} finished images are in the exception's partial_output")
+            raise
+        finally:
+            if self._images:
+                self.output.seeds = [self.request.seeds[place] for place in sorted(self._images)]
+                self.output.images = self._joined()
+        return self.output
+
+    def _make(self, latents: mx.array | None, prompt_embeds: mx.array | None) -> None:
+        waiting = {} if self.unfinished is None else self.unfinished.kept()
         missing = [image for image in range(len(self.request.seeds)) if image not in waiting]
         try:
             if missing:
                 self._make_tokens(missing, latents, prompt_embeds, waiting)
+            self._finish(waiting)
         except BaseException as error:
-            if waiting:
-                traceback.clear_frames(error.__traceback__)  # or the transformer would stay in memory
+            traceback.clear_frames(error.__traceback__)  # or the transformer would stay in memory
+            self._finish(waiting)
             raise
-        finally:
-            if waiting:
-                with self._meter.phase("vae"):
-                    self._finish(waiting)
-        self.output.images = self._joined()
-        return self.output
 
     def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Text states `[L, C]` of each prompt, in a phase of their own."""
@@ -197,13 +209,11 @@ class Run:
             return self.on_progress(Progress("transformer", done, total, step, batch, preview=preview))
 
         for tokens in denoise_images(transformer, self.request, batches, noise, conditioning, encoded, dtype, on_step):
+            waiting.update(tokens)
             if self.planned.beside:
-                with self._meter.phase("vae"):
-                    self._finish(tokens)
-            else:
-                waiting.update(tokens)
-                if self.unfinished is not None and len(images) > 1:
-                    self.unfinished.keep(self.networks, self.request, self.edit, tokens)
+                self._finish(waiting)
+            elif self.unfinished is not None and len(images) > 1:
+                self.unfinished.keep(tokens)
 
     def _noise(self, images: list[int], latents: mx.array | None) -> Tokens:
         """Noise tokens `[L, C]` of each image, float32."""
@@ -229,23 +239,34 @@ class Run:
         return finished_image(pixels, self.edit)
 
     def _finish(self, waiting: Tokens) -> None:
-        """Make images of tokens, which are taken away one after the other."""
-        total = len(self.request.seeds)
-        self.on_progress(Progress("vae", len(self._images), total))
-        vae = self._decoder()
-        for place in sorted(waiting):
-            image = None
-            if self.output_type == "latent":
-                self._images[place] = latents_of(vae, waiting[place], self._grid)
-            elif self.output_type == "np":
-                self._images[place] = decode_image(vae, waiting[place], self._grid, self.networks.dtype_of("vae"))
-            else:
-                # Eight bits at once, or many images would take their size in float32.
-                self._images[place] = image = self._decoded(waiting[place], vae)
-            self.on_progress(Progress("vae", len(self._images), total, images=(place,), image=image))
-            if self.unfinished is not None:
-                self.unfinished.drop(self.networks, self.request, self.edit, place)
-            del waiting[place]
+        """Make images of tokens, which are taken away one after the other. One that fails is no obstacle to others."""
+        if not waiting:
+            return
+        failure = None
+        with self._meter.phase("vae"):
+            self.on_progress(Progress("vae", len(self._images), len(self.request.seeds)))
+            vae = self._decoder()
+            for place in sorted(waiting):
+                try:
+                    self._finish_one(place, waiting[place], vae)
+                except Exception as error:
+                    failure = failure or error
+                del waiting[place]
+        if failure is not None:
+            raise failure
+
+    def _finish_one(self, place: int, tokens: mx.array, vae: VAE) -> None:
+        image = None
+        if self.output_type == "latent":
+            self._images[place] = latents_of(vae, tokens, self._grid)
+        elif self.output_type == "np":
+            self._images[place] = decode_image(vae, tokens, self._grid, self.networks.dtype_of("vae"))
+        else:
+            # Eight bits at once, or many images would take their size in float32.
+            self._images[place] = image = self._decoded(tokens, vae)
+        self.on_progress(Progress("vae", len(self._images), len(self.request.seeds), images=(place,), image=image))
+        if self.unfinished is not None:
+            self.unfinished.drop(place)
 
     def _joined(self) -> Any:
         images = [self._images[place] for place in sorted(self._images)]

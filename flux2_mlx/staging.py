@@ -10,19 +10,22 @@ import json
 import logging
 import os
 import platform
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
 from .errors import CheckpointError, InputError
-from .weights import open_regular, read_json
+from .files import create_locked, remove_abandoned
+from .weights import open_model_file, read_json
 
 _log = logging.getLogger(__name__)
 
 _PREFIX = ".flux2-mlx-convert-"
+_NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}")
 _MARK, _OWNER = "flux2-mlx-convert.json", "flux2-mlx convert"
 _NEW, _OLD = "new", "old"
 
@@ -36,8 +39,8 @@ def staged(place: Path, check: Callable[[], object] = lambda: None, *, replace: 
         check: called when all is ready to be moved; what it raises prevents that.
         replace: take the place of what is there then.
     """
-    work = Path(tempfile.mkdtemp(dir=place.parent, prefix=_PREFIX))
-    try:
+    work = place.parent / f"{_PREFIX}{secrets.token_hex(8)}"
+    try:  # from before there is a folder, since a signal may raise at any moment
         with _marked(work, place.name):
             try:
                 (work / _NEW).mkdir(mode=0o755)
@@ -84,6 +87,7 @@ def remove_leftovers(parent: Path) -> None:
             if name:
                 _put_back(work, parent / name)
                 _remove(work, parent / name)
+        _remove_bare(work)
 
 
 def _works(parent: Path) -> list[Path]:
@@ -95,21 +99,27 @@ def _works(parent: Path) -> list[Path]:
 
 @contextmanager
 def _marked(work: Path, name: str) -> Iterator[None]:
-    """`work` with a locked mark. Until it is locked it is empty, and an empty mark says nothing."""
-    with (work / _MARK).open("x", encoding="utf-8") as file:
-        with suppress(OSError):  # on file systems without locks leftovers stay
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """`work`, made with a locked mark."""
+    with open(_create(work), "w", encoding="utf-8") as file:
         values = {"made_by": _OWNER, "target": quote(os.fsencode(name)), "pid": os.getpid(), "host": platform.node()}
         file.write(json.dumps(values))
         file.flush()
         yield
 
 
+def _create(work: Path) -> int:
+    """Make `work` and its mark, which is empty until it is locked."""
+    while True:
+        work.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process took the empty folder for a leftover
+            return create_locked(work / _MARK)
+
+
 @contextmanager
 def _dead(work: Path) -> Iterator[str | None]:
     """The name of the place that `work` was made for, if it is marked and its process is gone."""
     try:
-        file = open_regular(work / _MARK)
+        file = open_model_file(work / _MARK)
     except CheckpointError:
         yield None
         return
@@ -155,6 +165,15 @@ def _remove(work: Path, place: Path) -> None:
     if not any(os.path.lexists(work / name) for name in (_OLD, _NEW)):
         with suppress(OSError):
             (work / _MARK).unlink(missing_ok=True)
+            work.rmdir()
+
+
+def _remove_bare(work: Path) -> None:
+    """Remove what was killed before its mark was written, or after it was removed: it holds nothing else."""
+    if _NAME.fullmatch(work.name) and not work.is_symlink():
+        with suppress(OSError):
+            if os.listdir(work) == [_MARK]:
+                remove_abandoned(work / _MARK, empty=True)
             work.rmdir()
 
 

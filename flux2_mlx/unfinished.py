@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,39 +26,54 @@ class Unfinished:
     def __init__(self, folder: Path):
         self._files = EmbeddingCache(folder, _LIMIT, "denoised images")
 
-    def kept(self, networks: Networks, request: Request, edit: Edit) -> dict[int, mx.array]:
+    def of(self, networks: Networks, request: Request, edit: Edit) -> "Waiting":
+        """Those of a run."""
+        return Waiting(self._files, networks, request, edit)
+
+
+class Waiting:
+    """The denoised images of one run. Build it with `Unfinished.of`."""
+
+    def __init__(self, files: EmbeddingCache, networks: Networks, request: Request, edit: Edit):
+        self._files, self._networks, self._request, self._edit = files, networks, request, edit
+        self._places: set[int] = set()
+
+    def kept(self) -> dict[int, mx.array]:
         """The tokens `[L, C]` that an earlier run of the same settings has left, by the place of their image."""
         if not self._files.entries():
             return {}
-        components = networks.checkpoint.components
+        request, components = self._request, self._networks.checkpoint.components
         size = components["vae"].config.token_size
         length, channels = request.height * request.width // size**2, components["transformer"].config.in_channels
         form = Form((length, channels), mx.float32)
-        found = {place: self._files.get(key, form) for place, key in _keys(networks, request, edit)}
-        return {place: tokens for place, tokens in found.items() if tokens is not None}
+        found = {place: self._files.get(key, form) for place, key in enumerate(self._keys)}
+        kept = {place: tokens for place, tokens in found.items() if tokens is not None}
+        self._places |= kept.keys()
+        return kept
 
-    def keep(self, networks: Networks, request: Request, edit: Edit, tokens: dict[int, mx.array]) -> None:
+    def keep(self, tokens: dict[int, mx.array]) -> None:
         """Keep the `tokens` of images until they are decoded."""
-        for place, key in _keys(networks, request, edit, tokens):
-            self._files.put(key, tokens[place])
+        self._places |= tokens.keys()
+        for place in tokens:
+            self._files.put(self._keys[place], tokens[place])
 
-    def drop(self, networks: Networks, request: Request, edit: Edit, place: int) -> None:
+    def drop(self, place: int) -> None:
         """Remove the tokens of an image that is decoded, if they are here."""
-        if self._files.entries():
-            for _, key in _keys(networks, request, edit, [place]):
-                self._files.remove(key)
+        if place in self._places:
+            self._files.remove(self._keys[place])
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """SHA-256 of all that the tokens of each image depend on."""
+        return list(_keys(self._networks, self._request, self._edit))
 
 
-def _keys(
-    networks: Networks, request: Request, edit: Edit, places: Iterable[int] | None = None
-) -> Iterator[tuple[int, str]]:
-    """SHA-256 of all that the tokens of an image depend on, for each place."""
-    places = range(len(request.seeds)) if places is None else places
+def _keys(networks: Networks, request: Request, edit: Edit) -> Iterator[str]:
     settings = asdict(request) | {"prompts": None, "seeds": None}
     shared = [__version__, mx.__version__, str(mx.default_device()), _weights(networks), settings, _pictures(edit)]
-    for place in places:
-        own = [request.prompts[place // request.images_per_prompt], request.seeds[place]]
-        yield place, hashlib.sha256(json.dumps([*shared, *own]).encode()).hexdigest()
+    for place, seed in enumerate(request.seeds):
+        own = [request.prompts[place // request.images_per_prompt], seed]
+        yield hashlib.sha256(json.dumps([*shared, *own]).encode()).hexdigest()
 
 
 def _weights(networks: Networks) -> list:

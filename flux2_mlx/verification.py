@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import numpy as np
 
 from .checkpoint import DIGEST, FILES, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint
 from .errors import CheckpointError, Flux2Error, one_line
-from .weights import NONSENSE, TensorInfo, open_regular, read_header, read_json
+from .files import write
+from .weights import NONSENSE, TensorInfo, open_model_file, read_header, read_json
 
 _MEMORY = "verified.json"
 _CHUNK = 1 << 24
@@ -66,18 +66,13 @@ class Report:
     def remember(self) -> bool:
         """Note in the folder that it was found good, or forget that it once was; gives whether that could be done."""
         memory = self.folder / _MEMORY
-        partial = memory.with_name(f".{_MEMORY}.{secrets.token_hex(8)}.partial")
         time = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             if self.problems:
                 memory.unlink(missing_ok=True)
-                return True
-            try:
+            else:
                 values = {"time": time, "hashed": self.hashed, "files": self.files}
-                partial.write_text(json.dumps(values, indent=2), encoding="utf-8")
-                os.replace(partial, memory)
-            finally:
-                partial.unlink(missing_ok=True)
+                write(memory, json.dumps(values, indent=2).encode(), replace=True)
         except OSError:
             return False
         return True
@@ -197,7 +192,7 @@ def _check_file(
         return [Problem(name, None, "is missing")]
     whole, problems, changed = hashlib.sha256(), [], []
     try:
-        with open_regular(folder / name) as file:
+        with open_model_file(folder / name) as file:
             size = os.fstat(file.fileno()).st_size
             if name.endswith(".safetensors"):
                 try:

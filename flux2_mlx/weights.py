@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
+from .files import open_regular
 
 # The codes of the safetensors library that MLX reads.
 _DTYPE_BYTES = {
@@ -48,19 +48,16 @@ class TensorInfo:
         return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; CheckpointError if there is none, or what could be waited for or read without end."""
+def open_model_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading; CheckpointError if there is none."""
     try:
-        # Without O_NONBLOCK opening a FIFO would already wait.
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        return open_regular(path)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from error
     except ValueError as error:  # a name with a NUL
         raise CheckpointError(f"can't read {str(path)!r}: {error}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise CheckpointError(f"can't read {path}: it is not a regular file")
-    return file
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -71,7 +68,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: not a safetensors file, or one that is cut short or too long.
     """
-    with open_regular(path) as file:
+    with open_model_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             start = file.read(8)
@@ -196,7 +193,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError if there is none."""
-    with open_regular(path) as file:
+    with open_model_file(path) as file:
         try:
             data = file.read(_MAX_JSON + 1)
             if len(data) > _MAX_JSON:

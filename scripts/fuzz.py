@@ -9,6 +9,7 @@ what must never be: see BAD.
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -29,10 +30,11 @@ BAD = {
     "unclear": "an error of several lines, or of more than a line may have",
     "silent": "other pixels, or other content, and nothing that tells",
     "leftover": "something half made is left behind",
-    "memory": "more memory than twice the input and a fixed base",
+    "memory": "more memory than twice the input and MEMORY",
     "crash": "the process died",
     "hang": "no end within the time limit",
 }
+MEMORY = 16 << 20  # what the smallest healthy run may take: networks of a megabyte, what they compute, a command line
 SECONDS = 30  # of one case; usual ones take a fiftieth of a second
 _START_SECONDS = 120
 _ADDRESS_SPACE = 8 << 30  # what a worker may have at most, so that no case takes the machine with it
@@ -138,10 +140,10 @@ def judge(bench: Any, kind: str, rng: random.Random) -> tuple[str, str]:
     """The outcome of a case, and where it came from."""
     from flux2_mlx.errors import Flux2Error
 
-    run, allowance = bench.kinds[kind]
+    bench.size = 0
     before = _reset_peak()
     try:
-        outcome, detail = run(rng), ""
+        outcome, detail = bench.kinds[kind](rng), ""
     except Flux2Error as error:
         outcome, detail = ("refused" if is_one_line(str(error)) else "unclear"), str(error)
     except Finding as finding:
@@ -156,8 +158,8 @@ def judge(bench: Any, kind: str, rng: random.Random) -> tuple[str, str]:
         outcome, detail = "traceback", f"{type(error).__name__}: {error} at {places}"
     taken = _peak() - before
     bench.restore()
-    if outcome not in BAD and taken > allowance:
-        return "memory", f"{taken >> 20} MiB; {outcome} {detail}"
+    if outcome not in BAD and taken > MEMORY + 2 * bench.size:
+        return "memory", f"{taken >> 20} MiB for {bench.size >> 10} KiB; {outcome} {detail}"
     return outcome, detail[:2000]
 
 
@@ -166,8 +168,15 @@ def is_one_line(message: str, most: int = 10_000) -> bool:
 
 
 def _reset_peak() -> int:
-    """Forget the most memory that this process has had, where the system can, and give what it has now."""
+    """Forget the most memory that this process has had, where the system can, and give what it has now.
+
+    What it has freed goes back to the system first, or it would hide as much of what the next case takes.
+    """
     if sys.platform == "linux":
+        import mlx.core as mx
+
+        mx.clear_cache()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     return _peak()
 

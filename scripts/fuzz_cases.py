@@ -1,11 +1,13 @@
 """The kinds of cases that `fuzz.py` runs: each damages one input at random, uses it, and says what came of it."""
 
+import contextlib
 import copy
 import functools
 import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,9 @@ from tiny_model import VARIANT, write_source
 from flux2_mlx import CheckpointError, Flux2Pipeline
 from flux2_mlx.checkpoint import MANIFEST, sealed
 from flux2_mlx.embedding_cache import EmbeddingCache
-from flux2_mlx.images import open_image, read_settings
+from flux2_mlx.images import MAX_INPUT_PIXELS, open_image, read_settings
 from flux2_mlx.verification import verify
 
-MB = 1 << 20
-# What reading a damaged input may take: networks, compiled kernels and libraries need this on their own.
-_BASE = 120 * MB
-# A small file may say that it is a picture of as many pixels as are read at all.
-_PICTURE = 1500 * MB
 RUN = {"width": 16, "height": 16, "num_inference_steps": 1, "seed": 1, "max_sequence_length": 16}
 PROMPT = "a red circle"
 WEIGHTS = [f"{name}/model.safetensors" for name in ("transformer", "text_encoder", "vae")]
@@ -116,7 +113,10 @@ def damaged_header(rng: random.Random, data: bytes) -> bytes:
 
 
 class Bench:
-    """A folder with a healthy model of each kind, pictures and entries, and what they give."""
+    """A folder with a healthy model of each kind, pictures and entries, and what they give.
+
+    `size` is what a case is given to read, in bytes: files, and of a picture the pixels that it says it has.
+    """
 
     def __init__(self, folder: Path):
         os.environ["FLUX2_MLX_HOME"] = str(folder / "home")
@@ -127,18 +127,22 @@ class Bench:
             write_checkpoint(Source.open(self.source, VARIANT), model, model.name, model.name)
         self.right = {model: pixels(model) for model in self.models}
         self._touched: dict[Path, bytes] = {}
-        # Each kind's name, what runs a case of it, and how much memory that may take.
-        self.kinds: dict[str, tuple[Callable[[random.Random], str], int]] = {
-            "payload": (self.payload, _BASE),
-            "header": (self.header, _BASE),
-            "config": (self.config, _BASE),
-            "tokenizer": (self.tokenizer, _BASE),
-            "source": (self.converted, _BASE),
-            "image": (self.image, _PICTURE),
-            "replay": (self.replay, _PICTURE),
-            "cache": (self.cached, _BASE),
-            "hub": (self.fetched, _BASE),
+        self.size = 0
+        self.kinds: dict[str, Callable[[random.Random], str]] = {
+            "payload": self.payload,
+            "header": self.header,
+            "config": self.config,
+            "tokenizer": self.tokenizer,
+            "source": self.converted,
+            "image": self.image,
+            "replay": self.replay,
+            "cache": self.cached,
+            "hub": self.fetched,
         }
+        for kind, run in self.kinds.items():  # or the first case of each would be charged with what is imported for it
+            with contextlib.suppress(Exception):
+                run(random.Random(kind))
+            self.restore()
 
     def write(self, path: Path, data: bytes) -> None:
         """Write a damaged file until `restore`."""
@@ -161,6 +165,7 @@ class Bench:
 
     def used(self, model: Path) -> str:
         """What a damaged checkpoint gives: the same pixels, or others of which a verification knows."""
+        self.size += size_of(model)
         if pixels(model) == self.right[model]:
             return "identical"
         if not verify(model).problems:
@@ -212,6 +217,7 @@ class Bench:
         else:
             data = scrambled(rng, data)
         self.write(path, data)
+        self.size += size_of(self.source)
         folder = self.scratch()
         try:
             quant = rng.choice(["bf16", "qint4"])
@@ -231,6 +237,7 @@ class Bench:
         for _ in range(rng.choice([1, 1, 2, 6])):
             data = rng.choice([scrambled] * 4 + [cut])(rng, data)
         path.write_bytes(data)
+        self.size += max(len(data), stated_size(path))
         opened = open_image(path)
         if opened.mode != "RGB" or opened.info:
             raise Finding("silent", f"a picture of mode {opened.mode} with {list(opened.info)}")
@@ -263,6 +270,7 @@ class Bench:
         remember(path, json.dumps(settings))
         if rng.random() < 0.15:
             path.write_bytes(scrambled(rng, path.read_bytes()))
+        self.size += size_of(self.models[0]) + max(path.stat().st_size, stated_size(path))
         code, output = flux2_mlx([["t2i", "i2i"][number], "--replay", str(path), "-o", str(path.with_name("b.png"))])
         if code == 0:
             return "made"
@@ -291,6 +299,7 @@ class Bench:
             path.symlink_to(target)
         else:
             rng.choice([os.mkfifo, os.mkdir])(path)
+        self.size += size_of(self.models[0])
         if pixels(self.models[0], path.parent) != self.right[self.models[0]]:
             raise Finding("silent", "other pixels from a damaged entry")
         return "identical"
@@ -318,6 +327,7 @@ class Bench:
         else:
             name = rng.choice(sorted(NEEDED))
             hub.replace(name, rng.choice([scrambled, cut])(rng, NEEDED[name]))
+        self.size += sum(map(len, NEEDED.values()))
         try:
             folder = fetch(hub, home, quiet=True)
         finally:
@@ -345,6 +355,22 @@ def remember(path: Path, settings: str) -> None:
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + settings.encode("utf-16-be")
     options = {"pnginfo": info} if path.suffix == ".png" else {"exif": exif}
     Image.new("RGB", (16, 16)).save(path, **options)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def stated_size(path: Path) -> int:
+    """Bytes of the pixels that a picture says it has, if it may have so many."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                count = image.width * image.height
+    except Exception:  # Pillow raises whatever it likes
+        return 0
+    return 4 * count if count <= MAX_INPUT_PIXELS else 0
 
 
 def pixels(model: Path, cache: Path | None = None) -> bytes:

@@ -20,16 +20,22 @@ def _raise(error: BaseException):
 
 class Bench:
     def __init__(self, folder: Path):
+        self.size = 0
         self.kinds = {
-            "refused": (lambda rng: _raise(InputError("no")), 16 << 20),
-            "unclear": (lambda rng: _raise(InputError("no " * 5_000)), 16 << 20),
-            "traceback": (lambda rng: _raise(Panic()), 16 << 20),
-            "silent": (lambda rng: _raise(Finding("silent", "")), 16 << 20),
-            "memory": (lambda rng: str(len(b"1" * (64 << 20))), 16 << 20),
-            "crash": (lambda rng: os.kill(os.getpid(), signal.SIGSEGV), 16 << 20),
-            "hang": (lambda rng: time.sleep(600), 16 << 20),
-            "identical": (lambda rng: "identical", 1 << 30),
+            "refused": lambda rng: _raise(InputError("no")),
+            "unclear": lambda rng: _raise(InputError("no " * 5_000)),
+            "traceback": lambda rng: _raise(Panic()),
+            "silent": lambda rng: _raise(Finding("silent", "")),
+            "memory": lambda rng: self._take(20),
+            "identical": lambda rng: self._take(20, given=4),
+            "crash": lambda rng: os.kill(os.getpid(), signal.SIGSEGV),
+            "hang": lambda rng: time.sleep(600),
         }
+
+    def _take(self, megabytes: int, given: int = 0) -> str:
+        """Use so much memory for so much input."""
+        self.size += given << 20
+        return "identical" if b"1" * (megabytes << 20) else ""
 
     def restore(self) -> None:
         pass

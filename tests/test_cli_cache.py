@@ -56,7 +56,7 @@ def test_cache_shows_what_is_kept(cache):
 
 def test_clear_removes_what_is_ours_and_nothing_else(cache):
     cache.put(KEYS[0], STATES)
-    (cache.folder / f"{KEYS[1]}.x.partial").touch()
+    (cache.folder / ".flux2-mlx-1-0123456789abcdef.part").touch()
     for name in ("mine.safetensors", "prompts.txt"):
         (cache.folder / name).touch()
     assert report("--clear")["entries"] == 0

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +141,10 @@ def test_a_target_without_a_folder_is_told_before_the_download(target, monkeypat
     ],
 )
 def test_what_is_wrong_is_told_before_the_download(arguments, message, monkeypatch):
-    def mkdtemp(**options):  # the permission bits stop nobody who runs the tests as root
+    def fail(path, *_):  # the permission bits stop nobody who runs the tests as root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr("flux2_mlx.files.create_locked", fail)
     monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
     assert refusal(*arguments, "--quiet").startswith(message)
 

@@ -156,7 +156,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no header": (fill(WEIGHTS, b"x" * 99), f"{WEIGHTS}: is not a safetensors file"),
     "exchanged": (exchange, f"{WEIGHTS}: bn.running_mean {CHANGED}"),
     "a folder": (lambda f: [(f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()], "Is a directory"),
-    "a FIFO": (lambda f: [(f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)], "it is not a regular file"),
+    "a FIFO": (lambda f: [(f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)], "it is a named pipe; give a file"),
     "a link to nothing": (lambda f: [(f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to("x")], "No such file"),
     "hashes changed": (fill("tensors.json", b"{}"), f"tensors.json: {CHANGED}"),
     "hashes garbage": (fill("tensors.json", b'{"vae/model.safetensors": 7}'), f"tensors.json: {CHANGED}"),

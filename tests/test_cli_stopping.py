@@ -15,6 +15,7 @@ from flux2_mlx.cli.main import main
 from flux2_mlx.cli.stopping import Terminated, stoppable
 
 INTERRUPTED, TERMINATED = "interrupted; nothing was left half written\n", "terminated; nothing was left half written\n"
+SCRIPT = Path(sys.executable).with_name("flux2-mlx")
 # Sends the process a signal when it imports a module. A shell that starts tests in the background makes its children
 # ignore Ctrl-C, which a terminal does not.
 HOOK = """
@@ -69,9 +70,23 @@ def test_a_signal_while_modules_are_imported(module, number, code, message):
     assert tree() == {}
 
 
+@pytest.mark.parametrize("start", [("-m", "flux2_mlx"), (SCRIPT,)])
+@pytest.mark.parametrize("module", ["flux2_mlx.cli", "flux2_mlx.cli.main", "flux2_mlx.cli.stopping", "threading"])
+def test_ctrl_c_before_anything_is_begun_says_nothing(module, start):
+    result = stopped(module, signal.SIGINT, start)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_the_package_imports_nothing_slow():
+    script = "import sys; before = set(sys.modules); import flux2_mlx; print(*sorted(set(sys.modules) - before))"
+    command = [sys.executable, "-S", "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split() == ["flux2_mlx", "flux2_mlx.errors"]
+
+
 def test_the_console_script_is_stopped_like_the_module():
-    script = Path(sys.executable).with_name("flux2-mlx")
-    result = stopped("click", signal.SIGINT, [script])
+    result = stopped("click", signal.SIGINT, [SCRIPT])
     assert (result.returncode, result.stdout, result.stderr) == (130, "", INTERRUPTED)
 
 
@@ -162,8 +177,24 @@ def dropped(number: int) -> None:
     time.sleep(5)  # it comes again long before
 
 
+def slowly(start):
+    """A `Thread.start` that returns when the signal has been sent, the first time."""
+    calls = []
+
+    def slow(thread):
+        start(thread)
+        calls.append(thread)
+        if len(calls) == 1:
+            time.sleep(1)
+
+    return slow
+
+
+@pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_a_signal_that_comes_in_a_callback_is_not_lost(number, kind, capfd):
+def test_a_signal_that_comes_in_a_callback_is_not_lost(number, kind, busy, capfd, monkeypatch):
+    if busy:
+        monkeypatch.setattr(threading.Thread, "start", slowly(threading.Thread.start))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, see above
     try:
         with pytest.raises(kind) as stop, stoppable():

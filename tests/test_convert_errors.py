@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -279,10 +278,10 @@ def test_a_target_in_no_folder(official, target):
 
 
 def test_a_folder_without_permission(official, target, monkeypatch):
-    def mkdtemp(**options):  # the permission bits stop nobody who runs the tests as root
+    def fail(path, *_):  # the permission bits stop nobody who runs the tests as root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr("flux2_mlx.files.create_locked", fail)
     assert_refused(official, target, "can't write .*converted: Permission denied", InputError)
 
 

@@ -1,6 +1,7 @@
 """Files are written whole or not at all, replace nothing unasked, and leave nothing behind; only files are read."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from flux2_mlx.errors import InputError
-from flux2_mlx.files import free_path, opened, read_bytes, remove_parts, write
+from flux2_mlx.files import check_writable, free_path, opened, read_bytes, remove_parts, write
 from flux2_mlx.images import open_image, read_settings, save
 
 MARKED = ".flux2-mlx-123-0123456789abcdef.part"
@@ -167,6 +168,30 @@ def test_a_signal_at_any_moment_leaves_nothing(place, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a", b"new")
     monkeypatch.undo()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("place", ["os.open", "fcntl.flock", "os.close"])
+def test_a_signal_during_a_trial_leaves_nothing(place, when, tmp_path, monkeypatch):
+    module, name = place.split(".")
+    real = getattr({"os": os, "fcntl": fcntl}[module], name)
+
+    def stop(*args):
+        if when == "after":
+            real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, stop)
+    with pytest.raises(KeyboardInterrupt):
+        check_writable(tmp_path)
+    monkeypatch.undo()
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_trial_leaves_is_removed_by_the_next(tmp_path):
+    (tmp_path / MARKED).touch()
+    check_writable(tmp_path)
     assert names(tmp_path) == []
 
 

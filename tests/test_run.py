@@ -306,9 +306,34 @@ print("done")
 """
 
 
-def test_a_process_that_ends_while_a_thread_runs_a_pipeline_ends_cleanly(tmp_path):
+# The thread is between two runs, and awake while Python takes itself apart.
+BETWEEN = """
+import threading, time
+from flux2_mlx import Flux2Pipeline
+
+class Late:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+
+late, made = Late(), threading.Event()
+
+def work():
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe("a red ring", width=32, height=32, num_inference_steps=1)
+    made.set()
+    while True:
+        time.sleep(0.01)
+
+threading.Thread(target=work, daemon=True).start()
+made.wait()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("script", [DAEMON, BETWEEN])
+def test_a_process_that_ends_before_a_daemon_thread_ends_cleanly(script, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", DAEMON], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
 

@@ -1,10 +1,12 @@
 """Replacing a folder: whatever interrupts it, one of the two stays, and nothing of others is touched."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,69 @@ def test_a_kill_at_any_call_leaves_what_comes_back(tmp_path):
         remove_leftovers(place.parent)
         assert list(place.parent.iterdir()) == [place]
         assert content(place) == kept
+
+
+STARTS = [(call, when) for call in ("os.mkdir", "os.open", "fcntl.flock") for when in ("before", "after")]
+
+
+def at_the_start(monkeypatch: pytest.MonkeyPatch, call: str, when: str, act: Callable[[], object]) -> None:
+    """Act once, before or after the first call of that name."""
+    module, name = call.split(".")
+    real, done = getattr({"os": os, "fcntl": fcntl}[module], name), []
+
+    def stand_in(*args, **options):
+        first = not done
+        done.append(call)
+        if first and when == "before":
+            act()
+        result = real(*args, **options)
+        if first and when == "after":
+            act()
+        return result
+
+    monkeypatch.setattr(call, stand_in)
+
+
+@pytest.mark.parametrize(("call", "when"), STARTS)
+def test_an_interruption_before_the_mark_leaves_nothing(call, when, place):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_the_start(patch, call, when, stop)
+        with pytest.raises(KeyboardInterrupt):
+            replace(place)
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize(("call", "when"), STARTS)
+def test_what_is_killed_before_its_mark_is_removed_by_the_next(call, when, place):
+    script = "import os, sys; sys.path.append(sys.argv.pop()); from test_staging import *\n"
+    script += "_, call, when, place = sys.argv\n"
+    script += "at_the_start(pytest.MonkeyPatch(), call, when, lambda: os._exit(9)); replace(Path(place))"
+    command = [sys.executable, "-c", script, call, when, str(place), str(Path(__file__).parent)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 9
+    assert len(list(place.parent.iterdir())) == (1 if (call, when) == ("os.mkdir", "before") else 2)
+    remove_leftovers(place.parent)
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize(("call", "when"), STARTS)
+def test_what_another_takes_for_a_leftover_is_made_again(call, when, place, monkeypatch):
+    at_the_start(monkeypatch, call, when, lambda: remove_leftovers(place.parent))
+    replace(place)
+    assert content(place) == "new"
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_an_empty_folder_of_another_name_stays(place):
+    names = [f".flux2-mlx-convert-{ending}" for ending in ("mine", "0" * 15, "0" * 17, "g" * 16)]
+    for name in names:
+        place.with_name(name).mkdir()
+    place.with_name(f".flux2-mlx-convert-{'0' * 16}").symlink_to(place.with_name(names[0]))
+    before = sorted(place.parent.iterdir())
+    remove_leftovers(place.parent)
+    assert sorted(place.parent.iterdir()) == before
 
 
 @pytest.mark.parametrize("taken", ["empty folder", "folder", "file"])

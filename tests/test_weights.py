@@ -170,7 +170,7 @@ def test_what_is_no_file_is_not_waited_for(read, tmp_path):
     thread.start()
     thread.join(60)
     assert len(failures) == 5
-    assert failures[0] == f"can't read {tmp_path}/fifo: it is not a regular file"
+    assert failures[0] == f"can't read {tmp_path}/fifo: it is a named pipe; give a file"
     assert not any("\n" in failure or "\0" in failure for failure in failures)
 
 

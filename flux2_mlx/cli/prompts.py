@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import InputError
-from ..files import bounded, opened
+from ..files import bounded, open_without_waiting, opened
 
 _MAX_BYTES = 10_000_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -60,6 +60,6 @@ def _open_prompts(name: str) -> Iterator[BinaryIO]:
 
 def _open_pipe(name: str, flags: int) -> int:
     """Open a pipe without waiting for somebody to write to it; who does already is waited for."""
-    descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    descriptor = open_without_waiting(name, flags)
     os.set_blocking(descriptor, True)
     return descriptor

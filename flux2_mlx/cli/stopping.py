@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _AGAIN = 0.02  # seconds after which a signal that was lost is sent again
 _CODE = 128  # a shell's exit code for a signal is this much more than its number
@@ -38,11 +38,15 @@ def stoppable() -> Iterator[None]:
         if not handled or not isinstance(lost.exc_value, KeyboardInterrupt):
             hook(lost)
             return
-        for each in handled:
-            signal.signal(each, stop)
-        timer = threading.Timer(_AGAIN, os.kill, (os.getpid(), _number(lost.exc_value)))
-        timer.daemon = True
-        timer.start()
+        number, started = _number(lost.exc_value), False
+        while not started:
+            for each in handled:
+                signal.signal(each, stop)
+            timer = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            with suppress(KeyboardInterrupt):  # on a busy machine it comes while this waits for the thread to start
+                timer.start()
+                started = True
 
     sys.unraisablehook = again
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import VisionConfig
-from ..layers import Conv2d, GatedMLP, Linear, attention
+from ..layers import Conv2d, GatedMLP, Linear, attention, gelu
 
 # Mean and deviation of CLIP's training images, which the tower was trained with.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -127,7 +127,7 @@ class Projector(nn.Module):
         self.linear_2 = Linear(config.text_hidden_size, config.text_hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_2(nn.gelu(self.linear_1(self.patch_merger(self.norm(x)))))
+        return self.linear_2(gelu(self.linear_1(self.patch_merger(self.norm(x)))))
 
 
 class PixtralVision(nn.Module):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import TransformerConfig
-from ..layers import Linear, attention
+from ..layers import Linear, attention, silu
 from .headroom import clipped, gated_sum, in_units, swiglu, unit
 from .rope import rotate
 
@@ -50,7 +50,7 @@ class MLPEmbedder(nn.Module):
         self.out_layer = Linear(hidden_size, hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.out_layer(nn.silu(self.in_layer(x)))
+        return self.out_layer(silu(self.in_layer(x)))
 
 
 class Modulation(nn.Module):
@@ -62,7 +62,7 @@ class Modulation(nn.Module):
         self.lin = Linear(hidden_size, count * hidden_size)
 
     def __call__(self, vec: mx.array) -> list[mx.array]:
-        return mx.split(self.lin(nn.silu(vec))[:, None], self._count, axis=-1)
+        return mx.split(self.lin(silu(vec))[:, None], self._count, axis=-1)
 
 
 class HeadNorm(nn.Module):
@@ -247,7 +247,5 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = [nn.SiLU(), Linear(D, 2 * D)]
 
     def __call__(self, x: mx.array, vec: mx.array) -> mx.array:
-        for layer in self.adaLN_modulation:
-            vec = layer(vec)
-        shift, scale = mx.split(vec[:, None], 2, axis=-1)
+        shift, scale = mx.split(self.adaLN_modulation[1](silu(vec))[:, None], 2, axis=-1)
         return self.linear(modulate(x, shift, scale, self._eps))

@@ -6,7 +6,6 @@ the range, for an infinity would be "not a number" after the next product. (diff
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from .. import layers
 from ..device import fused
@@ -51,4 +50,4 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 @fused
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    return clip_float16(nn.silu(clip_float16(gate)) * (clip_float16(x) / UNIT))
+    return clip_float16(layers.silu(clip_float16(gate)) * (clip_float16(x) / UNIT))
