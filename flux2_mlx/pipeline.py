@@ -8,7 +8,6 @@ import mlx.core as mx
 from PIL import Image
 
 from .checkpoint import Checkpoint
-from .convert import find_checkpoint, models_folder
 from .device import activation_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import EmbeddingCache
@@ -20,6 +19,7 @@ from .quantization import check_quant
 from .references import Edit
 from .run import Run
 from .sampling import Request
+from .store import find_checkpoint, models_folder
 from .unfinished import FOLDER as UNFINISHED
 from .unfinished import Unfinished
 from .upsampling import Writer

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from .checkpoint import Checkpoint
-from .convert import find_checkpoint
 from .device import activation_dtype, memory_bytes
 from .errors import CheckpointError, InputError
 from .layers import check_finite
@@ -20,6 +19,7 @@ from .memory import Plan, Writing
 from .networks import Networks
 from .phases import Meter, Phase, turn
 from .quantization import loadable_quant
+from .store import find_checkpoint
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
 from .text.pixtral import preprocess

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from checkpoints import VARIANT, WEIGHTS, edit_json, save_small
 from cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
-from flux2_mlx.convert import converted_folders, find_checkpoint
 from hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import DownloadError
 from flux2_mlx.images import read_settings
+from flux2_mlx.store import converted_folders, find_checkpoint
 
 REPO = "org/model"
 SMALL = ("-W", "64", "-H", "64", "-s", "2", "--seed", "7")

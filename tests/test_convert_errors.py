@@ -16,11 +16,11 @@ import pytest
 import torch
 from checkpoints import VARIANT, WEIGHTS, convert, edit_weights, save_small
 from damage import Damage, edit, fill, remove, resize, weights
-from flux2_mlx.convert import converted_folders, find_checkpoint
 from safetensors.torch import load_file
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
+from flux2_mlx.store import converted_folders, find_checkpoint
 
 TRANSFORMER, VAE = WEIGHTS["transformer"], WEIGHTS["vae"]
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS}

@@ -37,7 +37,8 @@ def convert(
     """
     from .. import hub
     from ..checkpoint import is_checkpoint
-    from ..convert import Source, check_target, look_up, write_checkpoint
+    from ..convert import Source, check_target, write_checkpoint
+    from ..store import look_up
 
     if variant is not None:
         get_variant(variant)

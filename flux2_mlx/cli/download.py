@@ -30,7 +30,7 @@ def download(
       flux2-mlx download klein-4b
       flux2-mlx download klein-9b -q qint8
     """
-    from ..convert import find_checkpoint
+    from ..store import find_checkpoint
 
     if model in VARIANTS and not VARIANTS[model].commercial_use:
         notice(f"{model}: {VARIANTS[model].licence} licence", quiet)

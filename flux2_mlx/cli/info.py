@@ -67,7 +67,7 @@ def info(
 
 
 def _rows(variants: Iterable[Variant], models_dir: Path | None) -> list[dict[str, Any]]:
-    from ..convert import converted_folders
+    from ..store import converted_folders
 
     folders = converted_folders(models_dir)
     return [_row(variant, folders[variant.name]) for variant in variants]
@@ -94,9 +94,9 @@ def _networks(
 ) -> "Networks":
     """Those that a run of `model` would use: of the checkpoint that it is, or else as it would be converted."""
     from ..checkpoint import Checkpoint, is_checkpoint
-    from ..convert import find_checkpoint, look_up
     from ..device import activation_dtype, memory_bytes
     from ..networks import Networks
+    from ..store import find_checkpoint, look_up
 
     wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
     known, _ = look_up(model)

@@ -262,8 +262,8 @@ def _check_weights(given: dict[str, Any], replayed: str | None) -> None:
     Whoever made an image chose what it says, so it may only name a model of the table or one that is here already.
     """
     from ..config import get_variant
-    from ..convert import find_checkpoint, look_up
     from ..quantization import check_quant
+    from ..store import find_checkpoint, look_up
 
     weights = {name: given[name] for name in ("variant", "quant", "text_quant")}
     for value, check in zip(weights.values(), (get_variant, check_quant, check_quant), strict=True):

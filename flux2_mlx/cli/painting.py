@@ -112,11 +112,11 @@ def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[
 
 def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """The settings, and, of a model that is known by its name, that it will fit into memory."""
-    from ..convert import look_up
     from ..device import activation_dtype, memory_bytes
     from ..networks import Networks
     from ..references import Edit
     from ..sampling import Request
+    from ..store import look_up
 
     wanted = {"dtype": activation_dtype(job.dtype), "memory_limit": memory_bytes(job.memory_limit)}
     known, _ = look_up(job.model)
@@ -134,8 +134,8 @@ def _has_previews(job: Job, request: "Request") -> bool:
 
 
 def _check_cache(job: Job) -> None:
-    from ..convert import models_folder
     from ..embedding_cache import FOLDER, EmbeddingCache
+    from ..store import models_folder
 
     EmbeddingCache(models_folder(job.models_dir) / FOLDER)
 
@@ -151,8 +151,8 @@ def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path])
 
 
 def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
-    from ..convert import find_checkpoint
     from ..pipeline import Flux2Pipeline
+    from ..store import find_checkpoint
 
     folder = find_checkpoint(
         job.model,

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-from flux2_mlx import hub
-from flux2_mlx.checkpoint import MANIFEST, PAINTING, is_checkpoint
-from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Variant, get_variant
-from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
-from flux2_mlx.staging import bring_all_back
-from flux2_mlx.weights import read_json
-
-from .sources import Source
-from .write import check_writable, write_checkpoint
+from . import hub
+from .checkpoint import MANIFEST, PAINTING, is_checkpoint
+from .config import QUANTIZATIONS, VARIANTS, Variant, get_variant
+from .convert import Source, check_writable, write_checkpoint
+from .errors import CheckpointError, InputError
+from .quantization import DEFAULT_TEXT_QUANT, check_quant
+from .staging import bring_all_back
+from .weights import read_json
 
 DEMO = "demo"
 _log = logging.getLogger(__name__)
