@@ -22,6 +22,7 @@ from flux2_mlx.weights import read_json
 from . import options
 from .options import check_alike, checked, refuse, rope_theta
 
+MODEL_INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.

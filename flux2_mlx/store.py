@@ -1,40 +1,20 @@
-"""The models folder: from a name, repo id or folder to a converted MLX checkpoint."""
+"""The store of models: from a name to a converted MLX checkpoint, fetched and converted first if need be."""
 
 import logging
 import os
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 from . import hub
-from .checkpoint import MANIFEST, PAINTING, is_checkpoint
-from .config import QUANTIZATIONS, VARIANTS, Variant, get_variant
+from .checkpoint import MANIFEST, PAINTING, Checkpoint, is_checkpoint
+from .config import QUANTIZATIONS, VARIANTS
 from .convert import Source, check_writable, write_checkpoint
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, DownloadError, InputError
+from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
 from .quantization import DEFAULT_TEXT_QUANT, check_quant
-from .staging import bring_all_back
 from .weights import read_json
 
-DEMO = "demo"
 _log = logging.getLogger(__name__)
-
-
-def models_folder(models_dir: str | os.PathLike | None = None) -> Path:
-    """`models_dir`, or `$FLUX2_MLX_HOME`, or `~/.cache/flux2-mlx`."""
-    return _expanded(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx")
-
-
-def demo_folder() -> Path:
-    """The built-in checkpoint."""
-    return Path(str(files("flux2_mlx.demo")))
-
-
-def _expanded(path: str | os.PathLike) -> Path:
-    """`path` with a home folder in place of a leading `~`."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"can't tell whose home folder {str(path)!r} starts with; write the folder in full") from error
 
 
 def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
@@ -44,7 +24,7 @@ def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
 
 
 def find_checkpoint(
-    source: str,
+    source: str | os.PathLike | Model,
     *,
     variant: str | None = None,
     quant: str | None = None,
@@ -58,7 +38,7 @@ def find_checkpoint(
     """The MLX checkpoint folder of `source`, fetched and converted first if need be.
 
     Args:
-        source: a variant's name, a Hugging Face repo id, a diffusers folder, or an MLX checkpoint folder.
+        source: a model's name or path; see `resolve`.
         variant: the model's name where the source can't tell; where it can, InputError if it is another.
         quant: `bf16` (None), `qint8` or `qint4`; an MLX checkpoint keeps its own.
         text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
@@ -71,53 +51,62 @@ def find_checkpoint(
     Raises:
         InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
     """
-    if variant is not None:
-        get_variant(variant)
-    path = demo_folder() if source == DEMO else _expanded(source)
-    if is_checkpoint(path):
-        return _holding(path, variant)
+    model = resolve(source, models_dir)
+    variant = checked_variant(model, variant)
+    if model.is_checkpoint:
+        return _holding(model.path, variant)
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
-    known, repo = look_up(source)
-    if known and variant not in (None, known.name):
-        raise InputError(f"{source} is not {variant}; leave the variant out, or choose another model")
-    variant = known.name if known else variant
-    opened = None if repo else _open_folder(source, path, variant, text_only)
-    name = source.replace("/", "--") if repo else f"{opened.variant.name}-{opened.fingerprint[:12]}"
+    opened = open_source(model, variant, text_only=text_only) if model.kind == SOURCE else None
+    name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
     targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
     if found := next(filter(is_checkpoint, targets), None):
         return _holding(found, variant)
     if only_converted:
-        raise InputError(f"{source} is not converted yet; name it with -m to have it fetched and converted")
+        raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
     check_writable(targets[0])
-    if repo:
-        opened = Source.open(hub.fetch(repo, text_only=text_only, quiet=quiet), variant, text_only=text_only)
-    _convert(opened, targets[0], quant, text_quant, repo or str(path), progress)
+    opened = opened or open_source(model, variant, text_only=text_only, quiet=quiet)
+    _convert(opened, targets[0], quant, text_quant, model.origin, progress)
     return targets[0]
 
 
-def look_up(source: str) -> tuple[Variant | None, str | None]:
-    """The row of the table that `source` names or whose repo it is, and its Hugging Face repo; None: there is none.
+def checked_variant(model: Model, variant: str | None) -> str | None:
+    """The name of the row of the table that `model` is, or that it is said to be; None: its files must tell.
 
-    A model folder comes before a model of its name, any other folder does not.
+    Raises:
+        InputError: the `variant` that it is said to be is unknown, or another than the model is.
     """
-    if (_expanded(source) / "model_index.json").is_file():
-        return None, None
-    if source in VARIANTS:
-        return VARIANTS[source], VARIANTS[source].repo
-    if not hub.is_repo_id(source):
-        return None, None
-    known = next((v for v in VARIANTS.values() if v.repo and v.repo.lower() == source.lower()), None)
-    return known, known.repo if known else source
+    said = get_variant(variant) if variant is not None else model.variant
+    if said and model.variant and said != model.variant and not model.is_checkpoint:
+        raise InputError(f"{model.name} is not {said.name}; leave the variant out, or choose another model")
+    return said.name if said else None
 
 
-def _open_folder(source: str, path: Path, variant: str | None, text_only: bool) -> Source:
-    if not path.exists():
-        raise InputError(
-            f"there is no model or folder {source!r}; choose one of {', '.join(VARIANTS)}, a Hugging Face repo id "
-            "or a model folder"
-        )
-    return Source.open(path, variant, text_only=text_only)
+def open_source(model: Model, variant: str | None, *, text_only: bool = False, quiet: bool = True) -> Source:
+    """The files of `model`, which is no checkpoint, fetched first if need be.
+
+    Args:
+        model: see `resolve`.
+        variant: what `checked_variant` gives.
+        text_only: leave out the transformer and the VAE.
+        quiet: show no download progress.
+    """
+    folder = _fetch(model.repo, text_only, quiet) if model.path is None else model.path
+    return Source.open(folder, variant, text_only=text_only)
+
+
+def _fetch(repo: str, text_only: bool, quiet: bool) -> Path:
+    try:
+        return hub.fetch(repo, text_only=text_only, quiet=quiet)
+    except DownloadError as error:
+        if similar := similar_repo(repo):
+            raise DownloadError(f"{error}; did you mean {similar}?") from error
+        raise
+
+
+def _folder_name(model: Model) -> str:
+    """How the checkpoints begin that are converted from a model of the table or a repo."""
+    return model.variant.name if model.variant else model.repo.replace("/", "--")
 
 
 def _holding(folder: Path, variant: str | None) -> Path:
@@ -144,61 +133,81 @@ def _convert(source: Source, target: Path, quant: str, text_quant: str, name: st
             raise
 
 
+def conversions(
+    model: Model,
+    models_dir: str | os.PathLike | None = None,
+    *,
+    variant: str | None = None,
+    painting: bool = False,
+) -> list[Path]:
+    """The checkpoints in the models folder that were converted from `model` itself, or the one that it is.
+
+    Those of a fine-tune are its own, not those of the model that it was made from.
+
+    Args:
+        model: see `resolve`.
+        models_dir: see `models_folder`.
+        variant: the model's name where the source can't tell.
+        painting: leave out those that can't make images or are damaged.
+    """
+    if model.is_checkpoint:
+        return [model.path]
+    digest = open_source(model, checked_variant(model, variant)).fingerprint if model.kind == SOURCE else None
+    found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
+    return [path for path in found if not painting or _can_paint(path)]
+
+
+def is_official(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are those of the table's repo, as far as the checkpoint's source is known by name."""
+    name, variant = checkpoint.source.get("name"), checkpoint.variant
+    return isinstance(name, str) and name.lower() in (variant.name, variant.repo and variant.repo.lower())
+
+
 def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, list[Path]]:
-    """The converted checkpoints in the models folder that can make images, by the name of their variant."""
-    folder, found = models_folder(models_dir), {name: [] for name in VARIANTS}
-    bring_all_back(folder)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if is_checkpoint(path) and (name := _painter(path)) in found:
-            found[name].append(path)
-    return found
+    """The checkpoints that were converted from the models of the table and can make images, by the models' names."""
+    paths = [path for path in stored_checkpoints(models_folder(models_dir)) if _can_paint(path)]
+    models = {name: Model(VARIANT, name, variant, variant.repo) for name, variant in VARIANTS.items()}
+    return {name: [path for path in paths if model.repo and _is_of(path, model)] for name, model in models.items()}
 
 
 def named_checkpoints(name: str, models_dir: str | os.PathLike | None = None) -> list[Path]:
-    """The converted checkpoints that `name` stands for, damaged ones among them.
+    """The checkpoint that `name` stands for, or those that were converted from what it stands for.
 
     Args:
-        name: a converted folder, one in the models folder, or a variant or repo id that was converted to that.
+        name: see `resolve`.
         models_dir: see `models_folder`.
 
     Raises:
         InputError: there are none.
     """
-    if name == DEMO:
-        return [demo_folder()]
-    folder, path = models_folder(models_dir), _expanded(name)
-    for one in (path, folder / name):
-        if is_checkpoint(one):
-            return [one]
-    bring_all_back(folder)
-    converted = [x for x in sorted(folder.iterdir()) if is_checkpoint(x)] if folder.is_dir() else []
-    names = {name.lower()} | ({known.name} if (known := look_up(name)[0]) else set())
-    if found := [path for path in converted if _is_named(path, names)]:
+    if found := conversions(resolve(name, models_dir), models_dir):
         return found
-    if path.is_dir():
-        raise CheckpointError(f"{path} is not an MLX checkpoint: it has no {MANIFEST}")
-    choices = ", ".join([DEMO, *(path.name for path in converted)])
+    folder = models_folder(models_dir)
+    choices = ", ".join([DEMO, *(path.name for path in stored_checkpoints(folder))])
     raise InputError(f"there is no converted model {name!r} in {folder}; choose one of {choices}, or a folder")
 
 
-def _is_named(folder: Path, names: set[str]) -> bool:
-    """Whether a checkpoint was made of a model of these `names`; one that can't tell is judged by its folder's."""
+def _is_of(folder: Path, model: Model, fingerprint: str | None = None) -> bool:
+    """Whether a checkpoint was converted from `model`; one that can't tell is judged by its folder's name."""
     try:
-        manifest = read_json(folder / MANIFEST)
+        source = read_json(folder / MANIFEST).get("source")
     except CheckpointError:
-        return any(folder.name.startswith(f"{name.replace('/', '--')}-") for name in names)
-    source = manifest.get("source")
-    claims = [manifest.get("variant"), source.get("name") if isinstance(source, dict) else None]
-    return any(isinstance(claim, str) and claim.lower() in names for claim in claims)
+        if model.kind == SOURCE:
+            return False
+        return folder.name.startswith(tuple(f"{_folder_name(model)}-{x}" for x in (*QUANTIZATIONS, "text-only")))
+    if not isinstance(source, dict):
+        return False
+    if model.kind == SOURCE:
+        return source.get("fingerprint") == fingerprint
+    name = source.get("name")
+    return isinstance(name, str) and name.lower() in (model.repo.lower(), model.variant and model.variant.name)
 
 
-def _painter(folder: Path) -> str | None:
-    """The variant of a checkpoint that is more than a language model; None, with a warning, if it is damaged."""
+def _can_paint(folder: Path) -> bool:
+    """Whether a checkpoint is more than a language model; no, with a warning, if it is damaged."""
     try:
-        manifest = read_json(folder / MANIFEST)
+        components = read_json(folder / MANIFEST).get("components")
     except CheckpointError as error:
         _log.warning("%s; remove %s, or convert the model again", error, folder)
-        return None
-    components, name = manifest.get("components"), manifest.get("variant")
-    complete = isinstance(components, list) and all(part in components for part in PAINTING)
-    return name if complete and isinstance(name, str) else None
+        return False
+    return isinstance(components, list) and all(part in components for part in PAINTING)

@@ -353,7 +353,7 @@ def half_replaced(target: Path) -> None:
 @pytest.mark.parametrize("start", ["open", "find", "list", "convert", "force"])
 def test_an_old_checkpoint_that_was_moved_aside_comes_back(start, official, target, monkeypatch):
     monkeypatch.setenv("FLUX2_MLX_HOME", str(target.parent))
-    convert(official, target)
+    convert(official, target, name=VARIANT)
     before = contents(target)
     half_replaced(target)
     if start == "convert":

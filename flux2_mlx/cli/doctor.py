@@ -30,7 +30,7 @@ def doctor(ctx: click.Context, models_dir: Path | None, as_json: bool) -> None:
       flux2-mlx doctor --json
     """
     from ..doctor import CheckUp, describe, fits, predictions
-    from ..store import models_folder
+    from ..names import models_folder
 
     models = models_folder(models_dir)
     machine, findings = describe(models), []
