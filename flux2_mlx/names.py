@@ -1,5 +1,6 @@
 """What the name of a model means."""
 
+import errno
 import logging
 import os
 import re
@@ -89,8 +90,8 @@ def resolve(name: str | os.PathLike | Model, models_dir: str | os.PathLike | Non
     if not isinstance(name, str | os.PathLike):
         raise InputError(f"a model is named by a text or a path, not by {type(name).__name__}")
     text = os.fspath(name)
-    if isinstance(text, bytes) or not text.strip() or "\0" in text:
-        raise InputError(f"{text!r} is no model's name; choose one of {NAMES}")
+    if isinstance(text, bytes) or not text.strip() or not _can_be_looked_up(text):
+        raise InputError(f"{text[:80]!r} is no model's name; choose one of {NAMES}")
     if is_address(text):
         return _of_repo(text, addressed_repo(text))
     path = _expanded(text)
@@ -111,6 +112,17 @@ def resolve(name: str | os.PathLike | Model, models_dir: str | os.PathLike | Non
     if os.path.exists(path) or not is_repo_id(repo):
         return _at(path, text, stored_checkpoints(models_folder(models_dir)))
     return Model(REPO, text, repo=repo)
+
+
+def _can_be_looked_up(text: str) -> bool:
+    """Whether a file could have this name, whether or not there is one."""
+    try:
+        os.lstat(text)
+    except ValueError:  # a NUL, or half a character
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
 
 
 def _of_variant(text: str, variant: Variant) -> Model:

@@ -115,7 +115,7 @@ def test_force_replaces_a_checkpoint_and_nothing_else(official):
         ("/missing/folder/x", "there is no model or folder '/missing/folder/x'"),
         ("demo", "demo is built in and needs no conversion"),
         (str(DEMO), f"{DEMO} is an MLX checkpoint already"),
-        ("file.bin", "file.bin is a pickle, which could run code; not a model folder"),
+        ("file.bin", "file.bin is a pickle, which could run code; give the whole model"),
         ("empty", "empty is no model folder in the diffusers layout: it has no model_index.json"),
     ],
 )

@@ -156,7 +156,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "integers": (
         weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": torch.zeros(16, 64, dtype=torch.int8)})),
-        "proj_out.weight is I8 ",
+        "transformer holds weights that are stored as I8",
     ),
     "extra key": (
         weights(TRANSFORMER, lambda x: x.update({"pos_embed.weight": torch.zeros(1)})),
