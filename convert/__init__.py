@@ -1,17 +1,7 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
-from .models import converted_folders, demo_folder, find_checkpoint, look_up, models_folder, named_checkpoints
+from .configs import MODEL_INDEX
 from .sources import Source
-from .write import check_target, write_checkpoint
+from .write import check_target, check_writable, write_checkpoint
 
-__all__ = [
-    "Source",
-    "check_target",
-    "converted_folders",
-    "demo_folder",
-    "find_checkpoint",
-    "look_up",
-    "models_folder",
-    "named_checkpoints",
-    "write_checkpoint",
-]
+__all__ = ["MODEL_INDEX", "Source", "check_target", "check_writable", "write_checkpoint"]

@@ -22,8 +22,23 @@ from flux2_mlx.weights import read_json
 from . import options
 from .options import check_alike, checked, refuse, rope_theta
 
+MODEL_INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
+# The pipelines of diffusers that are saved as such a folder, with what they take for a missing `is_distilled`.
+_DEV = ("Flux2Pipeline", "Flux2ModularPipeline")
+_KV = "Flux2KleinKVPipeline"
+_KLEIN = {
+    "Flux2KleinPipeline": False,
+    "Flux2KleinInpaintPipeline": False,
+    "Flux2KleinBaseModularPipeline": False,
+    "Flux2KleinModularPipeline": True,
+}
+_FILES = {
+    **dict.fromkeys(PICKLES, "a pickle, which could run code"),
+    ".gguf": "a GGUF file, whose quantized weights are not read",
+    ".safetensors": "one file of weights",
+}
+_UNQUANTIZED = "give the model that it was made from, with quant qint8 or qint4 to have that quantized"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
 _CLASSES = {
     "transformer": "Flux2Transformer2DModel",
@@ -48,6 +63,10 @@ def read_configs(folder: Path, variant: str | None) -> tuple[Variant, dict[str, 
     index = read_index(folder)
     paths = {name: folder / name / "config.json" for name in ("transformer", "text_encoder", "vae")}
     values = {name: read_json(path) for name, path in paths.items()}
+    for name, config in values.items():
+        if stored := config.get("quantization_config") or config.get("compression_config"):
+            method = stored.get("quant_method") if isinstance(stored, dict) else None
+            refuse_quantized(folder / name, f"quantized by {method or 'an unknown method'!s:.80}")
     configs = {}
     configs["transformer"] = described(
         "transformer", _transformer_values(values["transformer"], paths["transformer"]), paths["transformer"]
@@ -73,20 +92,25 @@ def _text_configs(values: dict[str, Any], variant: Variant, path: Path) -> dict[
     return configs
 
 
+def refuse_quantized(folder: Path, how: str) -> None:
+    raise CheckpointError(f"{folder} holds weights that are {how}, which are not read; {_UNQUANTIZED}")
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise CheckpointError(f"there is no file or folder {folder}")
     if folder.is_file():
-        pickle = "a pickle, which could run code; " if folder.suffix in PICKLES else ""
-        raise CheckpointError(f"{folder} is {pickle}not a model folder; give a folder in the diffusers layout")
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder in the diffusers layout: it has no model_index.json")
-    index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline not in _PIPELINES:
+        kind = _FILES.get(folder.suffix.lower(), "not a model folder")
         raise CheckpointError(
-            f"{folder} holds {reprlib.repr(pipeline)}, not FLUX.2; its class must be one of {_PIPELINES}"
+            f"{folder} is {kind}; give the whole model, as a folder in the diffusers layout or a repo id"
         )
+    if not (folder / MODEL_INDEX).is_file():
+        hint = _whereabouts(folder)
+        raise CheckpointError(f"{folder} is no model folder in the diffusers layout: it has no {MODEL_INDEX}{hint}")
+    index = read_json(folder / MODEL_INDEX)
+    pipeline = index.get("_class_name")
+    if pipeline not in (*_DEV, _KV, *_KLEIN):
+        raise CheckpointError(f"{folder} holds {reprlib.repr(pipeline)}, not FLUX.2; give a model of that family")
     for name, wanted in _CLASSES.items():
         match index.get(name):
             case [_, str(found)] if found != wanted:
@@ -101,14 +125,37 @@ def _choose_variant(folder: Path, index: dict[str, Any], transformer: Transforme
         if same and row not in same:
             raise CheckpointError(f"{folder} can't be {name}: its geometry is that of {_names(same)}")
         return row
-    kv = index["_class_name"] == "Flux2KleinKVPipeline"
-    distilled = index.get("is_distilled", index["_class_name"] != "Flux2KleinPipeline")
-    rows = [v for v in same if v.kv_cache == kv and v.distilled == distilled]
+    rows = same if len(same) == 1 else [v for v in same or VARIANTS.values() if _is_like(v, index)]
     if len(rows) != 1:
         raise CheckpointError(
             f"can't tell which model {folder} is; name it with --variant ({_names(same or VARIANTS.values())})"
         )
     return rows[0]
+
+
+def _is_like(variant: Variant, index: dict[str, Any]) -> bool:
+    """Whether a model is of the kind that the class and `is_distilled` tell."""
+    pipeline = index["_class_name"]
+    if pipeline in _DEV or variant.transformer.guidance_embeds:
+        return pipeline in _DEV and variant.transformer.guidance_embeds
+    if pipeline == _KV or variant.kv_cache:
+        return pipeline == _KV and variant.kv_cache
+    return index.get("is_distilled", _KLEIN[pipeline]) == variant.distilled
+
+
+def _whereabouts(folder: Path) -> str:
+    """Where the model may be that is not in `folder`."""
+    if (folder.parent / MODEL_INDEX).is_file():
+        return f"; it is a part of {folder.parent}, give that"
+    found = sorted((*folder.glob(f"*/{MODEL_INDEX}"), *folder.glob("models--*--*/snapshots")))
+    if found:
+        return f"; give {' or '.join(str(path.parent) for path in found[:3])}"
+    index = folder / "transformer" / "model.safetensors.index.json"
+    if index.is_file() and "mflux_version" in str(read_json(index).get("metadata")):
+        return f", as mflux saves a model; {_UNQUANTIZED}"
+    if (folder / "transformer" / "config.json").is_file():
+        return "; copy that of the model that it was made from into it"
+    return ""
 
 
 def _names(variants: Iterable[Variant]) -> str:

@@ -14,6 +14,10 @@ _PREFIXES = (
     ("model.language_model.", "model."),
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    # Of a decoder that was saved without its head.
+    ("layers.", "model.layers."),
+    ("embed_tokens.", "model.embed_tokens."),
+    ("norm.", "model.norm."),
 )
 
 

@@ -42,7 +42,7 @@ from flux2_mlx.weights import (
 from . import text, transformer, vae
 from .blobs import blobs, check_blob
 from .rules import Rule, Shape
-from .sources import Source
+from .sources import FLOATS, Source
 
 # The part of the source that each component is made from.
 _READS = {
@@ -53,7 +53,6 @@ _READS = {
     "vae": "vae",
 }
 _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
-_FLOATS = ("BF16", "F16", "F32")
 _SHARD_BYTES = 4 << 30
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -182,7 +181,7 @@ def _check_source(source: Source, plans: list[_Plan]) -> None:
         found = {k: x for k, x in tensors.items() if not _DROPPED[part](k, source.configs[part])}
         expected = {
             key: TensorInfo(
-                found[key].dtype if key in found and found[key].dtype in _FLOATS else "BF16",
+                found[key].dtype if key in found and found[key].dtype in FLOATS else "BF16",
                 layer.rule.source_shape(layer.plain.shape),
             )
             for plan in plans

@@ -64,8 +64,8 @@ class _Hub:
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether `text` has the shape `owner/name` of a Hugging Face repo and is no existing path."""
-    return _REPO_ID.fullmatch(text) is not None and not os.path.exists(text)
+    """Whether `text` has the shape `owner/name` of a Hugging Face repo."""
+    return _REPO_ID.fullmatch(text) is not None
 
 
 def fetch(

@@ -2,24 +2,26 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from PIL import Image
 
 from .checkpoint import Checkpoint
-from .convert import find_checkpoint, models_folder
 from .device import activation_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
 from .memory import Plan
+from .names import models_folder
 from .networks import Networks
 from .phases import Flux2Output, OnProgress, Progress, decode_image, finished_image, turn
 from .quantization import check_quant
 from .references import Edit
 from .run import Run
 from .sampling import Request
+from .store import find_checkpoint
 from .unfinished import FOLDER as UNFINISHED
 from .unfinished import Unfinished
 from .upsampling import Writer
@@ -59,8 +61,9 @@ class Flux2Pipeline:
         """Open a model; fetch and convert it first if that has not been done yet.
 
         Args:
-            source: `demo` or another variant's name, a Hugging Face repo id, a diffusers folder, or an MLX
-                checkpoint folder.
+            source: `demo` or another model's name, a Hugging Face repo id or address, or a folder: one in the diffusers
+                layout, of the Hub's cache, or an MLX checkpoint. Text is understood as `store.resolve` says, a `Path`
+                is a path.
             variant: the model's name where the source can't tell.
             quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16` when converting.
             text_quant: the same for the text encoder; None: as stored, or 8 bit (4 bit with `qint4`).
@@ -75,12 +78,28 @@ class Flux2Pipeline:
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
-        wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
+        activation_dtype(dtype), memory_bytes(memory_limit)  # refuse what is wrong before anything is fetched
         for setting in filter(None, (quant, text_quant)):
             check_quant(setting)
-        folder = find_checkpoint(
-            str(source), variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir
-        )
+        folder = find_checkpoint(source, variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir)
+        settings = {"quant": quant, "text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
+        return cls.from_checkpoint(folder, **settings, models_dir=models_dir, prompt_cache=prompt_cache)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: Path,
+        *,
+        quant: str | None = None,
+        text_quant: str | None = None,
+        dtype: str | None = None,
+        models_dir: str | os.PathLike | None = None,
+        prompt_cache: bool = True,
+        memory_limit: int | str | None = None,
+    ) -> "Flux2Pipeline":
+        """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of
+        `from_pretrained`."""
+        wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
         networks = Networks.of(Checkpoint.open(folder), quant, text_quant, **wanted)
         if not prompt_cache:
             return cls(networks)

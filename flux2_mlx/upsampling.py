@@ -12,14 +12,15 @@ import numpy as np
 from PIL import Image
 
 from .checkpoint import Checkpoint
-from .convert import find_checkpoint
 from .device import activation_dtype, memory_bytes
 from .errors import CheckpointError, InputError
 from .layers import check_finite
 from .memory import Plan, Writing
+from .names import Model
 from .networks import Networks
 from .phases import Meter, Phase, turn
 from .quantization import loadable_quant
+from .store import find_checkpoint
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
 from .text.pixtral import preprocess
@@ -45,7 +46,7 @@ class Writer:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike | Model,
         *,
         text_quant: str | None = None,
         dtype: str | None = None,
@@ -65,7 +66,7 @@ class Writer:
             options: further ones of `find_checkpoint`.
         """
         computed_in, limit = activation_dtype(dtype), memory_bytes(memory_limit)
-        checkpoint = Checkpoint.open(find_checkpoint(str(source), text_quant=text_quant, text_only=True, **options))
+        checkpoint = Checkpoint.open(find_checkpoint(source, text_quant=text_quant, text_only=True, **options))
         quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
         return cls(Networks(checkpoint, checkpoint.quant, quant, computed_in, limit))
 

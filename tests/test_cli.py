@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -155,10 +156,9 @@ def test_info_of_a_model_as_json():
     assert transformer["qint8"] / transformer["bf16"] == pytest.approx(8.5 / 16, rel=1e-3)
 
 
-def test_info_of_an_unknown_model_lists_the_models():
-    names = ", ".join(VARIANTS)
+def test_info_of_an_unknown_model_says_what_comes_close():
     message = refusal("info", "klein-5b")
-    assert message == f"unknown model 'klein-5b'; choose one of {names}, or a converted model's folder"
+    assert message == "there is no model or folder 'klein-5b'; did you mean klein-4b, klein-9b or klein-9b-kv?"
 
 
 def test_info_of_the_demo_and_of_a_folder_is_what_a_run_would_load():
@@ -218,7 +218,13 @@ def test_info_says_what_a_limit_means():
     assert transformer["streamed"] > 0
     assert (values["limit"], values["fits"]) == (6 * 2**30, True)
     assert transformer["peak_memory"] <= 6 * 2**30
-    assert done("info", "klein-4b", "--memory-limit", "6GiB").stdout.endswith("fits into the limit of 6 GiB\n")
+    read = f"{transformer['streamed'] / 2**30:.3g} GiB at every step"
+    last = done("info", "klein-4b", "--memory-limit", "6GiB").stdout.splitlines()[-1]
+    assert last.endswith(f"fits into the limit of 6 GiB by reading from disk: {read}")
+    values = json.loads(done("info", "klein-base-4b", "--memory-limit", "6GiB", "--json").stdout)
+    assert values["read_a_step"] == 2 * values["phases"][1]["streamed"] > 0  # with and without the prompt
+    last = done("info", "klein-9b", "--memory-limit", "4GiB", "-W", "256", "-H", "256").stdout.splitlines()[-1]
+    assert re.search(r" by reading from disk: [0-9.]+ GiB for every prompt and [0-9.]+ GiB at every step$", last)
     text = done("info", "klein-4b", "--memory-limit", "2GiB").stdout
     size = text.partition(" does not fit into the limit of 2 GiB; an image of ")[2].removesuffix(" would fit\n")
     width, height = size.split("×")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from checkpoints import VARIANT, WEIGHTS, edit_json, save_small
 from cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
-from flux2_mlx.convert import converted_folders, find_checkpoint
 from hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import DownloadError
 from flux2_mlx.images import read_settings
+from flux2_mlx.store import converted_folders, find_checkpoint
 
 REPO = "org/model"
 SMALL = ("-W", "64", "-H", "64", "-s", "2", "--seed", "7")
@@ -110,11 +110,11 @@ def test_force_replaces_a_checkpoint_and_nothing_else(official):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("missing", "there is no file or folder missing"),
-        ("/missing/folder/x", "there is no file or folder /missing/folder/x"),
+        ("missing", "there is no model or folder 'missing'"),
+        ("/missing/folder/x", "there is no model or folder '/missing/folder/x'"),
         ("demo", "demo is built in and needs no conversion"),
         (str(DEMO), f"{DEMO} is an MLX checkpoint already"),
-        ("file.bin", "file.bin is a pickle, which could run code; not a model folder"),
+        ("file.bin", "file.bin is a pickle, which could run code; give the whole model"),
         ("empty", "empty is no model folder in the diffusers layout: it has no model_index.json"),
     ],
 )
@@ -135,7 +135,10 @@ def test_a_target_without_a_folder_is_told_before_the_download(target, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert", "klein-4b", "mine", "--variant", "klein-5b"], "unknown model 'klein-5b'; choose one of demo, "),
+        (
+            ["convert", "klein-4b", "mine", "--variant", "klein-5b"],
+            "unknown model 'klein-5b'; did you mean klein-4b, klein-9b or klein-9b-kv?",
+        ),
         (["convert", "klein-4b", "mine"], "can't write mine: Permission denied"),
         (["download", "klein-4b", "--models-dir", "mine"], "can't write mine/klein-4b-bf16: Permission denied"),
     ],
@@ -151,7 +154,7 @@ def test_what_is_wrong_is_told_before_the_download(arguments, message, monkeypat
 
 def test_a_source_of_another_geometry_must_be_named(official):
     assert "name it with --variant" in refusal("convert", official, "mine")
-    assert refusal("convert", official, "mine", "--variant", "klein-5b").startswith("unknown model 'klein-5b'; choose")
+    assert refusal("convert", official, "mine", "--variant", "klein-5b").startswith("unknown model 'klein-5b'; ")
 
 
 @pytest.mark.parametrize("component", WEIGHTS)
@@ -173,11 +176,11 @@ def test_a_model_of_another_kind(source):
     assert "holds 'StableDiffusionPipeline', not FLUX.2" in refusal("convert", source, "mine")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name, repo in NAMES.items() if repo == MODELS["klein-4b"]])
 def test_a_name_of_the_table_stands_for_its_repo(name, official, monkeypatch):
     monkeypatch.setattr("flux2_mlx.hub.fetch", lambda repo, **_: official if repo == NAMES[name] else None)
     done("convert", name, "mine", "--variant", VARIANT)
-    assert Checkpoint.open(Path("mine")).source["name"] == name
+    assert Checkpoint.open(Path("mine")).source["name"] == NAMES[name]
 
 
 def test_a_folder_of_the_same_name_comes_first(official, monkeypatch):
@@ -264,8 +267,9 @@ def test_a_gated_model_says_how_to_get_access(official, folder, token):
     assert not (folder / "models").exists()
 
 
-def test_a_converted_model_is_on_the_list_of_info(official, folder):
-    done("download", official, "--variant", VARIANT, "-q", "qint4")
+def test_a_converted_model_is_on_the_list_of_info(official, folder, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: official)
+    done("download", VARIANT, "-q", "qint4")
     (path,) = (folder / "models").iterdir()
     assert done("info", VARIANT).stdout.splitlines()[-1] == f"{path}: not verified"
     (row,) = [line for line in done("info").stdout.splitlines() if line.startswith(f"{VARIANT} ")]
@@ -274,8 +278,44 @@ def test_a_converted_model_is_on_the_list_of_info(official, folder):
     assert json.loads(done("info", "klein-9b", "--json").stdout)["folders"] == []
 
 
-def test_what_can_not_make_images_is_not_on_the_list(official, folder, caplog):
-    whole, _ = (find_checkpoint(str(official), variant=VARIANT, text_only=text_only) for text_only in (False, True))
+def test_a_fine_tune_is_not_shown_as_the_model_that_it_was_made_from(official, folder, monkeypatch):
+    said = ("--variant", VARIANT)
+    done("download", official, *said, "-q", "qint4")
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: official)
+    done("download", "me/tune", *said)
+    shutil.copytree(official, "klein-4b")
+    done("convert", "./klein-4b", "mine", *said)
+    (path,) = (folder / "models").glob("klein-4b-*")
+    assert json.loads(done("info", MODELS["klein-4b"], "--json").stdout)["folders"] == []
+    assert "not converted" in next(line for line in done("info").stdout.splitlines() if line.startswith("klein-4b "))
+    tune = folder / "models/me--tune-bf16"
+    for model, origin, folders in (
+        (official, None, [str(path), str(tune)]),  # the weights of both are alike
+        (path, str(official), [str(path)]),
+        ("me/tune", "me/tune", [str(tune)]),
+        ("mine", "./klein-4b", ["mine"]),
+    ):
+        row = json.loads(done("info", model, *said, "--json").stdout)
+        assert [row[name] for name in ("model", "variant", "official", "licence", "source", "folders")] == [
+            str(model), VARIANT, False, None, origin, folders,
+        ]  # fmt: skip
+        text = done("info", model, *said).stdout
+        assert text.startswith(f"{model}: a klein-4b of another source, 4 steps, guidance 1.0\n")
+        assert "black-forest-labs" not in text
+        assert ("converted from ./klein-4b\n" in text) == (model == "mine")
+
+
+def test_info_of_a_source_is_about_its_own_sizes_and_fetches_nothing(official, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
+    values = json.loads(done("info", official, "--variant", VARIANT, "--json").stdout)
+    assert sum(values["bytes"]["bf16"].values()) < 10_000_000
+    message = refusal("info", "me/tune")
+    assert message == "me/tune is not converted yet, so nothing is known of it; download it first"
+
+
+def test_what_can_not_make_images_is_not_on_the_list(official, folder, caplog, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: official)
+    whole, _ = (find_checkpoint(VARIANT, text_only=text_only) for text_only in (False, True))
     cut = Path(shutil.copytree(whole, folder / "models" / "cut"))
     os.truncate(cut / "flux2.json", 20)
     assert converted_folders() == {name: [whole] if name == VARIANT else [] for name in VARIANTS}

@@ -237,18 +237,23 @@ def test_names(folder, models):
     assert verified(str(folder)) == ["demo-bf16"]
     assert verified("org--tune-bf16") == ["org--tune-bf16"]
     assert verified("org/tune") == ["org--tune-bf16"]
+    for name in ("klein-9b", "black-forest-labs/FLUX.2-klein-9B"):  # what it was made from is another model
+        assert "there is no converted model" in refusal("models", "verify", name)
+    edit("flux2.json", variant="klein-9b", source={"name": "black-forest-labs/flux.2-Klein-9B"})(other)
     assert verified("klein-9b") == ["org--tune-bf16"]
-    assert verified("black-forest-labs/FLUX.2-klein-9B") == ["org--tune-bf16"]
     assert verified("klein-4b") == ["klein-4b-qint8"]
     assert verified("demo") == ["demo"]
     message = refusal("models", "verify", "dev")
     names = "demo, demo-bf16, klein-4b-qint8, org--tune-bf16"
     assert message == f"there is no converted model 'dev' in {models}; choose one of {names}, or a folder"
-    assert refusal("models", "verify", "nonsense", "--models-dir", "none").endswith(
-        " 'nonsense' in none; choose one of demo, or a folder"
+    assert refusal("models", "verify", "klein-4b", "--models-dir", "none").endswith(
+        " 'klein-4b' in none; choose one of demo, or a folder"
+    )
+    assert refusal("models", "verify", "klein-4b-qint") == (
+        "there is no model or folder 'klein-4b-qint'; did you mean klein-4b-qint8, klein-4b or klein-9b?"
     )
     Path("mine").mkdir()
-    assert refusal("models", "verify", "mine") == "mine is not an MLX checkpoint: it has no flux2.json"
+    assert refusal("models", "verify", "mine").startswith("mine is no model folder in the diffusers layout: ")
     with pytest.raises(CheckpointError, match="is not an MLX checkpoint"):
         verify(Path("mine"))
 

@@ -185,7 +185,7 @@ def test_settings_of_absurd_length(folder):
         read_settings(folder / "a.png")
 
 
-UNKNOWN_MODEL = f"choose one of {', '.join(VARIANTS)}"
+UNKNOWN_MODEL = "did you mean klein-4b, klein-9b or klein-9b-kv?"
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_hostile_settings(folder, changes, message):
 def test_a_stranger_s_picture_has_nothing_fetched_or_converted(folder, monkeypatch, model):
     (folder / "source").mkdir()
     opened = SimpleNamespace(variant=VARIANTS["klein-4b"], fingerprint="0" * 64)
-    monkeypatch.setattr("flux2_mlx.convert.models.Source.open", lambda *_, **__: opened)
-    monkeypatch.setattr("flux2_mlx.convert.models.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
+    monkeypatch.setattr("flux2_mlx.store.Source.open", lambda *_, **__: opened)
+    monkeypatch.setattr("flux2_mlx.store.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
     remember(model=model, variant="klein-4b")
     message = refusal("t2i", "--replay", "a.png")
     assert message == f"{model} is not converted yet; name it with -m to have it fetched and converted"

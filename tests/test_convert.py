@@ -310,6 +310,10 @@ def official_config(folder: Path, row: Variant) -> None:
         ("9b", "Flux2KleinPipeline", None, "klein-base-9b"),
         ("9b", "Flux2KleinKVPipeline", None, "klein-9b-kv"),
         ("9b", "Flux2KleinKVPipeline", True, "klein-9b-kv"),
+        ("4b", "Flux2KleinInpaintPipeline", True, "klein-4b"),
+        ("4b", "Flux2KleinInpaintPipeline", None, "klein-base-4b"),
+        ("9b", "Flux2KleinModularPipeline", None, "klein-9b"),
+        ("9b", "Flux2KleinBaseModularPipeline", None, "klein-base-9b"),
     ],
 )
 def test_the_variant_is_detected(size, pipeline, distilled, expected, source):

@@ -15,11 +15,11 @@ import pytest
 import torch
 from checkpoints import VARIANT, WEIGHTS, convert, edit_weights, save_small
 from damage import Damage, edit, fill, remove, resize, weights
-from flux2_mlx.convert import converted_folders, find_checkpoint
 from safetensors.torch import load_file
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
+from flux2_mlx.store import converted_folders, find_checkpoint
 
 TRANSFORMER, VAE = WEIGHTS["transformer"], WEIGHTS["vae"]
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS}
@@ -155,7 +155,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "integers": (
         weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": torch.zeros(16, 64, dtype=torch.int8)})),
-        "proj_out.weight is I8 ",
+        "transformer holds weights that are stored as I8",
     ),
     "extra key": (
         weights(TRANSFORMER, lambda x: x.update({"pos_embed.weight": torch.zeros(1)})),
@@ -352,7 +352,7 @@ def half_replaced(target: Path) -> None:
 @pytest.mark.parametrize("start", ["open", "find", "list", "convert", "force"])
 def test_an_old_checkpoint_that_was_moved_aside_comes_back(start, official, target, monkeypatch):
     monkeypatch.setenv("FLUX2_MLX_HOME", str(target.parent))
-    convert(official, target)
+    convert(official, target, name=VARIANT)
     before = contents(target)
     half_replaced(target)
     if start == "convert":

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from checkpoints import edit_json
 from cli_runner import DEMO, PROMPT
-from flux2_mlx.convert import converted_folders
 from safetensors.numpy import save_file
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, InputError, embedding_cache
@@ -24,6 +23,7 @@ from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.embedding_cache import EmbeddingCache, Form, entry_key
 from flux2_mlx.phases import Progress
+from flux2_mlx.store import converted_folders
 
 OTHER = "a large green ring on a white background"
 IMAGE = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 5}

@@ -71,13 +71,10 @@ def test_disk_that_fills_up_during_the_download(hub, home, monkeypatch):
     assert refusal(hub, home).startswith(f"no space left in {home}/hub; make room")
 
 
-def test_repo_ids(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org/folder").mkdir(parents=True)
+def test_repo_ids():
     assert is_repo_id("black-forest-labs/FLUX.2-klein-4B")
     for text in (
         "klein-4b",
-        "org/folder",
         "/org/model",
         "./model",
         "a/b/c",

@@ -30,6 +30,8 @@ ROWS = (
     ("streaming", "downloads"),
     ("hub", "embedding_cache", "memory", "verification"),
     ("convert",),
+    ("names",),
+    ("store",),
     ("sampling",),
     ("phases", "networks"),
     ("unfinished", "upsampling"),

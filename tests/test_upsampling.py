@@ -8,13 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import DEV_VISION, WEIGHTS, convert, make_dev_source, save_small
-from flux2_mlx.convert import find_checkpoint
 from mlx.utils import tree_map
 from PIL import ExifTags, Image
 
 from flux2_mlx import Flux2Pipeline, images, upsampling
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.errors import CheckpointError, InputError, RangeError
+from flux2_mlx.store import find_checkpoint
 from flux2_mlx.text.generation import generate
 from flux2_mlx.upsampling import Writer
 

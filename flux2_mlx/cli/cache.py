@@ -23,8 +23,8 @@ def cache(clear: bool, models_dir: Path | None, as_json: bool) -> None:
       flux2-mlx cache
       flux2-mlx cache --clear
     """
-    from ..convert import models_folder
     from ..embedding_cache import FOLDER, EmbeddingCache
+    from ..names import models_folder
 
     prompts = EmbeddingCache(models_folder(models_dir) / FOLDER)
     if clear:

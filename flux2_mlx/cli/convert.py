@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from ..config import get_variant
 from ..errors import InputError
 from .options import quiet_option, variant_option, weight_options
 from .progress import Bars, conversion
@@ -29,32 +28,32 @@ def convert(
 ) -> None:
     """Convert SOURCE into an MLX checkpoint folder TARGET.
 
-    SOURCE is a model's name, a Hugging Face repo id or a folder in the diffusers layout.
+    SOURCE is a model's name, a Hugging Face repo id or a folder in the diffusers layout; it means the same as MODEL
+    does for the other commands.
 
     \b
     Example:
       flux2-mlx convert klein-4b klein-4b-q8 -q qint8
     """
-    from .. import hub
-    from ..checkpoint import is_checkpoint
-    from ..convert import Source, check_target, look_up, write_checkpoint
+    from ..convert import check_target, write_checkpoint
+    from ..names import BUILT_IN
+    from ..store import checked_variant, open_source, resolve
 
-    if variant is not None:
-        get_variant(variant)
+    model = resolve(source)
+    variant = checked_variant(model, variant)
     check_target(target, force)
-    if is_checkpoint(Path(source)):
-        raise InputError(f"{source} is an MLX checkpoint already")
-    known, repo = look_up(source)
-    if known and repo is None:
+    if model.kind == BUILT_IN:
         raise InputError(f"{source} is built in and needs no conversion")
-    folder = Path(source) if repo is None else hub.fetch(repo, quiet=quiet)
+    if model.is_checkpoint:
+        raise InputError(f"{source} is an MLX checkpoint already")
+    opened = open_source(model, variant, quiet=quiet)
     with Bars(quiet) as bars:
         write_checkpoint(
-            Source.open(folder, variant or (known and known.name)),
+            opened,
             target,
             quant or "bf16",
             text_quant,
-            name=source,
+            name=model.origin,
             force=force,
             progress=conversion(bars),
         )

@@ -33,10 +33,12 @@ def describe(
       flux2-mlx describe photo.jpg
     """
     from ..images import open_image
+    from ..store import resolve
 
     picture = open_image(image)
-    check_sight(model)
+    resolved = resolve(model, options["models_dir"])
+    check_sight(resolved)
     with Bars(quiet) as bars, Stream(quiet) as stream:
-        writer = open_writer(model, bars, quiet, **options)
+        writer = open_writer(resolved, bars, quiet, **options)
         answer = writer.describe([picture], seed=seed, temperature=temperature, on_text=stream.show)[0]
     print_result(to_json({"image": str(image), "description": answer}) if as_json else answer)

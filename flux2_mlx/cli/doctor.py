@@ -29,8 +29,8 @@ def doctor(ctx: click.Context, models_dir: Path | None, as_json: bool) -> None:
       flux2-mlx doctor
       flux2-mlx doctor --json
     """
-    from ..convert import models_folder
     from ..doctor import CheckUp, describe, fits, predictions
+    from ..names import models_folder
 
     models = models_folder(models_dir)
     machine, findings = describe(models), []

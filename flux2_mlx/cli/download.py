@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from ..config import VARIANTS
 from ..errors import InputError
 from .options import models_dir_option, quiet_option, variant_option, weight_options
 from .progress import Bars, conversion, notice
@@ -30,13 +29,14 @@ def download(
       flux2-mlx download klein-4b
       flux2-mlx download klein-9b -q qint8
     """
-    from ..convert import find_checkpoint
+    from ..store import find_checkpoint, resolve
 
-    if model in VARIANTS and not VARIANTS[model].commercial_use:
-        notice(f"{model}: {VARIANTS[model].licence} licence", quiet)
+    resolved = resolve(model, models_dir)
+    if (row := resolved.variant) and not row.commercial_use:
+        notice(f"{row.name}: {row.licence} licence", quiet)
     with Bars(quiet) as bars:
         folder = find_checkpoint(
-            model,
+            resolved,
             variant=variant,
             quant=quant,
             text_quant=text_quant,

@@ -9,10 +9,11 @@ import click
 
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import InputError
-from .options import dtype_option, json_option, memory_option, models_dir_option, weight_options
+from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
 from .terminal import print_result, to_json
 
 if TYPE_CHECKING:
+    from ..names import Model
     from ..networks import Networks
 
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("-H", "--height", type=click.IntRange(16), help="The same.  [default: 1024; demo 128]")
 @memory_option
+@variant_option
 @models_dir_option
 @json_option
 def info(
@@ -35,14 +37,15 @@ def info(
     width: int | None,
     height: int | None,
     memory_limit: str | None,
+    variant: str | None,
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
     """Show the models, or sizes, files and memory needs of one MODEL.
 
-    MODEL is a name, a repo id or a converted folder. Sizes are those of the stored weights; each network is in memory
-    only while it is used. The memory is what making one image is expected to take on this machine. With --json the
-    models are a list.
+    MODEL is a name, a repo id or a folder, as for the other commands. Sizes are those of the stored weights; each
+    network is in memory only while it is used. The memory is what making one image is expected to take on this machine.
+    With --json the models are a list.
 
     \b
     Examples:
@@ -51,60 +54,94 @@ def info(
     """
     if model is None:
         planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
-        given = [name for name, value in {**planning, "memory-limit": memory_limit}.items() if value is not None]
-        if given:
+        planning |= {"memory-limit": memory_limit, "variant": variant}
+        if given := [name for name, value in planning.items() if value is not None]:
             raise click.UsageError(f"--{given[0]} is about one model; give a MODEL")
-        shown, show = _rows(VARIANTS.values(), models_dir), _print_all
+        shown, show = _all_rows(models_dir), _print_all
     else:
-        networks = _networks(model, quant, text_quant, dtype, memory_limit)
-        (row,) = _rows([networks.checkpoint.variant], models_dir)
-        row["verified"] = _verified([*map(Path, row["folders"]), *_own_folder(model)])
-        shown, show = row | _plan(networks, width, height), _print_one
+        from ..device import activation_dtype, memory_bytes
+        from ..store import conversions, resolve
+
+        wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
+        resolved = resolve(model, models_dir)
+        folders = conversions(resolved, models_dir, variant=variant, painting=True)
+        networks = _networks(resolved, folders, variant, quant, text_quant, **wanted)
+        shown, show = _one_row(resolved, networks, folders) | _plan(networks, width, height), _print_one
     if as_json:
         print_result(to_json(shown))
     else:
         show(shown)
 
 
-def _rows(variants: Iterable[Variant], models_dir: Path | None) -> list[dict[str, Any]]:
-    from ..convert import converted_folders
+def _all_rows(models_dir: Path | None) -> list[dict[str, Any]]:
+    from ..store import converted_folders
 
     folders = converted_folders(models_dir)
-    return [_row(variant, folders[variant.name]) for variant in variants]
+    return [
+        {
+            "model": variant.name,
+            "repo": variant.repo,
+            **_row(variant),
+            "folders": [str(x) for x in folders[variant.name]],
+        }
+        for variant in VARIANTS.values()
+    ]
 
 
-def _row(variant: Variant, folders: list[Path]) -> dict[str, Any]:
+def _row(variant: Variant) -> dict[str, Any]:
     from ..checkpoint import variant_sizes
 
     return {
-        "model": variant.name,
-        "repo": variant.repo,
         "licence": variant.licence,
         "gated": variant.gated,
         "steps": variant.steps,
         "guidance": variant.guidance,
         "size": variant.size,
         "bytes": {quant: variant_sizes(variant, quant) for quant in QUANTIZATIONS},
-        "folders": [str(folder) for folder in folders],
     }
 
 
+def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[str, Any]:
+    """What is known of `model`. A fine-tune is not shown as the model that it was made from."""
+    from ..names import BUILT_IN
+    from ..store import is_official
+
+    checkpoint, folders = networks.checkpoint, [] if model.kind == BUILT_IN else folders
+    official = model.variant is not None or is_official(checkpoint)
+    row = {
+        "model": checkpoint.variant.name if official else model.name,
+        "kind": model.kind,
+        "variant": checkpoint.variant.name,
+        "official": official,
+        "source": checkpoint.source.get("name"),
+        "repo": checkpoint.variant.repo if official else model.repo,
+        **_row(checkpoint.model),
+        "folders": [str(folder) for folder in folders],
+        "verified": _verified(folders),
+    }
+    return row if official else row | {"licence": None, "gated": None}
+
+
 def _networks(
-    model: str, quant: str | None, text_quant: str | None, dtype: str | None, memory_limit: str | None
+    model: "Model", folders: list[Path], variant: str | None, quant: str | None, text_quant: str | None, **wanted: Any
 ) -> "Networks":
     """Those that a run of `model` would use: of the checkpoint that it is, or else as it would be converted."""
-    from ..checkpoint import Checkpoint, is_checkpoint
-    from ..convert import find_checkpoint, look_up
-    from ..device import activation_dtype, memory_bytes
+    from ..checkpoint import Checkpoint, fitted
+    from ..names import SOURCE, VARIANT
     from ..networks import Networks
+    from ..store import checked_variant, open_source
 
-    wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
-    known, _ = look_up(model)
-    if known and known.repo:
-        return Networks.described(known, quant or "bf16", text_quant, **wanted)
-    if not known and not is_checkpoint(Path(model)):
-        raise InputError(f"unknown model {model!r}; choose one of {', '.join(VARIANTS)}, or a converted model's folder")
-    return Networks.of(Checkpoint.open(find_checkpoint(model)), quant, text_quant, **wanted)
+    said = checked_variant(model, variant)
+    if model.kind == SOURCE:
+        source = open_source(model, said)
+        return Networks.described(fitted(source.variant, source.configs), quant or "bf16", text_quant, **wanted)
+    if model.kind == VARIANT:
+        return Networks.described(model.variant, quant or "bf16", text_quant, **wanted)
+    if not folders:
+        raise InputError(f"{model.name} is not converted yet, so nothing is known of it; download it first")
+    checkpoints = [Checkpoint.open(folder) for folder in folders]
+    stored = next((x for x in checkpoints if x.quant == quant), checkpoints[0])
+    return Networks.of(stored, quant, text_quant, **wanted)
 
 
 def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:
@@ -114,6 +151,7 @@ def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[s
     variant = networks.checkpoint.model
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
     planned = networks.plan(request)
+    passes = 2 if variant.uses_cfg and request.guidance > 1 else 1
     return {
         "quant": networks.quant,
         "text_quant": networks.text_quant,
@@ -121,18 +159,12 @@ def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[s
         "width": request.width,
         "height": request.height,
         "phases": [asdict(phase) | {"peak_memory": phase.peak_memory} for phase in planned.phases],
+        "read_a_step": passes * planned.phase("transformer").streamed,
         "peak_memory": planned.peak_memory,
         "limit": planned.limit,
         "fits": planned.fits,
         "advice": None if planned.fits else networks.advice(request),
     }
-
-
-def _own_folder(model: str) -> list[Path]:
-    """The folder that MODEL is, if it is one."""
-    from ..checkpoint import is_checkpoint
-
-    return [Path(model)] if is_checkpoint(Path(model)) else []
 
 
 def _verified(folders: Iterable[Path]) -> dict[str, dict[str, Any] | None]:
@@ -160,8 +192,16 @@ def _print_plan(row: dict[str, Any]) -> None:
         columns = ("weights", "activations", "peak_memory", "streamed")
         weights, activations, peak, streamed = (phase[name] / 2**30 for name in columns)
         click.echo(f"{phase['name']:14}{weights:9.3g}{activations:13.3g}{peak:9.3g}{streamed:17.3g}")
-    verdict, advice = ("fits into", "") if row["fits"] else ("does not fit into", f"; {row['advice']}")
-    click.echo(f"{row['peak_memory'] / 2**30:.3g} GiB {verdict} the limit of {row['limit'] / 2**30:.3g} GiB{advice}")
+    verdict, more = ("fits into", _reading(row)) if row["fits"] else ("does not fit into", f"; {row['advice']}")
+    click.echo(f"{row['peak_memory'] / 2**30:.3g} GiB {verdict} the limit of {row['limit'] / 2**30:.3g} GiB{more}")
+
+
+def _reading(row: dict[str, Any]) -> str:
+    """What makes a run fit that would not otherwise: reading weights from disk again and again."""
+    text = next(phase["streamed"] for phase in row["phases"] if phase["name"] == "text_encoder")
+    reads = {"for every prompt": text, "at every step": row["read_a_step"]}
+    said = [f"{nbytes / 2**30:.3g} GiB {when}" for when, nbytes in reads.items() if nbytes]
+    return f" by reading from disk: {' and '.join(said)}" if said else ""
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
@@ -174,9 +214,12 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_one(row: dict[str, Any]) -> None:
-    click.echo(f"{row['model']}: {row['licence']} licence, {row['steps']} steps, guidance {row['guidance']}")
+    kind = f"{row['licence']} licence" if row["official"] else f"a {row['variant']} of another source"
+    print_result(f"{row['model']}: {kind}, {row['steps']} steps, guidance {row['guidance']}")
     if row["repo"]:
-        click.echo(f"https://huggingface.co/{row['repo']}{' (gated)' if row['gated'] else ''}")
+        print_result(f"https://huggingface.co/{row['repo']}{' (gated)' if row['gated'] else ''}")
+    elif row["source"] and not row["official"]:
+        print_result(f"converted from {row['source']}")
     components = list(row["bytes"]["bf16"])
     click.echo(f"{'GB':8}{''.join(f'{name:>16}' for name in components)}{'all':>10}")
     for quant, parts in row["bytes"].items():

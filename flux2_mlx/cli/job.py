@@ -16,6 +16,8 @@ from .prompts import read_prompts
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..names import Model
+
 # What an image file remembers that goes back to the option of the same name with --replay.
 _REPLAYED = {
     "model": str,
@@ -147,11 +149,13 @@ def _sha256(path: Path) -> str | None:
 class Job:
     """Settings of a run; None is the variant's default. Build it with `Job.of`.
 
+    `resolved` is what `model` means.
     `rewritten` are the prompts and `fingerprint` the weights that a replayed image was made from.
     """
 
     prompts: list[str]
     model: str
+    resolved: "Model"
     variant: str | None
     quant: str | None
     text_quant: str | None
@@ -211,6 +215,7 @@ class Job:
     def of(cls, prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> "Job":
         """The job of a command line; `given` are its options by name, and its `pictures`."""
         from ..sampling import MAX_IMAGES
+        from ..store import resolve
         from ..text.prompts import check_words
 
         if prompts_file is not None and prompt is not None:
@@ -218,7 +223,7 @@ class Job:
         if prompts_file is None and prompt is None and replay is None:
             raise click.UsageError("give a PROMPT, --prompts-file or --replay")
         remembered = {} if replay is None else _remembered(replay)
-        replayed_model = remembered.get("model") if given["model"] is None else None
+        replayed = given["model"] is None and "model" in remembered
         if given["model"] is not None:
             remembered |= {"variant": None, "fingerprint": None}  # those of the other model
         if remembered.get("edit") is not None:
@@ -242,9 +247,11 @@ class Job:
             check_words(prompt)
         if given["force"] and given["skip_existing"]:
             raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
-        _check_weights(given, replayed_model)
         defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
-        return cls(prompts=prompts, **given | {key: x for key, x in defaults.items() if given[key] is None})
+        given |= {key: x for key, x in defaults.items() if given[key] is None}
+        resolved = resolve(given["model"], given["models_dir"])
+        _check_weights(given, resolved, replayed)
+        return cls(prompts=prompts, resolved=resolved, **given)
 
 
 def _remembered(image: Path) -> dict[str, Any]:
@@ -256,21 +263,21 @@ def _remembered(image: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_weights(given: dict[str, Any], replayed: str | None) -> None:
-    """Raise InputError if the weights can't be used, or are a `replayed` model that would have to be fetched.
+def _check_weights(given: dict[str, Any], model: "Model", replayed: bool) -> None:
+    """Raise InputError if the weights can't be used, or `model` is a `replayed` one that would have to be fetched.
 
     Whoever made an image chose what it says, so it may only name a model of the table or one that is here already.
     """
-    from ..config import get_variant
-    from ..convert import find_checkpoint, look_up
+    from ..names import get_variant
     from ..quantization import check_quant
+    from ..store import find_checkpoint
 
     weights = {name: given[name] for name in ("variant", "quant", "text_quant")}
     for value, check in zip(weights.values(), (get_variant, check_quant, check_quant), strict=True):
         if value is not None:
             check(value)
-    if replayed is not None and look_up(replayed)[0] is None:
-        find_checkpoint(replayed, **weights, models_dir=given["models_dir"], only_converted=True)
+    if replayed and model.variant is None:
+        find_checkpoint(model, **weights, models_dir=given["models_dir"], only_converted=True)
 
 
 def _check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:

@@ -42,7 +42,8 @@ def verify(ctx: click.Context, model: str, models_dir: Path | None, as_json: boo
       flux2-mlx models verify klein-4b
       flux2-mlx models verify ./my-model --json
     """
-    from ..convert import demo_folder, named_checkpoints
+    from ..names import demo_folder
+    from ..store import named_checkpoints
     from ..verification import verify as verify_folder
 
     folders, good = [], True

@@ -97,13 +97,14 @@ def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image
 def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """Everything that can be known to be wrong before a model is fetched."""
     from ..images import check_output, open_image
+    from ..store import resolve
 
     _check_run(job, images, edit)
     for path in job.interpret:
         open_image(path)
     looks = job.interpret or (images and job.upsample_prompt)
-    if looks and job.rewritten is None and is_blind(job.model):
-        check_sight(job.vision_model)
+    if looks and job.rewritten is None and is_blind(job.resolved):
+        check_sight(resolve(job.vision_model, job.models_dir))
     if not job.no_cache:
         _check_cache(job)
     for path in paths:
@@ -111,21 +112,20 @@ def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[
 
 
 def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
-    """The settings, and, of a model that is known by its name, that it will fit into memory."""
-    from ..convert import look_up
+    """The settings, and, of a model of the table that is known by its name, that it will fit into memory."""
     from ..device import activation_dtype, memory_bytes
+    from ..names import VARIANT
     from ..networks import Networks
     from ..references import Edit
     from ..sampling import Request
 
     wanted = {"dtype": activation_dtype(job.dtype), "memory_limit": memory_bytes(job.memory_limit)}
-    known, _ = look_up(job.model)
-    row = known or VARIANTS[DEFAULT_MODEL]
+    row = job.resolved.variant or VARIANTS[DEFAULT_MODEL]
     edit, settings = Edit.checked(images, row.vae.token_size, **edit), job.settings()
     settings["width"], settings["height"] = edit.working_size(job.width, job.height)
     request = Request.checked(row, row.vae.token_size, job.prompts, **settings)
-    if known and known.repo:
-        networks = Networks.described(known, job.quant or "bf16", job.text_quant, **wanted)
+    if job.resolved.kind == VARIANT:
+        networks = Networks.described(row, job.quant or "bf16", job.text_quant, **wanted)
         networks.checked_plan(request, edit, previews=_has_previews(job, request))
 
 
@@ -134,8 +134,8 @@ def _has_previews(job: Job, request: "Request") -> bool:
 
 
 def _check_cache(job: Job) -> None:
-    from ..convert import models_folder
     from ..embedding_cache import FOLDER, EmbeddingCache
+    from ..names import models_folder
 
     EmbeddingCache(models_folder(job.models_dir) / FOLDER)
 
@@ -151,11 +151,11 @@ def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path])
 
 
 def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
-    from ..convert import find_checkpoint
     from ..pipeline import Flux2Pipeline
+    from ..store import find_checkpoint
 
     folder = find_checkpoint(
-        job.model,
+        job.resolved,
         variant=job.variant,
         quant=job.quant,
         text_quant=job.text_quant,
@@ -163,7 +163,7 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
         quiet=job.quiet,
         progress=conversion(bars),
     )
-    pipe = Flux2Pipeline.from_pretrained(
+    pipe = Flux2Pipeline.from_checkpoint(
         folder,
         quant=job.quant,
         text_quant=job.text_quant,

@@ -36,13 +36,15 @@ def upsample(
       flux2-mlx upsample "put the hat on the cat" -m dev -i cat.png -i hat.png
     """
     from ..images import open_image
+    from ..store import resolve
     from ..upsampling import check_prompts
 
     check_prompts([prompt])
     pictures = [open_image(path) for path in images]
+    resolved = resolve(model, options["models_dir"])
     if pictures:
-        check_sight(model)
+        check_sight(resolved)
     with Bars(quiet) as bars, Stream(quiet) as stream:
-        writer = open_writer(model, bars, quiet, **options)
+        writer = open_writer(resolved, bars, quiet, **options)
         answer = writer.upsample([prompt], pictures, seed=seed, temperature=temperature, on_text=stream.show)[0]
     print_result(to_json({"prompt": prompt, "upsampled_prompt": answer}) if as_json else answer)

@@ -1,0 +1,276 @@
+"""What the name of a model means."""
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from .checkpoint import is_checkpoint
+from .config import VARIANTS, Variant
+from .convert import MODEL_INDEX
+from .errors import InputError
+from .hub import is_repo_id
+from .staging import bring_all_back
+
+DEMO = "demo"
+BUILT_IN, VARIANT, REPO, CHECKPOINT, SOURCE = "built-in", "variant", "repo", "checkpoint", "source"
+NAMES = ", ".join(VARIANTS)
+_OWNER = "black-forest-labs"
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_ADDRESS = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://.*|(?:{'|'.join(map(re.escape, _HOSTS))})/.*", re.DOTALL)
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
+_SEPARATORS = re.compile(r"[\s._\[\]-]+")
+_LIKE_A_REPO = 0.9  # what a repo id has in common with one of the table that it is a slip of
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a name means; see `resolve`.
+
+    Attributes:
+        kind: `built-in`; `variant`, another model of the table; `repo` of the Hub; `checkpoint`, an MLX checkpoint
+            folder; `source`, any other folder or file.
+        name: as it was given.
+        variant: the row of the table, where the name alone says it.
+        repo: `owner/name` on the Hub, where it comes from there.
+        path: the folder or file, where there is one.
+        revision: the commit, of a folder in the Hub's cache.
+    """
+
+    kind: str
+    name: str
+    variant: Variant | None = None
+    repo: str | None = None
+    path: Path | None = None
+    revision: str | None = None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it needs no conversion."""
+        return self.kind in (BUILT_IN, CHECKPOINT)
+
+    @property
+    def origin(self) -> str:
+        """What a checkpoint that was converted from it says of that: a repo id, or a path, which never looks like a
+        name."""
+        return self.repo or os.path.join(os.curdir, self.path)
+
+
+def resolve(name: str | os.PathLike | Model, models_dir: str | os.PathLike | None = None) -> Model:
+    """What the `name` of a model means. Whoever takes one asks here, so that it means the same everywhere.
+
+    The first of these that it is:
+
+    1. an address such as `https://huggingface.co/owner/name`: that repo of the Hub;
+    2. written as a path, with `/`, `./`, `../` or `~` in front, with `/` at the end, or a `Path`: that path;
+    3. a model folder in the current folder: that folder;
+    4. a model of the table, in any case and with any separators, with or without `FLUX.2-` or its owner in front;
+    5. a checkpoint in the models folder, such as `klein-4b-qint8`;
+    6. anything else that exists: that path;
+    7. `owner/name`, or `models--owner--name` as in the Hub's cache: that repo.
+
+    A folder of a repo in the Hub's cache stands for its latest snapshot. Nothing is fetched or read through.
+
+    Args:
+        name: the text or path; what was resolved before stays as it is.
+        models_dir: see `models_folder`.
+
+    Raises:
+        InputError: it is nothing of these; names that come close are in the message.
+    """
+    if isinstance(name, Model):
+        return name
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"a model is named by a text or a path, not by {type(name).__name__}")
+    text = os.fspath(name)
+    if isinstance(text, bytes) or not text.strip() or not _can_be_looked_up(text):
+        raise InputError(f"{text[:80]!r} is no model's name; choose one of {NAMES}")
+    if is_address(text):
+        return _of_repo(text, addressed_repo(text))
+    path = _expanded(text)
+    if not isinstance(name, str) or text.startswith(("/", "./", "../", "~")) or text.endswith("/"):
+        return _at(path, text)
+    variant = find_variant(text)
+    if _is_model(path):
+        if variant:
+            way_out = f"; for the model of the table write {variant.repo}" if variant.repo else ""
+            _log.warning("%s is the folder of that name here%s", text, way_out)
+        return _at(path, text)
+    if variant:
+        return _of_variant(text, variant)
+    stored = models_folder(models_dir) / text
+    if os.path.basename(text) == text and text not in (os.curdir, os.pardir) and is_checkpoint(stored):
+        return Model(CHECKPOINT, text, path=stored)
+    repo = cached_repo(text) or text.strip()
+    if os.path.exists(path) or not is_repo_id(repo):
+        return _at(path, text, stored_checkpoints(models_folder(models_dir)))
+    return Model(REPO, text, repo=repo)
+
+
+def _can_be_looked_up(text: str) -> bool:
+    """Whether a file could have this name, whether or not there is one."""
+    try:
+        os.lstat(text)
+    except ValueError:  # a NUL, or half a character
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
+def _of_variant(text: str, variant: Variant) -> Model:
+    if variant.repo is None:
+        return Model(BUILT_IN, text, variant, path=demo_folder())
+    return Model(VARIANT, text, variant, variant.repo)
+
+
+def _of_repo(text: str, repo: str) -> Model:
+    variant = find_variant(repo)
+    return _of_variant(text, variant) if variant else Model(REPO, text, repo=repo)
+
+
+def _at(path: Path, text: str, others: Iterable[Path] = ()) -> Model:
+    """What is at `path`; `others` are checkpoints whose names might have been meant."""
+    if is_checkpoint(path):
+        return Model(CHECKPOINT, text, path=path)
+    if not os.path.exists(path):
+        close = did_you_mean(path.name, (other.name for other in others))
+        hint = close or f"choose one of {NAMES}, a Hugging Face repo id or a model folder"
+        raise InputError(f"there is no model or folder {text!r}; {hint}")
+    repo, snapshot = _snapshot(path)
+    if repo and snapshot is None:
+        raise InputError(f"{path} holds no complete copy of {repo}; give {repo} to have it fetched")
+    if repo:
+        return Model(SOURCE, text, find_variant(repo), repo, snapshot, snapshot.name)
+    return Model(SOURCE, text, path=path)
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a model is to be found at `path` rather than something else of that name."""
+    return is_checkpoint(path) or (path / MODEL_INDEX).is_file() or _snapshot(path)[0] is not None
+
+
+def _snapshot(path: Path) -> tuple[str | None, Path | None]:
+    """The repo that a folder of the Hub's cache is about, and its latest snapshot or the one that `path` is.
+
+    None: it is no such folder, or there is no snapshot.
+    """
+    here = storage = Path(os.path.abspath(path))
+    if here.name == "snapshots":
+        storage = here.parent
+    elif here.parent.name == "snapshots":
+        storage = here.parent.parent
+    repo = cached_repo(storage.name)
+    if repo is None or not (storage / "snapshots").is_dir():
+        return None, None
+    if storage == here.parent.parent:
+        return repo, path
+    try:
+        latest = storage / "snapshots" / (storage / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        latest = None
+    commits = sorted(x for x in (storage / "snapshots").iterdir() if (x / MODEL_INDEX).exists())
+    return repo, latest if latest in commits else commits[0] if len(commits) == 1 else None
+
+
+def models_folder(models_dir: str | os.PathLike | None = None) -> Path:
+    """`models_dir`, or `$FLUX2_MLX_HOME`, or `~/.cache/flux2-mlx`."""
+    return _expanded(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx")
+
+
+def demo_folder() -> Path:
+    """The built-in checkpoint."""
+    return Path(str(files("flux2_mlx.demo")))
+
+
+def _expanded(path: str | os.PathLike) -> Path:
+    """`path` with a home folder in place of a leading `~`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"can't tell whose home folder {str(path)!r} starts with; write the folder in full") from error
+
+
+def stored_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a models folder."""
+    bring_all_back(folder)
+    return [path for path in sorted(folder.iterdir()) if is_checkpoint(path)] if folder.is_dir() else []
+
+
+def find_variant(text: str) -> Variant | None:
+    """The model of the table that `text` names; None: there is none.
+
+    Case and separators don't matter, nor does a leading `FLUX.2`: `klein-4b`, `FLUX.2-klein-4B`, `flux2_klein_4b` and
+    `black-forest-labs/FLUX.2-klein-4B` are one.
+    """
+    owner, slash, name = (cached_repo(text) or text.strip()).lower().rpartition("/")
+    if slash and owner != _OWNER:
+        return None
+    return next((v for v in VARIANTS.values() if _key(v.name) == _key(name) and (v.repo or not owner)), None)
+
+
+def get_variant(text: str) -> Variant:
+    """The same; InputError says what there is if there is none."""
+    if (variant := find_variant(text)) is None:
+        raise InputError(f"unknown model {text!r}; {did_you_mean(text) or f'choose one of {NAMES}'}")
+    return variant
+
+
+def did_you_mean(text: str, others: Iterable[str] = ()) -> str | None:
+    """What to ask about a name that is none: the names of the table, and `others`, that come close; None: none does."""
+    names = {_key(name): name for name in (*others, *VARIANTS)}
+    close = get_close_matches(_key(text), names)
+    *most, last = [name for key, name in names.items() if key in close] or [None]
+    return last and f"did you mean {' or '.join(filter(None, [', '.join(most), last]))}?"
+
+
+def similar_repo(repo: str) -> str | None:
+    """The repo of the table that `repo` is a slip of; None: it is not like any."""
+    repos = {variant.repo.lower(): variant.repo for variant in VARIANTS.values() if variant.repo}
+    return next((repos[x] for x in get_close_matches(repo.lower(), repos, 1, _LIKE_A_REPO) if x != repo.lower()), None)
+
+
+def cached_repo(text: str) -> str | None:
+    """The repo whose folder in the Hub's cache is called `text` (`models--owner--name`); None: it is no such name."""
+    match = _CACHED.fullmatch(text)
+    return f"{match[1]}/{match[2]}" if match else None
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is an address of the web rather than a name or a path."""
+    return _ADDRESS.fullmatch(text) is not None
+
+
+def addressed_repo(text: str) -> str:
+    """The repo id in an address of Hugging Face, or of the server that `HF_ENDPOINT` names.
+
+    Raises:
+        InputError: it is another server's, no model's, or that of a part of a repo.
+    """
+    try:
+        address = urlsplit(text if "://" in text else f"https://{text}")
+        host, path = address.hostname or "", [part for part in address.path.split("/") if part]
+    except ValueError as error:
+        raise InputError(f"{text!r} is no address: {error}") from error
+    shown = f"{address.scheme}://{host}{address.path}"  # without a password
+    if address.scheme == "hf":
+        path = [address.netloc, *path]
+    elif host not in (*_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname):
+        raise InputError(f"{shown} is no address of Hugging Face; download the model and give its folder")
+    repo, part = "/".join(path[:2]).removesuffix(".git"), path[2:]
+    if not is_repo_id(repo) or path[0] in ("datasets", "spaces", "collections", "papers", "models", "docs"):
+        raise InputError(f"{shown} is not the page of a model; give it as owner/name")
+    if part not in ([], ["tree", "main"]):
+        raise InputError(f"{shown} is a part of {repo} or another revision; give {repo}, or the folder of a download")
+    return repo
+
+
+def _key(name: str) -> str:
+    return _SEPARATORS.sub("", name.lower()).removeprefix("flux2")

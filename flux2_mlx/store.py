@@ -1,0 +1,213 @@
+"""The store of models: from a name to a converted MLX checkpoint, fetched and converted first if need be."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from . import hub
+from .checkpoint import MANIFEST, PAINTING, Checkpoint, is_checkpoint
+from .config import QUANTIZATIONS, VARIANTS
+from .convert import Source, check_writable, write_checkpoint
+from .errors import CheckpointError, DownloadError, InputError
+from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
+from .quantization import DEFAULT_TEXT_QUANT, check_quant
+from .weights import read_json
+
+_log = logging.getLogger(__name__)
+
+
+def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
+    """The folder of a converted model: its name and quantization, the text encoder's where it is not the default."""
+    text = "" if text_quant == DEFAULT_TEXT_QUANT[quant] else f"-text-{text_quant}"
+    return f"{model}-{quant}{text}"
+
+
+def find_checkpoint(
+    source: str | os.PathLike | Model,
+    *,
+    variant: str | None = None,
+    quant: str | None = None,
+    text_quant: str | None = None,
+    models_dir: str | os.PathLike | None = None,
+    text_only: bool = False,
+    only_converted: bool = False,
+    quiet: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The MLX checkpoint folder of `source`, fetched and converted first if need be.
+
+    Args:
+        source: a model's name or path; see `resolve`.
+        variant: the model's name where the source can't tell; where it can, InputError if it is another.
+        quant: `bf16` (None), `qint8` or `qint4`; an MLX checkpoint keeps its own.
+        text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        models_dir: where converted models are kept; see `models_folder`.
+        text_only: a checkpoint without transformer and VAE will do.
+        only_converted: fetch and convert nothing.
+        quiet: show no download progress.
+        progress: called with bytes converted and bytes in all.
+
+    Raises:
+        InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
+    """
+    model = resolve(source, models_dir)
+    variant = checked_variant(model, variant)
+    if model.is_checkpoint:
+        return _holding(model.path, variant)
+    quant = check_quant(quant or "bf16")
+    text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
+    opened = open_source(model, variant, text_only=text_only) if model.kind == SOURCE else None
+    name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
+    targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
+    if found := next(filter(is_checkpoint, targets), None):
+        return _holding(found, variant)
+    if only_converted:
+        raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
+    check_writable(targets[0])
+    opened = opened or open_source(model, variant, text_only=text_only, quiet=quiet)
+    _convert(opened, targets[0], quant, text_quant, model.origin, progress)
+    return targets[0]
+
+
+def checked_variant(model: Model, variant: str | None) -> str | None:
+    """The name of the row of the table that `model` is, or that it is said to be; None: its files must tell.
+
+    Raises:
+        InputError: the `variant` that it is said to be is unknown, or another than the model is.
+    """
+    said = get_variant(variant) if variant is not None else model.variant
+    if said and model.variant and said != model.variant and not model.is_checkpoint:
+        raise InputError(f"{model.name} is not {said.name}; leave the variant out, or choose another model")
+    return said.name if said else None
+
+
+def open_source(model: Model, variant: str | None, *, text_only: bool = False, quiet: bool = True) -> Source:
+    """The files of `model`, which is no checkpoint, fetched first if need be.
+
+    Args:
+        model: see `resolve`.
+        variant: what `checked_variant` gives.
+        text_only: leave out the transformer and the VAE.
+        quiet: show no download progress.
+    """
+    folder = _fetch(model.repo, text_only, quiet) if model.path is None else model.path
+    return Source.open(folder, variant, text_only=text_only)
+
+
+def _fetch(repo: str, text_only: bool, quiet: bool) -> Path:
+    try:
+        return hub.fetch(repo, text_only=text_only, quiet=quiet)
+    except DownloadError as error:
+        if similar := similar_repo(repo):
+            raise DownloadError(f"{error}; did you mean {similar}?") from error
+        raise
+
+
+def _folder_name(model: Model) -> str:
+    """How the checkpoints begin that are converted from a model of the table or a repo."""
+    return model.variant.name if model.variant else model.repo.replace("/", "--")
+
+
+def _holding(folder: Path, variant: str | None) -> Path:
+    """The checkpoint `folder`; InputError if it is not of `variant`."""
+    if variant is not None and (stored := read_json(folder / MANIFEST).get("variant", variant)) != variant:
+        raise InputError(f"{folder} holds {stored}, not {variant}; leave the variant out, or choose another model")
+    return folder
+
+
+def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> list[str]:
+    """The names of the folders that will do, the one to make first. Every whole model has a language model."""
+    if not text_only:
+        return [checkpoint_name(model, quant, text_quant)]
+    return [f"{model}-text-only-{text_quant}", *(checkpoint_name(model, q, text_quant) for q in QUANTIZATIONS)]
+
+
+def _convert(source: Source, target: Path, quant: str, text_quant: str, name: str, progress) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_checkpoint(source, target, quant, text_quant, name=name, progress=progress)
+    except InputError:
+        # Another process may have finished the same conversion meanwhile.
+        if not is_checkpoint(target):
+            raise
+
+
+def conversions(
+    model: Model,
+    models_dir: str | os.PathLike | None = None,
+    *,
+    variant: str | None = None,
+    painting: bool = False,
+) -> list[Path]:
+    """The checkpoints in the models folder that were converted from `model` itself, or the one that it is.
+
+    Those of a fine-tune are its own, not those of the model that it was made from.
+
+    Args:
+        model: see `resolve`.
+        models_dir: see `models_folder`.
+        variant: the model's name where the source can't tell.
+        painting: leave out those that can't make images or are damaged.
+    """
+    if model.is_checkpoint:
+        return [model.path]
+    digest = open_source(model, checked_variant(model, variant)).fingerprint if model.kind == SOURCE else None
+    found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
+    return [path for path in found if not painting or _can_paint(path)]
+
+
+def is_official(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are those of the table's repo, as far as the checkpoint's source is known by name."""
+    name, variant = checkpoint.source.get("name"), checkpoint.variant
+    return isinstance(name, str) and name.lower() in (variant.name, variant.repo and variant.repo.lower())
+
+
+def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, list[Path]]:
+    """The checkpoints that were converted from the models of the table and can make images, by the models' names."""
+    paths = [path for path in stored_checkpoints(models_folder(models_dir)) if _can_paint(path)]
+    models = {name: Model(VARIANT, name, variant, variant.repo) for name, variant in VARIANTS.items()}
+    return {name: [path for path in paths if model.repo and _is_of(path, model)] for name, model in models.items()}
+
+
+def named_checkpoints(name: str, models_dir: str | os.PathLike | None = None) -> list[Path]:
+    """The checkpoint that `name` stands for, or those that were converted from what it stands for.
+
+    Args:
+        name: see `resolve`.
+        models_dir: see `models_folder`.
+
+    Raises:
+        InputError: there are none.
+    """
+    if found := conversions(resolve(name, models_dir), models_dir):
+        return found
+    folder = models_folder(models_dir)
+    choices = ", ".join([DEMO, *(path.name for path in stored_checkpoints(folder))])
+    raise InputError(f"there is no converted model {name!r} in {folder}; choose one of {choices}, or a folder")
+
+
+def _is_of(folder: Path, model: Model, fingerprint: str | None = None) -> bool:
+    """Whether a checkpoint was converted from `model`; one that can't tell is judged by its folder's name."""
+    try:
+        source = read_json(folder / MANIFEST).get("source")
+    except CheckpointError:
+        if model.kind == SOURCE:
+            return False
+        return folder.name.startswith(tuple(f"{_folder_name(model)}-{x}" for x in (*QUANTIZATIONS, "text-only")))
+    if not isinstance(source, dict):
+        return False
+    if model.kind == SOURCE:
+        return source.get("fingerprint") == fingerprint
+    name = source.get("name")
+    return isinstance(name, str) and name.lower() in (model.repo.lower(), model.variant and model.variant.name)
+
+
+def _can_paint(folder: Path) -> bool:
+    """Whether a checkpoint is more than a language model; no, with a warning, if it is damaged."""
+    try:
+        components = read_json(folder / MANIFEST).get("components")
+    except CheckpointError as error:
+        _log.warning("%s; remove %s, or convert the model again", error, folder)
+        return False
+    return isinstance(components, list) and all(part in components for part in PAINTING)

@@ -1,0 +1,252 @@
+"""Folders that people have: which of them are read, and what is said of those that are not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, make_dev_source, save_small
+from flux2_mlx.convert import Source, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.store import find_checkpoint
+
+TRANSFORMER, TEXT, VAE = WEIGHTS.values()
+LINEAR = "transformer_blocks.0.attn.to_q.weight"
+UNQUANTIZED = "give the model that it was made from, with quant qint8 or qint4 to have that quantized"
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A small model in the official layout."""
+    return save_small(tmp_path_factory.mktemp("official") / "small", text=SHALLOW_TEXT)
+
+
+@pytest.fixture
+def source(official, tmp_path):
+    """A copy of it, to change."""
+    return shutil.copytree(official, tmp_path / "source")
+
+
+def fingerprinted(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("model*.safetensors")}
+
+
+def convert(source: Path, target: Path) -> dict[str, bytes]:
+    """The weights of what `source` is converted to."""
+    write_checkpoint(Source.open(source, "demo"), target, "bf16", "bf16")
+    Checkpoint.open(target)
+    return fingerprinted(target)
+
+
+def renamed(variant: str) -> Change:
+    """As `save_pretrained(variant=…)` names a file."""
+
+    def change(folder: Path) -> None:
+        for path in WEIGHTS.values():
+            file = folder / path
+            file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
+
+    return change
+
+
+def sharded(name: str, index: str | None = None) -> Change:
+    """In three files whose `name` has the place of their numbers, with an index of the name `index` or none."""
+
+    def change(folder: Path) -> None:
+        for path in WEIGHTS.values():
+            file = folder / path
+            tensors, shards = load_file(file), {}
+            file.unlink()
+            for number in range(3):
+                part = {key: tensors[key] for key in sorted(tensors)[number::3]}
+                shard = name.format(stem=file.stem, numbers=f"{number + 1:05}-of-00003")
+                save_file(part, file.with_name(shard), {"format": "pt"})
+                shards |= dict.fromkeys(part, shard)
+            if index:
+                file.with_name(index.format(stem=file.stem)).write_text(json.dumps({"weight_map": shards}))
+
+    return change
+
+
+def headless(folder: Path) -> None:
+    """As a decoder alone is saved."""
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    edit_weights(folder / TEXT, strip)
+
+
+def with_sidecars(folder: Path) -> None:
+    for path in (TRANSFORMER, TEXT, VAE):
+        file = folder / path
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\26\7")
+        file.with_name(f"._{file.stem}-00001-of-00003.safetensors").write_bytes(b"\0\5\26\7")
+
+
+READ: dict[str, Change] = {
+    "fp16 names": renamed("fp16"),
+    "bf16 names": renamed("bf16"),
+    "numbered": sharded("{stem}-{numbers}.safetensors"),
+    "numbered fp16": sharded("{stem}.fp16-{numbers}.safetensors"),
+    "numbered fp16 as of old": sharded("{stem}-{numbers}.fp16.safetensors"),
+    "indexed": sharded("{stem}-{numbers}.safetensors", "{stem}.safetensors.index.json"),
+    "indexed bf16": sharded("{stem}.bf16-{numbers}.safetensors", "{stem}.safetensors.index.bf16.json"),
+    "no head": headless,
+    "sidecars": with_sidecars,
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_a_folder_that_is_read_gives_the_same_weights(case, official, source, tmp_path):
+    READ[case](source)
+    assert convert(source, tmp_path / "changed") == convert(official, tmp_path / "plain")
+
+
+def test_full_precision_comes_before_half(source):
+    shutil.copy(source / TRANSFORMER, source / "transformer/diffusion_pytorch_model.fp16.safetensors")
+    assert Source.open(source, "demo").files["transformer"] == [source / TRANSFORMER]
+
+
+def tensors(path: str, added: Callable[[dict], object]) -> Change:
+    return lambda folder: edit_weights(folder / path, added)
+
+
+def config(part: str, **changes: object) -> Change:
+    return lambda folder: edit_json(folder / part, **changes)
+
+
+def quantized(part: str, how: str) -> str:
+    return f"{{folder}}/{part} holds weights that are {how}, which are not read; {UNQUANTIZED}"
+
+
+def saved_by_mflux(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    values = {"metadata": {"mflux_version": "0.17.5"}, "weight_map": {}}
+    (folder / "transformer/model.safetensors.index.json").write_text(json.dumps(values))
+
+
+def pointer(folder: Path) -> None:
+    (folder / TRANSFORMER).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 9\n")
+
+
+def gguf(folder: Path) -> None:
+    (folder / TRANSFORMER).rename(folder / "transformer/flux-Q4_K_M.gguf")
+
+
+def gap(folder: Path) -> None:
+    READ["numbered"](folder)
+    (folder / "transformer/diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+
+
+FP8 = {LINEAR.replace("weight", "weight_scale"): torch.ones(1)}
+REFUSED: dict[str, tuple[Change, str]] = {
+    "fp8": (
+        tensors(TRANSFORMER, lambda x: x.update({LINEAR: x[LINEAR].to(torch.float8_e4m3fn)})),
+        quantized("transformer", "in fp8"),
+    ),
+    "fp8 with scales": (tensors(TRANSFORMER, lambda x: x.update(FP8)), quantized("transformer", "in fp8 with scales")),
+    "int8": (
+        tensors(TEXT, lambda x: x.update({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4, dtype=torch.int8)})),
+        quantized("text_encoder", "stored as I8"),
+    ),
+    "bitsandbytes": (
+        config("transformer/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        quantized("transformer", "quantized by bitsandbytes"),
+    ),
+    "bitsandbytes text encoder": (
+        config("text_encoder/config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        quantized("text_encoder", "quantized by bitsandbytes"),
+    ),
+    "bitsandbytes without a config": (
+        tensors(TRANSFORMER, lambda x: x.update({f"{LINEAR}.absmax": torch.ones(2)})),
+        quantized("transformer", "quantized by bitsandbytes"),
+    ),
+    "quanto": (
+        tensors(TRANSFORMER, lambda x: x.update({f"{LINEAR}._data": x.pop(LINEAR)})),
+        quantized("transformer", "quantized by quanto"),
+    ),
+    "GPTQ text encoder": (
+        config("text_encoder/config.json", compression_config={"quant_method": "gptq"}),
+        quantized("text_encoder", "quantized by gptq"),
+    ),
+    "torchao": (
+        config("transformer/config.json", quantization_config={"quant_method": "torchao"}),
+        quantized("transformer", "quantized by torchao"),
+    ),
+    "no method": (
+        config("vae/config.json", quantization_config={"bits": 4}),
+        quantized("vae", "quantized by an unknown method"),
+    ),
+    "MLX": (
+        tensors(TRANSFORMER, lambda x: x.update({LINEAR.replace("weight", "scales"): torch.ones(2)})),
+        quantized("transformer", "quantized by MLX"),
+    ),
+    "GGUF": (gguf, quantized("transformer", "in GGUF files")),
+    "mflux": (
+        saved_by_mflux,
+        f"{{folder}} is no model folder in the diffusers layout: it has no model_index.json, as mflux saves a model; "
+        f"{UNQUANTIZED}",
+    ),
+    "no index": (
+        lambda folder: (folder / "model_index.json").unlink(),
+        "it has no model_index.json; copy that of the model that it was made from into it",
+    ),
+    "Git LFS pointer": (pointer, "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+    "a gap": (gap, "transformer is incomplete: there is no diffusion_pytorch_model-00002-of-00003.safetensors"),
+    "FLUX.1": (
+        config("model_index.json", _class_name="FluxPipeline"),
+        "{folder} holds 'FluxPipeline', not FLUX.2; give a model of that family",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_folder_that_is_not_read_says_why_and_what_to_do(case, source):
+    change, message = REFUSED[case]
+    change(source)
+    with pytest.raises(CheckpointError) as caught:
+        Source.open(source, "demo")
+    assert str(caught.value).endswith(message.format(folder=source))
+
+
+def test_where_the_model_may_be_that_is_not_here(source):
+    for given, place in (
+        (source / "transformer", f"it is a part of {source}, give that"),
+        (source.parent, f"give {source}"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            Source.open(given, "demo")
+        assert str(caught.value).endswith(f" it has no model_index.json; {place}")
+
+
+@pytest.mark.parametrize("distilled", [None, False, True])
+def test_the_class_of_dev_settles_that_it_is_dev(distilled, tmp_path):
+    make_dev_source(tmp_path)  # its geometry is that of no variant
+    edit_json(tmp_path / "model_index.json", is_distilled=distilled)
+    assert Source.open(tmp_path).variant.name == "dev"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("flux-Q4_K_M.gguf", "a GGUF file, whose quantized weights are not read"),
+        ("flux.safetensors", "one file of weights"),
+        ("flux.ckpt", "a pickle, which could run code"),
+        ("flux.txt", "not a model folder"),
+    ],
+)
+def test_a_single_file(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(name)
+    way_out = "give the whole model, as a folder in the diffusers layout or a repo id"
+    assert str(caught.value) == f"{name} is {kind}; {way_out}"
