@@ -14,7 +14,19 @@ import flux2_mlx
 from flux2_mlx.cli.main import cli
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 
-COMMANDS = ("cache", "convert", "describe", "download", "i2i", "info", "models", "outpaint", "t2i", "upsample")
+COMMANDS = (
+    "cache",
+    "convert",
+    "describe",
+    "doctor",
+    "download",
+    "i2i",
+    "info",
+    "models",
+    "outpaint",
+    "t2i",
+    "upsample",
+)
 HEAVY = ("mlx", "mlx_lm", "numpy", "PIL", "huggingface_hub", "tokenizers", "safetensors", "tqdm", "torch")
 
 

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import bench_memory
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from flux2_mlx.device import parse_memory
 from flux2_mlx.errors import InputError
 from flux2_mlx.memory import PhasePlan, Plan, Workload, activation_bytes, limits, plan
 from flux2_mlx.streaming import footprint
+from flux2_mlx.text import TOKENIZERS
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
 ROOT = Path(__file__).parent.parent
@@ -262,6 +264,12 @@ def test_runs_of_two_threads_take_turns():
 def test_what_fits():
     phases = (PhasePlan("text_encoder", 3, 1), PhasePlan("transformer", 4, 2))
     assert (Plan(phases, 6).peak_memory, Plan(phases, 6).fits, Plan(phases, 5).fits) == (6, True, False)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral3"])
+def test_the_tokenizer_of_the_benchmark_is_one(family, tmp_path):
+    bench_memory.write_tokenizer(tmp_path, family)
+    assert TOKENIZERS[family](tmp_path / "tokenizer.json").count("a") > 0
 
 
 def readme_tables() -> list[list[list[str]]]:

@@ -67,7 +67,7 @@ def _print_machine(machine: dict[str, Any]) -> None:
 def _print_finding(finding: "Finding") -> None:
     bound = f" ({finding.bound})" if finding.bound else ""
     advice = f": {finding.advice}" if finding.advice else ""
-    click.echo(f"{finding.verdict:5} {finding.name:28}" + line(f"{finding.figure}{bound}{advice}"))
+    click.echo(f"{finding.verdict:5} {finding.name:30}" + line(f"{finding.figure}{bound}{advice}"))
 
 
 def _print_models(seconds: dict[str, float], fitting: dict[str, dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..config import QUANTIZATIONS, VARIANTS
 from ..device import activation_dtype, device_memory, failures, on_gpu
-from ..errors import DeviceError
+from ..errors import DeviceError, RangeError
 from ..networks import Networks
 from ..phases import turn
 from ..pipeline import Flux2Pipeline
@@ -41,7 +41,7 @@ class CheckUp:
         swap = machine.swap_used()
         with turn():
             for name, check in self._checks(swap):
-                yield _made(name, check)
+                yield made(name, check)
                 mx.clear_cache()
 
     def _checks(self, swap: int | None) -> Iterator[tuple[str, _Check]]:
@@ -62,8 +62,9 @@ class CheckUp:
         yield "wired memory", peaks.check_wiring
         yield "longest operation", partial(speed.check_dispatch, dtype)
         yield "no cache of buffers", partial(speed.check_cache, dtype)
-        yield "computing while reading", speed.check_overlap
-        yield "reading from disk", partial(speed.check_disk, self._models)
+        with speed.large_file(self._models) as file:
+            yield "reading from disk", partial(speed.check_disk, file)
+            yield "computing while reading", partial(speed.check_overlap, file)
         yield "speed of a block", partial(self._measure, dtype)
         yield "swap", partial(machine.check_swap, swap)
 
@@ -77,12 +78,12 @@ def _network_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.bfloat16 if dtype == mx.float16 else dtype
 
 
-def _made(name: str, check: _Check) -> Finding:
-    """What `check` finds; a GPU that fails is a finding too."""
+def made(name: str, check: _Check) -> Finding:
+    """What `check` finds; a device that fails, and results that can't be right, are findings too."""
     try:
         with failures():
             return check()
-    except DeviceError as error:
+    except (DeviceError, RangeError) as error:
         return Finding(name, "fail", str(error))
 
 

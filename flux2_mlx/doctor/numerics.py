@@ -26,6 +26,8 @@ _WRONG = "results of this device are not right; please report this output"
 # The picture of the README, as a CPU makes it in float32.
 DEMO_PROMPT, DEMO_SEED, DEMO_PICTURE = "a yellow star left of a red ring on a blue background", 7, "star.png"
 _TEXT, _SIDE = 512, 32  # tokens of a block's text, and of a side of its image
+# Sizes of a product, of one with packed weights, of a convolution's channels, and blocks as a model has them.
+_PRODUCT, _PACKED, _CHANNELS, BLOCKS = (1024, 12288, 4096), (1024, 4096), 256, VARIANTS["klein-9b"].transformer
 _LONGEST = 60  # seconds that the CPU may take for what the GPU is compared with
 
 
@@ -41,23 +43,24 @@ def check_demo(pipe: Flux2Pipeline) -> Finding:
 
 def check_product(dtype: mx.Dtype) -> Finding:
     """A product of the size of a transformer's."""
-    x, w = _normal((1024, 12288), dtype), _normal((12288, 4096), dtype)
-    found, expected = _float64((x @ w)[:8, :64]), _float64(x[:8]) @ _float64(w[:, :64])
+    rows, inner, columns = _PRODUCT
+    x, w = _normal((rows, inner), dtype), _normal((inner, columns), dtype, 1)
+    found, expected = _float64(_multiply(x, w)[:8, :64]), _float64(x[:8]) @ _float64(w[:, :64])
     cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
     return judged("product", f"cosine {cosine:.7f}", "> 0.9999", cosine > 0.9999, _WRONG)
 
 
 def check_float32() -> Finding:
     """Whether float32 is that: matrix units may cut its products to 10 bits, which is called TF32."""
-    x, w = _normal((64, 4096), mx.float32), _normal((4096, 64), mx.float32)
-    error = _error(x @ w, _float64(x) @ _float64(w))
+    x, w = _normal((64, 4096), mx.float32), _normal((4096, 64), mx.float32, 1)
+    error = _error(_multiply(x, w), _float64(x) @ _float64(w))
     advice = "products in float32 are cut to TF32; MLX_ENABLE_TF32=0 in the environment prevents that"
     return judged("float32", f"error {error:.1e}", "< 1e-05", error < 1e-5, advice, "warn" if error < 2e-3 else "fail")
 
 
 def check_quantized(bits: int, dtype: mx.Dtype) -> Finding:
     """A product with packed weights against that with what they stand for."""
-    x, packed = _normal((64, 4096), dtype), quantize_array(_normal((1024, 4096), mx.bfloat16), bits)
+    x, packed = _normal((64, _PACKED[1]), dtype), quantize_array(_normal(_PACKED, mx.bfloat16, 1), bits)
     parts = {name: x.astype(dtype) if name != "weight" else x for name, x in packed.items()}
     weight, scales, biases = parts["weight"], parts["scales"], parts["biases"]
     y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=GROUP_SIZE, bits=bits)
@@ -69,7 +72,7 @@ def check_quantized(bits: int, dtype: mx.Dtype) -> Finding:
 
 def check_convolution(dtype: mx.Dtype) -> Finding:
     """A convolution of the autoencoder, at some places and the corners."""
-    x, w = _normal((1, 64, 64, 256), dtype), _normal((256, 3, 3, 256), dtype)
+    x, w = _normal((1, 64, 64, _CHANNELS), dtype), _normal((_CHANNELS, 3, 3, _CHANNELS), dtype, 1)
     with direct_convolutions():
         y = mx.conv2d(x, w, padding=1)
         mx.eval(y)
@@ -98,35 +101,34 @@ def check_attention(head_dim: int, dtype: mx.Dtype) -> Finding:
 
 def check_blocks(dtype: mx.Dtype) -> Finding:
     """The blocks of klein-9b, at random weights, against the CPU in float32."""
-    name, config = "blocks of klein-9b", VARIANTS["klein-9b"].transformer
+    name, config = "blocks of klein-9b", BLOCKS
     if not on_gpu():
         return skipped(name, "needs a GPU, which the CPU is compared with")
     seconds = _seconds_on_cpu(config)
     if seconds > _LONGEST:
         return skipped(name, f"the CPU, which the GPU is compared with, would take {seconds:.0f} s")
-    error = max(_block_error(kind, config, dtype) for kind in (run_double, run_single))
+    double, single = DoubleBlock(config), SingleBlock(config)
+    error = max(_block_error(double, double_pass, config, dtype), _block_error(single, single_pass, config, dtype))
     most = BOUNDS[dtype]
     return judged(name, f"error {error:.1e}", f"< {most:.0e}", error < most, _WRONG)
 
 
-Runner = Callable[[nn.Module | None, TransformerConfig, mx.Dtype], tuple[nn.Module, mx.array]]
+Pass = Callable[[], mx.array]
 
 
-def run_double(block: nn.Module | None, config: TransformerConfig, dtype: mx.Dtype) -> tuple[nn.Module, mx.array]:
-    """A double block with random weights, or `block`, and what it makes of random tokens."""
-    block = block or random_weights(DoubleBlock(config))
+def double_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype) -> Pass:
+    """What a double block makes of random tokens, in float32 and not in units."""
     img, txt = _stream(_SIDE**2, config, dtype), _stream(_TEXT, config, dtype)
     mods = [[_modulation(config, dtype, seed) for seed in range(6)] for _ in range(2)]
-    out = mx.concatenate(block(img, txt, *mods, _rope(config)), axis=1)
-    return block, out.astype(mx.float32) * unit(dtype)
+    rope = _rope(config)
+    return lambda: mx.concatenate(block(img, txt, *mods, rope), axis=1).astype(mx.float32) * unit(dtype)
 
 
-def run_single(block: nn.Module | None, config: TransformerConfig, dtype: mx.Dtype) -> tuple[nn.Module, mx.array]:
+def single_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype) -> Pass:
     """The same of a single block."""
-    block = block or random_weights(SingleBlock(config))
-    x = _stream(_SIDE**2 + _TEXT, config, dtype)
-    out = block(x, [_modulation(config, dtype, seed) for seed in range(3)], _rope(config))
-    return block, out.astype(mx.float32) * unit(dtype)
+    x, rope = _stream(_SIDE**2 + _TEXT, config, dtype), _rope(config)
+    mods = [_modulation(config, dtype, seed) for seed in range(3)]
+    return lambda: block(x, mods, rope).astype(mx.float32) * unit(dtype)
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -142,19 +144,26 @@ def random_weights(module: nn.Module) -> nn.Module:
     return module
 
 
-def _block_error(run: Runner, config: TransformerConfig, dtype: mx.Dtype) -> float:
+def _block_error(block: nn.Module, made: Callable[..., Pass], config: TransformerConfig, dtype: mx.Dtype) -> float:
+    random_weights(block)
     with mx.stream(mx.cpu):
-        block, expected = run(None, config, mx.float32)
-        mx.eval(expected)
-    block.update(tree_map(lambda weight: weight.astype(dtype), block.parameters()))
-    return _error(run(block, config, dtype)[1], _float64(expected))
+        expected = _float64(made(block, config, mx.float32)())
+    cast(block, dtype)
+    return _error(made(block, config, dtype)(), expected)
+
+
+def cast(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """`module` with its weights in `dtype`."""
+    module.update(tree_map(lambda weight: weight.astype(dtype), module.parameters()))
+    mx.eval(module.parameters())
+    return module
 
 
 def _seconds_on_cpu(config: TransformerConfig) -> float:
     """What both blocks are expected to take there."""
+    x, w = _normal((1024, 2048), mx.float32), _normal((2048, 2048), mx.float32)
     with mx.stream(mx.cpu):
-        x, w = _normal((256, 1024), mx.float32), _normal((1024, 1024), mx.float32)
-        mx.eval(x, w)
+        mx.eval(x[:8] @ w)  # the first product starts threads
         start = time.perf_counter()
         mx.eval(x @ w)
     rate = 2 * x.size * w.shape[1] / (time.perf_counter() - start)
@@ -179,6 +188,10 @@ def _normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int = 0) -> mx.array:
     x = mx.random.normal(shape, key=mx.random.key(seed), stream=mx.cpu).astype(dtype, stream=mx.cpu)
     mx.eval(x)
     return x
+
+
+def _multiply(x: mx.array, w: mx.array) -> mx.array:
+    return x @ w
 
 
 def _float64(x: mx.array) -> np.ndarray:

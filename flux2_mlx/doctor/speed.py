@@ -1,9 +1,13 @@
 """How fast the device is, what slows it down, and how long a step of each model will take."""
 
+import json
 import os
+import shutil
+import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +17,14 @@ from .. import layers
 from ..config import VARIANTS, TransformerConfig
 from ..device import on_gpu
 from ..transformer.blocks import SingleBlock
-from ..weights import READER
+from ..weights import load_arrays
 from .finding import Finding, judged, skipped
-from .numerics import random_weights, run_single
+from .numerics import cast, random_weights, single_pass
 
 MODELS = ("klein-4b", "klein-9b", "dev")
 _TEXT, _SIDE = 512, 64  # tokens of an image of 1024×1024, on a side, and of its text
 _MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and less while the display is on
 _SLOW_DISK = 0.3e9
-_SLEEP = 0.5  # seconds that the slow file of a check takes
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ def measure_rates(dtype: mx.Dtype) -> tuple[Rates, Finding]:
     heads, width, tokens = config.num_attention_heads, config.attention_head_dim, _TEXT + 32 * 32
     q = mx.random.normal((1, heads, tokens, width), key=mx.random.key(0)).astype(dtype)
     attending = timed(lambda: layers.attention(q, q, q), 3)
-    block = _block(config, dtype)
-    times = timed(lambda: run_single(block, config, dtype)[1], 10 if on_gpu() else 3)
+    times = timed(_block_pass(config, dtype), 10 if on_gpu() else 3)
     alone = TransformerConfig(0, 1, heads, 1, guidance_embeds=False)
     products, attention = step_operations(alone, tokens)
     rates = Rates(products / max(min(times) - min(attending), 1e-9), attention / min(attending))
@@ -81,12 +83,9 @@ def check_dispatch(dtype: mx.Dtype) -> Finding:
 
 def check_cache(dtype: mx.Dtype) -> Finding:
     """What it costs where a memory limit leaves no room to keep freed buffers: the time of a block without a cache."""
-    config = VARIANTS["klein-4b"].transformer
-    block = _block(config, dtype)
-
-    def once() -> mx.array:
-        return run_single(block, config, dtype)[1]
-
+    if not on_gpu():
+        return skipped("no cache of buffers", "a CPU gets memory at once")
+    once = _block_pass(VARIANTS["klein-4b"].transformer, dtype)
     before = mx.set_cache_limit(0)
     try:
         without = min(timed(once, 5))
@@ -97,99 +96,68 @@ def check_cache(dtype: mx.Dtype) -> Finding:
     return judged("no cache of buffers", f"{ratio:.2f} times the time", "< 1.1", ratio < 1.1, advice, "warn")
 
 
-def check_overlap() -> Finding:
-    """That a computation ends while a slow file is still being read, which it does not need."""
-    waited = computing_seconds(_SLEEP)
-    return judged(
-        "computing while reading",
-        f"{waited:.2f} s beside a file of {_SLEEP} s",
-        f"< {_SLEEP / 2} s",
-        waited < _SLEEP / 2,
-        "the computation waits for files; models that are streamed will be slow",
-    )
-
-
-def computing_seconds(sleep: float) -> float:
-    """What a small computation takes beside a file whose reading takes `sleep` seconds at least."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "slow.safetensors"
-        mx.save_safetensors(str(path), {"weight": mx.ones((1024, 1024))})
-        with SlowFile(path, sleep) as file:
-            weight = mx.load(file, format="safetensors", stream=READER)["weight"]
-            x = mx.ones((64, 64))
-            mx.eval(x @ x)
-            mx.async_eval(weight.astype(mx.float16, stream=READER))
-            start = time.perf_counter()
-            mx.eval(x @ x)
-            taken = time.perf_counter() - start
-            mx.eval(weight)
-            return taken
-
-
-class SlowFile:
-    """A file for `mx.load` whose contents take `sleep` seconds to come; its header comes at once."""
-
-    def __init__(self, path: Path, sleep: float):
-        self._path, self._sleep, self._reads = path, sleep, 0
-
-    def __enter__(self) -> "SlowFile":
-        self._file = self._path.open("rb", buffering=0)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readinto(self, buffer: memoryview) -> int:
-        if len(buffer) > 2**16:
-            time.sleep(self._sleep)
-        return self._file.readinto(buffer)
-
-
-def check_disk(folder: Path, nbytes: int = 10**9) -> Finding:
-    """How fast `folder`'s disk is read, by a file that is written there and not in the system's cache any more."""
-    name = "reading from disk"
+@contextmanager
+def large_file(folder: Path, nbytes: int = 10**9) -> Iterator[Path | None]:
+    """A file of weights on `folder`'s disk for a while; None where there is no room for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    if free < 4 * nbytes:
-        return skipped(name, f"only {free / 1e9:.1f} GB are free in {folder}")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for _ in range(nbytes // 2**20):
-            file.write(os.urandom(2**20))
+    if shutil.disk_usage(folder).free < 4 * nbytes:
+        yield None
+        return
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
+        _bypass(file.fileno())
+        header = json.dumps({"weight": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
+        header += b" " * (-len(header) % 8)
+        file.write(struct.pack("<Q", len(header)) + header)
+        for start in range(0, nbytes, 2**23):
+            file.write(os.urandom(min(2**23, nbytes - start)))
         file.flush()
         os.fsync(file.fileno())
-        _forget(file.fileno())
-        file.seek(0)
-        start, buffer = time.perf_counter(), bytearray(2**23)
-        while file.readinto(buffer):
-            pass
-        rate = file.tell() / (time.perf_counter() - start)
-    advice = (
-        "models that don't fit into memory, and loading, will be slow; keep them on a faster disk with --models-dir"
-    )
+        yield Path(file.name)
+
+
+def check_disk(file: Path | None) -> Finding:
+    """How fast the disk of a `large_file` is read, by what the system does not remember of it."""
+    name = "reading from disk"
+    if file is None:
+        return skipped(name, "the disk of the models folder is almost full")
+    _forget(file)
+    start = time.perf_counter()
+    weight = load_arrays(file)["weight"]
+    mx.eval(weight)
+    rate = weight.nbytes / (time.perf_counter() - start)
+    advice = "loading and streaming models will be slow; keep them on a faster disk with --models-dir"
     return judged(name, f"{rate / 1e9:.2f} GB/s", "> 0.3 GB/s", rate > _SLOW_DISK, advice, "warn")
 
 
-def _forget(descriptor: int) -> None:
-    """Have the system read a file from its disk, not from its cache."""
+def check_overlap(file: Path | None) -> Finding:
+    """That a computation ends while a `large_file`, which it does not need, is still being read."""
+    name = "computing while reading"
+    if file is None:
+        return skipped(name, "the disk of the models folder is almost full")
+    x = mx.ones((64, 64))
+    mx.eval(x @ x)
+    _forget(file)
+    start = time.perf_counter()
+    weight = load_arrays(file)["weight"]
+    mx.async_eval(weight)
+    mx.eval(x @ x)
+    computed = time.perf_counter() - start
+    mx.eval(weight)
+    whole = time.perf_counter() - start
+    good, advice = computed < whole / 2, "the computation waits for files; models that are streamed will be slow"
+    return judged(name, f"{computed:.2f} s beside a file of {whole:.2f} s", "< half of it", good, advice)
+
+
+def _forget(file: Path) -> None:
+    """Have the system read a file from its disk, not from its memory."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    else:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _bypass(descriptor: int) -> None:
+    """Have macOS, which can't be told to forget, not remember what is written."""
+    if not hasattr(os, "posix_fadvise"):
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
@@ -211,9 +179,6 @@ def timed(work: Callable[[], mx.array], times: int) -> list[float]:
     return taken[1:]
 
 
-def _block(config: TransformerConfig, dtype: mx.Dtype) -> SingleBlock:
-    from mlx.utils import tree_map
-
-    block = random_weights(SingleBlock(config))
-    block.update(tree_map(lambda weight: weight.astype(dtype), block.parameters()))
-    return block
+def _block_pass(config: TransformerConfig, dtype: mx.Dtype) -> Callable[[], mx.array]:
+    """What a single block with random weights makes of the tokens of an image of 512×512."""
+    return single_pass(cast(random_weights(SingleBlock(config)), dtype), config, dtype)

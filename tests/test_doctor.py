@@ -1,0 +1,305 @@
+"""`flux2-mlx doctor`: every check passes here, and fails with a part that is broken."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cli_runner import run
+
+from flux2_mlx import Flux2Pipeline, device, doctor, layers
+from flux2_mlx.config import TransformerConfig
+from flux2_mlx.doctor import CheckUp, Finding, fits, machine, numerics, peaks, predictions, speed
+from flux2_mlx.doctor.speed import Rates, step_operations
+from flux2_mlx.errors import DeviceError
+from flux2_mlx.transformer import blocks
+from flux2_mlx.weights import READER, load_arrays
+
+SMALL = TransformerConfig(1, 1, 2, 64, 32, 16, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)
+
+
+def verdict(finding: Finding) -> str:
+    assert bool(finding.advice) == (finding.verdict in ("warn", "fail"))
+    return finding.verdict
+
+
+def demo() -> Flux2Pipeline:
+    return Flux2Pipeline.from_pretrained("demo", prompt_cache=False)
+
+
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the checks that need a GPU take this CPU for one."""
+    for module in (numerics, peaks, speed):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+
+
+def test_the_demo_image_is_the_shipped_one():
+    assert verdict(numerics.check_demo(demo())) == "pass"
+
+
+@pytest.mark.parametrize("broken", ["rope", "nan"])
+def test_a_wrong_demo_image_fails(broken, monkeypatch):
+    if broken == "rope":
+        monkeypatch.setattr(blocks, "rotate", lambda x, table: x)
+        assert verdict(numerics.check_demo(demo())) == "fail"
+    else:
+        monkeypatch.setattr(blocks, "rotate", lambda x, table: x * mx.array(float("nan")))
+        found = doctor.made("demo image", lambda: numerics.check_demo(demo()))
+        assert found.verdict == "fail"
+        assert "not finite" in found.figure
+
+
+def test_a_wrong_product_fails(monkeypatch):
+    monkeypatch.setattr(numerics, "_PRODUCT", (16, 128, 96))
+    assert verdict(numerics.check_product(mx.float32)) == "pass"
+    monkeypatch.setattr(numerics, "_multiply", lambda x, w: (x @ w) + 3)
+    assert verdict(numerics.check_product(mx.float32)) == "fail"
+
+
+@pytest.mark.parametrize(("digits", "expected"), [(24, "pass"), (11, "warn"), (5, "fail")])
+def test_products_that_are_cut_are_told(digits, expected, monkeypatch):
+    def cut(x: mx.array) -> mx.array:
+        scale = 2.0 ** (digits - np.ceil(np.log2(np.abs(np.array(x)) + 1e-30)))
+        return mx.array((np.round(np.array(x) * scale) / scale).astype(np.float32))
+
+    monkeypatch.setattr(numerics, "_multiply", lambda x, w: cut(x) @ cut(w))
+    assert verdict(numerics.check_float32()) == expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_wrong_product_with_packed_weights_fails(bits, monkeypatch):
+    monkeypatch.setattr(numerics, "_PACKED", (32, 128))
+    assert verdict(numerics.check_quantized(bits, mx.float32)) == "pass"
+    multiply = mx.quantized_matmul
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, w, *rest, **kinds: multiply(x, w ^ 1, *rest, **kinds))
+    assert verdict(numerics.check_quantized(bits, mx.float32)) == ("fail" if bits == 4 else "pass")
+    monkeypatch.setattr(mx, "quantized_matmul", lambda *args, **kinds: 2 * multiply(*args, **kinds))
+    assert verdict(numerics.check_quantized(bits, mx.float32)) == "fail"
+
+
+def test_a_wrong_convolution_fails_and_winograd_is_named(monkeypatch):
+    monkeypatch.setattr(numerics, "_CHANNELS", 16)
+    assert verdict(numerics.check_convolution(mx.float32)) == "pass"
+    convolve = mx.conv2d
+    monkeypatch.setattr(mx, "conv2d", lambda *args, **kinds: 1.02 * convolve(*args, **kinds))
+    assert "Winograd" in numerics.check_convolution(mx.float32).advice
+    monkeypatch.setattr(mx, "conv2d", lambda *args, **kinds: 1.5 * convolve(*args, **kinds))
+    assert "Winograd" not in numerics.check_convolution(mx.float32).advice
+    assert verdict(numerics.check_convolution(mx.float32)) == "fail"
+
+
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_a_wrong_attention_fails(head_dim, monkeypatch):
+    assert verdict(numerics.check_attention(head_dim, mx.float32)) == "pass"
+    attend = layers._attend
+    monkeypatch.setattr(layers, "_attend", lambda q, k, v, mask: attend(q, k, v, None))
+    assert verdict(numerics.check_attention(head_dim, mx.float32)) == "fail"
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(mx.float32, 1e-5), (mx.float16, 3e-3), (mx.bfloat16, 1e-2)])
+def test_blocks_are_compared_with_the_cpu(dtype, most, monkeypatch):
+    as_gpu(monkeypatch)
+    monkeypatch.setattr(numerics, "BLOCKS", SMALL)
+    found = numerics.check_blocks(dtype)
+    assert verdict(found) == "pass"
+    assert found.bound == f"< {most:.0e}"
+    # The second pass of a block is the one that the GPU makes.
+    passes, modulate = [], blocks.modulate
+    monkeypatch.setattr(
+        blocks, "modulate", lambda x, *rest: modulate(x, *rest) * (1.1 if passes.append(1) or len(passes) > 4 else 1)
+    )
+    assert verdict(numerics.check_blocks(dtype)) == "fail"
+
+
+def test_blocks_are_not_compared_where_that_takes_too_long(monkeypatch):
+    assert numerics.check_blocks(mx.float32).verdict == "skip"
+    as_gpu(monkeypatch)
+    monkeypatch.setattr(numerics, "_seconds_on_cpu", lambda config: 1000)
+    found = numerics.check_blocks(mx.float32)
+    assert (found.verdict, found.figure) == ("skip", "the CPU, which the GPU is compared with, would take 1000 s")
+
+
+@pytest.mark.parametrize("check", [peaks.check_step, peaks.check_decoding])
+def test_a_plan_that_lies_fails(check, monkeypatch):
+    monkeypatch.setattr(peaks, "_STEP", TransformerConfig(5, 20, 4, 64, guidance_embeds=False))
+    monkeypatch.setattr(peaks, "_DECODED_SIDE", (64, 64))
+    assert verdict(check(mx.float32)) == "pass"
+    step, decode = peaks.activation_bytes, peaks.vae_activation_bytes
+    monkeypatch.setattr(peaks, "activation_bytes", lambda *args: step(*args) // 2)
+    monkeypatch.setattr(peaks, "vae_activation_bytes", lambda *args: [x // 2 for x in decode(*args)])
+    assert verdict(check(mx.float32)) == "fail"
+
+
+def test_attention_that_stores_its_scores_is_told(monkeypatch):
+    assert peaks.check_attention(mx.float32).verdict == "skip"
+    as_gpu(monkeypatch)
+    monkeypatch.setattr(peaks, "_TOKENS", 512)
+    monkeypatch.setattr(layers, "attention", lambda q, k, v: q)
+    assert verdict(peaks.check_attention(mx.float32)) == "pass"
+    monkeypatch.setattr(layers, "attention", lambda q, k, v: mx.softmax(q @ k.swapaxes(2, 3), axis=-1) @ v)
+    assert verdict(peaks.check_attention(mx.float32)) == "fail"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_that_is_not_wired_is_told(kept, monkeypatch):
+    assert peaks.check_wiring().verdict == "skip"
+    limit = [5]
+
+    def set_wired_limit(nbytes: int) -> int:
+        before, limit[0] = limit[0], nbytes if kept else 0
+        return before
+
+    monkeypatch.setattr(peaks, "on_metal", lambda: True)
+    monkeypatch.setattr(peaks, "device_memory", lambda: 2**30)
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    assert verdict(peaks.check_wiring()) == ("pass" if kept else "warn")
+    assert limit == [5 if kept else 0]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_computation_that_waits_for_a_file_fails(waits, monkeypatch, tmp_path):
+    def slow(path: Path) -> dict[str, mx.array]:
+        """Work of a second or so stands for a slow disk."""
+        stream = mx.default_stream(mx.default_device()) if waits else READER
+        numbers = mx.random.uniform(shape=(5_000_000,), key=mx.random.key(0))
+        mx.eval(numbers)
+        return {"weight": mx.sort(numbers, stream=stream)}
+
+    monkeypatch.setattr(speed, "load_arrays", slow)
+    with speed.large_file(tmp_path, 2**10) as file:
+        assert verdict(speed.check_overlap(file)) == ("fail" if waits else "pass")
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(1e9, "pass"), (0.2e9, "warn")])
+def test_a_slow_disk_is_told(rate, expected, tmp_path, monkeypatch):
+    clock = iter([0.0, 2**20 / rate])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    with speed.large_file(tmp_path / "models", 2**20) as file:
+        assert len(load_arrays(file)["weight"]) == 2**20
+        assert verdict(speed.check_disk(file)) == expected
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_full_disk_is_left_alone(tmp_path):
+    with speed.large_file(tmp_path, 2**60) as file:
+        assert file is None
+        assert {check(file).verdict for check in (speed.check_disk, speed.check_overlap)} == {"skip"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_swapping_is_told(monkeypatch):
+    assert verdict(machine.check_swap(machine.swap_used())) == "pass"
+    monkeypatch.setattr(machine, "swap_used", lambda: 2**30)
+    assert verdict(machine.check_swap(0)) == "warn"
+    assert machine.check_swap(None).verdict == "skip"
+
+
+def test_a_long_operation_is_told(monkeypatch):
+    assert speed.check_dispatch(mx.float32).verdict == "skip"
+    as_gpu(monkeypatch)
+    monkeypatch.setattr(speed, "timed", lambda work, times: [4 * 16384**2 * 24 * 128 / 1e12])  # 1 TFLOP/s at best
+    assert verdict(speed.check_dispatch(mx.float32)) == "warn"
+    monkeypatch.setattr(speed, "timed", lambda work, times: [1e-3])
+    assert verdict(speed.check_dispatch(mx.float32)) == "pass"
+
+
+def test_what_a_lack_of_cache_costs_is_told(monkeypatch):
+    assert speed.check_cache(mx.float32).verdict == "skip"
+    as_gpu(monkeypatch)
+    monkeypatch.setattr(speed, "_block_pass", lambda config, dtype: lambda: mx.array(0))
+    for seconds, expected in (((1.05, 1.0), "pass"), ((1.3, 1.0), "warn")):
+        times = iter(seconds)
+        monkeypatch.setattr(speed, "timed", lambda work, count, times=times: [next(times)])
+        assert verdict(speed.check_cache(mx.float32)) == expected
+
+
+def test_a_speed_that_varies_is_told(monkeypatch):
+    monkeypatch.setattr(speed, "_block_pass", lambda config, dtype: lambda: mx.array(0))
+    times = iter([[0.1], [1.0, 1.1], [0.1], [1.0, 2.0]])
+    monkeypatch.setattr(speed, "timed", lambda work, count: next(times))
+    rates, found = speed.measure_rates(mx.float32)
+    assert verdict(found) == "pass"
+    assert rates.attention == pytest.approx(4 * 1536**2 * 3072 / 0.1)
+    assert rates.products == pytest.approx(2 * 1536 * 13 * 3072**2 / 0.9)
+    assert verdict(speed.measure_rates(mx.float32)[1]) == "warn"
+
+
+def test_operations_are_those_that_were_counted():
+    """Of klein-4b, klein-9b and dev at 1024×1024, in TFLOP."""
+    config = {name: doctor.VARIANTS[name].transformer for name in speed.MODELS}
+    found = [sum(step_operations(config[name], 4608)) / 1e12 for name in speed.MODELS]
+    assert found == pytest.approx([34.8, 75.5, 282.5], rel=0.02)
+
+
+def test_predictions_follow_the_rates():
+    slow, fast = predictions(Rates(1e12, 1e12)), predictions(Rates(2e12, 2e12))
+    assert {name: seconds / 2 for name, seconds in slow.items()} == pytest.approx(fast)
+    assert slow["klein-4b"] == pytest.approx(34.8, rel=0.02)
+
+
+def test_what_fits_follows_the_memory(monkeypatch):
+    monkeypatch.setattr(doctor, "device_memory", lambda: 2**42)
+    assert fits() == {name: dict.fromkeys(("bf16", "qint8", "qint4"), 0) for name in speed.MODELS}
+    monkeypatch.setattr(doctor, "device_memory", lambda: 8 * 2**30)
+    assert fits()["dev"]["bf16"] > 40 * 2**30
+    monkeypatch.setattr(doctor, "device_memory", lambda: 2**29)
+    assert fits()["dev"]["bf16"] is None
+
+
+def test_a_gpu_that_fails_is_a_finding():
+    def check() -> Finding:
+        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+    found = doctor.made("product", check)
+    assert (found.name, found.verdict) == ("product", "fail")
+    assert found.figure.startswith("the GPU has no memory left for this")
+
+
+FINDINGS = [
+    Finding("product", "pass", "cosine 1.0", "> 0.9999"),
+    Finding("disk", "warn", "0.1 GB/s", "> 0.3 GB/s", "use a faster disk"),
+    Finding("wired memory", "skip", "only Metal wires memory"),
+]
+
+
+class Checks(CheckUp):
+    findings = FINDINGS
+
+    def __iter__(self):
+        self.rates = Rates(1e12, 1e12)
+        yield from self.findings
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_command(good, monkeypatch, models):
+    found = FINDINGS if good else [*FINDINGS, Finding("float32", "fail", "error 0.1", "< 1e-5", "please report")]
+    monkeypatch.setattr(Checks, "findings", found)
+    monkeypatch.setattr(doctor, "CheckUp", Checks)
+    result = run("doctor")
+    assert result.exit_code == (0 if good else 1)
+    assert "pass  product                       cosine 1.0 (> 0.9999)\n" in result.stdout
+    assert "warn  disk                          0.1 GB/s (> 0.3 GB/s): use a faster disk\n" in result.stdout
+    assert ("fail  float32" in result.stdout) is not good
+    assert "klein-4b  34.8 s a step" in result.stdout
+    result = run("doctor", "--json")
+    assert result.exit_code == (0 if good else 1)
+    report = json.loads(result.stdout)
+    assert report["good"] is good
+    assert [one["verdict"] for one in report["findings"]] == [one.verdict for one in found]
+    assert report["machine"]["versions"]["mlx"]
+    assert report["machine"]["models_folder"] == str(models)
+
+
+def test_all_checks_are_made(monkeypatch, tmp_path):
+    """In their order, each by its own name; none is left out."""
+    asked, large_file = [], speed.large_file
+    monkeypatch.setattr(speed, "large_file", lambda folder: large_file(folder, 2**10))
+    monkeypatch.setattr(doctor, "made", lambda name, check: asked.append(name) or Finding(name, "pass", ""))
+    assert [found.name for found in CheckUp(Path(tmp_path))] == asked
+    assert len(asked) == len(set(asked)) >= 17
+
+
+def test_device_errors_are_told_apart():
+    assert issubclass(DeviceError, Exception)
+    assert not device.is_failure(RuntimeError("[load_safetensors] Failed to open file"))
