@@ -100,7 +100,10 @@ class Request:
 
     def _check(self, variant: Variant, token_size: int) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
-            _require(side > 0 and side % token_size == 0, f"{name} {side} must be a positive multiple of {token_size}")
+            _require(
+                side > 0 and side % token_size == 0,
+                f"{name} {side} must be a positive multiple of {token_size}; {_nearest(side, token_size)}",
+            )
         _require(
             self.height * self.width <= MAX_PIXELS,
             f"size {self.width}×{self.height} is too large; the limit is {MAX_PIXELS} pixels, such as 4096×4096",
@@ -144,6 +147,12 @@ class Request:
         while length <= MAX_STEPS and length + 1 - int(length + 1 - (length + 1) * self.strength) <= self.steps:
             length += 1
         return length
+
+
+def _nearest(side: int, multiple: int) -> str:
+    """What to say of the multiples that are next to `side`."""
+    below = side // multiple * multiple
+    return f"nearest are {below} and {below + multiple}" if below > 0 else f"the smallest is {multiple}"
 
 
 def _require(condition: bool, message: str) -> None:
