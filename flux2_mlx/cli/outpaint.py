@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from .job import Job, Pictures
+from .job import Job
 from .options import painting_options
 from .painting import paint
+from .pictures import Pictures
 
 _PROMPT = "Extend the image beyond its borders; the scene goes on naturally in the same style and light."
 
