@@ -197,6 +197,8 @@ def _check_prompts(prompts: Sequence[Prompt], seeds: tuple[int, ...], num_images
             check_words(prompt.text)
             if prompt.line:  # the limit of the model is told of others
                 check_prompt(prompt.text)
+            if prompt.output:
+                names.check(prompt.output)
             if len(seeds) > 1 and prompt.seed is None and prompt.images not in (None, len(seeds)):
                 raise InputError(f"{prompt.images} images don't go with {len(seeds)} seeds; give a seed here, or one")
 

@@ -63,6 +63,11 @@ def expanded(template: str, values: Values) -> str:
     return name
 
 
+def check(template: str) -> None:
+    """Raise InputError if `template` can't be read."""
+    expanded(template, dict.fromkeys(PLACEHOLDERS, ""))
+
+
 def paths(templates: Sequence[str | None], images: Sequence[Values], *, listed: bool, keep: bool) -> list[Path]:
     """The file of each image, no two of them the same on any disk.
 
