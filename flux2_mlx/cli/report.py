@@ -10,7 +10,7 @@ import click
 from .. import __version__
 from .job import Job
 from .replay import without_folders
-from .terminal import print_result, to_json
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from ..phases import Flux2Output, Phase
@@ -136,14 +136,15 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return [_WORDS.get(name, name) for name in changed]
 
 
-def print_settings(image: Path, as_json: bool) -> None:
-    """Show what an image file remembers; InputError if that is nothing."""
-    from ..images import read_settings
+def is_image(name: str) -> bool:
+    """Whether this is the name of a file that can be an image which this program has made."""
+    from ..images import FORMATS
 
-    settings = read_settings(image)
-    if as_json:
-        print_result(to_json(settings))
-        return
+    return Path(name).suffix.lower() in FORMATS and not Path(name).is_dir()
+
+
+def print_settings(settings: dict[str, Any]) -> None:
+    """Show what an image remembers, a setting a line; further lines of a text are indented."""
     for name, value in _flat(settings):
         print_result(f"{name}: {value}".replace("\n", "\n  "))
 
