@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runner import DEMO, PROMPT, done, make, pixels, refusal, run
+from cli_runner import DEMO, PROMPT, difference, done, make, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx.images import read_settings
@@ -61,6 +61,60 @@ def test_an_image_may_carry_nothing(suffix):
     assert (
         message == f"without.{suffix} carries no settings of flux2-mlx: another program made it, or they were left out"
     )
+
+
+@pytest.fixture
+def base(home):
+    """The demo model as a base model, whose guidance is free: its folder."""
+    shutil.copytree(DEMO, "base")
+    manifest = json.loads(Path("base/flux2.json").read_text())
+    Path("base/flux2.json").write_text(json.dumps(manifest | {"variant": "klein-base-4b"}))
+    return ("-m", "base", "-W", "64", "-H", "64", "-s", "2", "--seed", "7")
+
+
+def test_a_negative_prompt_is_kept_and_made_again(base):
+    done("t2i", PROMPT, *base, "-g", "3", "-o", "plain.png")
+    report = done("t2i", PROMPT, *base, "-g", "3", "--negative-prompt", "a blue ring", "-o", "made.png", "--json")
+    assert json.loads(report.stdout)["negative_prompt"] == "a blue ring"
+    assert not np.array_equal(pixels("plain.png"), pixels("made.png"))
+    assert "negative_prompt" not in read_settings(Path("plain.png"))
+    assert read_settings(Path("made.png"))["negative_prompt"] == "a blue ring"
+    with Image.open("made.png") as image:
+        assert image.text["parameters"].startswith(f"{PROMPT}\nNegative prompt: a blue ring\nSteps: 2, ")
+    done("t2i", "--replay", "made.png", "-o", "again.png")
+    assert Path("made.png").read_bytes() == Path("again.png").read_bytes()
+    done("t2i", "--replay", "made.png", "--negative-prompt", "", "-o", "without.png")
+    assert Path("plain.png").read_bytes() == Path("without.png").read_bytes()
+
+
+def test_a_prompt_has_a_negative_prompt_of_its_own(base, caplog):
+    lines = [{"prompt": PROMPT, "seed": 7}, {"prompt": PROMPT, "seed": 8, "negative_prompt": "a star"}]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = (
+        "t2i",
+        *base,
+        "-g",
+        "3",
+        "--prompts-file",
+        "a.jsonl",
+        "--negative-prompt",
+        "a ring",
+        "-o",
+        "{seed}.png",
+    )
+    images = json.loads(done(*arguments, "--json").stdout)["images"]
+    assert [image["negative_prompt"] for image in images] == ["a ring", "a star"]
+    done("t2i", PROMPT, *base, "--seed", "8", "-g", "3", "--negative-prompt", "a star", "-o", "b-{seed}.png")
+    assert difference("8.png", "b-8.png") < 0.5
+    done("t2i", PROMPT, *base, "-g", "3", "--negative-prompt", "a cat", "-o", "7.png", "--skip-existing")
+    assert caplog.messages == ["7.png is left as it is, but was made with another negative prompt"]
+
+
+def test_where_a_negative_prompt_has_no_effect(base):
+    result = done("t2i", PROMPT, *base, "-g", "1", "--negative-prompt", "a star", "-o", "made.png")
+    assert "a negative prompt has no effect at a guidance of 1\n" in result.stderr
+    message = refusal("t2i", PROMPT, "-m", "demo", "--negative-prompt", "a star")
+    assert message.startswith("demo has no use for a negative prompt; leave it out, or choose one of klein-base-4b")
 
 
 def moved(home, image, *files):

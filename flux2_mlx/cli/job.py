@@ -53,6 +53,7 @@ class Job:
     height: int | None
     steps: int | None
     guidance: float | None
+    negative_prompt: str | None
     seed: tuple[int, ...]
     same_seed: bool
     num_images: int
@@ -95,6 +96,11 @@ class Job:
         own = {name: getattr(prompt, name) for name in _SETTINGS}
         settings = {name: getattr(self, name) if value is None else value for name, value in own.items()}
         return settings | {"strength": self.pictures.strength}
+
+    def negative(self, prompt: Prompt) -> str | None:
+        """What is not to be seen in the images of a prompt; None: nothing is said."""
+        own = prompt.negative_prompt
+        return (self.negative_prompt if own is None else own) or None
 
     def paths(self, values: Sequence[dict[str, Any]]) -> list[Path]:
         """The file of each image, given `width`, `height` and `steps` of each."""
@@ -197,6 +203,7 @@ def _check_prompts(prompts: Sequence[Prompt], seeds: tuple[int, ...], num_images
             check_words(prompt.text)
             if prompt.line:  # the limit of the model is told of others
                 check_prompt(prompt.text)
+                check_prompt(prompt.negative_prompt or "")
             if prompt.output:
                 names.check(prompt.output)
             if len(seeds) > 1 and prompt.seed is None and prompt.images not in (None, len(seeds)):

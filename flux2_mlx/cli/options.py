@@ -96,6 +96,9 @@ _PAINTING = (
         "-g", "--guidance", type=float, help="Guidance scale; distilled models ignore it.  [default: the model's]"
     ),
     click.option(
+        "--negative-prompt", metavar="TEXT", help="What is not to be seen; of base models, with a guidance above 1."
+    ),
+    click.option(
         "--seed",
         type=int,
         multiple=True,

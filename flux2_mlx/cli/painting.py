@@ -75,9 +75,10 @@ def _batches(
 def _request(job: Job, build: "Callable[..., Request]", texts: Sequence[str], places: list[int]) -> "Request":
     """The request of images whose settings are the same."""
     frames = [job.frames[place] for place in places]
-    first = frames[0].prompt
+    first, negatives = frames[0].prompt, [job.negative(frame.prompt) or "" for frame in frames]
     with first.named():
-        request = build([texts[frame.number] for frame in frames], seed=0, **job.settings(first))
+        prompts = [texts[frame.number] for frame in frames]
+        request = build(prompts, seed=0, negative_prompt=negatives, **job.settings(first))
     return replace(request, seeds=tuple(frame.seed for frame in frames))
 
 
@@ -123,6 +124,8 @@ def _make(record: Record, missing: list[int], images: "list[Image.Image]", bars:
         pipe.networks.checked_plan(request, edit, previews=_has_previews(job, request))
         if images:
             _count_tokens(pipe, request, edit, job)
+        if not request.negative_prompts and any(job.negative(job.frames[place].prompt) for place in places):
+            notice(f"a negative prompt has no effect at a guidance of {request.guidance:g}", job.quiet)
     record.texts, record.output.timings[:] = _rewrite(pipe, job, images, bars)
     for request, places in _batches(job, build, record.texts, missing):
         pipe.run(
@@ -222,6 +225,8 @@ def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> l
 
     def build(prompts: Sequence[str], width: int | None, height: int | None, **settings: Any) -> Request:
         width, height = edit.working_size(width, height)
+        if job.resolved.variant is None:
+            del settings["negative_prompt"]  # whether the model has a use for it is not known yet
         return Request.checked(row, token, prompts, width=width, height=height, **settings)
 
     batches = _batches(job, build, [prompt.text for prompt in job.prompts])

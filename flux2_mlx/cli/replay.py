@@ -22,6 +22,7 @@ SETTINGS = {
     "height": int,
     "steps": int,
     "guidance": float,
+    "negative_prompt": str | None,
     "seed": int,
 }
 _OPTIONAL = dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None)

@@ -57,7 +57,10 @@ class Record:
         image."""
         request = self.requests[place]
         width, height = self.edit.output_size(request.width, request.height)
-        return {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+        sampled = {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+        if any(map(self.job.negative, self.job.prompts)):
+            sampled["negative_prompt"] = self.job.negative(self.job.frames[place].prompt)
+        return sampled
 
     def settings(self, place: int) -> dict[str, Any]:
         """What an image remembers: all that is needed to make it again, and of files and folders their names only."""
@@ -131,6 +134,8 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     changed = [
         name for name in _COMPARED if None not in (found.get(name), wanted[name]) and found[name] != wanted[name]
     ]
+    if found.get("negative_prompt") != wanted.get("negative_prompt"):
+        changed.append("negative prompt")
     if without_folders(found.get("edit")) != wanted.get("edit"):
         changed.append("pictures")
     return [_WORDS.get(name, name) for name in changed]
