@@ -42,7 +42,7 @@ def info(
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the models, or sizes, files and memory needs of one MODEL, or the settings of an image.
+    """Show the models, what one MODEL takes, or the settings of an image.
 
     MODEL is a name, a repo id or a folder, as for the other commands, or an image that this program has made. Sizes are
     those of the stored weights; each network is in memory only while it is used. The memory is what making one image is
