@@ -274,7 +274,7 @@ def condition(
     request: Request,
     grid: tuple[int, int],
     embeds: dict[int, mx.array],
-    negative: mx.array | None,
+    negatives: dict[int, mx.array],
     encoded: EncodedEdit | None,
     dtype: mx.Dtype,
     *,
@@ -287,13 +287,13 @@ def condition(
         request: the settings.
         grid: height and width in tokens.
         embeds: text states `[Lt, F]` of each prompt that is needed, by its number.
-        negative: those of the empty prompt, for classifier-free guidance.
+        negatives: the same of the negative prompts, for classifier-free guidance; none without.
         encoded: the pictures of the run.
         dtype: what the transformer computes in.
         kv_cache: whether the model was trained to see references through their keys and values only.
     """
     config = transformer.config
-    distinct = {id(states): states for states in embeds.values()}  # prompts may be the same
+    distinct = {id(states): states for states in (*embeds.values(), *negatives.values())}  # prompts may be the same
     projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
     guidance = mx.array([request.guidance]) if config.guidance_embeds else None
     ids, references, past = [image_ids(*grid)], None, None
@@ -303,22 +303,16 @@ def condition(
         ids.append(encoded.ids)
         references = encoded.references
 
-    def rope(text: mx.array) -> mx.array:
-        return rope_table(np.concatenate([text_ids(len(text)), *ids]), config)
+    lengths = {len(states) for states in distinct.values()}  # all prompts have one, all negative ones have one
+    ropes = {length: rope_table(np.concatenate([text_ids(length), *ids]), config) for length in lengths}
 
-    (length,) = {len(states) for states in distinct.values()}
-    positions = rope(next(iter(distinct.values())))
-    against = None
-    if negative is not None:
-        against = transformer.txt_in(negative), positions if len(negative) == length else rope(negative)
+    def text(states: dict[int, mx.array], images: Sequence[int]) -> Text:
+        rows = [states[image // request.images_per_prompt] for image in images]
+        return Text(mx.stack([projected[id(row)] for row in rows]), ropes[len(rows[0])])
 
     def of(images: Sequence[int]) -> Conditioning:
-        text = mx.stack([projected[id(embeds[i // request.images_per_prompt])] for i in images])
-        unwanted = None
-        if against is not None:
-            states = mx.broadcast_to(against[0], (len(images), *against[0].shape))
-            unwanted = Text(states, against[1])
-        return Conditioning(Text(text, positions), unwanted, request.guidance, guidance, references, past)
+        negative = text(negatives, images) if negatives else None
+        return Conditioning(text(embeds, images), negative, request.guidance, guidance, references, past)
 
     return of
 

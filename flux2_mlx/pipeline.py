@@ -19,7 +19,7 @@ from .phases import Flux2Output, OnProgress, Progress, decode_image, finished_im
 from .quantization import check_quant
 from .references import Edit
 from .run import Run
-from .sampling import Request
+from .sampling import Request, check_guided
 from .unfinished import FOLDER as UNFINISHED
 from .unfinished import Unfinished
 from .upsampling import Writer
@@ -103,6 +103,8 @@ class Flux2Pipeline:
         num_images_per_prompt: int = 1,
         latents: Any = None,
         prompt_embeds: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_embeds: Any = None,
         max_sequence_length: int | None = None,
         sigmas: Sequence[float] | None = None,
         output_type: str = "pil",
@@ -127,8 +129,11 @@ class Flux2Pipeline:
             num_images_per_prompt: images for each prompt.
             latents: noise to start from, `[B, 4c, H/16, W/16]`, in place of the seeds' noise.
             prompt_embeds: what `encode_prompt` gives, one row a prompt, in place of `prompt`.
+            negative_prompt: what guidance steers away from, one for all prompts or one for each; None: empty ones. Of
+                the base models only, and with a `guidance_scale` above 1.
+            negative_prompt_embeds: the same as what `encode_prompt` gives, one row for all prompts or one for each.
             max_sequence_length: text tokens of a prompt that the transformer sees, at most the variant's. Embeds have
-                their own length; the negative prompt of guidance has this one.
+                their own length.
             sigmas: noise levels before the shift, one a step, in place of the even grid.
             output_type: `pil`; `np`: float32 `[B, H, W, 3]` in 0..1; `latent`: `[B, c, H/8, W/8]`, un-normalised, with
                 dev too, whose pipeline in diffusers gives its normalised tokens `[B, L, 4c]`.
@@ -143,13 +148,14 @@ class Flux2Pipeline:
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("give either prompt or prompt_embeds")
         if prompt_embeds is not None:
-            prompt_embeds = _given(prompt_embeds, "prompt_embeds")
-            features = self.checkpoint.components["text_encoder"].config.output_size
-            if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != features:
-                raise InputError(f"prompt_embeds must be [prompts, tokens, {features}], got {prompt_embeds.shape}")
-            if prompt_embeds.shape[1] == 0 or not mx.isfinite(prompt_embeds).all().item():
-                raise InputError(f"prompt_embeds {prompt_embeds.shape} must be finite numbers, for one token at least")
+            prompt_embeds = self._checked_embeds("prompt_embeds", prompt_embeds)
             prompts = [""] * len(prompt_embeds)
+        if negative_prompt_embeds is not None:
+            if negative_prompt is not None:
+                raise InputError("give either negative_prompt or negative_prompt_embeds")
+            check_guided(self.variant, "negative prompt")
+            embeds = self._checked_embeds("negative_prompt_embeds", negative_prompt_embeds)
+            negative_prompt_embeds = _for_each(prompts, embeds)
         images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         edit = self.edit(images, mask=mask_image, on_canvas=strength is not None, crop_padding=padding_mask_crop)
         request = self.request(
@@ -164,6 +170,7 @@ class Flux2Pipeline:
             images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
             sigmas=sigmas,
+            negative_prompt=negative_prompt,
         )
 
         def on_progress(progress: Progress) -> mx.array | None:
@@ -178,6 +185,7 @@ class Flux2Pipeline:
             edit,
             latents=latents,
             prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
             on_progress=on_progress,
             resume=callback_on_step_end is None,
@@ -207,6 +215,7 @@ class Flux2Pipeline:
         *,
         latents: Any = None,
         prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
         output_type: str = "pil",
         on_progress: OnProgress = lambda progress: None,
         previews: bool = False,
@@ -220,6 +229,7 @@ class Flux2Pipeline:
             edit: the pictures.
             latents: as for a call.
             prompt_embeds: the same.
+            negative_prompt_embeds: the same, one row a prompt.
             output_type: the same.
             on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
                 before that of the next pass where memory allows it. After a step it may return tokens to go on from,
@@ -231,12 +241,12 @@ class Flux2Pipeline:
         """
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
-        texts = None
-        if prompt_embeds is not None:
-            negative = request.max_sequence_length if self.variant.uses_cfg and request.guidance > 1 else 0
-            texts = len(prompt_embeds), max(prompt_embeds.shape[1], negative)
+        if not request.negative_prompts:
+            negative_prompt_embeds = None  # up to a guidance of 1
+        texts = _texts(request, prompt_embeds, negative_prompt_embeds)
         planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
         latents = self._checked_latents(request, latents)
+        given = any(values is not None for values in (latents, prompt_embeds, negative_prompt_embeds))
         with turn():
             run = self._run(
                 request,
@@ -244,10 +254,10 @@ class Flux2Pipeline:
                 edit=edit,
                 output_type=output_type,
                 on_progress=on_progress,
-                unfinished=self.unfinished if resume and latents is None and prompt_embeds is None else None,
+                unfinished=self.unfinished if resume and not given else None,
                 output=Flux2Output() if output is None else output,
             )
-            return run.make(latents, prompt_embeds)
+            return run.make(latents, prompt_embeds, negative_prompt_embeds)
 
     def _run(self, request: Request, planned: Plan, **settings: Any) -> Run:
         return Run(self.networks, self.variant, request, planned, prompt_cache=self.prompt_cache, **settings)
@@ -298,6 +308,14 @@ class Flux2Pipeline:
         """Pixels per image token along one side."""
         return self.checkpoint.components["vae"].config.token_size
 
+    def _checked_embeds(self, name: str, embeds: Any) -> mx.array:
+        embeds, features = _given(embeds, name), self.checkpoint.components["text_encoder"].config.output_size
+        if embeds.ndim != 3 or embeds.shape[-1] != features:
+            raise InputError(f"{name} must be [prompts, tokens, {features}], got {embeds.shape}")
+        if embeds.shape[1] == 0 or not mx.isfinite(embeds).all().item():
+            raise InputError(f"{name} {embeds.shape} must be finite numbers, for one token at least")
+        return embeds
+
     def _checked_latents(self, request: Request, latents: Any) -> mx.array | None:
         if latents is None:
             return None
@@ -309,6 +327,24 @@ class Flux2Pipeline:
         if not mx.isfinite(latents).all().item():
             raise InputError("latents have values that are not finite numbers")
         return latents
+
+
+def _for_each(prompts: Sequence[str], negatives: mx.array) -> mx.array:
+    """Encoded negative prompts, one row for each of `prompts`."""
+    if len(negatives) not in (1, len(prompts)):
+        raise InputError(
+            f"negative_prompt_embeds have {len(negatives)} rows, not 1 or {len(prompts)}, one for each prompt"
+        )
+    return mx.broadcast_to(negatives, (len(prompts), *negatives.shape[1:]))
+
+
+def _texts(request: Request, *given: mx.array | None) -> tuple[int, int, int]:
+    """How many prompts and negative prompts there are, and the tokens of the longest, if some are given encoded."""
+    texts = request.prompts, request.negative_prompts or [""]
+    counts = [len(set(own) if embeds is None else embeds) for own, embeds in zip(texts, given, strict=True)]
+    own = request.max_sequence_length
+    prompts, negatives = (own if embeds is None else embeds.shape[1] for embeds in given)
+    return *counts, max(prompts, negatives if request.negative_prompts else 0)
 
 
 def _given(values: Any, name: str) -> mx.array:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .config import Variant
+from .config import VARIANTS, Variant
 from .errors import InputError
 from .layers import check_finite
 from .scheduler import euler_step
@@ -29,8 +29,9 @@ _SHIFT_STEPS = 50  # the default of diffusers' pipelines, whose shift of given s
 class Request:
     """The settings of one run, checked. Build it with `Request.checked`.
 
-    There is one seed for each image; the images of a prompt are neighbours. `shift_steps` is the number of steps that
-    the shift of given `sigmas` is worked out for.
+    There is one seed for each image; the images of a prompt are neighbours. `negative_prompts` has one for each prompt
+    where classifier-free guidance steers away from them, and is empty elsewhere. `shift_steps` is the number of steps
+    that the shift of given `sigmas` is worked out for.
     """
 
     prompts: tuple[str, ...]
@@ -43,6 +44,7 @@ class Request:
     sigmas: tuple[float, ...] | None = None
     strength: float = 1.0
     shift_steps: int | None = None
+    negative_prompts: tuple[str, ...] = ()
 
     @classmethod
     def checked(
@@ -60,10 +62,13 @@ class Request:
         max_sequence_length: int | None = None,
         sigmas: Sequence[float] | None = None,
         strength: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> "Request":
         """Fill in the variant's defaults and check every setting; InputError says which one is wrong.
 
         With `sigmas`, `steps` is only what the shift is worked out for, by default 50, as in diffusers.
+        `negative_prompt` is one for all prompts or one for each; None: empty ones. Like all of guidance it has no
+        effect up to a guidance of 1.
         """
         height, width, steps = _integer("height", height), _integer("width", width), _integer("steps", steps)
         seed, images_per_prompt = _integer("seed", seed), _integer("images per prompt", images_per_prompt)
@@ -94,7 +99,10 @@ class Request:
             sigmas,
             1.0 if strength is None else strength,
             shift_steps,
+            _negative_prompts(variant, negative_prompt, len(prompts)),
         )
+        if not request.guidance > 1:
+            request = replace(request, negative_prompts=())
         request._check(variant, token_size)
         return request
 
@@ -116,7 +124,7 @@ class Request:
             f"{self.steps} steps at strength {self.strength} are the end of a schedule of more than {MAX_STEPS}; "
             "raise the strength or take fewer steps",
         )
-        for prompt in self.prompts:
+        for prompt in (*self.prompts, *self.negative_prompts):
             check_prompt(prompt, self.max_sequence_length)
         limit = variant.max_sequence_length
         _require(
@@ -133,8 +141,11 @@ class Request:
 
     def only(self, images: Sequence[int]) -> "Request":
         """The settings of a run that makes some of the images, in this order."""
-        prompts = tuple(self.prompts[image // self.images_per_prompt] for image in images)
-        return replace(self, prompts=prompts, seeds=tuple(self.seeds[image] for image in images))
+        numbers = [image // self.images_per_prompt for image in images]
+        prompts = tuple(self.prompts[number] for number in numbers)
+        negatives = tuple(self.negative_prompts[number] for number in numbers if self.negative_prompts)
+        seeds = tuple(self.seeds[image] for image in images)
+        return replace(self, prompts=prompts, negative_prompts=negatives, seeds=seeds)
 
     @property
     def schedule_steps(self) -> int:
@@ -165,6 +176,26 @@ def _number(name: str, value: Any) -> float | None:
         return value if value is None else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{name} must be a number, got {value!r:.40}") from error
+
+
+def check_guided(variant: Variant, setting: str) -> None:
+    """Raise InputError if `variant` has no classifier-free guidance, without which a negative prompt has no effect."""
+    if not variant.uses_cfg:
+        guided = ", ".join(name for name, row in VARIANTS.items() if row.uses_cfg)
+        raise InputError(f"{variant.name} has no use for a {setting}; leave it out, or choose one of {guided}")
+
+
+def _negative_prompts(variant: Variant, given: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """One for each of `count` prompts; none for a variant that has no use for them."""
+    if given is not None and not isinstance(given, str | Sequence):
+        raise InputError(f"negative_prompt must be text or a list of texts, got {type(given).__name__}")
+    negatives = (given or "",) * count if given is None or isinstance(given, str) else tuple(given)
+    for prompt in negatives:
+        _require(isinstance(prompt, str), f"a negative prompt must be text, got {type(prompt).__name__}")
+    if any(negatives):  # scripts give an empty one to any model
+        check_guided(variant, "negative prompt")
+    _require(len(negatives) == count, f"{len(negatives)} negative prompts don't go with {count} prompts; give one each")
+    return negatives if variant.uses_cfg else ()
 
 
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:

@@ -53,10 +53,11 @@ def _keys(
 ) -> Iterator[tuple[int, str]]:
     """SHA-256 of all that the tokens of an image depend on, for each place."""
     places = range(len(request.seeds)) if places is None else places
-    settings = asdict(request) | {"prompts": None, "seeds": None}
+    settings = asdict(request) | dict.fromkeys(("prompts", "negative_prompts", "seeds"))
     shared = [__version__, mx.__version__, str(mx.default_device()), _weights(networks), settings, _pictures(edit)]
     for place in places:
-        own = [request.prompts[place // request.images_per_prompt], request.seeds[place]]
+        number = place // request.images_per_prompt
+        own = [request.prompts[number], request.negative_prompts[number:][:1], request.seeds[place]]
         yield place, hashlib.sha256(json.dumps([*shared, *own]).encode()).hexdigest()
 
 
