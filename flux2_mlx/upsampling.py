@@ -18,7 +18,8 @@ from .errors import CheckpointError, InputError
 from .layers import check_finite
 from .memory import Plan, Writing
 from .networks import Networks
-from .phases import Meter, Phase, turn
+from .output import Phase
+from .phases import Meter, turn
 from .quantization import loadable_quant
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
@@ -77,20 +78,39 @@ class Writer:
     def can_see(self) -> bool:
         return "vision" in self.checkpoint.components
 
-    def upsample(self, prompts: Sequence[str], images: Sequence[Image.Image] = (), **settings: Any) -> list[str]:
+    def upsample(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] = (),
+        *,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+        on_text: OnText = lambda number, text: None,
+    ) -> list[str]:
         """Each prompt with more visual detail or, with RGB `images` to edit, as one clear instruction.
 
-        `settings` are those of `write`. InputError if a prompt is empty, too long or no text.
+        The other settings are those of `write`. InputError if a prompt is empty, too long or no text.
         """
         check_prompts(prompts)
         images = [shown(images)] if images else []
-        return self.write(
-            [(prompt, images) for prompt in prompts], UPSAMPLE_I2I if images else UPSAMPLE_T2I, **settings
-        )
+        system, questions = UPSAMPLE_I2I if images else UPSAMPLE_T2I, [(prompt, images) for prompt in prompts]
+        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "on_text": on_text}
+        return self.write(questions, system, **settings)
 
-    def describe(self, images: Sequence[Image.Image], **settings: Any) -> list[str]:
-        """What is to be seen in each RGB image, in words that an image can be made from."""
-        return self.write([("Describe this image.", [shown([image])]) for image in images], DESCRIBE, **settings)
+    def describe(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+        on_text: OnText = lambda number, text: None,
+    ) -> list[str]:
+        """What is to be seen in each RGB image, in words that an image can be made from; settings as of `write`."""
+        questions = [("Describe this image.", [shown([image])]) for image in images]
+        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "on_text": on_text}
+        return self.write(questions, DESCRIBE, **settings)
 
     def write(
         self,
@@ -211,3 +231,45 @@ def shown(images: Sequence[Image.Image]) -> Image.Image:
     scale = math.sqrt(_MAX_AREA / area)
     size = (max(1, int(joined.width * scale)), max(1, int(joined.height * scale)))
     return joined.resize(size, Image.Resampling.LANCZOS)
+
+
+class WritingMethods:
+    """What a pipeline does with its language model."""
+
+    networks: Networks
+
+    def writer(self) -> Writer:
+        """The model's own language model: dev's sees images, klein's does not."""
+        return Writer(self.networks)
+
+    def upsample_prompt(
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[Image.Image] = (),
+        *,
+        vision: Writer | None = None,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Prompts rewritten with more detail or, with RGB `images` to edit, as clear instructions.
+
+        `vision` looks at images where this model can't (see `Writer.from_pretrained`); the other settings are those of
+        `Writer.write`.
+        """
+        writer = vision if images and vision is not None else self.writer()
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return writer.upsample(prompts, images, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+    def describe_image(
+        self,
+        image: Image.Image,
+        *,
+        vision: Writer | None = None,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+    ) -> str:
+        """What is to be seen in an RGB image; arguments as for `upsample_prompt`."""
+        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        return (vision or self.writer()).describe([image], **settings)[0]

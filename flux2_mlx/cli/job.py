@@ -49,6 +49,7 @@ class Pictures:
     mask: Path | None = None
     mask_crop: int | None = None
     extend: dict[str, int] | None = None
+    match_colors: bool = False
 
     def open(self) -> "tuple[list[Image.Image], dict[str, Any], dict[Path, str]]":
         """The images, what `Edit.checked` is to do with them, and the SHA-256 of every file as it was read."""
@@ -70,6 +71,7 @@ class Pictures:
             "on_canvas": self.strength is not None,
             "crop_padding": self.mask_crop,
             "feather": 0 if self.extend is None else self.extend["overlap"] // 2,
+            "match_colors": self.match_colors,
         }
         return images, edit, hashes
 
@@ -84,12 +86,13 @@ class Pictures:
             "mask": None if self.mask is None else files[self.mask],
             "mask_crop": self.mask_crop,
             "extend": self.extend,
+            **({"match_colors": True} if self.match_colors else {}),
         }
 
     @property
     def keep_size(self) -> bool:
         """Whether the size is that of the first image."""
-        return self.strength is not None or self.mask is not None or self.extend is not None
+        return self.match_colors or not (self.strength is self.mask is self.extend is None)
 
     def completed(self, edit: dict[str, Any], image: Path) -> "Pictures":
         """These pictures, and for all that is not given what `image` remembers of its `edit`.
@@ -118,6 +121,7 @@ class Pictures:
             mask if self.mask is None else self.mask,
             edit.get("mask_crop") if self.mask_crop is None else self.mask_crop,
             extend,
+            self.match_colors or edit.get("match_colors") is True,
         )
 
 
@@ -252,7 +256,10 @@ def _remembered(image: Path) -> dict[str, Any]:
 
     settings = read_settings(image)
     optional = dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None)
-    _check_kinds(settings, {"prompt": str, **optional, "edit": dict | None, **_REPLAYED}, image)
+    _check_kinds(settings, {"prompt": str, **optional, "edit": dict | None, "beyond": list | None, **_REPLAYED}, image)
+    if settings.get("beyond"):
+        given = ", ".join(map(str, settings["beyond"]))
+        raise InputError(f"{image} was made in Python with {given:.200}, which it does not hold; make it again there")
     return settings
 
 

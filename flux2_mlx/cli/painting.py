@@ -16,7 +16,8 @@ from .writing import check_sight, is_blind, open_writer
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..phases import Phase, Progress
+    from ..output import Phase
+    from ..phases import Progress
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request

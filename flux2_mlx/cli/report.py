@@ -14,7 +14,7 @@ from .. import __version__
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..phases import Flux2Output, Phase
+    from ..output import Flux2Output, Phase
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def _new_output() -> "Flux2Output":
-    from ..phases import Flux2Output
+    from ..output import Flux2Output
 
     return Flux2Output()
 
