@@ -85,6 +85,25 @@ def texts(name: str, given: Any) -> list[str]:
     return list(given)
 
 
+def kinds(**given: tuple[Any, type]) -> None:
+    """Raise InputError if a value that is not None is not of its type."""
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            wanted = {str: "text", bool: "True or False"}.get(kind, kind.__name__)
+            raise InputError(f"{name} must be {wanted}, got {_kind(value)}")
+
+
+def checked_number(name: str, value: Any, least: float, most: float) -> float:
+    """A number of any type from `least` to `most`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{name} must be a number, got {_kind(value)}") from error
+    if not least <= number <= most:
+        raise InputError(f"{name} must be {least} to {most}, got {number:g}")
+    return number
+
+
 def _is_picture(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_picture(item) for item in value)
@@ -280,9 +299,9 @@ def latents(given: Any, shape: tuple[int | None, ...]) -> mx.array:
 
 def check_diffusers(tensor_inputs: Any, attention: Any, layers: Any, own_layers: Sequence[int]) -> None:
     """Raise InputError if arguments that only diffusers has ask for anything that is not done here."""
-    if tensor_inputs is not None and (isinstance(tensor_inputs, str) or list(tensor_inputs) != ["latents"]):
+    if tensor_inputs is not None and not (isinstance(tensor_inputs, list | tuple) and [*tensor_inputs] == ["latents"]):
         raise InputError(f"callbacks get latents only; write ['latents'], not {tensor_inputs!r:.60}")
-    if attention:
+    if attention is not None and not (isinstance(attention, dict) and not attention):
         raise InputError("attention_kwargs have no counterpart here; leave them out")
-    if layers is not None and tuple(layers) != tuple(own_layers):
+    if layers is not None and not (isinstance(layers, list | tuple) and tuple(layers) == tuple(own_layers)):
         raise InputError(f"text_encoder_out_layers are {tuple(own_layers)} for this model; leave them out")

@@ -148,7 +148,7 @@ class Flux2Output:
 
 def check_output_type(output_type: Any) -> None:
     """Raise InputError if images can't be given as this: an unknown type, or PyTorch's without it."""
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
     if output_type == "pt":
         _torch()

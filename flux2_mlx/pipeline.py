@@ -78,8 +78,11 @@ class Flux2Pipeline(BasePipeline):
             "memory_limit": memory_bytes(memory_limit),
         }
         weights = {"quant": quant, "text_quant": text_quant}
-        for setting in filter(None, weights.values()):
-            check_quant(setting)
+        arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
+        for setting in weights.values():
+            if setting is not None:
+                arguments.kinds(quant=(setting, str))
+                check_quant(setting)
         if variant is not None:
             get_variant(variant)
         with progress_bar(desc="converting", unit="B", unit_scale=True, disable=not progress) as show:
@@ -170,6 +173,7 @@ class Flux2Pipeline(BasePipeline):
         text = self.checkpoint.components["text_encoder"].config
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end must be a function, got {callback_on_step_end!r:.40}")
+        arguments.kinds(return_dict=(return_dict, bool))
         arguments.check_diffusers(
             callback_on_step_end_tensor_inputs, attention_kwargs, text_encoder_out_layers, text.out_layers
         )

@@ -79,7 +79,10 @@ class Request:
             _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
         shift_steps = None
         if sigmas is not None:
-            _require(isinstance(sigmas, Iterable), f"sigmas must be a list of numbers, got {sigmas!r:.40}")
+            _require(
+                isinstance(sigmas, Iterable) and getattr(sigmas, "ndim", 1) == 1,
+                f"sigmas must be a list of numbers, got {sigmas!r:.40}",
+            )
             sigmas = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in sigmas)
             _require(len(sigmas) > 0, "there are no sigmas; give one for each step")
             _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")

@@ -11,10 +11,12 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
 from .convert import find_checkpoint
 from .device import activation_dtype, memory_bytes
 from .errors import CheckpointError, InputError
+from .images import flattened
 from .layers import check_finite
 from .memory import Plan, Writing
 from .networks import Networks
@@ -30,6 +32,7 @@ TEMPERATURE = 0.15
 MAX_NEW_TOKENS = 512
 # Images are shown to the language model at no more than this area, as in the reference.
 _MAX_AREA = 768 * 768
+_MAX_ANSWER = 100_000
 _log = logging.getLogger(__name__)
 # Hears the number of the answer and its text so far.
 OnText = Callable[[int, str], None]
@@ -129,6 +132,8 @@ class Writer:
             InputError: an answer is empty.
         """
         self._check(any(images for _, images in questions))
+        temperature = checked_number("temperature", temperature, 0, 2)
+        max_new_tokens = int(checked_number("max_new_tokens", max_new_tokens, 1, _MAX_ANSWER))
         if not questions:
             return []
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
@@ -257,8 +262,9 @@ class WritingMethods:
         `vision` looks at images where this model can't (see `Writer.from_pretrained`); the other settings are those of
         `Writer.write`.
         """
+        prompts, images = texts("prompt", prompt), [flattened(image) for image in pictures("images", images)[0]]
+        kinds(vision=(vision, Writer))
         writer = vision if images and vision is not None else self.writer()
-        prompts = [prompt] if isinstance(prompt, str) else prompt
         return writer.upsample(prompts, images, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
     def describe_image(
@@ -271,5 +277,9 @@ class WritingMethods:
         seed: int | None = None,
     ) -> str:
         """What is to be seen in an RGB image; arguments as for `upsample_prompt`."""
+        images = [flattened(image) for image in pictures("image", image)[0]]
+        if len(images) != 1:
+            raise InputError(f"one image is described at a time, got {len(images)}")
+        kinds(vision=(vision, Writer))
         settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-        return (vision or self.writer()).describe([image], **settings)[0]
+        return (vision or self.writer()).describe(images, **settings)[0]
