@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cli_runner import done, pixels, refusal
 from edits import KINDS, Edit, sample_held_out_edit
 from PIL import Image
 
@@ -118,3 +119,23 @@ def test_a_pipeline_matches_colours_when_asked(pipe):
 def test_what_can_not_be_matched(settings, match, pipe):
     with pytest.raises(InputError, match=match):
         pipe("red", **{"match_colors": True, **SETTINGS, **settings})
+
+
+def test_the_command_line_matches_colours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = sampled("colour")[0][0]
+    source.save("a.png")
+    common = ("-m", "demo", "-s", "2", "--seed", "3")
+    for name, extra in {"plain": (), "told": ("--match-colors",)}.items():
+        done("i2i", "make the star green", "-i", "a.png", *common, *extra, "-o", f"{name}.png")
+        done("outpaint", "a.png", *common, "--left", "32", *extra, "-o", f"{name}-wide.png")
+    assert np.array_equal(pixels("told.png"), np.asarray(matched(Image.open("plain.png"), source)))
+    kept = np.s_[:, 32 + 32 :]
+    assert np.array_equal(pixels("told-wide.png")[kept], np.asarray(source)[:, 32:])
+    assert not np.array_equal(pixels("told-wide.png"), pixels("plain-wide.png"))
+    done("i2i", "--replay", "told.png", "-o", "again.png")
+    done("i2i", "--replay", "told-wide.png", "-o", "again-wide.png")
+    assert np.array_equal(pixels("again.png"), pixels("told.png"))
+    assert np.array_equal(pixels("again-wide.png"), pixels("told-wide.png"))
+    told = refusal("i2i", "red", "-i", "a.png", "--match-colors", "-W", "64", *common, "-o", "b.png")
+    assert told == "colours are matched pixel by pixel, so the image keeps its size; leave width and height out"
