@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -51,25 +50,35 @@ class Writer:
         cls,
         source: str | os.PathLike,
         *,
+        variant: str | None = None,
         text_quant: str | None = None,
         dtype: str | None = None,
+        models_dir: str | os.PathLike | None = None,
         memory_limit: int | str | None = None,
-        **options: Any,
+        quiet: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> "Writer":
         """Open the language model of a model; its transformer and VAE need not be there.
 
         Args:
             source: as for `Flux2Pipeline.from_pretrained`; fetched and converted first if need be. Of the released
                 models, dev's sees images.
+            variant: the model's name where the source can't tell.
             text_quant: `bf16`, `qint8` or `qint4`; None: as stored, or 8 bit when converting.
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own. With `float16` it is
                 `bfloat16`, as hidden states of language models overflow the other.
+            models_dir: as for `Flux2Pipeline.from_pretrained`.
             memory_limit: bytes, or a size such as `"12GB"`, to stay within, if need be by reading layers from disk for
                 every word; None: what the machine has.
-            options: further ones of `find_checkpoint`.
+            quiet: show nothing of a download.
+            progress: hears how many bytes of how many are converted.
         """
         computed_in, limit = activation_dtype(dtype), memory_bytes(memory_limit)
-        checkpoint = Checkpoint.open(find_checkpoint(str(source), text_quant=text_quant, text_only=True, **options))
+        shown = {"quiet": quiet, "progress": progress}
+        folder = find_checkpoint(
+            str(source), variant=variant, text_quant=text_quant, models_dir=models_dir, text_only=True, **shown
+        )
+        checkpoint = Checkpoint.open(folder)
         quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
         return cls(Networks(checkpoint, checkpoint.quant, quant, computed_in, limit))
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import save_small
 from PIL import Image
 
 from flux2_mlx import Flux2Error, Flux2Pipeline, InputError
@@ -147,6 +148,18 @@ def test_a_bar_of_steps(pipe, capfd):
         pipe.set_progress_bar_config()
 
 
+def test_a_bar_of_a_conversion(tmp_path, capfd):
+    official = save_small(tmp_path / "official")
+    for number, progress in enumerate((False, True)):
+        capfd.readouterr()
+        Flux2Pipeline.from_pretrained(
+            official, variant="klein-4b", models_dir=tmp_path / str(number), progress=progress
+        )
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert ("converting: 100%" in captured.err) == progress
+
+
 def used() -> torch.Generator:
     one = generator()
     torch.randn(4, generator=one)
@@ -227,7 +240,7 @@ def test_without_pytorch(pipe, monkeypatch):
         ({"variant": "fp16"}, "unknown model 'fp16'; choose one of demo"),
         ({"models_dir": 5}, "models_dir must be a folder, got int"),
         ({"memory_limit": [1]}, "memory must be a size such as 12GB"),
-        ({"quant": 8}, "unknown quantization 8"),
+        ({"quant": 8}, "quant must be text, got int 8"),
     ],
     ids=str,
 )
