@@ -107,6 +107,8 @@ def checked_number(name: str, value: Any, least: float, most: float) -> float:
 def _is_picture(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_picture(item) for item in value)
+    if isinstance(value, str):
+        return os.path.isfile(value)  # no prompt is the name of a file
     return isinstance(value, Image.Image | Path | np.ndarray | mx.array) or _is_torch(value)
 
 

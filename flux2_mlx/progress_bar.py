@@ -17,6 +17,8 @@ def progress_bar(**options: Any) -> Iterator[Callable[[int, int], None]]:
 
             bar = tqdm(total=total, **options)
         bar.update(done - bar.n)
+        if done >= total:
+            bar.close()  # what comes after is not counted
 
     try:
         yield show

@@ -73,6 +73,16 @@ def test_an_edit_with_the_image_first(pipe, picture):
     assert pipe("make it red", picture, seed=7, num_inference_steps=2).images == expected
 
 
+def test_an_edit_with_the_name_of_the_image_first(pipe, picture, tmp_path):
+    name = str(tmp_path / "picture.png")
+    picture.save(name)
+    expected = pipe("make it red", image=picture, seed=7, num_inference_steps=2).images
+    assert pipe(name, "make it red", seed=7, num_inference_steps=2).images == expected
+    assert pipe("make it red", name, seed=7, num_inference_steps=2).images == expected
+    with pytest.raises(InputError, match="give either prompt or prompt_embeds"):
+        pipe(name)
+
+
 def kinds(picture: Image.Image, folder: Path) -> dict[str, Any]:
     picture.save(folder / "picture.png")
     tensor = torch.from_numpy(array(picture).copy()).permute(2, 0, 1)
