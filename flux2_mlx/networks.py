@@ -106,11 +106,11 @@ class Networks:
             raise _refusal(planned, self.advice(request, edit, **beside))
         return planned
 
-    def checked_text_plan(self, request: Request) -> Plan:
-        """What encoding the prompts holds in memory; InputError if that does not fit."""
-        planned = self.plan(request).only("text_encoder")
+    def checked_phase_plan(self, request: Request, name: str) -> Plan:
+        """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
+        planned = self.plan(request).only(name)
         if not planned.fits:
-            raise _refusal(planned, _SMALLER_TEXT)
+            raise _refusal(planned, "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT)
         return planned
 
     def checked_writing_plan(self, writing: Writing) -> Plan:

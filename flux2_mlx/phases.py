@@ -18,6 +18,7 @@ from .errors import InputError, RangeError
 from .images import to_pil, to_unit
 from .layers import check_finite
 from .memory import Plan, limits
+from .output import Phase
 from .references import Edit, to_pixels
 from .sampling import Conditioning, Painting, Request, Step, Text, denoise
 from .scheduler import noise_levels
@@ -35,22 +36,6 @@ _ENDING = threading.Event()
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What one phase of a run took: seconds, and peak memory in bytes.
-
-    `read` are the bytes of weights that were streamed from disk, `streamed` those of each pass, and `overlap` is the
-    share of the reading, 0 to 1, that the computation did not wait for.
-    """
-
-    name: str
-    seconds: float
-    peak_memory: int
-    read: int = 0
-    streamed: int = 0
-    overlap: float | None = None
-
-
-@dataclass(frozen=True)
 class Progress:
     """`done` of `total` units of a phase.
 
@@ -65,20 +50,6 @@ class Progress:
     images: Sequence[int] = ()
     image: Image.Image | None = None
     preview: Callable[[], list[Image.Image]] | None = None
-
-
-@dataclass
-class Flux2Output:
-    """What a run gives: `images` as asked for, and the seed of each. `timings` has a `Phase` for each phase;
-    `peak_memory` is in bytes."""
-
-    images: Any = None
-    seeds: list[int] = field(default_factory=list)
-    timings: list[Phase] = field(default_factory=list)
-
-    @property
-    def peak_memory(self) -> int:
-        return max((phase.peak_memory for phase in self.timings), default=0)
 
 
 @contextmanager
@@ -323,7 +294,12 @@ def decode_image(vae: VAE, tokens: mx.array, grid: tuple[int, int], dtype: mx.Dt
     Raises:
         RangeError: it is no image, as some weights of the VAE or the tokens are far from what they should be.
     """
-    pixels = vae.decode(vae.from_tokens(tokens[None], *grid).astype(dtype))
+    return decode_latents(vae, vae.from_tokens(tokens[None], *grid).astype(dtype))
+
+
+def decode_latents(vae: VAE, latents: mx.array) -> np.ndarray:
+    """The same of un-normalised latents `[1, H/8, W/8, c]` in the VAE's dtype."""
+    pixels = vae.decode(latents)
     check_finite(pixels, "VAE")
     pixels = np.array(pixels.astype(mx.float32))
     if np.abs(pixels).max() > _MOST_INTENSITY:
@@ -343,5 +319,4 @@ def latents_of(vae: VAE, tokens: mx.array, grid: tuple[int, int]) -> np.ndarray:
 
 def finished_image(pixels: np.ndarray, edit: Edit) -> Image.Image:
     """The image of decoder output `[1, H, W, 3]`, put into the picture that it paints over, if there is one."""
-    image = to_pil(to_unit(pixels))[0]
-    return image if edit.canvas is None else edit.canvas.paste(image)
+    return edit.finished(to_pil(to_unit(pixels))[0])

@@ -18,9 +18,9 @@ from .layers import cast, check_finite
 from .memory import Plan, passes
 from .networks import Networks
 from .noise import initial_noise
+from .output import Flux2Output
 from .phases import (
     EncodedEdit,
-    Flux2Output,
     Meter,
     OnProgress,
     Progress,

@@ -57,7 +57,7 @@ class Request:
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
         sigmas: Sequence[float] | None = None,
@@ -67,18 +67,22 @@ class Request:
         """Fill in the variant's defaults and check every setting; InputError says which one is wrong.
 
         With `sigmas`, `steps` is only what the shift is worked out for, by default 50, as in diffusers.
+        `seed` is that of the first image, image k has seed + k; or there is a list with the seed of each image.
         `negative_prompt` is one for all prompts or one for each; None: empty ones. Like all of guidance it has no
         effect up to a guidance of 1.
         """
         height, width, steps = _integer("height", height), _integer("width", width), _integer("steps", steps)
-        seed, images_per_prompt = _integer("seed", seed), _integer("images per prompt", images_per_prompt)
+        images_per_prompt = _integer("images per prompt", images_per_prompt)
         max_sequence_length = _integer("max_sequence_length", max_sequence_length)
         guidance, strength = _number("guidance", guidance), _number("strength", strength)
         for prompt in prompts:
             _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
         shift_steps = None
         if sigmas is not None:
-            _require(isinstance(sigmas, Iterable), f"sigmas must be a list of numbers, got {sigmas!r:.40}")
+            _require(
+                isinstance(sigmas, Iterable) and getattr(sigmas, "ndim", 1) == 1,
+                f"sigmas must be a list of numbers, got {sigmas!r:.40}",
+            )
             sigmas = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in sigmas)
             _require(len(sigmas) > 0, "there are no sigmas; give one for each step")
             _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")
@@ -207,11 +211,16 @@ def _negative_prompts(variant: Variant, given: str | Sequence[str] | None, count
     return negatives if variant.uses_cfg else ()
 
 
-def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
-    first = secrets.randbelow(2**32) if seed is None else seed
-    last = first + count - 1
-    _require(first >= 0 and last <= MAX_SEED, f"seeds must be 0 to {MAX_SEED}, got {first if first < 0 else last}")
-    return tuple(range(first, first + count))
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if isinstance(seed, list | tuple | range):
+        seeds = tuple(-1 if one is None else _integer("seed", one) for one in seed)
+        _require(len(seeds) == count, f"{len(seeds)} seeds don't go with {count} images; give one for each image")
+    else:
+        first = secrets.randbelow(2**32) if seed is None else _integer("seed", seed)
+        seeds = tuple(range(first, first + count))
+    wrong = next((one for one in seeds if not 0 <= one <= MAX_SEED), None)
+    _require(wrong is None, f"seeds must be 0 to {MAX_SEED}, got {wrong}")
+    return seeds
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ def test_an_image_that_its_format_can_not_hold_is_refused_before_anything_is_mad
 def test_help_says_what_gives_the_size():
     t2i, i2i = (" ".join(done(command, "--help").stdout.split()) for command in ("t2i", "i2i"))
     assert t2i.count("Pixels, a multiple of 16. [default: 1024; demo 128]") == 2
-    expected = "Pixels, a multiple of 16; not with --mask or --strength. [default: the first image's]"
+    expected = "Pixels, a multiple of 16; not with --mask, --strength or --match-colors. [default: the first image's]"
     assert i2i.count(expected) == 2
 
 

@@ -110,7 +110,10 @@ def test_images_of_another_one_are_not_gone_on_with(guided):
         ({"negative_prompt": "x" * 10_001}, "a prompt of 10001 characters is too long"),
         ({"negative_prompt_embeds": np.zeros((3, 9, FEATURES))}, "negative_prompt_embeds have 3 rows, not 1 or 2"),
         ({"negative_prompt_embeds": np.zeros((2, 9, 8))}, r"negative_prompt_embeds must be \[prompts, tokens, \d+\]"),
-        ({"negative_prompt": "red", "negative_prompt_embeds": np.zeros((2, 9, FEATURES))}, "give either negative_prompt or"),
+        (
+            {"negative_prompt": "red", "negative_prompt_embeds": np.zeros((2, 9, FEATURES))},
+            "give either negative_prompt or",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )

@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from .writing import check_sight, is_blind, open_writer
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..phases import Phase, Progress
+    from ..output import Phase
+    from ..phases import Progress
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
@@ -78,8 +78,8 @@ def _request(job: Job, build: "Callable[..., Request]", texts: Sequence[str], pl
     first, negatives = frames[0].prompt, [job.negative(frame.prompt) or "" for frame in frames]
     with first.named():
         prompts = [texts[frame.number] for frame in frames]
-        request = build(prompts, seed=0, negative_prompt=negatives, **job.settings(first))
-    return replace(request, seeds=tuple(frame.seed for frame in frames))
+        seeds = [frame.seed for frame in frames]
+        return build(prompts, seed=seeds, negative_prompt=negatives, **job.settings(first))
 
 
 def _requests(job: Job, batches: Sequence[Batch]) -> "list[Request]":

@@ -24,7 +24,8 @@ _EXTEND = dict.fromkeys(("left", "right", "top", "bottom", "overlap"), int)
 class Pictures:
     """The images of an edit and what is done with them. `extend` are pixels added on each side (see `extended`).
 
-    `former` are the files that a replayed image was made from, as it remembers them, where others may be given.
+    `match_colors` gives what is painted the colours of the first image. `former` are the files that a replayed image
+    was made from, as it remembers them, where others may be given.
     """
 
     paths: tuple[Path, ...] = ()
@@ -32,6 +33,7 @@ class Pictures:
     mask: Path | None = None
     mask_crop: int | None = None
     extend: dict[str, int] | None = None
+    match_colors: bool = False
     former: tuple[dict[str, str], ...] = ()
 
     def open(self) -> "tuple[list[Image.Image], dict[str, Any], dict[Path, str]]":
@@ -54,6 +56,7 @@ class Pictures:
             "on_canvas": self.strength is not None,
             "crop_padding": self.mask_crop,
             "feather": 0 if self.extend is None else self.extend["overlap"] // 2,
+            "match_colors": self.match_colors,
         }
         return images, edit, hashes
 
@@ -68,6 +71,7 @@ class Pictures:
             "mask": None if self.mask is None else files[self.mask],
             "mask_crop": self.mask_crop,
             "extend": self.extend,
+            **({"match_colors": True} if self.match_colors else {}),
         }
 
     def others(self, hashes: dict[Path, str]) -> list[tuple[Path, str]]:
@@ -78,7 +82,7 @@ class Pictures:
     @property
     def keep_size(self) -> bool:
         """Whether the size is that of the first image."""
-        return self.strength is not None or self.mask is not None or self.extend is not None
+        return self.match_colors or not (self.strength is self.mask is self.extend is None)
 
     def completed(self, edit: dict[str, Any], image: Path) -> "Pictures":
         """These pictures, and for all that is not given what `image` remembers of its `edit`.
@@ -109,5 +113,6 @@ class Pictures:
             mask if self.mask is None else self.mask,
             edit.get("mask_crop") if self.mask_crop is None else self.mask_crop,
             extend,
+            self.match_colors or edit.get("match_colors") is True,
             tuple(edit["images"]),
         )

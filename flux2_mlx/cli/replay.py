@@ -38,7 +38,10 @@ def remembered(image: Path) -> dict[str, Any]:
     from ..images import read_settings
 
     settings = read_settings(image)
-    check_kinds(settings, {"prompt": str, **_OPTIONAL, "edit": dict | None, **SETTINGS}, image)
+    check_kinds(settings, {"prompt": str, **_OPTIONAL, "edit": dict | None, "beyond": list | None, **SETTINGS}, image)
+    if settings.get("beyond"):
+        given = ", ".join(map(str, settings["beyond"]))
+        raise InputError(f"{image} was made in Python with {given:.200}, which it does not hold; make it again there")
     return settings
 
 

@@ -13,7 +13,7 @@ from .replay import without_folders
 from .terminal import print_result
 
 if TYPE_CHECKING:
-    from ..phases import Flux2Output, Phase
+    from ..output import Flux2Output, Phase
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
@@ -26,7 +26,7 @@ _WORDS = {"variant": "model", "fingerprint": "weights", "text_quant": "quant of 
 
 
 def _new_output() -> "Flux2Output":
-    from ..phases import Flux2Output
+    from ..output import Flux2Output
 
     return Flux2Output()
 
