@@ -5,19 +5,33 @@ from .errors import CheckpointError, DownloadError, Flux2Error, InputError, Rang
 TYPE_CHECKING = False  # what type checkers take as true; typing is slow to import, see below
 if TYPE_CHECKING:
     from .pipeline import Flux2Output, Flux2Pipeline
+    from .upsampling import Writer
 
-__all__ = ["CheckpointError", "DownloadError", "Flux2Error", "Flux2Output", "Flux2Pipeline", "InputError", "RangeError"]
+__all__ = [
+    "CheckpointError",
+    "DownloadError",
+    "Flux2Error",
+    "Flux2Output",
+    "Flux2Pipeline",
+    "InputError",
+    "RangeError",
+    "Writer",
+]
+# MLX takes a noticeable part of a second to import, which `flux2-mlx --help` need not wait for.
+_LAZY = {"Flux2Output": "pipeline", "Flux2Pipeline": "pipeline", "Writer": "upsampling"}
 
 
 def __getattr__(name: str):
-    # MLX takes a noticeable part of a second to import, which `flux2-mlx --help` need not wait for, and what reads the
-    # version some of the time in which Ctrl-C is not handled yet.
-    if name == "__version__":
+    if name == "__version__":  # what reads it takes some of the time in which Ctrl-C is not handled yet
         from importlib.metadata import version
 
         return version("flux2-mlx")
-    if name in ("Flux2Output", "Flux2Pipeline"):
-        from . import pipeline
+    if name in _LAZY:
+        from importlib import import_module
 
-        return getattr(pipeline, name)
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -21,6 +21,8 @@ _FUSED_ON_METAL, _FUSED_ON_CUDA = (64, 80, 128), tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
 _CARD_SHARE = 0.9
 _MOST_BYTES = 2**63  # what MLX's limits can hold
+_FEWEST_BYTES = 10**6  # fewer without a unit are a number whose unit was forgotten
+_MOST_GIGABYTES = 1000  # more are megabytes
 # What a GPU says when a run fails, as MLX words it, and what that means. The first that is found counts.
 _FAILURES = (
     (
@@ -135,11 +137,18 @@ def memory_bytes(limit: str | int | None) -> int:
 
 
 def parse_memory(text: str | int) -> int:
-    """Bytes of a size such as `12GB`, `7.5GiB` or `800MB`; InputError if it is none."""
+    """Bytes of a size such as `12GB`, `7.5GiB` or `800MB`, or of a number of them; InputError if it is none.
+
+    A number without a unit that no run could do with is not taken for bytes.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     if match is None or not 1 <= float(match[1]) * unit < _MOST_BYTES:
         raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
+    number = float(match[1])
+    if unit == 1 and number < _FEWEST_BYTES:
+        meant = f"{match[1]}{'GB' if number < _MOST_GIGABYTES else 'MB'}"
+        raise InputError(f"{match[1]} bytes of memory are too few for any run; did you mean {meant}?")
     return int(float(match[1]) * unit)
 
 

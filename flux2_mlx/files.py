@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -79,9 +79,13 @@ def bounded(file: BinaryIO, path: Path | str, limit: int) -> bytes:
     return bytes(data)
 
 
-def free_path(path: Path) -> Path:
-    """The first of `path`, then its name with -2, -3 and so on before the suffix, where there is nothing."""
-    return next(candidate for candidate in _candidates(path) if not os.path.lexists(candidate))
+def _is_free(path: Path) -> bool:
+    return not os.path.lexists(path)
+
+
+def free_path(path: Path, is_free: Callable[[Path], bool] = _is_free) -> Path:
+    """The first of `path`, then its name with -2, -3 and so on before the suffix, that is free: nothing is there."""
+    return next(filter(is_free, _candidates(path)))
 
 
 def _candidates(path: Path) -> Iterator[Path]:

@@ -163,17 +163,21 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def check_output(path: Path, force: bool = False) -> None:
-    """Raise InputError if an image can't be written to `path`: its type, an existing file, its folder."""
+    """Raise InputError if an image can't be written to `path`: its type, an existing file, its folder.
+
+    A folder that is not there yet must be one that can be made.
+    """
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}, or be a folder that exists")
+        raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}, or in / to be a folder")
     if path.is_dir():
         raise InputError(f"can't write {path}: it is a folder")
     if os.path.lexists(path) and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
-    if not path.parent.is_dir():
-        raise InputError(f"can't write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"can't write {path}: no permission to write in {path.parent}")
+    folder = next(folder for folder in path.parents if os.path.lexists(folder) or folder == folder.parent)
+    if not folder.is_dir():
+        raise InputError(f"can't write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"can't write {path}: no permission to write in {folder}")
 
 
 def check_size(path: Path, width: int, height: int) -> None:
@@ -222,5 +226,5 @@ def read_settings(path: Path) -> dict[str, Any]:
         _check_pixels(path, image)
         settings = stored(image)
     if settings is None:
-        raise InputError(f"{path} carries no settings of flux2-mlx, so it can't be made again")
+        raise InputError(f"{path} carries no settings of flux2-mlx: another program made it, or they were left out")
     return settings

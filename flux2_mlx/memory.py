@@ -40,7 +40,8 @@ _AHEAD = 0.9
 @dataclass(frozen=True)
 class Workload:
     """What a run makes: `images` of `width`×`height` pixels from `prompts` texts of `length` tokens, with `references`
-    of so many (width, height) pixels, and `previews` of it between the steps."""
+    of so many (width, height) pixels, and `previews` of it between the steps. Models with classifier-free guidance have
+    `negatives` texts besides."""
 
     width: int
     height: int
@@ -49,6 +50,7 @@ class Workload:
     prompts: int = 1
     images: int = 1
     previews: bool = False
+    negatives: int = 1
 
     def image_tokens(self, size: int) -> int:
         """Tokens of one image, each of `size`×`size` pixels."""
@@ -127,7 +129,7 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
         dtype: of the activations.
         limit: bytes that there are.
     """
-    texts, size = work.prompts + variant.uses_cfg, variant.vae.token_size
+    texts, size = work.prompts + work.negatives * variant.uses_cfg, variant.vae.token_size
     states = work.length * variant.text.output_size * dtype.size
     token_bytes = variant.vae.token_channels * mx.float32.size
     latents, pictures = work.image_tokens(size) * token_bytes, work.reference_tokens(size) * token_bytes

@@ -94,8 +94,8 @@ class Networks:
         Args:
             request: the settings.
             edit: the pictures.
-            beside: `previews`, whether there are images between the steps, and `texts`, how many encoded texts of how
-                many tokens are given in place of prompts.
+            beside: `previews`, whether there are images between the steps, and `texts`, how many prompts and negative
+                prompts there are, and of how many tokens, if they are not the request's.
         """
         return self._plan(_workload(request, edit, **beside))
 
@@ -106,11 +106,11 @@ class Networks:
             raise _refusal(planned, self.advice(request, edit, **beside))
         return planned
 
-    def checked_text_plan(self, request: Request) -> Plan:
-        """What encoding the prompts holds in memory; InputError if that does not fit."""
-        planned = self.plan(request).only("text_encoder")
+    def checked_phase_plan(self, request: Request, name: str) -> Plan:
+        """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
+        planned = self.plan(request).only(name)
         if not planned.fits:
-            raise _refusal(planned, _SMALLER_TEXT)
+            raise _refusal(planned, "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT)
         return planned
 
     def checked_writing_plan(self, writing: Writing) -> Plan:
@@ -138,7 +138,8 @@ class Networks:
             return "without images between the steps it would fit"
 
         def images(count: int) -> Workload:
-            return replace(work, images=count, prompts=min(count, work.prompts))
+            prompts, negatives = min(count, work.prompts), min(count, work.negatives)
+            return replace(work, images=count, prompts=prompts, negatives=negatives)
 
         if count := self._largest(images, 1, work.images):
             return f"{count} at a time would fit"
@@ -243,9 +244,10 @@ def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
 
 
 def _workload(
-    request: Request, edit: Edit, *, previews: bool = False, texts: tuple[int, int] | None = None
+    request: Request, edit: Edit, *, previews: bool = False, texts: tuple[int, int, int] | None = None
 ) -> Workload:
-    prompts, length = texts or (len(set(request.prompts)), request.max_sequence_length)
+    own = len(set(request.prompts)), max(1, len(set(request.negative_prompts))), request.max_sequence_length
+    prompts, negatives, length = texts or own
     return Workload(
         request.width,
         request.height,
@@ -254,6 +256,7 @@ def _workload(
         prompts,
         len(request.seeds),
         previews,
+        negatives,
     )
 
 

@@ -18,6 +18,7 @@ from .errors import InputError, RangeError
 from .images import to_pil, to_unit
 from .layers import check_finite
 from .memory import Plan, limits
+from .output import Phase
 from .references import Edit, to_pixels
 from .sampling import Conditioning, Painting, Request, Step, Text, denoise
 from .scheduler import noise_levels
@@ -35,22 +36,6 @@ _ENDING = threading.Event()
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What one phase of a run took: seconds, and peak memory in bytes.
-
-    `read` are the bytes of weights that were streamed from disk, `streamed` those of each pass, and `overlap` is the
-    share of the reading, 0 to 1, that the computation did not wait for.
-    """
-
-    name: str
-    seconds: float
-    peak_memory: int
-    read: int = 0
-    streamed: int = 0
-    overlap: float | None = None
-
-
-@dataclass(frozen=True)
 class Progress:
     """`done` of `total` units of a phase.
 
@@ -65,20 +50,6 @@ class Progress:
     images: Sequence[int] = ()
     image: Image.Image | None = None
     preview: Callable[[], list[Image.Image]] | None = None
-
-
-@dataclass
-class Flux2Output:
-    """What a run gives: `images` as asked for, None before there are any, and the seed of each. `timings` has a `Phase`
-    for each phase; `peak_memory` is in bytes."""
-
-    images: Any = None
-    seeds: list[int] = field(default_factory=list)
-    timings: list[Phase] = field(default_factory=list)
-
-    @property
-    def peak_memory(self) -> int:
-        return max((phase.peak_memory for phase in self.timings), default=0)
 
 
 @contextmanager
@@ -274,7 +245,7 @@ def condition(
     request: Request,
     grid: tuple[int, int],
     embeds: dict[int, mx.array],
-    negative: mx.array | None,
+    negatives: dict[int, mx.array],
     encoded: EncodedEdit | None,
     dtype: mx.Dtype,
     *,
@@ -287,13 +258,13 @@ def condition(
         request: the settings.
         grid: height and width in tokens.
         embeds: text states `[Lt, F]` of each prompt that is needed, by its number.
-        negative: those of the empty prompt, for classifier-free guidance.
+        negatives: the same of the negative prompts, for classifier-free guidance; none without.
         encoded: the pictures of the run.
         dtype: what the transformer computes in.
         kv_cache: whether the model was trained to see references through their keys and values only.
     """
     config = transformer.config
-    distinct = {id(states): states for states in embeds.values()}  # prompts may be the same
+    distinct = {id(states): states for states in (*embeds.values(), *negatives.values())}  # prompts may be the same
     projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
     guidance = mx.array([request.guidance]) if config.guidance_embeds else None
     ids, references, past = [image_ids(*grid)], None, None
@@ -303,22 +274,16 @@ def condition(
         ids.append(encoded.ids)
         references = encoded.references
 
-    def rope(text: mx.array) -> mx.array:
-        return rope_table(np.concatenate([text_ids(len(text)), *ids]), config)
+    lengths = {len(states) for states in distinct.values()}  # all prompts have one, all negative ones have one
+    ropes = {length: rope_table(np.concatenate([text_ids(length), *ids]), config) for length in lengths}
 
-    (length,) = {len(states) for states in distinct.values()}
-    positions = rope(next(iter(distinct.values())))
-    against = None
-    if negative is not None:
-        against = transformer.txt_in(negative), positions if len(negative) == length else rope(negative)
+    def text(states: dict[int, mx.array], images: Sequence[int]) -> Text:
+        rows = [states[image // request.images_per_prompt] for image in images]
+        return Text(mx.stack([projected[id(row)] for row in rows]), ropes[len(rows[0])])
 
     def of(images: Sequence[int]) -> Conditioning:
-        text = mx.stack([projected[id(embeds[i // request.images_per_prompt])] for i in images])
-        unwanted = None
-        if against is not None:
-            states = mx.broadcast_to(against[0], (len(images), *against[0].shape))
-            unwanted = Text(states, against[1])
-        return Conditioning(Text(text, positions), unwanted, request.guidance, guidance, references, past)
+        negative = text(negatives, images) if negatives else None
+        return Conditioning(text(embeds, images), negative, request.guidance, guidance, references, past)
 
     return of
 
@@ -329,7 +294,12 @@ def decode_image(vae: VAE, tokens: mx.array, grid: tuple[int, int], dtype: mx.Dt
     Raises:
         RangeError: it is no image, as some weights of the VAE or the tokens are far from what they should be.
     """
-    pixels = vae.decode(vae.from_tokens(tokens[None], *grid).astype(dtype))
+    return decode_latents(vae, vae.from_tokens(tokens[None], *grid).astype(dtype))
+
+
+def decode_latents(vae: VAE, latents: mx.array) -> np.ndarray:
+    """The same of un-normalised latents `[1, H/8, W/8, c]` in the VAE's dtype."""
+    pixels = vae.decode(latents)
     check_finite(pixels, "VAE")
     pixels = np.array(pixels.astype(mx.float32))
     if np.abs(pixels).max() > _MOST_INTENSITY:
@@ -349,5 +319,4 @@ def latents_of(vae: VAE, tokens: mx.array, grid: tuple[int, int]) -> np.ndarray:
 
 def finished_image(pixels: np.ndarray, edit: Edit) -> Image.Image:
     """The image of decoder output `[1, H, W, 3]`, put into the picture that it paints over, if there is one."""
-    image = to_pil(to_unit(pixels))[0]
-    return image if edit.canvas is None else edit.canvas.paste(image)
+    return edit.finished(to_pil(to_unit(pixels))[0])

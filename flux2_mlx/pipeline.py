@@ -6,46 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from PIL import Image
 
+from . import arguments
+from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
-from .memory import Plan
-from .names import models_folder
+from .names import get_variant, models_folder
 from .networks import Networks
-from .phases import Flux2Output, OnProgress, Progress, decode_image, finished_image, turn
+from .output import Flux2Output
+from .phases import Progress
+from .progress_bar import progress_bar
+from .provenance import image_settings
 from .quantization import check_quant
-from .references import Edit
-from .run import Run
-from .sampling import Request
+from .sampling import check_guided
 from .store import find_checkpoint
 from .unfinished import FOLDER as UNFINISHED
 from .unfinished import Unfinished
-from .upsampling import Writer
 
-_OUTPUT_TYPES = ("pil", "np", "latent")
+__all__ = ["Flux2Output", "Flux2Pipeline"]
 
 
-class Flux2Pipeline:
+class Flux2Pipeline(BasePipeline):
     """Text and images to image with FLUX.2. Networks are loaded for their phase of a run and released after it."""
 
-    def __init__(
-        self, networks: Networks, prompt_cache: EmbeddingCache | None = None, unfinished: Unfinished | None = None
-    ):
-        self.networks = networks
-        self.checkpoint = networks.checkpoint
-        self.variant = networks.checkpoint.variant
-        self.quant = networks.quant
-        self.text_quant = networks.text_quant
-        self.dtype = networks.dtype
-        self.prompt_cache = prompt_cache
-        self.unfinished = unfinished
-        self.tokenizer = networks.checkpoint.tokenizer
-
     @classmethod
+    @arguments.named
     def from_pretrained(
         cls,
         source: str | os.PathLike,
@@ -53,10 +41,12 @@ class Flux2Pipeline:
         variant: str | None = None,
         quant: str | None = None,
         text_quant: str | None = None,
-        dtype: str | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
         models_dir: str | os.PathLike | None = None,
         prompt_cache: bool = True,
         memory_limit: int | str | None = None,
+        progress: bool = True,
     ) -> "Flux2Pipeline":
         """Open a model; fetch and convert it first if that has not been done yet.
 
@@ -67,23 +57,40 @@ class Flux2Pipeline:
             variant: the model's name where the source can't tell.
             quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16` when converting.
             text_quant: the same for the text encoder; None: as stored, or 8 bit (4 bit with `qint4`).
-            dtype: `float32`, `bfloat16` or `float16` for activations; None: float16 on M1 and M2,
-                bfloat16 on later chips, float32 on a CPU. Under float16 all but the transformer is in bfloat16.
+            dtype: `float32`, `bfloat16` or `float16`, or a dtype of MLX or PyTorch, for activations; None: float16 on
+                M1 and M2, bfloat16 on later chips, float32 on a CPU. Under float16 all but the transformer is in
+                bfloat16.
+            torch_dtype: the same.
             models_dir: where converted models are kept; None: `$FLUX2_MLX_HOME` or `~/.cache/flux2-mlx`.
             prompt_cache: keep encoded prompts in the folder `prompts` there, so that a prompt seen before needs no
                 text encoder, and denoised images that wait for their decoding in `unfinished`.
             memory_limit: bytes, or a size such as `"12GB"`, that a run stays within, if need be by reading blocks of
                 the networks from disk at every step; None: what the machine has.
+            progress: show what is downloaded and converted.
 
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
-        activation_dtype(dtype), memory_bytes(memory_limit)  # refuse what is wrong before anything is fetched
-        for setting in filter(None, (quant, text_quant)):
-            check_quant(setting)
-        folder = find_checkpoint(source, variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir)
-        settings = {"quant": quant, "text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
-        return cls.from_checkpoint(folder, **settings, models_dir=models_dir, prompt_cache=prompt_cache)
+        if not isinstance(source, str | os.PathLike):
+            raise InputError(f"a model is a name or a folder, got {type(source).__name__}")
+        if not isinstance(models_dir, str | os.PathLike | None):
+            raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
+        computed_in = arguments.dtype_name(dtype, torch_dtype)
+        activation_dtype(computed_in), memory_bytes(memory_limit)  # refuse what is wrong before anything is fetched
+        weights = {"quant": quant, "text_quant": text_quant}
+        arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
+        for setting in weights.values():
+            if setting is not None:
+                arguments.kinds(quant=(setting, str))
+                check_quant(setting)
+        if variant is not None:
+            get_variant(variant)
+        with progress_bar(desc="converting", unit="B", unit_scale=True, disable=not progress) as show:
+            opened = find_checkpoint(
+                source, variant=variant, models_dir=models_dir, quiet=not progress, progress=show, **weights
+            )
+        settings = {"dtype": computed_in, "memory_limit": memory_limit, "prompt_cache": prompt_cache}
+        return cls.from_checkpoint(opened, **weights, **settings, models_dir=models_dir, name=str(source))
 
     @classmethod
     def from_checkpoint(
@@ -96,64 +103,89 @@ class Flux2Pipeline:
         models_dir: str | os.PathLike | None = None,
         prompt_cache: bool = True,
         memory_limit: int | str | None = None,
+        name: str | None = None,
     ) -> "Flux2Pipeline":
-        """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of
-        `from_pretrained`."""
+        """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of `from_pretrained`,
+        and `name` is what the model was asked for as."""
+        name = str(folder) if name is None else name
         wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
         networks = Networks.of(Checkpoint.open(folder), quant, text_quant, **wanted)
         if not prompt_cache:
-            return cls(networks)
+            return cls(networks, name=name)
         folder = models_folder(models_dir)
-        return cls(networks, EmbeddingCache(folder / PROMPTS), Unfinished(folder / UNFINISHED))
+        return cls(networks, EmbeddingCache(folder / PROMPTS), Unfinished(folder / UNFINISHED), name)
 
+    @arguments.named
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
+        image: Any = None,
         *,
-        image: Image.Image | Sequence[Image.Image] | None = None,
-        mask_image: Image.Image | None = None,
+        mask_image: Any = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
+        match_colors: bool = False,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: Any = None,
         num_images_per_prompt: int = 1,
         latents: Any = None,
         prompt_embeds: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_embeds: Any = None,
         max_sequence_length: int | None = None,
         sigmas: Sequence[float] | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: Callable[["Flux2Pipeline", int, float, dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> Flux2Output:
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
+    ) -> Flux2Output | tuple[Any]:
         """Make images. None means the variant's default.
 
         Args:
             prompt: one or several prompts; left out only with `prompt_embeds`.
             image: reference images that the model sees, each at least 64 pixels a side and at most 8 times as long as
-                wide. Above 1024² pixels they are scaled down, and cut to multiples of 16 in the middle.
+                wide. Above 1024² pixels they are scaled down, and cut to multiples of 16 in the middle. One or a list
+                of PIL images, paths, arrays `[H, W, C]` or tensors of PyTorch `[C, H, W]` (see `arguments.pictures`).
+                It may also come first, before the prompt.
             mask_image: of the size of the first image, which is then painted over where the mask is white; `pil`
                 output has the original's size and its very pixels elsewhere. Transparent is black.
             strength: above 0 to 1: the first image is what the run starts from, noisier the greater. All
                 `num_inference_steps` are taken, at the end of a longer schedule.
             padding_mask_crop: work on the mask's surroundings only, with so many pixels around it.
+            match_colors: give results the colours of the first image where they are the same (see `colors.matched`).
+                What is edited gets the same correction, and keeps its own colours. For `pil` output.
             height: pixels, a multiple of 16; None: the first image's. With a mask or strength it can't be chosen.
             width: the same.
             num_inference_steps: denoising steps; with `sigmas`, what their shift is worked out for (None: 50).
             guidance_scale: embedded guidance (dev) or the CFG scale (base models); distilled models ignore it.
-            seed: of the first image, 0 … 2^64 − 1; image k has seed + k. None: random.
+            seed: of the first image, 0 … 2^64 − 1; image k has seed + k. Or a list of the seed of each image. None:
+                random.
+            generator: in place of seeds: new CPU generators of PyTorch, one for each image.
             num_images_per_prompt: images for each prompt.
             latents: noise to start from, `[B, 4c, H/16, W/16]`, in place of the seeds' noise.
             prompt_embeds: what `encode_prompt` gives, one row a prompt, in place of `prompt`.
+            negative_prompt: what guidance steers away from, one for all prompts or one for each; None: empty ones. Of
+                the base models only, and with a `guidance_scale` above 1.
+            negative_prompt_embeds: the same as what `encode_prompt` gives, one row for all prompts or one for each.
             max_sequence_length: text tokens of a prompt that the transformer sees, at most the variant's. Embeds have
-                their own length; the negative prompt of guidance has this one.
+                their own length.
             sigmas: noise levels before the shift, one a step, in place of the even grid.
-            output_type: `pil`; `np`: float32 `[B, H, W, 3]` in 0..1; `latent`: `[B, c, H/8, W/8]`, un-normalised, with
-                dev too, whose pipeline in diffusers gives its normalised tokens `[B, L, 4c]`.
+            output_type: `pil`; `np`: float32 `[B, H, W, 3]` in 0..1; `pt`: PyTorch's `[B, 3, H, W]` in 0..1; `latent`:
+                `[B, c, H/8, W/8]`, un-normalised, with dev too, whose pipeline in diffusers gives its normalised tokens
+                `[B, L, 4c]`; `decode` makes images of them.
             callback_on_step_end: called as `(pipe, step, timestep, {"latents": tokens})` after every step, with
                 the timestep that it started from, in 0..1000, and tokens `[b, L, 4c]`; `latents` of the dict it
                 returns are gone on with.
+            return_dict: False: a tuple with the images only.
+            callback_on_step_end_tensor_inputs: `["latents"]`, as nothing else changes.
+            attention_kwargs: of diffusers; none.
+            text_encoder_out_layers: the model's own.
 
         Raises:
             InputError: a setting is wrong.
@@ -161,19 +193,42 @@ class Flux2Pipeline:
         Whatever ends the call early, an exception of the callback and Ctrl-C included, has the images that are finished
         until then as its attribute `partial_output`, a `Flux2Output`; without any there is no such attribute.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        text = self.checkpoint.components["text_encoder"].config
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError(f"callback_on_step_end must be a function, got {callback_on_step_end!r:.40}")
+        arguments.kinds(return_dict=(return_dict, bool))
+        arguments.check_diffusers(
+            callback_on_step_end_tensor_inputs, attention_kwargs, text_encoder_out_layers, text.out_layers
+        )
+        prompt, image = arguments.in_order(prompt, image)
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("give either prompt or prompt_embeds")
-        if prompt_embeds is not None:
-            prompt_embeds = _given(prompt_embeds, "prompt_embeds")
-            features = self.checkpoint.components["text_encoder"].config.output_size
-            if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != features:
-                raise InputError(f"prompt_embeds must be [prompts, tokens, {features}], got {prompt_embeds.shape}")
-            if prompt_embeds.shape[1] == 0 or not mx.isfinite(prompt_embeds).all().item():
-                raise InputError(f"prompt_embeds {prompt_embeds.shape} must be finite numbers, for one token at least")
+        if prompt_embeds is None:
+            prompts = arguments.texts("prompt", prompt)
+        else:
+            prompt_embeds = arguments.embeds("prompt_embeds", prompt_embeds, text.output_size)
             prompts = [""] * len(prompt_embeds)
-        images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        edit = self.edit(images, mask=mask_image, on_canvas=strength is not None, crop_padding=padding_mask_crop)
+        if negative_prompt_embeds is not None:
+            if negative_prompt is not None:
+                raise InputError("give either negative_prompt or negative_prompt_embeds")
+            check_guided(self.variant, "negative prompt")
+            negatives = arguments.embeds("negative_prompt_embeds", negative_prompt_embeds, text.output_size)
+            negative_prompt_embeds = arguments.for_each(prompts, negatives)
+        images, origins = arguments.pictures("image", image)
+        masks, mask_origins = arguments.pictures("mask_image", mask_image, "black")
+        if len(masks) > 1:
+            raise InputError(f"{len(masks)} masks are too many; give one, of the size of the first image")
+        edit = self.edit(
+            images,
+            mask=masks[0] if masks else None,
+            on_canvas=strength is not None,
+            crop_padding=padding_mask_crop,
+            match_colors=match_colors,
+        )
+        if match_colors and output_type != "pil":
+            raise InputError(
+                f"colours are matched in finished images; write output_type='pil', not {output_type!r:.40}"
+            )
         request = self.request(
             prompts,
             edit=edit,
@@ -182,171 +237,52 @@ class Flux2Pipeline:
             strength=strength,
             steps=num_inference_steps,
             guidance=guidance_scale,
-            seed=seed,
+            seed=arguments.seeds(seed, generator, len(prompts), num_images_per_prompt),
             images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
             sigmas=sigmas,
+            negative_prompt=negative_prompt,
         )
 
         def on_progress(progress: Progress) -> mx.array | None:
-            if progress.step is None or callback_on_step_end is None:
+            if progress.step is None:
+                return None
+            show(progress.done, progress.total)
+            if callback_on_step_end is None:
                 return None
             step = progress.step
             returned = callback_on_step_end(self, step.number - 1, 1000 * step.from_sigma, {"latents": step.tokens})
             return (returned or {}).get("latents")
 
-        return self.run(
-            request,
-            edit,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            output_type=output_type,
-            on_progress=on_progress,
-            resume=callback_on_step_end is None,
-        )
-
-    def edit(self, images: Sequence[Image.Image], **settings: Any) -> Edit:
-        """Prepared pictures for `run`; the names are those of `Edit.checked`."""
-        return Edit.checked(images, self.token_size, **settings)
-
-    def request(
-        self,
-        prompts: Sequence[str],
-        *,
-        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
-        width: int | None = None,
-        height: int | None = None,
-        **settings: Any,
-    ) -> Request:
-        """Checked settings for `run`; the names are those of `Request.checked`. The size is by default `edit`'s."""
-        width, height = edit.working_size(width, height)
-        return Request.checked(self.variant, self.token_size, prompts, width=width, height=height, **settings)
-
-    def run(
-        self,
-        request: Request,
-        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
-        *,
-        latents: Any = None,
-        prompt_embeds: mx.array | None = None,
-        output_type: str = "pil",
-        on_progress: OnProgress = lambda progress: None,
-        previews: bool = False,
-        resume: bool = False,
-        output: Flux2Output | None = None,
-    ) -> Flux2Output:
-        """Make the images of `request` with the pictures of `edit`.
-
-        Args:
-            request: the settings.
-            edit: the pictures.
-            latents: as for a call.
-            prompt_embeds: the same.
-            output_type: the same.
-            on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
-                before that of the next pass where memory allows it. After a step it may return tokens to go on from,
-                call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.
-            previews: plan for those, so that the VAE stays in memory.
-            resume: where images wait for their decoding, keep them on disk meanwhile, and go on from those that an
-                earlier run of the same settings has left.
-            output: what to fill in and return; of a run that is cut short it has the timings, and the images that were
-                finished with their seeds. The exception has it as `partial_output` then, as for a call.
-        """
-        if output_type not in _OUTPUT_TYPES:
-            raise InputError(f"unknown output_type {output_type!r}; choose one of {', '.join(_OUTPUT_TYPES)}")
-        texts = None
-        if prompt_embeds is not None:
-            negative = request.max_sequence_length if self.variant.uses_cfg and request.guidance > 1 else 0
-            texts = len(prompt_embeds), max(prompt_embeds.shape[1], negative)
-        planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
-        latents = self._checked_latents(request, latents)
-        unfinished = None
-        if resume and self.unfinished is not None and latents is None and prompt_embeds is None:
-            unfinished = self.unfinished.of(self.networks, request, edit)
-        with turn():
-            run = self._run(
+        with progress_bar(**self._bar) as show:
+            output = self.run(
                 request,
-                planned,
-                edit=edit,
+                edit,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
                 output_type=output_type,
                 on_progress=on_progress,
-                unfinished=unfinished,
-                output=Flux2Output() if output is None else output,
+                resume=callback_on_step_end is None,
             )
-            return run.make(latents, prompt_embeds)
-
-    def _run(self, request: Request, planned: Plan, **settings: Any) -> Run:
-        return Run(self.networks, self.variant, request, planned, prompt_cache=self.prompt_cache, **settings)
-
-    def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
-        """Text states `[B, L, C]` for the transformer, padding included."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        request = self.request(prompts, max_sequence_length=max_sequence_length)
-        planned = self.networks.checked_text_plan(request)
-        with turn():
-            states = self._run(request, planned).encode(prompts)
-        stacked = mx.stack([states[p] for p in prompts])
-        mx.eval(stacked)  # or only this thread could use it
-        return stacked
-
-    def writer(self) -> Writer:
-        """The model's own language model: dev's sees images, klein's does not."""
-        return Writer(self.networks)
-
-    def upsample_prompt(
-        self,
-        prompt: str | Sequence[str],
-        images: Sequence[Image.Image] = (),
-        *,
-        vision: Writer | None = None,
-        **settings,
-    ) -> list[str]:
-        """Prompts rewritten with more detail or, with RGB `images` to edit, as clear instructions.
-
-        `vision` looks at images where this model can't (see `Writer.from_pretrained`); `settings` are those of
-        `Writer.write`.
-        """
-        writer = vision if images and vision is not None else self.writer()
-        return writer.upsample([prompt] if isinstance(prompt, str) else prompt, images, **settings)
-
-    def describe_image(self, image: Image.Image, *, vision: Writer | None = None, **settings) -> str:
-        """What is to be seen in an RGB image; arguments as for `upsample_prompt`."""
-        return (vision or self.writer()).describe([image], **settings)[0]
-
-    def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:
-        """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`."""
-        vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
-        grid = request.height // self.token_size, request.width // self.token_size
-        return [finished_image(decode_image(vae, image, grid, dtype), edit or Edit()) for image in tokens]
-
-    @property
-    def token_size(self) -> int:
-        """Pixels per image token along one side."""
-        return self.checkpoint.components["vae"].config.token_size
-
-    def _checked_latents(self, request: Request, latents: Any) -> mx.array | None:
-        if latents is None:
-            return None
-        channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
-        shape = (len(request.seeds), channels, request.height // size, request.width // size)
-        latents = _given(latents, "latents")
-        if latents.shape != shape:
-            raise InputError(f"latents have shape {latents.shape}, this run needs {shape}")
-        if not mx.isfinite(latents).all().item():
-            raise InputError("latents have values that are not finite numbers")
-        return latents
-
-
-def _given(values: Any, name: str) -> mx.array:
-    """An array of real numbers that the caller has given, evaluated; one of MLX is not copied."""
-    try:
-        array = values if isinstance(values, mx.array) else mx.array(values)
-        mx.eval(array)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{name} can't be used ({reason}); give an array, evaluated if another thread has made it"
-        ) from error
-    if array.dtype == mx.complex64:
-        raise InputError(f"{name} must be real numbers, got {array.dtype}")
-    return array
+        arguments.draw(
+            generator, request, self.checkpoint.components["transformer"].config.in_channels, self.token_size
+        )
+        masks, edited = mask_origins or [None], None
+        if images:
+            edited = {"images": origins, "strength": strength, "mask": masks[0], "mask_crop": padding_mask_crop}
+            edited |= {"extend": None, "match_colors": match_colors}
+        unsaid = {
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "sigmas": sigmas,
+            "max_sequence_length": max_sequence_length,
+            "callback_on_step_end": callback_on_step_end,
+        }
+        beyond = [name for name, value in unsaid.items() if value is not None]
+        output.settings = [
+            image_settings(self.networks, self.name, request, edit, place, edited=edited, beyond=beyond)
+            for place in range(len(request.seeds))
+        ]
+        return output if return_dict else (output.images,)

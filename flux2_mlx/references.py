@@ -4,12 +4,15 @@ Source: diffusers' `Flux2KleinPipeline` and `Flux2KleinInpaintPipeline` with the
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .colors import matched
 from .errors import InputError
 from .images import MAX_INPUT_PIXELS, flattened
 
@@ -43,6 +46,13 @@ def fit_reference(image: Image.Image, multiple: int) -> Image.Image:
 def to_pixels(image: Image.Image) -> np.ndarray:
     """An RGB image as float32 `[1, H, W, 3]` in −1..1."""
     return np.asarray(image, dtype=np.float32)[None] / 255 * 2 - 1
+
+
+def _pixels(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} must be a whole number of pixels, got {value!r:.40}") from error
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
@@ -117,13 +127,19 @@ class Canvas:
         """Whether a mask marks the whole image."""
         return self.mask is not None and self.mask.getextrema() == (255, 255)
 
-    def paste(self, painted: Image.Image) -> Image.Image:
-        """The original with `painted`, of `picture`'s size, in the mask's place; all other pixels are untouched."""
+    def paste(self, painted: Image.Image, match_colors: bool = False) -> Image.Image:
+        """The original with `painted`, of `picture`'s size, in the mask's place; all other pixels are untouched.
+
+        With `match_colors` (see `colors.matched`) what is painted gets the colours that the rest of it has in the
+        original.
+        """
         if self.mask is None:
             return painted
         left, top, right, bottom = self.box
-        layer = self.original.copy()
-        layer.paste(_unfilled(painted, right - left, bottom - top), (left, top))
+        layer, shown = self.original.copy(), _unfilled(painted, right - left, bottom - top)
+        if match_colors:
+            shown = matched(shown, self.original.crop(self.box), np.asarray(self.mask.crop(self.box)) == 0)
+        layer.paste(shown, (left, top))
         return Image.composite(layer, self.original, self._opacity())
 
     def _opacity(self) -> Image.Image:
@@ -239,10 +255,12 @@ def extended(
 
 @dataclass(frozen=True)
 class Edit:
-    """The pictures of a run, prepared: `references` in order; `canvas` is the first of them if it is painted over."""
+    """The pictures of a run, prepared: `references` in order; `canvas` is the first of them if it is painted over.
+    `match_colors` is whether results get its colours where they are the same."""
 
     references: tuple[Image.Image, ...] = ()
     canvas: Canvas | None = None
+    match_colors: bool = False
 
     @classmethod
     def checked(
@@ -254,6 +272,7 @@ class Edit:
         on_canvas: bool = False,
         crop_padding: int | None = None,
         feather: int = 0,
+        match_colors: bool = False,
     ) -> "Edit":
         """Prepare `images` of any mode and size; with `mask` or `on_canvas` the first is painted over.
 
@@ -266,20 +285,24 @@ class Edit:
             raise InputError(f"{len(images)} images are too many; give at most {MAX_REFERENCES}")
         if mask is None and crop_padding is not None:
             raise InputError("cropping to the mask needs a mask")
-        if crop_padding is not None and crop_padding < 0:
+        if crop_padding is not None and _pixels("padding_mask_crop", crop_padding) < 0:
             raise InputError(f"the crop must reach 0 or more pixels around the mask, got {crop_padding}")
+        if not isinstance(match_colors, bool):
+            raise InputError(f"match_colors must be True or False, got {match_colors!r:.40}")
         if not images:
             if mask is not None or on_canvas:
                 raise InputError("a mask or a strength needs an image to start from")
+            if match_colors:
+                raise InputError("matching colours needs an image whose colours are to be kept")
             return cls()
         images = [flattened(image) for image in images]
         for image in images:
             check_picture(*image.size)
         if mask is None and not on_canvas:
-            return cls(tuple(fit_reference(image, multiple) for image in images))
+            return cls(tuple(fit_reference(image, multiple) for image in images), match_colors=match_colors)
         mask = None if mask is None else flattened(mask, "black")
         canvas = Canvas.checked(images[0], mask, multiple, crop_padding=crop_padding, feather=feather)
-        return cls((canvas.picture, *(fit_reference(image, multiple) for image in images[1:])), canvas)
+        return cls((canvas.picture, *(fit_reference(image, multiple) for image in images[1:])), canvas, match_colors)
 
     def working_size(self, width: int | None, height: int | None) -> tuple[int | None, int | None]:
         """Width and height that a run works at if asked for these: by default the first reference's, if there is one.
@@ -290,7 +313,17 @@ class Edit:
         size = own[0] if width is None else width, own[1] if height is None else height
         if self.canvas is not None and size != own:
             raise InputError("an image that is painted over keeps its size; leave width and height out")
+        if self.match_colors and size != own:
+            raise InputError(
+                "colours are matched pixel by pixel, so the image keeps its size; leave width and height out"
+            )
         return size
+
+    def finished(self, image: Image.Image) -> Image.Image:
+        """A decoded image, put into the picture that it paints over, and with its colours matched if asked for."""
+        if self.canvas is not None and self.canvas.mask is not None:
+            return self.canvas.paste(image, self.match_colors)
+        return matched(image, self.references[0]) if self.match_colors else image
 
     def output_size(self, width: int, height: int) -> tuple[int, int]:
         """Size of the images of a run at `width`×`height`: where there is a mask, that of the original."""

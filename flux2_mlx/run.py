@@ -18,9 +18,9 @@ from .layers import cast, check_finite
 from .memory import Plan, passes
 from .networks import Networks
 from .noise import initial_noise
+from .output import Flux2Output
 from .phases import (
     EncodedEdit,
-    Flux2Output,
     Meter,
     OnProgress,
     Progress,
@@ -37,7 +37,8 @@ from .unfinished import Waiting
 from .vae import VAE
 
 _log = logging.getLogger(__name__)
-Tokens = dict[int, mx.array]  # `[L, C]` of images by their places in the run
+Tokens = dict[int, mx.array]  # `[L, C]` of images by their places in the run, or of prompts by their numbers
+Given = tuple[mx.array | None, mx.array | None]  # encoded prompts and negative ones `[prompts, tokens, features]`
 
 
 @dataclass
@@ -78,7 +79,12 @@ class Run:
         self._images: dict[int, Any] = {}
         self._vae: VAE | None = None
 
-    def make(self, latents: mx.array | None = None, prompt_embeds: mx.array | None = None) -> Flux2Output:
+    def make(
+        self,
+        latents: mx.array | None = None,
+        prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
+    ) -> Flux2Output:
         """The images of the request.
 
         If some are finished when an exception ends the run, that has them as its `partial_output`.
@@ -86,14 +92,14 @@ class Run:
         Args:
             latents: noise in place of that of the seeds, `[B, 4c, h, w]`.
             prompt_embeds: encoded prompts in place of the request's, `[prompts, tokens, features]`.
+            negative_prompt_embeds: the same for the negative prompts.
         """
         try:
-            self._make(latents, prompt_embeds)
+            self._make(latents, (prompt_embeds, negative_prompt_embeds))
         except BaseException as error:
             if self._images:
                 error.partial_output = self.output
-                if hasattr(error, "add_note"):  # since Python 3.11
-                    error.add_note(f"{len(self._images)} finished images are in the exception's partial_output")
+                error.add_note(f"{len(self._images)} finished images are in the exception's partial_output")
             raise
         finally:
             if self._images:
@@ -101,12 +107,12 @@ class Run:
                 self.output.images = self._joined()
         return self.output
 
-    def _make(self, latents: mx.array | None, prompt_embeds: mx.array | None) -> None:
+    def _make(self, latents: mx.array | None, given: Given) -> None:
         waiting = {} if self.unfinished is None else self.unfinished.kept()
         missing = [image for image in range(len(self.request.seeds)) if image not in waiting]
         try:
             if missing:
-                self._make_tokens(missing, latents, prompt_embeds, waiting)
+                self._make_tokens(missing, latents, given, waiting)
             self._finish(waiting)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # or the transformer would stay in memory
@@ -118,34 +124,32 @@ class Run:
         with self._meter.phase("text_encoder"):
             return self._encode(prompts)
 
-    def _make_tokens(
-        self, images: list[int], latents: mx.array | None, prompt_embeds: mx.array | None, waiting: Tokens
-    ) -> None:
+    def _make_tokens(self, images: list[int], latents: mx.array | None, given: Given, waiting: Tokens) -> None:
         """Denoise `images`; those that can't be decoded beside the transformer are added to `waiting`."""
         with self._meter.phase("text_encoder"):
-            embeds, negative = self._text_states(images, prompt_embeds)
+            embeds, negatives = self._text_states(images, given)
         encoded = None
         if self.edit.references:
             self._warn()
             with self._meter.phase("vae_encoder"):
                 encoded = self._encoded()
         with self._meter.phase("transformer"):
-            self._denoise(images, latents, embeds, negative, encoded, waiting)
+            self._denoise(images, latents, embeds, negatives, encoded, waiting)
             self._vae = None
 
-    def _text_states(
-        self, images: list[int], prompt_embeds: mx.array | None
-    ) -> tuple[dict[int, mx.array], mx.array | None]:
-        """States `[L, C]` of each prompt that `images` need, and those of the empty prompt if CFG needs them."""
-        numbers = dict.fromkeys(image // self.request.images_per_prompt for image in images)
-        prompts = {} if prompt_embeds is not None else {number: self.request.prompts[number] for number in numbers}
-        negatives = [""] if self.variant.uses_cfg and self.request.guidance > 1 else []
-        states = self._encode([*prompts.values(), *negatives]) if prompts or negatives else {}
-        if prompt_embeds is None:
-            embeds = {number: states[prompt] for number, prompt in prompts.items()}
-        else:
-            embeds = {number: cast(prompt_embeds[number], self.networks.dtype) for number in numbers}
-        return embeds, states[""] if negatives else None
+    def _text_states(self, images: list[int], given: Given) -> tuple[Tokens, Tokens]:
+        """States `[L, C]` of the prompts that `images` need, and of their negative ones if there are any, by number."""
+        numbers = list(dict.fromkeys(image // self.request.images_per_prompt for image in images))
+        kinds = list(zip((self.request.prompts, self.request.negative_prompts), given, strict=True))
+        prompts = [texts[number] for texts, embeds in kinds if texts and embeds is None for number in numbers]
+        states = self._encode(prompts) if prompts else {}
+
+        def of(texts: Sequence[str], embeds: mx.array | None) -> Tokens:
+            if embeds is not None:
+                return {number: cast(embeds[number], self.networks.dtype) for number in numbers}
+            return {number: states[texts[number]] for number in numbers if texts}
+
+        return of(*kinds[0]), of(*kinds[1])
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         distinct, length = list(dict.fromkeys(prompts)), self.request.max_sequence_length
@@ -188,8 +192,8 @@ class Run:
         self,
         images: list[int],
         latents: mx.array | None,
-        embeds: dict[int, mx.array],
-        negative: mx.array | None,
+        embeds: Tokens,
+        negatives: Tokens,
         encoded: EncodedEdit | None,
         waiting: Tokens,
     ) -> None:
@@ -201,7 +205,7 @@ class Run:
         transformer, dtype = self.networks.load("transformer", self.planned), self.networks.dtype
         kv_cache = self.variant.kv_cache
         conditioning = condition(
-            transformer, self.request, self._grid, embeds, negative, encoded, dtype, kv_cache=kv_cache
+            transformer, self.request, self._grid, embeds, negatives, encoded, dtype, kv_cache=kv_cache
         )
 
         def on_step(done: int, step: Step, batch: Sequence[int]) -> mx.array | None:

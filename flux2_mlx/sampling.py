@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .config import Variant
+from .config import VARIANTS, Variant
 from .errors import InputError
 from .layers import check_finite
 from .scheduler import euler_step
@@ -29,8 +29,9 @@ _SHIFT_STEPS = 50  # the default of diffusers' pipelines, whose shift of given s
 class Request:
     """The settings of one run, checked. Build it with `Request.checked`.
 
-    There is one seed for each image; the images of a prompt are neighbours. `shift_steps` is the number of steps that
-    the shift of given `sigmas` is worked out for.
+    There is one seed for each image; the images of a prompt are neighbours. `negative_prompts` has one for each prompt
+    where classifier-free guidance steers away from them, and is empty elsewhere. `shift_steps` is the number of steps
+    that the shift of given `sigmas` is worked out for.
     """
 
     prompts: tuple[str, ...]
@@ -43,6 +44,7 @@ class Request:
     sigmas: tuple[float, ...] | None = None
     strength: float = 1.0
     shift_steps: int | None = None
+    negative_prompts: tuple[str, ...] = ()
 
     @classmethod
     def checked(
@@ -55,25 +57,32 @@ class Request:
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
         sigmas: Sequence[float] | None = None,
         strength: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> "Request":
         """Fill in the variant's defaults and check every setting; InputError says which one is wrong.
 
         With `sigmas`, `steps` is only what the shift is worked out for, by default 50, as in diffusers.
+        `seed` is that of the first image, image k has seed + k; or there is a list with the seed of each image.
+        `negative_prompt` is one for all prompts or one for each; None: empty ones. Like all of guidance it has no
+        effect up to a guidance of 1.
         """
         height, width, steps = _integer("height", height), _integer("width", width), _integer("steps", steps)
-        seed, images_per_prompt = _integer("seed", seed), _integer("images per prompt", images_per_prompt)
+        images_per_prompt = _integer("images per prompt", images_per_prompt)
         max_sequence_length = _integer("max_sequence_length", max_sequence_length)
         guidance, strength = _number("guidance", guidance), _number("strength", strength)
         for prompt in prompts:
             _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
         shift_steps = None
         if sigmas is not None:
-            _require(isinstance(sigmas, Iterable), f"sigmas must be a list of numbers, got {sigmas!r:.40}")
+            _require(
+                isinstance(sigmas, Iterable) and getattr(sigmas, "ndim", 1) == 1,
+                f"sigmas must be a list of numbers, got {sigmas!r:.40}",
+            )
             sigmas = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in sigmas)
             _require(len(sigmas) > 0, "there are no sigmas; give one for each step")
             _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")
@@ -94,13 +103,19 @@ class Request:
             sigmas,
             1.0 if strength is None else strength,
             shift_steps,
+            _negative_prompts(variant, negative_prompt, len(prompts)),
         )
+        if not request.guidance > 1:
+            request = replace(request, negative_prompts=())
         request._check(variant, token_size)
         return request
 
     def _check(self, variant: Variant, token_size: int) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
-            _require(side > 0 and side % token_size == 0, f"{name} {side} must be a positive multiple of {token_size}")
+            _require(
+                side > 0 and side % token_size == 0,
+                f"{name} {side} must be a positive multiple of {token_size}; {_nearest(side, token_size)}",
+            )
         _require(
             self.height * self.width <= MAX_PIXELS,
             f"size {self.width}×{self.height} is too large; the limit is {MAX_PIXELS} pixels, such as 4096×4096",
@@ -116,7 +131,7 @@ class Request:
             f"{self.steps} steps at strength {self.strength} are the end of a schedule of more than {MAX_STEPS}; "
             "raise the strength or take fewer steps",
         )
-        for prompt in self.prompts:
+        for prompt in (*self.prompts, *self.negative_prompts):
             check_prompt(prompt, self.max_sequence_length)
         limit = variant.max_sequence_length
         _require(
@@ -133,8 +148,11 @@ class Request:
 
     def only(self, images: Sequence[int]) -> "Request":
         """The settings of a run that makes some of the images, in this order."""
-        prompts = tuple(self.prompts[image // self.images_per_prompt] for image in images)
-        return replace(self, prompts=prompts, seeds=tuple(self.seeds[image] for image in images))
+        numbers = [image // self.images_per_prompt for image in images]
+        prompts = tuple(self.prompts[number] for number in numbers)
+        negatives = tuple(self.negative_prompts[number] for number in numbers if self.negative_prompts)
+        seeds = tuple(self.seeds[image] for image in images)
+        return replace(self, prompts=prompts, negative_prompts=negatives, seeds=seeds)
 
     @property
     def schedule_steps(self) -> int:
@@ -144,6 +162,12 @@ class Request:
         while length <= MAX_STEPS and length + 1 - int(length + 1 - (length + 1) * self.strength) <= self.steps:
             length += 1
         return length
+
+
+def _nearest(side: int, multiple: int) -> str:
+    """What to say of the multiples that are next to `side`."""
+    below = side // multiple * multiple
+    return f"nearest are {below} and {below + multiple}" if below > 0 else f"the smallest is {multiple}"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -167,11 +191,36 @@ def _number(name: str, value: Any) -> float | None:
         raise InputError(f"{name} must be a number, got {value!r:.40}") from error
 
 
-def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
-    first = secrets.randbelow(2**32) if seed is None else seed
-    last = first + count - 1
-    _require(first >= 0 and last <= MAX_SEED, f"seeds must be 0 to {MAX_SEED}, got {first if first < 0 else last}")
-    return tuple(range(first, first + count))
+def check_guided(variant: Variant, setting: str) -> None:
+    """Raise InputError if `variant` has no classifier-free guidance, without which a negative prompt has no effect."""
+    if not variant.uses_cfg:
+        guided = ", ".join(name for name, row in VARIANTS.items() if row.uses_cfg)
+        raise InputError(f"{variant.name} has no use for a {setting}; leave it out, or choose one of {guided}")
+
+
+def _negative_prompts(variant: Variant, given: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """One for each of `count` prompts; none for a variant that has no use for them."""
+    if given is not None and not isinstance(given, str | Sequence):
+        raise InputError(f"negative_prompt must be text or a list of texts, got {type(given).__name__}")
+    negatives = (given or "",) * count if given is None or isinstance(given, str) else tuple(given)
+    for prompt in negatives:
+        _require(isinstance(prompt, str), f"a negative prompt must be text, got {type(prompt).__name__}")
+    if any(negatives):  # scripts give an empty one to any model
+        check_guided(variant, "negative prompt")
+    _require(len(negatives) == count, f"{len(negatives)} negative prompts don't go with {count} prompts; give one each")
+    return negatives if variant.uses_cfg else ()
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if isinstance(seed, list | tuple | range):
+        seeds = tuple(-1 if one is None else _integer("seed", one) for one in seed)
+        _require(len(seeds) == count, f"{len(seeds)} seeds don't go with {count} images; give one for each image")
+    else:
+        first = secrets.randbelow(2**32) if seed is None else _integer("seed", seed)
+        seeds = tuple(range(first, first + count))
+    wrong = next((one for one in seeds if not 0 <= one <= MAX_SEED), None)
+    _require(wrong is None, f"seeds must be 0 to {MAX_SEED}, got {wrong}")
+    return seeds
 
 
 @dataclass(frozen=True)

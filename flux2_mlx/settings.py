@@ -13,8 +13,10 @@ _MAX_CHARACTERS = 1_000_000  # ten times what a long prompt and a hundred refere
 
 def describe(settings: dict[str, Any]) -> str:
     """The settings as the one-paragraph text that other image tools show under `parameters`."""
+    negative = f"\nNegative prompt: {text}" if (text := settings.get("negative_prompt")) else ""
     return (
-        f"{settings['prompt']}\nSteps: {settings['steps']}, Sampler: Euler, CFG scale: {settings['guidance']}, "
+        f"{settings['prompt']}{negative}\n"
+        f"Steps: {settings['steps']}, Sampler: Euler, CFG scale: {settings['guidance']}, "
         f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['model']}, "
         f"Version: flux2-mlx {settings['version']}"
     )

@@ -69,10 +69,11 @@ class Waiting:
 
 
 def _keys(networks: Networks, request: Request, edit: Edit) -> Iterator[str]:
-    settings = asdict(request) | {"prompts": None, "seeds": None}
+    settings = asdict(request) | dict.fromkeys(("prompts", "negative_prompts", "seeds"))
     shared = [__version__, mx.__version__, str(mx.default_device()), _weights(networks), settings, _pictures(edit)]
     for place, seed in enumerate(request.seeds):
-        own = [request.prompts[place // request.images_per_prompt], seed]
+        number = place // request.images_per_prompt
+        own = [request.prompts[number], request.negative_prompts[number:][:1], seed]
         yield hashlib.sha256(json.dumps([*shared, *own]).encode()).hexdigest()
 
 

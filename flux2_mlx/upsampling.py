@@ -5,20 +5,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
 from .errors import CheckpointError, InputError
+from .images import flattened
 from .layers import check_finite
 from .memory import Plan, Writing
 from .names import Model
 from .networks import Networks
-from .phases import Meter, Phase, turn
+from .output import Phase
+from .phases import Meter, turn
 from .quantization import loadable_quant
 from .store import find_checkpoint
 from .text import LanguageModel
@@ -30,6 +32,7 @@ TEMPERATURE = 0.15
 MAX_NEW_TOKENS = 512
 # Images are shown to the language model at no more than this area, as in the reference.
 _MAX_AREA = 768 * 768
+_MAX_ANSWER = 100_000
 _log = logging.getLogger(__name__)
 # Hears the number of the answer and its text so far.
 OnText = Callable[[int, str], None]
@@ -48,25 +51,35 @@ class Writer:
         cls,
         source: str | os.PathLike | Model,
         *,
+        variant: str | None = None,
         text_quant: str | None = None,
         dtype: str | None = None,
+        models_dir: str | os.PathLike | None = None,
         memory_limit: int | str | None = None,
-        **options: Any,
+        quiet: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> "Writer":
         """Open the language model of a model; its transformer and VAE need not be there.
 
         Args:
             source: as for `Flux2Pipeline.from_pretrained`; fetched and converted first if need be. Of the released
                 models, dev's sees images.
+            variant: the model's name where the source can't tell.
             text_quant: `bf16`, `qint8` or `qint4`; None: as stored, or 8 bit when converting.
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own. With `float16` it is
                 `bfloat16`, as hidden states of language models overflow the other.
+            models_dir: as for `Flux2Pipeline.from_pretrained`.
             memory_limit: bytes, or a size such as `"12GB"`, to stay within, if need be by reading layers from disk for
                 every word; None: what the machine has.
-            options: further ones of `find_checkpoint`.
+            quiet: show nothing of a download.
+            progress: hears how many bytes of how many are converted.
         """
         computed_in, limit = activation_dtype(dtype), memory_bytes(memory_limit)
-        checkpoint = Checkpoint.open(find_checkpoint(source, text_quant=text_quant, text_only=True, **options))
+        shown = {"quiet": quiet, "progress": progress}
+        folder = find_checkpoint(
+            source, variant=variant, text_quant=text_quant, models_dir=models_dir, text_only=True, **shown
+        )
+        checkpoint = Checkpoint.open(folder)
         quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
         return cls(Networks(checkpoint, checkpoint.quant, quant, computed_in, limit))
 
@@ -78,20 +91,39 @@ class Writer:
     def can_see(self) -> bool:
         return "vision" in self.checkpoint.components
 
-    def upsample(self, prompts: Sequence[str], images: Sequence[Image.Image] = (), **settings: Any) -> list[str]:
+    def upsample(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] = (),
+        *,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+        on_text: OnText = lambda number, text: None,
+    ) -> list[str]:
         """Each prompt with more visual detail or, with RGB `images` to edit, as one clear instruction.
 
-        `settings` are those of `write`. InputError if a prompt is empty, too long or no text.
+        The other settings are those of `write`. InputError if a prompt is empty, too long or no text.
         """
         check_prompts(prompts)
         images = [shown(images)] if images else []
-        return self.write(
-            [(prompt, images) for prompt in prompts], UPSAMPLE_I2I if images else UPSAMPLE_T2I, **settings
-        )
+        system, questions = UPSAMPLE_I2I if images else UPSAMPLE_T2I, [(prompt, images) for prompt in prompts]
+        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "on_text": on_text}
+        return self.write(questions, system, **settings)
 
-    def describe(self, images: Sequence[Image.Image], **settings: Any) -> list[str]:
-        """What is to be seen in each RGB image, in words that an image can be made from."""
-        return self.write([("Describe this image.", [shown([image])]) for image in images], DESCRIBE, **settings)
+    def describe(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+        on_text: OnText = lambda number, text: None,
+    ) -> list[str]:
+        """What is to be seen in each RGB image, in words that an image can be made from; settings as of `write`."""
+        questions = [("Describe this image.", [shown([image])]) for image in images]
+        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "on_text": on_text}
+        return self.write(questions, DESCRIBE, **settings)
 
     def write(
         self,
@@ -110,6 +142,8 @@ class Writer:
             InputError: an answer is empty.
         """
         self._check(any(images for _, images in questions))
+        temperature = checked_number("temperature", temperature, 0, 2)
+        max_new_tokens = int(checked_number("max_new_tokens", max_new_tokens, 1, _MAX_ANSWER))
         if not questions:
             return []
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
@@ -212,3 +246,50 @@ def shown(images: Sequence[Image.Image]) -> Image.Image:
     scale = math.sqrt(_MAX_AREA / area)
     size = (max(1, int(joined.width * scale)), max(1, int(joined.height * scale)))
     return joined.resize(size, Image.Resampling.LANCZOS)
+
+
+class WritingMethods:
+    """What a pipeline does with its language model."""
+
+    networks: Networks
+
+    def writer(self) -> Writer:
+        """The model's own language model: dev's sees images, klein's does not."""
+        return Writer(self.networks)
+
+    def upsample_prompt(
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[Image.Image] = (),
+        *,
+        vision: Writer | None = None,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Prompts rewritten with more detail or, with RGB `images` to edit, as clear instructions.
+
+        `vision` looks at images where this model can't (see `Writer.from_pretrained`); the other settings are those of
+        `Writer.write`.
+        """
+        prompts, images = texts("prompt", prompt), [flattened(image) for image in pictures("images", images)[0]]
+        kinds(vision=(vision, Writer))
+        writer = vision if images and vision is not None else self.writer()
+        return writer.upsample(prompts, images, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+    def describe_image(
+        self,
+        image: Image.Image,
+        *,
+        vision: Writer | None = None,
+        temperature: float = TEMPERATURE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+    ) -> str:
+        """What is to be seen in an RGB image; arguments as for `upsample_prompt`."""
+        images = [flattened(image) for image in pictures("image", image)[0]]
+        if len(images) != 1:
+            raise InputError(f"one image is described at a time, got {len(images)}")
+        kinds(vision=(vision, Writer))
+        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        return (vision or self.writer()).describe(images, **settings)[0]

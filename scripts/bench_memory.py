@@ -27,7 +27,7 @@ from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.device import parse_memory
 from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
-from flux2_mlx.phases import Phase
+from flux2_mlx.output import Phase
 from flux2_mlx.sampling import Request
 from flux2_mlx.text import TOKENIZERS
 from flux2_mlx.weights import TensorInfo, write_safetensors

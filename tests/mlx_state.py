@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from flux2_mlx.memory import Plan
-from flux2_mlx.phases import Phase
+from flux2_mlx.output import Phase
 
 
 def mlx_limits() -> tuple[int, int]:

@@ -220,7 +220,8 @@ def test_info_plans_for_a_dtype():
 
 
 def test_info_refuses_an_odd_size():
-    assert refusal("info", "klein-4b", "-W", "100") == "width 100 must be a positive multiple of 16"
+    message = "width 100 must be a positive multiple of 16; nearest are 96 and 112"
+    assert refusal("info", "klein-4b", "-W", "100") == message
 
 
 def test_info_says_what_a_limit_means():

@@ -30,9 +30,9 @@ def damaged(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-W", "100"], "width 100 must be a positive multiple of 16"),
+        (["-W", "1000"], "width 1000 must be a positive multiple of 16; nearest are 992 and 1008"),
         (["-H", "65"], "height 65 must be a positive multiple of 16"),
-        (["-W", "0"], "width 0 must be a positive multiple of 16"),
+        (["-W", "0"], "width 0 must be a positive multiple of 16; the smallest is 16"),
         (["-H", "-64"], "height -64 must be a positive multiple of 16"),
         (["-W", "1600000"], "size 1600000×64 is too large; the limit is 16777216 pixels, such as 4096×4096"),
         (["-W", "1" + "0" * 40], f"size 1{'0' * 40}×64 is too large"),
@@ -59,6 +59,7 @@ def test_a_wrong_setting_is_told_before_any_model_is_looked_for(model, arguments
     ("arguments", "message"),
     [
         (["--memory-limit", "nonsense"], "memory must be a size such as 12GB"),
+        (["--memory-limit", "12"], "12 bytes of memory are too few for any run; did you mean 12GB?"),
         (["--memory-limit", "1GB"], "the transformer needs "),
         (["--interpret", "none.png"], "can't read none.png: No such file or directory"),
         (["--interpret", "a.png", "--vision-model", "klein-4b"], "klein-4b has no language model that sees images; "),
@@ -107,7 +108,7 @@ def test_the_longest_prompt_works():
             "line 1 of prompts.txt has the control character '\\x00'; write it as",
         ),
         (b"a red\tfox\r\na blue \x1bdog\n", "line 2 of prompts.txt has the control character '\\x1b'; write it as"),
-        (b"red\n" + b"a" * 10_001 + b"\n", "a prompt of 10001 characters is too long"),
+        (b"red\n" + b"a" * 10_001 + b"\n", "line 2 of prompts.txt: a prompt of 10001 characters is too long"),
         (b"red\n" * 1001, "the number of images must be 1 to 1000, got 1001"),
     ],
 )
@@ -128,17 +129,18 @@ def test_nothing_on_standard_input():
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("a.bmp", "can't write a.bmp: the name must end in .png, .jpg, .jpeg, .webp, or be a folder that exists"),
-        ("missing", "can't write missing: the name must end in .png, .jpg, .jpeg, .webp, or be a folder that exists"),
-        ("missing/a.png", "can't write missing/a.png: there is no folder missing"),
-        ("old.png/a.png", "can't write old.png/a.png: there is no folder old.png"),
+        ("a.bmp", "can't write a.bmp: the name must end in .png, .jpg, .jpeg, .webp, or in / to be a folder"),
+        ("missing", "can't write missing: the name must end in .png, .jpg, .jpeg, .webp, or in / to be a folder"),
+        ("old.png/a.png", "can't write old.png/a.png: old.png is not a folder"),
+        ("old.png/new/a.png", "can't write old.png/new/a.png: old.png is not a folder"),
+        ("old.png/", "can't write old.png/demo-7.png: old.png is not a folder"),
         ("old.png", "old.png exists; choose another name or pass --force to replace it"),
         ("a" * 300 + ".png", f"{'a' * 300}.png: File name too long"),
     ],
 )
 def test_an_output_that_can_not_be_written(folder, output, message):
     (folder / "old.png").write_text("old")
-    assert refusal("t2i", PROMPT, *SMALL, "-o", output) == message
+    assert refusal("t2i", PROMPT, *SMALL, "--seed", "7", "-o", output) == message
 
 
 def test_one_of_several_images_that_exists(folder):
@@ -244,7 +246,7 @@ def test_a_damaged_model(damaged, name, data, message):
 def test_errors_reach_a_real_terminal_as_one_line(folder):
     result = process("t2i", PROMPT, "-m", "demo", "-W", "100", environment=os.environ)
     assert (result.returncode, result.stdout) == (1, "")
-    assert error_line(result.stderr) == "width 100 must be a positive multiple of 16"
+    assert error_line(result.stderr) == "width 100 must be a positive multiple of 16; nearest are 96 and 112"
     assert tree() == {}
 
 

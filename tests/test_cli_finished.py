@@ -106,11 +106,31 @@ def test_nothing_is_loaded_where_nothing_is_missing(monkeypatch):
     assert (report["images"], report["skipped"]) == ([], [{"path": "a.png", "seed": 4}])
 
 
-@pytest.mark.parametrize("other", [("a star", "4"), (PROMPT, "5")])
-def test_what_is_skipped_but_was_made_from_something_else_is_told(other, caplog):
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        (("t2i", "a star", "--seed", "4"), "prompt"),
+        (("t2i", PROMPT, "--seed", "5"), "seed"),
+        (("t2i", PROMPT, "--seed", "4", "-W", "32", "-s", "3"), "width, steps"),
+        (("t2i", PROMPT, "--seed", "4", "--text-quant", "qint8"), "quant of the text encoder"),
+        (("i2i", PROMPT, "--seed", "4", "-i", "in.png"), "pictures"),
+    ],
+)
+def test_what_is_skipped_but_was_made_from_something_else_is_told(arguments, changed, caplog):
+    Image.new("RGB", (64, 64), "teal").save("in.png")
     make("--seed", "4", "-o", "a.png")
-    done("t2i", other[0], *SMALL, "--seed", other[1], "-o", "a.png", "--skip-existing")
-    assert "a.png is left as it is, but it does not say that it was made from this prompt and seed" in caplog.text
+    assert done(*arguments[:2], *SMALL, *arguments[2:], "-o", "a.png", "--skip-existing").stdout == ""
+    assert caplog.messages == [f"a.png is left as it is, but was made with another {changed}"]
+
+
+def test_what_is_skipped_and_does_not_say_what_it_is_is_told(caplog):
+    make("--seed", "4", "-o", "a.png", "--no-metadata")
+    arguments = ("t2i", PROMPT, *SMALL, "--seed", "4", "-o", "a.png", "--skip-existing")
+    done(*arguments)
+    assert caplog.messages == ["a.png is left as it is, but does not say what it was made from"]
+    caplog.clear()
+    done(*arguments, "--no-metadata")
+    assert caplog.messages == []
 
 
 def test_images_between_the_steps_that_are_there_are_skipped_too(cut):

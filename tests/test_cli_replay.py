@@ -121,7 +121,9 @@ def test_the_replayed_image_is_not_replaced_by_accident():
 def test_a_picture_without_settings(folder):
     for name in ("a.png", "a.jpg", "a.webp", "a.gif"):
         Image.new("RGB", (16, 16)).save(name)
-        assert refusal("t2i", "--replay", name) == f"{name} carries no settings of flux2-mlx, so it can't be made again"
+        assert refusal("t2i", "--replay", name) == (
+            f"{name} carries no settings of flux2-mlx: another program made it, or they were left out"
+        )
 
 
 def test_no_picture(folder):
@@ -154,7 +156,7 @@ def test_a_picture_cut_short_gives_one_line(folder):
         ({"upsampled_prompt": "\ud800"}, r"the prompt is not valid text: '\ud800'"),
         ({"fingerprint": 5}, "the settings in b.png are damaged: fingerprint is 5"),
         ({"upsampled_prompt": 5}, "the settings in b.png are damaged: upsampled_prompt is 5"),
-        ({"width": 17}, "width 17 must be a positive multiple of 16"),
+        ({"width": 17}, "width 17 must be a positive multiple of 16; nearest are 16 and 32"),
         ({"guidance": float("nan")}, "guidance must be a number of 0 or more, got nan"),
         ({"quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint4"),
         ({"dtype": "half"}, "unknown dtype 'half'; choose one of float32, bfloat16, float16"),

@@ -103,7 +103,7 @@ def pipe():
 def test_prompts_from_a_pipe(pipe):
     name, writing = pipe
     os.close(writing)
-    assert done("t2i", *SMALL, "--seed", "7", "--prompts-file", name).stdout == "demo-7.png\n"
+    assert done("t2i", *SMALL, "--seed", "7", "--prompts-file", name).stdout == "demo-7-a-red-circle.png\n"
 
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "endless"])
@@ -204,15 +204,18 @@ UNKNOWN_MODEL = "did you mean klein-4b, klein-9b or klein-9b-kv?"
         ({"width": 10**40}, "size 1"),
         ({"seed": False}, "the settings in a.png are damaged: seed is False"),
         ({"guidance": float("-inf")}, "guidance must be a number of 0 or more, got -inf"),
-        ({"edit": EDIT}, "b.png, which the image was made from, is gone or has changed; give the images with -i"),
+        (
+            {"edit": EDIT},
+            "b.png, which a.png was made from, is neither beside it nor here, or has changed; give the im",
+        ),
         ({"edit": EDIT | {"images": [PICTURE] * 101}}, "the settings in a.png are damaged: it was made from 101"),
         ({"edit": EDIT | {"images": []}}, "the settings in a.png are damaged: images is []"),
         ({"edit": EDIT | {"strength": True}}, "the settings in a.png are damaged: strength is True"),
         ({"edit": EDIT | {"images": [PICTURE | {"path": "b\0.png"}]}}, "b"),
-        ({"edit": EDIT | {"images": [PICTURE | {"path": "/dev/zero"}]}}, "/dev/zero, which the image was made from"),
-        ({"edit": EDIT | {"images": [PICTURE | {"path": "pipe"}]}}, "pipe, which the image was made from, is gone or"),
-        ({"edit": EDIT | {"images": [PICTURE | {"path": "huge"}]}}, "huge, which the image was made from, is gone or"),
-        ({"edit": EDIT | {"images": [PICTURE | {"path": "."}]}}, "., which the image was made from, is gone or has"),
+        ({"edit": EDIT | {"images": [PICTURE | {"path": "/dev/zero"}]}}, "zero, which a.png was made from, is neither"),
+        ({"edit": EDIT | {"images": [PICTURE | {"path": "pipe"}]}}, "pipe, which a.png was made from, is neither"),
+        ({"edit": EDIT | {"images": [PICTURE | {"path": "huge"}]}}, "huge, which a.png was made from, is neither"),
+        ({"edit": EDIT | {"images": [PICTURE | {"path": "."}]}}, "., which a.png was made from, is neither"),
     ],
 )
 def test_hostile_settings(folder, changes, message):

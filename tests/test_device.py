@@ -105,7 +105,7 @@ def test_the_memory_of_a_computer_without_a_gpu_is_what_it_has():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("12GB", 12 * 10**9), ("7.5GiB", 7.5 * 2**30), ("800 mb", 8e8), ("3g", 3e9), ("4096", 4096), (5000, 5000)],
+    [("12GB", 12 * 10**9), ("7.5GiB", 7.5 * 2**30), ("800 mb", 8e8), ("3g", 3e9), ("4000000", 4e6), (5 * 10**6, 5e6)],
 )
 def test_sizes_of_memory(text, expected):
     assert parse_memory(text) == expected
@@ -115,6 +115,14 @@ def test_sizes_of_memory(text, expected):
 def test_what_is_no_size_of_memory(text):
     with pytest.raises(InputError, match="memory must be a size such as 12GB"):
         parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("limit", "meant"), [("12", "12GB"), (12, "12GB"), ("7.5", "7.5GB"), (12000, "12000MB"), ("12B", "12GB")]
+)
+def test_a_number_whose_unit_was_forgotten(limit, meant):
+    with pytest.raises(InputError, match=rf"^[\d.]+ bytes of memory are too few for any run; did you mean {meant}\?$"):
+        parse_memory(limit)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_plan_counts_prompts_given_as_embeds():
     base = mx.get_active_memory()
     output = pipe(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
     request = pipe.request([""] * 100, width=16, height=16, steps=1)
-    planned = pipe.networks.plan(request, texts=(100, 48))
+    planned = pipe.networks.plan(request, texts=(100, 1, 48))
     measured = max(phase.peak_memory for phase in output.timings if phase.name != "vae") - base
     assert measured <= planned.phase("transformer").peak_memory <= 1.2 * measured
     tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="20MB")

@@ -277,7 +277,7 @@ EMBEDS = np.zeros((1, 40, 192), dtype=np.float32)
         ({"prompt_embeds": np.full((1, 40, 192), np.nan, np.float32)}, r"prompt_embeds \(1, 40, 192\) must be finite"),
         ({"prompt_embeds": np.zeros((1, 0, 192), np.float32)}, "for one token at least"),
         ({"prompt": FOX, "latents": np.full((1, 16, 3, 4), np.inf)}, "latents have values that are not finite"),
-        ({"prompt": FOX, "output_type": "pt"}, "unknown output_type 'pt'; choose one of pil, np, latent"),
+        ({"prompt": FOX, "output_type": "pic"}, "unknown output_type 'pic'; choose one of pil, np, pt, latent"),
         (
             {"prompt": FOX, "latents": np.zeros((1, 16, 4, 3))},
             r"latents have shape \(1, 16, 4, 3\), this run needs \(1",

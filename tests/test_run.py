@@ -296,6 +296,7 @@ started = threading.Event()
 
 def work():
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe.set_progress_bar_config(disable=True)
     started.set()
     pipe("a red ring", width=64, height=64, num_inference_steps=1000)
 

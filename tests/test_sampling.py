@@ -31,9 +31,9 @@ def test_defaults_come_from_the_variant(variant):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"height": 0}, "height 0 must be a positive multiple of 16"),
+        ({"height": 0}, "height 0 must be a positive multiple of 16; the smallest is 16"),
         ({"width": -16}, "width -16 must be a positive multiple of 16"),
-        ({"height": 1000}, "height 1000 must be a positive multiple of 16"),
+        ({"height": 1000}, "height 1000 must be a positive multiple of 16; nearest are 992 and 1008"),
         ({"width": 1000}, "width 1000 must be a positive multiple of 16"),
         ({"width": 512.5}, r"width must be a whole number, got 512\.5"),
         ({"steps": True}, "steps must be a whole number, got True"),

@@ -17,7 +17,7 @@ from flux2_mlx import upsampling
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component
 from flux2_mlx.config import TextConfig, VisionConfig
 from flux2_mlx.errors import InputError
-from flux2_mlx.phases import Phase
+from flux2_mlx.output import Phase
 from flux2_mlx.upsampling import Writer
 
 # 20 MB in bfloat16, and 9 MB.

@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from .job import Job, Pictures
+from .job import Job
 from .options import image_option, painting_options, prompt_options, size_options
 from .painting import paint
+from .pictures import Pictures
 
 
 @click.command()
@@ -31,7 +32,12 @@ from .painting import paint
     metavar="PIXELS",
     help="Work on the mask's surroundings only, so many pixels around it, in full resolution.",
 )
-@size_options("; not with --mask or --strength.  [default: the first image's]")
+@click.option(
+    "--match-colors",
+    is_flag=True,
+    help="Bring the brightness, contrast and saturation of what an edit does not change back to the first image's.",
+)
+@size_options("; not with --mask, --strength or --match-colors.  [default: the first image's]")
 @prompt_options
 @painting_options
 def i2i(
@@ -40,6 +46,7 @@ def i2i(
     strength: float | None,
     mask: Path | None,
     mask_crop: int | None,
+    match_colors: bool,
     profile: bool,
     as_json: bool,
     **given: Any,
@@ -54,5 +61,5 @@ def i2i(
     """
     if not images and given["replay"] is None:
         raise click.UsageError("give an image with -i, or --replay")
-    pictures = Pictures(images, strength, mask, mask_crop)
+    pictures = Pictures(images, strength, mask, mask_crop, match_colors=match_colors)
     paint(Job.of(prompt, pictures=pictures, **given), profile=profile, as_json=as_json)

@@ -10,6 +10,7 @@ import click
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import InputError
 from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
+from .report import is_image, print_settings
 from .terminal import print_result, to_json
 
 if TYPE_CHECKING:
@@ -41,23 +42,29 @@ def info(
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the models, or sizes, files and memory needs of one MODEL.
+    """Show the models, what one MODEL takes, or the settings of an image.
 
-    MODEL is a name, a repo id or a folder, as for the other commands. Sizes are those of the stored weights; each
-    network is in memory only while it is used. The memory is what making one image is expected to take on this machine.
-    With --json the models are a list.
+    MODEL is a name, a repo id or a folder, as for the other commands, or an image that this program has made. Sizes are
+    those of the stored weights; each network is in memory only while it is used. The memory is what making one image is
+    expected to take on this machine. With --json the models are a list.
 
     \b
     Examples:
       flux2-mlx info
       flux2-mlx info klein-9b -q qint8 -W 1536 -H 1536
+      flux2-mlx info fox.png
     """
-    if model is None:
+    from ..images import read_settings
+
+    if model is None or is_image(model):
         planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
         planning |= {"memory-limit": memory_limit, "variant": variant}
         if given := [name for name, value in planning.items() if value is not None]:
             raise click.UsageError(f"--{given[0]} is about one model; give a MODEL")
+    if model is None:
         shown, show = _all_rows(models_dir), _print_all
+    elif is_image(model):
+        shown, show = read_settings(Path(model)), print_settings
     else:
         from ..device import activation_dtype, memory_bytes
         from ..store import conversions, resolve

@@ -1,161 +1,50 @@
 """What a command line that makes images asks for, after defaults and --replay."""
 
-import hashlib
+import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import InputError
-from ..files import opened
+from . import names, replay
 from .options import DEFAULT_MODEL
-from .prompts import read_prompts
+from .pictures import Pictures
+from .prompts import Prompt, read_prompt, read_prompts
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..names import Model
 
-# What an image file remembers that goes back to the option of the same name with --replay.
-_REPLAYED = {
-    "model": str,
-    "variant": str,
-    "quant": str,
-    "text_quant": str,
-    "dtype": str | None,  # older images don't say it
-    "width": int,
-    "height": int,
-    "steps": int,
-    "guidance": float,
-    "seed": int,
-}
-_EDIT = {
-    "images": list,
-    "strength": float | None,
-    "mask": dict | None,
-    "mask_crop": int | None,
-    "extend": dict | None,
-}
-_EXTEND = dict.fromkeys(("left", "right", "top", "bottom", "overlap"), int)
-_FILE = {"path": str, "sha256": str}
+_SETTINGS = ("width", "height", "steps", "guidance")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The images of an edit and what is done with them. `extend` are pixels added on each side (see `extended`)."""
+class Frame:
+    """An image that is asked for: that of a `seed`, and of the prompt with this `number`."""
 
-    paths: tuple[Path, ...] = ()
-    strength: float | None = None
-    mask: Path | None = None
-    mask_crop: int | None = None
-    extend: dict[str, int] | None = None
-
-    def open(self) -> "tuple[list[Image.Image], dict[str, Any], dict[Path, str]]":
-        """The images, what `Edit.checked` is to do with them, and the SHA-256 of every file as it was read."""
-        from ..images import open_hashed
-        from ..references import extended
-
-        hashes = {}
-
-        def read(path: Path, ground: str = "white") -> "Image.Image":
-            image, hashes[path] = open_hashed(path, ground)
-            return image
-
-        images = [read(path) for path in self.paths]
-        mask = None if self.mask is None else read(self.mask, "black")
-        if self.extend is not None:
-            images[0], mask = extended(images[0], **self.extend)
-        edit = {
-            "mask": mask,
-            "on_canvas": self.strength is not None,
-            "crop_padding": self.mask_crop,
-            "feather": 0 if self.extend is None else self.extend["overlap"] // 2,
-        }
-        return images, edit, hashes
-
-    def settings(self, hashes: dict[Path, str]) -> dict[str, Any] | None:
-        """What an image file remembers of the edit: the files by name and by content, which `open` gives."""
-        if not self.paths:
-            return None
-        files = {path: {"path": str(path.absolute()), "sha256": sha256} for path, sha256 in hashes.items()}
-        return {
-            "images": [files[path] for path in self.paths],
-            "strength": self.strength,
-            "mask": None if self.mask is None else files[self.mask],
-            "mask_crop": self.mask_crop,
-            "extend": self.extend,
-        }
-
-    @property
-    def keep_size(self) -> bool:
-        """Whether the size is that of the first image."""
-        return self.strength is not None or self.mask is not None or self.extend is not None
-
-    def completed(self, edit: dict[str, Any], image: Path) -> "Pictures":
-        """These pictures, and for all that is not given what `image` remembers of its `edit`.
-
-        Raises:
-            InputError: `edit` is damaged, or a file that is not given is gone or has changed.
-        """
-        from ..references import MAX_REFERENCES
-
-        _check_kinds(edit, _EDIT, image)
-        if not edit["images"]:
-            raise InputError(f"the settings in {image} are damaged: images is []")
-        if len(edit["images"]) > MAX_REFERENCES:
-            raise InputError(f"the settings in {image} are damaged: it was made from {len(edit['images'])} images")
-        mask, extend = edit.get("mask"), edit.get("extend")
-        if extend is not None:
-            _check_kinds(extend, _EXTEND, image)
-            extend = {name: extend[name] for name in _EXTEND}
-            if self.mask is not None:
-                raise InputError(f"{image} was extended, which marks what is new; leave out the mask {self.mask}")
-        if self.mask is None and mask is not None:
-            mask = _unchanged(mask, image, "the mask with --mask")
-        return Pictures(
-            self.paths or tuple(_unchanged(file, image, "the images with -i") for file in edit["images"]),
-            edit.get("strength") if self.strength is None else self.strength,
-            mask if self.mask is None else self.mask,
-            edit.get("mask_crop") if self.mask_crop is None else self.mask_crop,
-            extend,
-        )
-
-
-def _unchanged(file: Any, image: Path, way_out: str) -> Path:
-    _check_kinds(file, _FILE, image)
-    path = Path(file["path"])
-    if _sha256(path) != file["sha256"]:
-        raise InputError(f"{path}, which the image was made from, is gone or has changed; give {way_out}")
-    return path
-
-
-def _sha256(path: Path) -> str | None:
-    """The SHA-256 of an image file; None if there is none, or something that can't be one."""
-    from ..images import MAX_INPUT_BYTES
-
-    found = hashlib.sha256()
-    try:
-        with opened(path, MAX_INPUT_BYTES) as file:
-            while chunk := file.read(2**20):
-                found.update(chunk)
-    except (OSError, ValueError, InputError):  # ValueError: a name that no file can have
-        return None
-    return found.hexdigest()
+    prompt: Prompt
+    number: int
+    seed: int
 
 
 @dataclass(frozen=True)
 class Job:
     """Settings of a run; None is the variant's default. Build it with `Job.of`.
 
-    `resolved` is what `model` means.
-    `rewritten` are the prompts and `fingerprint` the weights that a replayed image was made from.
+    There is one seed, from which all images count up, or several, each an image of every prompt. `listed` is whether
+    the prompts are those of a file. `resolved` is what `model` means, and `label` what images say of it. `rewritten`
+    are the prompts and `fingerprint` the weights that a replayed image was made from.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
+    listed: bool
     model: str
     resolved: "Model"
+    label: str
     variant: str | None
     quant: str | None
     text_quant: str | None
@@ -164,9 +53,12 @@ class Job:
     height: int | None
     steps: int | None
     guidance: float | None
-    seed: int
+    negative_prompt: str | None
+    seed: tuple[int, ...]
+    same_seed: bool
     num_images: int
-    output: Path | None
+    output: str | None
+    metadata: bool
     checkpoint: int | None
     models_dir: Path | None
     no_cache: bool
@@ -181,31 +73,53 @@ class Job:
     rewritten: list[str] | None = None
     fingerprint: str | None = None
 
-    def settings(self) -> dict[str, Any]:
-        return {
-            "height": self.height,
-            "width": self.width,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "seed": self.seed,
-            "images_per_prompt": self.num_images,
-            "strength": self.pictures.strength,
-        }
+    @cached_property
+    def frames(self) -> list[Frame]:
+        """The images, those of a prompt one after the other."""
+        frames: list[Frame] = []
+        for number, prompt in enumerate(self.prompts):
+            frames += [Frame(prompt, number, seed) for seed in self._seeds(prompt, len(frames))]
+        return frames
 
-    def paths(self) -> list[Path]:
-        """The file of each image: the name given, with the seed where there are several; a name that is not given is
-        one that is free."""
-        from ..files import free_path
+    def _seeds(self, prompt: Prompt, before: int) -> Sequence[int]:
+        """The seeds of the images of a prompt that has so many images before it."""
+        if prompt.seed is None and len(self.seed) > 1:
+            return self.seed
+        first = self.seed[0] + (0 if self.same_seed else before) if prompt.seed is None else prompt.seed
+        return range(first, first + _count(prompt, self.num_images))
 
-        count = len(self.prompts) * self.num_images
-        seeds = range(self.seed, self.seed + count)
-        if self.output is None or self.output.is_dir():
-            folder = self.output or Path()
-            paths = [folder / f"{Path(self.model).absolute().name}-{seed}.png" for seed in seeds]
-            return paths if self.force or self.skip_existing else [free_path(path) for path in paths]
-        if count == 1:
-            return [self.output]
-        return [self.output.with_name(f"{self.output.stem}-{seed}{self.output.suffix}") for seed in seeds]
+    def settings(self, prompt: Prompt) -> dict[str, Any]:
+        """What a run for `prompt` is asked for besides prompts and seeds: the prompt's own settings, or else the job's.
+
+        An image that is painted over has a size of its own.
+        """
+        own = {name: getattr(prompt, name) for name in _SETTINGS}
+        settings = {name: getattr(self, name) if value is None else value for name, value in own.items()}
+        return settings | {"strength": self.pictures.strength}
+
+    def negative(self, prompt: Prompt) -> str | None:
+        """What is not to be seen in the images of a prompt; None: nothing is said."""
+        own = prompt.negative_prompt
+        return (self.negative_prompt if own is None else own) or None
+
+    def paths(self, values: Sequence[dict[str, Any]]) -> list[Path]:
+        """The file of each image, given `width`, `height` and `steps` of each."""
+        digits = len(str(len(self.frames)))
+        known = [
+            {name: str(value) for name, value in own.items()}
+            | {"seed": str(frame.seed), "prompt": names.slug(frame.prompt.text), "index": f"{index:0{digits}}"}
+            | {"model": names.model_name(self.model)}
+            for index, (frame, own) in enumerate(zip(self.frames, values, strict=True), 1)
+        ]
+        templates = [self._template(frame.prompt) for frame in self.frames]
+        return names.paths(templates, known, listed=self.listed, keep=self.force or self.skip_existing)
+
+    def _template(self, prompt: Prompt) -> str | None:
+        """The name for a prompt: its own, in the folder that -o may give, or else that of -o."""
+        if prompt.output is None or self.output is None:
+            return prompt.output or self.output
+        is_folder = self.output.endswith("/") or os.path.isdir(self.output)
+        return os.path.join(self.output if is_folder else os.path.dirname(self.output), prompt.output)
 
     def checkpoint_path(self, path: Path, step: int) -> Path:
         """The file of the image after `step` steps."""
@@ -214,76 +128,114 @@ class Job:
     @classmethod
     def of(cls, prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> "Job":
         """The job of a command line; `given` are its options by name, and its `pictures`."""
-        from ..sampling import MAX_IMAGES
-        from ..store import resolve
-        from ..text.prompts import check_words
-
         if prompts_file is not None and prompt is not None:
             raise click.UsageError("give either PROMPT or --prompts-file")
         if prompts_file is None and prompt is None and replay is None:
             raise click.UsageError("give a PROMPT, --prompts-file or --replay")
-        remembered = {} if replay is None else _remembered(replay)
-        replayed = given["model"] is None and "model" in remembered
-        if given["model"] is not None:
-            remembered |= {"variant": None, "fingerprint": None}  # those of the other model
-        if remembered.get("edit") is not None:
-            given["pictures"] = given["pictures"].completed(remembered["edit"], replay)
-        if given["pictures"].keep_size:
-            remembered |= {"width": None, "height": None}
-        given |= {key: remembered.get(key) for key in _REPLAYED if given[key] is None}
+        if given["force"] and given["skip_existing"]:
+            raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
+        is_named = given["model"] is not None
+        remembered = {} if replay is None else _take_over(given, replay)
+        given["model"] = DEFAULT_MODEL if given["model"] is None else given["model"]
+        _check_weights(given)
+        given |= _resolved(given, None if is_named else replay)
         if prompts_file is not None:
             prompts = read_prompts(prompts_file)
         else:
-            prompts = [remembered["prompt"] if prompt is None else prompt]
-        given["fingerprint"] = remembered.get("fingerprint")
+            words = remembered["prompt"] if prompt is None else read_prompt("-") if prompt == "-" else prompt
+            prompts = [Prompt(words)]
         # A replayed prompt was rewritten already; rewriting it again need not give the same words.
-        again = remembered.get("upsampled_prompt") if prompts == [remembered.get("prompt")] else None
+        again = remembered.get("upsampled_prompt") if _texts(prompts) == [remembered.get("prompt")] else None
         asked = given["interpret"] or given["upsample_prompt"]
         given["rewritten"] = [again] if again is not None and not asked else None
-        count = len(prompts) * given["num_images"]
-        if not 1 <= count <= MAX_IMAGES:
-            raise InputError(f"the number of images must be 1 to {MAX_IMAGES}, got {count}")
-        for prompt in prompts:
-            check_words(prompt)
-        if given["force"] and given["skip_existing"]:
-            raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
-        defaults = {"model": DEFAULT_MODEL, "seed": secrets.randbelow(2**32)}
-        given |= {key: x for key, x in defaults.items() if given[key] is None}
-        resolved = resolve(given["model"], given["models_dir"])
-        _check_weights(given, resolved, replayed)
-        return cls(prompts=prompts, resolved=resolved, **given)
+        given["seed"] = given["seed"] or (secrets.randbelow(2**32),)
+        given["num_images"] = _number(given["seed"], given["num_images"])
+        _check_prompts(prompts, given["seed"], given["num_images"])
+        job = cls(prompts=prompts, listed=prompts_file is not None, **given)
+        _check_seeds(job.frames)
+        return job
 
 
-def _remembered(image: Path) -> dict[str, Any]:
-    from ..images import read_settings
+def _take_over(given: dict[str, Any], image: Path) -> dict[str, Any]:
+    """Complete what is `given` with what `image` remembers, which is returned."""
+    remembered = replay.remembered(image)
+    own = dict(remembered)
+    if given["model"] is not None:
+        own |= {"variant": None, "fingerprint": None}  # those of the other model
+    if remembered.get("edit") is not None:
+        given["pictures"] = given["pictures"].completed(remembered["edit"], image)
+    if given["pictures"].keep_size:
+        own |= {"width": None, "height": None}
+    own["seed"] = (own["seed"],)
+    given |= {key: own.get(key) for key in replay.SETTINGS if given[key] in (None, ())}
+    given["fingerprint"] = own.get("fingerprint")
+    return remembered
 
-    settings = read_settings(image)
-    optional = dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None)
-    _check_kinds(settings, {"prompt": str, **optional, "edit": dict | None, **_REPLAYED}, image)
-    return settings
+
+def _texts(prompts: Sequence[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts]
 
 
-def _check_weights(given: dict[str, Any], model: "Model", replayed: bool) -> None:
-    """Raise InputError if the weights can't be used, or `model` is a `replayed` one that would have to be fetched.
+def _count(prompt: Prompt, num_images: int) -> int:
+    return num_images if prompt.images is None else prompt.images
 
-    Whoever made an image chose what it says, so it may only name a model of the table or one that is here already.
-    """
+
+def _number(seeds: tuple[int, ...], given: int | None) -> int:
+    """How many images there are of each prompt."""
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+        raise InputError(f"--seed {twice} is given twice, which would be the same image; leave one out")
+    if len(seeds) > 1 and given not in (None, len(seeds)):
+        raise InputError(f"{len(seeds)} seeds are so many images of a prompt; leave out -n {given}, or give one seed")
+    return len(seeds) if given is None else given
+
+
+def _check_prompts(prompts: Sequence[Prompt], seeds: tuple[int, ...], num_images: int) -> None:
+    """Raise InputError if a prompt can't be used, or there are too many images."""
+    from ..sampling import MAX_IMAGES
+    from ..text.prompts import check_prompt, check_words
+
+    count = sum(_count(prompt, num_images) for prompt in prompts)
+    if not 1 <= count <= MAX_IMAGES:
+        raise InputError(f"the number of images must be 1 to {MAX_IMAGES}, got {count}")
+    for prompt in prompts:
+        with prompt.named():
+            check_words(prompt.text)
+            if prompt.line:  # the limit of the model is told of others
+                check_prompt(prompt.text)
+                check_prompt(prompt.negative_prompt or "")
+            if prompt.output:
+                names.check(prompt.output)
+            if len(seeds) > 1 and prompt.seed is None and prompt.images not in (None, len(seeds)):
+                raise InputError(f"{prompt.images} images don't go with {len(seeds)} seeds; give a seed here, or one")
+
+
+def _check_seeds(frames: Sequence[Frame]) -> None:
+    from ..sampling import MAX_SEED
+
+    for frame in frames:
+        with frame.prompt.named():
+            if not 0 <= frame.seed <= MAX_SEED:
+                raise InputError(f"seeds must be 0 to {MAX_SEED}, got {frame.seed}")
+
+
+def _check_weights(given: dict[str, Any]) -> None:
+    """Raise InputError if the weights can't be used."""
     from ..names import get_variant
     from ..quantization import check_quant
-    from ..store import find_checkpoint
 
-    weights = {name: given[name] for name in ("variant", "quant", "text_quant")}
-    for value, check in zip(weights.values(), (get_variant, check_quant, check_quant), strict=True):
-        if value is not None:
-            check(value)
-    if replayed and model.variant is None:
-        find_checkpoint(model, **weights, models_dir=given["models_dir"], only_converted=True)
+    for name, check in (("variant", get_variant), ("quant", check_quant), ("text_quant", check_quant)):
+        if given[name] is not None:
+            check(given[name])
 
 
-def _check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:
-    """Raise InputError if `values`, which `image` remembers, are not all of their kinds; None may be left out."""
-    if not isinstance(values, dict):
-        raise InputError(f"the settings in {image} are damaged: {values!r} should say {', '.join(kinds)}")
-    for name, kind in kinds.items():
-        if not isinstance(values.get(name), kind) or isinstance(values.get(name), bool):
-            raise InputError(f"the settings in {image} are damaged: {name} is {values.get(name)!r}")
+def _resolved(given: dict[str, Any], source: Path | None) -> dict[str, Any]:
+    """What the model's name means, and what images say of it; `source` is the image that names it, if one does."""
+    from ..store import resolve
+
+    if source is None:
+        model = resolve(given["model"], given["models_dir"])
+        return {"resolved": model, "label": replay.label(model)}
+    weights = {name: given[name] for name in ("variant", "quant", "text_quant", "models_dir")}
+    found = replay.find_model(given["model"], given["fingerprint"], source, **weights)
+    return {"resolved": found, "label": replay.without_folder(given["model"])}

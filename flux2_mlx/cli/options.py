@@ -86,15 +86,27 @@ _PAINTING = (
     click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path),
-        help="Image file (.png, .jpg, .webp) or folder; several images get the seed added.  [default: MODEL-SEED.png]",
+        metavar="NAME",
+        help="Image file (.png, .jpg, .webp), or folder, which ends in /; both are made. {seed}, {prompt}, {model}, "
+        "{index}, {width}, {height} and {steps} stand for those of each image; names that would be the same get the "
+        "seed added.  [default: MODEL-SEED.png, or MODEL-SEED-PROMPT.png with --prompts-file]",
     ),
     click.option("-s", "--steps", type=int, help="Denoising steps.  [default: the model's]"),
     click.option(
         "-g", "--guidance", type=float, help="Guidance scale; distilled models ignore it.  [default: the model's]"
     ),
-    click.option("--seed", type=int, help="Seed of the first image; the next ones count up.  [default: random]"),
-    click.option("-n", "--num-images", type=int, default=1, show_default=True, help="Images for each prompt."),
+    click.option(
+        "--negative-prompt", metavar="TEXT", help="What is not to be seen; of base models, with a guidance above 1."
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        multiple=True,
+        help="Seed of the first image; the next ones count up. Given several times: of an image of each prompt.  "
+        "[default: random]",
+    ),
+    click.option("--same-seed", is_flag=True, help="Let every prompt begin with the same seed."),
+    click.option("-n", "--num-images", type=int, help="Images for each prompt.  [default: 1, or one for each --seed]"),
     weight_options,
     dtype_option,
     variant_option,
@@ -118,9 +130,15 @@ _PAINTING = (
     quiet_option,
     click.option("--force", is_flag=True, help="Replace existing images."),
     click.option("--skip-existing", is_flag=True, help="Make only those images whose files are not there yet."),
+    click.option("--metadata/--no-metadata", default=True, help="Keep the settings in the images.  [default: keep]"),
 )
 _PROMPT = (
-    click.option("--prompts-file", metavar="FILE", help="File with one prompt a line, or - for standard input."),
+    click.option(
+        "--prompts-file",
+        metavar="FILE",
+        help="File with a prompt a line, as text or as JSON with settings of its own, or .csv with a column prompt; "
+        "- is standard input.",
+    ),
     click.option(
         "--replay", type=click.Path(path_type=Path), metavar="IMAGE", help="Make an image again from its file."
     ),

@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from .job import Job, Pictures
+from .job import Job
 from .options import painting_options
 from .painting import paint
+from .pictures import Pictures
 
 _PROMPT = "Extend the image beyond its borders; the scene goes on naturally in the same style and light."
 
@@ -27,6 +28,7 @@ _PROMPT = "Extend the image beyond its borders; the scene goes on naturally in t
     help="Pixels of the image at a seam that change: the half beside what is new is painted anew, the other half fades "
     "into the image. All others stay as they are.",
 )
+@click.option("--match-colors", is_flag=True, help="Give what is painted the colours that the image itself keeps.")
 @painting_options
 def outpaint(
     image: Path,
@@ -36,6 +38,7 @@ def outpaint(
     top: int,
     bottom: int,
     overlap: int,
+    match_colors: bool,
     profile: bool,
     as_json: bool,
     **given: Any,
@@ -47,6 +50,6 @@ def outpaint(
       flux2-mlx outpaint photo.png "a wide beach" --left 256 --right 256
     """
     extend = {"left": left, "right": right, "top": top, "bottom": bottom, "overlap": overlap}
-    pictures = Pictures((image,), extend=extend)
+    pictures = Pictures((image,), extend=extend, match_colors=match_colors)
     job = Job.of(prompt, pictures=pictures, width=None, height=None, prompts_file=None, replay=None, **given)
     paint(job, profile=profile, as_json=as_json)

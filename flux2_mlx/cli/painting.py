@@ -1,63 +1,148 @@
 """Doing a job: checks, loading, rewriting, painting, saving, printing."""
 
+import logging
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import VARIANTS
+from ..errors import InputError
 from .job import Job
 from .options import DEFAULT_MODEL
 from .progress import Bars, Stream, conversion, notice
-from .report import Result, Run, print_profile
+from .report import Record, differences, print_profile
 from .terminal import print_result, to_json
 from .writing import check_sight, is_blind, open_writer
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..phases import Phase, Progress
+    from ..output import Phase
+    from ..phases import Progress
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
     from ..upsampling import Writer
 
+Batch = tuple["Request", list[int]]  # images that one run makes: its settings, and their places in the job
+_log = logging.getLogger(__name__)
+
 
 def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     """Make the images of `job`, and print the path of each as soon as it is there, or a report of all at the end."""
     images, edit, hashes = job.pictures.open()
-    paths = job.paths()
-    missing = [place for place, path in enumerate(paths) if not (job.skip_existing and path.is_file())]
-    _check(job, [paths[place] for place in missing], images, edit)
+    for path, former in job.pictures.others(hashes):
+        notice(f"{path} is not the {former} that the image was made from, so the new one will differ", job.quiet)
+    checked = _check(job, images, edit)
     with Bars(job.quiet) as bars:
         pipe = _open(job, bars)
         edit = pipe.edit(images, **edit)
-        request = pipe.request(job.prompts, edit=edit, **job.settings())
-        result = Result(Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings(hashes)), paths)
-        result.skip(place for place in range(len(paths)) if place not in missing)
+        texts, edited = [prompt.text for prompt in job.prompts], job.pictures.settings(hashes)
+        record = Record(job, pipe, edit, edited, _requests(job, _batches(job, _builder(pipe, edit), texts)), texts)
+        record.paths = _paths(job, edit, record.requests)
+        _check_paths(job, [path for path in record.paths if path not in checked])
+        missing = _skip(record)
         try:
             if missing:
-                _make(result, missing, job, images, bars, as_json)
+                _make(record, missing, images, bars, as_json)
         finally:
             # Of a run that is cut short, too, what is finished stays and is named.
             ended = sys.exc_info()[0] is None
-            if as_json and (ended or result.made):
-                print_result(to_json(result.report(complete=ended)))
+            if as_json and (ended or record.made):
+                print_result(to_json(record.report(complete=ended)))
     if profile:
-        print_profile(result.output, result.seconds)
+        print_profile(record.output, record.seconds)
 
 
-def _make(result: Result, missing: list[int], job: Job, images: "list[Image.Image]", bars: Bars, as_json: bool) -> None:
+def _builder(pipe: "Flux2Pipeline", edit: "Edit") -> "Callable[..., Request]":
+    return lambda prompts, **settings: pipe.request(prompts, edit=edit, **settings)
+
+
+def _batches(
+    job: Job, build: "Callable[..., Request]", texts: Sequence[str], places: Sequence[int] | None = None
+) -> list[Batch]:
+    """The images at `places`, by default all of the job, in as few runs as their settings allow.
+
+    `build` makes a request of prompts and settings, and `texts` are what was made of the job's prompts.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for place in range(len(job.frames)) if places is None else places:
+        groups.setdefault(tuple(job.settings(job.frames[place].prompt).values()), []).append(place)
+    return [(_request(job, build, texts, group), group) for group in groups.values()]
+
+
+def _request(job: Job, build: "Callable[..., Request]", texts: Sequence[str], places: list[int]) -> "Request":
+    """The request of images whose settings are the same."""
+    frames = [job.frames[place] for place in places]
+    first, negatives = frames[0].prompt, [job.negative(frame.prompt) or "" for frame in frames]
+    with first.named():
+        prompts = [texts[frame.number] for frame in frames]
+        seeds = [frame.seed for frame in frames]
+        return build(prompts, seed=seeds, negative_prompt=negatives, **job.settings(first))
+
+
+def _requests(job: Job, batches: Sequence[Batch]) -> "list[Request]":
+    """The request that each image of the job is one of."""
+    found = {place: request for request, places in batches for place in places}
+    return [found[place] for place in range(len(job.frames))]
+
+
+def _paths(job: Job, edit: "Edit", requests: "Sequence[Request]") -> list[Path]:
+    values = []
+    for request in requests:
+        width, height = edit.output_size(request.width, request.height)
+        values.append({"width": width, "height": height, "steps": request.steps})
+    return job.paths(values)
+
+
+def _skip(record: Record) -> list[int]:
+    """The places of the images to make. Those that are there already are left, those made otherwise with a warning."""
+    from ..images import read_settings
+
+    for place, path in enumerate(record.paths):
+        if not (record.job.skip_existing and path.is_file()):
+            continue
+        record.skipped.append(place)
+        try:
+            changed = differences(read_settings(path), record.settings(place))
+        except InputError:
+            if record.job.metadata:
+                _log.warning("%s is left as it is, but does not say what it was made from", path)
+            continue
+        if changed:
+            _log.warning("%s is left as it is, but was made with another %s", path, ", ".join(changed))
+    return sorted(set(range(len(record.paths))) - set(record.skipped))
+
+
+def _make(record: Record, missing: list[int], images: "list[Image.Image]", bars: Bars, as_json: bool) -> None:
     """Make the images of the places that are `missing`."""
-    run = result.run
-    request = run.request.only(missing)
-    _check_images(request, run.edit, job, [result.paths[place] for place in missing])
-    run.pipe.networks.checked_plan(request, run.edit, previews=_has_previews(job, request))
-    if images:
-        _count_tokens(run.pipe, request, run.edit, job)
-    prompts, result.output.timings[:] = _rewrite(run.pipe, job, images, bars)
-    result.run = run = replace(run, request=run.pipe.request(prompts, edit=run.edit, **job.settings()))
-    denoised = True
+    job, pipe, edit = record.job, record.pipe, record.edit
+    build = _builder(pipe, edit)
+    for request, places in _batches(job, build, record.texts, missing):
+        _check_images(request, edit, job, [record.paths[place] for place in places])
+        pipe.networks.checked_plan(request, edit, previews=_has_previews(job, request))
+        if images:
+            _count_tokens(pipe, request, edit, job)
+        if not request.negative_prompts and any(job.negative(job.frames[place].prompt) for place in places):
+            notice(f"a negative prompt has no effect at a guidance of {request.guidance:g}", job.quiet)
+    record.texts, record.output.timings[:] = _rewrite(pipe, job, images, bars)
+    for request, places in _batches(job, build, record.texts, missing):
+        pipe.run(
+            request,
+            edit,
+            on_progress=_listener(record, request, places, bars, as_json),
+            previews=_has_previews(job, request),
+            resume=True,
+            output=record.output,
+        )
+
+
+def _listener(
+    record: Record, request: "Request", places: list[int], bars: Bars, as_json: bool
+) -> "Callable[[Progress], None]":
+    """What hears of the run of a batch: it shows how far that is, and saves and prints images."""
+    job, denoised = record.job, True
 
     def on_progress(progress: "Progress") -> None:
         nonlocal denoised
@@ -65,24 +150,28 @@ def _make(result: Result, missing: list[int], job: Job, images: "list[Image.Imag
             denoised = progress.done == progress.total
         if denoised or progress.phase != "vae":  # a bar at a time
             bars.show(progress.phase, progress.done, progress.total)
-        places = [missing[image] for image in progress.images]
+        about = [places[image] for image in progress.images]
         if progress.image is not None:
-            path = result.save(places[0], progress.image, replace=job.force)
+            path = _save(record, about[0], progress.image)
             if not as_json:
                 with bars.aside():
                     print_result(path)
         step = progress.step
         if step is not None and job.checkpoint and step.number % job.checkpoint == 0 and step.number < request.steps:
-            _save_previews(job, [result.paths[place] for place in places], step.number, progress.preview())
+            _save_previews(job, [record.paths[place] for place in about], step.number, progress.preview())
 
-    run.pipe.run(
-        run.request.only(missing),
-        run.edit,
-        on_progress=on_progress,
-        previews=_has_previews(job, request),
-        resume=True,
-        output=result.output,
-    )
+    return on_progress
+
+
+def _save(record: Record, place: int, image: "Image.Image") -> Path:
+    """Write an image to its path, or beside it if something has appeared there meanwhile."""
+    from ..images import save
+
+    path, settings = record.paths[place], record.settings(place) if record.job.metadata else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record.paths[place] = save(image, path, settings, replace=record.job.force)
+    record.made.append(place)
+    return record.paths[place]
 
 
 def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image.Image]") -> None:
@@ -90,16 +179,17 @@ def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image
 
     for path, preview in zip(paths, previews, strict=True):
         target = job.checkpoint_path(path, step)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if not (job.skip_existing and target.exists()):
             save(preview, target, replace=job.force)
 
 
-def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[str, Any]) -> None:
-    """Everything that can be known to be wrong before a model is fetched."""
-    from ..images import check_output, open_image
+def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> list[Path]:
+    """Everything that can be known to be wrong before a model is fetched; the paths that can be written."""
+    from ..images import open_image
     from ..store import resolve
 
-    _check_run(job, images, edit)
+    paths = _check_run(job, images, edit)
     for path in job.interpret:
         open_image(path)
     looks = job.interpret or (images and job.upsample_prompt)
@@ -107,12 +197,21 @@ def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[
         check_sight(resolve(job.vision_model, job.models_dir))
     if not job.no_cache:
         _check_cache(job)
+    _check_paths(job, paths)
+    return paths
+
+
+def _check_paths(job: Job, paths: Sequence[Path]) -> None:
+    from ..images import check_output
+
     for path in paths:
-        check_output(path, job.force)
+        if not (job.skip_existing and path.is_file()):
+            check_output(path, job.force)
 
 
-def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
-    """The settings, and, of a model of the table that is known by its name, that it will fit into memory."""
+def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> list[Path]:
+    """The settings, and, of a model of the table that is known by its name, that it will fit into memory; the paths, as
+    far as they are known."""
     from ..device import activation_dtype, memory_bytes
     from ..names import VARIANT
     from ..networks import Networks
@@ -121,12 +220,21 @@ def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> N
 
     wanted = {"dtype": activation_dtype(job.dtype), "memory_limit": memory_bytes(job.memory_limit)}
     row = job.resolved.variant or VARIANTS[DEFAULT_MODEL]
-    edit, settings = Edit.checked(images, row.vae.token_size, **edit), job.settings()
-    settings["width"], settings["height"] = edit.working_size(job.width, job.height)
-    request = Request.checked(row, row.vae.token_size, job.prompts, **settings)
+    token = row.vae.token_size
+    edit = Edit.checked(images, token, **edit)
+
+    def build(prompts: Sequence[str], width: int | None, height: int | None, **settings: Any) -> Request:
+        width, height = edit.working_size(width, height)
+        if job.resolved.variant is None:
+            del settings["negative_prompt"]  # whether the model has a use for it is not known yet
+        return Request.checked(row, token, prompts, width=width, height=height, **settings)
+
+    batches = _batches(job, build, [prompt.text for prompt in job.prompts])
     if job.resolved.kind == VARIANT:
         networks = Networks.described(row, job.quant or "bf16", job.text_quant, **wanted)
-        networks.checked_plan(request, edit, previews=_has_previews(job, request))
+        for request, _ in batches:
+            networks.checked_plan(request, edit, previews=_has_previews(job, request))
+    return _paths(job, edit, _requests(job, batches))
 
 
 def _has_previews(job: Job, request: "Request") -> bool:
@@ -196,18 +304,18 @@ def _rewrite(
 
     if job.rewritten is not None:
         return job.rewritten, []
-    prompts, timings = job.prompts, []
+    prompts, timings = [prompt.text for prompt in job.prompts], []
     if job.interpret:
         pictures = [open_image(path) for path in job.interpret]
         writer = _seeing(pipe, job, bars)
         with Stream(job.quiet) as stream:
-            descriptions = writer.describe(pictures, seed=job.seed, on_text=stream.show)
+            descriptions = writer.describe(pictures, seed=job.seed[0], on_text=stream.show)
         timings += writer.timings
         prompts = ["\n\n".join([prompt, *descriptions]) for prompt in prompts]
     if job.upsample_prompt:
         writer = _seeing(pipe, job, bars) if images else pipe.writer()
         with Stream(job.quiet) as stream:
-            prompts = writer.upsample(prompts, images, seed=job.seed, on_text=stream.show)
+            prompts = writer.upsample(prompts, images, seed=job.seed[0], on_text=stream.show)
         timings += writer.timings
     return prompts, timings
 

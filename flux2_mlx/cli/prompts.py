@@ -1,28 +1,92 @@
-"""Prompts from a file, a pipe or standard input."""
+"""Prompts, and settings of their own, from a file, a pipe or standard input."""
 
+import csv
 import io
+import json
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import InputError
 from ..files import bounded, open_without_waiting, opened
 
 _MAX_BYTES = 10_000_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SIZE = re.compile(r"(\d+) *[x×] *(\d+)", re.IGNORECASE)
+_JSON = (".jsonl", ".ndjson", ".json")
+_KINDS = {
+    "prompt": str,
+    "negative_prompt": str,
+    "seed": int,
+    "images": int,
+    "size": str,
+    "width": int,
+    "height": int,
+    "steps": int,
+    "guidance": float,
+    "output": str,
+}
+_NAMES = {str: "text", int: "a whole number", float: "a number"}
 
 
-def read_prompts(name: str) -> list[str]:
-    """The prompts of a file, one a line; `-` is standard input.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with settings of its own; None: it has none. `line` says where it is in which file."""
+
+    text: str
+    line: str | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    images: int | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    output: str | None = None
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let an InputError name the line that the prompt is in."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.line}: {error}" if self.line else str(error)) from error
+
+
+def read_prompt(name: str) -> str:
+    """The one prompt that is all of a file; `-` is standard input. Raises what `read_prompts` does."""
+    return "".join(_lines(name)).strip()
+
+
+def read_prompts(name: str) -> list[Prompt]:
+    """The prompts of a file; `-` is standard input.
+
+    There is one in each line, as text or as a JSON object with settings of its own. The lines of a .jsonl file are all
+    objects, and a .csv file is a table with a head. Empty lines and those that begin with # are skipped.
 
     Raises:
-        InputError: it can't be read, is too large, is no text, or holds no prompt.
+        InputError: the file can't be read, is too large, is no text, or holds no prompt; or a line can't be used.
     """
+    lines = _lines(name)
+    suffix = Path(name).suffix.lower()
+    if suffix == ".csv":
+        prompts = list(_rows(lines, name))
+    else:
+        numbered = ((f"line {number} of {name}", line.strip()) for number, line in enumerate(lines, 1))
+        read = _object if suffix in _JSON else _text_or_object
+        prompts = [read(line, where) for where, line in numbered if line and not line.startswith("#")]
+    if not prompts:
+        raise InputError(f"{name} holds no prompt; write one a line")
+    return prompts
+
+
+def _lines(name: str) -> list[str]:
     try:
         with _open_prompts(name) as file:
             text = bounded(file, name, _MAX_BYTES).decode("utf-8-sig")
@@ -34,10 +98,118 @@ def read_prompts(name: str) -> list[str]:
             raise InputError(
                 f"line {number} of {name} has the control character {control[0]!a}; write it as UTF-8 text"
             )
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{name} holds no prompt; write one a line")
-    return prompts
+    return lines
+
+
+def _text_or_object(line: str, where: str) -> Prompt:
+    """A line of a text file. An object without any of our keys is a prompt: FLUX.2 is prompted in JSON, too."""
+    if re.match(r'\{\s*("|$)', line):
+        try:
+            values = _parsed(line)
+        except ValueError as error:
+            raise InputError(f'{where} is no JSON object ({error}); in a text file {{" begins one') from error
+        if isinstance(values, dict) and values.keys() & _KINDS:
+            return _prompt(values, where, _typed)
+    return Prompt(line, where)
+
+
+def _object(line: str, where: str) -> Prompt:
+    try:
+        values = _parsed(line)
+    except ValueError as error:
+        raise InputError(f'{where} is no JSON ({error}); write an object such as {{"prompt": "a fox"}}') from error
+    if not isinstance(values, dict):
+        raise InputError(f'{where} is no JSON object; write one such as {{"prompt": "a fox", "seed": 1}}')
+    return _prompt(values, where, _typed)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _rows(lines: list[str], name: str) -> Iterator[Prompt]:
+    """The prompts of a table; its cells are separated by what separates those of its head."""
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
+    rows = csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True)
+    head: list[str] | None = None
+    try:
+        for row in rows:
+            cells, where = _filled(row), f"line {rows.line_num} of {name}"
+            if not cells or cells[0].startswith("#"):
+                continue
+            if head is None:
+                head = _head([cell.lower() for cell in cells], where)
+            elif len(cells) > len(head):
+                raise InputError(f"{where} has {len(cells)} cells, but there are {len(head)} columns; quote commas")
+            else:
+                yield _prompt({key: cell for key, cell in zip(head, cells, strict=False) if cell}, where, _converted)
+    except csv.Error as error:
+        raise InputError(f"line {rows.line_num} of {name} is no line of a table: {error}") from error
+
+
+def _filled(row: list[str]) -> list[str]:
+    """The cells of a row without the empty ones at its end."""
+    cells = [cell.strip() for cell in row]
+    while cells and not cells[-1]:
+        cells.pop()
+    return cells
+
+
+def _head(cells: list[str], where: str) -> list[str]:
+    _check_keys(cells, where, "column")
+    if twice := next((cell for cell in cells if cells.count(cell) > 1), None):
+        raise InputError(f"{where} names the column {twice} twice")
+    if "prompt" not in cells:
+        raise InputError(f"{where} names no column prompt")
+    return cells
+
+
+def _check_keys(keys: list[str], where: str, what: str) -> None:
+    for key in keys:
+        if key not in _KINDS:
+            raise InputError(f"{where} has an unknown {what} {key[:40]!r}; known are {', '.join(_KINDS)}")
+
+
+def _prompt(values: Mapping[str, Any], where: str, read: Callable[[str, Any, type], Any]) -> Prompt:
+    """The prompt of a line; `read` checks a value that should be of a type."""
+    _check_keys(list(values), where, "key")
+    prompt = Prompt(text="", line=where)
+    with prompt.named():
+        found = {key: read(key, value, _KINDS[key]) for key, value in values.items() if value is not None}
+        if "prompt" not in found:
+            raise InputError("there is no prompt")
+        if found.get("images", 1) < 1:
+            raise InputError(f"images must be 1 or more, got {found['images']}")
+        if (size := found.pop("size", None)) is not None:
+            found |= _sides(size, found)
+    return Prompt(found.pop("prompt"), where, **found)
+
+
+def _sides(size: str, found: Mapping[str, Any]) -> dict[str, int]:
+    match = _SIZE.fullmatch(size.strip())
+    if match is None or "width" in found or "height" in found:
+        raise InputError(f"size must be such as 1024x768, in place of width and height, got {size[:40]!r}")
+    return {"width": int(match[1]), "height": int(match[2])}
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    """A value of JSON, whose numbers have types."""
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise InputError(f"{key} must be {_NAMES[kind]}, got {json.dumps(value)[:40]}")
+    if kind is str and (control := _CONTROL.search(value)):
+        raise InputError(f"{key} has the control character {control[0]!a}")
+    return value
+
+
+def _converted(key: str, value: str, kind: type) -> Any:
+    """A cell of a table."""
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise InputError(f"{key} must be {_NAMES[kind]}, got {value[:40]!r}") from error
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """What a run leaves behind: settings inside image files, the JSON report, the profile."""
 
-import logging
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,146 +8,163 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from .job import Job
+from .replay import without_folders
+from .terminal import print_result
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from ..phases import Flux2Output, Phase
+    from ..output import Flux2Output, Phase
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
     from ..sampling import Request
 
-
-_log = logging.getLogger(__name__)
+# What must be the same for an image to be the one that is asked for.
+_COMPARED = (
+    "prompt", "seed", "variant", "fingerprint", "quant", "text_quant", "width", "height", "steps", "guidance",
+)  # fmt: skip
+_WORDS = {"variant": "model", "fingerprint": "weights", "text_quant": "quant of the text encoder"}
 
 
 def _new_output() -> "Flux2Output":
-    from ..phases import Flux2Output
+    from ..output import Flux2Output
 
     return Flux2Output()
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run's model and settings. `asked` are the prompts as given; the request has what was made of them. `remembered`
-    is what image files keep of the `edit`."""
+@dataclass
+class Record:
+    """What is known of the images of a job, by their places among its frames.
 
-    model: str
+    `requests` has for each the request that it is one of, `texts` for each prompt what was made of it, `edited` what
+    image files remember of the edit, and `paths` the file of each: of those that are `made`, and of those that were
+    there already and are `skipped`.
+    """
+
+    job: Job
     pipe: "Flux2Pipeline"
-    request: "Request"
-    asked: list[str]
     edit: "Edit"
-    remembered: dict[str, Any] | None
+    edited: dict[str, Any] | None
+    requests: "list[Request]"
+    texts: list[str]
+    paths: list[Path] = field(default_factory=list)
+    output: "Flux2Output" = field(default_factory=_new_output)
+    made: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    _start: float = field(default_factory=time.perf_counter)
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return self.edit.output_size(self.request.width, self.request.height)
+    def sampled(self, place: int) -> dict[str, Any]:
+        """What an image was made with besides its prompt and seed: of the settings that may differ from image to
+        image."""
+        request = self.requests[place]
+        width, height = self.edit.output_size(request.width, request.height)
+        sampled = {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+        if any(map(self.job.negative, self.job.prompts)):
+            sampled["negative_prompt"] = self.job.negative(self.job.frames[place].prompt)
+        return sampled
 
-    @property
-    def _rewritten(self) -> bool:
-        return tuple(self.asked) != self.request.prompts
-
-    def _shared(self) -> dict[str, Any]:
-        from ..device import dtype_name
-
+    def settings(self, place: int) -> dict[str, Any]:
+        """What an image remembers: all that is needed to make it again, and of files and folders their names only."""
+        frame = self.job.frames[place]
+        text = self.texts[frame.number]
         return {
-            "model": self.model,
-            "quant": self.pipe.quant,
-            "text_quant": self.pipe.text_quant,
-            "dtype": dtype_name(self.pipe.dtype),
-            "width": self._size[0],
-            "height": self._size[1],
-            "steps": self.request.steps,
-            "guidance": self.request.guidance,
-        }
-
-    def _edited(self) -> dict[str, Any]:
-        return {} if self.remembered is None else {"edit": self.remembered}
-
-    def settings(self, index: int) -> dict[str, Any]:
-        """What image `index` remembers: all that is needed to make it again."""
-        number = index // self.request.images_per_prompt
-        return {
-            "prompt": self.asked[number],
-            "upsampled_prompt": self.request.prompts[number] if self._rewritten else None,
-            **self._shared(),
-            "seed": self.request.seeds[index],
+            "prompt": frame.prompt.text,
+            "upsampled_prompt": None if text == frame.prompt.text else text,
+            "model": self.job.label,
+            **self._weights(),
+            **self.sampled(place),
+            "seed": frame.seed,
             **self._edited(),
             "variant": self.pipe.variant.name,
             "fingerprint": self.pipe.checkpoint.source.get("fingerprint"),
             "version": __version__,
         }
 
-    def report(self) -> dict[str, Any]:
-        """What --json prints of the settings."""
-        rewritten = list(self.request.prompts) if self._rewritten else None
-        return {
-            "prompt": self.asked[0] if len(self.asked) == 1 else self.asked,
-            "upsampled_prompt": rewritten[0] if rewritten and len(rewritten) == 1 else rewritten,
-            **self._shared(),
-            **self._edited(),
-        }
-
-
-@dataclass
-class Result:
-    """What has become of a run so far: the places of the images that are `made`, and of those that were there already
-    and are `skipped`, which have their files at `paths`."""
-
-    run: Run
-    paths: list[Path]
-    output: "Flux2Output" = field(default_factory=_new_output)
-    made: list[int] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
-    _start: float = field(default_factory=time.perf_counter)
-
-    def save(self, place: int, image: "Image.Image", *, replace: bool) -> Path:
-        """Write an image, with its settings, to its path, or beside it if something has appeared there meanwhile."""
-        from ..images import save
-
-        self.paths[place] = save(image, self.paths[place], self.run.settings(place), replace=replace)
-        self.made.append(place)
-        return self.paths[place]
-
-    def skip(self, places: Iterable[int]) -> None:
-        """Leave images that are there already, with a warning for each that was made from something else."""
-        for place in places:
-            self.skipped.append(place)
-            if not self._is_alike(place):
-                _log.warning(
-                    "%s is left as it is, but it does not say that it was made from this prompt and seed",
-                    self.paths[place],
-                )
-
-    def _is_alike(self, place: int) -> bool:
-        from ..errors import InputError
-        from ..images import read_settings
-
-        wanted = self.run.settings(place)
-        try:
-            found = read_settings(self.paths[place])
-        except InputError:
-            return False
-        return all(found.get(name) == wanted[name] for name in ("prompt", "seed"))
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
     def report(self, *, complete: bool) -> dict[str, Any]:
-        """The object that --json prints; `complete` is whether nothing is missing."""
+        """The object that --json prints; `complete` is whether nothing is missing.
+
+        A setting that is not the same for all images is None, and each image says its own.
+        """
+        asked, places = [prompt.text for prompt in self.job.prompts], range(len(self.requests))
+        texts = self.texts if self.texts != asked else [None]
+        settings = [self.sampled(place) for place in places]
+        shared = {name: x if all(other[name] == x for other in settings) else None for name, x in settings[0].items()}
         return {
-            "images": self._files(self.made),
-            **({"skipped": self._files(self.skipped)} if self.skipped else {}),
+            "images": self._files(self.made, shared),
+            **({"skipped": self._files(self.skipped, shared)} if self.skipped else {}),
             **({} if complete else {"interrupted": True}),
-            **self.run.report(),
+            "prompt": asked[0] if len(asked) == 1 else asked,
+            "upsampled_prompt": texts[0] if len(texts) == 1 else texts,
+            "model": self.job.model,
+            **self._weights(),
+            **shared,
+            **self._edited(),
             "phases": [_phase(phase) for phase in self.output.timings],
             "seconds": self.seconds,
             "peak_memory": self.output.peak_memory,
         }
 
-    def _files(self, places: list[int]) -> list[dict[str, Any]]:
-        return [{"path": str(self.paths[place]), "seed": self.run.request.seeds[place]} for place in sorted(places)]
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def _weights(self) -> dict[str, Any]:
+        from ..device import dtype_name
+
+        return {
+            "quant": self.pipe.quant,
+            "text_quant": self.pipe.text_quant,
+            "dtype": dtype_name(self.pipe.dtype),
+        }
+
+    def _edited(self) -> dict[str, Any]:
+        return {} if self.edited is None else {"edit": self.edited}
+
+    def _files(self, places: list[int], shared: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self._file(place, shared) for place in sorted(places)]
+
+    def _file(self, place: int, shared: dict[str, Any]) -> dict[str, Any]:
+        frame = self.job.frames[place]
+        own = {name: value for name, value in self.sampled(place).items() if shared[name] is None}
+        prompt = {"prompt": frame.prompt.text} if len(self.job.prompts) > 1 else {}
+        return {"path": str(self.paths[place]), "seed": frame.seed, **prompt, **own}
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What an image was made with another of than is wanted, from its settings; what one of them lacks is none."""
+    changed = [
+        name for name in _COMPARED if None not in (found.get(name), wanted[name]) and found[name] != wanted[name]
+    ]
+    if found.get("negative_prompt") != wanted.get("negative_prompt"):
+        changed.append("negative prompt")
+    if without_folders(found.get("edit")) != wanted.get("edit"):
+        changed.append("pictures")
+    return [_WORDS.get(name, name) for name in changed]
+
+
+def is_image(name: str) -> bool:
+    """Whether this is the name of a file that can be an image which this program has made."""
+    from ..images import FORMATS
+
+    return Path(name).suffix.lower() in FORMATS and not Path(name).is_dir()
+
+
+def print_settings(settings: dict[str, Any]) -> None:
+    """Show what an image remembers, a setting a line; further lines of a text are indented."""
+    for name, value in _flat(settings):
+        print_result(f"{name}: {value}".replace("\n", "\n  "))
+
+
+def _flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The settings that are there, those of an edit with their names in front, and of files the names."""
+    shown: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, dict) and "path" not in value:
+            shown += [(f"{name.replace('_', ' ')} {inner}", x) for inner, x in _flat(value)]
+        elif value is not None:
+            files = value if isinstance(value, list) else [value]
+            words = [str(file.get("path", file)) if isinstance(file, dict) else str(file) for file in files]
+            shown.append((name.replace("_", " "), ", ".join(words)))
+    return shown
 
 
 def _phase(phase: "Phase") -> dict[str, Any]:

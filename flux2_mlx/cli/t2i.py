@@ -4,9 +4,10 @@ from typing import Any
 
 import click
 
-from .job import Job, Pictures
+from .job import Job
 from .options import painting_options, prompt_options, size_options
 from .painting import paint
+from .pictures import Pictures
 
 
 @click.command()

@@ -181,6 +181,33 @@ def test_prompt_embeds_of_another_length_than_the_negative_prompt(length, negati
     assert base.error(num_inference_steps=2, **settings) <= LATENTS
 
 
+NEGATIVE = ["blurry, text", "red"]
+
+
+@pytest.mark.parametrize(("prompts", "negatives"), [([CAT], NEGATIVE[:1]), ([CAT, FOX], NEGATIVE), ([CAT, FOX], "")])
+def test_negative_prompts(prompts, negatives, base):
+    settings = {"prompt": prompts, "num_images_per_prompt": 2, "guidance_scale": 4.0}
+    embeds, _ = base.reference.encode_prompt(negatives or [""] * 2, max_sequence_length=48)
+    ours, expected = base(negative_prompt_embeds=embeds, seeds=2 * len(prompts), **settings)
+    texts = base.ours(negative_prompt=negatives, seed=SEED, output_type="latent", **SETTINGS, **settings).images
+    assert max(relative_error(ours, expected), relative_error(texts, expected)) <= LATENTS
+    usual = base(seeds=2 * len(prompts), **settings)[0]
+    assert (relative_error(ours, usual) > 0.01) == bool(negatives)
+
+
+@pytest.mark.parametrize(("given", "negative"), [(None, 20), (60, 20), (20, 60)])
+def test_encoded_negative_prompts_of_another_length(given, negative, base):
+    embeds, _ = base.reference.encode_prompt([CAT], max_sequence_length=given or 48)
+    prompt = {"prompt": CAT} if given is None else {"prompt_embeds": embeds}
+    against, _ = base.reference.encode_prompt(NEGATIVE[:1], max_sequence_length=negative)
+    assert base.error(**prompt, negative_prompt_embeds=against, guidance_scale=4.0) <= LATENTS
+
+
+def test_an_encoded_negative_prompt_without_guidance(base):
+    against, _ = base.reference.encode_prompt(NEGATIVE[:1], max_sequence_length=48)
+    assert base.error(prompt=CAT, negative_prompt_embeds=against, guidance_scale=1.0) <= LATENTS
+
+
 def test_encode_prompt(klein):
     prompts = [CAT, FOX, "", LONG]
     expected, _ = klein.reference.encode_prompt(prompts, max_sequence_length=60)

@@ -1,0 +1,213 @@
+"""Runs of settings and pictures that are checked, and the parts of one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from . import arguments
+from .device import dtype_name
+from .diffusers_methods import DiffusersMethods
+from .embedding_cache import EmbeddingCache
+from .errors import InputError
+from .images import to_pil, to_unit
+from .memory import Plan
+from .networks import Networks
+from .output import Flux2Output, check_output_type, to_torch
+from .phases import Meter, OnProgress, decode_image, decode_latents, finished_image, turn
+from .references import Edit
+from .run import Run
+from .sampling import Request
+from .unfinished import Unfinished
+from .upsampling import WritingMethods
+
+
+class BasePipeline(WritingMethods, DiffusersMethods):
+    """Networks with what is done with them. They are loaded for their phase of a run and released after it."""
+
+    def __init__(
+        self,
+        networks: Networks,
+        prompt_cache: EmbeddingCache | None = None,
+        unfinished: Unfinished | None = None,
+        name: str | None = None,
+    ):
+        self.networks = networks
+        self.checkpoint = networks.checkpoint
+        self.variant = networks.checkpoint.variant
+        self.quant = networks.quant
+        self.text_quant = networks.text_quant
+        self.dtype = networks.dtype
+        self.prompt_cache = prompt_cache
+        self.unfinished = unfinished
+        self.tokenizer = networks.checkpoint.tokenizer
+        self.name = str(networks.checkpoint.folder) if name is None else name
+        self._bar: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        weights = f"quant={self.quant!r}, text_quant={self.text_quant!r}, dtype={dtype_name(self.dtype)!r}"
+        limit = f"memory_limit='{self.networks.memory_limit / 2**30:.3g}GiB'"
+        return f"Flux2Pipeline({self.name!r}, variant={self.variant.name!r}, {weights}, {limit})"
+
+    def edit(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        mask: Image.Image | None = None,
+        on_canvas: bool = False,
+        crop_padding: int | None = None,
+        feather: int = 0,
+        match_colors: bool = False,
+    ) -> Edit:
+        """Prepared pictures for `run`; see `Edit.checked`."""
+        settings = {"mask": mask, "on_canvas": on_canvas, "crop_padding": crop_padding, "feather": feather}
+        return Edit.checked(images, self.token_size, match_colors=match_colors, **settings)
+
+    def request(
+        self,
+        prompts: Sequence[str],
+        *,
+        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        strength: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+    ) -> Request:
+        """Checked settings for `run`; see `Request.checked`. The size is by default `edit`'s."""
+        width, height = edit.working_size(width, height)
+        return Request.checked(
+            self.variant,
+            self.token_size,
+            prompts,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            images_per_prompt=images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            sigmas=sigmas,
+            strength=strength,
+            negative_prompt=negative_prompt,
+        )
+
+    def run(
+        self,
+        request: Request,
+        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
+        *,
+        latents: Any = None,
+        prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
+        output_type: str = "pil",
+        on_progress: OnProgress = lambda progress: None,
+        previews: bool = False,
+        resume: bool = False,
+        output: Flux2Output | None = None,
+    ) -> Flux2Output:
+        """Make the images of `request` with the pictures of `edit`.
+
+        Args:
+            request: the settings.
+            edit: the pictures.
+            latents: as for a call.
+            prompt_embeds: the same.
+            negative_prompt_embeds: the same, one row a prompt.
+            output_type: the same.
+            on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
+                before that of the next pass where memory allows it. After a step it may return tokens to go on from,
+                call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.
+            previews: plan for those, so that the VAE stays in memory.
+            resume: where images wait for their decoding, keep them on disk meanwhile, and go on from those that an
+                earlier run of the same settings has left.
+            output: what to fill in and return; of a run that is cut short it has the timings, and the images that were
+                finished with their seeds. The exception has it as `partial_output` then, as for a call.
+        """
+        check_output_type(output_type)
+        if not request.negative_prompts:
+            negative_prompt_embeds = None  # up to a guidance of 1
+        texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
+        planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
+        if latents is not None:
+            channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
+            grid = request.height // size, request.width // size
+            latents = arguments.latents(latents, (len(request.seeds), channels, *grid))
+        given = any(values is not None for values in (latents, prompt_embeds, negative_prompt_embeds))
+        unfinished, output = None, Flux2Output() if output is None else output
+        if resume and self.unfinished is not None and not given:
+            unfinished = self.unfinished.of(self.networks, request, edit)
+        try:
+            with turn():
+                run = self._run(
+                    request,
+                    planned,
+                    edit=edit,
+                    output_type="np" if output_type == "pt" else output_type,
+                    on_progress=on_progress,
+                    unfinished=unfinished,
+                    output=output,
+                )
+                return run.make(latents, prompt_embeds, negative_prompt_embeds)
+        finally:
+            if output_type == "pt" and output.images is not None:
+                output.images = to_torch(output.images)
+
+    def _run(self, request: Request, planned: Plan, **settings: Any) -> Run:
+        return Run(self.networks, self.variant, request, planned, prompt_cache=self.prompt_cache, **settings)
+
+    def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
+        """Text states `[B, L, C]` for the transformer, padding included."""
+        prompts = arguments.texts("prompt", prompt)
+        request = self.request(prompts, max_sequence_length=max_sequence_length)
+        planned = self.networks.checked_phase_plan(request, "text_encoder")
+        with turn():
+            states = self._run(request, planned).encode(prompts)
+        stacked = mx.stack([states[p] for p in prompts])
+        mx.eval(stacked)  # or only this thread could use it
+        return stacked
+
+    def decode(self, latents: Any, output_type: str = "pil") -> Any:
+        """Images of latents.
+
+        Args:
+            latents: `[B, c, H/8, W/8]`, un-normalised, as `output_type="latent"` gives them.
+            output_type: `pil`, `np` or `pt`.
+
+        Raises:
+            InputError: they have another shape, or values that are not finite.
+        """
+        check_output_type(output_type)
+        if output_type == "latent":
+            raise InputError("latents are what is decoded; choose pil, np or pt")
+        config = self.checkpoint.components["vae"].config
+        latents = arguments.latents(latents, (None, config.latent_channels, None, None))
+        height, width = (side * config.scale_factor for side in latents.shape[2:])
+        request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)
+        planned, dtype = self.networks.checked_phase_plan(request, "vae"), self.networks.dtype_of("vae")
+        with turn(), Meter([], planned, self.networks.reading).phase("vae"):
+            vae = self.networks.load("vae")
+            pixels = [
+                to_unit(decode_latents(vae, image[None].transpose(0, 2, 3, 1).astype(dtype))) for image in latents
+            ]
+            del vae  # or it would outlive the phase
+        images = np.concatenate(pixels)
+        return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images
+
+    def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:
+        """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`."""
+        vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
+        grid = request.height // self.token_size, request.width // self.token_size
+        return [finished_image(decode_image(vae, image, grid, dtype), edit or Edit()) for image in tokens]
+
+    @property
+    def token_size(self) -> int:
+        """Pixels per image token along one side."""
+        return self.checkpoint.components["vae"].config.token_size

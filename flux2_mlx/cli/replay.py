@@ -1,0 +1,159 @@
+"""What an image file remembers, read to make it again. Whoever made it chose what it says, so nothing is trusted."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, InputError
+from ..files import opened
+
+if TYPE_CHECKING:
+    from ..names import Model
+
+# What goes back to the option of the same name.
+SETTINGS = {
+    "model": str,
+    "variant": str,
+    "quant": str,
+    "text_quant": str,
+    "dtype": str | None,  # older images don't say it
+    "width": int,
+    "height": int,
+    "steps": int,
+    "guidance": float,
+    "negative_prompt": str | None,
+    "seed": int,
+}
+_OPTIONAL = dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None)
+_FILE = {"path": str, "sha256": str}
+
+
+def remembered(image: Path) -> dict[str, Any]:
+    """The settings in an image file.
+
+    Raises:
+        InputError: it has none, or they are damaged.
+    """
+    from ..images import read_settings
+
+    settings = read_settings(image)
+    check_kinds(settings, {"prompt": str, **_OPTIONAL, "edit": dict | None, "beyond": list | None, **SETTINGS}, image)
+    if settings.get("beyond"):
+        given = ", ".join(map(str, settings["beyond"]))
+        raise InputError(f"{image} was made in Python with {given:.200}, which it does not hold; make it again there")
+    return settings
+
+
+def check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:
+    """Raise InputError if `values`, which `image` remembers, are not all of their kinds; None may be left out."""
+    if not isinstance(values, dict):
+        raise InputError(f"the settings in {image} are damaged: {values!r} should say {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind) or isinstance(values.get(name), bool):
+            raise InputError(f"the settings in {image} are damaged: {name} is {values.get(name)!r}")
+
+
+def check_file(file: Any, image: Path) -> None:
+    """Raise InputError if `file` is not what an image remembers of one that it was made from."""
+    check_kinds(file, _FILE, image)
+
+
+def find(file: dict[str, str], image: Path, way_out: str) -> Path:
+    """The file that an image was made from: where older images say it is, beside the image, or in the current folder.
+
+    Raises:
+        InputError: none of these is there with the content that it had.
+    """
+    check_file(file, image)
+    path = Path(file["path"])
+    places = dict.fromkeys((path, image.parent / path.name, Path(path.name)))
+    if found := next((place for place in places if _sha256(place) == file["sha256"]), None):
+        return found
+    name = path.name or path
+    raise InputError(f"{name}, which {image} was made from, is neither beside it nor here, or has changed; {way_out}")
+
+
+def _sha256(path: Path) -> str | None:
+    """The SHA-256 of an image file; None if there is none, or something that can't be one."""
+    from ..images import MAX_INPUT_BYTES
+
+    found = hashlib.sha256()
+    try:
+        with opened(path, MAX_INPUT_BYTES) as file:
+            while chunk := file.read(2**20):
+                found.update(chunk)
+    except (OSError, ValueError, InputError):  # ValueError: a name that no file can have
+        return None
+    return found.hexdigest()
+
+
+def find_model(name: str, fingerprint: str | None, image: Path, *, models_dir: Path | None, **weights: Any) -> "Model":
+    """The model that `image` remembers: one of the table, a converted one of its `fingerprint`, or one of its name.
+
+    `weights` are the variant and the quantizations.
+
+    Raises:
+        InputError: it is none of the table, and not here.
+    """
+    from ..names import find_variant
+    from ..store import find_checkpoint, resolve
+
+    if find_variant(name) is None and (found := _converted(fingerprint, models_dir, **weights)):
+        return resolve(found)
+    try:
+        model = resolve(name, models_dir)
+    except InputError as error:
+        if "/" in name:
+            raise
+        raise InputError(f"{image} was made with the model {name!a}, which is not here; name it with -m") from error
+    if model.variant is None:
+        find_checkpoint(model, models_dir=models_dir, **weights, only_converted=True)
+    return model
+
+
+def _converted(
+    fingerprint: str | None, models_dir: Path | None, variant: str, quant: str, text_quant: str
+) -> Path | None:
+    """The folder in the models folder that these weights were converted to."""
+    from ..checkpoint import MANIFEST
+    from ..names import models_folder, stored_checkpoints
+    from ..weights import read_json
+
+    wanted = (variant, fingerprint, {"transformer": quant, "text_encoder": text_quant})
+    for folder in stored_checkpoints(models_folder(models_dir)) if fingerprint else ():
+        try:
+            manifest = read_json(folder / MANIFEST)
+        except CheckpointError:
+            continue
+        source = manifest.get("source")
+        if isinstance(source, dict) and wanted == (
+            manifest.get("variant"),
+            source.get("fingerprint"),
+            manifest.get("quantization"),
+        ):
+            return folder
+    return None
+
+
+def label(model: "Model") -> str:
+    """What an image says of its model: a name or repo, or of what is in a folder of this machine that one's name."""
+    if model.variant:
+        return model.variant.name
+    return model.repo or Path(os.path.abspath(model.path)).name
+
+
+def without_folder(name: str) -> str:
+    """What an image says of its model, without the folder that older ones name."""
+    return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) else Path(name).name or name
+
+
+def without_folders(value: Any) -> Any:
+    """What an image remembers of an edit, with names alone in place of the paths that older images have."""
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: Path(x).name if key == "path" and isinstance(x, str) else without_folders(x) for key, x in value.items()
+    }
