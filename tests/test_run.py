@@ -320,6 +320,7 @@ late, made = Late(), threading.Event()
 
 def work():
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe.set_progress_bar_config(disable=True)
     pipe("a red ring", width=32, height=32, num_inference_steps=1)
     made.set()
     while True:
