@@ -10,6 +10,7 @@ from huggingface_hub import constants
 import flux2_mlx.downloads
 import flux2_mlx.hub
 from flux2_mlx.errors import DownloadError
+from flux2_mlx.hub_cache import PARTIAL
 
 REPO = "org/model"
 SHARD = "text_encoder/model-00002-of-00002.safetensors"
@@ -40,7 +41,6 @@ UNNEEDED = {
     "transformer/old/model.safetensors": b"8",
 }
 DEFAULT_ENDPOINT = constants.ENDPOINT
-BIG_FROM = 10_000  # what counts as big, for the small files of a test
 CHUNK = 65_536  # as much as the HTTP client reads at once
 
 
@@ -59,7 +59,6 @@ def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **o
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        patch.setattr(flux2_mlx.hub, "_SMALL", BIG_FROM)
         patch.setattr(flux2_mlx.downloads, "_WAITS", (0, 0, 0, 0))
         huggingface_hub.close_session()  # its client keeps the proxies that it finds in the environment
         try:
@@ -98,7 +97,7 @@ def blob(hub, home, name):
 
 def partial(hub, home, name):
     """Where the part of a file is that has arrived so far."""
-    return blob(hub, home, name).with_name(f"{hub.repos[REPO].etag(name)}{flux2_mlx.hub._PARTIAL}")
+    return blob(hub, home, name).with_name(f"{hub.repos[REPO].etag(name)}{PARTIAL}")
 
 
 def pointer(hub, home, name):
