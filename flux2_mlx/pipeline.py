@@ -78,10 +78,16 @@ class Flux2Pipeline:
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
-        activation_dtype(dtype), memory_bytes(memory_limit)  # refuse what is wrong before anything is fetched
+        wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
         for setting in filter(None, (quant, text_quant)):
             check_quant(setting)
-        folder = find_checkpoint(source, variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir)
+
+        def check(checkpoint: Checkpoint) -> None:
+            Networks.of(checkpoint, quant, text_quant, **wanted).check_possible()
+
+        folder = find_checkpoint(
+            source, variant=variant, quant=quant, text_quant=text_quant, models_dir=models_dir, check=check
+        )
         settings = {"quant": quant, "text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
         return cls.from_checkpoint(folder, **settings, models_dir=models_dir, prompt_cache=prompt_cache)
 

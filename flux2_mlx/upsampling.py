@@ -66,9 +66,14 @@ class Writer:
             options: further ones of `find_checkpoint`.
         """
         computed_in, limit = activation_dtype(dtype), memory_bytes(memory_limit)
-        checkpoint = Checkpoint.open(find_checkpoint(source, text_quant=text_quant, text_only=True, **options))
-        quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
-        return cls(Networks(checkpoint, checkpoint.quant, quant, computed_in, limit))
+
+        def networks(checkpoint: Checkpoint) -> Networks:
+            quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
+            return Networks(checkpoint, checkpoint.quant, quant, computed_in, limit)
+
+        options["check"] = lambda checkpoint: networks(checkpoint).check_possible()
+        folder = find_checkpoint(source, text_quant=text_quant, text_only=True, **options)
+        return cls(networks(Checkpoint.open(folder)))
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 
 import huggingface_hub
 import pytest
@@ -44,8 +45,9 @@ DEFAULT_ENDPOINT = constants.ENDPOINT
 CHUNK = 65_536  # as much as the HTTP client reads at once
 
 
-def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
-    """What `hub.fetch` gives for a user whose HF_HOME is `home`."""
+@contextmanager
+def using(hub, home, *, token=None, endpoint=None, offline=False):
+    """Within it this process is that of a user whose HF_HOME is `home`."""
     environment = hub.environment(home, token)
     endpoint = endpoint or environment["HF_ENDPOINT"]
     with pytest.MonkeyPatch.context() as patch:
@@ -62,9 +64,15 @@ def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **o
         patch.setattr(flux2_mlx.downloads, "_WAITS", (0, 0, 0, 0))
         huggingface_hub.close_session()  # its client keeps the proxies that it finds in the environment
         try:
-            return flux2_mlx.hub.fetch(repo, **options)
+            yield
         finally:
             huggingface_hub.close_session()
+
+
+def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
+    """What `hub.fetch` gives for that user."""
+    with using(hub, home, token=token, endpoint=endpoint, offline=offline):
+        return flux2_mlx.hub.fetch(repo, **options)
 
 
 def refusal(hub, home, **options):

@@ -169,6 +169,7 @@ class Job:
     output: Path | None
     checkpoint: int | None
     models_dir: Path | None
+    keep_source: bool
     no_cache: bool
     memory_limit: str | None
     upsample_prompt: bool

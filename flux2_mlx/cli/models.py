@@ -49,7 +49,7 @@ def verify(ctx: click.Context, model: str, models_dir: Path | None, as_json: boo
     folders, good = [], True
     for folder in named_checkpoints(model, models_dir):
         with Bars(quiet) as bars:
-            report = verify_folder(folder, partial(bars.show, "verify", unit="B", unit_scale=True))
+            report = verify_folder(folder, partial(bars.show, "verify"))
         built_in = folder.resolve() == demo_folder().resolve()
         remembered = not built_in and report.remember()
         folders.append(_row(report, remembered))

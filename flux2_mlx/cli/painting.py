@@ -1,14 +1,16 @@
 """Doing a job: checks, loading, rewriting, painting, saving, printing."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import VARIANTS
+from ..config import VARIANTS, Variant
 from .job import Job
 from .options import DEFAULT_MODEL
-from .progress import Bars, Stream, conversion, notice
+from .progress import Bars, Stream, notice
 from .report import Result, Run, print_profile
 from .terminal import print_result, to_json
 from .writing import check_sight, is_blind, open_writer
@@ -16,6 +18,7 @@ from .writing import check_sight, is_blind, open_writer
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..checkpoint import Checkpoint
     from ..phases import Phase, Progress
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
@@ -30,7 +33,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     missing = [place for place, path in enumerate(paths) if not (job.skip_existing and path.is_file())]
     _check(job, [paths[place] for place in missing], images, edit)
     with Bars(job.quiet) as bars:
-        pipe = _open(job, bars)
+        pipe = _open(job, bars, partial(_check_fit, job, images, edit))
         edit = pipe.edit(images, **edit)
         request = pipe.request(job.prompts, edit=edit, **job.settings())
         result = Result(Run(job.model, pipe, request, job.prompts, edit, job.pictures.settings(hashes)), paths)
@@ -113,20 +116,37 @@ def _check(job: Job, paths: list[Path], images: "list[Image.Image]", edit: dict[
 
 def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> None:
     """The settings, and, of a model of the table that is known by its name, that it will fit into memory."""
-    from ..device import activation_dtype, memory_bytes
     from ..names import VARIANT
     from ..networks import Networks
+
+    row = job.resolved.variant or VARIANTS[DEFAULT_MODEL]
+    request, pictures, wanted = _checked(job, images, edit, row)
+    if job.resolved.kind == VARIANT:
+        networks = Networks.described(row, job.quant or "bf16", job.text_quant, **wanted)
+        networks.checked_plan(request, pictures, previews=_has_previews(job, request))
+
+
+def _check_fit(job: Job, images: "list[Image.Image]", edit: dict[str, Any], checkpoint: "Checkpoint") -> None:
+    """That a model which is about to be fetched will fit into memory."""
+    from ..networks import Networks
+
+    request, pictures, wanted = _checked(job, images, edit, checkpoint.model)
+    networks = Networks.of(checkpoint, job.quant, job.text_quant, **wanted)
+    networks.checked_plan(request, pictures, previews=_has_previews(job, request))
+
+
+def _checked(
+    job: Job, images: "list[Image.Image]", edit: dict[str, Any], model: Variant
+) -> "tuple[Request, Edit, dict[str, Any]]":
+    """The settings of a run of `model`, its pictures, and the further ones of its networks."""
+    from ..device import activation_dtype, memory_bytes
     from ..references import Edit
     from ..sampling import Request
 
     wanted = {"dtype": activation_dtype(job.dtype), "memory_limit": memory_bytes(job.memory_limit)}
-    row = job.resolved.variant or VARIANTS[DEFAULT_MODEL]
-    edit, settings = Edit.checked(images, row.vae.token_size, **edit), job.settings()
-    settings["width"], settings["height"] = edit.working_size(job.width, job.height)
-    request = Request.checked(row, row.vae.token_size, job.prompts, **settings)
-    if job.resolved.kind == VARIANT:
-        networks = Networks.described(row, job.quant or "bf16", job.text_quant, **wanted)
-        networks.checked_plan(request, edit, previews=_has_previews(job, request))
+    pictures, settings = Edit.checked(images, model.vae.token_size, **edit), job.settings()
+    settings["width"], settings["height"] = pictures.working_size(job.width, job.height)
+    return Request.checked(model, model.vae.token_size, job.prompts, **settings), pictures, wanted
 
 
 def _has_previews(job: Job, request: "Request") -> bool:
@@ -150,7 +170,7 @@ def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path])
             check_output(job.checkpoint_path(path, step), job.force or job.skip_existing)
 
 
-def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
+def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flux2Pipeline":
     from ..pipeline import Flux2Pipeline
     from ..store import find_checkpoint
 
@@ -160,8 +180,10 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
         quant=job.quant,
         text_quant=job.text_quant,
         models_dir=job.models_dir,
-        quiet=job.quiet,
-        progress=conversion(bars),
+        keep_source=job.keep_source,
+        check=check,
+        announce=bars.announce,
+        progress=bars,
     )
     pipe = Flux2Pipeline.from_checkpoint(
         folder,
@@ -218,4 +240,5 @@ def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
     if own.can_see:
         return own
     options = {"dtype": job.dtype, "memory_limit": job.memory_limit, "models_dir": job.models_dir}
-    return open_writer(job.vision_model, bars, job.quiet, **options)
+    options["keep_source"] = job.keep_source
+    return open_writer(job.vision_model, bars, **options)
