@@ -126,7 +126,7 @@ def _unread(source: Source, download: Download) -> set[str]:
 def _check_space(download: Download, target: Path, converted: int) -> None:
     """InputError if what is still to be fetched and what is converted from it do not fit on their disks."""
     cache, models = _existing(download.storage), _existing(target)
-    shared = os.stat(cache).st_dev == os.stat(models).st_dev
+    shared = _disk(cache) == _disk(models)
     fetching = f"fetching the rest of {download.repo_id} takes {_gb(download.remaining)}"
     converting = f"converting it {_gb(converted)} in {target.parent}"
     if shared and shutil.disk_usage(cache).free < download.remaining + converted:
@@ -143,6 +143,10 @@ def _check_space(download: Download, target: Path, converted: int) -> None:
 
 def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _disk(folder: Path) -> int:
+    return os.stat(folder).st_dev
 
 
 def _gb(nbytes: int) -> str:
