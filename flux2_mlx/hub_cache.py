@@ -42,7 +42,8 @@ class Download:
 
     `page` is the repo's address and `licence` what it says of its licence, if anything. `missing` are the files that
     are not in the cache, `arrived` what an earlier call left of each, `branch` the commit that the cache knew before.
-    `brought` are those that this process has fetched by now.
+    `brought` are those that this process has fetched by now, `linked` those of another
+    snapshot that it has put into this one.
     """
 
     repo_id: str
@@ -55,6 +56,7 @@ class Download:
     arrived: Mapping[str, int]
     branch: str | None
     brought: set[str] = field(default_factory=set)
+    linked: set[str] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -105,6 +107,8 @@ class Download:
             return
         make_folder(path.parent, self.storage)
         path.unlink(missing_ok=True)
+        if name not in self.missing:
+            self.linked.add(name)
         try:
             path.symlink_to(os.path.relpath(self.blob(name), path.parent))
         except FileExistsError:  # another process was faster
@@ -124,12 +128,16 @@ class Download:
     def discard(self) -> int:
         """Remove what this download has brought, but for what something else refers to; gives the bytes removed."""
         removed = remove_files(self.storage, [self.snapshot / name for name in sorted(self.brought)])
+        for name in self.linked:
+            if (self.snapshot / name).is_symlink():
+                (self.snapshot / name).unlink()
+        _prune(self.snapshot)
         if not self.snapshot.exists() and read_branch(self.storage) == self.commit:
             if self.branch is None:
                 (self.storage / "refs" / "main").unlink()
             else:
                 _write_branch(self.storage, self.branch)
-        prune(self.storage)
+        remove_empty(self.storage)
         return removed
 
 
@@ -160,15 +168,18 @@ def remove_files(storage: Path, paths: Collection[Path]) -> int:
     return removed
 
 
-def prune(storage: Path) -> None:
+def remove_empty(storage: Path) -> None:
     """Remove the folders of a repo that have become empty."""
-    home = os.path.realpath(storage)
-    for folder, _, _ in os.walk(home, topdown=False):
-        with suppress(OSError):
-            os.rmdir(folder)
-    with suppress(OSError):  # the Hub's library makes one beside each repo
-        if not os.path.lexists(storage):
+    _prune(storage)
+    if not os.path.lexists(storage):
+        with suppress(OSError):  # the Hub's library makes one beside each repo
             os.rmdir(storage.parent / ".locks" / storage.name)
+
+
+def _prune(folder: Path) -> None:
+    for path, _, _ in os.walk(os.path.realpath(folder), topdown=False):
+        with suppress(OSError):
+            os.rmdir(path)
 
 
 def snapshot_files(storage: Path) -> Iterator[Path]:

@@ -77,7 +77,7 @@ class Bars:
         if self._quiet:
             return
         for text in announcement(use):
-            click.echo(line(text), err=True)
+            click.echo(text, err=True)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -107,8 +107,7 @@ class _Lines:
     """A line of a phase now and then, and one when it is complete."""
 
     def __init__(self, phase: str, done: int, total: int):
-        self._phase, self._total = phase, total
-        self._first = done if phase in _BYTES else 0
+        self._phase, self._total, self._first = phase, total, done
         self._start = self._last = time.monotonic()
         self._complete = False
 
@@ -125,10 +124,9 @@ class _Lines:
     def _state(self, done: int, seconds: float) -> str:
         share = f"{100 * done // self._total if self._total else 100}%"
         share += f" of {size_text(self._total)}" if self._phase in _BYTES else f", {done}/{self._total}"
-        new = done - self._first
         if self._complete:
-            return f"{share} in {_clock(seconds)}"
-        speed = new / seconds if seconds else 0.0
+            return f"{share} in {_clock(seconds)}" if self._phase in _BYTES else share
+        speed = (done - self._first) / seconds
         pace = f", {size_text(int(speed))}/s" if self._phase in _BYTES else ""
         left = f", {_clock((self._total - done) / speed)} left" if speed else ""
         return f"{share}{pace}{left}"
@@ -143,14 +141,14 @@ def announcement(use: "FirstUse") -> list[str]:
         stays = f", once the {size_text(use.removed)} fetched now are removed"
     else:
         stays = f"; --no-keep-source removes the {size_text(download.fetched)} fetched now" if download.fetched else ""
-    return [
-        f"{download.repo_id} is not converted yet:",
-        f"  from       {download.page}",
-        f"  licence    {use.licence or 'see that page'}",
-        f"  download   {size_text(download.size)} in {len(download.files)} files{there}, to {download.storage}",
-        f"  converted  {size_text(use.converted)}, to {target}; later runs need only this",
-        f"  stays      {size_text(use.staying)} in all{stays}",
-    ]
+    rows = {
+        "from": download.page,
+        "licence": use.licence or "see that page",
+        "download": f"{size_text(download.size)} in {len(download.files)} files{there}, to {download.storage}",
+        "converted": f"{size_text(use.converted)}, to {target}; later runs need only this",
+        "stays": f"{size_text(use.staying)} in all{stays}",
+    }
+    return [f"{download.repo_id} is not converted yet:", *(f"  {key:11}{line(text)}" for key, text in rows.items())]
 
 
 def size_text(nbytes: int) -> str:
