@@ -1,12 +1,13 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
 from .configs import MODEL_INDEX
-from .folder import check_target, check_writable, is_own
+from .folder import LAST_USED, check_target, check_writable, is_own
 from .requantize import requantize, requantized
 from .sources import Source
 from .write import check_source, write_checkpoint
 
 __all__ = [
+    "LAST_USED",
     "MODEL_INDEX",
     "Source",
     "check_source",

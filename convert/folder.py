@@ -18,10 +18,11 @@ from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.weights import TensorInfo, Written, read_json, write_bytes, write_safetensors
 
 _SHARD_BYTES = 4 << 30
+LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # What a checkpoint consists of, folder by folder.
 _OWN = {
-    ".": (MANIFEST, TENSOR_HASHES, "*verified.json*", *COMPONENTS, "tokenizer", "scheduler"),
+    ".": (MANIFEST, TENSOR_HASHES, LAST_USED, "*verified.json*", *COMPONENTS, "tokenizer", "scheduler"),
     **dict.fromkeys(COMPONENTS, ("config.json", "model*.safetensors", "model.safetensors.index.json")),
     "tokenizer": TOKENIZER_FILES,
     "scheduler": ("scheduler_config.json",),

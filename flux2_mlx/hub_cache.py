@@ -131,7 +131,8 @@ class Download:
         for name in self.linked:
             if (self.snapshot / name).is_symlink():
                 (self.snapshot / name).unlink()
-        _prune(self.snapshot)
+        if _is_inside(self.snapshot, os.path.realpath(self.storage)):
+            _prune(self.snapshot)
         if not self.snapshot.exists() and read_branch(self.storage) == self.commit:
             if self.branch is None:
                 (self.storage / "refs" / "main").unlink()
@@ -170,14 +171,15 @@ def remove_files(storage: Path, paths: Collection[Path]) -> int:
 
 def remove_empty(storage: Path) -> None:
     """Remove the folders of a repo that have become empty."""
-    _prune(storage)
+    if not storage.is_symlink():
+        _prune(storage)
     if not os.path.lexists(storage):
         with suppress(OSError):  # the Hub's library makes one beside each repo
             os.rmdir(storage.parent / ".locks" / storage.name)
 
 
 def _prune(folder: Path) -> None:
-    for path, _, _ in os.walk(os.path.realpath(folder), topdown=False):
+    for path, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):
             os.rmdir(path)
 

@@ -3,13 +3,13 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .acquisition import Announce, Progress, acquire
 from .checkpoint import MANIFEST, PAINTING, Checkpoint, is_checkpoint
 from .config import QUANTIZATIONS, VARIANTS
-from .convert import Source, check_writable, requantize, write_checkpoint
+from .convert import LAST_USED, Source, check_writable, requantize, write_checkpoint
 from .errors import CheckpointError, DownloadError, InputError
 from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
 from .quantization import DEFAULT_TEXT_QUANT, check_quant
@@ -60,11 +60,11 @@ def find_checkpoint(
         return _holding(model.path, variant)
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
-    opened = Source.open(model.path, variant, text_only=text_only) if model.kind == SOURCE else None
+    opened = open_source(model, variant, text_only=text_only) if model.kind == SOURCE else None
     name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
     targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
     if found := next(filter(is_checkpoint, targets), None):
-        return _holding(found, variant)
+        return _used(_holding(found, variant))
     if only_converted:
         raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
     check_writable(targets[0])
@@ -84,7 +84,7 @@ def find_checkpoint(
             announce=announce,
             progress=progress,
         )
-    return targets[0]
+    return _used(targets[0])
 
 
 def checked_variant(model: Model, variant: str | None) -> str | None:
@@ -138,9 +138,20 @@ def make_checkpoint(
         with _suggesting(model.repo):
             acquire(model.repo, target, quant, text_quant, force=force, **named, **hooks)
     else:
-        source = Source.open(model.path, variant, text_only=text_only)
+        source = open_source(model, variant, text_only=text_only)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
+
+
+def open_source(model: Model, variant: str | None, *, text_only: bool = False) -> Source:
+    """The files of `model`, which is a folder and no checkpoint.
+
+    Args:
+        model: see `resolve`.
+        variant: what `checked_variant` gives.
+        text_only: leave out the transformer and the VAE.
+    """
+    return Source.open(model.path, variant, text_only=text_only)
 
 
 @contextmanager
@@ -173,6 +184,13 @@ def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> lis
     return [f"{model}-text-only-{text_quant}", *(checkpoint_name(model, q, text_quant) for q in QUANTIZATIONS)]
 
 
+def _used(folder: Path) -> Path:
+    """`folder`, after a note of the time."""
+    with suppress(OSError):  # it may belong to someone else
+        (folder / LAST_USED).touch()
+    return folder
+
+
 @contextmanager
 def _unless_made(target: Path) -> Iterator[None]:
     """Let pass what went wrong if another process has finished the same conversion meanwhile."""
@@ -202,7 +220,7 @@ def conversions(
     """
     if model.is_checkpoint:
         return [model.path]
-    digest = Source.open(model.path, checked_variant(model, variant)).fingerprint if model.kind == SOURCE else None
+    digest = open_source(model, checked_variant(model, variant)).fingerprint if model.kind == SOURCE else None
     found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
     return [path for path in found if not painting or _can_paint(path)]
 

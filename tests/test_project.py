@@ -36,7 +36,7 @@ ROWS = (
     ("sampling",),
     ("phases", "networks"),
     ("unfinished", "upsampling"),
-    ("run",),
+    ("run", "inventory"),
     ("pipeline",),
     ("doctor",),
     ("cli",),

@@ -135,7 +135,6 @@ def test_memory_is_that_of_a_tensor_at_a_time(plain, folder):
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     requantize(opened, folder / "a", "qint8")
-    print("PEAK", mx.get_peak_memory() - before)
     assert mx.get_peak_memory() - before < 20_000_000  # of 38 MB
     assert mx.get_active_memory() - before < 1_000_000
 
