@@ -1,19 +1,14 @@
 """What a first use prints, with a terminal and without, and what it leaves on the disk."""
 
-import fcntl
-import os
-import pty
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 from checkpoints import VARIANT, WEIGHTS, save_small
-from cli_runner import done, process
+from cli_runner import Terminal, done, process
 from hub_client import REPO, partial, storage, using
 from hub_server import HubServer
 
@@ -99,18 +94,14 @@ def test_gone_on_with_and_not_kept(hub, home, official):
 
 
 def test_with_a_terminal(hub, home):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     command = [sys.executable, "-m", "flux2_mlx", *ARGUMENTS]
-    with subprocess.Popen(command, env=hub.environment(home), stdout=subprocess.PIPE, stderr=theirs) as running:
-        os.close(theirs)
-        shown = b""
-        try:
-            while data := os.read(ours, 65_536):
-                shown += data
-        except OSError:  # how the end of a terminal reads on Linux
-            pass
-        os.close(ours)
+    environment = hub.environment(home)
+    with (
+        Terminal() as terminal,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=terminal.file) as running,
+    ):
+        terminal.started()
+        shown = terminal.read_all()
     assert running.returncode == 0
     assert recorded(shown.decode(), hub, home) == BARS
 

@@ -67,6 +67,9 @@ class Bars:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Take the bar away from the terminal while a result is printed."""
+        if not isinstance(self._bar, _Bar):
+            yield
+            return
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stdout):
