@@ -315,7 +315,7 @@ class Bench:
             name = rng.choice(sorted(NEEDED))
             hub.replace(name, rng.choice([scrambled, cut])(rng, NEEDED[name]))
         try:
-            folder = fetch(hub, home, quiet=True)
+            folder = fetch(hub, home)
         finally:
             if {path.name for path in home.iterdir()} - {"hub"}:
                 raise Finding("leftover", f"{sorted(home.iterdir())}")
