@@ -1,6 +1,6 @@
 """`flux2-mlx models`."""
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ def _values(item: "Item") -> dict[str, Any]:
 
 
 def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _list(folder: Path, items: "list[Item]") -> None:
