@@ -1,7 +1,20 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
 from .configs import MODEL_INDEX
+from .folder import LAST_USED, check_target, check_writable, is_own
+from .requantize import requantize, requantized
 from .sources import Source
-from .write import check_target, check_writable, write_checkpoint
+from .write import check_source, write_checkpoint
 
-__all__ = ["MODEL_INDEX", "Source", "check_target", "check_writable", "write_checkpoint"]
+__all__ = [
+    "LAST_USED",
+    "MODEL_INDEX",
+    "Source",
+    "check_source",
+    "check_target",
+    "check_writable",
+    "is_own",
+    "requantize",
+    "requantized",
+    "write_checkpoint",
+]

@@ -15,7 +15,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +88,31 @@ def read(url: str, headers: Mapping[str, str], limit: int) -> bytes:
     return bytes(body)
 
 
-def download(url: str, headers: Mapping[str, str], blob: Blob, partial: Path, target: Path, bar: Any) -> None:
+def read_start(url: str, headers: Mapping[str, str], count: int) -> bytes:
+    """Return the first `count` bytes of a file, or all of one that is shorter."""
+    waits = iter(_WAITS)
+    while True:
+        body = bytearray()
+        try:
+            with closing(_pieces(url, headers, end=count)) as pieces, suppress(_UnannouncedError):
+                for _, piece in pieces:
+                    body += piece
+                    if len(body) >= count:  # where the server knows no ranges, all would come
+                        break
+            return bytes(body[:count])
+        except (BrokenError, RefusedError) as error:
+            wait = next(waits, None)
+            if wait is None or not _may_pass(error):
+                raise
+            time.sleep(wait)
+
+
+def download(
+    url: str, headers: Mapping[str, str], blob: Blob, partial: Path, target: Path, report: Callable[[int], object]
+) -> bool:
     """Fetch a file to `partial`, on from what is there, and rename it to `target` once it is complete and right.
+
+    `report` hears how many bytes of it are there. Gives whether it was this process that fetched it.
 
     Raises:
         RefusedError, BrokenError: `partial` is kept.
@@ -98,21 +121,22 @@ def download(url: str, headers: Mapping[str, str], blob: Blob, partial: Path, ta
     with _claim(partial) as stream:
         if target.exists():  # another process was faster
             partial.unlink()
-            return
+            return False
         resumed = stream.seek(0, os.SEEK_END) > 0
         try:
             try:
-                _complete(url, headers, blob, stream, bar)
+                _complete(url, headers, blob, stream, report)
             except DamagedError:
                 if not resumed:
                     raise
                 stream.truncate(0)
-                _complete(url, headers, blob, stream, bar)
+                _complete(url, headers, blob, stream, report)
         except DamagedError:
             partial.unlink()
             raise
         os.fsync(stream.fileno())
         os.replace(partial, target)
+        return True
 
 
 def remove_partial(partial: Path) -> None:
@@ -147,14 +171,16 @@ def _lock(stream: BinaryIO, partial: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX)
 
 
-def _complete(url: str, headers: Mapping[str, str], blob: Blob, stream: BinaryIO, bar: Any) -> None:
+def _complete(
+    url: str, headers: Mapping[str, str], blob: Blob, stream: BinaryIO, report: Callable[[int], object]
+) -> None:
     """Append what `stream` lacks of the file, in as many requests as it takes, and check the whole."""
     size, hasher = 0, blob.hasher()
     stream.seek(0)
     while size <= blob.size and (piece := stream.read(_PIECE)):
         hasher.update(piece)
         size += len(piece)
-    bar.initial = bar.n = size
+    report(size)
     waits = iter(_WAITS)
     while size < blob.size:
         before, end = size, 0
@@ -168,7 +194,7 @@ def _complete(url: str, headers: Mapping[str, str], blob: Blob, stream: BinaryIO
                         break
                     stream.write(new)
                     hasher.update(new)
-                    bar.update(len(new))
+                    report(size)
             if end < before:  # not the file, maybe a page to log in
                 raise BrokenError(f"{end} bytes came, fewer than an earlier call got")
             break
@@ -188,11 +214,14 @@ def _may_pass(error: Exception) -> bool:
     return error.status in _BUSY if isinstance(error, RefusedError) else not isinstance(error, _SlowError)
 
 
-def _pieces(url: str, headers: Mapping[str, str], start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield the body from `start` on, or from 0 where the server knows no ranges, in pieces with their offsets."""
+def _pieces(
+    url: str, headers: Mapping[str, str], start: int = 0, end: int | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the body from `start` to `end`, or all of it where the server knows no ranges, in pieces with their
+    offsets."""
     with _Watchdog() as watchdog:
         try:
-            with closing(_send(url, headers, start, watchdog)) as response:
+            with closing(_send(url, headers, start, end, watchdog)) as response:
                 offset = _offset(response, start, headers, url)
                 for piece in response.iter_raw():
                     watchdog.received += len(piece)
@@ -209,13 +238,14 @@ def _pieces(url: str, headers: Mapping[str, str], start: int = 0) -> Iterator[tu
             raise _UnannouncedError("the connection was closed")
 
 
-def _send(url: str, headers: Mapping[str, str], start: int, watchdog: "_Watchdog") -> Any:
+def _send(url: str, headers: Mapping[str, str], start: int, end: int | None, watchdog: "_Watchdog") -> Any:
     from huggingface_hub import constants, get_session
 
     session = get_session()
     # A range of a compressed body would be another one. The watchdog knows new connections only.
     sent = {**headers, "Accept-Encoding": "identity", "Connection": "close"}
-    sent |= {"Range": f"bytes={start}-"} if start else {}
+    if start or end is not None:
+        sent["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     options = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "extensions": {"trace": watchdog.trace}}
     request = session.build_request("GET", url, headers=sent, **options)
     for _ in range(_REDIRECTS):

@@ -6,11 +6,12 @@
 import errno
 import json
 import logging
-import os
 import re
 import shutil
-import threading
-from collections.abc import Mapping
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,24 @@ from .downloads import (
     first_line,
     quoted,
     read,
+    read_start,
     redacted,
-    remove_partial,
 )
-from .errors import DownloadError
+from .errors import CheckpointError, DownloadError
+from .hub_cache import INDEX, Download, is_complete, is_needed, is_weight, make_folder, storage_of
+from .weights import HEADER_LIMIT
 
 _logger = logging.getLogger(__name__)
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.(?:git|gguf|safetensors)$)){_NAME}/{_NAME}")
-_INDEX = "model_index.json"
-_WEIGHTS = ("transformer", "vae", "text_encoder")
-_FOLDERS = (*_WEIGHTS, "tokenizer", "scheduler")
-# Nothing else of the root: it also holds the transformer as a single file, which would double the download.
-_PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)"
-_NEEDED = re.compile(rf"{_INDEX}|(?:{'|'.join(_FOLDERS)})/{_PART}")
-_SMALL = 10_000_000  # files below this many bytes get no progress bar
-_QUICK = 100_000_000  # files of the cache up to this many bytes are hashed: a tenth of a second
 _LISTING = 4_000_000  # bytes; that of FLUX.2-dev has some 50,000
 _LARGEST = 10**15  # bytes
-_PARTIAL = ".flux2-mlx.incomplete"  # the end of the name is that of the Hub's own, which its tools clear away
+_START = 1 << 16  # bytes; the header of a file of FLUX.2 has at most 50,000
+_LICENCE = 80  # characters
+# Hears the folder of an outline and what is to be fetched, and gives what of it is needed.
+Check = Callable[[Path, Download], Download]
+Report = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,7 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None
 
 
-def fetch(
-    repo_id: str,
-    *,
-    text_only: bool = False,
-    quiet: bool = False,
-) -> Path:
+def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, progress: Report | None = None) -> Path:
     """Fetch what a conversion of a diffusers-layout repo needs, check it, and return its folder in the cache.
 
     What the cache already holds is not fetched again, and a file goes on where an earlier call was stopped.
@@ -82,10 +76,13 @@ def fetch(
     Args:
         repo_id: `owner/name`.
         text_only: leave out the weights of the transformer and the VAE.
-        quiet: show no progress bars.
+        check: called before the first weight, unless nobody can be asked. Its folder is an outline of the model:
+            small files as they are, and weights of the right size with nothing but their headers in them.
+        progress: called with the bytes that are there and those in all.
 
     Raises:
         DownloadError: unknown or gated repo, refused token, no or a slow connection, full disk, or a damaged file.
+        Flux2Error: what `check` raises.
     """
     if not _REPO_ID.fullmatch(repo_id):
         raise DownloadError(f"{repo_id!r} is no Hugging Face repo id; give it as owner/name")
@@ -96,19 +93,26 @@ def fetch(
         absent = f"{repo_id} is not complete in the cache {hub.cache} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
-        commit, files = _parse(read(f"{hub.endpoint}/api/models/{repo_id}?blobs=true", hub.headers, _LISTING))
+        listed = _parse(read(f"{hub.endpoint}/api/models/{repo_id}?blobs=true", hub.headers, _LISTING))
     except (RefusedError, BrokenError, DamagedError, ValueError, RecursionError) as error:
         reason = _explain_listing(error, hub, repo_id)
         if folder := _find_cached(repo_id, text_only):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
         raise DownloadError(reason) from error
-    if _INDEX not in files:
-        raise DownloadError(f"{repo_id} has no {_INDEX}, so it is no diffusers-layout model; give another repo id")
+    if INDEX not in listed.files:
+        raise DownloadError(f"{repo_id} has no {INDEX}, so it is no diffusers-layout model; give another repo id")
     try:
-        return _download(hub, repo_id, commit, files, text_only, quiet)
+        return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
     except (RefusedError, BrokenError, OSError) as error:
         raise DownloadError(_explain_download(error, hub, repo_id)) from error
+
+
+def cache_folder() -> Path:
+    """The Hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute()
 
 
 def _open() -> tuple[_Hub, bool]:
@@ -134,7 +138,14 @@ def _open() -> tuple[_Hub, bool]:
     return _Hub(constants.ENDPOINT, headers, cache), False
 
 
-def _parse(listing: bytes) -> tuple[str, dict[str, Blob]]:
+@dataclass(frozen=True)
+class _Listing:
+    commit: str
+    licence: str | None
+    files: dict[str, Blob]
+
+
+def _parse(listing: bytes) -> _Listing:
     """Return the commit and the needed files of a repo; raise ValueError for whatever no hub would list."""
     info = json.loads(listing)
     commit, siblings = _get(info, "sha", str), _get(info, "siblings", list)
@@ -144,7 +155,7 @@ def _parse(listing: bytes) -> tuple[str, dict[str, Blob]]:
     names = set()
     for entry in siblings:
         name = _get(entry, "rfilename", str)
-        if not _NEEDED.fullmatch(name):
+        if not is_needed(name):
             continue
         if name.lower() in names:  # on many disks these are one file
             raise ValueError(f"{name} twice")
@@ -157,7 +168,13 @@ def _parse(listing: bytes) -> tuple[str, dict[str, Blob]]:
         if not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
             raise ValueError(f"{name} with hash {digest!r}")
         files[name] = Blob(size, digest)
-    return commit, files
+    return _Listing(commit, _licence(info.get("cardData")), files)
+
+
+def _licence(card: Any) -> str | None:
+    """Return the licence that a model's card names, if it does."""
+    values = [card.get(key) for key in ("license_name", "license")] if isinstance(card, dict) else []
+    return next((value[:_LICENCE] for value in values if isinstance(value, str) and value.strip()), None)
 
 
 def _get(entry: Any, key: str, kind: type) -> Any:
@@ -167,115 +184,103 @@ def _get(entry: Any, key: str, kind: type) -> Any:
     return value
 
 
-def _is_needed(name: str, text_only: bool) -> bool:
-    return not text_only or not name.endswith(".safetensors") or name.startswith("text_encoder/")
-
-
 def _find_cached(repo_id: str, text_only: bool) -> Path | None:
     """Look up a snapshot with no part and no shard missing: other programs may have fetched single files of it."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        index = try_to_load_from_cache(repo_id, _INDEX)
+        index = try_to_load_from_cache(repo_id, INDEX)
         folder = Path(index).parent if isinstance(index, str) else None
-        return folder if folder and _is_complete(folder, text_only) else None
+        return folder if folder and is_complete(folder, _shards, text_only) else None
     except (OSError, ValueError, RecursionError):  # a damaged ref or index
         return None
 
 
-def _is_complete(folder: Path, text_only: bool) -> bool:
-    weights = ("text_encoder",) if text_only else _WEIGHTS
-    kinds = [f"{name}/*.json" for name in _FOLDERS] + [f"{name}/*.safetensors" for name in weights]
-    tables = [table for name in weights for table in folder.glob(f"{name}/*.safetensors.index.json")]
-    shards = [
-        table.parent / str(shard)
-        for table in tables
-        for shard in _get(json.loads(table.read_bytes()), "weight_map", dict).values()
-    ]
-    return all(any(folder.glob(kind)) for kind in kinds) and all(shard.exists() for shard in shards)
+def _shards(table: Path) -> list[str]:
+    return [str(shard) for shard in _get(json.loads(table.read_bytes()), "weight_map", dict).values()]
 
 
-def _download(hub: _Hub, repo_id: str, commit: str, files: dict[str, Blob], text_only: bool, quiet: bool) -> Path:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import tqdm
+def _planned(hub: _Hub, repo_id: str, listed: _Listing, text_only: bool) -> Download:
+    def is_read(name: str) -> bool:
+        return not (text_only and is_weight(name)) or name.startswith("text_encoder/")
 
-    storage = hub.cache / f"models--{repo_id.replace('/', '--')}"
-    blobs, snapshot = storage / "blobs", storage / "snapshots" / commit
     # Small ones first, so that what goes wrong goes wrong early.
-    needed = sorted((name for name in files if _is_needed(name, text_only)), key=lambda name: files[name].size)
-    missing = [name for name in needed if not _is_cached(files[name], storage, snapshot / name)]
-    partials = {name: blobs / f"{files[name].digest}{_PARTIAL}" for name in missing}
-    kept = sum(partial.stat().st_size for partial in partials.values() if partial.exists())
-    _check_space(repo_id, sum(files[name].size for name in missing) - kept, hub.cache)
-    _folder(blobs, storage)
-    for name in needed:
-        blob = files[name]
-        if name in partials:
-            hidden = True if quiet or blob.size < _SMALL else None  # None: where stderr is no terminal
-            url = hf_hub_url(repo_id, name, revision=commit)
-            with tqdm(total=blob.size, unit="B", unit_scale=True, desc=Path(name).name, disable=hidden) as bar:
-                try:
-                    download(url, hub.headers, blob, partials[name], blobs / blob.digest, bar)
-                except DamagedError as error:
-                    problem = f"{name} arrived damaged ({error}) and was deleted; start the download again"
-                    raise DownloadError(problem) from error
-        _link(storage, snapshot / name, blobs / blob.digest)
-    _record(storage, commit)  # only now is everything there
-    listed = {blob.digest for blob in files.values()}
-    for partial in blobs.glob(f"*{_PARTIAL}"):
-        if partial.name.removesuffix(_PARTIAL) not in listed:  # of an older commit
-            remove_partial(partial)
-    return snapshot
+    names = sorted(filter(is_read, listed.files), key=lambda name: (is_weight(name), listed.files[name].size))
+    files = {name: listed.files[name] for name in names}
+    storage = storage_of(hub.cache, repo_id)
+    return Download.of(repo_id, f"{hub.shown}/{repo_id}", listed.licence, listed.commit, storage, files)
 
 
-def _is_cached(blob: Blob, storage: Path, link: Path) -> bool:
-    """Whether the file is in the cache; what is there in its place is deleted."""
-    for path in (link, storage / "blobs" / blob.digest):
-        if path.is_file() and _is_intact(path, blob):
-            return True
-        if os.path.lexists(path):
-            _folder(path.parent, storage)
-            path.unlink()
-    return False
+def _download(hub: _Hub, wanted: Download, check: Check | None, progress: Report | None) -> Path:
+    _check_space(wanted.repo_id, wanted.remaining, hub.cache)
+    make_folder(wanted.storage / "blobs", wanted.storage)
+    for name in wanted.files:
+        if not is_weight(name) or name not in wanted.missing:
+            _fetch(hub, wanted, name, lambda _: None)
+    if check:
+        with _outline(hub, wanted) as folder:
+            try:
+                wanted = check(folder, wanted)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(folder), wanted.repo_id)) from error
+    absent = [name for name in wanted.missing if is_weight(name)]
+    done = wanted.size - sum(wanted.files[name].size for name in absent)
+
+    def report(count: int) -> None:
+        if progress:
+            progress(done + count, wanted.size)
+
+    for name in absent:
+        _fetch(hub, wanted, name, report)
+        done += wanted.files[name].size
+    wanted.record()  # only now is everything there
+    return wanted.snapshot
 
 
-def _is_intact(path: Path, blob: Blob) -> bool:
-    if path.stat().st_size != blob.size or blob.size > _QUICK:
-        return path.stat().st_size == blob.size
-    hasher = blob.hasher()
-    hasher.update(path.read_bytes())
-    return hasher.hexdigest() == blob.digest
+def _fetch(hub: _Hub, wanted: Download, name: str, report: Callable[[int], object]) -> None:
+    """Bring a file into the cache, unless it is there already."""
+    if name in wanted.missing:
+        try:
+            arguments = (hub.headers, wanted.files[name], wanted.partial(name), wanted.blob(name))
+            if download(_url(wanted, name), *arguments, report):
+                wanted.brought.add(name)
+        except DamagedError as error:
+            problem = f"{name} arrived damaged ({error}) and was deleted; start the download again"
+            raise DownloadError(problem) from error
+    wanted.link(name)
 
 
-def _folder(folder: Path, storage: Path) -> None:
-    """Make a folder of the repo's part of the cache, unless a link leads out of that."""
-    home = os.path.realpath(storage)
-    if os.path.commonpath([home, os.path.realpath(folder)]) != home:
-        raise DownloadError(f"{folder} is a link out of {storage}; delete the link and start the download again")
-    folder.mkdir(parents=True, exist_ok=True)
+def _url(wanted: Download, name: str) -> str:
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(wanted.repo_id, name, revision=wanted.commit)
 
 
-def _link(storage: Path, link: Path, target: Path) -> None:
-    if link.exists():
-        return
-    _folder(link.parent, storage)
-    link.unlink(missing_ok=True)
-    try:
-        link.symlink_to(os.path.relpath(target, link.parent))
-    except FileExistsError:  # another process was faster
-        pass
-    except OSError:  # as the Hub's library does it on a disk without links
-        os.replace(target, link)
+@contextmanager
+def _outline(hub: _Hub, wanted: Download) -> Iterator[Path]:
+    """A folder that looks like the whole snapshot to who reads no weights: what is there, and the missing weights as
+    files of their size that take no space but for their headers."""
+    with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as folder:
+        for name, blob in wanted.files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            if (wanted.snapshot / name).exists():
+                path.symlink_to(wanted.snapshot / name)
+            else:
+                with path.open("wb") as file:
+                    file.write(_header(hub, wanted, name))
+                    file.truncate(blob.size)
+        yield Path(folder)
 
 
-def _record(storage: Path, commit: str) -> None:
-    """Note that the branch is at this commit, for offline look-ups."""
-    ref, scratch = storage / "refs" / "main", storage / f".main-{os.getpid()}-{threading.get_ident()}"
-    if ref.is_file() and ref.read_bytes() == commit.encode():
-        return
-    _folder(ref.parent, storage)
-    scratch.write_text(commit)
-    os.replace(scratch, ref)
+def _header(hub: _Hub, wanted: Download, name: str) -> bytes:
+    """The header of a file of weights, with its length before and maybe more after it."""
+    size, url = wanted.files[name].size, _url(wanted, name)
+    start = read_start(url, hub.headers, min(size, _START)) if size else b""
+    length = 8 + struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if len(start) < length <= min(size, HEADER_LIMIT):
+        start = read_start(url, hub.headers, length)
+    return start
 
 
 def _check_space(repo_id: str, needed: int, cache: Path) -> None:

@@ -106,6 +106,15 @@ class Networks:
             raise _refusal(planned, self.advice(request, edit, **beside))
         return planned
 
+    def check_possible(self) -> None:
+        """InputError if not even the smallest image fits into memory or, of a language model alone, a word."""
+        if self.checkpoint.components.keys() >= set(PAINTING):
+            size = self.checkpoint.model.vae.token_size
+            request = Request.checked(self.checkpoint.model, size, [""], width=size, height=size)
+            self.checked_plan(request, Edit())
+        elif "language_model" in self.checkpoint.components:
+            self.checked_writing_plan(Writing(1, 1))
+
     def checked_phase_plan(self, request: Request, name: str) -> Plan:
         """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
         planned = self.plan(request).only(name)

@@ -18,7 +18,7 @@ from .names import get_variant, models_folder
 from .networks import Networks
 from .output import Flux2Output
 from .phases import Progress
-from .progress_bar import progress_bar
+from .progress_bar import acquisition_bars, progress_bar
 from .provenance import image_settings
 from .quantization import check_quant
 from .sampling import check_guided
@@ -46,6 +46,7 @@ class Flux2Pipeline(BasePipeline):
         models_dir: str | os.PathLike | None = None,
         prompt_cache: bool = True,
         memory_limit: int | str | None = None,
+        keep_source: bool = True,
         progress: bool = True,
     ) -> "Flux2Pipeline":
         """Open a model; fetch and convert it first if that has not been done yet.
@@ -66,6 +67,7 @@ class Flux2Pipeline(BasePipeline):
                 text encoder, and denoised images that wait for their decoding in `unfinished`.
             memory_limit: bytes, or a size such as `"12GB"`, that a run stays within, if need be by reading blocks of
                 the networks from disk at every step; None: what the machine has.
+            keep_source: leave what is fetched in the Hub's cache, for other programs and quantizations.
             progress: show what is downloaded and converted.
 
         Raises:
@@ -76,18 +78,29 @@ class Flux2Pipeline(BasePipeline):
         if not isinstance(models_dir, str | os.PathLike | None):
             raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
         computed_in = arguments.dtype_name(dtype, torch_dtype)
-        activation_dtype(computed_in), memory_bytes(memory_limit)  # refuse what is wrong before anything is fetched
+        wanted = {"dtype": activation_dtype(computed_in), "memory_limit": memory_bytes(memory_limit)}
         weights = {"quant": quant, "text_quant": text_quant}
         arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
+        arguments.kinds(keep_source=(keep_source, bool))
         for setting in weights.values():
             if setting is not None:
                 arguments.kinds(quant=(setting, str))
                 check_quant(setting)
         if variant is not None:
             get_variant(variant)
-        with progress_bar(desc="converting", unit="B", unit_scale=True, disable=not progress) as show:
+
+        def check(checkpoint: Checkpoint) -> None:
+            Networks.of(checkpoint, quant, text_quant, **wanted).check_possible()
+
+        with acquisition_bars(disable=not progress) as show:
             opened = find_checkpoint(
-                source, variant=variant, models_dir=models_dir, quiet=not progress, progress=show, **weights
+                source,
+                variant=variant,
+                models_dir=models_dir,
+                keep_source=keep_source,
+                check=check,
+                progress=show,
+                **weights,
             )
         settings = {"dtype": computed_in, "memory_limit": memory_limit, "prompt_cache": prompt_cache}
         return cls.from_checkpoint(opened, **weights, **settings, models_dir=models_dir, name=str(source))

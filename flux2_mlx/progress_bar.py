@@ -1,7 +1,7 @@
 """A bar on stderr for who calls the library from Python."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -25,3 +25,17 @@ def progress_bar(**options: Any) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+@contextmanager
+def acquisition_bars(**options: Any) -> Iterator[Callable[[int, int, str], None]]:
+    """The same for bytes that are downloaded and then converted; the function also takes which of the two it is."""
+    with ExitStack() as bars:
+        shown: dict[str, Callable[[int, int], None]] = {}
+
+        def show(done: int, total: int, what: str) -> None:
+            if what not in shown:
+                shown[what] = bars.enter_context(progress_bar(desc=what, unit="B", unit_scale=True, **options))
+            shown[what](done, total)
+
+        yield show

@@ -90,6 +90,21 @@ def remove_leftovers(parent: Path) -> None:
         _remove_bare(work)
 
 
+def is_work(path: Path) -> bool:
+    """Whether `path` has the name of a folder in which something is made."""
+    return path.name.startswith(_PREFIX)
+
+
+def leftovers(parent: Path) -> list[tuple[Path, str]]:
+    """What killed processes left in `parent`, each with the name of what it was to become."""
+    found = []
+    for work in _works(parent):
+        with _dead(work) as name:
+            if name:
+                found.append((work, name))
+    return found
+
+
 def _works(parent: Path) -> list[Path]:
     try:
         return sorted(parent.glob(f"{_PREFIX}*"))

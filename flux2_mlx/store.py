@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import hub
+from .acquisition import Announce, Progress, acquire
 from .checkpoint import MANIFEST, PAINTING, Checkpoint, is_checkpoint
 from .config import QUANTIZATIONS, VARIANTS
-from .convert import Source, check_writable, write_checkpoint
+from .convert import LAST_USED, Source, check_writable, requantize, write_checkpoint
 from .errors import CheckpointError, DownloadError, InputError
 from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
 from .quantization import DEFAULT_TEXT_QUANT, check_quant
@@ -32,8 +33,10 @@ def find_checkpoint(
     models_dir: str | os.PathLike | None = None,
     text_only: bool = False,
     only_converted: bool = False,
-    quiet: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    keep_source: bool = True,
+    check: Callable[[Checkpoint], object] | None = None,
+    announce: Announce | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """The MLX checkpoint folder of `source`, fetched and converted first if need be.
 
@@ -45,8 +48,8 @@ def find_checkpoint(
         models_dir: where converted models are kept; see `models_folder`.
         text_only: a checkpoint without transformer and VAE will do.
         only_converted: fetch and convert nothing.
-        quiet: show no download progress.
-        progress: called with bytes converted and bytes in all.
+        keep_source, check, announce: of what is fetched; see `acquire`.
+        progress: called with bytes done, bytes in all, and `download` or `convert`.
 
     Raises:
         InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
@@ -61,13 +64,27 @@ def find_checkpoint(
     name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
     targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
     if found := next(filter(is_checkpoint, targets), None):
-        return _holding(found, variant)
+        return _used(_holding(found, variant))
     if only_converted:
         raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
     check_writable(targets[0])
-    opened = opened or open_source(model, variant, text_only=text_only, quiet=quiet)
-    _convert(opened, targets[0], quant, text_quant, model.origin, progress)
-    return targets[0]
+    made_from = model
+    if not text_only and (stored := _unquantized(targets[0].parent, name, quant, text_quant)):
+        made_from = resolve(stored)
+    with _unless_made(targets[0]):
+        make_checkpoint(
+            made_from,
+            targets[0],
+            quant,
+            text_quant,
+            variant=variant,
+            text_only=text_only,
+            keep_source=keep_source,
+            check=check,
+            announce=announce,
+            progress=progress,
+        )
+    return _used(targets[0])
 
 
 def checked_variant(model: Model, variant: str | None) -> str | None:
@@ -82,22 +99,66 @@ def checked_variant(model: Model, variant: str | None) -> str | None:
     return said.name if said else None
 
 
-def open_source(model: Model, variant: str | None, *, text_only: bool = False, quiet: bool = True) -> Source:
-    """The files of `model`, which is no checkpoint, fetched first if need be.
+def make_checkpoint(
+    model: Model,
+    target: Path,
+    quant: str | None,
+    text_quant: str | None,
+    *,
+    variant: str | None = None,
+    text_only: bool = False,
+    force: bool = False,
+    keep_source: bool = True,
+    check: Callable[[Checkpoint], object] | None = None,
+    announce: Announce | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert `model` into a new checkpoint, fetched first if need be; one that is a checkpoint gets fewer bits.
+
+    Args:
+        model: see `resolve`.
+        target: the folder to make.
+        quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
+        text_quant: the same for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
+        variant: what `checked_variant` gives.
+        text_only: leave out the transformer and the VAE.
+        force: replace an MLX checkpoint at `target`.
+        keep_source, check, announce: of what is fetched; see `acquire`.
+        progress: called with bytes done, bytes in all, and `download` or `convert`.
+    """
+    converting = progress and (lambda done, total: progress(done, total, "convert"))
+    if model.is_checkpoint:
+        requantize(Checkpoint.open(model.path), target, quant, text_quant, force=force, progress=converting)
+        return
+    quant = check_quant(quant or "bf16")
+    text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
+    if model.path is None:
+        hooks = {"keep_source": keep_source, "check": check, "announce": announce, "progress": progress}
+        named = {"known": model.variant, "variant": variant, "text_only": text_only}
+        with _suggesting(model.repo):
+            acquire(model.repo, target, quant, text_quant, force=force, **named, **hooks)
+    else:
+        source = open_source(model, variant, text_only=text_only)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
+
+
+def open_source(model: Model, variant: str | None, *, text_only: bool = False) -> Source:
+    """The files of `model`, which is a folder and no checkpoint.
 
     Args:
         model: see `resolve`.
         variant: what `checked_variant` gives.
         text_only: leave out the transformer and the VAE.
-        quiet: show no download progress.
     """
-    folder = _fetch(model.repo, text_only, quiet) if model.path is None else model.path
-    return Source.open(folder, variant, text_only=text_only)
+    return Source.open(model.path, variant, text_only=text_only)
 
 
-def _fetch(repo: str, text_only: bool, quiet: bool) -> Path:
+@contextmanager
+def _suggesting(repo: str) -> Iterator[None]:
+    """Add a known repo to what is wrong with one whose name is like it."""
     try:
-        return hub.fetch(repo, text_only=text_only, quiet=quiet)
+        yield
     except DownloadError as error:
         if similar := similar_repo(repo):
             raise DownloadError(f"{error}; did you mean {similar}?") from error
@@ -123,12 +184,19 @@ def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> lis
     return [f"{model}-text-only-{text_quant}", *(checkpoint_name(model, q, text_quant) for q in QUANTIZATIONS)]
 
 
-def _convert(source: Source, target: Path, quant: str, text_quant: str, name: str, progress) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _used(folder: Path) -> Path:
+    """`folder`, after a note of the time."""
+    with suppress(OSError):  # it may belong to someone else
+        (folder / LAST_USED).touch()
+    return folder
+
+
+@contextmanager
+def _unless_made(target: Path) -> Iterator[None]:
+    """Let pass what went wrong if another process has finished the same conversion meanwhile."""
     try:
-        write_checkpoint(source, target, quant, text_quant, name=name, progress=progress)
-    except InputError:
-        # Another process may have finished the same conversion meanwhile.
+        yield
+    except (InputError, CheckpointError):
         if not is_checkpoint(target):
             raise
 
@@ -161,6 +229,12 @@ def is_official(checkpoint: Checkpoint) -> bool:
     """Whether the weights are those of the table's repo, as far as the checkpoint's source is known by name."""
     name, variant = checkpoint.source.get("name"), checkpoint.variant
     return isinstance(name, str) and name.lower() in (variant.name, variant.repo and variant.repo.lower())
+
+
+def _unquantized(folder: Path, model: str, quant: str, text_quant: str) -> Path | None:
+    """A converted checkpoint that the one asked for can be made from."""
+    names = [checkpoint_name(model, q, t) for q in {quant, "bf16"} for t in {text_quant, "bf16"}]
+    return next((folder / name for name in sorted(names) if is_checkpoint(folder / name)), None)
 
 
 def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, list[Path]]:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .acquisition import Announce, Progress
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
@@ -56,8 +57,9 @@ class Writer:
         dtype: str | None = None,
         models_dir: str | os.PathLike | None = None,
         memory_limit: int | str | None = None,
-        quiet: bool = True,
-        progress: Callable[[int, int], None] | None = None,
+        keep_source: bool = True,
+        announce: Announce | None = None,
+        progress: Progress | None = None,
     ) -> "Writer":
         """Open the language model of a model; its transformer and VAE need not be there.
 
@@ -71,17 +73,28 @@ class Writer:
             models_dir: as for `Flux2Pipeline.from_pretrained`.
             memory_limit: bytes, or a size such as `"12GB"`, to stay within, if need be by reading layers from disk for
                 every word; None: what the machine has.
-            quiet: show nothing of a download.
-            progress: hears how many bytes of how many are converted.
+            keep_source: leave what is fetched in the Hub's cache.
+            announce: hears what is about to be fetched.
+            progress: hears bytes done, bytes in all, and `download` or `convert`.
         """
         computed_in, limit = activation_dtype(dtype), memory_bytes(memory_limit)
-        shown = {"quiet": quiet, "progress": progress}
+
+        def networks(checkpoint: Checkpoint) -> Networks:
+            quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
+            return Networks(checkpoint, checkpoint.quant, quant, computed_in, limit)
+
         folder = find_checkpoint(
-            source, variant=variant, text_quant=text_quant, models_dir=models_dir, text_only=True, **shown
+            source,
+            variant=variant,
+            text_quant=text_quant,
+            models_dir=models_dir,
+            text_only=True,
+            keep_source=keep_source,
+            check=lambda checkpoint: networks(checkpoint).check_possible(),
+            announce=announce,
+            progress=progress,
         )
-        checkpoint = Checkpoint.open(folder)
-        quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
-        return cls(Networks(checkpoint, checkpoint.quant, quant, computed_in, limit))
+        return cls(networks(Checkpoint.open(folder)))
 
     @property
     def checkpoint(self) -> Checkpoint:

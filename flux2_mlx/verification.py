@@ -15,7 +15,7 @@ import numpy as np
 from .checkpoint import DIGEST, FILES, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint
 from .errors import CheckpointError, Flux2Error, one_line
 from .files import write
-from .weights import NONSENSE, TensorInfo, open_model_file, read_header, read_json
+from .weights import NONSENSE, TensorInfo, open_model_file, raise_problems, read_header, read_json
 
 _MEMORY = "verified.json"
 _CHUNK = 1 << 24
@@ -129,6 +129,35 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
         if str(error) not in {f"{folder / (problem.file or '')} {problem.what}" for problem in problems}:
             problems.append(Problem(None, None, str(error)))
     return Report(folder, problems, bool(records), DIGEST in manifest, states)
+
+
+def hashed_bytes(folder: Path) -> int:
+    """The bytes of all files of a checkpoint for which a hash was recorded."""
+    return sum(_size(folder / name) for name in _records(folder, []))
+
+
+def check_hashes(folder: Path, report: Callable[[int], None]) -> None:
+    """Compare every file of a checkpoint with the hash that the converter recorded, if it did.
+
+    Raises:
+        CheckpointError: a file is another. `report` is called with bytes read.
+    """
+    problems: list[Problem] = []
+    records = _records(folder, problems)
+    for name, record in records.items():
+        digest, size = hashlib.sha256(), 0
+        with open_model_file(folder / name) as file:
+            while data := file.read(_CHUNK):
+                digest.update(data)
+                report(len(data))
+                size += len(data)
+        if (record["bytes"], record["sha256"]) != (size, digest.hexdigest()):
+            problems.append(Problem(name, None, _CHANGED))
+    raise_problems(f"{folder} is damaged, convert the model again", [str(problem) for problem in problems])
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 class _Meter:

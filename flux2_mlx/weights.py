@@ -24,7 +24,7 @@ _DTYPE_BYTES = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0"), 1),
 }
 _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater ones
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _MAX_JSON = 10_000_000  # the largest JSON file that belongs to a model, an index of its tensors, takes less than 1 MB
 _MAX_PROBLEMS = 8
 # Files are read, and what they hold is cast, on a stream of the CPU of its own: a computation would queue behind it.
@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if start == _POINTER:
                 raise ValueError("it is a Git LFS pointer; fetch the file itself with `git lfs pull`")
             length = struct.unpack("<Q", start)[0]
-            if length > min(size - 8, _MAX_HEADER):
+            if length > min(size - 8, HEADER_LIMIT):
                 raise ValueError("the header is longer than the file, or than 100 MB")
             tensors, end = _parse_header(file.read(length))
         except OSError as error:

@@ -329,7 +329,7 @@ class Bench:
             hub.replace(name, rng.choice([scrambled, cut])(rng, NEEDED[name]))
         self.size += sum(map(len, NEEDED.values()))
         try:
-            folder = fetch(hub, home, quiet=True)
+            folder = fetch(hub, home)
         finally:
             if {path.name for path in home.iterdir()} - {"hub"}:
                 raise Finding("leftover", f"{sorted(home.iterdir())}")

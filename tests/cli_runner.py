@@ -1,8 +1,12 @@
 """Runs of the command line for its tests, in this process or in one of their own."""
 
+import fcntl
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -61,6 +65,34 @@ def process(*arguments: object, environment: Mapping[str, str] | None = None) ->
     return subprocess.run(
         command, env={**(environment or os.environ)}, capture_output=True, encoding="utf-8", timeout=300, check=False
     )
+
+
+class Terminal:
+    """A terminal of 100 columns that a process started with `file` for its stderr writes to."""
+
+    def __init__(self):
+        self._ours, self.file = pty.openpty()
+        fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._ours)
+
+    def started(self) -> None:
+        """Leave the terminal to the process, so that its end is the end of what can be read."""
+        os.close(self.file)
+
+    def read(self) -> bytes:
+        """What is there next; nothing at the end."""
+        try:
+            return os.read(self._ours, 65_536)
+        except OSError:  # how the end reads on Linux
+            return b""
+
+    def read_all(self) -> bytes:
+        return b"".join(iter(self.read, b""))
 
 
 def tree() -> dict[str, bytes | None]:

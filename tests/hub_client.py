@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 
 import huggingface_hub
 import pytest
@@ -10,6 +11,7 @@ from huggingface_hub import constants
 import flux2_mlx.downloads
 import flux2_mlx.hub
 from flux2_mlx.errors import DownloadError
+from flux2_mlx.hub_cache import PARTIAL
 
 REPO = "org/model"
 SHARD = "text_encoder/model-00002-of-00002.safetensors"
@@ -40,12 +42,12 @@ UNNEEDED = {
     "transformer/old/model.safetensors": b"8",
 }
 DEFAULT_ENDPOINT = constants.ENDPOINT
-BIG_FROM = 10_000  # what counts as big, for the small files of a test
 CHUNK = 65_536  # as much as the HTTP client reads at once
 
 
-def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
-    """What `hub.fetch` gives for a user whose HF_HOME is `home`."""
+@contextmanager
+def using(hub, home, *, token=None, endpoint=None, offline=False):
+    """Within it this process is that of a user whose HF_HOME is `home`."""
     environment = hub.environment(home, token)
     endpoint = endpoint or environment["HF_ENDPOINT"]
     with pytest.MonkeyPatch.context() as patch:
@@ -59,13 +61,18 @@ def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **o
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        patch.setattr(flux2_mlx.hub, "_SMALL", BIG_FROM)
         patch.setattr(flux2_mlx.downloads, "_WAITS", (0, 0, 0, 0))
         huggingface_hub.close_session()  # its client keeps the proxies that it finds in the environment
         try:
-            return flux2_mlx.hub.fetch(repo, **options)
+            yield
         finally:
             huggingface_hub.close_session()
+
+
+def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
+    """What `hub.fetch` gives for that user."""
+    with using(hub, home, token=token, endpoint=endpoint, offline=offline):
+        return flux2_mlx.hub.fetch(repo, **options)
 
 
 def refusal(hub, home, **options):
@@ -98,7 +105,7 @@ def blob(hub, home, name):
 
 def partial(hub, home, name):
     """Where the part of a file is that has arrived so far."""
-    return blob(hub, home, name).with_name(f"{hub.repos[REPO].etag(name)}{flux2_mlx.hub._PARTIAL}")
+    return blob(hub, home, name).with_name(f"{hub.repos[REPO].etag(name)}{PARTIAL}")
 
 
 def pointer(hub, home, name):

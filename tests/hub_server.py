@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -69,6 +70,8 @@ class HubServer:
         repos: folder, or bytes by file name, of each repo id.
         gated: ids of the repos whose files only `token` may fetch.
         token: what the account with access sends; any other but `REFUSED` is an account without.
+
+    `sent` counts the bytes of each file's content that were sent, and `cards` is what a repo says of itself.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class HubServer:
         self.repos = {repo_id: _Repo(content) for repo_id, content in repos.items()}
         self.gated, self.token = gated, token
         self.requests: list[Request] = []
+        self.sent: Counter[str] = Counter()
+        self.cards: dict[str, dict] = {}
         self.stalled = threading.Event()
         self._released = threading.Event()
         self.heal()
@@ -190,6 +195,7 @@ def _handler(hub: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
             else:
                 entries = [repo.sibling(name) if "blobs" in query else {"rfilename": name} for name in repo.files]
                 answer = {"id": repo_id, "sha": repo.commit, "private": False, "siblings": entries}
+                answer |= {"cardData": hub.cards[repo_id]} if repo_id in hub.cards else {}
             if "" in hub._scripts:
                 self.act("")
                 return
@@ -222,18 +228,20 @@ def _handler(hub: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
 
         def send_file(self, name: str, data: bytes, headers: dict) -> None:
             data = hub._sent.get(name, data)
-            start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").split("-")[0])
-            if start:
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            headers["Content-Length"] = len(data) - start
-            end = len(data)
+            first, _, last = (self.headers["Range"] or "bytes=0-").removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last or len(data)) + 1, len(data))
+            if start or stop < len(data):
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            headers["Content-Length"] = stop - start
+            end = stop
             if self.command == "GET":
                 end = min(hub._stalls.get(name, end), hub._cuts.pop(name, end))
-            self.answer(206 if start else 200, headers, data[start:end])
+                hub.sent[name] += max(0, end - start)
+            self.answer(206 if "Content-Range" in headers else 200, headers, data[start:end])
             if name in hub._stalls and self.command == "GET":
                 hub.stalled.set()
                 hub._released.wait(60)
-            self.close_connection |= end < len(data)
+            self.close_connection |= end < stop
 
         def refuse(self, status: int, code: str, message: str) -> None:
             body = json.dumps({"error": message}).encode()

@@ -257,9 +257,7 @@ def test_a_gated_model_says_how_to_get_access(official, folder, token):
         result = process("download", "klein-9b", environment=environment)
         page = f"{hub.url}/{repo}"
     assert (result.returncode, result.stdout) == (1, "")
-    licence, _, error = result.stderr.partition("\n")
-    assert licence == "klein-9b: FLUX non-commercial licence"
-    message = error_line(error)
+    message = error_line(result.stderr)
     assert message.startswith(f"{repo} is gated")
     assert f"accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN" in message
     assert ("your token has no access" in message) == (token is not None)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runner import error_line, process, tree
+from cli_runner import Terminal, error_line, process, tree
 from PIL import Image
 
 # A shell that starts tests in the background makes its children ignore Ctrl-C, which a terminal does not.
@@ -42,16 +42,19 @@ def environment(folder):
 def interrupted(*arguments, when, number=signal.SIGINT):
     """stderr of a `t2i` that gets a signal as soon as its stderr matches `when`."""
     command = [sys.executable, "-c", START, "t2i", "a red circle", "-m", "demo", *arguments]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    seen = b""
-    while not re.search(when, seen):
-        new = os.read(run.stderr.fileno(), 4096)
-        assert new, seen
-        seen += new
-    run.send_signal(number)
-    out, rest = run.communicate(timeout=120)
-    assert (run.returncode, out) == (128 + number, b""), seen + rest
-    return (seen + rest).decode()
+    with Terminal() as terminal:
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal.file)
+        terminal.started()
+        seen = b""
+        while not re.search(when, seen):
+            new = terminal.read()
+            assert new, seen
+            seen += new
+        run.send_signal(number)
+        out, _ = run.communicate(timeout=120)
+        seen += terminal.read_all()
+    assert (run.returncode, out) == (128 + number, b""), seen
+    return seen.decode()
 
 
 @pytest.mark.parametrize("output", ["a.png", "a.jpg"])
@@ -75,10 +78,14 @@ def test_a_killed_run_leaves_whole_files_only(when, environment, folder):
     command = [sys.executable, "-m", "flux2_mlx", "t2i", "a red circle", "-m", "demo", "-s", "4", "-n", "2"]
     command += ["--seed", "1", "-W", "160", "-H", "160", "--checkpoint", "1", "-o", "out/"]
     Path("out").mkdir()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as run:
+    with (
+        Terminal() as terminal,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal.file, env=environment) as run,
+    ):
+        terminal.started()
         seen = b""
         while not re.search(when, seen):
-            new = os.read(run.stderr.fileno(), 4096)
+            new = terminal.read()
             assert new, seen
             seen += new
         run.kill()

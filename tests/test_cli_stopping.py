@@ -61,7 +61,7 @@ def stopped(module, number, start=("-m", "flux2_mlx")):
         ("mlx.core", signal.SIGINT, 130, INTERRUPTED),
         ("mlx.nn", signal.SIGTERM, 143, TERMINATED),
         ("tokenizers", signal.SIGHUP, 129, TERMINATED),
-        ("tqdm", signal.SIGINT, 130, INTERRUPTED),
+        ("flux2_mlx.pipeline", signal.SIGINT, 130, INTERRUPTED),
     ],
 )
 def test_a_signal_while_modules_are_imported(module, number, code, message):

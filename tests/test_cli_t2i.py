@@ -261,7 +261,7 @@ def test_progress_is_a_bar_for_each_phase_on_stderr():
     assert list(last) == ["text encoder", "denoising", "decoding"]
     for line, total in zip(last.values(), (1, 2, 2), strict=True):
         assert "100%" in line
-        assert f" {total}/{total} " in line
+        assert f" {total}/{total}" in line
 
 
 @pytest.mark.parametrize("extra", [[], ["--json"], ["--checkpoint", "1"]])

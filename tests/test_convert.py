@@ -22,6 +22,7 @@ from checkpoints import (
     save_small,
 )
 from flux2_mlx.convert import Source, write
+from flux2_mlx.convert import folder as written
 from mlx.utils import tree_flatten
 from reference.parity import relative_error
 from safetensors import deserialize, safe_open
@@ -200,7 +201,7 @@ def test_sharded_sources(official, converted, tmp_path):
 
 
 def test_sharded_output(official, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SHARD_BYTES", 300_000)
+    monkeypatch.setattr(written, "_SHARD_BYTES", 300_000)
     folder = convert(official, tmp_path / "out")
     shards = sorted(path.name for path in (folder / "transformer").glob("*.safetensors"))
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 from hub_client import (
     BIG,
-    BIG_FROM,
     CHUNK,
     NEEDED,
     REPO,
@@ -33,11 +32,10 @@ from hub_client import (
 )
 from hub_server import HubServer
 
-SCRIPT = f"""
+SCRIPT = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which those who run tests may have let be ignored
 import flux2_mlx.hub
-flux2_mlx.hub._SMALL = {BIG_FROM}
 try:
     print(flux2_mlx.hub.fetch(sys.argv[1], **json.loads(sys.argv[2])))
 except flux2_mlx.hub.DownloadError as error:
@@ -263,11 +261,11 @@ def test_file_cut_short_in_the_cache_is_fetched_anew(hub, full_home):
     assert hub.fetched == [BIG]
 
 
-def test_quiet_shows_no_progress_bars(hub, home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    fetch(hub, home)
-    shown = capsys.readouterr().err
-    assert Path(BIG).name in shown
-    assert "config.json" not in shown
-    fetch(hub, tmp_path / "other", quiet=True)
-    assert capsys.readouterr().err == ""
+def test_progress_counts_all_bytes_from_those_that_are_there(hub, home_without_big):
+    total = sum(map(len, NEEDED.values()))
+    partial(hub, home_without_big, BIG).write_bytes(b"4" * 300_000)
+    reports = []
+    fetch(hub, home_without_big, progress=lambda *report: reports.append(report))
+    assert reports[0] == (total - 300_000, total)
+    assert reports[-1] == (total, total)
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)

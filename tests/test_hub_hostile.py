@@ -383,7 +383,7 @@ def test_the_library_below_warns_of_nothing(hub, home, status, caplog, capsys):
     for handler in handlers:
         handler.setStream(sys.stderr)
     try:
-        assert f"answers HTTP {status}" in refusal(hub, home, quiet=True)
+        assert f"answers HTTP {status}" in refusal(hub, home)
     finally:
         for handler, stream in zip(handlers, before, strict=True):
             handler.setStream(stream)

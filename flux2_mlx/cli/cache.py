@@ -8,12 +8,12 @@ from .options import json_option, models_dir_option
 from .terminal import print_result, to_json
 
 
-@click.command()
+@click.command(hidden=True)
 @click.option("--clear", is_flag=True, help="Remove them all.")
 @models_dir_option
 @json_option
 def cache(clear: bool, models_dir: Path | None, as_json: bool) -> None:
-    """Show the encoded prompts that are kept on disk.
+    """Show the encoded prompts that are kept on disk, as `models` does, or clear them.
 
     A prompt seen before needs no text encoder. The least recently used ones make room for new ones; the limit is
     $FLUX2_MLX_CACHE_BYTES, or 1 GB.

@@ -39,6 +39,6 @@ def describe(
     resolved = resolve(model, options["models_dir"])
     check_sight(resolved)
     with Bars(quiet) as bars, Stream(quiet) as stream:
-        writer = open_writer(resolved, bars, quiet, **options)
+        writer = open_writer(resolved, bars, **options)
         answer = writer.describe([picture], seed=seed, temperature=temperature, on_text=stream.show)[0]
     print_result(to_json({"image": str(image), "description": answer}) if as_json else answer)

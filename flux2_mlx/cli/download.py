@@ -1,13 +1,17 @@
 """`flux2-mlx download`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import InputError
-from .options import models_dir_option, quiet_option, variant_option, weight_options
-from .progress import Bars, conversion, notice
+from .options import keep_source_option, models_dir_option, quiet_option, variant_option, weight_options
+from .progress import Bars
 from .terminal import print_result
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 
 @click.command()
@@ -15,25 +19,38 @@ from .terminal import print_result
 @weight_options
 @variant_option
 @models_dir_option
+@keep_source_option
 @quiet_option
 def download(
-    model: str, quant: str | None, text_quant: str | None, variant: str | None, models_dir: Path | None, quiet: bool
+    model: str,
+    quant: str | None,
+    text_quant: str | None,
+    variant: str | None,
+    models_dir: Path | None,
+    keep_source: bool,
+    quiet: bool,
 ) -> None:
     """Fetch MODEL and convert it, ready for `t2i`.
 
     MODEL is a variant's name or a Hugging Face repo id. An interrupted download goes on where it stopped. Gated
     models need an account that has accepted their licence, and its token in HF_TOKEN.
 
+    The download stays in the Hugging Face Hub's cache, where other programs and other quantizations find it. With
+    --no-keep-source what this run has fetched is removed when it is converted, and nothing else.
+
     \b
     Examples:
       flux2-mlx download klein-4b
-      flux2-mlx download klein-9b -q qint8
+      flux2-mlx download klein-9b -q qint8 --no-keep-source
     """
+    from ..device import activation_dtype, memory_bytes
+    from ..networks import Networks
     from ..store import find_checkpoint, resolve
 
+    def check(checkpoint: "Checkpoint") -> None:
+        Networks.of(checkpoint, None, None, activation_dtype(None), memory_bytes(None)).check_possible()
+
     resolved = resolve(model, models_dir)
-    if (row := resolved.variant) and not row.commercial_use:
-        notice(f"{row.name}: {row.licence} licence", quiet)
     with Bars(quiet) as bars:
         folder = find_checkpoint(
             resolved,
@@ -41,8 +58,10 @@ def download(
             quant=quant,
             text_quant=text_quant,
             models_dir=models_dir,
-            quiet=quiet,
-            progress=conversion(bars),
+            keep_source=keep_source,
+            check=check,
+            announce=bars.announce,
+            progress=bars,
         )
     _check_quants(folder, quant, text_quant)
     print_result(folder)

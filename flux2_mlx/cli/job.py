@@ -61,6 +61,7 @@ class Job:
     metadata: bool
     checkpoint: int | None
     models_dir: Path | None
+    keep_source: bool
     no_cache: bool
     memory_limit: str | None
     upsample_prompt: bool

@@ -49,6 +49,11 @@ variant_option = click.option("--variant", metavar="NAME", help="Which model a f
 quiet_option = click.option(
     "--quiet", is_flag=True, callback=_silence, help="No progress, notices or warnings on stderr."
 )
+keep_source_option = click.option(
+    "--keep-source/--no-keep-source",
+    default=True,
+    help="Whether the download stays in the Hub's cache when a model is converted.  [default: it stays]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 image_option = click.option(
@@ -78,6 +83,7 @@ _WRITING = (
     ),
     memory_option,
     models_dir_option,
+    keep_source_option,
     json_option,
     quiet_option,
 )
@@ -123,6 +129,7 @@ _PAINTING = (
     ),
     click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Also save an image every N steps."),
     models_dir_option,
+    keep_source_option,
     memory_option,
     no_cache_option,
     click.option("--profile", is_flag=True, help="Print time and peak memory of each phase."),

@@ -3,14 +3,15 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import VARIANTS
+from ..config import VARIANTS, Variant
 from ..errors import InputError
 from .job import Job
 from .options import DEFAULT_MODEL
-from .progress import Bars, Stream, conversion, notice
+from .progress import Bars, Stream, notice
 from .report import Record, differences, print_profile
 from .terminal import print_result, to_json
 from .writing import check_sight, is_blind, open_writer
@@ -18,6 +19,8 @@ from .writing import check_sight, is_blind, open_writer
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..checkpoint import Checkpoint
+    from ..networks import Networks
     from ..output import Phase
     from ..phases import Progress
     from ..pipeline import Flux2Pipeline
@@ -36,7 +39,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         notice(f"{path} is not the {former} that the image was made from, so the new one will differ", job.quiet)
     checked = _check(job, images, edit)
     with Bars(job.quiet) as bars:
-        pipe = _open(job, bars)
+        pipe = _open(job, bars, partial(_check_fit, job, images, edit))
         edit = pipe.edit(images, **edit)
         texts, edited = [prompt.text for prompt in job.prompts], job.pictures.settings(hashes)
         record = Record(job, pipe, edit, edited, _requests(job, _batches(job, _builder(pipe, edit), texts)), texts)
@@ -212,29 +215,47 @@ def _check_paths(job: Job, paths: Sequence[Path]) -> None:
 def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> list[Path]:
     """The settings, and, of a model of the table that is known by its name, that it will fit into memory; the paths, as
     far as they are known."""
-    from ..device import activation_dtype, memory_bytes
     from ..names import VARIANT
     from ..networks import Networks
+
+    row = job.resolved.variant or VARIANTS[DEFAULT_MODEL]
+    batches, pictures, wanted = _checked(job, images, edit, row, known=job.resolved.variant is not None)
+    if job.resolved.kind == VARIANT:
+        _check_plans(job, Networks.described(row, job.quant or "bf16", job.text_quant, **wanted), batches, pictures)
+    return _paths(job, pictures, _requests(job, batches))
+
+
+def _check_fit(job: Job, images: "list[Image.Image]", edit: dict[str, Any], checkpoint: "Checkpoint") -> None:
+    """That a model which is about to be fetched will fit into memory."""
+    from ..networks import Networks
+
+    batches, pictures, wanted = _checked(job, images, edit, checkpoint.model)
+    _check_plans(job, Networks.of(checkpoint, job.quant, job.text_quant, **wanted), batches, pictures)
+
+
+def _check_plans(job: Job, networks: "Networks", batches: Sequence[Batch], edit: "Edit") -> None:
+    for request, _ in batches:
+        networks.checked_plan(request, edit, previews=_has_previews(job, request))
+
+
+def _checked(
+    job: Job, images: "list[Image.Image]", edit: dict[str, Any], model: Variant, *, known: bool = True
+) -> "tuple[list[Batch], Edit, dict[str, Any]]":
+    """The runs of a `model`, which may not be `known` yet, their pictures, and the further settings of its networks."""
+    from ..device import activation_dtype, memory_bytes
     from ..references import Edit
     from ..sampling import Request
 
     wanted = {"dtype": activation_dtype(job.dtype), "memory_limit": memory_bytes(job.memory_limit)}
-    row = job.resolved.variant or VARIANTS[DEFAULT_MODEL]
-    token = row.vae.token_size
-    edit = Edit.checked(images, token, **edit)
+    pictures = Edit.checked(images, model.vae.token_size, **edit)
 
     def build(prompts: Sequence[str], width: int | None, height: int | None, **settings: Any) -> Request:
-        width, height = edit.working_size(width, height)
-        if job.resolved.variant is None:
+        width, height = pictures.working_size(width, height)
+        if not known:
             del settings["negative_prompt"]  # whether the model has a use for it is not known yet
-        return Request.checked(row, token, prompts, width=width, height=height, **settings)
+        return Request.checked(model, model.vae.token_size, prompts, width=width, height=height, **settings)
 
-    batches = _batches(job, build, [prompt.text for prompt in job.prompts])
-    if job.resolved.kind == VARIANT:
-        networks = Networks.described(row, job.quant or "bf16", job.text_quant, **wanted)
-        for request, _ in batches:
-            networks.checked_plan(request, edit, previews=_has_previews(job, request))
-    return _paths(job, edit, _requests(job, batches))
+    return _batches(job, build, [prompt.text for prompt in job.prompts]), pictures, wanted
 
 
 def _has_previews(job: Job, request: "Request") -> bool:
@@ -258,7 +279,7 @@ def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path])
             check_output(job.checkpoint_path(path, step), job.force or job.skip_existing)
 
 
-def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
+def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flux2Pipeline":
     from ..pipeline import Flux2Pipeline
     from ..store import find_checkpoint
 
@@ -268,8 +289,10 @@ def _open(job: Job, bars: Bars) -> "Flux2Pipeline":
         quant=job.quant,
         text_quant=job.text_quant,
         models_dir=job.models_dir,
-        quiet=job.quiet,
-        progress=conversion(bars),
+        keep_source=job.keep_source,
+        check=check,
+        announce=bars.announce,
+        progress=bars,
     )
     pipe = Flux2Pipeline.from_checkpoint(
         folder,
@@ -326,4 +349,5 @@ def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
     if own.can_see:
         return own
     options = {"dtype": job.dtype, "memory_limit": job.memory_limit, "models_dir": job.models_dir}
-    return open_writer(job.vision_model, bars, job.quiet, **options)
+    options["keep_source"] = job.keep_source
+    return open_writer(job.vision_model, bars, **options)

@@ -1,23 +1,30 @@
-"""Progress bars and notices on stderr."""
+"""Progress and notices on stderr: bars on a terminal, and lines now and then elsewhere."""
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .terminal import line, printable
+
+if TYPE_CHECKING:
+    from ..acquisition import FirstUse
 
 _LABELS = {
     "text_encoder": "text encoder",
     "vae_encoder": "references",
     "transformer": "denoising",
     "vae": "decoding",
+    "download": "downloading",
     "convert": "converting",
     "verify": "verifying",
 }
+_BYTES = ("download", "convert", "verify")  # what is counted in bytes
+_PAUSE = 10.0  # seconds between two lines of a phase
 
 
 class Warnings(logging.Handler):
@@ -43,24 +50,37 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def show(self, phase: str, done: int, total: int, **options: Any) -> None:
-        """Show `done` of `total` units of `phase`; `options` go to tqdm when the bar is made."""
+    def show(self, phase: str, done: int, total: int) -> None:
+        """Show `done` of `total` bytes or steps of `phase`."""
         if self._quiet:
             return
         if phase != self._phase:
-            from tqdm import tqdm
-
             self._close()
-            self._phase, self._bar = phase, tqdm(desc=_LABELS[phase], total=total, leave=True, **options)
-        self._bar.update(done - self._bar.n)
+            self._phase = phase
+            self._bar = _Bar(phase, done, total) if sys.stderr.isatty() else _Lines(phase, done, total)
+        self._bar.show(done)
+
+    def __call__(self, done: int, total: int, phase: str) -> None:
+        """`show`, as the library reports the progress of a download and a conversion."""
+        self.show(phase, done, total)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Take the bar away from the terminal while a result is printed."""
+        if not isinstance(self._bar, _Bar):
+            yield
+            return
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stdout):
             yield
+
+    def announce(self, use: "FirstUse") -> None:
+        """Say what a first use will fetch, where it goes, and what stays."""
+        if self._quiet:
+            return
+        for text in announcement(use):
+            click.echo(text, err=True)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -68,9 +88,84 @@ class Bars:
             self._bar, self._phase = None, ""
 
 
-def conversion(bars: Bars) -> Callable[[int, int], None]:
-    """A `progress` callback in bytes for conversions."""
-    return lambda done, total: bars.show("convert", done, total, unit="B", unit_scale=True)
+class _Bar:
+    """tqdm's, which shows the speed of what is done from now on."""
+
+    def __init__(self, phase: str, done: int, total: int):
+        from tqdm import tqdm
+
+        options = {"unit": "B", "unit_scale": True} if phase in _BYTES else {}
+        # A phase of steps is first heard of when one is done.
+        start = done if phase in _BYTES else 0
+        self._bar = tqdm(desc=_LABELS[phase], total=total, initial=start, leave=True, **options)
+
+    def show(self, done: int) -> None:
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """A line of a phase now and then, and one when it is complete."""
+
+    def __init__(self, phase: str, done: int, total: int):
+        self._phase, self._total, self._first = phase, total, done
+        self._start = self._last = time.monotonic()
+        self._complete = False
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if self._complete or (done < self._total and now - self._last < _PAUSE):
+            return
+        self._last, self._complete = now, done >= self._total
+        click.echo(f"{_LABELS[self._phase]}: {self._state(done, now - self._start)}", err=True)
+
+    def close(self) -> None:
+        pass
+
+    def _state(self, done: int, seconds: float) -> str:
+        share = f"{100 * done // self._total if self._total else 100}%"
+        share += f" of {size_text(self._total)}" if self._phase in _BYTES else f", {done}/{self._total}"
+        if self._complete:
+            return f"{share} in {_clock(seconds)}" if self._phase in _BYTES else share
+        speed = (done - self._first) / seconds
+        pace = f", {size_text(int(speed))}/s" if self._phase in _BYTES else ""
+        left = f", {_clock((self._total - done) / speed)} left" if speed else ""
+        return f"{share}{pace}{left}"
+
+
+def announcement(use: "FirstUse") -> list[str]:
+    """The lines that say what a first use does."""
+    download, target = use.download, use.target
+    there = "all" if use.present == download.size else size_text(use.present)
+    there = f", {there} of it already there" if use.present else ""
+    if use.removed:
+        stays = f", once the {size_text(use.removed)} fetched now are removed"
+    else:
+        stays = f"; --no-keep-source removes the {size_text(download.fetched)} fetched now" if download.fetched else ""
+    rows = {
+        "from": download.page,
+        "licence": use.licence or "see that page",
+        "download": f"{size_text(download.size)} in {len(download.files)} files{there}, to {download.storage}",
+        "converted": f"{size_text(use.converted)}, to {target}; later runs need only this",
+        "stays": f"{size_text(use.staying)} in all{stays}",
+    }
+    return [f"{download.repo_id} is not converted yet:", *(f"  {key:11}{line(text)}" for key, text in rows.items())]
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes for people, such as 1.2 GB."""
+    for unit, digits in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {digits}"
+    return f"{nbytes} bytes"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def notice(message: str, quiet: bool) -> None:

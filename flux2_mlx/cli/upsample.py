@@ -45,6 +45,6 @@ def upsample(
     if pictures:
         check_sight(resolved)
     with Bars(quiet) as bars, Stream(quiet) as stream:
-        writer = open_writer(resolved, bars, quiet, **options)
+        writer = open_writer(resolved, bars, **options)
         answer = writer.upsample([prompt], pictures, seed=seed, temperature=temperature, on_text=stream.show)[0]
     print_result(to_json({"prompt": prompt, "upsampled_prompt": answer}) if as_json else answer)

@@ -4,19 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import VARIANTS
 from ..errors import InputError
-from .progress import Bars, conversion
+from .progress import Bars
 
 if TYPE_CHECKING:
     from ..names import Model
     from ..upsampling import Writer
 
 
-def open_writer(model: "Model | str", bars: Bars, quiet: bool, **settings: Any) -> "Writer":
+def open_writer(model: "Model | str", bars: Bars, **settings: Any) -> "Writer":
     """The language model of `model`, fetched and converted first if need be; `settings` go to
     `Writer.from_pretrained`."""
     from ..upsampling import Writer
 
-    return Writer.from_pretrained(model, quiet=quiet, progress=conversion(bars), **settings)
+    return Writer.from_pretrained(model, announce=bars.announce, progress=bars, **settings)
 
 
 def is_blind(model: "Model") -> bool:

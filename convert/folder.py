@@ -1,0 +1,241 @@
+"""The folder of an MLX checkpoint as it is written: layer by layer, all or nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from flux2_mlx import files
+from flux2_mlx.checkpoint import (
+    COMPONENTS,
+    FILES,
+    FORMAT_VERSION,
+    MANIFEST,
+    TENSOR_HASHES,
+    Component,
+    is_checkpoint,
+    sealed,
+)
+from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.staging import bring_back, remove_leftovers, staged
+from flux2_mlx.weights import TensorInfo, Written, read_json, write_bytes, write_safetensors
+
+_SHARD_BYTES = 4 << 30
+LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+# What a checkpoint consists of, folder by folder.
+_OWN = {
+    ".": (
+        MANIFEST,
+        TENSOR_HASHES,
+        LAST_USED,
+        "verified.json",
+        ".flux2-mlx-*.part",
+        *COMPONENTS,
+        "tokenizer",
+        "scheduler",
+    ),
+    **dict.fromkeys(COMPONENTS, ("config.json", "model*.safetensors", "model.safetensors.index.json")),
+    "tokenizer": TOKENIZER_FILES,
+    "scheduler": ("scheduler_config.json",),
+}
+_METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Tensors that are made and written together; `make` gives their arrays in the order of `stored`, evaluated."""
+
+    stored: dict[str, TensorInfo]
+    make: Callable[[], Iterable[mx.array]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.stored.values())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network as it is written."""
+
+    component: Component
+    layers: list[Layer]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A look at all bytes that a checkpoint is made from; `run` calls its argument with bytes read."""
+
+    nbytes: int
+    run: Callable[[Callable[[int], None]], None]
+
+
+def write_folder(
+    target: Path,
+    parts: list[Part],
+    copies: Mapping[str, Path],
+    manifest: dict[str, Any],
+    *,
+    inspection: Inspection,
+    force: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write a checkpoint of these networks and copies of small files.
+
+    Args:
+        target: the folder to make; it appears only when it is complete.
+        parts: the networks.
+        copies: where each other file comes from.
+        manifest: what it says besides the record of its files.
+        inspection: made before anything is written.
+        force: replace an MLX checkpoint at `target`.
+        progress: called with bytes inspected and written, and those in all.
+
+    Raises:
+        InputError: `target` exists or can't be written, or the disk is too small.
+    """
+    check_target(target, force)
+    place = Path(os.path.realpath(target))  # where a link leads to
+    needed = sum(part.nbytes for part in parts)
+    meter = _Progress(needed + inspection.nbytes, progress)
+    try:
+        remove_leftovers(place.parent)
+        _check_space(place.parent, needed)
+        inspection.run(meter.add)
+        with staged(place, lambda: check_target(target, force), replace=force) as folder:
+            written = _Folder(folder)
+            for part in parts:
+                _write_part(written, part, meter)
+            for name, path in copies.items():
+                written.put(name, path.read_bytes())
+            written.finish(manifest)
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror or error}") from error
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Raise InputError if a checkpoint can't be written at `target`."""
+    bring_back(target)
+    if target.exists() and not force:
+        raise InputError(f"{target} exists; choose another folder or pass --force to replace it")
+    if target.exists():
+        _check_replaceable(target)
+    if not target.parent.is_dir():
+        raise InputError(f"can't write {target}: there is no folder {target.parent}")
+    check_writable(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise InputError if more would be lost with `target` than a checkpoint of ours."""
+    try:
+        ours = is_checkpoint(target) and "format_version" in read_json(target / MANIFEST)
+    except CheckpointError:
+        ours = False
+    if not ours:
+        raise InputError(f"{target} is not an MLX checkpoint, so --force does not replace it; remove it yourself")
+    if foreign := next((path for path in sorted(target.rglob("*")) if not is_own(path.relative_to(target))), None):
+        raise InputError(f"{target} also holds {foreign.relative_to(target)}, which --force would remove; move it away")
+
+
+def is_own(path: Path) -> bool:
+    """Whether a checkpoint may hold `path`, relative to it."""
+    folder, name = path.parent.as_posix(), path.name
+    return name == ".DS_Store" or any(fnmatch(name, pattern) for pattern in _OWN.get(folder, ()))
+
+
+def check_writable(target: Path) -> None:
+    """Raise InputError if nothing can be made where `target` would be; what is missing on the way to it may be."""
+    try:
+        # A link whose disk is not there counts as existing.
+        existing = next(path for path in target.absolute().parents if path.exists() or path.is_symlink())
+        files.check_writable(existing)
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror}; choose another folder") from error
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"no space: the model takes {needed / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
+
+
+class _Progress:
+    def __init__(self, total: int, report: Callable[[int, int], None] | None):
+        self._done, self._total, self._report = 0, total, report
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._report:
+            self._report(self._done, self._total)
+
+
+class _Folder:
+    """Writes the files of a checkpoint and records what they hold, as it is written."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._written: dict[str, Written] = {}
+
+    def put(self, name: str, data: bytes) -> None:
+        self._written[name] = write_bytes(self._path(name), data)
+
+    def put_json(self, name: str, value: dict[str, Any]) -> None:
+        self.put(name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def put_weights(self, name: str, *args: Any) -> None:
+        """`args` are those of `write_safetensors`."""
+        self._written[name] = write_safetensors(self._path(name), *args)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write the record of the tensors and the manifest, with that of all files and its own digest."""
+        self.put_json(TENSOR_HASHES, {name: x.tensors for name, x in self._written.items() if x.tensors})
+        record = {name: {"bytes": x.nbytes, "sha256": x.sha256} for name, x in self._written.items()}
+        self.put_json(MANIFEST, sealed(manifest | {FILES: record}))
+
+    def _path(self, name: str) -> Path:
+        path = self._folder / name
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+
+def _write_part(folder: _Folder, part: Part, progress: _Progress) -> None:
+    config, place = part.component.config.to_dict(), part.component.name
+    if part.component.quantization:
+        config["quantization"] = part.component.quantization
+    folder.put_json(f"{place}/config.json", config)
+    shards = list(_shards(part.layers))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, layers in zip(names, shards, strict=True):
+        stored = {key: tensor for layer in layers for key, tensor in layer.stored.items()}
+        arrays = (array for layer in layers for array in layer.make())
+        folder.put_weights(f"{place}/{name}", stored, arrays, _METADATA, progress.add)
+    if len(shards) > 1:
+        weight_map = {key: name for name, layers in zip(names, shards, strict=True) for x in layers for key in x.stored}
+        index = {"metadata": {"total_size": part.nbytes}, "weight_map": weight_map}
+        folder.put_json(f"{place}/model.safetensors.index.json", index)
+
+
+def _shards(layers: list[Layer]) -> Iterator[list[Layer]]:
+    shard, size = [], 0
+    for layer in layers:
+        if shard and size + layer.nbytes > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(layer)
+        size += layer.nbytes
+    yield shard

@@ -1,0 +1,153 @@
+"""A model of the Hub becomes a checkpoint: it is looked through first, then its weights are fetched and converted."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import hub
+from .checkpoint import Checkpoint
+from .config import Variant
+from .convert import Source, check_source, write_checkpoint
+from .errors import InputError
+from .hub_cache import Download, is_weight
+
+# Hears bytes done, bytes in all, and `download` or `convert`.
+Progress = Callable[[int, int, str], object]
+
+
+@dataclass(frozen=True)
+class FirstUse:
+    """What is about to be done to have a model that was not converted yet. Sizes are in bytes.
+
+    `download` says what is fetched, `licence` what is known of its licence, `target` where the checkpoint of so many
+    `converted` bytes goes, and `keep_source` whether what was fetched stays beside it.
+    """
+
+    download: Download
+    licence: str | None
+    target: Path
+    converted: int
+    keep_source: bool
+
+    @property
+    def present(self) -> int:
+        """What of the download is in the Hub's cache already."""
+        return self.download.size - self.download.remaining
+
+    @property
+    def removed(self) -> int:
+        """What will be removed again from the Hub's cache."""
+        return 0 if self.keep_source else self.download.fetched
+
+    @property
+    def staying(self) -> int:
+        """What will be on the disk in the end."""
+        return self.converted + self.download.size - self.removed
+
+
+Announce = Callable[[FirstUse], object]
+
+
+def acquire(
+    repo: str,
+    target: Path,
+    quant: str,
+    text_quant: str,
+    *,
+    known: Variant | None = None,
+    variant: str | None = None,
+    text_only: bool = False,
+    keep_source: bool = True,
+    force: bool = False,
+    check: Callable[[Checkpoint], object] | None = None,
+    announce: Announce | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Fetch a repo and convert it. Before the first weight everything is checked that small files and headers tell.
+
+    Args:
+        repo: `owner/name`.
+        target: the folder to make.
+        quant: `bf16`, `qint8` or `qint4` for the transformer.
+        text_quant: the same for the text encoder.
+        known: the row of the table that the repo belongs to.
+        variant: the model's name where the repo can't tell.
+        text_only: leave out the transformer and the VAE.
+        keep_source: leave what was fetched in the Hub's cache. Otherwise it is removed after the conversion, but for
+            what was there before and what another snapshot refers to.
+        force: replace an MLX checkpoint at `target`.
+        check: called with the checkpoint that it will be, which has no files yet, and may raise what speaks against it.
+        announce: called before the first weight.
+        progress: see `Progress`.
+
+    Raises:
+        InputError, CheckpointError, DownloadError: the repo is no such model, can't be fetched, or does not fit on the
+            disk.
+    """
+    fetched: Download | None = None
+
+    def look(outline: Path, download: Download) -> Download:
+        nonlocal fetched
+        source = Source.open(outline, variant, text_only=text_only)
+        components = check_source(source, quant, text_quant)
+        download = download.without_weights(_unread(source, download))
+        converted = sum(component.nbytes for component in components.values())
+        _check_space(download, target, converted)
+        if check:
+            check(Checkpoint(Path(), source.variant, quant, text_quant, {}, components))
+        if announce:
+            licence = known.licence if known else download.licence
+            announce(FirstUse(download, licence, target, converted, keep_source))
+        fetched = download
+        return download
+
+    folder = hub.fetch(repo, text_only=text_only, check=look, progress=_labelled(progress, "download"))
+    source = Source.open(folder, variant, text_only=text_only)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    converting = _labelled(progress, "convert")
+    write_checkpoint(source, target, quant, text_quant, name=repo, force=force, progress=converting)
+    if fetched and not keep_source:
+        fetched.discard()
+
+
+def _labelled(progress: Progress | None, what: str) -> Any:
+    return progress and (lambda done, total: progress(done, total, what))
+
+
+def _unread(source: Source, download: Download) -> set[str]:
+    """The weights that a conversion does not read, such as those of a second format."""
+    read = {path.relative_to(source.folder).as_posix() for paths in source.files.values() for path in paths}
+    return {name for name in download.files if is_weight(name) and name not in read}
+
+
+def _check_space(download: Download, target: Path, converted: int) -> None:
+    """InputError if what is still to be fetched and what is converted from it do not fit on their disks."""
+    cache, models = _existing(download.storage), _existing(target)
+    shared = _disk(cache) == _disk(models)
+    fetching = f"fetching the rest of {download.repo_id} takes {_gb(download.remaining)}"
+    converting = f"converting it {_gb(converted)} in {target.parent}"
+    if shared and shutil.disk_usage(cache).free < download.remaining + converted:
+        taken, free, place = f"{fetching} and {converting}", shutil.disk_usage(cache).free, download.storage.parent
+    elif shutil.disk_usage(cache).free < download.remaining:
+        taken, free, place = fetching, shutil.disk_usage(cache).free, download.storage.parent
+    elif shutil.disk_usage(models).free < converted:
+        taken, free, place = converting, shutil.disk_usage(models).free, target.parent
+    else:
+        return
+    advice = "make room, or set HF_HOME or FLUX2_MLX_HOME to a folder on another disk"
+    raise InputError(f"no space: {taken}, the disk of {place} has {_gb(free)} free; {advice}")
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _disk(folder: Path) -> int:
+    return os.stat(folder).st_dev
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB"

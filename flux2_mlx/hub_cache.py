@@ -1,0 +1,250 @@
+"""The Hub's cache on disk: a repo's blobs, named by their hash, and snapshots of links to them. Nothing is fetched."""
+
+import os
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .downloads import Blob, remove_partial
+from .errors import DownloadError
+
+INDEX = "model_index.json"
+WEIGHTS = ("transformer", "vae", "text_encoder")
+FOLDERS = (*WEIGHTS, "tokenizer", "scheduler")
+# Nothing else of the root: it also holds the transformer as a single file, which would double the download.
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)"
+_NEEDED = re.compile(rf"{INDEX}|(?:{'|'.join(FOLDERS)})/{_PART}")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_QUICK = 100_000_000  # files up to this many bytes are hashed: a tenth of a second
+PARTIAL = ".flux2-mlx.incomplete"  # the end of the name is that of the Hub's own, which its tools clear away
+
+
+def is_needed(name: str) -> bool:
+    """Whether a conversion may need the file `name` of a repo in the diffusers layout."""
+    return _NEEDED.fullmatch(name) is not None
+
+
+def is_weight(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def storage_of(cache: Path, repo_id: str) -> Path:
+    """The folder of a repo in the cache."""
+    return cache / f"models--{repo_id.replace('/', '--')}"
+
+
+@dataclass(frozen=True)
+class Download:
+    """Files of a repo at a commit, and what the cache lacks of them. Sizes are in bytes.
+
+    `page` is the repo's address and `licence` what it says of its licence, if anything. `missing` are the files that
+    are not in the cache, `arrived` what an earlier call left of each, `branch` the commit that the cache knew before.
+    `brought` are those that this process has fetched by now, `linked` those of another
+    snapshot that it has put into this one.
+    """
+
+    repo_id: str
+    page: str
+    licence: str | None
+    commit: str
+    storage: Path
+    files: Mapping[str, Blob]
+    missing: tuple[str, ...]
+    arrived: Mapping[str, int]
+    branch: str | None
+    brought: set[str] = field(default_factory=set)
+    linked: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(
+        cls, repo_id: str, page: str, licence: str | None, commit: str, storage: Path, files: Mapping[str, Blob]
+    ) -> "Download":
+        """Compare the `files` of a repo with what its `storage` holds; what is there in a file's place is deleted."""
+        snapshot = storage / "snapshots" / commit
+        missing = tuple(name for name in files if not _is_cached(files[name], storage, snapshot / name))
+        partials = {name: _partial(storage, files[name]) for name in missing}
+        arrived = {name: min(path.stat().st_size, files[name].size) for name, path in partials.items() if path.exists()}
+        branch = read_branch(storage)
+        return cls(repo_id, page, licence, commit, storage, files, missing, arrived, branch)
+
+    def without_weights(self, unused: Collection[str]) -> "Download":
+        """The same without some files."""
+        files = {name: blob for name, blob in self.files.items() if name not in unused}
+        return replace(self, files=files, missing=tuple(name for name in self.missing if name in files))
+
+    @property
+    def size(self) -> int:
+        return sum(blob.size for blob in self.files.values())
+
+    @property
+    def remaining(self) -> int:
+        """What is still to be fetched."""
+        return sum(self.files[name].size - self.arrived.get(name, 0) for name in self.missing)
+
+    @property
+    def fetched(self) -> int:
+        """The size of the files that this download completes."""
+        return sum(self.files[name].size for name in self.missing)
+
+    @property
+    def snapshot(self) -> Path:
+        return self.storage / "snapshots" / self.commit
+
+    def partial(self, name: str) -> Path:
+        """Where a file is written to until it is complete."""
+        return _partial(self.storage, self.files[name])
+
+    def blob(self, name: str) -> Path:
+        return self.storage / "blobs" / self.files[name].digest
+
+    def link(self, name: str) -> None:
+        """Let the snapshot have a file whose blob is there."""
+        path = self.snapshot / name
+        if path.exists():
+            return
+        make_folder(path.parent, self.storage)
+        path.unlink(missing_ok=True)
+        if name not in self.missing:
+            self.linked.add(name)
+        try:
+            path.symlink_to(os.path.relpath(self.blob(name), path.parent))
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # as the Hub's library does it on a disk without links
+            os.replace(self.blob(name), path)
+
+    def record(self) -> None:
+        """Note that the branch is at this commit, for offline look-ups, and drop what was fetched of older ones."""
+        if read_branch(self.storage) != self.commit:
+            _write_branch(self.storage, self.commit)
+        listed = {blob.digest for blob in self.files.values()}
+        for partial in (self.storage / "blobs").glob(f"*{PARTIAL}"):
+            if partial.name.removesuffix(PARTIAL) not in listed:
+                remove_partial(partial)
+
+    def discard(self) -> int:
+        """Remove what this download has brought, but for what something else refers to; gives the bytes removed."""
+        removed = remove_files(self.storage, [self.snapshot / name for name in sorted(self.brought)])
+        for name in self.linked:
+            if (self.snapshot / name).is_symlink():
+                (self.snapshot / name).unlink()
+        if _is_inside(self.snapshot, os.path.realpath(self.storage)):
+            _prune(self.snapshot)
+        if not self.snapshot.exists() and read_branch(self.storage) == self.commit:
+            if self.branch is None:
+                (self.storage / "refs" / "main").unlink()
+            else:
+                _write_branch(self.storage, self.branch)
+        remove_empty(self.storage)
+        return removed
+
+
+def remove_files(storage: Path, paths: Collection[Path]) -> int:
+    """Remove `paths` of a repo's snapshots, and their blobs unless another path refers to them; gives the bytes.
+
+    What leads out of the repo's folder is left alone.
+    """
+    home, blobs, removed = os.path.realpath(storage), set(), 0
+    for path in paths:
+        if not _is_inside(path.parent, home) or not os.path.lexists(path):
+            continue
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and target.parent == Path(home) / "blobs":
+            blobs.add(target)
+        elif path.is_file() and not path.is_symlink():  # on a disk without links
+            removed += path.stat().st_size
+        else:
+            continue
+        path.unlink()
+    kept = {os.path.realpath(path) for path in snapshot_files(storage)}
+    for blob in blobs:
+        if str(blob) not in kept:
+            with suppress(FileNotFoundError):
+                size = blob.stat().st_size
+                blob.unlink()
+                removed += size
+    return removed
+
+
+def remove_empty(storage: Path) -> None:
+    """Remove the folders of a repo that have become empty."""
+    if not storage.is_symlink():
+        _prune(storage)
+    if not os.path.lexists(storage):
+        with suppress(OSError):  # the Hub's library makes one beside each repo
+            os.rmdir(storage.parent / ".locks" / storage.name)
+
+
+def _prune(folder: Path) -> None:
+    for path, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            os.rmdir(path)
+
+
+def snapshot_files(storage: Path) -> Iterator[Path]:
+    """Every file of all snapshots of a repo."""
+    for folder, _, names in os.walk(storage / "snapshots"):
+        yield from (Path(folder) / name for name in names)
+
+
+def read_branch(storage: Path) -> str | None:
+    """The commit that the cache has noted for the main branch."""
+    try:
+        commit = (storage / "refs" / "main").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _write_branch(storage: Path, commit: str) -> None:
+    ref, scratch = storage / "refs" / "main", storage / f".main-{os.getpid()}-{threading.get_ident()}"
+    make_folder(ref.parent, storage)
+    scratch.write_text(commit, encoding="ascii")
+    os.replace(scratch, ref)
+
+
+def make_folder(folder: Path, storage: Path) -> None:
+    """Make a folder of the repo's part of the cache; DownloadError if a link leads out of that."""
+    if not _is_inside(folder, os.path.realpath(storage)):
+        raise DownloadError(f"{folder} is a link out of {storage}; delete the link and start the download again")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_complete(folder: Path, shards: Callable[[Path], Collection[str]], text_only: bool) -> bool:
+    """Whether a snapshot has every part, and each of the `shards` that an index names: other programs may have fetched
+    single files of it."""
+    weights = ("text_encoder",) if text_only else WEIGHTS
+    kinds = [f"{name}/*.json" for name in FOLDERS] + [f"{name}/*.safetensors" for name in weights]
+    tables = [table for name in weights for table in folder.glob(f"{name}/*.safetensors.index.json")]
+    named = [table.parent / shard for table in tables for shard in shards(table)]
+    return all(any(folder.glob(kind)) for kind in kinds) and all(shard.exists() for shard in named)
+
+
+def _is_inside(folder: Path, home: str) -> bool:
+    return os.path.commonpath([home, os.path.realpath(folder)]) == home
+
+
+def _partial(storage: Path, blob: Blob) -> Path:
+    return storage / "blobs" / f"{blob.digest}{PARTIAL}"
+
+
+def _is_cached(blob: Blob, storage: Path, link: Path) -> bool:
+    """Whether the file is in the cache; what is there in its place is deleted."""
+    for path in (link, storage / "blobs" / blob.digest):
+        if path.is_file() and _is_intact(path, blob):
+            return True
+        if os.path.lexists(path):
+            make_folder(path.parent, storage)
+            path.unlink()
+    return False
+
+
+def _is_intact(path: Path, blob: Blob) -> bool:
+    if path.stat().st_size != blob.size or blob.size > _QUICK:
+        return path.stat().st_size == blob.size
+    hasher = blob.hasher()
+    hasher.update(path.read_bytes())
+    return hasher.hexdigest() == blob.digest

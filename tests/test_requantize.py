@@ -1,0 +1,150 @@
+"""From a checkpoint in bfloat16 to one with fewer bits: the very bytes that its source would have given."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from checkpoints import LARGE_TRANSFORMER, VARIANT, convert, edit_json, make_dev_source, save_small
+from cli_runner import done, refusal, run
+from flux2_mlx.convert import folder as written
+from flux2_mlx.convert import requantize
+from hub_client import REPO, using
+from hub_server import HubServer
+
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.store import find_checkpoint
+
+PAIRS = [("qint8", "qint8"), ("qint4", "qint4"), ("qint4", "bf16"), ("bf16", "qint8")]
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    return save_small(tmp_path_factory.mktemp("official") / "small", transformer=LARGE_TRANSFORMER)
+
+
+@pytest.fixture(scope="module")
+def plain(official, tmp_path_factory):
+    """All of it in bfloat16."""
+    return convert(official, tmp_path_factory.mktemp("plain") / "plain")
+
+
+@pytest.fixture
+def folder(tmp_path, models):
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".last-used"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize(("quant", "text_quant"), PAIRS)
+def test_the_same_bytes_as_from_the_source(quant, text_quant, official, plain, folder):
+    requantize(Checkpoint.open(plain), folder / "a", quant, text_quant)
+    assert contents(folder / "a") == contents(convert(official, folder / "b", quant, text_quant, name="small"))
+
+
+def test_the_same_of_dev_in_shards(folder, monkeypatch):
+    monkeypatch.setattr(written, "_SHARD_BYTES", 200_000)
+    make_dev_source(folder / "dev")
+    base = convert(folder / "dev", folder / "base", variant="dev")
+    assert len(list(base.rglob("*.safetensors"))) > 4
+    requantize(Checkpoint.open(base), folder / "a", "qint8", "qint4")
+    assert contents(folder / "a") == contents(convert(folder / "dev", folder / "b", "qint8", "qint4", variant="dev"))
+
+
+def test_what_has_the_bits_already_is_copied(official, folder):
+    half = convert(official, folder / "half", "bf16", "qint8")
+    requantize(Checkpoint.open(half), folder / "a", "qint8")
+    assert contents(folder / "a") == contents(convert(official, folder / "b", "qint8", "qint8"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "what"),
+    [
+        (("qint8", "qint8"), ("qint4", None), "the transformer of {} is stored as qint8, which can't become qint4"),
+        (("qint4", "qint4"), ("bf16", None), "the transformer of {} is stored as qint4, which can't become bf16"),
+        (("bf16", "qint8"), ("qint8", "bf16"), "the text encoder of {} is stored as qint8, which can't become bf16"),
+    ],
+)
+def test_what_is_quantized_can_not_become_another(stored, wanted, what, official, folder):
+    base = convert(official, folder / "base", *stored)
+    options = ["-q", wanted[0], *(["--text-quant", wanted[1]] if wanted[1] else [])]
+    message = refusal("convert", base, "mine", *options, "--quiet")
+    assert message == f"{what.format(base)}; convert the original, or a checkpoint in bf16"
+    assert not Path("mine").exists()
+
+
+def test_nothing_to_do(plain):
+    assert refusal("convert", plain, "mine") == f"{plain} is an MLX checkpoint already"
+    assert refusal("convert", plain, "mine", "-q", "bf16", "--text-quant", "bf16").endswith("already")
+
+
+def test_the_command_line(plain, folder):
+    result = done("convert", plain, "mine", "-q", "qint8")
+    assert result.stdout == "mine\n"
+    assert "converting: 100% of " in result.stderr
+    opened = Checkpoint.open(Path("mine"))
+    assert (opened.quant, opened.text_quant, opened.variant.name) == ("qint8", "qint8", VARIANT)
+    assert done("models", "verify", "mine", "--quiet").stdout == "mine: 13 files, all good\n"
+    assert run("convert", plain, "mine", "-q", "qint4").exit_code == 1
+    assert done("convert", plain, "mine", "-q", "qint4", "--force").exit_code == 0
+
+
+def test_a_changed_checkpoint_is_not_quantized(plain, folder):
+    damaged = shutil.copytree(plain, folder / "damaged")
+    with (damaged / "transformer/model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\0\0")
+    with pytest.raises(CheckpointError, match=r"transformer/model.safetensors: is not what was converted"):
+        requantize(Checkpoint.open(damaged), folder / "a", "qint8")
+    assert not (folder / "a").exists()
+
+
+def test_one_without_hashes(plain, folder):
+    old = shutil.copytree(plain, folder / "old")
+    edit_json(old / "flux2.json", files=None)
+    (old / "tensors.json").unlink()
+    requantize(Checkpoint.open(old), folder / "a", "qint8")
+    requantize(Checkpoint.open(plain), folder / "b", "qint8")
+    assert contents(folder / "a") == contents(folder / "b")
+
+
+def test_a_converted_model_is_not_fetched_again(official, folder, models):
+    with HubServer({REPO: official}) as hub, using(hub, folder / "home"):
+        find_checkpoint(REPO, variant=VARIANT, keep_source=False)
+        hub.requests.clear()
+        target = find_checkpoint(REPO, variant=VARIANT, quant="qint8")
+        assert hub.requests == []
+        assert target == models / "org--model-qint8"
+        (models / "org--model-bf16").rename(folder / "aside")
+        other = models / "org--model-qint4"
+        assert find_checkpoint(REPO, variant=VARIANT, quant="qint4") == other
+        assert hub.requests  # 4 bits can't be made from 8
+        fresh = convert(official, folder / "fresh", "qint8", None, name=REPO)
+    assert contents(target) == contents(fresh)
+
+
+def test_memory_is_that_of_a_tensor_at_a_time(plain, folder):
+    opened = Checkpoint.open(plain)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    requantize(opened, folder / "a", "qint8")
+    assert mx.get_peak_memory() - before < 20_000_000  # of 38 MB
+    assert mx.get_active_memory() - before < 1_000_000
+
+
+def test_a_full_disk_is_told_before_anything_is_read(plain, folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"^no space: the model takes "):
+        requantize(Checkpoint.open(plain), folder / "a", "qint8")
+    assert json.loads((plain / "flux2.json").read_text())["quantization"] == {
+        "transformer": "bf16",
+        "text_encoder": "bf16",
+    }
