@@ -1,14 +1,12 @@
 """Exceptions of the library. Each message is one line: what was wrong, its value, what to do."""
 
-import re
-
-# Whatever `str.splitlines` takes for the end of a line.
-_ENDS = re.compile(r"[\n-\r\x1c-\x1e\x85\u2028\u2029]")
+# Escapes for whatever `str.splitlines` takes for the end of a line.
+_ENDS = {ord(end): ascii(end)[1:-1] for end in "\n\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029"}
 
 
 def one_line(text: str) -> str:
     """`text` with escapes such as \\n in place of what ends a line: names and paths that it quotes may hold any."""
-    return _ENDS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return text.translate(_ENDS)
 
 
 class Flux2Error(Exception):

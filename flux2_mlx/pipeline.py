@@ -73,8 +73,6 @@ class Flux2Pipeline(BasePipeline):
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
-        if not isinstance(source, str | os.PathLike):
-            raise InputError(f"a model is a name or a folder, got {type(source).__name__}")
         if not isinstance(models_dir, str | os.PathLike | None):
             raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
         computed_in = arguments.dtype_name(dtype, torch_dtype)

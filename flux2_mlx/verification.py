@@ -133,7 +133,7 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
 
 def hashed_bytes(folder: Path) -> int:
     """The bytes of all files of a checkpoint for which a hash was recorded."""
-    return sum(_size(folder / name) for name in _records(folder, []))
+    return sum(_size(folder / name) for name in _records(_manifest(folder), []))
 
 
 def check_hashes(folder: Path, report: Callable[[int], None]) -> None:
@@ -143,7 +143,7 @@ def check_hashes(folder: Path, report: Callable[[int], None]) -> None:
         CheckpointError: a file is another. `report` is called with bytes read.
     """
     problems: list[Problem] = []
-    records = _records(folder, problems)
+    records = _records(_manifest(folder), problems)
     for name, record in records.items():
         digest, size = hashlib.sha256(), 0
         with open_model_file(folder / name) as file:

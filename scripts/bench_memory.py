@@ -135,7 +135,7 @@ def make_checkpoint(folder: Path, variant: str, quant: str, text_quant: str) -> 
 def write_tokenizer(folder: Path, family: str) -> None:
     """One that knows one letter and what it must, which is enough for the empty prompt."""
     kind, tokenizer = TOKENIZERS[family], Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
-    tokenizer.add_special_tokens(list(dict.fromkeys((kind.pad, *kind.ends, *kind.chat_tokens))))
+    tokenizer.add_special_tokens(list(dict.fromkeys((*kind.named.values(), *kind.ends, *kind.chat_tokens))))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
 

@@ -40,8 +40,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_lists_every_command(option):
     text = done(option).stdout
-    assert sorted(cli.commands) == list(COMMANDS)
-    for command in COMMANDS:
+    assert sorted(cli.commands) == sorted((*COMMANDS, *HIDDEN))
+    for command in cli.commands:
         assert (f"\n  {command} " in text) == (command not in HIDDEN)
 
 

@@ -13,6 +13,7 @@ from hub_client import BIG, NEEDED, REPO, storage, using
 from hub_server import HubServer
 
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.checkpoint import sealed
 from flux2_mlx.embedding_cache import EmbeddingCache
 from flux2_mlx.hub import fetch
 from flux2_mlx.store import find_checkpoint
@@ -30,7 +31,7 @@ def checkpoint(folder: Path, **changes: object) -> Path:
             shutil.copytree(DEMO / name, folder / name)
     shutil.copy(DEMO / "tensors.json", folder)
     manifest = json.loads((DEMO / "flux2.json").read_text()) | changes
-    (folder / "flux2.json").write_text(json.dumps(manifest))
+    (folder / "flux2.json").write_text(json.dumps(sealed(manifest)))
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 from cli_runner import DEMO, PROMPT, difference, done, make, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
+from flux2_mlx.checkpoint import sealed
 from flux2_mlx.images import read_settings
 
 EDIT = ("-m", "demo", "-s", "1", "--seed", "3")
@@ -68,7 +69,7 @@ def base(home):
     """The demo model as a base model, whose guidance is free: its folder."""
     shutil.copytree(DEMO, "base")
     manifest = json.loads(Path("base/flux2.json").read_text())
-    Path("base/flux2.json").write_text(json.dumps(manifest | {"variant": "klein-base-4b"}))
+    Path("base/flux2.json").write_text(json.dumps(sealed(manifest | {"variant": "klein-base-4b"})))
     return ("-m", "base", "-W", "64", "-H", "64", "-s", "2", "--seed", "7")
 
 

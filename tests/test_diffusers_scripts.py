@@ -167,7 +167,7 @@ def test_a_bar_of_a_conversion(tmp_path, capfd):
         )
         captured = capfd.readouterr()
         assert captured.out == ""
-        assert ("converting: 100%" in captured.err) == progress
+        assert ("convert: 100%" in captured.err) == progress
 
 
 def used() -> torch.Generator:
@@ -260,7 +260,7 @@ def test_wrong_settings_of_a_model(settings, match):
 
 
 def test_a_model_that_is_no_name():
-    with pytest.raises(InputError, match="a model is a name or a folder, got NoneType"):
+    with pytest.raises(InputError, match="a model is named by a text or a path, not by NoneType"):
         Flux2Pipeline.from_pretrained(None)
 
 

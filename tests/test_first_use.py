@@ -144,7 +144,7 @@ def test_disks_of_their_own_need_room_each(source, home, models, monkeypatch):
 
 def test_too_little_memory_for_any_image(source, home):
     def act():
-        Flux2Pipeline.from_pretrained(REPO, **NAMED, memory_limit=1000)
+        Flux2Pipeline.from_pretrained(REPO, **NAMED, memory_limit="1kB")
 
     message = refused(source, home, InputError, act)
     assert message.endswith("the limit is 0.000954 MiB; no size fits; choose a smaller model or a higher limit")

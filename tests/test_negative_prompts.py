@@ -96,7 +96,7 @@ def test_images_of_another_one_are_not_gone_on_with(guided):
         key
         for negative in ("", "red", "blue")
         for request in [guided.request([FOX], negative_prompt=negative, guidance=3.0, seed=1)]
-        for _, key in unfinished._keys(guided.networks, request, Edit())
+        for key in unfinished._keys(guided.networks, request, Edit())
     }
     assert len(keys) == 3
 

@@ -119,7 +119,7 @@ def test_encoding_alone_keeps_to_the_limit(folder):
     free = open_pipe(folder)
     request = free.request(["a fox"], max_sequence_length=40)
     planned = free.networks.plan(request).phase("text_encoder")
-    pipe = open_pipe(folder, memory_limit=planned.peak_memory - 1)
+    pipe = open_pipe(folder, memory_limit=f"{(planned.peak_memory - 1) / 1000:.3f}kB")
     gc.collect()
     mx.clear_cache()
     base = mx.get_active_memory()
