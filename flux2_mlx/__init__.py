@@ -1,6 +1,6 @@
 """FLUX.2 image generation on Apple Silicon with MLX."""
 
-from .errors import CheckpointError, DownloadError, Flux2Error, InputError, RangeError
+from .errors import CheckpointError, DeviceError, DownloadError, Flux2Error, InputError, RangeError
 
 TYPE_CHECKING = False  # what type checkers take as true; typing is slow to import, see below
 if TYPE_CHECKING:
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "DeviceError",
     "DownloadError",
     "Flux2Error",
     "Flux2Output",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import readme_tables
 
 import flux2_mlx
 from flux2_mlx.cli.main import cli
@@ -168,12 +169,17 @@ def readme_blocks(*languages: str) -> list[str]:
 
 
 def test_the_readme_begins_with_an_image_and_then_the_tests():
-    first, second, *_ = readme_blocks("bash", "sh", "shell", "console")
-    assert [line.split()[:2] for line in first.strip().splitlines()[2:]] == [
-        ["flux2-mlx", "t2i"],
-        ["flux2-mlx", "i2i"],
-    ]
-    assert second.strip().splitlines()[-1] == "python -m pytest -n 2 --dist loadfile"
+    first, second, *_ = (block.strip() for block in readme_blocks("bash", "sh", "shell", "console"))
+    setup = "bash scripts/setup.sh"
+    assert re.fullmatch(rf"{setup} && \.venv/bin/flux2-mlx t2i .* -m demo .*\.png", first)
+    assert second == f"{setup} test && .venv/bin/python -m pytest -n 2 --dist loadfile"
+
+
+def test_the_tables_of_the_readme_are_the_code_s():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    start, end = readme_tables.MARKS
+    shown = text.partition(start)[2].partition(end)[0]
+    assert shown == f"\n{readme_tables.tables()}\n", "run scripts/readme_tables.py --readme README.md"
 
 
 def test_python_in_the_readme_compiles_and_its_imports_exist():
