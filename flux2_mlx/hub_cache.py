@@ -2,7 +2,6 @@
 
 import os
 import re
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from .downloads import Blob, remove_partial
 from .errors import DownloadError
+from .files import write
 
 INDEX = "model_index.json"
 WEIGHTS = ("transformer", "vae", "text_encoder")
@@ -200,10 +200,9 @@ def read_branch(storage: Path) -> str | None:
 
 
 def _write_branch(storage: Path, commit: str) -> None:
-    ref, scratch = storage / "refs" / "main", storage / f".main-{os.getpid()}-{threading.get_ident()}"
+    ref = storage / "refs" / "main"
     make_folder(ref.parent, storage)
-    scratch.write_text(commit, encoding="ascii")
-    os.replace(scratch, ref)
+    write(ref, commit.encode(), replace=True)
 
 
 def make_folder(folder: Path, storage: Path) -> None:
