@@ -246,6 +246,8 @@ def array(name: str, values: Any) -> mx.array:
     if _is_torch(values) and hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float().numpy() if values.is_floating_point() else values.numpy()
+    if isinstance(values, str | bytes | dict | None):
+        raise InputError(f"{name} must be an array, got {_kind(values)}")
     try:
         given = values if isinstance(values, mx.array) else mx.array(values)
         mx.eval(given)

@@ -29,11 +29,13 @@ class BasePipeline(WritingMethods, DiffusersMethods):
 
     def __init__(
         self,
-        networks: Networks,
+        networks: Networks | None = None,
         prompt_cache: EmbeddingCache | None = None,
         unfinished: Unfinished | None = None,
         name: str | None = None,
     ):
+        if not isinstance(networks, Networks):
+            raise InputError(f"write Flux2Pipeline.from_pretrained({networks or 'klein-4b'!r:.80})")
         self.networks = networks
         self.checkpoint = networks.checkpoint
         self.variant = networks.checkpoint.variant
@@ -178,7 +180,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         """Images of latents.
 
         Args:
-            latents: `[B, c, H/8, W/8]`, un-normalised, as `output_type="latent"` gives them.
+            latents: `[B, c, H/8, W/8]`, un-normalised, as `output_type="latent"` gives them, or that result itself.
             output_type: `pil`, `np` or `pt`.
 
         Raises:
@@ -188,6 +190,8 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         if output_type == "latent":
             raise InputError("latents are what is decoded; choose pil, np or pt")
         config = self.checkpoint.components["vae"].config
+        if isinstance(latents, Flux2Output):
+            latents = latents.images
         latents = arguments.latents(latents, (None, config.latent_channels, None, None))
         height, width = (side * config.scale_factor for side in latents.shape[2:])
         request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)

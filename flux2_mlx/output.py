@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +11,10 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .files import free_path
+from .image_names import model_name, paths, slug
 from .images import FORMATS, save, to_pil
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_FIELDS = ("seed", "prompt", "index", "model")
-_UNSAFE = re.compile(r"[^\w.-]+")
-_MAX_WORDS = 60  # characters of a prompt in a file's name
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,8 @@ class Flux2Output:
         Args:
             path: a file's name (.png, .jpg or .webp), to which the seed is added where there are several images; a
                 folder, made if it ends in `/` or has no ending, whose files are called MODEL-SEED.png; or either with
-                `{seed}`, `{prompt}`, `{index}` or `{model}` in it.
+                `{seed}`, `{prompt}`, `{model}`, `{index}`, `{width}`, `{height}` or `{steps}` in it. A result that was
+                put together by hand has numbers for seeds.
             replace: put images in the place of existing files.
 
         Returns:
@@ -86,21 +83,23 @@ class Flux2Output:
         """
         if not isinstance(path, str | os.PathLike):
             raise InputError(f"a path must be text or a Path, got {type(path).__name__}")
-        images, paths = self._pictures(), self._paths(os.fspath(path))
-        for target in paths:
+        images = self._pictures()
+        targets = self._paths(os.fspath(path), len(images), replace)
+        for target in targets:
             if target.suffix.lower() not in FORMATS:
                 raise InputError(f"can't write {target}: the name must end in {', '.join(FORMATS)}")
             if os.path.lexists(target) and not replace:
                 raise InputError(f"{target} exists; choose another name, or say replace=True")
         settings = self.settings or [None] * len(images)
-        written = []
-        for image, target, own in zip(images, paths, settings, strict=True):
-            try:
+        try:
+            for target in targets:
                 target.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"can't make the folder {target.parent}: {error.strerror}") from error
-            written.append(save(image, target, own, replace=replace))
-        return written
+            return [
+                save(image, target, own, replace=replace)
+                for image, target, own in zip(images, targets, settings, strict=True)
+            ]
+        except OSError as error:
+            raise InputError(f"can't write {error.filename or targets[0]}: {error.strerror or error}") from error
 
     def _pictures(self) -> list[Image.Image]:
         if self.images is None or len(self.images) == 0:
@@ -111,39 +110,20 @@ class Flux2Output:
             return to_pil(np.asarray(self.images))
         if self.images.shape[1] == 3 and not isinstance(self.images, np.ndarray):
             return to_pil(self.images.permute(0, 2, 3, 1).numpy())
-        raise InputError("latents are no images; write Flux2Output(pipe.decode(out.images)).save(...)")
+        raise InputError("latents are no images; write Flux2Output(pipe.decode(out), out.seeds).save(...)")
 
-    def _paths(self, text: str) -> list[Path]:
-        """The file of each image."""
-        named = re.search(r"\{.*?\}", text) is not None
-        folder = text.endswith(("/", os.sep)) or Path(text).is_dir() or not Path(text).suffix
-        if folder:
-            text = os.path.join(text, "{model}-{seed}.png")
-        elif not named and len(self.seeds) > 1:
-            text = f"{text.removesuffix(Path(text).suffix)}-{{seed}}{Path(text).suffix}"
-        paths: list[Path] = []
-        for index in range(len(self.seeds)):
-            target = Path(self._filled(text, index)) if folder or named or len(self.seeds) > 1 else Path(text)
-            paths.append(free_path(target) if folder else target)
-        if len(set(paths)) < len(paths):
-            raise InputError(f"{text!r} names several images alike; put {{index}} or {{seed}} into it")
-        return paths
-
-    def _filled(self, template: str, index: int) -> str:
-        own = self.settings[index] if self.settings else {}
-        values = {
-            "seed": self.seeds[index],
-            "prompt": _UNSAFE.sub("-", own.get("prompt") or "image")[:_MAX_WORDS].strip("-.") or "image",
-            "index": index,
-            "model": Path(own.get("model") or "flux2").absolute().name,
-        }
-
-        def value(match: re.Match) -> str:
-            if match[1] not in values:
-                raise InputError(f"{match[0]} names nothing in {template!r}; choose of {', '.join(_FIELDS)}")
-            return str(values[match[1]])
-
-        return re.sub(r"\{(.*?)\}", value, template)
+    def _paths(self, text: str, count: int, replace: bool) -> list[Path]:
+        """The file of each of so many images."""
+        if not Path(text).suffix and "{" not in text:
+            text = os.path.join(text, "")  # a folder, which may be a new one
+        values, digits = [], len(str(count))
+        for place in range(count):
+            own, index = self.settings[place] if self.settings else {}, f"{place + 1:0{digits}}"
+            sizes = {name: str(own.get(name, "")) for name in ("width", "height", "steps")}
+            seed = str(self.seeds[place]) if self.seeds else index
+            words = {"prompt": slug(own.get("prompt") or ""), "model": model_name(own.get("model") or "flux2")}
+            values.append({"seed": seed, "index": index, **words, **sizes})
+        return paths([text] * count, values, listed=False, keep=replace)
 
 
 def check_output_type(output_type: Any) -> None:

@@ -1,6 +1,7 @@
 """`Flux2Pipeline`: from prompts to images."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import arguments
+from .acquisition import FirstUse
 from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
@@ -84,6 +86,10 @@ class Flux2Pipeline(BasePipeline):
             if setting is not None:
                 arguments.kinds(quant=(setting, str))
                 check_quant(setting)
+        if variant in ("fp16", "bf16", "fp32"):
+            raise InputError(
+                f"leave out variant={variant!r}: here it names a model, and weights of any precision are read"
+            )
         if variant is not None:
             get_variant(variant)
 
@@ -97,6 +103,7 @@ class Flux2Pipeline(BasePipeline):
                 models_dir=models_dir,
                 keep_source=keep_source,
                 check=check,
+                announce=_announce if progress else None,
                 progress=show,
                 **weights,
             )
@@ -297,3 +304,16 @@ class Flux2Pipeline(BasePipeline):
             for place in range(len(request.seeds))
         ]
         return output if return_dict else (output.images,)
+
+
+def _announce(use: FirstUse) -> None:
+    """Say on stderr what is about to be fetched, where it goes, and what stays."""
+    from tqdm import tqdm
+
+    download, licence = use.download, use.licence or "licence: see its page"
+    whole, present, converted = (f"{nbytes / 1e9:.3g} GB" for nbytes in (download.size, use.present, use.converted))
+    tqdm.write(
+        f"{download.repo_id} ({licence}) is fetched from {download.page}: {whole}, of which {present} are there, to "
+        f"{download.storage}; converted it takes {converted} in {use.target}",
+        file=sys.stderr,
+    )

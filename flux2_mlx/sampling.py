@@ -91,7 +91,8 @@ class Request:
             steps = len(sigmas)
         count = len(prompts) * images_per_prompt
         _require(len(prompts) > 0, "there is no prompt")
-        _require(0 < count <= MAX_IMAGES, f"the number of images must be 1 to {MAX_IMAGES}, got {count}")
+        limit = f"the number of images must be 1 to {MAX_IMAGES}"
+        _require(0 < count <= MAX_IMAGES, f"{limit}, got {count}; make them in parts")
         request = cls(
             tuple(prompts),
             variant.size if height is None else height,
@@ -186,7 +187,7 @@ def _integer(name: str, value: Any) -> int | None:
 def _number(name: str, value: Any) -> float | None:
     """A number of any type, or None."""
     try:
-        return value if value is None else float(value)
+        return value if value is None else float(None if isinstance(value, str | bytes) else value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{name} must be a number, got {value!r:.40}") from error
 

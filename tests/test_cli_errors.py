@@ -45,9 +45,9 @@ def damaged(folder):
         (["--seed", "-1"], f"seeds must be 0 to {2**64 - 1}, got -1"),
         (["--seed", str(2**64)], f"seeds must be 0 to {2**64 - 1}, got {2**64}"),
         (["--seed", str(2**64 - 1), "-n", "2"], f"seeds must be 0 to {2**64 - 1}, got {2**64}"),
-        (["-n", "0"], "the number of images must be 1 to 1000, got 0"),
-        (["-n", "-3"], "the number of images must be 1 to 1000, got -3"),
-        (["-n", "1001"], "the number of images must be 1 to 1000, got 1001"),
+        (["-n", "0"], "the number of images must be 1 to 100,000, got 0"),
+        (["-n", "-3"], "the number of images must be 1 to 100,000, got -3"),
+        (["-n", "100001"], "the number of images must be 1 to 100,000, got 100,001"),
     ],
 )
 @pytest.mark.parametrize("model", ["demo", "org/model"])
@@ -109,7 +109,7 @@ def test_the_longest_prompt_works():
         ),
         (b"a red\tfox\r\na blue \x1bdog\n", "line 2 of prompts.txt has the control character '\\x1b'; write it as"),
         (b"red\n" + b"a" * 10_001 + b"\n", "line 2 of prompts.txt: a prompt of 10001 characters is too long"),
-        (b"red\n" * 1001, "the number of images must be 1 to 1000, got 1001"),
+        (b"red\n" * 100_001, "the number of images must be 1 to 100,000, got 100,001"),
     ],
 )
 def test_a_file_of_prompts_that_can_not_be_used(folder, data, message):

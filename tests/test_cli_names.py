@@ -6,8 +6,8 @@ import pytest
 from cli_runner import PROMPT, SMALL, done, refusal, run, tree
 from PIL import Image
 
-from flux2_mlx.cli.names import expanded, paths, slug
 from flux2_mlx.errors import InputError
+from flux2_mlx.image_names import expanded, paths, slug
 from flux2_mlx.images import read_settings
 
 SLUG = "a-small-red-circle-on-a-blue-background"

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from cli_runner import SMALL, difference, done, make, pixels, refusal, run
+from cli_runner import PROMPT, SMALL, difference, done, make, pixels, refusal, run
 
-from flux2_mlx import Flux2Pipeline
+from flux2_mlx import Flux2Pipeline, sampling
 from flux2_mlx.cli.prompts import Prompt, read_prompts
 from flux2_mlx.errors import InputError
 from flux2_mlx.images import read_settings
@@ -104,7 +105,7 @@ def test_a_line_of_text_is_a_prompt(line):
         ("a.jsonl", '{"prompt": "a", "guidance": "4"}', 'line 1 of a.jsonl: guidance must be a number, got "4"'),
         ("a.jsonl", '{"prompt": "a", "guidance": NaN}', "line 1 of a.jsonl: guidance must be a number of 0 or more"),
         ("a.jsonl", '{"prompt": "a", "images": 0}', "line 1 of a.jsonl: images must be 1 or more, got 0"),
-        ("a.jsonl", '{"prompt": "a", "images": 1001}', "the number of images must be 1 to 1000, got 1001"),
+        ("a.jsonl", '{"prompt": "a", "images": 100001}', "the number of images must be 1 to 100,000, got 100,001"),
         ("a.jsonl", '{"prompt": "a", "size": "big"}', "line 1 of a.jsonl: size must be such as 1024x768, in place of"),
         ("a.jsonl", '{"prompt": "a", "size": "32x32", "width": 32}', "line 1 of a.jsonl: size must be such as "),
         ("a.jsonl", '\n{"prompt": "a", "width": 1000}', "line 2 of a.jsonl: width 1000 must be a positive multiple of"),
@@ -249,3 +250,10 @@ def test_a_line_is_named_by_the_library_s_error():
         raise InputError("it failed")
     with pytest.raises(InputError, match=r"^it failed$"), Prompt("a").named():
         raise InputError("it failed")
+
+
+def test_more_images_than_a_run_may_have_are_made_in_several(monkeypatch):
+    monkeypatch.setattr(sampling, "MAX_IMAGES", 2)
+    paths = done("t2i", PROMPT, *SMALL, "-n", "5", "--seed", "1", "-o", "a.png").stdout.splitlines()
+    assert paths == [f"a-{seed}.png" for seed in range(1, 6)]
+    assert np.array_equal(pixels("a-5.png"), pixels(make("--seed", "5", "-o", "b.png")[0]))

@@ -209,7 +209,7 @@ WRONG = [
     ({"image": np.full((64, 64, 3), "x")}, "image must hold numbers, got <U1"),
     ({"image": np.zeros((64, 64, 3)), "padding_mask_crop": "x", "mask_image": np.ones((64, 64))}, "padding_mask_crop"),
     ({"image": np.zeros((64, 64, 3)), "mask_image": np.ones((2, 64, 64, 1))}, "2 masks are too many"),
-    ({"latents": "x"}, "latents can't be used"),
+    ({"latents": "x"}, "latents must be an array, got str"),
 ]
 
 
@@ -247,7 +247,7 @@ def test_without_pytorch(pipe, monkeypatch):
         ({"dtype": "float32", "torch_dtype": torch.float32}, "give either dtype or torch_dtype"),
         ({"device_map": "auto"}, "has no argument 'device_map'; leave it out"),
         ({"quants": "qint8"}, "did you mean quant?"),
-        ({"variant": "fp16"}, "unknown model 'fp16'; choose one of demo"),
+        ({"variant": "fp16"}, "leave out variant='fp16': here it names a model"),
         ({"models_dir": 5}, "models_dir must be a folder, got int"),
         ({"memory_limit": [1]}, "memory must be a size such as 12GB"),
         ({"quant": 8}, "quant must be text, got int 8"),
@@ -293,7 +293,7 @@ def test_moving_a_pipeline(arguments, match, pipe):
         (np.zeros((1, 3, 8, 8)), r"latents have shape \(1, 3, 8, 8\), this run needs \(any, \d+, any, any\)"),
         (np.zeros((4, 8, 8)), "latents have shape"),
         (np.zeros((1, 4, 7, 8)), "height 56 must be a positive multiple of 16|latents have shape"),
-        ("x", "latents can't be used"),
+        ("x", "latents must be an array, got str"),
     ],
 )
 def test_what_can_not_be_decoded(latents, match, pipe, loads):

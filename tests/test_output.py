@@ -48,7 +48,8 @@ def test_several_images_are_told_apart(two, folder):
     assert written(two, "a.jpg") == ["a-7.jpg", "a-11.jpg"]
     assert written(two, "out") == ["out/demo-7.png", "out/demo-11.png"]
     assert written(two, "out/") == ["out/demo-7-2.png", "out/demo-11-2.png"]
-    assert written(two, "{index}.png") == ["0.png", "1.png"]
+    assert written(two, "{index}.png") == ["1.png", "2.png"]
+    assert written(two, "{model}-{width}x{height}-{steps}.png") == ["demo-64x64-2-7.png", "demo-64x64-2-11.png"]
     assert written(two, "to/{model}-{prompt}-{seed}.png") == [
         "to/demo-a-red-ring-on-white-7.png",
         "to/demo-a-cat-11.png",
@@ -59,9 +60,8 @@ def test_several_images_are_told_apart(two, folder):
     ("path", "match"),
     [
         ("a.tiff", r"can't write a-7\.tiff: the name must end in \.png, \.jpg"),
-        ("{prompt}{x}.png", r"{x} names nothing in '{prompt}{x}\.png'; choose of seed, prompt, index, model"),
-        ("{model}.png", "names several images alike; put {index} or {seed} into it"),
-        ("there.png/a.png", "can't make the folder there.png"),
+        ("{prompt}{x}.png", r"there is no {x} in the name '{prompt}{x}\.png'; use {seed}, {prompt}"),
+        ("there.png/a.png", "can't write there.png: File exists"),
         ("there-{seed}.png", "there-7.png exists; choose another name, or say replace=True"),
         (5, "a path must be text or a Path, got int"),
     ],
@@ -89,9 +89,10 @@ def test_arrays_are_saved_as_images(output_type, pipe, two):
 
 def test_latents_are_no_images(pipe):
     output = pipe(PROMPT, seed=7, output_type="latent", **SIZE)
-    with pytest.raises(InputError, match=r"latents are no images; write Flux2Output\(pipe\.decode"):
+    with pytest.raises(InputError, match=r"write Flux2Output\(pipe\.decode\(out\), out\.seeds\)\.save\(\.\.\.\)$"):
         output.save("a.png")
-    Flux2Output(pipe.decode(output.images), output.seeds, settings=output.settings).save("a.png")
+    assert written(Flux2Output(pipe.decode(output), output.seeds), "a.png") == ["a.png"]
+    assert written(Flux2Output(pipe.decode(output)), "by-hand") == ["by-hand/flux2-1.png"]
     with pytest.raises(InputError, match="there are no images to save"):
         Flux2Output().save("b.png")
 
@@ -142,3 +143,15 @@ def test_a_result_says_what_it_is(two):
         two["image"]
     with pytest.raises(IndexError):
         two[1]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "y" * 300 + "/a.png"])
+def test_a_name_that_no_file_can_have(name, two):
+    with pytest.raises(InputError, match="File name too long"):
+        two.save(name)
+
+
+@pytest.mark.parametrize(("arguments", "match"), [(("demo",), r"from_pretrained\('demo'\)$"), ((), "from_pretrained")])
+def test_a_pipeline_is_opened_not_built(arguments, match):
+    with pytest.raises(InputError, match=f"write Flux2Pipeline.{match}"):
+        Flux2Pipeline(*arguments)

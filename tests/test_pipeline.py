@@ -284,7 +284,7 @@ EMBEDS = np.zeros((1, 40, 192), dtype=np.float32)
         ),
         ({"prompt": [FOX, CAT], "latents": np.zeros((1, 16, 3, 4))}, r"needs \(2, 16, 3, 4\)"),
         ({"prompt": FOX, "latents": np.zeros((1, 16, 3, 4), np.complex64)}, "latents must be real numbers"),
-        ({"prompt_embeds": "much"}, "prompt_embeds can't be used"),
+        ({"prompt_embeds": "much"}, "prompt_embeds must be an array, got str"),
         ({"prompt": FOX, "height": 50}, "height 50 must be a positive multiple of 16"),
         ({"prompt": FOX, "num_inference_steps": 0}, "steps must be 1 to 1000"),
         ({"prompt": FOX, "num_images_per_prompt": 0}, "the number of images must be 1"),

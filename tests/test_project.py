@@ -23,7 +23,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ROWS = (
     ("errors", "demo"),
     ("config", "files", "settings"),
-    ("device", "images", "weights", "colors", "progress_bar"),
+    ("device", "images", "image_names", "weights", "colors", "progress_bar"),
     ("layers",),
     ("transformer", "vae", "text", "scheduler", "noise", "references", "output", "staging"),
     ("quantization",),

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import image_names
 from ..errors import InputError
-from . import names, replay
+from . import replay
 from .options import DEFAULT_MODEL
 from .pictures import Pictures
 from .prompts import Prompt, read_prompt, read_prompts
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..names import Model
 
 _SETTINGS = ("width", "height", "steps", "guidance")
+_MAX_IMAGES = 100_000  # of which a run of the pipeline makes some at a time
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ class Job:
         digits = len(str(len(self.frames)))
         known = [
             {name: str(value) for name, value in own.items()}
-            | {"seed": str(frame.seed), "prompt": names.slug(frame.prompt.text), "index": f"{index:0{digits}}"}
-            | {"model": names.model_name(self.model)}
+            | {"seed": str(frame.seed), "prompt": image_names.slug(frame.prompt.text), "index": f"{index:0{digits}}"}
+            | {"model": image_names.model_name(self.model)}
             for index, (frame, own) in enumerate(zip(self.frames, values, strict=True), 1)
         ]
         templates = [self._template(frame.prompt) for frame in self.frames]
-        return names.paths(templates, known, listed=self.listed, keep=self.force or self.skip_existing)
+        return image_names.paths(templates, known, listed=self.listed, keep=self.force or self.skip_existing)
 
     def _template(self, prompt: Prompt) -> str | None:
         """The name for a prompt: its own, in the folder that -o may give, or else that of -o."""
@@ -193,12 +195,11 @@ def _number(seeds: tuple[int, ...], given: int | None) -> int:
 
 def _check_prompts(prompts: Sequence[Prompt], seeds: tuple[int, ...], num_images: int) -> None:
     """Raise InputError if a prompt can't be used, or there are too many images."""
-    from ..sampling import MAX_IMAGES
     from ..text.prompts import check_prompt, check_words
 
     count = sum(_count(prompt, num_images) for prompt in prompts)
-    if not 1 <= count <= MAX_IMAGES:
-        raise InputError(f"the number of images must be 1 to {MAX_IMAGES}, got {count}")
+    if not 1 <= count <= _MAX_IMAGES:
+        raise InputError(f"the number of images must be 1 to {_MAX_IMAGES:,}, got {count:,}")
     for prompt in prompts:
         with prompt.named():
             check_words(prompt.text)
@@ -206,7 +207,7 @@ def _check_prompts(prompts: Sequence[Prompt], seeds: tuple[int, ...], num_images
                 check_prompt(prompt.text)
                 check_prompt(prompt.negative_prompt or "")
             if prompt.output:
-                names.check(prompt.output)
+                image_names.check(prompt.output)
             if len(seeds) > 1 and prompt.seed is None and prompt.images not in (None, len(seeds)):
                 raise InputError(f"{prompt.images} images don't go with {len(seeds)} seeds; give a seed here, or one")
 

@@ -69,10 +69,15 @@ def _batches(
 
     `build` makes a request of prompts and settings, and `texts` are what was made of the job's prompts.
     """
+    from ..sampling import MAX_IMAGES
+
     groups: dict[tuple, list[int]] = {}
     for place in range(len(job.frames)) if places is None else places:
         groups.setdefault(tuple(job.settings(job.frames[place].prompt).values()), []).append(place)
-    return [(_request(job, build, texts, group), group) for group in groups.values()]
+    parts = (
+        group[start : start + MAX_IMAGES] for group in groups.values() for start in range(0, len(group), MAX_IMAGES)
+    )
+    return [(_request(job, build, texts, part), part) for part in parts]
 
 
 def _request(job: Job, build: "Callable[..., Request]", texts: Sequence[str], places: list[int]) -> "Request":

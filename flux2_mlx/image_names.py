@@ -1,4 +1,4 @@
-"""Names of image files: what -o says of them, and how the images of a run are told apart."""
+"""Names of image files: what a template says of them, and how the images of a run are told apart."""
 
 import os
 import string
@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import InputError
+from .errors import InputError
+from .files import free_path
 
 PLACEHOLDERS = ("seed", "prompt", "model", "index", "width", "height", "steps")
 _IN_A_FOLDER = "{model}-{seed}.png"
@@ -120,8 +121,6 @@ def _told_apart(paths: list[Path], values: list[str]) -> list[Path]:
 
 def _numbered(paths: list[Path], fixed: list[bool]) -> list[Path]:
     """`paths` with numbers added where one is that of an earlier image, or taken on the disk unless it is `fixed`."""
-    from ..files import free_path
-
     taken: set[str] = set()
     for place, path in enumerate(paths):
         paths[place] = free_path(path, lambda candidate, own=fixed[place]: _is_free(candidate, taken, own))
