@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .config import TextConfig, TransformerConfig, Variant, VisionConfig
-from .device import device_memory
+from .device import device_memory, on_gpu
 from .layers import score_bytes
 from .streaming import Footprint
 from .transformer import TOKENS_PER_PART
@@ -291,8 +291,10 @@ def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, wide
 def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     """MLX's own limits as the plan has them for a phase; the former ones are back afterwards.
 
-    Memory: before MLX allocates beyond it, running work is waited for. Cache: freed buffers are kept only within what
-    the phase leaves. Wired: on Metal, what the phase needs is never paged out.
+    Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. Cache: freed
+    buffers are kept within what the phase leaves. A GPU, which takes long for new ones, keeps up to the activations of
+    a phase that leaves less: its buffers together stay within the memory limit, as freed ones are given back first.
+    Wired: on Metal, what the phase needs is never paged out.
 
     Args:
         planned: the plan of the run.
@@ -306,6 +308,7 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
         former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
         cache = mx.set_cache_limit(0)
         former.callback(mx.set_cache_limit, cache)
-        mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
+        kept = phase.activations if on_gpu() else 0
+        mx.set_cache_limit(min(cache, max(kept, planned.limit - peak)))
         yield
         mx.synchronize()
