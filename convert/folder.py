@@ -22,6 +22,7 @@ from flux2_mlx.checkpoint import (
     is_checkpoint,
     sealed,
 )
+from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.weights import TensorInfo, Written, read_json, write_bytes, write_safetensors
@@ -83,6 +84,7 @@ class Inspection:
     run: Callable[[Callable[[int], None]], None]
 
 
+@failures()
 def write_folder(
     target: Path,
     parts: list[Part],

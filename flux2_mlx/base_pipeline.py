@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from . import arguments
-from .device import dtype_name
+from .device import dtype_name, failures
 from .diffusers_methods import DiffusersMethods
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
@@ -172,8 +172,8 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         planned = self.networks.checked_phase_plan(request, "text_encoder")
         with turn():
             states = self._run(request, planned).encode(prompts)
-        stacked = mx.stack([states[p] for p in prompts])
-        mx.eval(stacked)  # or only this thread could use it
+            stacked = mx.stack([states[p] for p in prompts])
+            mx.eval(stacked)  # or only this thread could use it
         return stacked
 
     def decode(self, latents: Any, output_type: str = "pil") -> Any:
@@ -205,6 +205,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         images = np.concatenate(pixels)
         return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images
 
+    @failures()
     def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:
         """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`."""
         vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")

@@ -20,6 +20,16 @@ _WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
 _FUSED_ON_METAL, _FUSED_ON_CUDA = (64, 80, 128), tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
 _CARD_SHARE = 0.9
+# What Apple's GPUs are said to do at most, in 1e12 operations a second in 32 bits; up to the M4 they do about as many
+# in 16 bits. And the share of that which MLX's products and attention reach.
+_TFLOPS = {
+    "M1": {"": 2.6, "Pro": 5.2, "Max": 10.4, "Ultra": 20.8},
+    "M2": {"": 3.6, "Pro": 6.8, "Max": 13.6, "Ultra": 27.2},
+    "M3": {"": 3.5, "Pro": 6.4, "Max": 14.2, "Ultra": 28.4},
+    "M4": {"": 4.3, "Pro": 8.6, "Max": 17.2},
+}
+_REACHED = 0.6
+MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and less while the display is on
 _MOST_BYTES = 2**63  # what MLX's limits can hold
 _FEWEST_BYTES = 10**6  # fewer without a unit are a number whose unit was forgotten
 _MOST_GIGABYTES = 1000  # more are megabytes
@@ -96,6 +106,14 @@ def fuses_attention(head_dim: int, itemsize: int) -> bool:
     if on_metal():
         return head_dim in _FUSED_ON_METAL
     return on_gpu() and head_dim in _FUSED_ON_CUDA and itemsize == 2
+
+
+def dispatch_seconds(operations: int) -> float | None:
+    """About how long an operation of so many takes the GPU of this Mac; None on what is not in the table."""
+    name = str(mx.device_info(mx.gpu).get("device_name", "")) if on_metal() else ""
+    match = re.fullmatch(r"Apple (M\d+) ?(Pro|Max|Ultra|)", name)
+    rate = _TFLOPS.get(match[1], {}).get(match[2]) if match else None
+    return None if rate is None else operations / (_REACHED * rate * 1e12)
 
 
 @contextmanager

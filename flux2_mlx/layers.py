@@ -176,6 +176,14 @@ def score_bytes(heads: int, tokens: int, head_dim: int, itemsize: int) -> int:
     return itemsize * min(max(_SCORES_PER_CHUNK, heads * tokens), heads * tokens**2)
 
 
+def attention_operations(heads: int, queries: int, keys: int, head_dim: int, itemsize: int) -> int:
+    """Operations of the longest product of attention (see `attention`)."""
+    whole = 4 * heads * queries * keys * head_dim
+    if fuses_attention(head_dim, itemsize):
+        return min(whole, max(OPERATIONS_PER_CHUNK, 4 * heads * keys * head_dim))
+    return min(whole, 4 * head_dim * max(_SCORES_PER_CHUNK, heads * keys))
+
+
 def _attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
     if mask is None:
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)

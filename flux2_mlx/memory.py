@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .config import TextConfig, TransformerConfig, Variant, VisionConfig
-from .device import device_memory
-from .layers import score_bytes
+from .device import device_memory, on_gpu
+from .layers import attention_operations, score_bytes
 from .streaming import Footprint
 from .transformer import TOKENS_PER_PART
 from .vae import activation_bytes as vae_activation_bytes
@@ -90,11 +90,15 @@ class PhasePlan:
 @dataclass(frozen=True)
 class Plan:
     """The phases of a run and the memory that there is, in bytes. Networks of different phases are not in memory
-    together, but for the transformer and the VAE where images are decoded `beside` the denoising of others."""
+    together, but for the transformer and the VAE where images are decoded `beside` the denoising of others.
+
+    `longest` is how many operations the device is given at one time, which it can't be interrupted in.
+    """
 
     phases: tuple[PhasePlan, ...]
     limit: int
     beside: bool = False
+    longest: int = 0
 
     @property
     def worst(self) -> PhasePlan:
@@ -149,11 +153,13 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
     decode = vae_activation_bytes(variant.vae, work.height, work.width, dtype)[1]
     # Noise, and what becomes of it.
     activations["transformer"] = max(past + passing, transformer.loading) + held + 2 * work.images * latents
+    longest = _longest(variant, work, dtype.size)
     alone = _plan(networks, activations | {"vae": decode + pictures + work.images * latents}, limit)
+    alone = replace(alone, longest=longest)
     if not work.previews and len(_passes(variant, work)) == 1:
         return alone
     activations["vae"] = past + decode + held + 2 * work.images * latents
-    beside = _plan_beside(networks, activations, limit)
+    beside = replace(_plan_beside(networks, activations, limit), longest=longest)
     streams = beside.phase("transformer").streamed > 0 and not alone.phase("transformer").streamed
     return beside if work.previews or (beside.fits and not streams) else alone
 
@@ -231,6 +237,23 @@ def _denoising_bytes(variant: Variant, network: Footprint, work: Workload, items
     return past, max(reading, writing)
 
 
+def _longest(variant: Variant, work: Workload, itemsize: int) -> int:
+    """Operations of the longest product or attention of the text encoder and the transformer; the VAE's are shorter."""
+    text, config, size = variant.text, variant.transformer, variant.vae.token_size
+    images = len(_passes(variant, work)[0])
+    tokens = work.length + work.image_tokens(size) + work.reference_tokens(size)
+    part, D = min(images * tokens, TOKENS_PER_PART), config.hidden_size
+    widest = 3 * D + 2 * config.mlp_hidden_size
+    heads = images * config.num_attention_heads
+    return max(
+        2 * part * D * widest,
+        attention_operations(heads, tokens, tokens, config.attention_head_dim, itemsize),
+        2 * work.length * text.hidden_size * max(text.intermediate_size, text.num_attention_heads * text.head_dim),
+        attention_operations(text.num_attention_heads, work.length, work.length, text.head_dim, itemsize),
+        2 * images * work.length * config.joint_attention_dim * D,
+    )
+
+
 def _passes(variant: Variant, work: Workload) -> list[Sequence[int]]:
     size = variant.vae.token_size
     return passes(range(work.images), work.image_tokens(size) + work.reference_tokens(size))
@@ -291,8 +314,10 @@ def activation_bytes(config: TransformerConfig, tokens: int, itemsize: int, wide
 def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     """MLX's own limits as the plan has them for a phase; the former ones are back afterwards.
 
-    Memory: before MLX allocates beyond it, running work is waited for. Cache: freed buffers are kept only within what
-    the phase leaves. Wired: on Metal, what the phase needs is never paged out.
+    Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. Cache: freed
+    buffers are kept within what the phase leaves. A GPU, which takes long for new ones, keeps up to the activations of
+    a phase that leaves less: its buffers together stay within the memory limit, as freed ones are given back first.
+    Wired: on Metal, what the phase needs is never paged out.
 
     Args:
         planned: the plan of the run.
@@ -306,6 +331,7 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
         former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
         cache = mx.set_cache_limit(0)
         former.callback(mx.set_cache_limit, cache)
-        mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
+        kept = phase.activations if on_gpu() else 0
+        mx.set_cache_limit(min(cache, max(kept, planned.limit - peak)))
         yield
         mx.synchronize()

@@ -103,7 +103,7 @@ class _Span:
 
     def stop(self, reading: Reading) -> None:
         read = reading.since(self._before)
-        self.read.add(read.nbytes, read.seconds, read.waited)
+        self.read.add(read.nbytes, read.beside)
         self.seconds += time.perf_counter() - self._start
         self.peak = max(self.peak, mx.get_peak_memory())
 

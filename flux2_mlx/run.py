@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .config import Variant
+from .device import MOST_DISPATCH, dispatch_seconds
 from .embedding_cache import CachedEncoder, EmbeddingCache
 from .images import to_unit
 from .layers import cast, check_finite
@@ -133,6 +134,7 @@ class Run:
             self._warn()
             with self._meter.phase("vae_encoder"):
                 encoded = self._encoded()
+        self._warn_of_long_operations()
         with self._meter.phase("transformer"):
             self._denoise(images, latents, embeds, negatives, encoded, waiting)
             self._vae = None
@@ -181,6 +183,15 @@ class Run:
                 count,
                 self.variant.name,
                 limit,
+            )
+
+    def _warn_of_long_operations(self) -> None:
+        seconds = dispatch_seconds(self.planned.longest)
+        if seconds is not None and seconds > MOST_DISPATCH:
+            _log.warning(
+                "an operation takes this GPU about %.1f s, and macOS may stop it; let the display sleep, or choose a "
+                "smaller image or fewer references",
+                seconds,
             )
 
     def _encoded(self) -> EncodedEdit:

@@ -30,23 +30,24 @@ Weights = list[tuple[str, mx.array]]
 
 @dataclass
 class Reading:
-    """What streaming has read so far: `nbytes`, the `seconds` that blocks were on their way, and those of them that the
-    computation `waited`."""
+    """What streaming has read so far: `nbytes`, and those of them that were read `beside` a computation.
+
+    A block that is waited for is counted by the time since its reading began that nobody waited, as bytes.
+    """
 
     nbytes: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
+    beside: float = 0.0
 
-    def add(self, nbytes: int, seconds: float, waited: float) -> None:
-        self.nbytes, self.seconds, self.waited = self.nbytes + nbytes, self.seconds + seconds, self.waited + waited
+    def add(self, nbytes: int, beside: float) -> None:
+        self.nbytes, self.beside = self.nbytes + nbytes, self.beside + beside
 
     def since(self, before: "Reading") -> "Reading":
-        return Reading(self.nbytes - before.nbytes, self.seconds - before.seconds, self.waited - before.waited)
+        return Reading(self.nbytes - before.nbytes, self.beside - before.beside)
 
     @property
     def overlap(self) -> float | None:
         """The share of the reading that the computation did not wait for; None if nothing was read."""
-        return 1 - self.waited / self.seconds if self.nbytes else None
+        return self.beside / self.nbytes if self.nbytes else None
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,11 @@ def _blocks(component: Component, found: dict[str, int]) -> list[str]:
 class Blocks:
     """A list of blocks of which the first are in memory; the others are read while one iterates over them.
 
-    One block at a time is at work and the next one is being read, so each must be evaluated before the next is asked
-    for.
+    One block at a time is at work and the next one is being read, which after the last one is the first of the list
+    that follows, so each must be evaluated before the next is asked for.
     """
+
+    following: "Blocks | None" = None
 
     def __init__(
         self,
@@ -144,6 +147,7 @@ class Blocks:
     ):
         self._resident, self._template, self._count = resident, template, count
         self._read, self._reading = read, reading
+        self._coming: _Coming | None = None
         # Never evaluated, so without memory: what the template holds between two uses.
         self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in tree_flatten(template.parameters())]
 
@@ -151,29 +155,45 @@ class Blocks:
         return self._count
 
     def __iter__(self) -> Iterator[nn.Module]:
+        first = len(self._resident)
+        self._ask(first)
         yield from self._resident
-        weights, asked = self._ahead(len(self._resident))
         try:
-            for number in range(len(self._resident), self._count):
-                needed = time.perf_counter()
-                self._template.load_weights(weights)
-                with _readable():
-                    mx.eval(self._template.parameters())  # or two blocks would be on their way at once
-                there = time.perf_counter()
-                self._reading.add(sum(x.nbytes for _, x in weights), there - asked, there - needed)
-                weights, asked = self._ahead(number + 1)
+            for number in range(first, self._count):
+                self._take(number)
+                self._ask(number + 1)
                 yield self._template
         finally:
             self._template.load_weights(self._nothing)
 
-    def _ahead(self, number: int) -> tuple[Weights, float]:
-        """The weights of a block, on their way into memory, and since when."""
-        asked = time.perf_counter()
-        weights = self._read(number) if number < self._count else []
+    def _ask(self, number: int) -> None:
+        """Have a block read, or the first one of the list that follows, unless that is on its way already."""
+        if number < self._count:
+            if self._coming is None or self._coming.number != number:
+                self._coming = _Coming(number, self._read(number))
+        elif self.following is not None:
+            self.following._ask(len(self.following._resident))
+
+    def _take(self, number: int) -> None:
+        """Put a block's weights into the template when all are there."""
+        needed = time.perf_counter()
+        self._ask(number)
+        coming, self._coming = self._coming, None
+        self._template.load_weights(coming.weights)
+        with _readable():
+            mx.eval(self._template.parameters())  # or two blocks would be on their way at once
+        there, nbytes = time.perf_counter(), sum(x.nbytes for _, x in coming.weights)
+        self._reading.add(nbytes, nbytes * max(0.0, needed - coming.asked) / (there - coming.asked))
+
+
+class _Coming:
+    """The weights of a block on their way into memory, and since when."""
+
+    def __init__(self, number: int, weights: Weights):
+        self.number, self.weights, self.asked = number, weights, time.perf_counter()
         # One at a time, so that a tensor and its cast never wait beside all others.
         for _, array in weights:
             mx.async_eval(array)
-        return weights, asked
 
 
 def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading: Reading) -> nn.Module:
@@ -182,7 +202,7 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading:
     It computes bit for bit what the one in memory does. Its files must stay where they are.
     """
     places = {name: path for path in component.files for name in read_header(path)}
-    module = component.build()
+    module, before = component.build(), None
     for name in _LISTS[component.name]:
         blocks = module.pop(name)
         stay = min(resident, len(blocks))
@@ -191,7 +211,11 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading:
         for number in range(stay):
             _fill(blocks[number], read(number))
         template = blocks[stay] if stay < len(blocks) else nn.Module()
-        setattr(module, name, Blocks(blocks[:stay], template, len(blocks), read, reading))
+        streamed = Blocks(blocks[:stay], template, len(blocks), read, reading)
+        setattr(module, name, streamed)
+        if before is not None:
+            before.following = streamed
+        before = streamed
     _fill(module, _pick({name for name, _ in tree_flatten(module.parameters())}, places, dtype))
     return module
 

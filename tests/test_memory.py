@@ -228,6 +228,21 @@ def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
     assert wired[1:] == [limit for phase in phases for limit in (phase.peak_memory, 7)]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "spare", "expected"), [(True, 0, 300), (True, 200, 300), (True, 500, 500), (False, 0, 0), (False, 200, 200)]
+)
+def test_a_gpu_keeps_freed_buffers_under_a_tight_limit_too(gpu, spare, expected, monkeypatch):
+    """Counted in the plan: those of all kinds stay within the memory limit, which is below what is planned."""
+    monkeypatch.setattr(memory, "on_gpu", lambda: gpu)
+    planned = Plan((PhasePlan("transformer", 1000, 300),), 1300 + spare)
+    before = mlx_limits()
+    with limits(planned, "transformer", 50):
+        most, cache = mlx_limits()
+        assert cache == expected
+        assert 1050 < most <= 1350
+    assert mlx_limits() == before
+
+
 def test_the_limits_of_mlx_come_back_though_its_work_fails(monkeypatch):
     def fail():
         raise RuntimeError("lost")

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .. import layers
 from ..config import VARIANTS, TransformerConfig
-from ..device import on_gpu
+from ..device import MOST_DISPATCH, on_gpu
 from ..transformer.blocks import SingleBlock
 from ..weights import load_arrays
 from .finding import Finding, judged, skipped
@@ -23,7 +23,6 @@ from .numerics import cast, random_weights, single_pass
 
 MODELS = ("klein-4b", "klein-9b", "dev")
 _TEXT, _SIDE = 512, 64  # tokens of an image of 1024×1024, on a side, and of its text
-_MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and less while the display is on
 _SLOW_DISK = 0.3e9
 
 
@@ -78,7 +77,7 @@ def check_dispatch(dtype: mx.Dtype) -> Finding:
         slowest = max(slowest, min(timed(lambda q=q: layers.attention(q, q, q), 2)) / operations)
     seconds = slowest * layers.OPERATIONS_PER_CHUNK
     advice = "macOS may stop it while the display is on; let the display sleep during runs"
-    return judged(name, f"{seconds:.2f} s", f"< {_MOST_DISPATCH:.0f} s", seconds < _MOST_DISPATCH, advice, "warn")
+    return judged(name, f"{seconds:.2f} s", f"< {MOST_DISPATCH:.0f} s", seconds < MOST_DISPATCH, advice, "warn")
 
 
 def check_cache(dtype: mx.Dtype) -> Finding:

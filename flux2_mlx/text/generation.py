@@ -51,7 +51,7 @@ def generate(
     Raises:
         RangeError: the model's logits are not finite, so that no token can be chosen.
     """
-    from mlx_lm.generate import generate_step
+    from mlx_lm.generate import generate_step, generation_stream
 
     # MLX's own sequence of random numbers is the caller's.
     key = mx.random.key(secrets.randbits(64) if seed is None else seed)
@@ -70,8 +70,12 @@ def generate(
         sampler=sample,
         input_embeddings=embeddings,
     )
-    for token, log_probabilities in steps:
-        check_finite(log_probabilities, "language model")
-        if token in ends:
-            return
-        yield token
+    try:
+        for token, log_probabilities in steps:
+            check_finite(log_probabilities, "language model")
+            if token in ends:
+                return
+            yield token
+    finally:
+        steps.close()
+        mx.synchronize(generation_stream)  # the next token is being worked out already

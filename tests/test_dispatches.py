@@ -1,0 +1,120 @@
+"""No operation keeps a GPU busy for long, as macOS stops one that does."""
+
+import logging
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from flux2_mlx import Flux2Pipeline, device, layers, memory, run
+from flux2_mlx.checkpoint import variant_components
+from flux2_mlx.config import VARIANTS
+from flux2_mlx.device import MOST_DISPATCH, dispatch_seconds
+from flux2_mlx.layers import OPERATIONS_PER_CHUNK, attention
+from flux2_mlx.memory import Workload, plan
+from flux2_mlx.streaming import footprint
+from flux2_mlx.text.pixtral import VisionTower
+from flux2_mlx.vae import VAE
+from flux2_mlx.vae import layers as vae_layers
+from flux2_mlx.vae.strips import STRIP_BYTES, Runner, Stored
+
+RELEASED = [name for name, variant in VARIANTS.items() if variant.repo]
+
+
+def on_chip(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(device, "on_metal", lambda: True)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda *device: {"device_name": name})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Apple M1", 1 / 1.56),
+        ("Apple M1 Max", 1 / 6.24),
+        ("Apple M4 Pro", 1 / 5.16),
+        ("Apple M4 Ultra", None),
+        ("Apple M19", None),
+        ("Apple Paravirtual device", None),
+    ],
+)
+def test_how_long_a_chip_takes(name, expected, monkeypatch):
+    on_chip(monkeypatch, name)
+    assert dispatch_seconds(10**12) == (None if expected is None else pytest.approx(expected))
+
+
+def test_what_is_no_mac_is_not_in_the_table():
+    assert dispatch_seconds(10**15) is None
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_no_released_model_keeps_the_slowest_chip_for_long(model, monkeypatch):
+    """An image of 2048×2048 with as many references as are recommended."""
+    on_chip(monkeypatch, "Apple M1")
+    variant = VARIANTS[model]
+    networks = {name: footprint(part, mx.float16) for name, part in variant_components(variant, "bf16").items()}
+    references = ((1024, 1024),) * (variant.max_image_tokens // 4096)
+    work = Workload(2048, 2048, variant.max_sequence_length, references)
+    planned = plan(variant, networks, work, mx.float16, 2**40)
+    assert OPERATIONS_PER_CHUNK / 10 < planned.longest <= OPERATIONS_PER_CHUNK
+    assert dispatch_seconds(planned.longest) < MOST_DISPATCH
+    monkeypatch.setattr(layers, "OPERATIONS_PER_CHUNK", 10**20)
+    assert dispatch_seconds(plan(variant, networks, work, mx.float16, 2**40).longest) > MOST_DISPATCH
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_run_tells_of_a_long_operation(slow, caplog, monkeypatch):
+    monkeypatch.setattr(run, "dispatch_seconds", lambda operations: operations / (1e3 if slow else 1e12))
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    with caplog.at_level(logging.WARNING, "flux2_mlx"):
+        pipe("a red ring", width=64, height=64, num_inference_steps=1, seed=0)
+    told = [record.getMessage() for record in caplog.records if "an operation takes this GPU about" in record.message]
+    assert len(told) == slow
+    assert all("macOS may stop it; let the display sleep, or choose a smaller image" in line for line in told)
+
+
+class Lazy(Runner):
+    """Strips that are never computed, of the heights that they would have."""
+
+    def _compute(self, rows, start, stop):
+        return rows.read(start, stop)
+
+
+@pytest.mark.parametrize("side", [1024, 2048, 4096])
+def test_strips_of_the_autoencoder_are_short_operations(side, monkeypatch):
+    convolve, work = mx.conv2d, []
+
+    def counted(x, weight, *options):
+        y = convolve(x, weight, *options)
+        work.append(2 * y.size * weight[0].size)
+        return y
+
+    def attended(q, k, v):
+        work.append(layers.attention_operations(1, q.shape[2], k.shape[2], q.shape[3], q.dtype.size))
+        return mx.zeros((1, q.shape[2], q.shape[3]), q.dtype)
+
+    monkeypatch.setattr(vae_layers, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "conv2d", counted)
+    monkeypatch.setattr(vae_layers, "attention", attended)
+    config = VARIANTS["dev"].vae
+    vae = VAE(config)
+    vae._encode(Stored([mx.zeros((1, side, side, 3), mx.bfloat16)], Lazy(STRIP_BYTES)))
+    latents = mx.zeros((1, side // 8, side // 8, config.latent_channels), mx.bfloat16)
+    vae._decode(Stored([latents], Lazy(STRIP_BYTES)))
+    assert max(work) <= OPERATIONS_PER_CHUNK / 2
+    print(side, max(work) / 1e12, len(work))
+
+
+def test_the_vision_tower_attends_in_chunks(monkeypatch):
+    config = replace(VARIANTS["dev"].vision, num_hidden_layers=1, hidden_size=64, intermediate_size=64)
+    config = replace(config, num_attention_heads=1)
+    called = []
+    monkeypatch.setattr("flux2_mlx.text.pixtral.attention", lambda *qkv: called.append(qkv) or attention(*qkv))
+    mx.eval(VisionTower(config)(mx.zeros((1, 56, 56, 3))))
+    assert len(called) == 1
+    whole = VARIANTS["dev"].vision
+    patches = (whole.image_size // whole.patch_size) ** 2
+    longest = layers.attention_operations(whole.num_attention_heads, patches, patches, whole.head_dim, 2)
+    products = 2 * patches * whole.hidden_size * max(whole.intermediate_size, whole.hidden_size)
+    assert max(longest, products) <= OPERATIONS_PER_CHUNK
+    assert memory.vision_activation_bytes(whole, patches, 2) > 0

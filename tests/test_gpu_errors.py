@@ -1,0 +1,125 @@
+"""What a GPU that fails says is one line wherever it says it, and afterwards the pipeline works as before."""
+
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from flux2_mlx.convert import requantize
+from mlx_lm.generate import generation_stream
+from mlx_state import mlx_limits
+
+from flux2_mlx import Flux2Pipeline
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.errors import DeviceError
+from flux2_mlx.text.generation import generate
+
+NO_MEMORY = "[METAL] Command buffer execution failed: Insufficient Memory (kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+ADVICE = r"^the GPU has no memory left for this; choose a lower memory_limit[^\n]*$"
+SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3, "output_type": "np"}
+
+
+def fail_at(call: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """Let the evaluation of this number fail; gives the numbers of those that there were."""
+    evaluate, calls = mx.eval, []
+
+    def failing(*arrays):
+        calls.append(len(calls))
+        if calls[-1] == call:
+            raise RuntimeError(NO_MEMORY)
+        evaluate(*arrays)
+
+    patch.setattr(mx, "eval", failing)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large") / "official"
+    return save_small(folder, transformer=LARGE_TRANSFORMER, text=SHALLOW_TEXT)
+
+
+@pytest.fixture(scope="module", params=["resident", "streamed"])
+def pipe(request, official):
+    folder = official.with_name("ours")
+    if not folder.exists():
+        convert(official, folder, variant=SHALLOW_VARIANT)
+    options = {"dtype": "float32", "prompt_cache": False}
+    whole = Flux2Pipeline.from_pretrained(folder, **options)
+    if request.param == "resident":
+        return whole
+    needed = whole.networks.plan(whole.request(["a"], width=64, height=48)).peak_memory
+    return Flux2Pipeline.from_pretrained(folder, **options, memory_limit=needed * 3 // 4)
+
+
+def taken() -> int:
+    gc.collect()
+    mx.clear_cache()
+    return mx.get_active_memory()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.97])
+def test_after_a_run_without_memory_the_pipeline_is_as_before(pipe, share, monkeypatch):
+    with monkeypatch.context() as patch:
+        calls = fail_at(-1, patch)
+        expected = pipe("a fox", **SETTINGS).images
+    before, limits = taken(), mlx_limits()
+    with monkeypatch.context() as patch:
+        fail_at(int(share * len(calls)), patch)
+        with pytest.raises(DeviceError, match=ADVICE) as caught:
+            pipe("a fox", **SETTINGS)
+    del caught
+    assert mlx_limits() == limits
+    assert taken() <= before + 2**12
+    assert np.array_equal(pipe("a fox", **SETTINGS).images, expected)
+
+
+def test_a_preview_without_memory(pipe, monkeypatch):
+    request, tokens = pipe.request(["a"], width=64, height=48), mx.zeros((1, 12, 64))
+    fail_at(0, monkeypatch)
+    with pytest.raises(DeviceError, match=ADVICE):
+        pipe.preview(request, tokens)
+
+
+def test_prompts_without_memory(pipe, monkeypatch):
+    with monkeypatch.context() as patch:
+        calls = fail_at(-1, patch)
+        pipe.encode_prompt("a fox")
+    for call in (3, len(calls) - 1):
+        with monkeypatch.context() as patch:
+            fail_at(call, patch)
+            with pytest.raises(DeviceError, match=ADVICE):
+                pipe.encode_prompt("a fox")
+
+
+def test_conversions_without_memory(official, tmp_path, monkeypatch):
+    plain = convert(official, tmp_path / "plain", variant=SHALLOW_VARIANT)
+    with monkeypatch.context() as patch:
+        fail_at(20, patch)
+        with pytest.raises(DeviceError, match=ADVICE):
+            convert(official, tmp_path / "packed", "qint8", "qint8", variant=SHALLOW_VARIANT)
+    with monkeypatch.context() as patch:
+        fail_at(20, patch)
+        with pytest.raises(DeviceError, match=ADVICE):
+            requantize(Checkpoint.open(plain), tmp_path / "packed", "qint8", "qint8")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+class Model:
+    """A language model that always says 1."""
+
+    layers = ()
+
+    def __call__(self, ids, cache=None, **others):
+        return mx.where(mx.arange(4) == 1, 1.0, 0.0) * mx.ones((*ids.shape, 1))
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_text_is_generated_to_the_end(end, monkeypatch):
+    """The next token is being worked out when the last one is given; nobody would wait for it."""
+    waited, synchronize = [], mx.synchronize
+    monkeypatch.setattr(mx, "synchronize", lambda *stream: waited.append(stream) or synchronize(*stream))
+    tokens = list(generate(Model(), [0], frozenset({end}), temperature=0, max_tokens=3))
+    assert tokens == ([] if end == 1 else [1, 1, 1])
+    assert waited[-1] == (generation_stream,)
