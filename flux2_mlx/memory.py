@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .config import TextConfig, TransformerConfig, Variant, VisionConfig
-from .device import device_memory
+from .device import device_memory, on_gpu
 from .layers import score_bytes
 from .streaming import Footprint
 from .transformer import TOKENS_PER_PART
@@ -303,7 +303,8 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
-        former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
+        if on_gpu():  # or it may be more than a Mac's GPU can have wired
+            former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
         cache = mx.set_cache_limit(0)
         former.callback(mx.set_cache_limit, cache)
         mx.set_cache_limit(min(cache, max(0, planned.limit - peak)))
