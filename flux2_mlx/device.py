@@ -127,6 +127,11 @@ def chip() -> str:
     return str(mx.device_info(mx.gpu if on_gpu() else mx.cpu).get("device_name", ""))
 
 
+def is_virtual() -> bool:
+    """Whether the GPU is a Mac's in a virtual machine, which has no say in its memory and its time."""
+    return "Paravirtual" in chip()
+
+
 def system() -> str:
     """The operating system and its version, without what may be told of one machine alone."""
     release = platform.mac_ver()[0] or ".".join(re.findall(r"\d+", platform.release())[:3])
