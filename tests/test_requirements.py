@@ -172,4 +172,4 @@ def test_the_environment_chooses_the_device(value, code, tmp_path):
     if code:
         assert f"InputError: FLUX2_MLX_DEVICE is '{value}'; it can be cpu, or unset" in result.stderr
     else:
-        assert result.stdout == "Device(cpu, 0)\n"
+        assert result.stdout == f"Device({'cpu' if value or not mx.is_available(mx.gpu) else 'gpu'}, 0)\n"
