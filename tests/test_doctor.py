@@ -169,10 +169,10 @@ def test_memory_that_is_not_wired_is_told(kept, monkeypatch):
 )
 def test_what_the_host_of_a_virtual_machine_decides_is_no_failure(chip, name, verdict, monkeypatch):
     monkeypatch.setattr(device, "chip", lambda: chip)
-    found = doctor.at_home(Finding(name, "fail", "2", "< 1", "report this"))
+    found = doctor.as_guest(Finding(name, "fail", "2", "< 1", "report this"))
     assert (found.verdict, found.figure, found.bound) == (verdict, "2", "< 1")
     assert found.advice.endswith("report this")
-    assert doctor.at_home(Finding(name, "pass", "0")) == Finding(name, "pass", "0")
+    assert doctor.as_guest(Finding(name, "pass", "0")) == Finding(name, "pass", "0")
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -43,7 +43,7 @@ class CheckUp:
         swap = machine.swap_used()
         with turn():
             for name, check in self._checks(swap):
-                yield at_home(made(name, check))
+                yield as_guest(made(name, check))
                 mx.clear_cache()
 
     def _checks(self, swap: int | None) -> Iterator[tuple[str, _Check]]:
@@ -89,7 +89,7 @@ def made(name: str, check: _Check) -> Finding:
         return Finding(name, "fail", str(error))
 
 
-def at_home(finding: Finding) -> Finding:
+def as_guest(finding: Finding) -> Finding:
     """`finding`, and in a virtual machine no failure of what its host decides."""
     if finding.verdict != "fail" or not finding.name.startswith(_OF_THE_HOST) or not is_virtual():
         return finding
