@@ -217,7 +217,7 @@ def memory_reason() -> str:
     if on_gpu():
         whole = f"{int(mx.device_info(mx.gpu)['total_memory']) / GIB:.3g} GiB"
         return f"of the {whole} of this GPU a tenth is left for what the libraries need"
-    return "all of this machine's memory, as there is no GPU"
+    return "all of this machine's memory, as no GPU is used"
 
 
 def memory_bytes(limit: str | int | None) -> int:

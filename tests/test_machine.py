@@ -209,7 +209,7 @@ def test_the_reason_for_the_limit(monkeypatch):
     assert memory_reason() == "of the 80 GiB of this GPU a tenth is left for what the libraries need"
     monkeypatch.setattr(device, "on_metal", lambda: False)
     monkeypatch.setattr(device, "on_gpu", lambda: False)
-    assert memory_reason() == "all of this machine's memory, as there is no GPU"
+    assert memory_reason() == "all of this machine's memory, as no GPU is used"
 
 
 def test_info_gives_the_reason_of_a_limit_that_is_the_default():
