@@ -24,6 +24,7 @@ from flux2_mlx.checkpoint import (
 )
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.exclusion import MARK
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.weights import TensorInfo, Written, read_json, write_bytes, write_safetensors
 
@@ -39,6 +40,7 @@ _OWN = {
         MANIFEST,
         TENSOR_HASHES,
         LAST_USED,
+        MARK,
         "verified.json",
         ".flux2-mlx-*.part",
         *COMPONENTS,

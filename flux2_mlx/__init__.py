@@ -1,6 +1,14 @@
 """FLUX.2 image generation on Apple Silicon with MLX."""
 
-from .errors import CheckpointError, DeviceError, DownloadError, Flux2Error, InputError, RangeError
+from .errors import (
+    CheckpointError,
+    DeviceError,
+    DownloadError,
+    Flux2Error,
+    InputError,
+    RangeError,
+    RequirementError,
+)
 
 TYPE_CHECKING = False  # what type checkers take as true; typing is slow to import, see below
 if TYPE_CHECKING:
@@ -16,6 +24,7 @@ __all__ = [
     "Flux2Pipeline",
     "InputError",
     "RangeError",
+    "RequirementError",
     "Writer",
 ]
 # MLX takes a noticeable part of a second to import, which `flux2-mlx --help` need not wait for.
@@ -30,9 +39,13 @@ def __getattr__(name: str):
     if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        from .requirements import check, mlx_needed
+
+        check()
+        with mlx_needed():
+            return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__() -> list[str]:
+def __dir__() -> list:  # which Python 3.6 can read, see requirements.py
     return [*__all__, "__version__"]

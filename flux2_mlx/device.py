@@ -1,7 +1,9 @@
 """The device that MLX computes on: its dtypes, its memory, which kernels it has, and what its errors mean."""
 
 import functools
+import logging
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,9 @@ import mlx.core as mx
 
 from .config import DTYPES
 from .errors import DeviceError, InputError
+from .requirements import check_mlx
 
+check_mlx(mx.__version__)
 GIB = 2**30
 _DTYPES = {name: getattr(mx, name) for name in DTYPES}
 # Chips whose GPU has no bfloat16, so that Metal makes do with float32 and conversions.
@@ -55,6 +59,19 @@ _FAILURES = (
     ),
     (r"\[METAL\]|\[metal::|cuda|cudnn|cublas", "the GPU failed"),
 )
+_log = logging.getLogger(__name__)
+
+
+def _choose() -> None:
+    """Compute on the CPU if the environment says so."""
+    chosen = os.environ.get("FLUX2_MLX_DEVICE", "")
+    if chosen not in ("", "cpu"):
+        raise InputError(f"FLUX2_MLX_DEVICE is {chosen!r}; it can be cpu, or unset, for the GPU where there is one")
+    if chosen:
+        mx.set_default_device(mx.cpu)
+
+
+_choose()
 
 
 def on_gpu() -> bool:
@@ -81,8 +98,59 @@ def activation_dtype(name: str | None) -> mx.Dtype:
 
 
 def _gpu_dtype() -> mx.Dtype:
-    name = str(mx.device_info(mx.gpu).get("device_name", ""))
-    return mx.float16 if _WITHOUT_BFLOAT16.match(name) else mx.bfloat16
+    return mx.float16 if _WITHOUT_BFLOAT16.match(chip()) else mx.bfloat16
+
+
+def computing_dtype(name: str | None) -> mx.Dtype:
+    """`activation_dtype` for a computation that begins. A float32 that was asked for is no TF32, or a warning says so.
+
+    MLX reads whether TF32 is wanted once, with its first product on a GPU.
+    """
+    if name == "float32" and on_gpu():
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
+        if cuts_float32():
+            _warn_of_tf32()
+    return activation_dtype(name)
+
+
+@functools.cache
+def cuts_float32() -> bool:
+    """Whether the GPU's matrix units cut products in float32 to 10 bits, which is called TF32, as a product shows."""
+    if not on_gpu():
+        return False
+    x = mx.full((512, 512), 1 + 2**-12)
+    return (x @ x)[0, 0].item() < 512 * (1 + 2**-12)
+
+
+@functools.cache  # once is enough
+def _warn_of_tf32() -> None:
+    _log.warning("float32 is cut to TF32 here; set MLX_ENABLE_TF32=0 in the environment before Python starts")
+
+
+def is_slow_with_qint4() -> bool:
+    """Whether a step takes longer with 4 bit weights than with 16 bit ones in memory, as was measured on M2."""
+    return on_metal() and _WITHOUT_BFLOAT16.match(chip()) is not None
+
+
+def chip() -> str:
+    """What computes, in its maker's words."""
+    return str(mx.device_info(mx.gpu if on_gpu() else mx.cpu).get("device_name", ""))
+
+
+def is_virtual() -> bool:
+    """Whether the GPU is a Mac's in a virtual machine, which has no say in its memory and its time."""
+    return "Paravirtual" in chip()
+
+
+def system() -> str:
+    """The operating system and its version, without what may be told of one machine alone."""
+    release = platform.mac_ver()[0] or ".".join(re.findall(r"\d+", platform.release())[:3])
+    return f"{'macOS' if platform.system() == 'Darwin' else platform.system()} {release}"
+
+
+def machine() -> dict[str, str | bool]:
+    """What results depend on besides the settings: results of others differ in the last bits, or more."""
+    return {"chip": chip(), "system": system(), "mlx": mx.__version__, "tf32": cuts_float32()}
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -141,12 +209,33 @@ def device_memory() -> int:
     What is planned with is wired, and Macs of 16 GiB froze when all that Metal recommends was (mlx issue 3186).
     """
     if on_metal():
-        info = mx.device_info(mx.gpu)
-        whole, recommended = int(info["memory_size"]), int(info["max_recommended_working_set_size"])
-        return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4))
+        return mac_limit(*_mac_memory())
     if on_gpu():
         return int(_CARD_SHARE * int(mx.device_info(mx.gpu)["total_memory"]))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def mac_limit(whole: int, recommended: int) -> int:
+    """Bytes that networks can have of a Mac with so many, of which Metal recommends so many."""
+    return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4))
+
+
+def _mac_memory() -> tuple[int, int]:
+    info = mx.device_info(mx.gpu)
+    return int(info["memory_size"]), int(info["max_recommended_working_set_size"])
+
+
+def memory_reason() -> str:
+    """Why `device_memory` is what it is, in a few words."""
+    if on_metal():
+        whole, recommended = (f"{nbytes / GIB:.3g} GiB" for nbytes in _mac_memory())
+        kept = f"{(_mac_memory()[0] - device_memory()) / GIB:.3g} GiB"
+        metal = f" (Metal recommends at most {recommended})"
+        return f"of the {whole} of this Mac {kept} are kept for the system{metal}"
+    if on_gpu():
+        whole = f"{int(mx.device_info(mx.gpu)['total_memory']) / GIB:.3g} GiB"
+        return f"of the {whole} of this GPU a tenth is left for what the libraries need"
+    return "all of this machine's memory, as no GPU is used"
 
 
 def memory_bytes(limit: str | int | None) -> int:

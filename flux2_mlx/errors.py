@@ -28,6 +28,10 @@ class DeviceError(Flux2Error):
     """The GPU failed or was stopped, or has no memory left; the pipeline can be used again."""
 
 
+class RequirementError(Flux2Error):
+    """Python, the system or MLX is not one that this program can run with."""
+
+
 class CheckpointError(Flux2Error):
     """Model files are missing, damaged, or of another model."""
 

@@ -328,7 +328,8 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
-        former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
+        if on_gpu():  # or it may be more than a Mac's GPU can have wired
+            former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
         cache = mx.set_cache_limit(0)
         former.callback(mx.set_cache_limit, cache)
         kept = phase.activations if on_gpu() else 0

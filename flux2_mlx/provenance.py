@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .device import dtype_name
+from .device import dtype_name, machine
 from .networks import Networks
 from .references import Edit
 from .sampling import Request
@@ -56,4 +56,5 @@ def image_settings(
         "variant": networks.checkpoint.variant.name,
         "fingerprint": networks.checkpoint.source.get("fingerprint"),
         "version": __version__,
+        "machine": machine(),
     }

@@ -11,6 +11,7 @@ from .checkpoint import MANIFEST, PAINTING, Checkpoint, is_checkpoint
 from .config import QUANTIZATIONS, VARIANTS
 from .convert import LAST_USED, Source, check_writable, requantize, write_checkpoint
 from .errors import CheckpointError, DownloadError, InputError
+from .exclusion import exclude
 from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
 from .quantization import DEFAULT_TEXT_QUANT, check_quant
 from .weights import read_json
@@ -185,9 +186,10 @@ def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> lis
 
 
 def _used(folder: Path) -> Path:
-    """`folder`, after a note of the time."""
+    """`folder`, which is in the models folder, after a note of the time."""
     with suppress(OSError):  # it may belong to someone else
         (folder / LAST_USED).touch()
+    exclude(folder)
     return folder
 
 

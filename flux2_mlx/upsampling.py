@@ -13,7 +13,7 @@ from PIL import Image
 from .acquisition import Announce, Progress
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
-from .device import activation_dtype, memory_bytes
+from .device import computing_dtype, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
@@ -77,7 +77,7 @@ class Writer:
             announce: hears what is about to be fetched.
             progress: hears bytes done, bytes in all, and `download` or `convert`.
         """
-        computed_in, limit = activation_dtype(dtype), memory_bytes(memory_limit)
+        computed_in, limit = computing_dtype(dtype), memory_bytes(memory_limit)
 
         def networks(checkpoint: Checkpoint) -> Networks:
             quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)

@@ -3,9 +3,10 @@
     python scripts/bench_memory.py table --readme README.md
     python scripts/bench_memory.py measure klein-4b bf16 --work FOLDER --side 1024 --steps 1 --limit 5.6GiB
 
-`table` writes what making one image of 1024×1024 takes with every model and quantization, and what recorded runs took,
-between the two marks in the file. `measure` writes a checkpoint of random weights at full size into FOLDER, unless it
-is there already, runs it, prints what every phase took beside its plan, and records that with `--record`.
+`table` writes what making one image of 1024×1024 takes with every model and quantization, what recorded runs took, and
+what fits into the default limit of Macs, between the two marks in the file. `measure` writes a checkpoint of random
+weights at full size into FOLDER, unless it is there already, runs it, prints what every phase took beside its plan, and
+records that with `--record`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer, models
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, module_tensors, variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
-from flux2_mlx.device import parse_memory
+from flux2_mlx.device import mac_limit, parse_memory
 from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
 from flux2_mlx.output import Phase
@@ -47,6 +48,11 @@ RECORD = Path(__file__).with_suffix(".json")
 PHASES = ("text_encoder", "transformer", "vae")
 SETTINGS = ("quant", "text_quant", "side", "length", "steps", "dtype", "limit")
 RUNS = "Really run with random weights at full size, in float32 on a Linux CPU; GiB, measured / planned:"
+LIMITS = (
+    "The default limit of Macs by their memory, in GiB, and what becomes of a transformer in it for an image of "
+    "1024×1024 in 16 bits: in memory, or read from disk at every step, so many GiB:"
+)
+MACS, MODELS = (8, 16, 24, 36, 64, 96, 128, 192), ("klein-4b", "klein-9b", "dev")
 VALUES = 2**20
 
 
@@ -94,6 +100,34 @@ def runs_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def limits_table() -> str:
+    """Markdown: of Macs with so much memory, what networks can have by default, and which models fit into that for an
+    image of 1024×1024: in memory, or what a step reads from disk, in GiB."""
+    names = [f"{name} {quant}" for name in MODELS for quant in QUANTIZATIONS]
+    rows = [
+        "| Mac | limit | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|--:|--:|" + "--:|" * len(names),
+    ]
+    for gibibytes in MACS:
+        limit = mac_limit(gibibytes * GIB, recommended(gibibytes * GIB))
+        cells = [fit(name, quant, limit) for name in MODELS for quant in QUANTIZATIONS]
+        rows.append(f"| {gibibytes} | {limit / GIB:.1f} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def recommended(whole: int) -> int:
+    """Bytes that Metal recommends of a Mac's memory: two thirds, and three quarters from 36 GiB on."""
+    return whole * 2 // 3 if whole < 36 * GIB else whole * 3 // 4
+
+
+def fit(variant: str, quant: str, limit: int) -> str:
+    plan = planned(variant, quant, limit)
+    if not plan.fits:
+        return "–"
+    streamed = plan.phase("transformer").streamed
+    return f"{streamed / GIB:.1f}" if streamed else "in memory"
+
+
 def recorded() -> list[dict[str, Any]]:
     """The runs of `measure --record`."""
     return json.loads(RECORD.read_text())
@@ -104,7 +138,7 @@ def whole_peak(row: dict[str, Any]) -> float:
 
 
 def tables() -> str:
-    return f"{table()}\n{RUNS}\n\n{runs_table()}"
+    return f"{table()}\n{RUNS}\n\n{runs_table()}\n{LIMITS}\n\n{limits_table()}"
 
 
 def write_tables(path: Path) -> None:

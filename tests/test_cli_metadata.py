@@ -10,6 +10,7 @@ import pytest
 from cli_runner import DEMO, PROMPT, difference, done, make, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
+from flux2_mlx import device
 from flux2_mlx.checkpoint import sealed
 from flux2_mlx.images import read_settings
 
@@ -222,6 +223,7 @@ def test_info_shows_the_settings_of_an_image():
         "variant: demo",
         f"fingerprint: {settings['fingerprint']}",
         f"version: {settings['version']}",
+        *(f"machine {name}: {value}" for name, value in device.machine().items()),
     ]
     assert json.loads(done("info", "out.png", "--json").stdout) == settings
 

@@ -1,5 +1,6 @@
 """The device that MLX computes on. Stand-ins for what only a GPU has."""
 
+import os
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from flux2_mlx.device import (
     fused,
     fuses_attention,
     on_gpu,
+    on_metal,
     parse_memory,
 )
 from flux2_mlx.errors import DeviceError, InputError
@@ -65,8 +67,17 @@ def test_a_dtype_asked_for_is_taken():
         activation_dtype("float64")
 
 
-def test_the_tests_compute_on_a_cpu():
+def test_the_tests_compute_on_a_cpu_and_in_whole_float32():
     assert not on_gpu()
+    assert (os.environ["FLUX2_MLX_DEVICE"], os.environ["MLX_ENABLE_TF32"]) == ("cpu", "0")
+
+
+def test_a_device_that_is_chosen_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(mx, "is_available", lambda of: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert (on_gpu(), on_metal()) == (False, False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert (on_gpu(), on_metal()) == (True, True)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,24 @@ def test_memory_that_is_not_wired_is_told(kept, monkeypatch):
     assert limit == [5 if kept else 0]
 
 
+@pytest.mark.parametrize(
+    ("chip", "name", "verdict"),
+    [
+        ("Apple Paravirtual device", "memory of a step", "warn"),
+        ("Apple Paravirtual device", "computing while reading", "warn"),
+        ("Apple Paravirtual device", "demo image", "fail"),
+        ("Apple Paravirtual device", "convolution", "fail"),
+        ("Apple M1", "memory of a step", "fail"),
+    ],
+)
+def test_what_the_host_of_a_virtual_machine_decides_is_no_failure(chip, name, verdict, monkeypatch):
+    monkeypatch.setattr(device, "chip", lambda: chip)
+    found = doctor.as_guest(Finding(name, "fail", "2", "< 1", "report this"))
+    assert (found.verdict, found.figure, found.bound) == (verdict, "2", "< 1")
+    assert found.advice.endswith("report this")
+    assert doctor.as_guest(Finding(name, "pass", "0")) == Finding(name, "pass", "0")
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_computation_that_waits_for_a_file_fails(waits, monkeypatch, tmp_path):
     def slow(path: Path) -> dict[str, mx.array]:

@@ -200,6 +200,7 @@ def test_a_plan_counts_images_that_are_decoded_while_others_wait(monkeypatch):
 def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
     wired, seen, before = [7], {}, mlx_limits()
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])
+    monkeypatch.setattr(memory, "on_gpu", lambda: True)
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="30MB")
     request = pipe.request(["a red ring"], width=64, height=64, steps=1)
     planned = pipe.networks.plan(request)
@@ -314,6 +315,23 @@ def test_the_table_of_the_readme_is_the_plan():
         for figure in (within, measured):
             assert figure == "–" or float(figure) <= float(documented)
         assert float(least) < 8
+
+
+def test_the_table_of_default_limits():
+    """Of Macs by their memory; what fits into less fits into more."""
+    head, _, *lines = bench_memory.limits_table().splitlines()
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in lines]
+    assert [(int(row[0]), float(row[1])) for row in rows] == [
+        *((8, 4), (16, 10), (24, 16), (36, 27), (64, 48), (96, 72), (128, 96), (192, 144))
+    ]
+    assert len(rows[0]) == head.count("|") - 1 == 2 + 3 * len(QUANTIZATIONS)
+    for column in list(zip(*rows, strict=True))[2:]:
+        read = [{"–": "1024", "in memory": "0"}.get(cell, cell) for cell in column]
+        read = list(map(float, read))
+        assert read == sorted(read, reverse=True)
+    assert rows[0][2:5] == ["4.1", "0.5", "in memory"]  # klein-4b on a Mac of 8 GiB
+    assert rows[0][8] == "–"  # dev in bf16
+    assert set(rows[-1][2:]) == {"in memory"}
 
 
 def test_recorded_runs_stayed_within_their_limit_and_near_their_plan():

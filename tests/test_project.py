@@ -22,7 +22,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # A module imports only from rows above its own; a package may import from itself.
 ROWS = (
     ("errors", "demo"),
-    ("config", "files", "settings"),
+    ("config", "files", "settings", "requirements", "exclusion"),
     ("device", "images", "image_names", "weights", "colors", "progress_bar"),
     ("layers",),
     ("transformer", "vae", "text", "scheduler", "noise", "references", "output", "staging"),

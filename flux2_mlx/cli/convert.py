@@ -8,6 +8,7 @@ from ..errors import InputError
 from .options import keep_source_option, quiet_option, variant_option, weight_options
 from .progress import Bars
 from .terminal import print_result
+from .wakefulness import caffeinate_option
 
 
 @click.command()
@@ -18,6 +19,7 @@ from .terminal import print_result
 @keep_source_option
 @click.option("--force", is_flag=True, help="Replace an MLX checkpoint at TARGET.")
 @quiet_option
+@caffeinate_option
 def convert(
     source: str,
     target: Path,

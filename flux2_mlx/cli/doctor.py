@@ -8,6 +8,7 @@ import click
 
 from .options import json_option, models_dir_option
 from .terminal import line, print_result, to_json
+from .wakefulness import caffeinate_option
 
 if TYPE_CHECKING:
     from ..doctor import Finding
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @models_dir_option
 @json_option
+@caffeinate_option
 @click.pass_context
 def doctor(ctx: click.Context, models_dir: Path | None, as_json: bool) -> None:
     """Check this machine: right results, memory as planned, and speed.

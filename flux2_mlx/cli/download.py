@@ -9,6 +9,7 @@ from ..errors import InputError
 from .options import keep_source_option, models_dir_option, quiet_option, variant_option, weight_options
 from .progress import Bars
 from .terminal import print_result
+from .wakefulness import caffeinate_option
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @models_dir_option
 @keep_source_option
 @quiet_option
+@caffeinate_option
 def download(
     model: str,
     quant: str | None,

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import Flux2Error
+from ..requirements import mlx_needed
 from .cache import cache
 from .convert import convert
 from .describe import describe
@@ -29,7 +30,8 @@ from .upsample import upsample
 def _reported() -> Iterator[None]:
     """Turns the library's errors into one line and exit code 1, and what stops a command into its exit code."""
     try:
-        yield
+        with mlx_needed():
+            yield
     except click.ClickException as error:
         error.message = line(error.message)
         raise

@@ -10,6 +10,8 @@ import click
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import InputError
 from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
+from .progress import notice
+from .replay import elsewhere
 from .report import is_image, print_settings
 from .terminal import print_result, to_json
 
@@ -66,18 +68,21 @@ def info(
     elif is_image(model):
         shown, show = read_settings(Path(model)), print_settings
     else:
-        from ..device import activation_dtype, memory_bytes
+        from ..device import activation_dtype, memory_bytes, memory_reason
         from ..store import conversions, resolve
 
         wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
         resolved = resolve(model, models_dir)
         folders = conversions(resolved, models_dir, variant=variant, painting=True)
         networks = _networks(resolved, folders, variant, quant, text_quant, **wanted)
-        shown, show = _one_row(resolved, networks, folders) | _plan(networks, width, height), _print_one
+        shown = _one_row(resolved, networks, folders) | _plan(networks, width, height)
+        shown, show = shown | {"limit_reason": None if memory_limit else memory_reason()}, _print_one
     if as_json:
         print_result(to_json(shown))
     else:
         show(shown)
+    if model is not None and is_image(model) and (said := elsewhere(shown, Path(model))):
+        notice(said, quiet=False)
 
 
 def _all_rows(models_dir: Path | None) -> list[dict[str, Any]]:
@@ -201,6 +206,8 @@ def _print_plan(row: dict[str, Any]) -> None:
         click.echo(f"{phase['name']:14}{weights:9.3g}{activations:13.3g}{peak:9.3g}{streamed:17.3g}")
     verdict, more = ("fits into", _reading(row)) if row["fits"] else ("does not fit into", f"; {row['advice']}")
     click.echo(f"{row['peak_memory'] / 2**30:.3g} GiB {verdict} the limit of {row['limit'] / 2**30:.3g} GiB{more}")
+    if row["limit_reason"]:
+        click.echo(f"that limit is the default: {row['limit_reason']}; --memory-limit sets another")
 
 
 def _reading(row: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ..errors import InputError
 from . import replay
 from .options import DEFAULT_MODEL
 from .pictures import Pictures
+from .progress import notice
 from .prompts import Prompt, read_prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ class Job:
 def _take_over(given: dict[str, Any], image: Path) -> dict[str, Any]:
     """Complete what is `given` with what `image` remembers, which is returned."""
     remembered = replay.remembered(image)
+    if said := replay.elsewhere(remembered, image):
+        notice(said, given["quiet"])
     own = dict(remembered)
     if given["model"] is not None:
         own |= {"variant": None, "fingerprint": None}  # those of the other model

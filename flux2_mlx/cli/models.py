@@ -11,6 +11,7 @@ from ..errors import InputError
 from .options import json_option, models_dir_option, quiet_option
 from .progress import Bars, notice, size_text
 from .terminal import print_result, printable, to_json
+from .wakefulness import caffeinate_option
 
 if TYPE_CHECKING:
     from ..inventory import Item
@@ -158,6 +159,7 @@ def _ask(question: str) -> None:
 @models_dir_option
 @json_option
 @quiet_option
+@caffeinate_option
 @click.pass_context
 def verify(ctx: click.Context, model: str, models_dir: Path | None, as_json: bool, quiet: bool) -> None:
     """Read all of MODEL and say what of it is damaged.

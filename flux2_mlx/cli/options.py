@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..config import DTYPES, QUANTIZATIONS
+from .wakefulness import caffeinate_option
 
 DEFAULT_MODEL = "klein-4b"
 
@@ -86,6 +87,7 @@ _WRITING = (
     keep_source_option,
     json_option,
     quiet_option,
+    caffeinate_option,
 )
 _PAINTING = (
     click.option("-m", "--model", help=f"Variant's name, repo id or folder.  [default: {DEFAULT_MODEL}]"),
@@ -135,6 +137,7 @@ _PAINTING = (
     click.option("--profile", is_flag=True, help="Print time and peak memory of each phase."),
     json_option,
     quiet_option,
+    caffeinate_option,
     click.option("--force", is_flag=True, help="Replace existing images."),
     click.option("--skip-existing", is_flag=True, help="Make only those images whose files are not there yet."),
     click.option("--metadata/--no-metadata", default=True, help="Keep the settings in the images.  [default: keep]"),

@@ -25,7 +25,17 @@ SETTINGS = {
     "negative_prompt": str | None,
     "seed": int,
 }
-_OPTIONAL = dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None)
+_OPTIONAL = {
+    **dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None),
+    **dict.fromkeys(("edit", "machine"), dict | None),
+    "beyond": list | None,
+}
+_MACHINE = {
+    "chip": str,
+    "system": str,
+    "mlx": lambda version: f"MLX {version}",
+    "tf32": lambda there: "float32 cut to TF32" if there else "whole float32",
+}
 _FILE = {"path": str, "sha256": str}
 
 
@@ -38,11 +48,26 @@ def remembered(image: Path) -> dict[str, Any]:
     from ..images import read_settings
 
     settings = read_settings(image)
-    check_kinds(settings, {"prompt": str, **_OPTIONAL, "edit": dict | None, "beyond": list | None, **SETTINGS}, image)
+    check_kinds(settings, {"prompt": str, **_OPTIONAL, **SETTINGS}, image)
     if settings.get("beyond"):
         given = ", ".join(map(str, settings["beyond"]))
         raise InputError(f"{image} was made in Python with {given:.200}, which it does not hold; make it again there")
     return settings
+
+
+def elsewhere(settings: dict[str, Any], image: Path) -> str | None:
+    """A line that says how what `image` was made with, from its settings, differs from this machine and its MLX; None:
+    in nothing that they tell."""
+    from ..device import machine
+
+    here, there = machine(), settings.get("machine")
+    if not isinstance(there, dict):
+        return None
+    names = [name for name, value in here.items() if there.get(name) not in (None, value)]
+    if not names:
+        return None
+    then, now = (", ".join(_MACHINE[name](found[name]) for name in names) for found in (there, here))
+    return f"{image} was made with {then}, and here it is {now}, so a new one may differ a little"
 
 
 def check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:

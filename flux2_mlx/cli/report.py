@@ -64,6 +64,8 @@ class Record:
 
     def settings(self, place: int) -> dict[str, Any]:
         """What an image remembers: all that is needed to make it again, and of files and folders their names only."""
+        from ..device import machine
+
         frame = self.job.frames[place]
         text = self.texts[frame.number]
         return {
@@ -77,6 +79,7 @@ class Record:
             "variant": self.pipe.variant.name,
             "fingerprint": self.pipe.checkpoint.source.get("fingerprint"),
             "version": __version__,
+            "machine": machine(),
         }
 
     def report(self, *, complete: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..device import activation_dtype, device_memory, dtype_name, on_gpu, on_metal
+from ..device import activation_dtype, cuts_float32, device_memory, dtype_name, on_gpu, on_metal
 from .finding import Finding, judged, skipped
 
 _PACKAGES = ("flux2-mlx", "mlx", "mlx-lm", "numpy", "huggingface-hub", "tokenizers")
@@ -32,7 +32,7 @@ def describe(models: Path) -> dict[str, Any]:
         "largest_buffer": info.get("max_buffer_length", info.get("max_buffer_size")) if on_gpu() else None,
         "memory_limit": device_memory(),
         "dtype": dtype_name(activation_dtype(None)),
-        "tf32": os.environ.get("MLX_ENABLE_TF32", "1") != "0" if on_gpu() else False,
+        "tf32": cuts_float32(),
         "models_folder": str(models),
         "free_disk": _free(models),
     }

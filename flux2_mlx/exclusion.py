@@ -1,0 +1,23 @@
+"""Keeping what can be made again out of a Mac's backups and of its index."""
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+MARK = ".metadata_never_index"  # Spotlight leaves a folder with such a file alone
+_PATIENCE = 10  # seconds
+
+
+def exclude(folder: Path) -> None:
+    """Have Time Machine and Spotlight leave `folder` alone, on a Mac. Done once, so that a user may undo it.
+
+    It needs no rights, and where it can't be done nothing happens.
+    """
+    if sys.platform != "darwin":
+        return
+    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with suppress(OSError, subprocess.TimeoutExpired):
+        (folder / MARK).touch(exist_ok=False)
+        # The attribute that this sets is not all that it does, so that setting it alone need not be enough.
+        subprocess.run(["tmutil", "addexclusion", folder.absolute()], check=False, timeout=_PATIENCE, **silent)
