@@ -33,7 +33,7 @@ class Network:
     """
 
     config: type[Config]
-    module: type[nn.Module]
+    module: Callable[[Any], nn.Module]
     field: str
     part: str
     counts: Callable[[Any], dict[str, tuple[str, int]]]
@@ -122,9 +122,9 @@ def _has_blocks(name: str, config: Config) -> bool:
     return any(count for _, count in COMPONENTS[name].counts(config).values())
 
 
-def by_field(configs: dict[str, Config]) -> dict[str, Config]:
+def by_field(configs: dict[str, Config]) -> dict[str, Any]:
     """Geometries by their names in a `Variant`. What the text encoder and the language model share is the encoder's."""
-    fields: dict[str, Config] = {}
+    fields: dict[str, Any] = {}
     for name, network in COMPONENTS.items():
         if name in configs:
             fields.setdefault(network.field, configs[name])
