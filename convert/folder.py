@@ -13,7 +13,6 @@ import mlx.core as mx
 
 from flux2_mlx import files
 from flux2_mlx.checkpoint import (
-    COMPONENTS,
     FILES,
     FORMAT_VERSION,
     MANIFEST,
@@ -22,6 +21,7 @@ from flux2_mlx.checkpoint import (
     is_checkpoint,
     sealed,
 )
+from flux2_mlx.components import COMPONENTS
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK

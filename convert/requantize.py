@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, module_tensors
+from flux2_mlx.components import quantizations
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.verification import check_hashes, hashed_bytes
@@ -45,10 +46,9 @@ def requantize(
     if (quant, text_quant) == (checkpoint.quant, checkpoint.text_quant):
         raise InputError(f"{checkpoint.folder} is an MLX checkpoint already")
     check_target(target, force)
-    parts = []
+    wanted, parts = quantizations(quant, text_quant), []
     for name, component in checkpoint.components.items():
-        wanted = {"transformer": quant, "vae": "bf16"}.get(name, text_quant)
-        parts.append(_part(component, component.quantized(wanted), BITS[wanted]))
+        parts.append(_part(component, component.quantized(wanted[name]), BITS[wanted[name]]))
     stored = read_json(checkpoint.folder / MANIFEST)
     manifest = {key: value for key, value in stored.items() if key not in (FILES, DIGEST)}
     manifest["quantization"] = {"transformer": quant, "text_encoder": text_quant}

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from flux2_mlx.checkpoint import FORMAT_VERSION, Component, module_tensors
+from flux2_mlx.components import COMPONENTS, quantizations
 from flux2_mlx.config import Config
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
@@ -22,14 +23,6 @@ from .folder import TOKENIZER_FILES, Inspection, Layer, Part, check_target, writ
 from .rules import Rule, Shape
 from .sources import FLOATS, Source
 
-# The part of the source that each component is made from.
-_READS = {
-    "transformer": "transformer",
-    "text_encoder": "text_encoder",
-    "language_model": "text_encoder",
-    "vision": "text_encoder",
-    "vae": "vae",
-}
 _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
 
 
@@ -117,9 +110,9 @@ def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Compo
 
 
 def _checked_plans(source: Source, quant: str, text_quant: str) -> list[_Plan]:
-    quants = {"transformer": check_quant(quant), "text_encoder": check_quant(text_quant), "vae": "bf16"}
+    quants = quantizations(check_quant(quant), check_quant(text_quant))
     source.check()
-    plans = [_plan(source, name, quants[_READS[name]]) for name in _READS if name in source.configs]
+    plans = [_plan(source, name, quants[name]) for name in COMPONENTS if name in source.configs]
     _check_tensors(source, plans)
     _check_tokenizer(source)
     return plans
@@ -168,7 +161,7 @@ def _check_tensors(source: Source, plans: list[_Plan]) -> None:
                 layer.rule.source_shape(layer.plain.shape),
             )
             for plan in plans
-            if _READS[plan.component.name] == part
+            if COMPONENTS[plan.component.name].part == part
             for layer in plan.layers
             for key in layer.rule.sources
         }
@@ -189,13 +182,13 @@ def _part(source: Source, plan: _Plan) -> Part:
 
 def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
     """The stored arrays of a layer in the order of `layer.stored`, evaluated."""
-    parts = [source.take(_READS[plan.component.name], key) for key in layer.rule.sources]
+    parts = [source.take(COMPONENTS[plan.component.name].part, key) for key in layer.rule.sources]
     mx.eval(parts)  # or the device would wait for the file
     array = layer.rule.apply(*parts).astype(mx.bfloat16)
     parts.clear()
     if not mx.isfinite(array).all().item():
         raise CheckpointError(
-            f"{source.folder / _READS[plan.component.name]}: {', '.join(layer.rule.sources)} is not finite"
+            f"{source.folder / COMPONENTS[plan.component.name].part}: {', '.join(layer.rule.sources)} is not finite"
         )
     yield from stored_arrays(array, layer.stored, plan.bits)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig, get_variant
+from .components import COMPONENTS, PAINTING, by_field, geometries, quantizations
+from .config import Variant, get_variant
 from .errors import CheckpointError, InputError
 from .quantization import BITS, DEFAULT_TEXT_QUANT, check_statement, quantize_array, quantize_module, statement
 from .staging import bring_back
-from .text import TOKENIZERS, LaterLayers, PixtralVision, PromptTokenizer, TextEncoder
-from .transformer import Flux2Transformer
-from .vae import VAE
+from .text import TOKENIZERS, PromptTokenizer
 from .weights import NONSENSE, READER, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
 
 FORMAT_VERSION = 1
@@ -28,32 +27,7 @@ MANIFEST = "flux2.json"
 FILES = "files"  # in the manifest: bytes and SHA-256 of every other file
 DIGEST = "sha256"  # in the manifest: of its other keys
 TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
-COMPONENTS: dict[str, tuple[type, type[nn.Module]]] = {
-    "transformer": (TransformerConfig, Flux2Transformer),
-    "text_encoder": (TextConfig, TextEncoder),
-    "language_model": (TextConfig, LaterLayers),
-    "vision": (VisionConfig, PixtralVision),
-    "vae": (VAEConfig, VAE),
-}
-# How many blocks a geometry has, by the start of their names; see `check_counts`.
-COUNTS: dict[str, Callable[[Any], dict[str, tuple[str, int]]]] = {
-    "transformer": lambda config: {
-        "double_blocks.": ("num_layers", config.num_layers),
-        "single_blocks.": ("num_single_layers", config.num_single_layers),
-    },
-    "text_encoder": lambda config: {"layers.": ("num_hidden_layers", config.num_hidden_layers)},
-    "language_model": lambda config: {"layers.": ("num_later_layers", config.num_later_layers)},
-    "vision": lambda config: {
-        "vision_tower.transformer.layers.": ("num_hidden_layers", config.num_hidden_layers),
-    },
-    "vae": lambda config: {
-        "encoder.down_blocks.": ("the length of block_out_channels", len(config.block_out_channels)),
-        "encoder.down_blocks.0.resnets.": ("layers_per_block", config.layers_per_block),
-    },
-}
 _FEW_BLOCKS = 8
-# What making images needs. Generating text needs the other two, and neither the transformer nor the VAE.
-PAINTING = ("transformer", "text_encoder", "vae")
 
 
 def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
@@ -62,15 +36,6 @@ def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
         name: TensorInfo("U32" if array.dtype == mx.uint32 else "BF16", array.shape)
         for name, array in tree_flatten(module.parameters())
     }
-
-
-def network_dtype(name: str, dtype: mx.Dtype) -> mx.Dtype:
-    """What the component `name` computes in where activations are asked for in `dtype`.
-
-    Only the transformer has room for large values under float16. Hidden states of language models and activations of
-    image decoders are known to overflow it inside a layer, so these, which run once, keep the range of bfloat16.
-    """
-    return mx.bfloat16 if dtype == mx.float16 and name != "transformer" else dtype
 
 
 def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype:
@@ -127,7 +92,7 @@ class Component:
 
     def build(self) -> nn.Module:
         """The network with unevaluated zeros for weights."""
-        module = COMPONENTS[self.name][1](self.config)
+        module = COMPONENTS[self.name].module(self.config)
         quantize_module(module, self.quantization)
         return module.eval()
 
@@ -146,7 +111,7 @@ class Component:
         """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all that is
         wrong in the component's `folder`."""
         found = read_headers(self.files)
-        check_counts(COUNTS[self.name](self.config), found, folder / "config.json")
+        check_counts(COMPONENTS[self.name].counts(self.config), found, folder / "config.json")
         problems = mismatches(module_tensors(self.check(folder / "config.json")), found)
         raise_problems(f"{folder} is damaged, convert the model again", problems)
 
@@ -179,7 +144,7 @@ def described(name: str, values: dict[str, Any], path: Path, section: str = "") 
         CheckpointError: it describes none. Nothing is built to find out.
     """
     try:
-        return COMPONENTS[name][0].from_dict(values)
+        return COMPONENTS[name].config.from_dict(values)
     except CheckpointError as error:
         raise CheckpointError(f"{path} describes no {name}: {section}{error}") from error
     except NONSENSE as error:
@@ -271,8 +236,9 @@ class Checkpoint:
         """Compare the manifest with the components, and these with each other."""
         if "text_encoder" not in self.components:
             raise InputError("it lists no text_encoder")
+        quants = quantizations(self.quant, self.text_quant)
         for name, component in self.components.items():
-            quant = {"transformer": self.quant, "vae": "bf16"}.get(name, self.text_quant)
+            quant = quants[name]
             stored = (component.quantization or {}).get("bits")
             if stored != BITS[quant]:
                 raise InputError(f"it says {quant} where the {name} is stored with {stored or 16} bits")
@@ -295,8 +261,7 @@ class Checkpoint:
 
 def fitted(variant: Variant, configs: dict[str, Any]) -> Variant:
     """`variant` with the geometries of `configs`; CheckpointError if networks of these can't work together."""
-    parts = {"transformer": "transformer", "text": "text_encoder", "vae": "vae", "vision": "vision"}
-    return replace(variant, **{field: configs[name] for field, name in parts.items() if name in configs})
+    return replace(variant, **by_field(configs))
 
 
 def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
@@ -327,14 +292,9 @@ def _is_changed(manifest: dict[str, Any]) -> bool:
 
 def variant_components(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, Component]:
     """The networks of a variant as they would be stored, without files."""
-    text_quant = text_quant or DEFAULT_TEXT_QUANT[quant]
-    parts = {"transformer": (variant.transformer, quant), "text_encoder": (variant.text, text_quant)}
-    if variant.text.num_later_layers:
-        parts["language_model"] = (variant.text, text_quant)
-    if variant.vision:
-        parts["vision"] = (variant.vision, text_quant)
-    parts["vae"] = (variant.vae, "bf16")
-    return {name: Component(name, config, None, ()).quantized(q) for name, (config, q) in parts.items()}
+    quants = quantizations(quant, text_quant or DEFAULT_TEXT_QUANT[quant])
+    configs = geometries(variant)
+    return {name: Component(name, config, None, ()).quantized(quants[name]) for name, config in configs.items()}
 
 
 def variant_sizes(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, int]:

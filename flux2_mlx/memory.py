@@ -147,7 +147,7 @@ def plan(variant: Variant, networks: dict[str, Footprint], work: Workload, dtype
         activations["vae_encoder"] = max(encode) + held
     # Texts before and after their projection, and the rotations of all positions.
     positions = work.length + work.image_tokens(size) + work.reference_tokens(size)
-    rope = positions * variant.transformer.attention_head_dim // 2 * mx.complex64.size
+    rope = positions * 2 * variant.transformer.attention_head_dim * mx.float32.size
     held = texts * (states + work.length * variant.transformer.hidden_size * dtype.size) + pictures + rope
     past, passing = _denoising_bytes(variant, transformer, work, dtype.size)
     decode = vae_activation_bytes(variant.vae, work.height, work.width, dtype)[1]

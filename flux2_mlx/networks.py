@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import PAINTING, Checkpoint, Component, module_tensors, network_dtype, variant_components
+from .checkpoint import Checkpoint, Component, module_tensors, variant_components
+from .components import PAINTING, network_dtype, quantizations
 from .config import QUANTIZATIONS, Variant
 from .errors import CheckpointError, InputError
 from .memory import Plan, Workload, Writing, plan, writing_plan
@@ -228,8 +229,7 @@ class Networks:
 
     @property
     def _quants(self) -> dict[str, str]:
-        text = dict.fromkeys(("text_encoder", "language_model", "vision"), self.text_quant)
-        return {"transformer": self.quant, **text, "vae": "bf16"}
+        return quantizations(self.quant, self.text_quant)
 
 
 def _quantizing(stored: Component, wanted: Component, whole: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .components import COMPONENTS
 from .config import QUANTIZATIONS
 from .errors import CheckpointError, InputError
 
@@ -29,8 +30,8 @@ def check_quant(quant: str) -> str:
 
 def is_quantizable(component: str, shape: tuple[int, ...]) -> bool:
     """Whether a weight of this shape is quantized when its component is."""
-    if component == "vae":
-        return False  # 168 MB, mostly convolutions, and its rounding errors would be seen as colour noise
+    if COMPONENTS[component].group is None:
+        return False
     if len(shape) != 2:
         return False  # norms, biases and statistics: a few kB, and they scale whole channels
     return shape[-1] % GROUP_SIZE == 0  # groups lie along a row
@@ -42,7 +43,7 @@ def statement(quant: str, component: str, layers: Iterable[tuple[str, tuple[int,
     `layers` are the names (without `.weight`) and weight shapes of all linear layers and embeddings.
     """
     bits = BITS[quant]
-    if bits is None or component == "vae":
+    if bits is None or COMPONENTS[component].group is None:
         return None
     spared = {name: False for name, shape in layers if not is_quantizable(component, shape)}
     return {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine", **spared}

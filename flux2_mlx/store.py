@@ -7,7 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .acquisition import Announce, Progress, acquire
-from .checkpoint import MANIFEST, PAINTING, Checkpoint, is_checkpoint
+from .checkpoint import MANIFEST, Checkpoint, is_checkpoint
+from .components import PAINTING
 from .config import QUANTIZATIONS, VARIANTS
 from .convert import LAST_USED, Source, check_writable, requantize, write_checkpoint
 from .errors import CheckpointError, DownloadError, InputError

@@ -14,17 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .checkpoint import Component, in_memory, memory_dtype, module_tensors, tensor_bytes
+from .components import COMPONENTS
 from .device import is_failure
 from .errors import CheckpointError
 from .layers import WIDENED
 from .weights import load_arrays, read_header
 
-# The lists of blocks of each network that can be streamed, in the order that they are run in.
-_LISTS = {
-    "transformer": ("double_blocks", "single_blocks"),
-    "text_encoder": ("layers",),
-    "language_model": ("layers",),
-}
 Weights = list[tuple[str, mx.array]]
 
 
@@ -120,11 +115,11 @@ def _evaluated_with(name: str) -> str:
 def _block_of(component: str, name: str) -> str | None:
     """The block that a weight belongs to, such as `double_blocks.3`."""
     head, number, *_ = [*name.split("."), ""]
-    return f"{head}.{number}" if head in _LISTS.get(component, ()) else None
+    return f"{head}.{number}" if head in COMPONENTS[component].streamed else None
 
 
 def _blocks(component: Component, found: dict[str, int]) -> list[str]:
-    order = _LISTS.get(component.name, ())
+    order = COMPONENTS[component.name].streamed
     return sorted(found, key=lambda block: (order.index(block.split(".")[0]), int(block.split(".")[1])))
 
 
@@ -203,7 +198,7 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading:
     """
     places = {name: path for path in component.files for name in read_header(path)}
     module, before = component.build(), None
-    for name in _LISTS[component.name]:
+    for name in COMPONENTS[component.name].streamed:
         blocks = module.pop(name)
         stay = min(resident, len(blocks))
         resident -= stay

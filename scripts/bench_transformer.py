@@ -2,6 +2,7 @@
 
 All use float32 and random weights at the width of klein-4b with fewer blocks. Each implementation runs in a process
 of its own, told when to step; the ratios are taken run by run, so that a drifting machine does not distort them.
+`complex` is ours with queries and keys rotated as complex numbers, which have no gradient in MLX.
 mflux goes into an environment of its own, with the same version of MLX (on Linux: `pip install mflux==0.24.*`,
 `pip uninstall mlx-cuda-13`, `pip install 'mlx[cpu]'`).
 
@@ -44,6 +45,25 @@ def ours() -> tuple[Callable[[], object], Callable[[], int]]:
 
     mx.eval(tokens, text)
     return step, _mlx_activations(step)
+
+
+def ours_complex() -> tuple[Callable[[], object], Callable[[], int]]:
+    import mlx.core as mx
+
+    from flux2_mlx import transformer
+    from flux2_mlx.transformer import blocks
+
+    real_table = transformer.rope_table
+
+    def rope_table(ids, config):
+        table = real_table(ids, config)
+        return table[:, 0, ::2] + 1j * table[:, 1, 1::2]
+
+    def rotate(x, table):
+        return (x.astype(mx.float32).view(mx.complex64) * table).view(mx.float32).astype(x.dtype)
+
+    transformer.rope_table, blocks.rotate = rope_table, rotate
+    return ours()
 
 
 def mflux() -> tuple[Callable[[], object], Callable[[], int]]:
@@ -101,7 +121,7 @@ def _mlx_activations(step: Callable[[], object]) -> Callable[[], int]:
 
 def work(name: str) -> None:
     """Step whenever a line comes in, and answer with the seconds it took."""
-    step, activations = {"ours": ours, "mflux": mflux, "diffusers": diffusers}[name]()
+    step, activations = {"ours": ours, "complex": ours_complex, "mflux": mflux, "diffusers": diffusers}[name]()
     print(json.dumps({"activations": activations()}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -135,6 +155,7 @@ class Worker:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mflux-python", help="python of an environment with mflux; left out: no mflux")
+    parser.add_argument("--complex", action="store_true", help="compare with rotation by complex numbers as well")
     parser.add_argument("--diffusers", action="store_true", help="compare with diffusers as well")
     parser.add_argument("--blas", help="BLAS library to preload on Linux, where MLX's wheel links the reference BLAS")
     parser.add_argument("--runs", type=int, default=5)
@@ -144,6 +165,8 @@ def main() -> None:
         work(arguments.worker)
         return
     workers = [Worker("ours", sys.executable, arguments.blas)]
+    if arguments.complex:
+        workers.append(Worker("complex", sys.executable, arguments.blas))
     if arguments.mflux_python:
         workers.append(Worker("mflux", arguments.mflux_python, arguments.blas))
     if arguments.diffusers:

@@ -266,7 +266,7 @@ def test_narrow_matrices_compute_what_widened_ones_do(kind, request):
     wide.set_dtype(mx.float32)
     config = narrow.config
     tokens, text = mx.random.normal((1, 9, config.in_channels)), mx.random.normal((1, 5, config.hidden_size))
-    rope = mx.ones((14, config.attention_head_dim // 2), dtype=mx.complex64)
+    rope = mx.ones((14, 2, config.attention_head_dim))
     velocity, expected = (network(tokens, text, mx.array([0.5]), rope) for network in (narrow, wide))
     assert velocity.dtype == mx.float32
     assert mx.array_equal(velocity, expected)

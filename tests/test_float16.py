@@ -12,7 +12,8 @@ from mlx.utils import tree_map
 from mlx_state import randomized
 
 from flux2_mlx import Flux2Pipeline, RangeError, layers, networks
-from flux2_mlx.checkpoint import Component, network_dtype
+from flux2_mlx.checkpoint import Component
+from flux2_mlx.components import network_dtype
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.layers import FLOAT16_MAX, cast
 from flux2_mlx.memory import Workload, plan

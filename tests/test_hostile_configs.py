@@ -13,7 +13,8 @@ import pytest
 from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, save_small
 from flux2_mlx.convert import Source
 
-from flux2_mlx.checkpoint import COMPONENTS, Checkpoint, Component
+from flux2_mlx.checkpoint import Checkpoint, Component
+from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import MAX_LAYERS, VARIANTS
 from flux2_mlx.errors import CheckpointError
 

@@ -9,7 +9,8 @@ import pytest
 from mlx_state import randomized
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoint import COMPONENTS, variant_components
+from flux2_mlx.checkpoint import variant_components
+from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.text import LanguageModel, LaterLayers, TextEncoder
 from flux2_mlx.text.generation import generate

@@ -26,6 +26,7 @@ ROWS = (
     ("device", "images", "image_names", "weights", "colors", "progress_bar"),
     ("layers",),
     ("transformer", "vae", "text", "scheduler", "noise", "references", "output", "staging"),
+    ("components",),
     ("quantization",),
     ("checkpoint",),
     ("streaming", "downloads"),

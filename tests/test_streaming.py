@@ -65,7 +65,7 @@ def test_streamed_blocks_compute_the_same_bits(folder, resident):
     whole, streamed = component.load(mx.float32), load_streamed(component, mx.float32, resident, Reading())
     config = component.config
     tokens, text = mx.random.normal((1, 12, config.in_channels)), mx.random.normal((1, 5, config.hidden_size))
-    rope = mx.ones((17, config.attention_head_dim // 2), dtype=mx.complex64)
+    rope = mx.ones((17, 2, config.attention_head_dim))
     for sigma in (1.0, 0.5):
         expected, ours = (network(tokens, text, mx.array([sigma]), rope) for network in (whole, streamed))
         assert np.array_equal(np.array(ours), np.array(expected))

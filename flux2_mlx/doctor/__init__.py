@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..components import network_dtype
 from ..config import QUANTIZATIONS, VARIANTS
 from ..device import activation_dtype, device_memory, failures, is_virtual, on_gpu
 from ..errors import DeviceError, RangeError
@@ -54,13 +55,13 @@ class CheckUp:
             yield "float32", numerics.check_float32
         for bits in (4, 8):
             yield f"product with {bits} bit weights", partial(numerics.check_quantized, bits, dtype)
-        yield "convolution", partial(numerics.check_convolution, _network_dtype(dtype))
+        yield "convolution", partial(numerics.check_convolution, network_dtype("vae", dtype))
         for head_dim in (64, 128, 512):
             yield f"attention, {head_dim} wide", partial(numerics.check_attention, head_dim, dtype)
         yield "blocks of klein-9b", partial(numerics.check_blocks, dtype)
         yield "memory of attention", partial(peaks.check_attention, dtype)
         yield "memory of a step", partial(peaks.check_step, dtype)
-        yield "memory of decoding", partial(peaks.check_decoding, _network_dtype(dtype))
+        yield "memory of decoding", partial(peaks.check_decoding, network_dtype("vae", dtype))
         yield "wired memory", peaks.check_wiring
         yield "longest operation", partial(speed.check_dispatch, dtype)
         yield "no cache of buffers", partial(speed.check_cache, dtype)
@@ -73,11 +74,6 @@ class CheckUp:
     def _measure(self, dtype: mx.Dtype) -> Finding:
         self.rates, finding = speed.measure_rates(dtype)
         return finding
-
-
-def _network_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """What the autoencoder computes in."""
-    return mx.bfloat16 if dtype == mx.float16 else dtype
 
 
 def made(name: str, check: _Check) -> Finding:

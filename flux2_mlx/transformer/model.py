@@ -52,7 +52,7 @@ class Flux2Transformer(nn.Module):
             img: image tokens `[B, Li, in_channels]`, references after the target.
             txt: text states that went through `txt_in`, `[B, Lt, D]`; they are the same at every step.
             timestep: noise level σ in 0..1, `[1]` or `[B]`.
-            rope: `rope_table` of the text and then the image positions, `[Lt + Li, head_dim / 2]`.
+            rope: `rope_table` of the text and then the image positions, `[Lt + Li, 2, head_dim]`.
             guidance: embedded guidance scale, `[1]` or `[B]`; only for models that have `guidance_in`.
             past: what `read` gives for references, in place of their tokens in `img`.
 
