@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from . import __version__
 from .downloads import (
     Blob,
     BrokenError,
@@ -104,7 +105,7 @@ def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, 
         raise DownloadError(f"{repo_id} has no {INDEX}, so it is no diffusers-layout model; give another repo id")
     try:
         return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
-    except (RefusedError, BrokenError, OSError) as error:
+    except (RefusedError, BrokenError, DamagedError, OSError) as error:
         raise DownloadError(_explain_download(error, hub, repo_id)) from error
 
 
@@ -118,8 +119,7 @@ def cache_folder() -> Path:
 def _open() -> tuple[_Hub, bool]:
     """Return the hub that the environment names, and whether it must not be asked."""
     try:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import constants, get_token
 
         parts = urlsplit(constants.ENDPOINT)
         if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:
@@ -130,8 +130,11 @@ def _open() -> tuple[_Hub, bool]:
     cache = Path(constants.HF_HUB_CACHE).absolute()
     if constants.HF_HUB_OFFLINE:
         return _Hub(constants.ENDPOINT, {}, cache), True
+    # Its own headers name the agent that runs a program, by a list from the endpoint that it reads without a limit.
+    headers = {"user-agent": f"flux2-mlx/{__version__}"}
     try:
-        headers = build_hf_headers()
+        if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+            headers["authorization"] = f"Bearer {token}"
     except Exception as error:  # it may read a file, or ask a server for a token
         reason = quoted(first_line(error), {}, constants.ENDPOINT)
         raise DownloadError(f"can't read the token ({reason}); log in again with `hf auth login`") from error
@@ -303,6 +306,8 @@ def _explain_download(error: Exception, hub: _Hub, repo_id: str) -> str:
         return _explain_refusal(error, hub, repo_id)
     if isinstance(error, BrokenError):
         return f"the download of {repo_id} broke off ({error}); start it again, it goes on from there"
+    if isinstance(error, DamagedError):
+        return f"{hub.shown} sends {repo_id} as no hub does ({error}); check HF_ENDPOINT, then start again"
     elsewhere = "set HF_HOME to a folder on another disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left in {hub.cache}; make room, or {elsewhere}"

@@ -49,6 +49,35 @@ def test_an_endless_listing_is_not_read_to_its_end(hub, home):
     assert sum(sent) < FEW
 
 
+def test_the_library_below_asks_the_hub_for_nothing(hub, home, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr("huggingface_hub.constants.AGENT_HARNESSES_PATH", str(home / "agents"), raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None, raising=False)
+    fetch(hub, home, token="hf_access")
+    ours = (f"/api/models/{REPO}", f"/{REPO}/resolve/")
+    asked = {request.path for request in hub.requests if request.host == "hub"}
+    assert {path for path in asked if not path.startswith(ours)} == set()
+
+
+def test_a_token_that_is_not_to_be_sent_unasked(hub, home, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    fetch(hub, home, token="hf_access")
+    assert {request.token for request in hub.requests} == {None}
+
+
+@pytest.mark.parametrize("name", [BIG, CONFIG])
+def test_another_range_than_was_asked_for(hub, home, name):
+    def act(handler):
+        handler.answer(206, {"Content-Range": "bytes 5-9/10", "Content-Length": 5}, b"44444")
+
+    hub.script(name, act)
+    problem = "the server sent bytes from 5 on, not from 0"
+    assert f"{name} arrived damaged ({problem})" in refusal(hub, home)
+    if name == BIG:  # whose header is read first where somebody looks at the model
+        message = refusal(hub, home, check=lambda folder, wanted: wanted)
+        assert message == f"{hub.url} sends {REPO} as no hub does ({problem}); check HF_ENDPOINT, then start again"
+
+
 def test_the_body_of_a_redirect_is_not_read(hub, home):
     sent = []
     hub.script(CONFIG, flood(sent, f"Location: {hub.cdn}/nowhere", status="302 Found"))
