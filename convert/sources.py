@@ -8,8 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux2_mlx.checkpoint import Component, check_counts
-from flux2_mlx.components import COMPONENTS
+from flux2_mlx.checkpoint import COUNTS, Component, check_counts
 from flux2_mlx.config import Config, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo, load_arrays, read_headers, read_json
@@ -74,7 +73,7 @@ class Source:
     def check(self) -> None:
         """CheckpointError if the configs ask for more than the files hold, or for networks that can't be built."""
         for name, config in self.configs.items():
-            part = COMPONENTS[name].part
+            part = name if name in self.tensors else "text_encoder"  # which the other two are made from
             path = self.folder / part / "config.json"
             check_counts(_counts(name, config), self.tensors[part], path)
             Component(name, config, None, ()).check(path)
@@ -113,7 +112,7 @@ def _counts(name: str, config: Any) -> dict[str, tuple[str, int]]:
         }
     if name in ("text_encoder", "language_model"):
         return {"model.layers.": ("num_hidden_layers", config.num_hidden_layers + config.num_later_layers)}
-    return COMPONENTS[name].counts(config)
+    return COUNTS[name](config)
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -134,6 +133,8 @@ def _indexed(index: Path) -> list[str]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    if outside := [name for name in shards.values() if Path(name).name != name or "\0" in name]:
+        raise CheckpointError(f"{index} names {outside[0][:80]!r}, which is no file of its folder")
     return sorted(set(shards.values()))
 
 

@@ -217,6 +217,22 @@ def test_a_folder_that_is_not_read_says_why_and_what_to_do(case, source):
     assert str(caught.value).endswith(message.format(folder=source))
 
 
+@pytest.mark.parametrize("form", ["../../outside/x.safetensors", "{outside}", "./x.safetensors", "sub/x.safetensors"])
+def test_an_index_does_not_lead_out_of_its_folder(form, source, tmp_path):
+    outside = tmp_path / "outside/x.safetensors"
+    for path in (outside, source / "transformer/x.safetensors", source / "transformer/sub/x.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(source / TRANSFORMER, path)
+    (source / TRANSFORMER).unlink()
+    index = source / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    name = form.format(outside=outside)
+    index.write_text(json.dumps({"weight_map": {LINEAR: name}}))
+    with pytest.raises(CheckpointError, match=f"{index} names '.*', which is no file of its folder$"):
+        Source.open(source, "demo")
+    index.write_text(json.dumps({"weight_map": {LINEAR: "x.safetensors"}}))
+    Source.open(source, "demo")
+
+
 def test_where_the_model_may_be_that_is_not_here(source):
     for given, place in (
         (source / "transformer", f"it is a part of {source}, give that"),
