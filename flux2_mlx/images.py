@@ -99,7 +99,8 @@ def _reading(path: Path) -> Iterator[None]:
 def flattened(image: Image.Image, ground: str = "white") -> Image.Image:
     """An image of any mode as RGB in sRGB with nothing attached, transparency laid on the colour `ground`.
 
-    Floating-point numbers are light from 0 to 1, as in float TIFFs, and integers of more than 8 bits are of 16.
+    Floating-point numbers are light from 0 to 1, as in float TIFFs, and integers of more than 8 bits are of 16, of
+    which some must be more than black.
 
     Raises:
         InputError: it is no PIL image, its file is damaged, or its numbers are of another range.
@@ -133,6 +134,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         _check_range(least >= 0 and most <= 1, least, most, "0 to 1")  # NaN is in no range
         return Image.fromarray(np.round(values * 255).astype(np.uint8))
+    if 0 < most < 257:  # to take them for 8 bits would be a guess
+        raise InputError(f"the image has numbers up to {most}, which of 16 bits are all black; save it in 8 bits")
     if image.mode == "I":  # 32 bits, where Pillow keeps those of 16, too
         _check_range(least >= 0 and most <= 65535, least, most, "0 to 65535")
     grey = Image.fromarray((values // 257).astype(np.uint8))
@@ -178,6 +181,13 @@ def check_output(path: Path, force: bool = False) -> None:
         raise InputError(f"can't write {path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK):
         raise InputError(f"can't write {path}: no permission to write in {folder}")
+
+
+def check_whole(path: Path) -> None:
+    """Raise InputError if a file is no image that can be read to its end."""
+    with _reading(path), opened(path, MAX_INPUT_BYTES) as file, Image.open(file, formats=_formats()) as image:
+        _check_pixels(path, image)
+        image.load()
 
 
 def check_size(path: Path, width: int, height: int) -> None:

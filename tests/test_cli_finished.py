@@ -133,6 +133,29 @@ def test_what_is_skipped_and_does_not_say_what_it_is_is_told(caplog):
     assert caplog.messages == []
 
 
+def test_an_empty_file_is_not_finished(caplog):
+    (expected,) = make("--seed", "4", "-o", "b.png")
+    Path("a.png").touch()
+    arguments = ("t2i", PROMPT, *SMALL, "--seed", "4", "-o", "a.png", "--skip-existing")
+    assert done(*arguments).stdout == "a.png\n"
+    assert caplog.messages == ["a.png is empty and is made again"]
+    assert Path("a.png").read_bytes() == expected.read_bytes()
+    assert sorted(tree()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-400], lambda data: data[:10], lambda data: b"my notes"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_what_is_no_whole_image_is_neither_finished_nor_replaced(suffix, damage, monkeypatch):
+    (path,) = make("--seed", "4", "-o", f"a.{suffix}")
+    path.write_bytes(damage(path.read_bytes()))
+    before = tree()
+    monkeypatch.setattr(Component, "load", None)
+    message = refusal("t2i", PROMPT, *SMALL, "--seed", "4", "-o", f"a.{suffix}", "--skip-existing")
+    assert message.startswith(f"can't read a.{suffix}: ")
+    assert message.endswith("; remove it to have it made again")
+    assert tree() == before
+
+
 def test_images_between_the_steps_that_are_there_are_skipped_too(cut):
     cut(1, KeyboardInterrupt())
     arguments = ("t2i", PROMPT, *SMALL, "-n", "2", "--seed", "4", "--checkpoint", "1", "-o", "a.png")

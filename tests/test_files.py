@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flux2_mlx import files
 from flux2_mlx.errors import InputError
 from flux2_mlx.files import check_writable, free_path, opened, read_bytes, remove_parts, write
 from flux2_mlx.images import open_image, read_settings, save
@@ -89,10 +90,12 @@ def no_links(*_):
     raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
 
-@pytest.fixture(params=["links", "no links"])
+@pytest.fixture(params=["links", "no links", "nothing of the kind"])
 def disk(request, monkeypatch):
-    if request.param == "no links":
+    if request.param != "links":
         monkeypatch.setattr(os, "link", no_links)
+    if request.param == "nothing of the kind":
+        monkeypatch.setattr(files, "_renamed", no_links)
 
 
 @pytest.mark.usefixtures("disk")
@@ -130,8 +133,18 @@ def test_processes_with_one_path_get_a_file_each(tmp_path):
     assert names(tmp_path) == sorted(path.name for path in paths)
 
 
+def test_without_links_there_is_no_moment_with_an_empty_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "replace", None)
+    (tmp_path / "a").write_bytes(b"old")
+    assert write(tmp_path / "a", b"new") == tmp_path / "a-2"
+    assert names(tmp_path) == ["a", "a-2"]
+    assert (tmp_path / "a-2").read_bytes() == b"new"
+
+
 def test_a_disk_without_links_that_fails_keeps_no_empty_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(files, "_renamed", no_links)
     monkeypatch.setattr(os, "replace", no_links)
     with pytest.raises(OSError, match="not supported"):
         write(tmp_path / "a", b"new")

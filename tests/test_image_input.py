@@ -143,6 +143,15 @@ def test_integers_of_another_range_are_refused(read, numbers):
         read(Image.fromarray(np.array([numbers], dtype=np.int32)))
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint16])
+@pytest.mark.parametrize("most", [1, 255, 256])
+def test_integers_that_16_bits_would_make_black_are_refused(read, kind, most):
+    match = f"the image has numbers up to {most}, which of 16 bits are all black; save it in 8 bits$"
+    with pytest.raises(InputError, match=match):
+        read(Image.fromarray(np.array([[0, most]], dtype=kind)))
+    assert read(Image.fromarray(np.array([[0, 257]], dtype=kind))).getextrema() == ((0, 1),) * 3
+
+
 def in_mode(mode):
     """A picture of one colour, or of its grey, in this mode."""
     color = Image.new("RGB", (8, 8), (200, 100, 50))

@@ -12,7 +12,9 @@ from flux2_mlx.references import Edit, extended
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (96, 80)) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert("L" if mode == "I;16" else mode).convert(mode)
+    if mode.startswith("I"):
+        return Image.fromarray(pixels[..., 0].astype(np.int32 if mode == "I" else np.uint16) * 257)
+    return Image.fromarray(pixels).convert(mode)
 
 
 def half_mask(mode: str, kept: object, painted: object) -> Image.Image:

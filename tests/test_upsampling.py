@@ -227,7 +227,7 @@ def test_orientation_and_transparency(tmp_path):
         ("CMYK", (0, 255, 255, 0), "tif", (255, 0, 0)),
         ("CMYK", (0, 255, 255, 0), "jpg", (255, 0, 0)),
         ("I;16", 0x8000, "png", (128, 128, 128)),
-        ("I;16", 0x00FF, "png", (0, 0, 0)),
+        ("I;16", 0x0101, "png", (1, 1, 1)),
     ],
 )
 def test_modes(mode, color, suffix, expected, tmp_path):

@@ -44,7 +44,6 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         texts, edited = [prompt.text for prompt in job.prompts], job.pictures.settings(hashes)
         record = Record(job, pipe, edit, edited, _requests(job, _batches(job, _builder(pipe, edit), texts)), texts)
         record.paths = _paths(job, edit, record.requests)
-        _hint(pipe, job, record.requests[0], edit)
         _check_paths(job, [path for path in record.paths if path not in checked])
         missing = _skip(record)
         try:
@@ -110,7 +109,9 @@ def _skip(record: Record) -> list[int]:
     from ..images import read_settings
 
     for place, path in enumerate(record.paths):
-        if not (record.job.skip_existing and path.is_file()):
+        if not _is_kept(record.job, path):
+            if _is_empty(record.job, path):
+                _log.warning("%s is empty and is made again", path)
             continue
         record.skipped.append(place)
         try:
@@ -178,7 +179,8 @@ def _save(record: Record, place: int, image: "Image.Image") -> Path:
 
     path, settings = record.paths[place], record.settings(place) if record.job.metadata else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    record.paths[place] = save(image, path, settings, replace=record.job.force)
+    replace = record.job.force or _is_empty(record.job, path)
+    record.paths[place] = save(image, path, settings, replace=replace)
     record.made.append(place)
     return record.paths[place]
 
@@ -189,8 +191,8 @@ def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image
     for path, preview in zip(paths, previews, strict=True):
         target = job.checkpoint_path(path, step)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not (job.skip_existing and target.exists()):
-            save(preview, target, replace=job.force)
+        if not _is_kept(job, target):
+            save(preview, target, replace=job.force or _is_empty(job, target))
 
 
 def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> list[Path]:
@@ -211,11 +213,29 @@ def _check(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> list[
 
 
 def _check_paths(job: Job, paths: Sequence[Path]) -> None:
-    from ..images import check_output
-
     for path in paths:
-        if not (job.skip_existing and path.is_file()):
-            check_output(path, job.force)
+        _check_path(job, path)
+
+
+def _check_path(job: Job, path: Path) -> None:
+    from ..images import check_output, check_whole
+
+    if not _is_kept(job, path):
+        check_output(path, job.force or _is_empty(job, path))
+        return
+    try:
+        check_whole(path)
+    except InputError as error:
+        raise InputError(f"{error}; remove it to have it made again") from error
+
+
+def _is_kept(job: Job, path: Path) -> bool:
+    return job.skip_existing and path.is_file() and path.stat().st_size > 0
+
+
+def _is_empty(job: Job, path: Path) -> bool:
+    """Whether a file is there that a killed run has left on a disk without links, and that is not to be kept."""
+    return job.skip_existing and path.is_file() and path.stat().st_size == 0
 
 
 def _check_run(job: Job, images: "list[Image.Image]", edit: dict[str, Any]) -> list[Path]:
@@ -277,12 +297,12 @@ def _check_cache(job: Job) -> None:
 
 def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path]) -> None:
     """What else can be wrong with the files, now that the model has given size and steps."""
-    from ..images import check_output, check_size
+    from ..images import check_size
 
     for path in paths:
         check_size(path, *edit.output_size(request.width, request.height))
         for step in range(job.checkpoint or request.steps, request.steps, job.checkpoint or 1):
-            check_output(job.checkpoint_path(path, step), job.force or job.skip_existing)
+            _check_path(job, job.checkpoint_path(path, step))
 
 
 def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flux2Pipeline":
@@ -317,20 +337,6 @@ def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flu
     if job.fingerprint not in (None, pipe.checkpoint.source.get("fingerprint")):
         notice(f"{job.model} has other weights than when the image was made, so the new one will differ", job.quiet)
     return pipe
-
-
-def _hint(pipe: "Flux2Pipeline", job: Job, request: "Request", edit: "Edit") -> None:
-    """Say where 4 bits take longer than the 16 for which there is memory."""
-    from ..device import chip, is_slow_with_qint4
-    from ..networks import Networks
-
-    if job.quant != "qint4" or not is_slow_with_qint4():
-        return
-    own = pipe.networks
-    plain = Networks.described(pipe.checkpoint.model, "bf16", own.text_quant, own.dtype, own.memory_limit)
-    planned = plain.plan(request, edit)
-    if planned.fits and not planned.phase("transformer").streamed:
-        notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it", job.quiet)
 
 
 def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:
