@@ -88,7 +88,7 @@ class Flux2Output:
         for target in targets:
             if target.suffix.lower() not in FORMATS:
                 raise InputError(f"can't write {target}: the name must end in {', '.join(FORMATS)}")
-            if os.path.lexists(target) and not replace:
+            if _is_taken(target) and not replace:
                 raise InputError(f"{target} exists; choose another name, or say replace=True")
         settings = self.settings or [None] * len(images)
         try:
@@ -124,6 +124,18 @@ class Flux2Output:
             words = {"prompt": slug(own.get("prompt") or ""), "model": model_name(own.get("model") or "flux2")}
             values.append({"seed": seed, "index": index, **words, **sizes})
         return paths([text] * count, values, listed=False, keep=replace)
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether something is at `path`; InputError if nothing can be."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"can't write {str(path)[:80]!r}: {reason}; choose another name") from error
+    return True
 
 
 def check_output_type(output_type: Any) -> None:

@@ -63,6 +63,10 @@ def test_several_images_are_told_apart(two, folder):
         ("{prompt}{x}.png", r"there is no {x} in the name '{prompt}{x}\.png'; use {seed}, {prompt}"),
         ("there.png/a.png", "can't write there.png: File exists"),
         ("there-{seed}.png", "there-7.png exists; choose another name, or say replace=True"),
+        ("x" * 300 + ".png", r"can't write 'x+'?: File name too long; choose another name"),
+        ("x" * 300 + "{seed}.png", "File name too long"),
+        ("x" * 300, "File name too long"),
+        ("a\0{seed}.png", "can't write .*null"),
         (5, "a path must be text or a Path, got int"),
     ],
 )

@@ -227,14 +227,15 @@ def test_a_callback_may_change_the_latents(kind, pipe):
 @pytest.mark.parametrize(
     ("returned", "match"),
     [
-        (np.zeros((1, 12, 8), np.float32), r"returned latents \(1, 12, 8\); give finite numbers of the shape \(1, 12"),
-        (np.full((1, 12, 16), np.nan, np.float32), "give finite numbers"),
-        ("much", "a callback returned str for latents"),
+        ({"latents": np.zeros((1, 12, 8), np.float32)}, r"returned latents \(1, 12, 8\); give finite numbers of the"),
+        ({"latents": np.full((1, 12, 16), np.nan, np.float32)}, "give finite numbers"),
+        ({"latents": "much"}, "a callback returned str for latents"),
+        (np.zeros((1, 12, 16)), "a callback returned ndarray; give a dictionary of latents or None"),
     ],
 )
 def test_what_a_callback_returns_is_checked(returned, match, pipe):
     with pytest.raises(InputError, match=match):
-        pipe(FOX, callback_on_step_end=lambda *step: {"latents": returned}, **SETTINGS)
+        pipe(FOX, callback_on_step_end=lambda *step: returned, **SETTINGS)
 
 
 def test_encoded_prompts_can_be_used_in_another_thread(pipe):
