@@ -120,7 +120,10 @@ class Storm:
                 yield f"{path.name} is half written: {error}"
         if kind == "convert":
             # The next start brings back what a killed one had moved away.
-            trial.also("info", "-m", "target").communicate()
+            shown = trial.also("info", "target")
+            _, stderr = shown.communicate()
+            if shown.returncode:
+                yield f"the model can't be used: {stderr}"
         checkpoints = [path for path in visible(trial.folder / "models") if (path / "flux2.json").exists()]
         for checkpoint in [trial.folder / "target"] if kind == "convert" else checkpoints:
             try:
