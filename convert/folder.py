@@ -26,14 +26,11 @@ from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
+from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.weights import TensorInfo, Written, read_json, write_bytes, write_safetensors
 
 _SHARD_BYTES = 4 << 30
 LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 # What a checkpoint consists of, folder by folder.
 _OWN = {
     ".": (

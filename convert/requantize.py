@@ -11,10 +11,11 @@ from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component,
 from flux2_mlx.components import quantizations
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
 from flux2_mlx.weights import load_arrays, read_json
 
-from .folder import TOKENIZER_FILES, Inspection, Layer, Part, check_target, write_folder
+from .folder import Inspection, Layer, Part, check_target, write_folder
 from .write import stored_arrays, stored_names
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux2_mlx.checkpoint import COUNTS, Component, check_counts
+from flux2_mlx.checkpoint import Component, check_counts
+from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import Config, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo, load_arrays, read_headers, read_json
@@ -73,7 +74,7 @@ class Source:
     def check(self) -> None:
         """CheckpointError if the configs ask for more than the files hold, or for networks that can't be built."""
         for name, config in self.configs.items():
-            part = name if name in self.tensors else "text_encoder"  # which the other two are made from
+            part = COMPONENTS[name].part
             path = self.folder / part / "config.json"
             check_counts(_counts(name, config), self.tensors[part], path)
             Component(name, config, None, ()).check(path)
@@ -112,7 +113,7 @@ def _counts(name: str, config: Any) -> dict[str, tuple[str, int]]:
         }
     if name in ("text_encoder", "language_model"):
         return {"model.layers.": ("num_hidden_layers", config.num_hidden_layers + config.num_later_layers)}
-    return COUNTS[name](config)
+    return COMPONENTS[name].counts(config)
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

@@ -14,12 +14,12 @@ from flux2_mlx.components import COMPONENTS, quantizations
 from flux2_mlx.config import Config
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
-from flux2_mlx.text import TOKENIZERS
+from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
 from flux2_mlx.weights import TensorInfo, mismatches, raise_problems
 
 from . import text, transformer, vae
 from .blobs import blobs, check_blob
-from .folder import TOKENIZER_FILES, Inspection, Layer, Part, check_target, write_folder
+from .folder import Inspection, Layer, Part, check_target, write_folder
 from .rules import Rule, Shape
 from .sources import FLOATS, Source
 

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten
 from .components import COMPONENTS, PAINTING, by_field, geometries, quantizations
 from .config import Variant, get_variant
 from .errors import CheckpointError, InputError
+from .files import read_bytes
 from .quantization import BITS, DEFAULT_TEXT_QUANT, check_statement, quantize_array, quantize_module, statement
 from .staging import bring_back
-from .text import TOKENIZERS, PromptTokenizer
+from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
 from .weights import NONSENSE, READER, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
 
 FORMAT_VERSION = 1
@@ -28,6 +29,7 @@ FILES = "files"  # in the manifest: bytes and SHA-256 of every other file
 DIGEST = "sha256"  # in the manifest: of its other keys
 TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
 _FEW_BLOCKS = 8
+_SMALL = 1 << 25  # bytes; the largest tokenizer has 17 million, which take some 10 ms to hash
 
 
 def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
@@ -230,6 +232,7 @@ class Checkpoint:
         if not checkpoint.tokenizer_file.is_file():
             raise CheckpointError(f"{folder} is incomplete: there is no {checkpoint.tokenizer_file}")
         _ = checkpoint.tokenizer  # refuses what does not belong to the encoder
+        checkpoint._check_small_files(manifest)
         return checkpoint
 
     def _check_consistency(self) -> None:
@@ -244,6 +247,30 @@ class Checkpoint:
                 raise InputError(f"it says {quant} where the {name} is stored with {stored or 16} bits")
         check_fit(self.variant, {name: component.config for name, component in self.components.items()})
 
+    def _check_small_files(self, manifest: dict[str, Any]) -> None:
+        """Compare what is no weights with its records, if there are any: a change would show in no shape."""
+        try:
+            records = recorded(manifest)
+        except InputError as error:
+            raise CheckpointError(f"{self.folder / MANIFEST} {error}") from error
+        again = "convert the model again (also where this was done on purpose)"
+        for name, record in records.items():
+            size = record["bytes"]
+            if name.endswith(".safetensors") or not isinstance(size, int) or size > _SMALL:
+                continue
+            path = self.folder / name
+            try:
+                same = path.stat().st_size == size and _digest(path) == record["sha256"]
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{path} is missing; {again}") from error
+            except OSError as error:
+                raise CheckpointError(f"can't read {path}: {error.strerror}") from error
+            if not same:
+                raise CheckpointError(f"{path} is not what was converted; {again}")
+        for path in self.tokenizer_files if records else ():
+            if path.relative_to(self.folder).as_posix() not in records:
+                raise CheckpointError(f"{path} was not there after the conversion; remove it, or {again}")
+
     @property
     def model(self) -> Variant:
         """The variant with the geometries that are really here."""
@@ -257,6 +284,11 @@ class Checkpoint:
     @property
     def tokenizer_file(self) -> Path:
         return self.folder / "tokenizer" / "tokenizer.json"
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """All that the tokenizer is read from."""
+        return [path for name in TOKENIZER_FILES if (path := self.tokenizer_file.with_name(name)).is_file()]
 
 
 def fitted(variant: Variant, configs: dict[str, Any]) -> Variant:
@@ -288,6 +320,30 @@ def _is_changed(manifest: dict[str, Any]) -> bool:
         return DIGEST in manifest and manifest[DIGEST] != sealed(manifest)[DIGEST]
     except RecursionError:  # what can just be read may be nested too deep to be written
         return True
+
+
+def recorded(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The record of each other file, its `bytes` and `sha256`, by its path; none in a checkpoint of older versions.
+
+    Raises:
+        InputError: the manifest does not say which files there are.
+    """
+    records = manifest.get(FILES)
+    if records is None:
+        return {}
+    if isinstance(records, dict) and records and all(_is_record(*item) for item in records.items()):
+        return records
+    raise InputError("is damaged: it does not say which files there are")
+
+
+def _is_record(name: str, record: Any) -> bool:
+    path = PurePosixPath(name)
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return inside and isinstance(record, dict) and all(key in record for key in ("bytes", "sha256"))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(read_bytes(path, _SMALL)).hexdigest()
 
 
 def variant_components(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, Component]:

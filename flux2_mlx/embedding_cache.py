@@ -176,7 +176,7 @@ class CachedEncoder:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return _fingerprint(self._checkpoint.components["text_encoder"])
+        return fingerprint(self._checkpoint.components["text_encoder"])
 
     @cached_property
     def _encoder(self) -> TextEncoder:
@@ -208,11 +208,11 @@ def _limit() -> int:
     return int(text)
 
 
-def _fingerprint(encoder: Component) -> str:
-    """SHA-256 of what tells an encoder's files from all others, a copy of them included: where and what they are, when
+def fingerprint(network: Component) -> str:
+    """SHA-256 of what tells a network's files from all others, a copy of them included: where and what they are, when
     they were last changed, and pieces of their content. What a folder says about itself would be a claim."""
-    digest = hashlib.sha256(repr((encoder.config, encoder.quantization)).encode())
-    for path in encoder.files:
+    digest = hashlib.sha256(repr((network.config, network.quantization)).encode())
+    for path in network.files:
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())

@@ -12,7 +12,7 @@ from . import arguments
 from .acquisition import FirstUse
 from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
-from .device import activation_dtype, memory_bytes
+from .device import activation_dtype, computing_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
@@ -126,7 +126,7 @@ class Flux2Pipeline(BasePipeline):
         """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of `from_pretrained`,
         and `name` is what the model was asked for as."""
         name = str(folder) if name is None else name
-        wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
+        wanted = {"dtype": computing_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
         networks = Networks.of(Checkpoint.open(folder), quant, text_quant, **wanted)
         if not prompt_cache:
             return cls(networks, name=name)

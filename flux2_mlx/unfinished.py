@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from . import __version__
 from .device import dtype_name
-from .embedding_cache import EmbeddingCache, Form
+from .embedding_cache import EmbeddingCache, Form, fingerprint
 from .networks import Networks
 from .references import Edit
 from .sampling import Request
@@ -70,19 +70,19 @@ class Waiting:
 
 def _keys(networks: Networks, request: Request, edit: Edit) -> Iterator[str]:
     settings = asdict(request) | dict.fromkeys(("prompts", "negative_prompts", "seeds"))
-    shared = [__version__, mx.__version__, str(mx.default_device()), _weights(networks), settings, _pictures(edit)]
+    shared = [__version__, mx.__version__, str(mx.default_device()), _model(networks), settings, _pictures(edit)]
     for place, seed in enumerate(request.seeds):
         number = place // request.images_per_prompt
         own = [request.prompts[number], request.negative_prompts[number:][:1], seed]
         yield hashlib.sha256(json.dumps([*shared, *own]).encode()).hexdigest()
 
 
-def _weights(networks: Networks) -> list:
-    """What tells these weights from all others: their very files, and what is made of them."""
-    files = [file for part in networks.checkpoint.components.values() for file in part.files]
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _model(networks: Networks) -> list:
+    """What tells this model from all others: the very files that it is read from, and what is made of them."""
     checkpoint = networks.checkpoint
-    return [checkpoint.variant.name, networks.quant, networks.text_quant, dtype_name(networks.dtype), states]
+    names = [checkpoint.variant.name, networks.quant, networks.text_quant, dtype_name(networks.dtype)]
+    tokenizer = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.tokenizer_files}
+    return [*names, tokenizer, [fingerprint(part) for part in checkpoint.components.values()]]
 
 
 def _pictures(edit: Edit) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from .checkpoint import DIGEST, FILES, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint
-from .errors import CheckpointError, Flux2Error, one_line
+from .checkpoint import DIGEST, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint, recorded
+from .errors import CheckpointError, Flux2Error, InputError, one_line
 from .files import write
 from .weights import NONSENSE, TensorInfo, open_model_file, raise_problems, read_header, read_json
 
@@ -61,7 +61,7 @@ class Report:
     problems: list[Problem]
     hashed: bool
     sealed: bool
-    files: dict[str, list[int]]  # size and time of change of each file, as they were before it was read
+    files: dict[str, list[int]]  # size and times of change of each file, as they were before it was read
 
     def remember(self) -> bool:
         """Note in the folder that it was found good, or forget that it once was; gives whether that could be done."""
@@ -71,7 +71,7 @@ class Report:
             if self.problems:
                 memory.unlink(missing_ok=True)
             else:
-                values = {"time": time, "hashed": self.hashed, "files": self.files}
+                values = {"time": time, "hashed": self.hashed, "states": self.files}
                 write(memory, json.dumps(values, indent=2).encode(), replace=True)
         except OSError:
             return False
@@ -92,7 +92,7 @@ def remembered(folder: Path) -> Memory | None:
         return None
     try:
         values = read_json(folder / _MEMORY)
-        time, before = datetime.fromisoformat(values["time"]).isoformat(timespec="seconds"), dict(values["files"])
+        time, before = datetime.fromisoformat(values["time"]).isoformat(timespec="seconds"), dict(values["states"])
     except (*NONSENSE, CheckpointError):
         return None
     now = _states(folder)
@@ -126,7 +126,8 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
     try:
         Checkpoint.open(folder)
     except Flux2Error as error:
-        if str(error) not in {f"{folder / (problem.file or '')} {problem.what}" for problem in problems}:
+        known = tuple(f"{folder / (problem.file or '')} {problem.what}" for problem in problems)
+        if not str(error).startswith(known):
             problems.append(Problem(None, None, str(error)))
     return Report(folder, problems, bool(records), DIGEST in manifest, states)
 
@@ -171,13 +172,13 @@ class _Meter:
 
 
 def _states(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of every file that a checkpoint may consist of."""
+    """Size and times of change of every file that a checkpoint may consist of: that of its content can be set back."""
     found = {}
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
         if path.suffix in (".json", ".safetensors", ".jinja") and path.name != _MEMORY:
             with suppress(OSError):  # a link to nothing
                 status = path.stat()
-                found[path.relative_to(folder).as_posix()] = [status.st_size, status.st_mtime_ns]
+                found[path.relative_to(folder).as_posix()] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     return found
 
 
@@ -190,19 +191,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _records(manifest: dict[str, Any], problems: list[Problem]) -> dict[str, dict[str, Any]]:
     """The manifest's record of each file that lies in the folder; what is wrong with it is added to `problems`."""
-    records = manifest.get(FILES)
-    if records is None:
+    try:
+        return recorded(manifest)
+    except InputError as error:
+        problems.append(Problem(MANIFEST, None, str(error)))
         return {}
-    if isinstance(records, dict) and records and all(_is_record(*item) for item in records.items()):
-        return records
-    problems.append(Problem(MANIFEST, None, "is damaged: it does not say which files there are"))
-    return {}
-
-
-def _is_record(name: str, record: Any) -> bool:
-    path = PurePosixPath(name)
-    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    return inside and isinstance(record, dict) and all(key in record for key in ("bytes", "sha256"))
 
 
 def _tensor_hashes(folder: Path) -> dict[str, dict[str, str]]:

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from tiny_model import VARIANT, write_source
 
 from flux2_mlx import CheckpointError, Flux2Pipeline
-from flux2_mlx.checkpoint import MANIFEST, sealed
+from flux2_mlx.checkpoint import FILES, MANIFEST, sealed
 from flux2_mlx.embedding_cache import EmbeddingCache
 from flux2_mlx.images import MAX_INPUT_PIXELS, open_image, read_settings
 from flux2_mlx.verification import verify
@@ -199,13 +199,23 @@ class Bench:
         if path.name == MANIFEST and rng.random() < 0.6 and resealed(path):
             pixels(model)  # which it may well change: it says that it is meant so
             return "resealed"
-        return self.used(model)
+        return self.used(model) if path.name == MANIFEST else self.used_unrecorded(rng, model)
 
     def tokenizer(self, rng: random.Random) -> str:
         model = rng.choice(self.models)
         path = rng.choice(sorted((model / "tokenizer").glob("*.json")))
         self.write(path, damaged_json(rng, path.read_bytes()))
-        return self.used(model)
+        return self.used_unrecorded(rng, model)
+
+    def used_unrecorded(self, rng: random.Random, model: Path) -> str:
+        """The same, but mostly of a model that says of no file what it was, so that all else is checked."""
+        if rng.random() < 0.3:
+            return self.used(model)
+        manifest = json.loads((model / MANIFEST).read_bytes())
+        del manifest[FILES]
+        self.write(model / MANIFEST, json.dumps(sealed(manifest)).encode())
+        pixels(model)  # which may well be others
+        return "unrecorded"
 
     def converted(self, rng: random.Random) -> str:
         path = rng.choice(sorted(path for path in self.source.rglob("*") if path.is_file()))

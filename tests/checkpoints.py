@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flux2_mlx.checkpoint import DIGEST, sealed
+from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, sealed
 from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig, VisionConfig
 
 torch.set_num_threads(1)  # more threads only wait for each other on networks so small
@@ -210,10 +211,22 @@ def convert(
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None removes a key. A manifest is sealed again, as if it had been written so."""
+    """Change keys of a JSON file; None removes a key. A manifest is sealed again, and has another record of a file of
+    its checkpoint, as if these had been written so."""
     values = json.loads(path.read_text()) | changes
     values = {key: value for key, value in values.items() if value is not None}
     path.write_text(json.dumps(sealed(values) if DIGEST in values else values))
+    record(path)
+
+
+def record(path: Path) -> None:
+    """Record a file of a checkpoint as it is now, as if it had been converted so."""
+    manifest = path.parents[1] / MANIFEST
+    values = json.loads(manifest.read_text()) if manifest.exists() else {}
+    if FILES in values:
+        data = path.read_bytes()
+        values[FILES][f"{path.parent.name}/{path.name}"] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+        manifest.write_text(json.dumps(sealed(values) if DIGEST in values else values))
 
 
 def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -160,6 +160,41 @@ def test_damage_is_found_at_opening(case, folder):
     assert "\n" not in str(caught.value)
 
 
+SMALL_FILES = (
+    *(f"{name}/config.json" for name in ("transformer", "text_encoder", "vae")),
+    *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"),
+)
+
+
+@pytest.mark.parametrize("name", [*SMALL_FILES, "tensors.json"])
+def test_a_small_file_that_was_changed_by_hand(name, folder):
+    (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+    match = rf"{name} is not what was converted; convert the model again \(also where this was done on purpose\)$"
+    with pytest.raises(CheckpointError, match=match):
+        Checkpoint.open(folder)
+    edit("flux2.json", files=None)(folder)  # there were none once
+    Checkpoint.open(folder)
+
+
+def test_a_change_of_the_same_size(folder):
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_bytes(path.read_bytes().replace(b"3.0", b"4.0"))
+    with pytest.raises(CheckpointError, match=r"scheduler_config.json is not what was converted"):
+        Checkpoint.open(folder)
+
+
+def test_small_files_that_are_gone_or_new(folder):
+    new = folder / "tokenizer/special_tokens_map.json"
+    new.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"special_tokens_map.json was not there after the conversion; remove"):
+        Checkpoint.open(folder)
+    new.unlink()
+    Checkpoint.open(folder)
+    (folder / "tokenizer/tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json is missing; convert the model again"):
+        Checkpoint.open(folder)
+
+
 def test_a_folder_without_manifest_is_no_checkpoint(folder):
     assert is_checkpoint(folder)
     (folder / "flux2.json").unlink()

@@ -139,10 +139,15 @@ def exchange(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data[:8] + encoded + data[8 + length :])
 
 
+def config(**changes: object) -> bytes:
+    """The transformer's with these changes."""
+    return json.dumps(json.loads((DEMO / "transformer/config.json").read_bytes()) | changes).encode()
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (remove(WEIGHTS), f"{WEIGHTS}: is missing"),
     "missing tokenizer": (remove("tokenizer"), "tokenizer/tokenizer.json: is missing"),
-    "changed config": (edit("transformer/config.json", rope_theta=1999), f"transformer/config.json: {CHANGED}"),
+    "changed config": (fill("transformer/config.json", config(rope_theta=1999)), f"transformer/config.json: {CHANGED}"),
     "changed template": (fill("tokenizer/chat_template.jinja", b"{{ x }}"), f"chat_template.jinja: {CHANGED}"),
     "one more file": (
         lambda folder: shutil.copy(folder / WEIGHTS, folder / "vae/model-2.safetensors"),
@@ -279,14 +284,21 @@ def test_info_tells_what_was_verified_and_has_changed_since(folder):
     set_value(folder, TENSOR, 0x7F7F)
     os.utime(folder / WEIGHTS, ns=(1, 1))
     shutil.copy(folder / WEIGHTS, folder / "vae/more.safetensors")
-    (folder / "tokenizer/tokenizer_config.json").unlink()
-    changed = "tokenizer/tokenizer_config.json, vae/model.safetensors, vae/more.safetensors"
+    changed = "vae/model.safetensors, vae/more.safetensors"
     assert verdict(folder) == f"changed since it was verified at {values['time']}: {changed}"
     assert run("models", "verify", str(folder)).exit_code == 1
     assert verdict(folder) == "not verified"  # what was found damaged is not remembered as good
 
 
-@pytest.mark.parametrize("note", [b"", b"{}", b"[]", b'{"time": 3, "files": {}}', b'{"time": "today", "files": []}'])
+def test_a_time_that_was_set_back_is_seen(folder):
+    done("models", "verify", str(folder))
+    before = (folder / WEIGHTS).stat()
+    set_value(folder, TENSOR, 0x7F7F)
+    os.utime(folder / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert verdict(folder).startswith("changed since it was verified at 2")
+
+
+@pytest.mark.parametrize("note", [b"", b"{}", b"[]", b'{"time": 3, "states": {}}', b'{"time": "today", "states": []}'])
 def test_a_note_that_is_none(note, folder):
     (folder / "verified.json").write_bytes(note)
     assert remembered(folder) is None

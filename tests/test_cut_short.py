@@ -1,12 +1,18 @@
 """Runs that are cut short: what was finished goes to the caller, whatever ends the run and however it was planned."""
 
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from cli_runner import DEMO
+from damage import edit
 
 from flux2_mlx import Flux2Output, Flux2Pipeline, RangeError, memory, run, unfinished
+from flux2_mlx.references import Edit
 
 PROMPT = "a red ring"
 SIZE = {"width": 32, "height": 32}
@@ -166,3 +172,38 @@ def test_pictures_are_hashed_once_in_a_run_and_only_if_images_wait(pipe, monkeyp
     request = pipe.request([PROMPT], images_per_prompt=3, seed=1, **RUN)
     pipe.run(request, resume=True)
     assert len(calls) == (0 if pipe.networks.plan(request).beside else 1)
+
+
+def flip_and_set_back(name):
+    """Change bytes of a file that no sample may meet, and set its time of change back."""
+
+    def change(folder):
+        before = (folder / name).stat()
+        with (folder / name).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x01")
+        os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(flip_and_set_back(f"{part}/model.safetensors") for part in ("transformer", "text_encoder", "vae")),
+        edit("transformer/config.json", rope_theta=10.0),
+        edit("text_encoder/config.json", rope_theta=10.0),
+        edit("tokenizer/tokenizer_config.json", padding_side="left"),
+    ],
+)
+def test_images_that_a_changed_model_has_left_are_not_gone_on_with(change, tmp_path):
+    folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+    def keys():
+        pipe = Flux2Pipeline.from_pretrained(folder)
+        return list(unfinished._keys(pipe.networks, pipe.request([PROMPT], seed=1, **RUN), Edit()))
+
+    whole = keys()
+    assert keys() == whole
+    change(folder)
+    assert keys() != whole

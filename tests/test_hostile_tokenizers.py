@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small, write_dev_tokenizer, write_tokenizer
+from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, record, save_small, write_dev_tokenizer, write_tokenizer
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint
@@ -43,6 +43,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+    record(path)
 
 
 def shift_added(by: int) -> Callable[[dict[str, Any]], object]:

@@ -44,6 +44,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         texts, edited = [prompt.text for prompt in job.prompts], job.pictures.settings(hashes)
         record = Record(job, pipe, edit, edited, _requests(job, _batches(job, _builder(pipe, edit), texts)), texts)
         record.paths = _paths(job, edit, record.requests)
+        _hint(pipe, job, record.requests[0], edit)
         _check_paths(job, [path for path in record.paths if path not in checked])
         missing = _skip(record)
         try:
@@ -337,6 +338,20 @@ def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flu
     if job.fingerprint not in (None, pipe.checkpoint.source.get("fingerprint")):
         notice(f"{job.model} has other weights than when the image was made, so the new one will differ", job.quiet)
     return pipe
+
+
+def _hint(pipe: "Flux2Pipeline", job: Job, request: "Request", edit: "Edit") -> None:
+    """Say where 4 bits take longer than the 16 for which there is memory."""
+    from ..device import chip, is_slow_with_qint4
+    from ..networks import Networks
+
+    if job.quant != "qint4" or not is_slow_with_qint4():
+        return
+    own = pipe.networks
+    plain = Networks.described(pipe.checkpoint.model, "bf16", own.text_quant, own.dtype, own.memory_limit)
+    planned = plain.plan(request, edit)
+    if planned.fits and not planned.phase("transformer").streamed:
+        notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it", job.quiet)
 
 
 def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:
