@@ -30,6 +30,7 @@ from .downloads import (
     redacted,
 )
 from .errors import CheckpointError, DownloadError
+from .files import Claim
 from .hub_cache import INDEX, Download, is_complete, is_needed, is_weight, make_folder, storage_of
 from .weights import HEADER_LIMIT
 
@@ -103,7 +104,8 @@ def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, 
     if INDEX not in listed.files:
         raise DownloadError(f"{repo_id} has no {INDEX}, so it is no diffusers-layout model; give another repo id")
     try:
-        return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
+        with Claim(storage_of(hub.cache, repo_id), make=True):
+            return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
     except (RefusedError, BrokenError, OSError) as error:
         raise DownloadError(_explain_download(error, hub, repo_id)) from error
 
