@@ -1,7 +1,9 @@
 """From the configs of a folder in the diffusers layout to our geometry."""
 
+import os
 import reprlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from flux2_mlx.config import (
     get_variant,
 )
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.hub_cache import PICKLES
 from flux2_mlx.weights import read_json
 
 from . import options
 from .options import check_alike, checked, refuse, rope_theta
 
 MODEL_INDEX = "model_index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PARTS = ("transformer", "text_encoder", "vae")
 # The pipelines of diffusers that are saved as such a folder, with what they take for a missing `is_distilled`.
 _DEV = ("Flux2Pipeline", "Flux2ModularPipeline")
 _KV = "Flux2KleinKVPipeline"
@@ -38,7 +41,9 @@ _FILES = {
     ".gguf": "a GGUF file, whose quantized weights are not read",
     ".safetensors": "one file of weights",
 }
-_UNQUANTIZED = "give the model that it was made from, with quant qint8 or qint4 to have that quantized"
+_UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint4 here"
+COMPLETE = "fetch it again, or give a complete copy"
+_SCHEDULER = "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
 _CLASSES = {
     "transformer": "Flux2Transformer2DModel",
@@ -50,23 +55,47 @@ _TEXT_SECTIONS = {"qwen3": "", "mistral3": "text_config."}
 _VISION_SECTION = "vision_config."
 
 
-def read_configs(folder: Path, variant: str | None) -> tuple[Variant, dict[str, Config]]:
-    """The model's row of the table, and the geometry of each of its networks.
+@dataclass(frozen=True)
+class Description:
+    """What the small files of a folder say, of which nothing but the kind of the model is understood yet."""
 
-    Args:
-        folder: holds `model_index.json`.
-        variant: the model's name where geometry and `model_index.json` can't tell, or None.
+    folder: Path
+    index: dict[str, Any]
+    values: dict[str, dict[str, Any]]
+    scheduler: dict[str, Any]
+
+
+def describe(folder: Path) -> Description:
+    """Read the small files of the folder that holds `model_index.json`.
 
     Raises:
-        CheckpointError: another model, or one that asks for what is not implemented.
+        CheckpointError: another family of models, a file that is missing or damaged, quantized weights.
     """
     index = read_index(folder)
-    paths = {name: folder / name / "config.json" for name in ("transformer", "text_encoder", "vae")}
+    paths = {name: folder / name / "config.json" for name in _PARTS}
+    for path in (*paths.values(), folder / _SCHEDULER):
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
     values = {name: read_json(path) for name, path in paths.items()}
     for name, config in values.items():
         if stored := config.get("quantization_config") or config.get("compression_config"):
             method = stored.get("quant_method") if isinstance(stored, dict) else None
             refuse_quantized(folder / name, f"quantized by {method or 'an unknown method'!s:.80}")
+    return Description(folder, index, values, read_json(folder / _SCHEDULER))
+
+
+def read_configs(description: Description, variant: str | None) -> tuple[Variant, dict[str, Config]]:
+    """The model's row of the table, and the geometry of each of its networks.
+
+    Args:
+        description: what `describe` has read.
+        variant: the model's name where geometry and `model_index.json` can't tell, or None.
+
+    Raises:
+        CheckpointError: another model, or one that asks for what is not implemented.
+    """
+    folder, index, values = description.folder, description.index, description.values
+    paths = {name: folder / name / "config.json" for name in _PARTS}
     configs = {}
     configs["transformer"] = described(
         "transformer", _transformer_values(values["transformer"], paths["transformer"]), paths["transformer"]
@@ -75,8 +104,7 @@ def read_configs(folder: Path, variant: str | None) -> tuple[Variant, dict[str, 
     configs |= _text_configs(values["text_encoder"], row, paths["text_encoder"])
     configs["vae"] = described("vae", _vae_values(values["vae"], paths["vae"]), paths["vae"])
     check_fit(row, configs)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    checked(read_json(scheduler), options.SCHEDULER, scheduler)
+    checked(description.scheduler, options.SCHEDULER, folder / _SCHEDULER)
     return row, configs
 
 

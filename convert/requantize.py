@@ -1,5 +1,6 @@
 """From an MLX checkpoint in bfloat16 to one with fewer bits, without the source that it was made from."""
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from flux2_mlx.weights import load_arrays, read_json
 from .folder import Inspection, Layer, Part, check_target, write_folder
 from .write import stored_arrays, stored_names
 
+_log = logging.getLogger(__name__)
+
 
 def requantize(
     checkpoint: Checkpoint,
@@ -34,7 +37,8 @@ def requantize(
         checkpoint: the opened checkpoint.
         target: the folder to make; it appears only when it is complete.
         quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored.
-        text_quant: the same for the text encoder; None: as stored, or from `bf16` what goes with `quant`.
+        text_quant: the same for the text encoder; None: as stored, with a warning if that is not what goes with
+            `quant`; or from `bf16` what does.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all: those that are compared with the recorded hashes, and those
             that are written.
@@ -43,10 +47,17 @@ def requantize(
         InputError: nothing would change, what is quantized already can't become that, or `target` can't be written.
         CheckpointError: the checkpoint is not what was converted.
     """
+    usual = None if quant is None or text_quant else DEFAULT_TEXT_QUANT[check_quant(quant)]
     quant, text_quant = requantized(checkpoint, quant, text_quant)
     if (quant, text_quant) == (checkpoint.quant, checkpoint.text_quant):
-        raise InputError(f"{checkpoint.folder} is an MLX checkpoint already")
+        stored = f"stored as {quant} with the text encoder as {text_quant}"
+        raise InputError(
+            f"{checkpoint.folder} is an MLX checkpoint already, {stored}; use it as it is, or ask for less"
+        )
     check_target(target, force)
+    if usual not in (None, text_quant):
+        stays = f"the text encoder of {checkpoint.folder} stays {text_quant}, which can't become {usual}"
+        _log.warning("%s; for that convert the original", stays)
     wanted, parts = quantizations(quant, text_quant), []
     for name, component in checkpoint.components.items():
         parts.append(_part(component, component.quantized(wanted[name]), BITS[wanted[name]]))
@@ -114,7 +125,7 @@ class _Weights:
     def quantized(self, name: str, stored: dict, bits: int | None) -> Iterator[mx.array]:
         array = self._take(name)
         if not mx.isfinite(array).all().item():
-            raise CheckpointError(f"{self._component.files[0].parent}: {name} is not finite")
+            raise CheckpointError(f"{self._component.files[0].parent}: {name} is not finite; convert the model again")
         yield from stored_arrays(array, stored, bits)
 
     def _take(self, name: str) -> mx.array:

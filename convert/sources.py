@@ -12,12 +12,14 @@ from flux2_mlx.checkpoint import Component, check_counts
 from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import Config, Variant
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.hub_cache import PICKLES
 from flux2_mlx.weights import TensorInfo, load_arrays, read_headers, read_json
 
-from .configs import PICKLES, read_configs, refuse_quantized
+from .configs import COMPLETE, describe, read_configs, refuse_quantized
 from .text import canonical
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+TOKENIZER = "tokenizer/tokenizer.json"
 FLOATS = ("BF16", "F16", "F32")
 # What the names of tensors end with that a quantization adds to a model.
 _MARKS = {
@@ -58,16 +60,24 @@ class Source:
             text_only: leave out the transformer and the VAE, whose weights need not be there.
 
         Raises:
-            CheckpointError: another model, pickles, missing or damaged files.
+            CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
         """
-        row, configs = read_configs(folder, variant)
-        if text_only:
-            configs = {name: config for name, config in configs.items() if name not in ("transformer", "vae")}
-        files = {name: _weight_files(folder / name, stem) for name, stem in _STEMS.items() if name in configs}
+        description = describe(folder)
+        files = {
+            name: _weight_files(folder / name, stem)
+            for name, stem in _STEMS.items()
+            if name == "text_encoder" or not text_only
+        }
+        if not (folder / TOKENIZER).is_file():
+            advice = "add that of the model that it was made from, in a local copy of a repo"
+            raise CheckpointError(f"{folder} is incomplete: there is no {TOKENIZER}; {advice}")
         tensors = {name: read_headers(files[name]) for name in files}
         for name, found in tensors.items():
             if how := _quantized(found):
                 refuse_quantized(folder / name, how)
+        row, configs = read_configs(description, variant)
+        if text_only:
+            configs = {name: config for name, config in configs.items() if name not in ("transformer", "vae")}
         tensors["text_encoder"] = {canonical(key): tensor for key, tensor in tensors["text_encoder"].items()}
         return cls(folder, row, configs, files, tensors)
 
@@ -162,7 +172,9 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
     if ".gguf" in suffixes:
         refuse_quantized(folder, "in GGUF files")
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    raise CheckpointError(f"{folder} is incomplete: there is no {', '.join(missing[:3]) or 'weight file'}{more}")
+    raise CheckpointError(
+        f"{folder} is incomplete: there is no {', '.join(missing[:3]) or 'weight file'}{more}; {COMPLETE}"
+    )
 
 
 def _quantized(tensors: dict[str, TensorInfo]) -> str | None:

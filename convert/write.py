@@ -21,7 +21,7 @@ from . import text, transformer, vae
 from .blobs import blobs, check_blob
 from .folder import Inspection, Layer, Part, check_target, write_folder
 from .rules import Rule, Shape
-from .sources import FLOATS, Source
+from .sources import FLOATS, TOKENIZER, Source
 
 _DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
 
@@ -169,11 +169,8 @@ def _check_tensors(source: Source, plans: list[_Plan]) -> None:
 
 
 def _check_tokenizer(source: Source) -> None:
-    file = source.folder / "tokenizer" / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{source.folder} is incomplete: there is no tokenizer/tokenizer.json")
     text = source.configs["text_encoder"]
-    TOKENIZERS[text.model_type](file, text.vocab_size)
+    TOKENIZERS[text.model_type](source.folder / TOKENIZER, text.vocab_size)
 
 
 def _part(source: Source, plan: _Plan) -> Part:
@@ -187,9 +184,9 @@ def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
     array = layer.rule.apply(*parts).astype(mx.bfloat16)
     parts.clear()
     if not mx.isfinite(array).all().item():
-        raise CheckpointError(
-            f"{source.folder / COMPONENTS[plan.component.name].part}: {', '.join(layer.rule.sources)} is not finite"
-        )
+        part = source.folder / COMPONENTS[plan.component.name].part
+        what = f"{part}: {', '.join(layer.rule.sources)} is not finite"
+        raise CheckpointError(f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy")
     yield from stored_arrays(array, layer.stored, plan.bits)
 
 

@@ -1,8 +1,10 @@
 """A model of the Hub becomes a checkpoint: it is looked through first, then its weights are fetched and converted."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ from .checkpoint import Checkpoint
 from .config import Variant
 from .convert import Source, check_source, write_checkpoint
 from .errors import InputError
+from .files import Claim
 from .hub_cache import Download, is_weight
+
+_log = logging.getLogger(__name__)
 
 # Hears bytes done, bytes in all, and `download` or `convert`.
 Progress = Callable[[int, int, str], object]
@@ -88,9 +93,11 @@ def acquire(
             disk.
     """
     fetched: Download | None = None
+    claims = ExitStack()  # nobody removes the source before it is converted
 
     def look(outline: Path, download: Download) -> Download:
         nonlocal fetched
+        claims.enter_context(Claim(download.storage))
         source = Source.open(outline, variant, text_only=text_only)
         components = check_source(source, quant, text_quant)
         download = download.without_weights(_unread(source, download))
@@ -104,13 +111,24 @@ def acquire(
         fetched = download
         return download
 
-    folder = hub.fetch(repo, text_only=text_only, check=look, progress=_labelled(progress, "download"))
-    source = Source.open(folder, variant, text_only=text_only)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    converting = _labelled(progress, "convert")
-    write_checkpoint(source, target, quant, text_quant, name=repo, force=force, progress=converting)
+    with claims:
+        folder = hub.fetch(repo, text_only=text_only, check=look, progress=_labelled(progress, "download"))
+        claims.enter_context(Claim(folder.parent.parent))
+        source = Source.open(folder, variant, text_only=text_only)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        converting = _labelled(progress, "convert")
+        write_checkpoint(source, target, quant, text_quant, name=repo, force=force, progress=converting)
     if fetched and not keep_source:
-        fetched.discard()
+        _discard(fetched)
+
+
+def _discard(download: Download) -> None:
+    """Remove what a download has brought, unless another process is just using it."""
+    try:
+        with Claim(download.storage, alone=True):
+            download.discard()
+    except InputError as error:
+        _log.warning("the download stays: %s", error)
 
 
 def _labelled(progress: Progress | None, what: str) -> Any:

@@ -5,7 +5,8 @@ import json
 import math
 import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 from .components import COMPONENTS, PAINTING, by_field, geometries, quantizations
 from .config import Variant, get_variant
 from .errors import CheckpointError, InputError
-from .files import read_bytes
+from .files import Claim, read_bytes
 from .quantization import BITS, DEFAULT_TEXT_QUANT, check_statement, quantize_array, quantize_module, statement
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
@@ -188,7 +189,7 @@ def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorIn
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified MLX checkpoint folder."""
+    """A verified MLX checkpoint folder, which `models rm` leaves alone as long as this is there."""
 
     folder: Path
     variant: Variant
@@ -196,6 +197,7 @@ class Checkpoint:
     text_quant: str
     source: dict[str, str]
     components: dict[str, Component]
+    claim: Claim | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -206,6 +208,9 @@ class Checkpoint:
         """
         if not is_checkpoint(folder):
             raise CheckpointError(f"{folder} is not an MLX checkpoint: it has no {MANIFEST}")
+        claim = None
+        with suppress(OSError):  # a folder that can't be listed
+            claim = Claim(folder)
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
@@ -223,6 +228,7 @@ class Checkpoint:
                 quantization["text_encoder"],
                 dict(manifest["source"]),
                 {name: Component.open(folder / name, name) for name in manifest["components"]},
+                claim,
             )
             checkpoint._check_consistency()
         except (*NONSENSE, InputError) as error:

@@ -206,3 +206,60 @@ def remove_abandoned(path: Path, *, empty: bool = False) -> None:
                 os.unlink(path)
         finally:
             os.close(descriptor)
+
+
+class Claim:
+    """A hold on a folder, so that nobody removes what is in it. It ends when it is closed or forgotten, and with its
+    process.
+
+    Args:
+        folder: what is held, and made first with `make`. A move takes the hold along.
+        alone: have it for oneself in order to remove it; otherwise others may hold it too.
+
+    Raises:
+        InputError: it is to be had `alone`, and another holds it. OSError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path, *, alone: bool = False, make: bool = False):
+        self._folder, self._descriptor = folder, -1
+        while not self._hold(alone, make):  # whoever had it alone has removed it
+            self.close()
+
+    def _hold(self, alone: bool, make: bool) -> bool:
+        """Lock what is there now; False if that has been removed meanwhile."""
+        folder = self._folder
+        try:
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileExistsError, FileNotFoundError):
+            if make and not os.path.lexists(folder):
+                return False
+            raise
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError as error:
+            self.close()
+            raise InputError(f"{folder} is in use by a download, conversion or run; try again later") from error
+        except OSError:  # some network disks have no locks
+            return True
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(folder))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple:  # a copy of who holds it holds it too
+        return Claim, (self._folder,)
+
+    __del__ = close

@@ -6,6 +6,7 @@
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 import struct
@@ -30,9 +31,20 @@ from .downloads import (
     read_start,
     redacted,
 )
-from .errors import CheckpointError, DownloadError
-from .hub_cache import INDEX, Download, is_complete, is_needed, is_weight, make_folder, storage_of
-from .weights import HEADER_LIMIT
+from .errors import DownloadError, Flux2Error
+from .files import Claim
+from .hub_cache import (
+    INDEX,
+    Download,
+    described,
+    is_complete,
+    is_needed,
+    is_weight,
+    make_folder,
+    pickled_parts,
+    storage_of,
+)
+from .weights import HEADER_LIMIT, POINTER
 
 _logger = logging.getLogger(__name__)
 
@@ -102,9 +114,15 @@ def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, 
             return folder
         raise DownloadError(reason) from error
     if INDEX not in listed.files:
-        raise DownloadError(f"{repo_id} has no {INDEX}, so it is no diffusers-layout model; give another repo id")
+        what = described([*listed.files, *listed.others])
+        raise DownloadError(f"{repo_id} has no {INDEX}, so it is no model in the diffusers layout{what}")
+    if pickled := next(pickled_parts(listed.files, listed.others), None):
+        raise DownloadError(
+            f"{repo_id}/{pickled} holds pickles, which could run code; give a repo with .safetensors files"
+        )
     try:
-        return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
+        with Claim(storage_of(hub.cache, repo_id), make=True):
+            return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
     except (RefusedError, BrokenError, DamagedError, OSError) as error:
         raise DownloadError(_explain_download(error, hub, repo_id)) from error
 
@@ -146,6 +164,7 @@ class _Listing:
     commit: str
     licence: str | None
     files: dict[str, Blob]
+    others: list[str]
 
 
 def _parse(listing: bytes) -> _Listing:
@@ -155,10 +174,11 @@ def _parse(listing: bytes) -> _Listing:
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise ValueError(f"commit {commit!r}")
     files: dict[str, Blob] = {}
-    names = set()
+    names, others = set(), []
     for entry in siblings:
         name = _get(entry, "rfilename", str)
         if not is_needed(name):
+            others.append(name)
             continue
         if name.lower() in names:  # on many disks these are one file
             raise ValueError(f"{name} twice")
@@ -171,7 +191,7 @@ def _parse(listing: bytes) -> _Listing:
         if not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
             raise ValueError(f"{name} with hash {digest!r}")
         files[name] = Blob(size, digest)
-    return _Listing(commit, _licence(info.get("cardData")), files)
+    return _Listing(commit, _licence(info.get("cardData")), files, others)
 
 
 def _licence(card: Any) -> str | None:
@@ -224,8 +244,8 @@ def _download(hub: _Hub, wanted: Download, check: Check | None, progress: Report
         with _outline(hub, wanted) as folder:
             try:
                 wanted = check(folder, wanted)
-            except CheckpointError as error:
-                raise CheckpointError(str(error).replace(str(folder), wanted.repo_id)) from error
+            except Flux2Error as error:
+                raise type(error)(str(error).replace(str(folder), wanted.repo_id)) from error
     absent = [name for name in wanted.missing if is_weight(name)]
     done = wanted.size - sum(wanted.files[name].size for name in absent)
 
@@ -263,7 +283,8 @@ def _url(wanted: Download, name: str) -> str:
 def _outline(hub: _Hub, wanted: Download) -> Iterator[Path]:
     """A folder that looks like the whole snapshot to who reads no weights: what is there, and the missing weights as
     files of their size that take no space but for their headers."""
-    with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as folder:
+    with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as made:
+        folder = os.path.realpath(made)  # as messages name it
         for name, blob in wanted.files.items():
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
@@ -280,6 +301,10 @@ def _header(hub: _Hub, wanted: Download, name: str) -> bytes:
     """The header of a file of weights, with its length before and maybe more after it."""
     size, url = wanted.files[name].size, _url(wanted, name)
     start = read_start(url, hub.headers, min(size, _START)) if size else b""
+    if start.startswith(POINTER):
+        raise DownloadError(
+            f"{wanted.repo_id} has a Git LFS pointer in place of {name}; its owner must upload the file"
+        )
     length = 8 + struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if len(start) < length <= min(size, HEADER_LIMIT):
         start = read_start(url, hub.headers, length)

@@ -12,6 +12,7 @@ from .errors import DownloadError
 from .files import write
 
 INDEX = "model_index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("transformer", "vae", "text_encoder")
 FOLDERS = (*WEIGHTS, "tokenizer", "scheduler")
 # Nothing else of the root: it also holds the transformer as a single file, which would double the download.
@@ -29,6 +30,36 @@ def is_needed(name: str) -> bool:
 
 def is_weight(name: str) -> bool:
     return name.endswith(".safetensors")
+
+
+def described(names: Collection[str]) -> str:
+    """What a repo without an index holds by the names of its files, and what to do, as the end of a sentence."""
+    weights = [name for name in names if is_weight(name)]
+    if "transformer/model.safetensors.index.json" in names and "transformer/config.json" not in names:
+        return ", as mflux saves a model; give the one that it was made from, which becomes qint8 or qint4 here"
+    if "transformer/config.json" in names:
+        return "; give the repo of the model that it was made from"
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        what = f"GGUF files, whose quantized weights are not read ({gguf[0][:80]})"
+        return f": it holds {what}; give the model that they were made from, which becomes qint8 or qint4 here"
+    if adapter := next((name for name in weights if "lora" in name.lower() or "adapter" in name.lower()), None):
+        return f": it holds an adapter (LoRA), which is not read ({adapter[:80]}); give the model that it was made for"
+    if weights:
+        return (
+            f": it holds single files of weights ({weights[0][:80]}); give the whole model as another repo or a folder"
+        )
+    if pickle := next((name for name in names if name.endswith(PICKLES)), None):
+        return f": it holds pickles, which could run code ({pickle[:80]}); give a repo with .safetensors files"
+    return " and holds no weights; give another repo id"
+
+
+def pickled_parts(needed: Collection[str], others: Collection[str]) -> Iterator[str]:
+    """The parts of a model whose weights are there as pickles only."""
+    for part in WEIGHTS:
+        if not any(is_weight(name) and name.startswith(f"{part}/") for name in needed) and any(
+            name.startswith(f"{part}/") and name.endswith(PICKLES) for name in others
+        ):
+            yield part
 
 
 def storage_of(cache: Path, repo_id: str) -> Path:

@@ -46,7 +46,7 @@ def expanded(template: str, values: Values) -> str:
     """`template` with values in place of its {placeholders}; {{ and }} stand for braces.
 
     Raises:
-        InputError: a placeholder is unknown, or a brace stands alone.
+        InputError: a placeholder is unknown or has a format, or a brace stands alone.
     """
     known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
     try:
@@ -58,8 +58,10 @@ def expanded(template: str, values: Values) -> str:
         name += text
         if field is None:
             continue
-        if form or conversion or field not in PLACEHOLDERS:
+        if field not in PLACEHOLDERS:
             raise InputError(f"there is no {{{field}}} in the name {template!r}; use {known}, or {{{{ for a brace")
+        if form or conversion:
+            raise InputError(f"the name {template!r} gives {field} a format, which it can't have; write {{{field}}}")
         name += values[field]
     return name
 
@@ -73,7 +75,8 @@ def paths(templates: Sequence[str | None], images: Sequence[Values], *, listed: 
     """The file of each image, no two of them the same on any disk.
 
     A name that several images would get has the seed added, where that tells them apart, then the prompt, or else a
-    number. A template that ends in / or is a folder gives the folder, in which images are named after model and seed.
+    number. A template that ends in / or is a folder gives the folder, in which images are named after model and seed;
+    one that begins with ~/ is below the home folder.
 
     Args:
         templates: what is asked for each image; None: the current folder.
@@ -98,6 +101,7 @@ def _asked(template: str | None, values: Values) -> tuple[Path, bool]:
     """The path that a template gives, and whether it is a folder."""
     if template is None:
         return Path(), True
+    template = os.path.expanduser(template)
     if os.path.isdir(template or "."):  # whatever braces are in its name
         return Path(template), True
     name = expanded(template, values)

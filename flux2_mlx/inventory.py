@@ -5,7 +5,7 @@ Links are never followed, and files that are not ours are never removed.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .downloads import remove_partial
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import EmbeddingCache
 from .errors import CheckpointError, InputError
+from .files import Claim
 from .hub_cache import INDEX, PARTIAL, is_needed, remove_empty, remove_files, snapshot_files
 from .staging import bring_all_back, is_work, leftovers, remove_leftovers
 from .unfinished import FOLDER as UNFINISHED
@@ -43,6 +44,11 @@ class Item:
     note: str
     names: frozenset[str]
     remove: Callable[[], list[Path]] | None
+
+    def claim(self) -> AbstractContextManager:
+        """Have it for oneself while it is removed; InputError if a download, conversion or run uses it."""
+        is_used = self.kind in ("converted", "source") and self.path.exists()
+        return Claim(self.path, alone=True) if is_used else nullcontext()
 
 
 def inventory(models: Path, cache: Path) -> list[Item]:

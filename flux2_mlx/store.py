@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from .acquisition import Announce, Progress, acquire
@@ -13,6 +13,7 @@ from .config import QUANTIZATIONS, VARIANTS
 from .convert import LAST_USED, Source, check_writable, requantize, write_checkpoint
 from .errors import CheckpointError, DownloadError, InputError
 from .exclusion import exclude
+from .files import Claim
 from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
 from .quantization import DEFAULT_TEXT_QUANT, check_quant
 from .weights import read_json
@@ -130,7 +131,8 @@ def make_checkpoint(
     """
     converting = progress and (lambda done, total: progress(done, total, "convert"))
     if model.is_checkpoint:
-        requantize(Checkpoint.open(model.path), target, quant, text_quant, force=force, progress=converting)
+        stored = Checkpoint.open(_holding(model.path, variant))
+        requantize(stored, target, quant, text_quant, force=force, progress=converting)
         return
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
@@ -140,9 +142,10 @@ def make_checkpoint(
         with _suggesting(model.repo):
             acquire(model.repo, target, quant, text_quant, force=force, **named, **hooks)
     else:
-        source = open_source(model, variant, text_only=text_only)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
+        with Claim(model.path.absolute().parent.parent) if model.repo else nullcontext():  # of the Hub's cache
+            source = open_source(model, variant, text_only=text_only)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
 
 
 def open_source(model: Model, variant: str | None, *, text_only: bool = False) -> Source:
@@ -188,7 +191,7 @@ def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> lis
 
 def _used(folder: Path) -> Path:
     """`folder`, which is in the models folder, after a note of the time."""
-    with suppress(OSError):  # it may belong to someone else
+    with suppress(OSError), Claim(folder):  # it may belong to someone else
         (folder / LAST_USED).touch()
     exclude(folder)
     return folder

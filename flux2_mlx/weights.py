@@ -33,7 +33,7 @@ READER = mx.new_thread_local_stream(mx.cpu)
 NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
-_POINTER = b"version "  # how the small file begins that stands for a large one in a clone without its weights
+POINTER = b"version "  # how the small file begins that stands for a large one in a clone without its weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         try:
             start = file.read(8)
-            if start == _POINTER:
+            if start == POINTER:
                 raise ValueError("it is a Git LFS pointer; fetch the file itself with `git lfs pull`")
             length = struct.unpack("<Q", start)[0]
             if length > min(size - 8, HEADER_LIMIT):

@@ -68,6 +68,13 @@ def test_a_folder_with_braces_in_its_name(folder):
     assert made("-o", "{a}") == ["{a}/demo-7.png"]
 
 
+def test_a_name_below_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "me"))
+    for output, name in (("~/new/", "me/new/demo-7.png"), ("~/{seed}.png", "me/7.png"), ("a~.png", "a~.png")):
+        done("t2i", PROMPT, *SMALL, "--seed", "7", "-o", output)
+        assert (folder / name).is_file()
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -77,7 +84,8 @@ def test_a_folder_with_braces_in_its_name(folder):
             "{height}, {steps}, or {{ for a brace",
         ),
         ("{}.png", "there is no {} in the name"),
-        ("{seed:09}.png", "there is no {seed} in the name"),
+        ("{seed:09}.png", "the name '{seed:09}.png' gives seed a format, which it can't have; write {seed}"),
+        ("{seed!r}.png", "the name '{seed!r}.png' gives seed a format, which it can't have; write {seed}"),
         ("{seed.real}.png", "there is no {seed.real} in the name"),
         ("{seed.png", "can't read the name '{seed.png': expected '}' before end of string; write {{ and }} for braces"),
         ("seed}.png", "can't read the name 'seed}.png': Single '}' encountered in format string; write {{ and }}"),

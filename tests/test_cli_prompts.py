@@ -77,7 +77,10 @@ def test_a_cell_may_hold_a_comma_and_lines():
         "{red|blue} fox",
         '{"scene": "a forest", "subjects": [{"type": "fox"}]}',
         '"quoted"',
-        "prompt,seed",
+        '{"scene": 1, "scene": 2}',
+        "prompt",
+        "prompt, please",
+        "seed,steps",
         "[1, 2]",
         "5",
     ],
@@ -124,6 +127,13 @@ def test_a_line_of_text_is_a_prompt(line):
         ("a.csv", "prompt,seed\n,1\n", "line 2 of a.csv: there is no prompt"),
         ("a.csv", 'prompt\n"a\n', "line 2 of a.csv is no line of a table: "),
         ("a.csv", "prompt\n", "a.csv holds no prompt; write one a line"),
+        ("a.txt", "# head\nprompt,seed\na,1\n", "a.txt begins with the head of a table, 'prompt,seed'; give it a "),
+        ("a.txt", '"Prompt"; steps\n', "a.txt begins with the head of a table, '\"Prompt\"; steps'; give it a name"),
+        ("a.jsonl", '{"prompt": "a", "seed": 1, "seed": 2}', "line 1 of a.jsonl is no JSON (seed stands there twice)"),
+        ("a.txt", '{"prompt": "a", "prompt": "b"}', "line 1 of a.txt is no JSON object (prompt stands there twice)"),
+        ("a.jsonl", '{"prompt": "a", "images": ["狐.png"]}', 'line 1 of a.jsonl: images is how many to make, a whole '
+         'number, not ["狐.png"]; pictures to edit are given by -i'),
+        ("a.jsonl", '{"prompt": "a", "images": "2"}', "line 1 of a.jsonl: images is how many to make, a whole number"),
         ("a.txt", "# only\n\n# this\n", "a.txt holds no prompt; write one a line"),
     ],
 )  # fmt: skip
@@ -257,3 +267,16 @@ def test_more_images_than_a_run_may_have_are_made_in_several(monkeypatch):
     paths = done("t2i", PROMPT, *SMALL, "-n", "5", "--seed", "1", "-o", "a.png").stdout.splitlines()
     assert paths == [f"a-{seed}.png" for seed in range(1, 6)]
     assert np.array_equal(pixels("a-5.png"), pixels(make("--seed", "5", "-o", "b.png")[0]))
+
+
+@pytest.mark.parametrize("head", ["prompt,seed", "Seed;Prompt", '"prompt"\tseed'])
+def test_a_table_on_standard_input(head):
+    separator = head.replace('"', "").lower().replace("prompt", "").replace("seed", "")
+    row = separator.join(["red", "3"] if head.startswith(("p", '"')) else ["3", "red"])
+    result = done("t2i", *SMALL, "--prompts-file", "-", "-o", "a/", stdin=f"# colours\n{head}\n{row}\n")
+    assert result.stdout == "a/demo-3-red.png\n"
+
+
+def test_nothing_on_standard_input():
+    message = "standard input holds no prompt; write one a line"
+    assert refusal("t2i", *SMALL, "--prompts-file", "-", stdin="\n# nothing\n") == message

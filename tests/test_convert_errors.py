@@ -112,13 +112,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         edit(CONFIGS["transformer"], _class_name="FluxTransformer2DModel"),
         "FLUX.2 has 'Flux2Transformer2DModel'",
     ),
-    "no transformer": (remove("transformer"), "can't read .*transformer/config.json"),
-    "no VAE": (remove("vae"), "can't read .*vae/config.json"),
-    "no text encoder": (remove("text_encoder"), "can't read .*text_encoder/config.json"),
+    "no transformer": (remove("transformer"), "is incomplete: there is no transformer/config.json; fetch it"),
+    "no VAE": (remove("vae"), "is incomplete: there is no vae/config.json; fetch it"),
+    "no text encoder": (remove("text_encoder"), "is incomplete: there is no text_encoder/config.json; fetch"),
     "no weights": (remove(TRANSFORMER), "is incomplete: there is no diffusion_pytorch_model.safetensors"),
     "no tokenizer": (remove(TOKENIZER), "there is no tokenizer/tokenizer.json"),
     "tokenizer garbage": (fill(TOKENIZER, b"{}"), "is not a tokenizer file"),
-    "no scheduler": (remove("scheduler"), "can't read .*scheduler_config.json"),
+    "no scheduler": (remove("scheduler"), "incomplete: there is no scheduler/scheduler_config.json; fetch"),
     "other scheduler": (edit(SCHEDULER, time_shift_type="linear"), "time_shift_type is 'linear'"),
     "config nonsense": (edit(CONFIGS["transformer"], num_layers="two"), "config.json describes no transformer"),
     "config zero": (edit(CONFIGS["text_encoder"], num_key_value_heads=0), "config.json describes no text_encoder"),
@@ -172,7 +172,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "NaN": (poison(TRANSFORMER, "proj_out.weight", torch.nan), "transformer: proj_out.weight is not finite"),
     "NaN in the last file": (poison(VAE, "post_quant_conv.weight", torch.nan), "post_quant_conv.weight is not finite"),
     "infinity": (poison(WEIGHTS["text_encoder"], "model.embed_tokens.weight", torch.inf), "is not finite"),
-    "infinity in bfloat16": (poison(VAE, "quant_conv.bias", 3.4e38, torch.float32), "quant_conv.bias is not finite"),
+    "infinity in bfloat16": (
+        poison(VAE, "quant_conv.bias", 3.4e38, torch.float32),
+        "bias is not finite: .*; fetch it a",
+    ),
 }
 
 

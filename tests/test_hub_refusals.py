@@ -5,10 +5,11 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from hub_client import NEEDED, REPO, UNNEEDED, fetch, files_in, refusal, starts
+from hub_client import BIG, NEEDED, REPO, UNNEEDED, fetch, files_in, refusal, starts
 from hub_server import REFUSED, HubServer
 
 import flux2_mlx.downloads
+from flux2_mlx.errors import InputError
 from flux2_mlx.hub import is_repo_id
 
 GATED = {"gated": [REPO], "token": "hf_access"}
@@ -54,6 +55,55 @@ def test_other_layout(home):
     with HubServer({REPO: UNNEEDED}) as hub:
         assert refusal(hub, home).startswith(f"{REPO} has no model_index.json")
         assert hub.fetched == []
+
+
+UNQUANTIZED = "which becomes qint8 or qint4 here"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a-Q4.gguf", "README.md"], ": it holds GGUF files, whose quantized weights are not read (a-Q4.gguf); give the "
+         f"model that they were made from, {UNQUANTIZED}"),
+        (["pytorch_lora_weights.safetensors"], ": it holds an adapter (LoRA), which is not read "
+         "(pytorch_lora_weights.safetensors); give the model that it was made for"),
+        (["flux-2.safetensors"], ": it holds single files of weights (flux-2.safetensors); give the whole model as "
+         "another repo or a folder"),
+        (["transformer/0.safetensors", "transformer/model.safetensors.index.json"],
+         f", as mflux saves a model; give the one that it was made from, {UNQUANTIZED}"),
+        (["transformer/config.json", "transformer/a.safetensors"], "; give the repo of the model that it was made from"),
+        (["model.ckpt"], ": it holds pickles, which could run code (model.ckpt); give a repo with .safetensors files"),
+        (["README.md"], " and holds no weights; give another repo id"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_is_named(names, message, home):
+    with HubServer({REPO: dict.fromkeys(names, b"x" * 2000)}) as hub:
+        expected = f"{REPO} has no model_index.json, so it is no model in the diffusers layout{message}"
+        assert refusal(hub, home) == expected
+        assert hub.fetched == []
+
+
+def test_pickles_only(home):
+    files = {(name if name != BIG else "transformer/diffusion_pytorch_model.bin"): x for name, x in NEEDED.items()}
+    with HubServer({REPO: files}) as hub:
+        message = "holds pickles, which could run code; give a repo with .safetensors files"
+        assert refusal(hub, home) == f"{REPO}/transformer {message}"
+        assert hub.fetched == []
+
+
+def test_a_pointer_that_was_uploaded(home):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 600000\n"
+    with HubServer({REPO: NEEDED | {BIG: pointer}}) as hub:
+        message = refusal(hub, home, check=lambda folder, download: download)
+        assert message == f"{REPO} has a Git LFS pointer in place of {BIG}; its owner must upload the file"
+
+
+def test_an_outline_is_called_by_the_repo_s_name(hub, home):
+    def check(folder, download):
+        raise InputError(f"{folder}/x is no good")
+
+    with pytest.raises(InputError, match=f"^{REPO}/x is no good$"):
+        fetch(hub, home, check=check)
 
 
 def test_full_disk_is_noticed_before_the_download(hub, home, monkeypatch):

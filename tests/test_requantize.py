@@ -81,8 +81,28 @@ def test_what_is_quantized_can_not_become_another(stored, wanted, what, official
 
 
 def test_nothing_to_do(plain):
-    assert refusal("convert", plain, "mine") == f"{plain} is an MLX checkpoint already"
-    assert refusal("convert", plain, "mine", "-q", "bf16", "--text-quant", "bf16").endswith("already")
+    stored = "stored as bf16 with the text encoder as bf16"
+    message = f"{plain} is an MLX checkpoint already, {stored}; use it as it is, or ask for less"
+    assert refusal("convert", plain, "mine") == message
+    assert refusal("convert", plain, "mine", "-q", "bf16", "--text-quant", "bf16") == message
+
+
+def test_another_model_than_it_is(plain):
+    message = f"{plain} holds {VARIANT}, not dev; leave the variant out, or choose another model"
+    assert refusal("convert", plain, "mine", "-q", "qint8", "--variant", "dev") == message
+
+
+def test_a_text_encoder_that_stays_is_spoken_of(official, folder, caplog):
+    half = convert(official, folder / "half", "bf16", "qint8")
+    requantize(Checkpoint.open(half), folder / "a", "qint4")
+    (message,) = caplog.messages
+    assert message == (
+        f"the text encoder of {half} stays qint8, which can't become qint4; for that convert the original"
+    )
+    caplog.clear()
+    requantize(Checkpoint.open(half), folder / "b", "qint4", "qint8")
+    requantize(Checkpoint.open(half), folder / "c", "qint8")
+    assert caplog.messages == []
 
 
 def test_the_command_line(plain, folder):

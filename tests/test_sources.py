@@ -17,7 +17,7 @@ from flux2_mlx.store import find_checkpoint
 
 TRANSFORMER, TEXT, VAE = WEIGHTS.values()
 LINEAR = "transformer_blocks.0.attn.to_q.weight"
-UNQUANTIZED = "give the model that it was made from, with quant qint8 or qint4 to have that quantized"
+UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint4 here"
 Change = Callable[[Path], object]
 
 
@@ -200,7 +200,24 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "it has no model_index.json; copy that of the model that it was made from into it",
     ),
     "Git LFS pointer": (pointer, "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"),
-    "a gap": (gap, "transformer is incomplete: there is no diffusion_pytorch_model-00002-of-00003.safetensors"),
+    "a gap": (
+        gap,
+        "transformer is incomplete: there is no diffusion_pytorch_model-00002-of-00003.safetensors; fetch it again, or "
+        "give a complete copy",
+    ),
+    "no VAE": (
+        lambda folder: shutil.rmtree(folder / "vae"),
+        "{folder} is incomplete: there is no vae/config.json; fetch it again, or give a complete copy",
+    ),
+    "no scheduler": (
+        lambda folder: shutil.rmtree(folder / "scheduler"),
+        "{folder} is incomplete: there is no scheduler/scheduler_config.json; fetch it again, or give a complete copy",
+    ),
+    "no tokenizer.json": (
+        lambda folder: (folder / "tokenizer/tokenizer.json").unlink(),
+        "{folder} is incomplete: there is no tokenizer/tokenizer.json; add that of the model that it was made from, in "
+        "a local copy of a repo",
+    ),
     "FLUX.1": (
         config("model_index.json", _class_name="FluxPipeline"),
         "{folder} holds 'FluxPipeline', not FLUX.2; give a model of that family",
@@ -208,12 +225,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.parametrize("variant", ["demo", None])
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_folder_that_is_not_read_says_why_and_what_to_do(case, source):
+def test_a_folder_that_is_not_read_says_why_and_what_to_do(case, variant, source):
+    """Before it asks for a variant, with which it would not be read either."""
     change, message = REFUSED[case]
     change(source)
     with pytest.raises(CheckpointError) as caught:
-        Source.open(source, "demo")
+        Source.open(source, variant)
     assert str(caught.value).endswith(message.format(folder=source))
 
 

@@ -65,7 +65,8 @@ def download(
             announce=bars.announce,
             progress=bars,
         )
-    _check_quants(folder, quant, text_quant)
+    if resolved.is_checkpoint:
+        _check_quants(folder, quant, text_quant)
     print_result(folder)
 
 

@@ -1,5 +1,6 @@
 """`flux2-mlx models`."""
 
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,8 @@ def rm(
     """Remove models from the disk.
 
     NAME is one of the list of `flux2-mlx models`, or a model's name, which stands for all that was made of it and its
-    download. Files that are not the program's own, and what links lead to, always stay.
+    download. Files that are not the program's own, and what links lead to, always stay, and so does what a download,
+    conversion or run has in use.
 
     \b
     Examples:
@@ -124,11 +126,14 @@ def rm(
         notice(f"{item.kind} {item.name}: {size_text(item.nbytes)}, {item.path}", quiet and yes)
     if chosen and not yes:
         _ask(f"Remove {size_text(sum(item.nbytes for item in chosen))}?")
-    for item in chosen:
-        stayed = item.remove()
-        print_result(item.path)
-        if stayed:
-            notice(f"{len(stayed)} files that are not ours stay, such as {stayed[0]}", quiet)
+    with ExitStack() as claims:
+        for item in chosen:  # all of them first: nothing is removed if one is in use
+            claims.enter_context(item.claim())
+        for item in chosen:
+            stayed = item.remove()
+            print_result(item.path)
+            if stayed:
+                notice(f"{len(stayed)} files that are not ours stay, such as {stayed[0]}", quiet)
 
 
 def _named(name: str, items: "list[Item]", only: str | None) -> "list[Item]":

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,21 +69,25 @@ def read_prompts(name: str) -> list[Prompt]:
     """The prompts of a file; `-` is standard input.
 
     There is one in each line, as text or as a JSON object with settings of its own. The lines of a .jsonl file are all
-    objects, and a .csv file is a table with a head. Empty lines and those that begin with # are skipped.
+    objects, and a .csv file is a table with a head; so is standard input that begins with one of several columns. Empty
+    lines and those that begin with # are skipped.
 
     Raises:
         InputError: the file can't be read, is too large, is no text, or holds no prompt; or a line can't be used.
     """
     lines = _lines(name)
     suffix = Path(name).suffix.lower()
-    if suffix == ".csv":
+    has_head = suffix not in (".csv", *_JSON) and _is_head(_first(lines))
+    if has_head and name != "-":
+        raise InputError(f"{name} begins with the head of a table, {_first(lines)[:80]!r}; give it a name with .csv")
+    if suffix == ".csv" or has_head:
         prompts = list(_rows(lines, name))
     else:
         numbered = ((f"line {number} of {name}", line.strip()) for number, line in enumerate(lines, 1))
         read = _object if suffix in _JSON else _text_or_object
         prompts = [read(line, where) for where, line in numbered if line and not line.startswith("#")]
     if not prompts:
-        raise InputError(f"{name} holds no prompt; write one a line")
+        raise InputError(f"{'standard input' if name == '-' else name} holds no prompt; write one a line")
     return prompts
 
 
@@ -125,15 +130,38 @@ def _object(line: str, where: str) -> Prompt:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_table)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if one of our keys stands there twice."""
+    if twice := next(
+        (key for key, count in Counter(key for key, _ in pairs).items() if count > 1 and key in _KINDS), 0
+    ):
+        raise ValueError(f"{twice} stands there twice")
+    return dict(pairs)
+
+
+def _first(lines: list[str]) -> str:
+    """The first line that is not skipped."""
+    return next((line.strip() for line in lines if line.strip() and not line.startswith("#")), "")
+
+
+def _separator(head: str) -> str:
+    return max(",;\t", key=head.count)
+
+
+def _is_head(line: str) -> bool:
+    """Whether a line can only be meant as the head of a table: the names of several of its columns."""
+    cells = [cell.strip().strip('"').lower() for cell in line.split(_separator(line))]
+    return len(cells) > 1 and "prompt" in cells and set(cells) <= _KINDS.keys()
+
+
 def _rows(lines: list[str], name: str) -> Iterator[Prompt]:
     """The prompts of a table; its cells are separated by what separates those of its head."""
-    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
-    rows = csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True)
+    rows = csv.reader(lines, delimiter=_separator(_first(lines)), strict=True)
     head: list[str] | None = None
     try:
         for row in rows:
@@ -198,7 +226,12 @@ def _sides(size: str, found: Mapping[str, Any]) -> dict[str, int]:
 def _typed(key: str, value: Any, kind: type) -> Any:
     """A value of JSON, whose numbers have types."""
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise InputError(f"{key} must be {_NAMES[kind]}, got {json.dumps(value)[:40]}")
+        shown = json.dumps(value, ensure_ascii=False)[:40]
+        if key == "images" and isinstance(value, list | str):
+            raise InputError(
+                f"images is how many to make, a whole number, not {shown}; pictures to edit are given by -i"
+            )
+        raise InputError(f"{key} must be {_NAMES[kind]}, got {shown}")
     if kind is str and (control := _CONTROL.search(value)):
         raise InputError(f"{key} has the control character {control[0]!a}")
     return value
