@@ -63,7 +63,7 @@ UNQUANTIZED = "which becomes qint8 or qint4 here"
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a-Q4.gguf", "README.md"], ": it holds GGUF files, whose quantized weights are not read (a-Q4.gguf); give the "
+        (["a.gguf", "README.md"], ": it holds GGUF files, whose quantized weights are not read (a.gguf); give the "
          f"model that they were made from, {UNQUANTIZED}"),
         (["pytorch_lora_weights.safetensors"], ": it holds an adapter (LoRA), which is not read "
          "(pytorch_lora_weights.safetensors); give the model that it was made for"),
@@ -71,7 +71,7 @@ UNQUANTIZED = "which becomes qint8 or qint4 here"
          "another repo or a folder"),
         (["transformer/0.safetensors", "transformer/model.safetensors.index.json"],
          f", as mflux saves a model; give the one that it was made from, {UNQUANTIZED}"),
-        (["transformer/config.json", "transformer/a.safetensors"], "; give the repo of the model that it was made from"),
+        (["transformer/config.json", "vae/a.safetensors"], "; give the repo of the model that it was made from"),
         (["model.ckpt"], ": it holds pickles, which could run code (model.ckpt); give a repo with .safetensors files"),
         (["README.md"], " and holds no weights; give another repo id"),
     ],
