@@ -184,6 +184,7 @@ def test_a_png_carries_its_settings_for_us_and_for_other_tools(prompt):
         settings = json.loads(image.text["flux2-mlx"])
     assert settings.pop("fingerprint")
     assert settings.pop("dtype") in ("float32", "bfloat16")
+    assert settings.pop("machine").keys() == {"chip", "mlx", "system", "tf32"}
     assert settings == {
         "prompt": prompt,
         "upsampled_prompt": None,

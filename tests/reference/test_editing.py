@@ -140,7 +140,7 @@ def test_kv_cache_holds_only_keys_and_values(kv):
     transformer = ours.checkpoint.components["transformer"].load(mx.float32)
     config, length = transformer.config, 200
     tokens = mx.random.normal((1, length, config.in_channels))
-    rope = mx.ones((length, config.attention_head_dim // 2), dtype=mx.complex64)
+    rope = mx.ones((length, 2, config.attention_head_dim))
     mx.eval(tokens, rope)
     mx.clear_cache()
     before = mx.get_active_memory()
