@@ -3,8 +3,8 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,8 @@ def acquire(
     def look(outline: Path, download: Download) -> Download:
         nonlocal fetched
         claims.enter_context(Claim(download.storage))
-        source = Source.open(outline, variant, text_only=text_only)
+        with _unheard():  # it is given again of the files themselves
+            source = Source.open(outline, variant, text_only=text_only)
         components = check_source(source, quant, text_quant)
         download = download.without_weights(_unread(source, download))
         converted = sum(component.nbytes for component in components.values())
@@ -129,6 +130,18 @@ def _discard(download: Download) -> None:
             download.discard()
     except InputError as error:
         _log.warning("the download stays: %s", error)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drop warnings about a source."""
+    logger = logging.getLogger(f"{__package__}.convert")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _labelled(progress: Progress | None, what: str) -> Any:

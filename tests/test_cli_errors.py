@@ -123,7 +123,7 @@ def test_a_folder_is_no_file_of_prompts(folder):
 
 
 def test_nothing_on_standard_input():
-    assert refusal("t2i", *SMALL, "--prompts-file", "-", stdin="") == "- holds no prompt; write one a line"
+    assert refusal("t2i", *SMALL, "--prompts-file", "-", stdin="") == "standard input holds no prompt; write one a line"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import VARIANT, WEIGHTS, save_small
+from checkpoints import VARIANT, WEIGHTS, edit_json, save_small
 from cli_runner import Terminal, done, process
 from hub_client import REPO, partial, storage, using
 from hub_server import HubServer
@@ -171,9 +171,31 @@ def test_what_was_there_before_stays(hub, home):
     with using(hub, home):
         fetch(REPO, text_only=True)
         before = names(home)
-        done(*ARGUMENTS, "--no-keep-source")
+        result = done(*ARGUMENTS, "--no-keep-source")
+    told = f"a download of {REPO} was there before and stays; `flux2-mlx models rm {REPO} --only source` removes it\n"
+    assert result.stderr.endswith(told)
     assert names(home) == before
     assert any(name.endswith("text_encoder/model.safetensors") for name in before)
+
+
+def test_a_download_that_nothing_is_made_of_stays(hub, home):
+    """Fewer bits come from the converted model, and a model that is there is not made again."""
+    with using(hub, home):
+        done(*ARGUMENTS)
+        before = names(home)
+        for arguments in (("-q", "qint8"), ()):
+            assert "was there before and stays" in done(*ARGUMENTS, *arguments, "--no-keep-source").stderr
+            assert done(*ARGUMENTS, *arguments, "--no-keep-source", "--quiet").stderr == ""
+    assert names(home) == before
+
+
+def test_a_warning_names_the_file_in_the_cache_only(home, official, tmp_path, caplog):
+    odd = Path(shutil.copytree(official, tmp_path / "odd"))
+    edit_json(odd / "vae" / "config.json", lr_warmup="x")
+    with HubServer({REPO: odd}) as server, using(server, home):
+        done(*ARGUMENTS, "--no-keep-source")
+    (told,) = (record.getMessage() for record in caplog.records if "lr_warmup" in record.getMessage())
+    assert str(home) in told
 
 
 def test_what_another_revision_refers_to_stays(hub, home, official, tmp_path):

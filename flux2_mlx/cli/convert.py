@@ -6,7 +6,7 @@ import click
 
 from ..errors import InputError
 from .options import keep_source_option, quiet_option, variant_option, weight_options
-from .progress import Bars
+from .progress import Bars, source_notice
 from .terminal import print_result
 from .wakefulness import caffeinate_option
 
@@ -62,3 +62,4 @@ def convert(
             progress=bars,
         )
     print_result(target)
+    source_notice(model, keep_source, quiet)

@@ -7,7 +7,7 @@ import click
 
 from ..errors import InputError
 from .options import keep_source_option, models_dir_option, quiet_option, variant_option, weight_options
-from .progress import Bars
+from .progress import Bars, source_notice
 from .terminal import print_result
 from .wakefulness import caffeinate_option
 
@@ -68,6 +68,7 @@ def download(
     if resolved.is_checkpoint:
         _check_quants(folder, quant, text_quant)
     print_result(folder)
+    source_notice(resolved, keep_source, quiet)
 
 
 def _check_quants(folder: Path, quant: str | None, text_quant: str | None) -> None:

@@ -13,6 +13,7 @@ from .terminal import line, printable
 
 if TYPE_CHECKING:
     from ..acquisition import FirstUse
+    from ..names import Model
 
 _LABELS = {
     "text_encoder": "text encoder",
@@ -172,6 +173,18 @@ def notice(message: str, quiet: bool) -> None:
     """Print a line on stderr, unless `quiet`."""
     if not quiet:
         click.echo(line(message), err=True)
+
+
+def source_notice(model: "Model", keep_source: bool, quiet: bool) -> None:
+    """Say where a download stays though it was not to be kept: this run has not fetched it, or not alone."""
+    from ..hub import cache_folder
+    from ..hub_cache import snapshot_files, storage_of
+
+    if keep_source or model.path is not None or model.repo is None:
+        return
+    if any(snapshot_files(storage_of(cache_folder(), model.repo))):
+        way_out = f"`flux2-mlx models rm {model.repo} --only source` removes it"
+        notice(f"a download of {model.repo} was there before and stays; {way_out}", quiet)
 
 
 class Stream:
