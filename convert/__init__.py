@@ -1,6 +1,5 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
-from .configs import MODEL_INDEX
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .requantize import requantize, requantized
 from .sources import Source
@@ -8,7 +7,6 @@ from .write import check_source, write_checkpoint
 
 __all__ = [
     "LAST_USED",
-    "MODEL_INDEX",
     "Source",
     "check_source",
     "check_target",

@@ -19,13 +19,12 @@ from flux2_mlx.config import (
     get_variant,
 )
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.hub_cache import PICKLES
+from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
 from . import options
 from .options import check_alike, checked, refuse, rope_theta
 
-MODEL_INDEX = "model_index.json"
 _PARTS = ("transformer", "text_encoder", "vae")
 # The pipelines of diffusers that are saved as such a folder, with what they take for a missing `is_distilled`.
 _DEV = ("Flux2Pipeline", "Flux2ModularPipeline")
@@ -132,10 +131,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is {kind}; give the whole model, as a folder in the diffusers layout or a repo id"
         )
-    if not (folder / MODEL_INDEX).is_file():
+    if not (folder / INDEX).is_file():
         hint = _whereabouts(folder)
-        raise CheckpointError(f"{folder} is no model folder in the diffusers layout: it has no {MODEL_INDEX}{hint}")
-    index = read_json(folder / MODEL_INDEX)
+        raise CheckpointError(f"{folder} is no model folder in the diffusers layout: it has no {INDEX}{hint}")
+    index = read_json(folder / INDEX)
     pipeline = index.get("_class_name")
     if pipeline not in (*_DEV, _KV, *_KLEIN):
         raise CheckpointError(f"{folder} holds {reprlib.repr(pipeline)}, not FLUX.2; give a model of that family")
@@ -173,9 +172,9 @@ def _is_like(variant: Variant, index: dict[str, Any]) -> bool:
 
 def _whereabouts(folder: Path) -> str:
     """Where the model may be that is not in `folder`."""
-    if (folder.parent / MODEL_INDEX).is_file():
+    if (folder.parent / INDEX).is_file():
         return f"; it is a part of {folder.parent}, give that"
-    found = sorted((*folder.glob(f"*/{MODEL_INDEX}"), *folder.glob("models--*--*/snapshots")))
+    found = sorted((*folder.glob(f"*/{INDEX}"), *folder.glob("models--*--*/snapshots")))
     if found:
         return f"; give {' or '.join(str(path.parent) for path in found[:3])}"
     index = folder / "transformer" / "model.safetensors.index.json"

@@ -250,13 +250,13 @@ def parse_memory(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if match is None or not 1 <= float(match[1]) * unit < _MOST_BYTES:
+    number = float(match[1]) if match else 0.0
+    if not 1 <= number * unit < _MOST_BYTES:
         raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
-    number = float(match[1])
     if unit == 1 and number < _FEWEST_BYTES:
         meant = f"{match[1]}{'GB' if number < _MOST_GIGABYTES else 'MB'}"
         raise InputError(f"{match[1]} bytes of memory are too few for any run; did you mean {meant}?")
-    return int(float(match[1]) * unit)
+    return int(number * unit)
 
 
 @contextmanager

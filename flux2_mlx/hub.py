@@ -145,7 +145,7 @@ def _open() -> tuple[_Hub, bool]:
     except ValueError:  # without its text, which may hold a part of a password
         wrong = "HF_ENDPOINT, or another variable HF_HUB_…, has a value that can't be read"
         raise DownloadError(f"{wrong}; unset it, or give an endpoint as https://host") from None
-    cache = Path(constants.HF_HUB_CACHE).absolute()
+    cache = cache_folder()
     if constants.HF_HUB_OFFLINE:
         return _Hub(constants.ENDPOINT, {}, cache), True
     # Its own headers name the agent that runs a program, by a list from the endpoint that it reads without a limit.

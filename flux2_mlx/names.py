@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from .checkpoint import is_checkpoint
 from .config import VARIANTS, Variant
-from .convert import MODEL_INDEX
 from .errors import InputError
 from .hub import is_repo_id
+from .hub_cache import INDEX
 from .staging import bring_all_back
 
 DEMO = "demo"
@@ -154,7 +154,7 @@ def _at(path: Path, text: str, others: Iterable[Path] = ()) -> Model:
 
 def _is_model(path: Path) -> bool:
     """Whether a model is to be found at `path` rather than something else of that name."""
-    return is_checkpoint(path) or (path / MODEL_INDEX).is_file() or _snapshot(path)[0] is not None
+    return is_checkpoint(path) or (path / INDEX).is_file() or _snapshot(path)[0] is not None
 
 
 def _snapshot(path: Path) -> tuple[str | None, Path | None]:
@@ -176,7 +176,7 @@ def _snapshot(path: Path) -> tuple[str | None, Path | None]:
         latest = storage / "snapshots" / (storage / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         latest = None
-    commits = sorted(x for x in (storage / "snapshots").iterdir() if (x / MODEL_INDEX).exists())
+    commits = sorted(x for x in (storage / "snapshots").iterdir() if (x / INDEX).exists())
     return repo, latest if latest in commits else commits[0] if len(commits) == 1 else None
 
 

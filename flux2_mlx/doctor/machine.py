@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..device import activation_dtype, cuts_float32, device_memory, dtype_name, on_gpu, on_metal
+from ..device import activation_dtype, chip, cuts_float32, device_memory, dtype_name, on_gpu, on_metal
 from .finding import Finding, judged, skipped
 
 _PACKAGES = ("flux2-mlx", "mlx", "mlx-lm", "numpy", "huggingface-hub", "tokenizers")
@@ -22,7 +22,7 @@ def describe(models: Path) -> dict[str, Any]:
     """Chip, system, memory and versions, what is computed in by default, and the disk of the folder `models`."""
     info = mx.device_info(mx.gpu) if on_gpu() else mx.device_info(mx.cpu)
     return {
-        "chip": str(info.get("device_name", "")),
+        "chip": chip(),
         "computes_on": "Metal" if on_metal() else "CUDA" if on_gpu() else "CPU",
         "system": f"macOS {platform.mac_ver()[0]}" if on_metal() else platform.platform(),
         "python": platform.python_version(),
