@@ -21,9 +21,10 @@ from .networks import Networks
 from .output import Flux2Output
 from .phases import Progress
 from .progress_bar import acquisition_bars, progress_bar
-from .provenance import image_settings
+from .provenance import image_settings, sampled
 from .quantization import check_quant
-from .sampling import check_guided
+from .references import Edit
+from .sampling import Request, check_guided
 from .store import find_checkpoint
 from .unfinished import FOLDER as UNFINISHED
 from .unfinished import Unfinished
@@ -302,10 +303,23 @@ class Flux2Pipeline(BasePipeline):
         }
         beyond = [name for name, value in unsaid.items() if value is not None]
         output.settings = [
-            image_settings(self.networks, self.name, request, edit, place, edited=edited, beyond=beyond)
-            for place in range(len(request.seeds))
+            self._settings(request, edit, place, edited=edited, beyond=beyond) for place in range(len(request.seeds))
         ]
         return output if return_dict else (output.images,)
+
+    def _settings(self, request: Request, edit: Edit, place: int, **given: Any) -> dict[str, Any]:
+        """What the image at a `place` of a run remembers; `given` are `edited` and `beyond` of `image_settings`."""
+        number = place // request.images_per_prompt
+        prompt, negative = request.prompts[number], "".join(request.negative_prompts[number:][:1])
+        return image_settings(
+            self.networks,
+            model=Path(self.name).name if os.path.isdir(self.name) else self.name,
+            prompt=prompt,
+            text=prompt,
+            settings=sampled(request, edit) | ({"negative_prompt": negative} if negative else {}),
+            seed=request.seeds[place],
+            **given,
+        )
 
 
 def _announce(use: FirstUse) -> None:

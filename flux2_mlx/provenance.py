@@ -1,8 +1,6 @@
 """What the file of an image remembers of how it was made."""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import __version__
@@ -12,14 +10,25 @@ from .references import Edit
 from .sampling import Request
 
 
+def sampled(request: Request, edit: Edit) -> dict[str, Any]:
+    """What images of a run were made with besides prompts, seeds and weights."""
+    width, height = edit.output_size(request.width, request.height)
+    return {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+
+
+def weights(networks: Networks) -> dict[str, str]:
+    """What the networks are kept and computed in."""
+    return {"quant": networks.quant, "text_quant": networks.text_quant, "dtype": dtype_name(networks.dtype)}
+
+
 def image_settings(
     networks: Networks,
-    model: str,
-    request: Request,
-    edit: Edit,
-    place: int,
     *,
-    asked: str | None = None,
+    model: str,
+    prompt: str,
+    text: str,
+    settings: Mapping[str, Any],
+    seed: int,
     edited: dict[str, Any] | None = None,
     beyond: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -27,30 +36,21 @@ def image_settings(
 
     Args:
         networks: what computed it.
-        model: what the model was asked for as.
-        request: the settings.
-        edit: the pictures.
-        place: the image's among those of the run.
-        asked: the prompt before it was rewritten; None: it was not.
+        model: what it says of its model, which is no folder of this machine.
+        prompt: as it was given.
+        text: what was made of that.
+        settings: those of `sampled`, and the `negative_prompt` if there is one.
+        seed: the image's.
         edited: where the pictures come from and what is done with them.
         beyond: names of arguments that no file can hold, so that the image can't be made again from it.
     """
-    number, (width, height) = place // request.images_per_prompt, edit.output_size(request.width, request.height)
-    prompt = request.prompts[number]
-    negative = request.negative_prompts[number] if request.negative_prompts else ""
     return {
-        "prompt": prompt if asked is None else asked,
-        "upsampled_prompt": prompt if asked not in (None, prompt) else None,
-        **({"negative_prompt": negative} if negative else {}),
-        "model": Path(model).name if os.path.isdir(model) else model,
-        "quant": networks.quant,
-        "text_quant": networks.text_quant,
-        "dtype": dtype_name(networks.dtype),
-        "width": width,
-        "height": height,
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "seed": request.seeds[place],
+        "prompt": prompt,
+        "upsampled_prompt": None if text == prompt else text,
+        "model": model,
+        **weights(networks),
+        **settings,
+        "seed": seed,
         **({} if edited is None else {"edit": edited}),
         **({"beyond": list(beyond)} if beyond else {}),
         "variant": networks.checkpoint.variant.name,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import __version__
 from .job import Job
 from .replay import without_folders
 from .terminal import print_result
@@ -55,38 +54,35 @@ class Record:
     def sampled(self, place: int) -> dict[str, Any]:
         """What an image was made with besides its prompt and seed: of the settings that may differ from image to
         image."""
-        request = self.requests[place]
-        width, height = self.edit.output_size(request.width, request.height)
-        sampled = {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+        from ..provenance import sampled
+
+        settings = sampled(self.requests[place], self.edit)
         if any(map(self.job.negative, self.job.prompts)):
-            sampled["negative_prompt"] = self.job.negative(self.job.frames[place].prompt)
-        return sampled
+            settings["negative_prompt"] = self.job.negative(self.job.frames[place].prompt)
+        return settings
 
     def settings(self, place: int) -> dict[str, Any]:
         """What an image remembers: all that is needed to make it again, and of files and folders their names only."""
-        from ..device import machine
+        from ..provenance import image_settings
 
         frame = self.job.frames[place]
-        text = self.texts[frame.number]
-        return {
-            "prompt": frame.prompt.text,
-            "upsampled_prompt": None if text == frame.prompt.text else text,
-            "model": self.job.label,
-            **self._weights(),
-            **self.sampled(place),
-            "seed": frame.seed,
-            **self._edited(),
-            "variant": self.pipe.variant.name,
-            "fingerprint": self.pipe.checkpoint.source.get("fingerprint"),
-            "version": __version__,
-            "machine": machine(),
-        }
+        return image_settings(
+            self.pipe.networks,
+            model=self.job.label,
+            prompt=frame.prompt.text,
+            text=self.texts[frame.number],
+            settings=self.sampled(place),
+            seed=frame.seed,
+            edited=self.edited,
+        )
 
     def report(self, *, complete: bool) -> dict[str, Any]:
         """The object that --json prints; `complete` is whether nothing is missing.
 
         A setting that is not the same for all images is None, and each image says its own.
         """
+        from ..provenance import weights
+
         asked, places = [prompt.text for prompt in self.job.prompts], range(len(self.requests))
         texts = self.texts if self.texts != asked else [None]
         settings = [self.sampled(place) for place in places]
@@ -98,7 +94,7 @@ class Record:
             "prompt": asked[0] if len(asked) == 1 else asked,
             "upsampled_prompt": texts[0] if len(texts) == 1 else texts,
             "model": self.job.model,
-            **self._weights(),
+            **weights(self.pipe.networks),
             **shared,
             **self._edited(),
             "phases": [_phase(phase) for phase in self.output.timings],
@@ -109,15 +105,6 @@ class Record:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._start
-
-    def _weights(self) -> dict[str, Any]:
-        from ..device import dtype_name
-
-        return {
-            "quant": self.pipe.quant,
-            "text_quant": self.pipe.text_quant,
-            "dtype": dtype_name(self.pipe.dtype),
-        }
 
     def _edited(self) -> dict[str, Any]:
         return {} if self.edited is None else {"edit": self.edited}
