@@ -98,14 +98,14 @@ def acquire(
     def look(outline: Path, download: Download) -> Download:
         nonlocal fetched
         claims.enter_context(Claim(download.storage))
-        with _unheard():  # it is given again of the files themselves
+        with unheard():  # it is given again of the files themselves
             source = Source.open(outline, variant, text_only=text_only)
         components = check_source(source, quant, text_quant)
         download = download.without_weights(_unread(source, download))
         converted = sum(component.nbytes for component in components.values())
         _check_space(download, target, converted)
         if check:
-            check(Checkpoint(Path(), source.variant, quant, text_quant, {}, components))
+            check(Checkpoint.outline(source.variant, quant, text_quant, components))
         if announce:
             licence = known.licence if known else download.licence
             announce(FirstUse(download, licence, target, converted, keep_source))
@@ -133,7 +133,7 @@ def _discard(download: Download) -> None:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def unheard() -> Iterator[None]:
     """Drop warnings about a source."""
     logger = logging.getLogger(f"{__package__}.convert")
     level = logger.level

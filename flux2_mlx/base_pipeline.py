@@ -20,6 +20,7 @@ from .phases import Meter, OnProgress, decode_image, decode_latents, finished_im
 from .references import Edit
 from .run import Run
 from .sampling import Request
+from .text import PromptTokenizer
 from .unfinished import Unfinished
 from .upsampling import WritingMethods
 
@@ -44,7 +45,6 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         self.dtype = networks.dtype
         self.prompt_cache = prompt_cache
         self.unfinished = unfinished
-        self.tokenizer = networks.checkpoint.tokenizer
         self.name = str(networks.checkpoint.folder) if name is None else name
         self._bar: dict[str, Any] = {}
 
@@ -101,6 +101,20 @@ class BasePipeline(WritingMethods, DiffusersMethods):
             negative_prompt=negative_prompt,
         )
 
+    def plan(
+        self,
+        request: Request,
+        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
+        *,
+        previews: bool = False,
+    ) -> Plan:
+        """What a `run` will hold in memory, phase by phase, and what it will read from disk.
+
+        Raises:
+            InputError: it does not fit into memory; what would is in the message.
+        """
+        return self.networks.checked_plan(request, edit, previews=previews)
+
     def run(
         self,
         request: Request,
@@ -112,6 +126,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         output_type: str = "pil",
         on_progress: OnProgress = lambda progress: None,
         previews: bool = False,
+        planned: Plan | None = None,
         resume: bool = False,
         output: Flux2Output | None = None,
     ) -> Flux2Output:
@@ -128,6 +143,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
                 before that of the next pass where memory allows it. After a step it may return tokens to go on from,
                 call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.
             previews: plan for those, so that the VAE stays in memory.
+            planned: what `plan` gave for this; None: it is planned now.
             resume: where images wait for their decoding, keep them on disk meanwhile, and go on from those that an
                 earlier run of the same settings has left.
             output: what to fill in and return; of a run that is cut short it has the timings, and the images that were
@@ -136,8 +152,9 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         check_output_type(output_type)
         if not request.negative_prompts:
             negative_prompt_embeds = None  # up to a guidance of 1
-        texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
-        planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
+        if planned is None:
+            texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
+            planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
         if latents is not None:
             channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
             grid = request.height // size, request.width // size
@@ -211,6 +228,10 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
         grid = request.height // self.token_size, request.width // self.token_size
         return [finished_image(decode_image(vae, image, grid, dtype), edit or Edit()) for image in tokens]
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        return self.checkpoint.tokenizer
 
     @property
     def token_size(self) -> int:

@@ -200,6 +200,15 @@ class Checkpoint:
     claim: Claim | None = field(default=None, compare=False, repr=False)
 
     @classmethod
+    def outline(
+        cls, variant: Variant, quant: str, text_quant: str, components: dict[str, Component] | None = None
+    ) -> "Checkpoint":
+        """What a model will be when it is converted, without files; `components` are by default the variant's own."""
+        if components is None:
+            components = variant_components(variant, quant, text_quant)
+        return cls(Path(), variant, quant, text_quant, {}, components)
+
+    @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Read and verify the folder without reading weights.
 

@@ -66,7 +66,7 @@ class EmbeddingCache:
 
     def __init__(self, folder: Path, max_bytes: int | None = None, what: str = "encoded prompts"):
         self.folder, self._what = folder, what
-        self.max_bytes = _limit() if max_bytes is None else max_bytes
+        self.max_bytes = default_limit() if max_bytes is None else max_bytes
         self._warned = False
 
     def get(self, key: str, form: Form) -> mx.array | None:
@@ -201,7 +201,8 @@ def entry_key(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _limit() -> int:
+def default_limit() -> int:
+    """Bytes that a cache may take; InputError if the variable is no number of them."""
     text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_LIMIT)
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise InputError(f"{LIMIT_VARIABLE} must be a number of bytes, got {text[:40]!r}")

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import Checkpoint, Component, module_tensors, variant_components
+from .checkpoint import Checkpoint, Component, module_tensors
 from .components import PAINTING, network_dtype, quantizations
 from .config import QUANTIZATIONS, Variant
+from .device import computing_dtype, memory_bytes
 from .errors import CheckpointError, InputError
 from .memory import Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
@@ -37,31 +37,41 @@ class Networks:
     reading: Reading = field(default_factory=Reading)  # what all runs have streamed from disk
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, quant: str | None, text_quant: str | None, dtype: mx.Dtype, memory_limit: int
+    def open(
+        cls,
+        model: Checkpoint | Variant,
+        *,
+        quant: str | None = None,
+        text_quant: str | None = None,
+        dtype: str | None = None,
+        memory_limit: int | str | None = None,
+        text_only: bool = False,
     ) -> "Networks":
-        """Those of `checkpoint`, quantized at loading where it does not hold them as asked for; None: as stored.
+        """The networks of a model.
+
+        Args:
+            model: a checkpoint; or a variant, for what it would be converted to, without files.
+            quant: `bf16`, `qint8` or `qint4`, which the transformer becomes at loading where it is not stored so; None:
+                as stored.
+            text_quant: the same for the text encoder.
+            dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own.
+            memory_limit: bytes, or a size such as `"12GB"`; None: what the device has.
+            text_only: a model without transformer and VAE will do.
 
         Raises:
-            InputError: what is stored can't become that. CheckpointError: the checkpoint can't make images.
+            InputError: a setting is wrong, or what is stored can't become that. CheckpointError: the checkpoint can't
+                make images.
         """
-        if not checkpoint.components.keys() >= set(PAINTING):
-            raise CheckpointError(f"{checkpoint.folder} holds a language model only; it can't make images")
-        if quant is not None and text_quant is None and checkpoint.text_quant == "bf16":
+        if isinstance(model, Variant):
+            wanted = quant or "bf16"
+            model = Checkpoint.outline(model, wanted, text_quant or DEFAULT_TEXT_QUANT[wanted])
+        if not text_only and not model.components.keys() >= set(PAINTING):
+            raise CheckpointError(f"{model.folder} holds a language model only; it can't make images")
+        if quant is not None and text_quant is None and model.text_quant == "bf16":
             text_quant = DEFAULT_TEXT_QUANT[quant]
-        quant = loadable_quant("transformer", checkpoint.quant, quant)
-        text_quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
-        return cls(checkpoint, quant, text_quant, dtype, memory_limit)
-
-    @classmethod
-    def described(
-        cls, variant: Variant, quant: str, text_quant: str | None, dtype: mx.Dtype, memory_limit: int
-    ) -> "Networks":
-        """Those that `variant` would be converted to, without files."""
-        text_quant = text_quant or DEFAULT_TEXT_QUANT[quant]
-        components = variant_components(variant, quant, text_quant)
-        checkpoint = Checkpoint(Path(), variant, quant, text_quant, {}, components)
-        return cls(checkpoint, quant, text_quant, dtype, memory_limit)
+        quant = loadable_quant("transformer", model.quant, quant)
+        text_quant = loadable_quant("text encoder", model.text_quant, text_quant)
+        return cls(model, quant, text_quant, computing_dtype(dtype), memory_bytes(memory_limit))
 
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
         """A network in memory, as far as the plan says so."""

@@ -12,7 +12,7 @@ from . import arguments
 from .acquisition import FirstUse
 from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
-from .device import activation_dtype, computing_dtype, memory_bytes
+from .device import activation_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
@@ -79,7 +79,7 @@ class Flux2Pipeline(BasePipeline):
         if not isinstance(models_dir, str | os.PathLike | None):
             raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
         computed_in = arguments.dtype_name(dtype, torch_dtype)
-        wanted = {"dtype": activation_dtype(computed_in), "memory_limit": memory_bytes(memory_limit)}
+        activation_dtype(computed_in), memory_bytes(memory_limit)  # InputError if there are none of these
         weights = {"quant": quant, "text_quant": text_quant}
         arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
         arguments.kinds(keep_source=(keep_source, bool))
@@ -95,7 +95,7 @@ class Flux2Pipeline(BasePipeline):
             get_variant(variant)
 
         def check(checkpoint: Checkpoint) -> None:
-            Networks.of(checkpoint, quant, text_quant, **wanted).check_possible()
+            Networks.open(checkpoint, **weights, dtype=computed_in, memory_limit=memory_limit).check_possible()
 
         with acquisition_bars(disable=not progress) as show:
             opened = find_checkpoint(
@@ -127,8 +127,8 @@ class Flux2Pipeline(BasePipeline):
         """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of `from_pretrained`,
         and `name` is what the model was asked for as."""
         name = str(folder) if name is None else name
-        wanted = {"dtype": computing_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
-        networks = Networks.of(Checkpoint.open(folder), quant, text_quant, **wanted)
+        wanted = {"quant": quant, "text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
+        networks = Networks.open(Checkpoint.open(folder), **wanted)
         if not prompt_cache:
             return cls(networks, name=name)
         folder = models_folder(models_dir)

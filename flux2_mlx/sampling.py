@@ -155,6 +155,12 @@ class Request:
         seeds = tuple(self.seeds[image] for image in images)
         return replace(self, prompts=prompts, negative_prompts=negatives, seeds=seeds)
 
+    def rewritten(self, prompts: Sequence[str]) -> "Request":
+        """The settings of a run that differs in its prompts, as many as there are."""
+        for prompt in prompts:
+            check_prompt(prompt, self.max_sequence_length)
+        return replace(self, prompts=tuple(prompts))
+
     @property
     def schedule_steps(self) -> int:
         """Steps of the whole schedule, of which the last `steps` are taken: those that `strength` leaves."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from .acquisition import Announce, Progress, acquire
-from .checkpoint import MANIFEST, Checkpoint, is_checkpoint
-from .components import PAINTING
+from .acquisition import Announce, Progress, acquire, unheard
+from .checkpoint import MANIFEST, Checkpoint, is_checkpoint, variant_components
+from .components import COMPONENTS, PAINTING
 from .config import QUANTIZATIONS, VARIANTS
-from .convert import LAST_USED, Source, check_writable, requantize, write_checkpoint
+from .convert import LAST_USED, Source, check_source, check_writable, requantize, write_checkpoint
 from .errors import CheckpointError, DownloadError, InputError
 from .exclusion import exclude
 from .files import Claim
@@ -51,7 +51,9 @@ def find_checkpoint(
         models_dir: where converted models are kept; see `models_folder`.
         text_only: a checkpoint without transformer and VAE will do.
         only_converted: fetch and convert nothing.
-        keep_source, check, announce: of what is fetched; see `acquire`.
+        check: called with the checkpoint that will be made, which has no files yet, as soon as that is known and before
+            anything is fetched or converted, and again if the files say otherwise; it may raise what speaks against it.
+        keep_source, announce: of what is fetched; see `acquire`.
         progress: called with bytes done, bytes in all, and `download` or `convert`.
 
     Raises:
@@ -70,6 +72,9 @@ def find_checkpoint(
         return _used(_holding(found, variant))
     if only_converted:
         raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
+    outline = _outline(model, opened, quant, text_quant, text_only) if check else None
+    if outline is not None:
+        check(outline)
     check_writable(targets[0])
     made_from = model
     if not text_only and (stored := _unquantized(targets[0].parent, name, quant, text_quant)):
@@ -83,11 +88,29 @@ def find_checkpoint(
             variant=variant,
             text_only=text_only,
             keep_source=keep_source,
-            check=check,
+            check=check and (lambda found: _is_as_told(outline, found) or check(found)),
             announce=announce,
             progress=progress,
         )
     return _used(targets[0])
+
+
+def _outline(model: Model, source: Source | None, quant: str, text_quant: str, text_only: bool) -> Checkpoint | None:
+    """What `model`, whose `source` is open if it is here, will be when it is converted; None: its files must tell."""
+    if source is not None:
+        with unheard():  # it is given again by the conversion
+            components = check_source(source, quant, text_quant)
+        return Checkpoint.outline(source.variant, quant, text_quant, components)
+    if model.variant is None:
+        return None
+    components = variant_components(model.variant, quant, text_quant)
+    if text_only:
+        components = {name: part for name, part in components.items() if COMPONENTS[name].part == "text_encoder"}
+    return Checkpoint.outline(model.variant, quant, text_quant, components)
+
+
+def _is_as_told(outline: Checkpoint | None, found: Checkpoint) -> bool:
+    return outline is not None and outline.model == found.model
 
 
 def checked_variant(model: Model, variant: str | None) -> str | None:

@@ -13,7 +13,7 @@ from PIL import Image
 from .acquisition import Announce, Progress
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
-from .device import computing_dtype, memory_bytes
+from .device import activation_dtype, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
@@ -22,7 +22,6 @@ from .names import Model
 from .networks import Networks
 from .output import Phase
 from .phases import Meter, turn
-from .quantization import loadable_quant
 from .store import find_checkpoint
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
@@ -77,11 +76,12 @@ class Writer:
             announce: hears what is about to be fetched.
             progress: hears bytes done, bytes in all, and `download` or `convert`.
         """
-        computed_in, limit = computing_dtype(dtype), memory_bytes(memory_limit)
 
         def networks(checkpoint: Checkpoint) -> Networks:
-            quant = loadable_quant("text encoder", checkpoint.text_quant, text_quant)
-            return Networks(checkpoint, checkpoint.quant, quant, computed_in, limit)
+            settings = {"text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
+            return Networks.open(checkpoint, **settings, text_only=True)
+
+        activation_dtype(dtype), memory_bytes(memory_limit)  # InputError if there are none of these
 
         folder = find_checkpoint(
             source,

@@ -59,7 +59,7 @@ VALUES = 2**20
 def planned(variant: str, quant: str, limit: float) -> Plan:
     """The plan of one 1024×1024 image in bfloat16 within `limit` bytes."""
     model = VARIANTS[variant]
-    networks = Networks.described(model, quant, None, mx.bfloat16, int(limit))
+    networks = Networks.open(model, quant=quant, dtype="bfloat16", memory_limit=int(limit))
     return networks.plan(Request.checked(model, model.vae.token_size, [""]))
 
 

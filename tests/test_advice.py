@@ -2,7 +2,6 @@
 
 import re
 
-import mlx.core as mx
 import pytest
 from PIL import Image
 
@@ -77,7 +76,8 @@ def test_without_previews_it_may_fit():
 )
 def test_fewer_bits_may_fit(limit, text_quant, quants):
     def networks(quant: str, text_quant: str | None) -> Networks:
-        return Networks.described(VARIANTS["dev"], quant, text_quant, mx.bfloat16, int(limit * GIB))
+        settings = {"quant": quant, "text_quant": text_quant, "dtype": "bfloat16", "memory_limit": int(limit * GIB)}
+        return Networks.open(VARIANTS["dev"], **settings)
 
     request = Request.checked(VARIANTS["dev"], 16, ["a"], width=16, height=16)
     with pytest.raises(

@@ -101,7 +101,7 @@ def test_where_it_is_too_late_a_warning_says_so_once(early, monkeypatch, caplog)
 
 def test_a_pipeline_asks_for_whole_float32(monkeypatch):
     asked = []
-    monkeypatch.setattr("flux2_mlx.pipeline.computing_dtype", lambda name: asked.append(name) or mx.float32)
+    monkeypatch.setattr("flux2_mlx.networks.computing_dtype", lambda name: asked.append(name) or mx.float32)
     Flux2Pipeline.from_pretrained("demo", dtype="float32")
     assert asked == ["float32"]
 
@@ -184,8 +184,13 @@ def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypa
     monkeypatch.setattr(device, "is_slow_with_qint4", lambda: device._WITHOUT_BFLOAT16.match(chip) is not None)
     monkeypatch.setattr(device, "chip", lambda: chip)
     if not enough:
-        small, described = 4_500_000, Networks.described  # bytes, in which 16 bits would be streamed
-        monkeypatch.setattr(Networks, "described", lambda *given: described(*given[:-1], small))
+        opened = Networks.open
+        small = 4_500_000  # bytes, in which 16 bits would be streamed
+
+        def limited(model, **given):
+            return opened(model, **given | ({} if "quant" in given else {"memory_limit": small}))
+
+        monkeypatch.setattr(Networks, "open", limited)
     result = done("t2i", PROMPT, "-m", "demo", "-W", "64", "-H", "64", "-s", "1", "-q", quant, "-o", "a.png")
     hint = f"on {chip} -q bf16 is faster than qint4, and there is memory enough for it"
     assert (hint in result.stderr.splitlines()) == hinted

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -81,7 +80,7 @@ def test_a_request_has_one_for_each_prompt(guided):
 
 def test_the_plan_counts_them():
     row = VARIANTS["klein-base-4b"]
-    networks = Networks.described(row, "qint8", None, mx.bfloat16, 2**40)
+    networks = Networks.open(row, quant="qint8", dtype="bfloat16", memory_limit=2**40)
 
     def peak(negative: str | list[str]) -> int:
         request = Request.checked(row, 16, [*"abcdefghi"], negative_prompt=negative)

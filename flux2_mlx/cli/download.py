@@ -45,12 +45,11 @@ def download(
       flux2-mlx download klein-4b
       flux2-mlx download klein-9b -q qint8 --no-keep-source
     """
-    from ..device import activation_dtype, memory_bytes
     from ..networks import Networks
     from ..store import find_checkpoint, resolve
 
     def check(checkpoint: "Checkpoint") -> None:
-        Networks.of(checkpoint, None, None, activation_dtype(None), memory_bytes(None)).check_possible()
+        Networks.open(checkpoint).check_possible()
 
     resolved = resolve(model, models_dir)
     with Bars(quiet) as bars:

@@ -68,13 +68,13 @@ def info(
     elif is_image(model):
         shown, show = read_settings(Path(model)), print_settings
     else:
-        from ..device import activation_dtype, memory_bytes, memory_reason
+        from ..device import memory_reason
         from ..store import conversions, resolve
 
-        wanted = {"dtype": activation_dtype(dtype), "memory_limit": memory_bytes(memory_limit)}
+        wanted = {"quant": quant, "text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
         resolved = resolve(model, models_dir)
         folders = conversions(resolved, models_dir, variant=variant, painting=True)
-        networks = _networks(resolved, folders, variant, quant, text_quant, **wanted)
+        networks = _networks(resolved, folders, variant, **wanted)
         shown = _one_row(resolved, networks, folders) | _plan(networks, width, height)
         shown, show = shown | {"limit_reason": None if memory_limit else memory_reason()}, _print_one
     if as_json:
@@ -134,9 +134,7 @@ def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[
     return row if official else row | {"licence": None, "gated": None}
 
 
-def _networks(
-    model: "Model", folders: list[Path], variant: str | None, quant: str | None, text_quant: str | None, **wanted: Any
-) -> "Networks":
+def _networks(model: "Model", folders: list[Path], variant: str | None, **wanted: Any) -> "Networks":
     """Those that a run of `model` would use: of the checkpoint that it is, or else as it would be converted."""
     from ..checkpoint import Checkpoint, fitted
     from ..names import SOURCE, VARIANT
@@ -146,14 +144,14 @@ def _networks(
     said = checked_variant(model, variant)
     if model.kind == SOURCE:
         source = open_source(model, said)
-        return Networks.described(fitted(source.variant, source.configs), quant or "bf16", text_quant, **wanted)
+        return Networks.open(fitted(source.variant, source.configs), **wanted)
     if model.kind == VARIANT:
-        return Networks.described(model.variant, quant or "bf16", text_quant, **wanted)
+        return Networks.open(model.variant, **wanted)
     if not folders:
         raise InputError(f"{model.name} is not converted yet, so nothing is known of it; download it first")
     checkpoints = [Checkpoint.open(folder) for folder in folders]
-    stored = next((x for x in checkpoints if x.quant == quant), checkpoints[0])
-    return Networks.of(stored, quant, text_quant, **wanted)
+    stored = next((x for x in checkpoints if x.quant == wanted["quant"]), checkpoints[0])
+    return Networks.open(stored, **wanted)
 
 
 def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:

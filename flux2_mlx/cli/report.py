@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .draft import Draft
 from .job import Job
 from .replay import without_folders
 from .terminal import print_result
@@ -14,8 +15,6 @@ from .terminal import print_result
 if TYPE_CHECKING:
     from ..output import Flux2Output, Phase
     from ..pipeline import Flux2Pipeline
-    from ..references import Edit
-    from ..sampling import Request
 
 # What must be the same for an image to be the one that is asked for.
 _COMPARED = (
@@ -34,29 +33,29 @@ def _new_output() -> "Flux2Output":
 class Record:
     """What is known of the images of a job, by their places among its frames.
 
-    `requests` has for each the request that it is one of, `texts` for each prompt what was made of it, `edited` what
-    image files remember of the edit, and `paths` the file of each: of those that are `made`, and of those that were
-    there already and are `skipped`.
+    `edited` is what image files remember of the edit, `texts` has for each prompt what was made of it, and `paths` the
+    file of each image: of those that are `made`, and of those that were there already and are `skipped`.
     """
 
     job: Job
     pipe: "Flux2Pipeline"
-    edit: "Edit"
+    draft: Draft
     edited: dict[str, Any] | None
-    requests: "list[Request]"
-    texts: list[str]
-    paths: list[Path] = field(default_factory=list)
     output: "Flux2Output" = field(default_factory=_new_output)
     made: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     _start: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self):
+        self.texts = [prompt.text for prompt in self.job.prompts]
+        self.paths = list(self.draft.paths)
 
     def sampled(self, place: int) -> dict[str, Any]:
         """What an image was made with besides its prompt and seed: of the settings that may differ from image to
         image."""
         from ..provenance import sampled
 
-        settings = sampled(self.requests[place], self.edit)
+        settings = sampled(self.draft.requests[place], self.draft.edit)
         if any(map(self.job.negative, self.job.prompts)):
             settings["negative_prompt"] = self.job.negative(self.job.frames[place].prompt)
         return settings
@@ -83,7 +82,7 @@ class Record:
         """
         from ..provenance import weights
 
-        asked, places = [prompt.text for prompt in self.job.prompts], range(len(self.requests))
+        asked, places = [prompt.text for prompt in self.job.prompts], range(len(self.paths))
         texts = self.texts if self.texts != asked else [None]
         settings = [self.sampled(place) for place in places]
         shared = {name: x if all(other[name] == x for other in settings) else None for name, x in settings[0].items()}

@@ -100,6 +100,6 @@ def fits() -> dict[str, dict[str, int | None]]:
 
 def _streamed(model: str, quant: str) -> int | None:
     variant = VARIANTS[model]
-    networks = Networks.described(variant, quant, None, activation_dtype(None), device_memory())
+    networks = Networks.open(variant, quant=quant, memory_limit=device_memory())
     planned = networks.plan(Request.checked(variant, variant.vae.token_size, [""]))
     return planned.phase("transformer").streamed if planned.fits else None
