@@ -21,11 +21,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from bench_memory import write_component
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.streaming import Reading, load_streamed
+from flux2_mlx.transformer import image_ids, rope_table, text_ids
 
 CONFIG = TransformerConfig(4, 12, 8, 512, 64, 16, axes_dims_rope=(16, 16, 16, 16), guidance_embeds=False)
 LIBRARY = "FLUX2_SLOW_DISK"  # where it is, in the environment of the process that it was put before
@@ -93,7 +95,7 @@ def forward(network: nn.Module, dtype: mx.Dtype, tokens: int) -> Callable[[], No
     tokens //= 2
     image = mx.random.normal((1, tokens, CONFIG.in_channels), key=mx.random.key(0)).astype(dtype)
     text = mx.random.normal((1, tokens, CONFIG.hidden_size), key=mx.random.key(1)).astype(dtype)
-    rope = mx.ones((2 * tokens, CONFIG.attention_head_dim // 2), dtype=mx.complex64)
+    rope = rope_table(np.concatenate([text_ids(tokens), image_ids(1, tokens)]), CONFIG)
     mx.eval(image, text, rope)
     return lambda: mx.eval(network(image, text, mx.array([0.5]), rope))
 

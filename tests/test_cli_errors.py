@@ -50,8 +50,8 @@ def damaged(folder):
         (["-n", "100001"], "the number of images must be 1 to 100,000, got 100,001"),
     ],
 )
-@pytest.mark.parametrize("model", ["demo", "org/model"])
-def test_a_wrong_setting_is_told_before_any_model_is_looked_for(model, arguments, message):
+@pytest.mark.parametrize("model", ["demo", "klein-9b"])
+def test_a_wrong_setting_is_told_before_anything_is_fetched(model, arguments, message):
     assert refusal("t2i", PROMPT, *SMALL, "-m", model, *arguments).startswith(message)
 
 

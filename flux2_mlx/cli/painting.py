@@ -39,7 +39,7 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     with Bars(job.quiet) as bars:
         pipe = _open(job, bars, drafts.check)
         record = Record(job, pipe, drafts.of(pipe.networks), job.pictures.settings(hashes))
-        _hint(record)
+        _notices(record)
         _skip(record)
         try:
             if record.draft.batches:
@@ -155,10 +155,12 @@ def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image
 
 def _check(job: Job, images: "list[Image.Image]") -> None:
     """What can be known to be wrong before anything of the model is."""
+    from ..device import memory_bytes
     from ..embedding_cache import default_limit
     from ..images import open_image
     from ..store import resolve
 
+    memory_bytes(job.memory_limit)  # InputError if it is no size
     for path in job.interpret:
         open_image(path)
     looks = job.interpret or (images and job.upsample_prompt)
@@ -183,7 +185,7 @@ def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flu
         announce=bars.announce,
         progress=bars,
     )
-    pipe = Flux2Pipeline.from_checkpoint(
+    return Flux2Pipeline.from_checkpoint(
         folder,
         quant=job.quant,
         text_quant=job.text_quant,
@@ -192,6 +194,11 @@ def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flu
         prompt_cache=not job.no_cache,
         memory_limit=job.memory_limit,
     )
+
+
+def _notices(record: Record) -> None:
+    """Say what a user may want to know of the model before the images are there."""
+    job, pipe = record.job, record.pipe
     variant = pipe.variant
     if not variant.commercial_use:
         notice(f"{variant.name} and its images: {variant.licence} licence", job.quiet)
@@ -199,7 +206,7 @@ def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flu
         notice(f"{variant.name} is distilled and ignores --guidance", job.quiet)
     if job.fingerprint not in (None, pipe.checkpoint.source.get("fingerprint")):
         notice(f"{job.model} has other weights than when the image was made, so the new one will differ", job.quiet)
-    return pipe
+    _hint(record)
 
 
 def _hint(record: Record) -> None:
