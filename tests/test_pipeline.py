@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +27,14 @@ PHASES = ["text_encoder", "transformer", "vae"]
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small(tmp_path_factory.mktemp("official") / "model", text=SHALLOW_TEXT)
+def official(small_model: Callable[..., Path]) -> Path:
+    return small_model(text=SHALLOW_TEXT)
 
 
 @pytest.fixture(scope="module")
-def folder(official: Path) -> Path:
+def folder(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In bfloat16."""
-    return convert_shallow(official, official.with_name("converted"))
+    return convert_shallow(official, tmp_path_factory.mktemp("converted") / "model")
 
 
 @pytest.fixture(scope="module")

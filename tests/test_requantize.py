@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from checkpoints import LARGE_TRANSFORMER, VARIANT, convert, edit_json, make_dev_source, save_small
+from checkpoints import LARGE_TRANSFORMER, VARIANT, convert, edit_json, make_dev_source
 from cli_runner import done, refusal, run
 from flux2_mlx.convert import folder as written
 from flux2_mlx.convert import requantize
@@ -23,8 +23,8 @@ PAIRS = [("qint8", "qint8"), ("qint4", "qint4"), ("qint4", "bf16"), ("bf16", "qi
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    return save_small(tmp_path_factory.mktemp("official") / "small", transformer=LARGE_TRANSFORMER)
+def official(small_model):
+    return small_model(transformer=LARGE_TRANSFORMER)
 
 
 @pytest.fixture(scope="module")
