@@ -16,10 +16,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hub_client import NEEDED, REPO, UNNEEDED, fetch
-from hub_server import HubServer
+from helpers.hub_client import NEEDED, REPO, UNNEEDED, fetch
+from helpers.hub_server import HubServer
+from helpers.tekken import tekken_tokenizer
 from PIL import Image
-from tekken import tekken_tokenizer
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.embedding_cache import EmbeddingCache
@@ -95,7 +95,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
     @functools.cache
     def made(**settings: Any) -> Path:
-        from checkpoints import save_small  # brings PyTorch
+        from helpers.checkpoints import save_small  # brings PyTorch
 
         return save_small(tmp_path_factory.mktemp("official") / "small", **settings)
 

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from checkpoints import VARIANT, convert
-from cli_runner import done, error_line, run
-from hub_client import REPO, storage, using
-from hub_server import HubServer
+from helpers.checkpoints import VARIANT, convert
+from helpers.cli_runner import done, error_line, run
+from helpers.hub_client import REPO, storage, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import VARIANT, WEIGHTS, edit_json
-from cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
-from hub_server import HubServer
+from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
+from helpers.cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
+from helpers.hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import VARIANT, WEIGHTS, edit_json
-from cli_runner import Terminal, done, process
-from hub_client import REPO, partial, storage, using
-from hub_server import HubServer
+from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
+from helpers.cli_runner import Terminal, done, process
+from helpers.hub_client import REPO, partial, storage, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx.cli.progress import Bars, size_text
 from flux2_mlx.hub import fetch

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import VARIANT, WEIGHTS, convert, edit_weights
-from damage import Damage, edit, fill, remove, resize, weights
+from helpers.checkpoints import VARIANT, WEIGHTS, convert, edit_weights
+from helpers.damage import Damage, edit, fill, remove, resize, weights
 from safetensors.torch import load_file
 
 from flux2_mlx.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, device, memory

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, make_dev_source
 from flux2_mlx.convert import Source, write_checkpoint
+from helpers.checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, make_dev_source
 from safetensors.torch import load_file, save_file
 
 from flux2_mlx.checkpoint import Checkpoint

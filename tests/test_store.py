@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_runner import DEMO, done, run
 from flux2_mlx.convert import Source
+from helpers.cli_runner import DEMO, done, run
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline

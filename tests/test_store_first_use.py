@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import LARGE_TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights
-from cli_runner import done, refusal
-from hub_client import REPO, partial, storage, using
-from hub_server import HubServer
+from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights
+from helpers.cli_runner import done, refusal
+from helpers.hub_client import REPO, partial, storage, using
+from helpers.hub_server import HubServer
 from safetensors.torch import save_file
 
 import flux2_mlx.hub
