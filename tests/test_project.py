@@ -162,7 +162,7 @@ def test_the_version_is_in_one_place():
 def test_pre_commit_runs_the_same_ruff():
     config = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     (revision,) = re.findall(r"rev: v(\S+)", config)
-    assert f"ruff=={revision}" in PYPROJECT["project"]["optional-dependencies"]["test"]
+    assert f"ruff=={revision}" in PYPROJECT["project"]["optional-dependencies"]["dev"]
 
 
 def readme_blocks(*languages: str) -> list[str]:
