@@ -234,15 +234,15 @@ class Bench:
 
     @functools.cached_property
     def _hub(self) -> Any:
-        from hub_client import NEEDED, REPO
-        from hub_server import HubServer
+        from helpers.hub_client import NEEDED, REPO
+        from helpers.hub_server import HubServer
 
         hub = HubServer({REPO: NEEDED})
         hub.__enter__()  # until the process ends
         return hub
 
     def fetched(self, rng: random.Random) -> str:
-        from hub_client import NEEDED, fetch, files_in, listing
+        from helpers.hub_client import NEEDED, fetch, files_in, listing
 
         hub, home = self._hub, self.scratch()
         hub.heal()

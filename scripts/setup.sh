@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # Makes .venv beside this folder and installs the project into it, in seconds if that has been done before.
-# usage: bash scripts/setup.sh [test]    test: with what the tests need
+# usage: bash scripts/setup.sh [dev|test]    dev: with what most tests need; test: with PyTorch as well, for all of them
 # $PYTHON names the Python to use; otherwise the newest one that is found.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-least=11 what=.
-[ "${1:-}" != test ] || what='.[test]'
+least=11
 
 fail() { printf 'setup: %s\n' "$1" >&2 && exit 1; }
+case ${1:-} in
+  "") what=. extras= ;;
+  dev) what='.[dev]' extras=-dev ;;
+  test) what='.[test]' extras='-dev -test' ;;
+  *) fail "unknown argument '$1'; give dev, test or nothing" ;;
+esac
 is_new() { "$1" -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $least))" >/dev/null 2>&1; }
 
 if ! is_new .venv/bin/python; then
@@ -26,7 +31,7 @@ if ! is_new .venv/bin/python; then
 fi
 
 # What is installed is what pyproject.toml said then, so nothing is to be done until that changes.
-stamp=.venv/installed$([ "$what" = . ] || echo -test) state=$(cksum <pyproject.toml)
+stamp=.venv/installed${extras##* } state=$(cksum <pyproject.toml)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
   log=.venv/install.log
   printf 'setup: installing %s into .venv\n' "$what" >&2
@@ -35,6 +40,5 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
     fail "can't install $what: ${reason#ERROR: } (all of it is in $log; without a network nothing can be installed)"
   fi
   rm -f .venv/installed*
-  printf '%s\n' "$state" >"$stamp"
-  [ "$what" = . ] || printf '%s\n' "$state" >.venv/installed
+  for extra in "" $extras; do printf '%s\n' "$state" >".venv/installed$extra"; done
 fi

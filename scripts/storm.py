@@ -34,7 +34,7 @@ from flux2_mlx import CheckpointError, Flux2Pipeline
 from flux2_mlx.verification import verify
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 _REPO = "org/model"

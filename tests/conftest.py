@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import functools
 import json
 import logging
 import os
@@ -8,15 +9,17 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hub_client import NEEDED, REPO, UNNEEDED, fetch
-from hub_server import HubServer
+from helpers.hub_client import NEEDED, REPO, UNNEEDED, fetch
+from helpers.hub_server import HubServer
+from helpers.tekken import tekken_tokenizer
 from PIL import Image
-from tekken import tekken_tokenizer
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.embedding_cache import EmbeddingCache
@@ -84,6 +87,31 @@ def canary(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"canary")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives a small random model in the official layout with these settings of `save_small`; not to be changed."""
+
+    @functools.cache
+    def made(**settings: Any) -> Path:
+        from helpers.checkpoints import save_small  # brings PyTorch
+
+        return save_small(tmp_path_factory.mktemp("official") / "small", **settings)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def official(small_model: Callable[..., Path]) -> Path:
+    """The usual one; not to be changed."""
+    return small_model()
+
+
+@pytest.fixture
+def source(official: Path, tmp_path: Path) -> Path:
+    """A copy of the test's official model, to be changed."""
+    return shutil.copytree(official, tmp_path / "source")
 
 
 @pytest.fixture(scope="session")

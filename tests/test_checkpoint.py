@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import torch
-from checkpoints import LARGE_TRANSFORMER, TEXT, TRANSFORMER, VAE, VARIANT, convert, save_small
-from damage import Damage, edit, fill, remove, resize, weights
+from helpers.checkpoints import LARGE_TRANSFORMER, TEXT, TRANSFORMER, VAE, VARIANT, convert, save_small
+from helpers.damage import Damage, edit, fill, remove, resize, weights
 from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from checkpoints import VARIANT, convert, save_small
-from cli_runner import done, error_line, run
-from hub_client import REPO, storage, using
-from hub_server import HubServer
+from helpers.checkpoints import VARIANT, convert
+from helpers.cli_runner import done, error_line, run
+from helpers.hub_client import REPO, storage, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint
@@ -18,17 +18,8 @@ from flux2_mlx.files import Claim
 from flux2_mlx.hub import fetch
 from flux2_mlx.store import find_checkpoint, make_checkpoint, resolve
 
+pytestmark = pytest.mark.usefixtures("models")
 IN_USE = "{} is in use by a download, conversion or run; try again later"
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    return save_small(tmp_path_factory.mktemp("official") / "small")
-
-
-@pytest.fixture
-def home(tmp_path, models):
-    return tmp_path / "home"
 
 
 @pytest.fixture

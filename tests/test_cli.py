@@ -8,7 +8,7 @@ import sys
 from importlib.resources import files
 
 import pytest
-from cli_runner import done, process, refusal, run
+from helpers.cli_runner import done, process, refusal, run
 
 import flux2_mlx
 from flux2_mlx.cli.main import cli

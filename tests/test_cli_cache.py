@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from cli_runner import PROMPT, done, refusal
+from helpers.cli_runner import PROMPT, done, refusal
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.embedding_cache import Form

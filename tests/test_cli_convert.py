@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import VARIANT, WEIGHTS, edit_json, save_small
-from cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
-from hub_server import HubServer
+from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
+from helpers.cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
+from helpers.hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
@@ -24,24 +24,12 @@ MODELS = {"klein-4b": "black-forest-labs/FLUX.2-klein-4B", "klein-9b": "black-fo
 NAMES = {**MODELS, "dev": "black-forest-labs/FLUX.2-dev", "black-forest-labs/flux.2-KLEIN-4b": MODELS["klein-4b"]}
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    """A small model in the official layout."""
-    return save_small(tmp_path_factory.mktemp("official") / "small")
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
     return tmp_path
-
-
-@pytest.fixture
-def source(official, folder):
-    """A copy of the small model, for a test to damage."""
-    return shutil.copytree(official, folder / "source")
 
 
 def quants(path):

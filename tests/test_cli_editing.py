@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runner import PROMPT, difference, done, pixels, refusal, run
+from helpers.cli_runner import PROMPT, difference, done, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx.files import read_bytes

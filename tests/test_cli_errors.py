@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from cli_runner import DEMO, PROMPT, SMALL, error_line, make, process, refusal, run, tree
+from helpers.cli_runner import DEMO, PROMPT, SMALL, error_line, make, process, refusal, run, tree
 from PIL import Image
 
 from flux2_mlx.config import VARIANTS

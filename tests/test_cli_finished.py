@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_runner import PROMPT, SMALL, done, make, refusal, run, tree
+from helpers.cli_runner import PROMPT, SMALL, done, make, refusal, run, tree
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, memory

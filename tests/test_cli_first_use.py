@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import VARIANT, WEIGHTS, edit_json, save_small
-from cli_runner import Terminal, done, process
-from hub_client import REPO, partial, storage, using
-from hub_server import HubServer
+from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
+from helpers.cli_runner import Terminal, done, process
+from helpers.hub_client import REPO, partial, storage, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx.cli.progress import Bars, size_text
 from flux2_mlx.hub import fetch
 
+pytestmark = pytest.mark.usefixtures("models")
 ARGUMENTS = ("download", REPO, "--variant", VARIANT)
 PLAIN = """\
 org/model is not converted yet:
@@ -46,17 +47,6 @@ org/model is not converted yet:
 downloading: 100%|BAR| 3.36M/3.36M [TIME<TIME, SPEED]
 converting: 100%|BAR| 5.63M/5.63M [TIME<TIME, SPEED]
 """
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    """A small model in the official layout."""
-    return save_small(tmp_path_factory.mktemp("official") / "small")
-
-
-@pytest.fixture
-def home(tmp_path, models):
-    return tmp_path / "home"
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from cli_runner import DEMO, done, refusal, run
-from hub_client import BIG, NEEDED, REPO, storage, using
-from hub_server import HubServer
+from helpers.cli_runner import DEMO, done, refusal, run
+from helpers.hub_client import BIG, NEEDED, REPO, storage, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import sealed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runner import DEMO, PROMPT, difference, done, make, pixels, refusal, run
+from helpers.cli_runner import DEMO, PROMPT, difference, done, make, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx import device

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runner import DEMO, done, refusal, run
-from damage import edit, fill, remove, resize
+from helpers.cli_runner import DEMO, done, refusal, run
+from helpers.damage import edit, fill, remove, resize
 
 from flux2_mlx import verification
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runner import Terminal, error_line, process, tree
+from helpers.cli_runner import Terminal, error_line, process, tree
 from PIL import Image
 
 # A shell that starts tests in the background makes its children ignore Ctrl-C, which a terminal does not.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runner import PROMPT, SMALL, difference, done, make, pixels, refusal, run
+from helpers.cli_runner import PROMPT, SMALL, difference, done, make, pixels, refusal, run
 
 from flux2_mlx import Flux2Pipeline, sampling
 from flux2_mlx.cli.prompts import Prompt, read_prompts

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runner import PROMPT, difference, done, make, pixels, refusal
+from helpers.cli_runner import PROMPT, difference, done, make, pixels, refusal
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx.images import read_settings

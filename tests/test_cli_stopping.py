@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_runner import PROMPT, SMALL, run, tree
+from helpers.cli_runner import PROMPT, SMALL, run, tree
 
 from flux2_mlx.cli.main import main
 from flux2_mlx.cli.stopping import Terminated, stoppable

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from cli_runner import DEMO, PROMPT, SMALL, difference, done, make, pixels, process, refusal, run
+from helpers.cli_runner import DEMO, PROMPT, SMALL, difference, done, make, pixels, process, refusal, run
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, __version__

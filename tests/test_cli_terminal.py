@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_runner import PROMPT, SMALL, done, error_line, run
 from click.testing import CliRunner
+from helpers.cli_runner import PROMPT, SMALL, done, error_line, run
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx.cli.main import cli

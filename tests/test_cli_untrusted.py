@@ -9,7 +9,7 @@ import tracemalloc
 from types import SimpleNamespace
 
 import pytest
-from cli_runner import DEMO, PROMPT, SMALL, done, refusal, run
+from helpers.cli_runner import DEMO, PROMPT, SMALL, done, refusal, run
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx.config import VARIANTS

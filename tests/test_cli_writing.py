@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import convert, make_dev_source, save_small
-from cli_runner import DEMO, PROMPT, SMALL, done, pixels, refusal
+from helpers.checkpoints import convert, make_dev_source, save_small
+from helpers.cli_runner import DEMO, PROMPT, SMALL, done, pixels, refusal
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx import upsampling

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from cli_runner import done, pixels, refusal
 from edits import KINDS, Edit, sample_held_out_edit
+from helpers.cli_runner import done, pixels, refusal
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, InputError

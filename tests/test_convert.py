@@ -9,7 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import torch
-from checkpoints import (
+from flux2_mlx.convert import Source, write
+from flux2_mlx.convert import folder as written
+from helpers.checkpoints import (
     LARGE_TRANSFORMER,
     SHALLOW_TEXT,
     SHALLOW_VARIANT,
@@ -21,10 +23,8 @@ from checkpoints import (
     edit_weights,
     save_small,
 )
-from flux2_mlx.convert import Source, write
-from flux2_mlx.convert import folder as written
+from helpers.parity import relative_error
 from mlx.utils import tree_flatten
-from reference.parity import relative_error
 from safetensors import deserialize, safe_open
 from safetensors.torch import load_file
 

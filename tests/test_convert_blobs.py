@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from checkpoints import WEIGHTS, convert, save_small
+from helpers.checkpoints import WEIGHTS, convert, save_small
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import VARIANT, WEIGHTS, convert, edit_weights, save_small
-from damage import Damage, edit, fill, remove, resize, weights
+from helpers.checkpoints import VARIANT, WEIGHTS, convert, edit_weights
+from helpers.damage import Damage, edit, fill, remove, resize, weights
 from safetensors.torch import load_file
 
 from flux2_mlx.checkpoint import Checkpoint
@@ -24,12 +24,6 @@ from flux2_mlx.store import converted_folders, find_checkpoint
 TRANSFORMER, VAE = WEIGHTS["transformer"], WEIGHTS["vae"]
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS}
 TOKENIZER, SCHEDULER = "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in the official layout; not to be changed."""
-    return save_small(tmp_path_factory.mktemp("official") / "model")
 
 
 @pytest.fixture

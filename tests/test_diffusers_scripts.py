@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_small
+from helpers.checkpoints import save_small
 from PIL import Image
 
 from flux2_mlx import Flux2Error, Flux2Pipeline, InputError

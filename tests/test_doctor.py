@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from cli_runner import run
+from helpers.cli_runner import run
 
 from flux2_mlx import Flux2Pipeline, device, doctor, layers
 from flux2_mlx.config import TransformerConfig

@@ -10,9 +10,22 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from cached_prompts import FORM, IMAGE, KEYS, OTHER, PART, STATES, bits, failing, kept, open_demo, path_of, states_of
-from checkpoints import edit_json
-from cli_runner import DEMO, PROMPT
+from helpers.cached_prompts import (
+    FORM,
+    IMAGE,
+    KEYS,
+    OTHER,
+    PART,
+    STATES,
+    bits,
+    failing,
+    kept,
+    open_demo,
+    path_of,
+    states_of,
+)
+from helpers.checkpoints import edit_json
+from helpers.cli_runner import DEMO, PROMPT
 from safetensors.numpy import save_file
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, embedding_cache

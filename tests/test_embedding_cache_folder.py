@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cached_prompts import FORM, IMAGE, KEYS, OTHER, PART, STATES, bits, failing, kept, open_demo, path_of
-from cli_runner import PROMPT
+from helpers.cached_prompts import FORM, IMAGE, KEYS, OTHER, PART, STATES, bits, failing, kept, open_demo, path_of
+from helpers.cli_runner import PROMPT
 
 from flux2_mlx import InputError
 from flux2_mlx.config import VARIANTS

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, edit_json, save_small
 from flux2_mlx.convert import Source, write_checkpoint
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, edit_json, save_small
 
 from flux2_mlx import errors
 from flux2_mlx.errors import CheckpointError, Flux2Error

@@ -7,9 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from cli_runner import PROMPT, SMALL, refusal
+from helpers.cli_runner import PROMPT, SMALL, refusal
+from helpers.mlx_state import randomized
 from mlx.utils import tree_map
-from mlx_state import randomized
 
 from flux2_mlx import Flux2Pipeline, RangeError, layers, networks
 from flux2_mlx.checkpoint import Component

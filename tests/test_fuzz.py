@@ -27,12 +27,12 @@ def test_a_case_can_be_run_again():
 
 @pytest.mark.parametrize("kind", ["refused", "unclear", "traceback", "silent", "memory", "crash", "hang", "identical"])
 def test_every_outcome_is_told(kind):
-    (result,) = survey(1, SEED, kinds=kind, module="broken_cases", seconds=1)
+    (result,) = survey(1, SEED, kinds=kind, module="helpers.broken_cases", seconds=1)
     assert (result.kind, result.outcome) == (kind, kind)
 
 
 def test_cases_go_on_after_a_crash():
-    results = list(survey(6, SEED, kinds="crash,identical", module="broken_cases"))
+    results = list(survey(6, SEED, kinds="crash,identical", module="helpers.broken_cases"))
     assert [result.case for result in results] == list(range(6))
     assert [result.outcome for result in results] == [result.kind for result in results]
     assert {result.kind for result in results} == {"crash", "identical"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_client import (
+from helpers.hub_client import (
     BIG,
     CHUNK,
     NEEDED,
@@ -30,7 +30,7 @@ from hub_client import (
     starts,
     storage,
 )
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 
 SCRIPT = """
 import json, signal, sys

@@ -4,8 +4,8 @@ import logging
 import sys
 
 import pytest
-from hub_client import NEEDED, REPO, fetch, refusal
-from hub_server import HubServer
+from helpers.hub_client import NEEDED, REPO, fetch, refusal
+from helpers.hub_server import HubServer
 
 CONFIG = "vae/config.json"  # no LFS file
 SECRETS = ("s3cret", "hf_access", "hf_refused", "user:")

@@ -5,7 +5,7 @@ import random
 
 import huggingface_hub
 import pytest
-from hub_client import NEEDED, SHARD, blob, fetch, files_in, listing, pointer, storage
+from helpers.hub_client import NEEDED, SHARD, blob, fetch, files_in, listing, pointer, storage
 
 from flux2_mlx.errors import DownloadError
 

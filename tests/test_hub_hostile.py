@@ -6,7 +6,20 @@ import threading
 import time
 
 import pytest
-from hub_client import BIG, NEEDED, REPO, SHARD, blob, fetch, files_in, listing, partial, pointer, refusal, storage
+from helpers.hub_client import (
+    BIG,
+    NEEDED,
+    REPO,
+    SHARD,
+    blob,
+    fetch,
+    files_in,
+    listing,
+    partial,
+    pointer,
+    refusal,
+    storage,
+)
 
 import flux2_mlx.downloads
 import flux2_mlx.hub

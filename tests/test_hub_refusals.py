@@ -5,8 +5,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from hub_client import BIG, NEEDED, REPO, UNNEEDED, fetch, files_in, refusal, starts
-from hub_server import REFUSED, HubServer
+from helpers.hub_client import BIG, NEEDED, REPO, UNNEEDED, fetch, files_in, refusal, starts
+from helpers.hub_server import REFUSED, HubServer
 
 import flux2_mlx.downloads
 from flux2_mlx.errors import InputError

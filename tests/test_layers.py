@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from mlx_state import randomized
+from helpers.mlx_state import randomized
 
 from flux2_mlx import layers
 from flux2_mlx.layers import Linear

@@ -7,7 +7,7 @@ import platform
 import mlx.core as mx
 import numpy as np
 import pytest
-from cli_runner import PROMPT, done, make, refusal, run
+from helpers.cli_runner import PROMPT, done, make, refusal, run
 from test_cli_replay import remember
 
 from flux2_mlx import Flux2Pipeline, device

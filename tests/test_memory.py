@@ -11,9 +11,9 @@ import bench_memory
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.mlx_state import mlx_limits, plan_ratios, randomized
 from mlx.utils import tree_map
-from mlx_state import mlx_limits, plan_ratios, randomized
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, memory

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runner import done, pixels, refusal
+from helpers.cli_runner import done, pixels, refusal
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, InputError

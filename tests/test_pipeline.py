@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, device, memory
 from flux2_mlx.checkpoint import Component
-from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
+from flux2_mlx.errors import Flux2Error, InputError
 from flux2_mlx.noise import initial_noise
 from flux2_mlx.phases import Progress
 
@@ -26,14 +27,14 @@ PHASES = ["text_encoder", "transformer", "vae"]
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small(tmp_path_factory.mktemp("official") / "model", text=SHALLOW_TEXT)
+def official(small_model: Callable[..., Path]) -> Path:
+    return small_model(text=SHALLOW_TEXT)
 
 
 @pytest.fixture(scope="module")
-def folder(official: Path) -> Path:
+def folder(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In bfloat16."""
-    return convert_shallow(official, official.with_name("converted"))
+    return convert_shallow(official, tmp_path_factory.mktemp("converted") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -317,13 +318,6 @@ def test_wrong_lengths_of_encoded_prompts(pipe, loads):
 def test_wrong_settings_of_a_model(settings, kind: type[Flux2Error], match, folder):
     with pytest.raises(kind, match=match):
         Flux2Pipeline.from_pretrained(folder, **settings)
-
-
-def test_a_source_that_is_no_model(tmp_path):
-    with pytest.raises(InputError, match="there is no model or folder 'klein'; did you mean klein-4b, klein-9b or "):
-        Flux2Pipeline.from_pretrained("klein")
-    with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
-        Flux2Pipeline.from_pretrained(tmp_path)
 
 
 def test_stored_quantization_can_not_be_changed(official, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from mlx_state import randomized
+from helpers.mlx_state import randomized
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import variant_components

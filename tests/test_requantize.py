@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from checkpoints import LARGE_TRANSFORMER, VARIANT, convert, edit_json, make_dev_source, save_small
-from cli_runner import done, refusal, run
 from flux2_mlx.convert import folder as written
 from flux2_mlx.convert import requantize
-from hub_client import REPO, using
-from hub_server import HubServer
+from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, convert, edit_json, make_dev_source
+from helpers.cli_runner import done, refusal, run
+from helpers.hub_client import REPO, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
@@ -23,8 +23,8 @@ PAIRS = [("qint8", "qint8"), ("qint4", "qint4"), ("qint4", "bf16"), ("bf16", "qi
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    return save_small(tmp_path_factory.mktemp("official") / "small", transformer=LARGE_TRANSFORMER)
+def official(small_model):
+    return small_model(transformer=LARGE_TRANSFORMER)
 
 
 @pytest.fixture(scope="module")

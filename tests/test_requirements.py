@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from cli_runner import error_line
+from helpers.cli_runner import error_line
 
 import flux2_mlx
 from flux2_mlx import requirements

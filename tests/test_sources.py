@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, make_dev_source, save_small
 from flux2_mlx.convert import Source, write_checkpoint
+from helpers.checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, make_dev_source
 from safetensors.torch import load_file, save_file
 
 from flux2_mlx.checkpoint import Checkpoint
@@ -22,15 +22,8 @@ Change = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    """A small model in the official layout."""
-    return save_small(tmp_path_factory.mktemp("official") / "small", text=SHALLOW_TEXT)
-
-
-@pytest.fixture
-def source(official, tmp_path):
-    """A copy of it, to change."""
-    return shutil.copytree(official, tmp_path / "source")
+def official(small_model):
+    return small_model(text=SHALLOW_TEXT)
 
 
 def fingerprinted(folder: Path) -> dict[str, bytes]:

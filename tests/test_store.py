@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_runner import DEMO, done, run
 from flux2_mlx.convert import Source
+from helpers.cli_runner import DEMO, done, run
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.cli.terminal import line
 from flux2_mlx.config import VARIANTS
-from flux2_mlx.errors import DownloadError, InputError
+from flux2_mlx.errors import CheckpointError, DownloadError, InputError
 from flux2_mlx.names import Model, find_variant, get_variant
 from flux2_mlx.store import find_checkpoint, resolve
 from flux2_mlx.upsampling import Writer
@@ -300,3 +300,10 @@ def test_a_run_looks_its_model_up_once(models, monkeypatch):
         monkeypatch.setattr(f"flux2_mlx.{module}.find_checkpoint", find)
     done("t2i", "a red circle", "-m", "demo", "-W", "32", "-H", "32", "-s", "1", "--no-cache", "-o", "a.png")
     assert found == [resolve("demo")]
+
+
+def test_a_source_that_is_no_model(tmp_path):
+    with pytest.raises(InputError, match="there is no model or folder 'klein'; did you mean klein-4b, klein-9b or "):
+        Flux2Pipeline.from_pretrained("klein")
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
+        Flux2Pipeline.from_pretrained(tmp_path)

@@ -8,10 +8,10 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
-from cli_runner import PROMPT, done, pixels, refusal
+from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.cli_runner import PROMPT, done, pixels, refusal
+from helpers.mlx_state import mlx_limits
 from mlx.utils import tree_flatten
-from mlx_state import mlx_limits
 
 from flux2_mlx import Flux2Pipeline, InputError, streaming
 from flux2_mlx.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small, write_dev_tokenizer, write_tokenizer
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small, write_dev_tokenizer, write_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from flux2_mlx.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import DEV_VISION, WEIGHTS, convert, make_dev_source, save_small
+from helpers.checkpoints import DEV_VISION, WEIGHTS, convert, make_dev_source, save_small
 from mlx.utils import tree_map
 from PIL import ExifTags, Image
 

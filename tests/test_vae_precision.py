@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 import pytest
-from cli_runner import DEMO
+from helpers.cli_runner import DEMO
 from PIL import Image
 
 from flux2_mlx.checkpoint import Checkpoint

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.mlx_state import randomized
 from mlx.utils import tree_map
-from mlx_state import randomized
 
 from flux2_mlx.config import VAEConfig
 from flux2_mlx.vae import VAE, activation_bytes

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_runner import DEMO, PROMPT, SMALL, done, run
+from helpers.cli_runner import DEMO, PROMPT, SMALL, done, run
 
 from flux2_mlx import store
 from flux2_mlx.cli.group import cli

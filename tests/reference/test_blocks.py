@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TransformerBlock,
 )
 from flux2_mlx.convert import transformer as rules
+from helpers.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
 
 from flux2_mlx.config import VARIANTS, TransformerConfig
 from flux2_mlx.transformer import image_ids, rope_table, text_ids
@@ -27,7 +28,6 @@ from flux2_mlx.transformer.blocks import (
     timestep_embedding,
 )
 from flux2_mlx.transformer.rope import rotate
-from reference.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
 
 # Axes of different sizes, so that none can be taken for another.
 TINY = TransformerConfig(1, 1, 3, 40, 36, 16, axes_dims_rope=(8, 12, 10, 6), guidance_embeds=False)

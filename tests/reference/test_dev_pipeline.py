@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import convert, make_dev_source
 from diffusers import Flux2Pipeline as Reference
 from diffusers.pipelines.flux2 import system_messages
+from helpers.checkpoints import convert, make_dev_source
+from helpers.parity import NETWORK, relative_error
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.text import DevTokenizer, prompts
-from reference.parity import NETWORK, relative_error
 
 CAT, FOX = "A cat holding a sign that says hello world", "一只狐狸 🦊 [IMG] в снегу"
 LENGTH = 260  # both prompts fit; the system message takes 168 of our byte tokens

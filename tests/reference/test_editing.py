@@ -8,15 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, small_pipeline, write_tokenizer
 from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, Flux2KleinPipeline
 from diffusers import Flux2Pipeline as Flux2DevPipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, small_pipeline, write_tokenizer
+from helpers.parity import relative_error
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.references import Canvas, crop_box, fit_reference, to_pixels
-from reference.parity import relative_error
 
 LATENTS = 1e-4
 SETTINGS = {"num_inference_steps": 4, "max_sequence_length": 48}

@@ -14,11 +14,11 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 from flux2_mlx.convert import transformer as rules
+from helpers.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
 from mlx.utils import tree_flatten, tree_map
 
 from flux2_mlx.transformer import blocks, rope_table
 from flux2_mlx.transformer.blocks import DoubleBlock, SingleBlock
-from reference.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
 from reference.test_blocks import TINY, block_arguments, positions, reference_rope
 
 TEXT, BATCH, D = 5, 2, TINY.hidden_size

@@ -10,14 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import DEV_TEXT, TEXT, VARIANT, convert, edit_json, make_dev_source, save_small
 from flux2_mlx.convert import Source
+from helpers.checkpoints import DEV_TEXT, TEXT, VARIANT, convert, edit_json, make_dev_source, save_small
+from helpers.parity import NETWORK, randomize, relative_error
 from transformers import Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.streaming import Reading, load_streamed
-from reference.parity import NETWORK, randomize, relative_error
 
 LENGTH = 16
 CONFIG = "text_encoder/config.json"

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import DEV_TEXT, VARIANT, convert, make_dev_source, save_small, small_pipeline, write_tokenizer
+from helpers.checkpoints import DEV_TEXT, VARIANT, convert, make_dev_source, save_small, small_pipeline, write_tokenizer
+from helpers.parity import NETWORK, random_tensor, relative_error
 from PIL import Image
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
@@ -19,7 +20,6 @@ from flux2_mlx.text import LanguageModel, TextEncoder
 from flux2_mlx.text.generation import embed, generate, image_placeholder
 from flux2_mlx.text.pixtral import preprocess
 from flux2_mlx.text.prompts import UPSAMPLE_I2I, mistral_image_chat
-from reference.parity import NETWORK, random_tensor, relative_error
 
 LENGTH, PAD, NEW_TOKENS = 24, 11, 64
 NO_END: frozenset[int] = frozenset()

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import convert, edit_json, small_pipeline
 from diffusers import Flux2KleinPipeline
+from helpers.checkpoints import convert, edit_json, small_pipeline
+from helpers.parity import random_tensor, relative_error
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.config import TextConfig, TransformerConfig
-from reference.parity import random_tensor, relative_error
 
 # Qwen's vocabulary, and so its tokenizer, at a very small width; heads · head_dim ≠ hidden_size as in klein-4b.
 TEXT = TextConfig("qwen3", 16, 24, 27, 151936, (9, 18, 27), 3, 1, 8)

@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import DEV_TEXT, DEV_VISION, mistral
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from flux2_mlx.convert import text as rules
+from helpers.checkpoints import DEV_TEXT, DEV_VISION, mistral
+from helpers.parity import NETWORK, random_tensor, randomize, relative_error, to_mx
 from mlx.utils import tree_flatten
 from PIL import Image
 from transformers import Mistral3ForConditionalGeneration
@@ -16,7 +17,6 @@ from flux2_mlx.config import VisionConfig
 from flux2_mlx.text import PixtralVision
 from flux2_mlx.text.pixtral import preprocess
 from flux2_mlx.upsampling import shown
-from reference.parity import NETWORK, random_tensor, randomize, relative_error, to_mx
 
 RELEASED = VisionConfig(5120)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from flux2_mlx.convert import text as rules
+from helpers.parity import NETWORK, randomize, relative_error, transfer
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from flux2_mlx.config import TextConfig
 from flux2_mlx.text import KleinTokenizer, TextEncoder
-from reference.parity import NETWORK, randomize, relative_error, transfer
 
 # Two layers more than are kept, and heads · head_dim ≠ hidden_size as in the released model.
 LAYERS = 29

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from flux2_mlx.convert import transformer as rules
+from helpers.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
-from reference.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 # Axes of different sizes, so that none can be taken for another.
 KLEIN = TransformerConfig(2, 3, 3, 40, 36, 16, axes_dims_rope=(8, 12, 10, 6), guidance_embeds=False)

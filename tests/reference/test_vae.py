@@ -5,10 +5,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 from flux2_mlx.convert import vae as rules
+from helpers.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 from flux2_mlx.config import VAEConfig
 from flux2_mlx.vae import VAE
-from reference.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 FULL = VAEConfig()
 SMALL_DECODER = VAEConfig(decoder_block_out_channels=(96, 192, 384, 384))

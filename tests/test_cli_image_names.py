@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cli_runner import PROMPT, SMALL, done, refusal, run, tree
+from helpers.cli_runner import PROMPT, SMALL, done, refusal, run, tree
 from PIL import Image
 
 from flux2_mlx.errors import InputError
@@ -55,7 +55,7 @@ def test_defaults_of_a_model_folder_are_in_the_name(folder, monkeypatch):
     """They are known when it is open."""
     import shutil
 
-    from cli_runner import DEMO
+    from helpers.cli_runner import DEMO
 
     shutil.copytree(DEMO, folder / "mine")
     result = done("t2i", PROMPT, "-m", "mine", "-s", "1", "-o", "{model}-{width}.png")

@@ -5,10 +5,10 @@ import gc
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from flux2_mlx.convert import requantize
+from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.mlx_state import mlx_limits
 from mlx_lm.generate import generation_stream
-from mlx_state import mlx_limits
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VARIANT, convert, make_dev_source, save_small
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from flux2_mlx.convert import Source, options
+from helpers.checkpoints import VARIANT, convert, make_dev_source, save_small
 from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig, Qwen3Config
 
 from flux2_mlx.errors import CheckpointError

@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from cli_runner import DEMO
-from damage import edit
+from helpers.cli_runner import DEMO
+from helpers.damage import edit
 
 from flux2_mlx import Flux2Output, Flux2Pipeline, RangeError, memory, run, unfinished
 from flux2_mlx.references import Edit

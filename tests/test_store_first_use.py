@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import LARGE_TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights, save_small
-from cli_runner import done, refusal
-from hub_client import REPO, partial, storage, using
-from hub_server import HubServer
+from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights
+from helpers.cli_runner import done, refusal
+from helpers.hub_client import REPO, partial, storage, using
+from helpers.hub_server import HubServer
 from safetensors.torch import save_file
 
 import flux2_mlx.hub
@@ -18,25 +18,15 @@ from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import find_checkpoint
 
+pytestmark = pytest.mark.usefixtures("models")
 START = 65_536  # bytes of a file of weights that are read for its header
 NAMED = {"variant": VARIANT}
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    """A small model in the official layout whose transformer has 35 MB."""
-    return save_small(tmp_path_factory.mktemp("official") / "small", transformer=LARGE_TRANSFORMER)
-
-
-@pytest.fixture
-def source(official, tmp_path):
-    """A copy of it, for a test to change."""
-    return shutil.copytree(official, tmp_path / "source")
-
-
-@pytest.fixture
-def home(tmp_path, models):
-    return tmp_path / "home"
+def official(small_model):
+    """Its transformer has 35 MB."""
+    return small_model(transformer=LARGE_TRANSFORMER)
 
 
 def refused(source, home, kind=(CheckpointError, InputError), act=None, **options):

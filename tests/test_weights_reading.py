@@ -9,8 +9,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from flux2_mlx.convert import Source, requantize
+from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from mlx.utils import tree_flatten
 
 from flux2_mlx.checkpoint import Checkpoint, Component

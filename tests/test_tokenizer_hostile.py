@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, record, save_small, write_dev_tokenizer, write_tokenizer
+from helpers.checkpoints import (
+    SHALLOW_TEXT,
+    SHALLOW_VARIANT,
+    convert,
+    record,
+    save_small,
+    write_dev_tokenizer,
+    write_tokenizer,
+)
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint

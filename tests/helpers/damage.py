@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from checkpoints import edit_json, edit_weights
+
+from helpers.checkpoints import edit_json, edit_weights
 
 Damage = Callable[[Path], object]
 

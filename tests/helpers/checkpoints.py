@@ -16,9 +16,7 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from flux2_mlx.convert import Source, write_checkpoint
-from reference.parity import randomize
 from safetensors.torch import load_file, save_file
-from tekken import special_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -32,6 +30,8 @@ from transformers import (
 
 from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, sealed
 from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig, VisionConfig
+from helpers.parity import randomize
+from helpers.tekken import special_tokens
 
 torch.set_num_threads(1)  # more threads only wait for each other on networks so small
 gc.freeze()  # the pipeline collects garbage after each phase, which the libraries' many objects make very slow

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import write_dev_tokenizer
+from helpers.checkpoints import write_dev_tokenizer
+from helpers.mlx_state import plan_ratios
 from mlx.utils import tree_flatten
-from mlx_state import plan_ratios
 from PIL import Image
 
 from flux2_mlx import upsampling

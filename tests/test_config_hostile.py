@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, save_small
 from flux2_mlx.convert import Source
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, save_small
 
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.components import COMPONENTS

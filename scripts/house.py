@@ -1,0 +1,247 @@
+"""Measures of the code: how far things travel through it, how often a run does what, and how long its parts are.
+
+    python scripts/house.py                    of this tree
+    python scripts/house.py --tree FOLDER      of another one, an older one for instance: `git worktree add FOLDER COMMIT`
+    python scripts/house.py --json
+
+A room is a source file of the product. A thing is in a room when a function of that file is called with it, in an
+argument or up to three objects inside one. Calls that follow each other in one file are one stay. A climb is a stay
+whose file is of a later row of `ROWS` in tests/test_project.py than that of the stay before, so the way leads from a
+room back up to one that stands on it. Runs are of the built-in model, 64 × 64 pixels in two steps, in one process.
+"""
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORKS = {"transformer", "text_encoder", "vae"}
+PROMPT, LIMIT, REFERENCE, WEIGHT = "a small red circle", 3_999_999_937, "reference-271.png", "img_attn.qkv.weight"
+SIZE = (80, 96)  # of the picture to start from, which no other one has
+RUN = ["-m", "demo", "-W", "64", "-H", "64", "-s", "2", "--seed", "1", "--force", "-o", "image.png"]
+# The run that each thing is followed in, and how it is known. What is named differs, so runs differ only in that.
+T2I, I2I = ["t2i", PROMPT, *RUN, "--memory-limit", str(LIMIT)], ["i2i", PROMPT, *RUN, "-i", REFERENCE]
+THINGS = {"prompt": T2I, "memory limit": T2I, "weight": T2I, "reference image": I2I}
+COUNTED = {
+    "Request.checked": r"Request\.checked",
+    "plan": r"plan",
+    "find_checkpoint": r"find_checkpoint",
+    "Component.build": r"Component\.build",
+    "Component.load": r"Component\.load",
+}
+_DEPTH = 3
+
+
+class Way:
+    """Where a thing has been."""
+
+    def __init__(self, tree: Path, rows: dict[str, int], is_thing: Callable[[Any], bool]):
+        self._tree, self._rows, self._is_thing = tree, rows, is_thing
+        self.stays: list[str] = []
+
+    def hear(self, room: str, frame: FrameType) -> None:
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount + 2]
+        found = (self._holds(frame.f_locals[name], _DEPTH) for name in names if name in frame.f_locals)
+        if self.stays[-1:] != [room] and any(found):
+            self.stays.append(room)
+
+    def _holds(self, value: Any, depth: int) -> bool:
+        if self._is_thing(value):
+            return True
+        return depth > 0 and any(self._holds(part, depth - 1) for part in parts(value))
+
+    def figures(self) -> dict[str, int]:
+        storeys = [self._rows.get(Path(room).parts[1].removesuffix(".py"), 0) for room in self.stays]
+        climbs = sum(later > former for former, later in zip(storeys, storeys[1:], strict=False))
+        return {"stays": len(self.stays), "rooms": len(set(self.stays)), "climbs": climbs}
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """What is inside a value: items, and attributes of objects of the product; nothing of a network."""
+    if isinstance(value, dict):
+        if type(value) is dict:
+            yield from value
+            yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from value
+    elif type(value).__module__.startswith("flux2_mlx") and not isinstance(value, type):
+        yield from getattr(value, "__dict__", {}).values()
+
+
+def is_reference(value: Any) -> bool:
+    from PIL import Image
+
+    return (isinstance(value, str | Path) and REFERENCE in str(value)) or (
+        isinstance(value, Image.Image) and value.size == SIZE
+    )
+
+
+IS_THING = {
+    "prompt": lambda value: isinstance(value, str) and PROMPT in value,
+    "memory limit": lambda value: type(value) in (int, str) and str(value) == str(LIMIT),
+    "weight": lambda value: isinstance(value, str) and value.endswith(WEIGHT),
+    "reference image": is_reference,
+}
+
+
+def follow(tree: Path, thing: str) -> dict[str, Any]:
+    """The way of a thing in its run, and how often the run called what is counted. In a process of its own."""
+    import flux2_mlx
+
+    flux2_mlx.__path__.append(str(tree))  # so that flux2_mlx.convert is the tree's
+    from flux2_mlx.__main__ import main
+    from PIL import Image
+
+    Image.new("RGB", SIZE, "white").save(REFERENCE)
+    way, calls, folders = Way(tree, rows(tree), IS_THING[thing]), Counter(), [f"{tree}/flux2_mlx/", f"{tree}/convert/"]
+
+    def hear(frame: FrameType, event: str, _: Any) -> None:
+        path = frame.f_code.co_filename
+        if event == "call" and path.startswith(tuple(folders)) and not frame.f_code.co_name.startswith("<"):
+            way.hear(path.removeprefix(f"{tree}/"), frame)
+            calls[frame.f_code.co_qualname] += 1
+
+    sys.argv[1:] = THINGS[thing]
+    threading.setprofile(hear)
+    sys.setprofile(hear)
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.setprofile(None)
+    counts = {
+        name: sum(n for key, n in calls.items() if re.fullmatch(pattern, key)) for name, pattern in COUNTED.items()
+    }
+    return {"way": way.figures(), "calls": counts, "stays": way.stays}
+
+
+def rows(tree: Path) -> dict[str, int]:
+    """The row of each module in the table of storeys."""
+    for node in ast.parse((tree / "tests/test_project.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROWS":
+            return {name: number for number, names in enumerate(ast.literal_eval(node.value)) for name in names}
+    raise SystemExit(f"{tree}/tests/test_project.py has no ROWS")
+
+
+def lengths(values: list[int]) -> dict[str, int]:
+    values = sorted(values)
+    median = round(statistics.median(values))
+    return {"count": len(values), "median": median, "p90": values[len(values) * 9 // 10], "maximum": values[-1]}
+
+
+def read(tree: Path) -> dict[str, Any]:
+    """What the sources say by themselves. A function's lines are those from its `def` on without its docstring."""
+    files, functions, names = [], [], Counter()
+    for path in [path for folder in ("flux2_mlx", "convert") for path in sorted((tree / folder).rglob("*.py"))]:
+        text = path.read_text()
+        files.append(text.count("\n"))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first, documented = node.body[0], ast.get_docstring(node) is not None
+                docstring = first.end_lineno - first.lineno + 1 if documented else 0
+                functions.append(node.end_lineno - node.lineno + 1 - docstring)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names[path] += node.value in NETWORKS
+    literals = {"literals": names.total(), "files": sum(map(bool, names.values()))}
+    return {"functions": lengths(functions), "files": lengths(files), "network names": literals}
+
+
+def python(tree: Path, *arguments: str, folder: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(tree), "FLUX2_MLX_HOME": folder, "HF_HOME": folder}
+    environment |= {"FLUX2_MLX_DEVICE": "cpu"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def seconds(tree: Path, *arguments: str, folder: str, times: int) -> float:
+    """The shortest time of several runs of the command line, each in a process of its own."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        python(tree, "-m", "flux2_mlx", *arguments, folder=folder)
+        taken.append(time.perf_counter() - start)
+    return round(min(taken), 2)
+
+
+IMPORTED = """
+import sys
+sys.argv[1:] = ["--help"]
+from flux2_mlx.__main__ import main
+try:
+    main()
+finally:
+    names = [name for name in sys.modules if name.split(".")[0] == "flux2_mlx"]
+    print(len(names), len(sys.modules), file=sys.stderr if False else sys.stdout)
+"""
+
+
+def mypy_errors(tree: Path, folder: str) -> int | None:
+    if importlib.util.find_spec("mypy") is None:
+        return None
+    command = [sys.executable, "-m", "mypy", "--no-incremental", "flux2_mlx", "convert"]
+    shown = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"Found (\d+) error", shown)
+    return int(found[1]) if found else 0
+
+
+def measure(tree: Path) -> dict[str, dict[str, Any]]:
+    """Every figure of a tree, in groups."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = str(Path(__file__).resolve())
+        ways = {
+            thing: json.loads(python(tree, script, "--tree", str(tree), "--follow", thing, folder=folder))
+            for thing in THINGS
+        }
+        ours, all_modules = python(tree, "-c", IMPORTED, folder=folder).split()[-2:]
+        return {
+            **{f"way of the {thing}": found["way"] for thing, found in ways.items()},
+            "calls in a run": ways["prompt"]["calls"],
+            **read(tree),
+            "imported for --help": {"ours": int(ours), "all": int(all_modules)},
+            "mypy": {"errors": mypy_errors(tree, folder)},
+            "seconds": {
+                "--help": seconds(tree, "--help", folder=folder, times=5),
+                "demo": seconds(tree, "t2i", PROMPT, "-m", "demo", "--force", "-o", "x.png", folder=folder, times=3),
+            },
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tree", type=Path, default=ROOT, help="root of the sources  [default: these]")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--follow", choices=THINGS, help="only the way of this thing, stay by stay, as JSON")
+    given = parser.parse_args()
+    tree = given.tree.resolve()
+    if given.follow:
+        print(json.dumps(follow(tree, given.follow)))
+        return
+    figures = measure(tree)
+    if given.json:
+        print(json.dumps(figures, indent=2))
+        return
+    for group, values in figures.items():
+        print(f"{group:24}", "  ".join(f"{name} {value}" for name, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()
