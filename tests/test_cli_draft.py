@@ -3,10 +3,10 @@
 from collections import Counter
 
 import pytest
-from checkpoints import VARIANT, save_small
-from cli_runner import PROMPT, SMALL, done, refusal
-from hub_client import REPO, using
-from hub_server import HubServer
+from helpers.checkpoints import VARIANT, save_small
+from helpers.cli_runner import PROMPT, SMALL, done, refusal
+from helpers.hub_client import REPO, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx import networks, store
 from flux2_mlx.sampling import Request
