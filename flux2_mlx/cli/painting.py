@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..networks import Networks
     from ..output import Phase
-    from ..phases import Progress
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
-    from ..sampling import Request
+    from ..request import Progress, Request
     from ..upsampling import Writer
 
 Batch = tuple["Request", list[int]]  # images that one run makes: its settings, and their places in the job
@@ -70,7 +69,7 @@ def _batches(
 
     `build` makes a request of prompts and settings, and `texts` are what was made of the job's prompts.
     """
-    from ..sampling import MAX_IMAGES
+    from ..request import MAX_IMAGES
 
     groups: dict[tuple, list[int]] = {}
     for place in range(len(job.frames)) if places is None else places:
@@ -271,7 +270,7 @@ def _checked(
     """The runs of a `model`, which may not be `known` yet, their pictures, and the further settings of its networks."""
     from ..device import activation_dtype, memory_bytes
     from ..references import Edit
-    from ..sampling import Request
+    from ..request import Request
 
     wanted = {"dtype": activation_dtype(job.dtype), "memory_limit": memory_bytes(job.memory_limit)}
     pictures = Edit.checked(images, model.vae.token_size, **edit)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..output import Flux2Output, Phase
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
-    from ..sampling import Request
+    from ..request import Request
 
 # What must be the same for an image to be the one that is asked for.
 _COMPARED = (
