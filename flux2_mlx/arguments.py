@@ -16,7 +16,7 @@ from PIL import Image
 
 from .errors import InputError
 from .images import flattened, open_hashed
-from .sampling import Request
+from .request import Request
 
 Method = TypeVar("Method", bound=Callable)
 # Arguments of diffusers' pipelines for which there is something else to write.

@@ -14,12 +14,13 @@ from .embedding_cache import EmbeddingCache
 from .errors import InputError
 from .images import to_pil, to_unit
 from .memory import Plan
+from .metering import Meter, turn
 from .networks import Networks
 from .output import Flux2Output, check_output_type, to_torch
-from .phases import Meter, OnProgress, decode_image, decode_latents, finished_image, turn
+from .phases import decode_image, decode_latents, finished_image
 from .references import Edit
+from .request import OnProgress, Request
 from .run import Run
-from .sampling import Request
 from .text import PromptTokenizer
 from .unfinished import Unfinished
 from .upsampling import WritingMethods

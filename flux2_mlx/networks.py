@@ -18,7 +18,7 @@ from .errors import CheckpointError, InputError
 from .memory import Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
 from .references import MIN_SIDE, Edit
-from .sampling import Request
+from .request import Request
 from .streaming import Footprint, Reading, footprint, load_streamed
 from .text import LanguageModel
 

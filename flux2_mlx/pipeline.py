@@ -19,12 +19,11 @@ from .errors import InputError
 from .names import get_variant, models_folder
 from .networks import Networks
 from .output import Flux2Output
-from .phases import Progress
 from .progress_bar import acquisition_bars, progress_bar
 from .provenance import image_settings, sampled
 from .quantization import check_quant
 from .references import Edit
-from .sampling import Request, check_guided
+from .request import Progress, Request, check_guided
 from .store import find_checkpoint
 from .unfinished import FOLDER as UNFINISHED
 from .unfinished import Unfinished

@@ -7,7 +7,7 @@ from . import __version__
 from .device import dtype_name, machine
 from .networks import Networks
 from .references import Edit
-from .sampling import Request
+from .request import Request
 
 
 def sampled(request: Request, edit: Edit) -> dict[str, Any]:

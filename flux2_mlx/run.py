@@ -17,14 +17,12 @@ from .embedding_cache import CachedEncoder, EmbeddingCache
 from .images import to_unit
 from .layers import cast, check_finite
 from .memory import Plan, passes
+from .metering import Meter
 from .networks import Networks
 from .noise import initial_noise
 from .output import Flux2Output
 from .phases import (
     EncodedEdit,
-    Meter,
-    OnProgress,
-    Progress,
     condition,
     decode_image,
     denoise_images,
@@ -33,7 +31,7 @@ from .phases import (
     latents_of,
 )
 from .references import Edit
-from .sampling import Request, Step
+from .request import OnProgress, Progress, Request, Step
 from .unfinished import Waiting
 from .vae import VAE
 

@@ -14,7 +14,7 @@ from .device import dtype_name
 from .embedding_cache import EmbeddingCache, Form, fingerprint
 from .networks import Networks
 from .references import Edit
-from .sampling import Request
+from .request import Request
 
 FOLDER = "unfinished"  # within the models folder
 _LIMIT = 4_000_000_000  # 2,000 images of 1024²

@@ -18,10 +18,10 @@ from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
 from .memory import Plan, Writing
+from .metering import Meter, turn
 from .names import Model
 from .networks import Networks
 from .output import Phase
-from .phases import Meter, turn
 from .store import find_checkpoint
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder

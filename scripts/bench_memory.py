@@ -29,7 +29,7 @@ from flux2_mlx.device import mac_limit, parse_memory
 from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
 from flux2_mlx.output import Phase
-from flux2_mlx.sampling import Request
+from flux2_mlx.request import Request
 from flux2_mlx.text import TOKENIZERS
 from flux2_mlx.weights import TensorInfo, write_safetensors
 

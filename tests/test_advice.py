@@ -10,7 +10,7 @@ from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import InputError
 from flux2_mlx.networks import Networks
 from flux2_mlx.references import Edit
-from flux2_mlx.sampling import Request
+from flux2_mlx.request import Request
 
 GIB = 2**30
 

@@ -9,7 +9,7 @@ from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
 
 from flux2_mlx import networks, store
-from flux2_mlx.sampling import Request
+from flux2_mlx.request import Request
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.cli_runner import PROMPT, SMALL, difference, done, make, pixels, refusal, run
 
-from flux2_mlx import Flux2Pipeline, sampling
+from flux2_mlx import Flux2Pipeline, request
 from flux2_mlx.cli.prompts import Prompt, read_prompts
 from flux2_mlx.errors import InputError
 from flux2_mlx.images import read_settings
@@ -263,7 +263,7 @@ def test_a_line_is_named_by_the_library_s_error():
 
 
 def test_more_images_than_a_run_may_have_are_made_in_several(monkeypatch):
-    monkeypatch.setattr(sampling, "MAX_IMAGES", 2)
+    monkeypatch.setattr(request, "MAX_IMAGES", 2)
     paths = done("t2i", PROMPT, *SMALL, "-n", "5", "--seed", "1", "-o", "a.png").stdout.splitlines()
     assert paths == [f"a-{seed}.png" for seed in range(1, 6)]
     assert np.array_equal(pixels("a-5.png"), pixels(make("--seed", "5", "-o", "b.png")[0]))

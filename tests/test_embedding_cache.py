@@ -32,7 +32,7 @@ from flux2_mlx import CheckpointError, Flux2Pipeline, embedding_cache
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.embedding_cache import Form, entry_key
-from flux2_mlx.phases import Progress
+from flux2_mlx.request import Progress
 
 pytestmark = pytest.mark.usefixtures("models")
 

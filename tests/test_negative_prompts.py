@@ -10,7 +10,7 @@ from flux2_mlx import Flux2Pipeline, InputError, unfinished
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.networks import Networks
 from flux2_mlx.references import Edit
-from flux2_mlx.sampling import Request
+from flux2_mlx.request import Request
 
 FOX, CAT, GUIDED = "a fox", "a cat", {"guidance_scale": 3.0}
 FEATURES = VARIANTS["demo"].text.output_size

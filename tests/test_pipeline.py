@@ -19,7 +19,7 @@ from flux2_mlx import Flux2Pipeline, device, memory
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import Flux2Error, InputError
 from flux2_mlx.noise import initial_noise
-from flux2_mlx.phases import Progress
+from flux2_mlx.request import Progress
 
 SETTINGS = {"height": 48, "width": 64, "num_inference_steps": 2, "seed": 5, "max_sequence_length": 40}
 FOX, CAT = "a fox", "a cat"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..memory import Plan
     from ..networks import Networks
     from ..references import Edit
-    from ..sampling import Request
+    from ..request import Request
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Drafts:
 
 def _batches(job: Job, build: "Callable[..., Request]") -> list[Batch]:
     """The images of a job in as few runs as their settings allow; `build` makes a request of prompts and settings."""
-    from ..sampling import MAX_IMAGES
+    from ..request import MAX_IMAGES
 
     groups: dict[tuple, list[int]] = {}
     for place, frame in enumerate(job.frames):

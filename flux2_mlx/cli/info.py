@@ -156,7 +156,7 @@ def _networks(model: "Model", folders: list[Path], variant: str | None, **wanted
 
 def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:
     from ..device import dtype_name
-    from ..sampling import Request
+    from ..request import Request
 
     variant = networks.checkpoint.model
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)

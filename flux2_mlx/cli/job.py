@@ -216,7 +216,7 @@ def _check_prompts(prompts: Sequence[Prompt], seeds: tuple[int, ...], num_images
 
 
 def _check_seeds(frames: Sequence[Frame]) -> None:
-    from ..sampling import MAX_SEED
+    from ..request import MAX_SEED
 
     for frame in frames:
         with frame.prompt.named():

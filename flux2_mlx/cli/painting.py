@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..memory import Plan
     from ..output import Phase
-    from ..phases import Progress
     from ..pipeline import Flux2Pipeline
     from ..references import Edit
-    from ..sampling import Request
+    from ..request import Progress, Request
     from ..upsampling import Writer
 
 _log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from ..components import network_dtype
 from ..config import QUANTIZATIONS, VARIANTS
 from ..device import activation_dtype, device_memory, failures, is_virtual, on_gpu
 from ..errors import DeviceError, RangeError
+from ..metering import turn
 from ..networks import Networks
-from ..phases import turn
 from ..pipeline import Flux2Pipeline
-from ..sampling import Request
+from ..request import Request
 from . import machine, numerics, peaks, speed
 from .finding import Finding
 from .machine import describe

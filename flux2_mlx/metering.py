@@ -1,0 +1,125 @@
+"""One run at a time, and what each of its phases takes."""
+
+import atexit
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+
+from .device import failures
+from .memory import Plan, limits
+from .output import Phase
+from .streaming import Reading
+
+_TURN = threading.RLock()
+_THREAD = threading.local()
+_ENDING = threading.Event()
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """Runs of several threads take turns, since MLX counts memory, and limits it, for the process as a whole."""
+    with _TURN:
+        end_with_process()
+        if threading.current_thread() is not threading.main_thread() and not hasattr(_THREAD, "streams"):
+            _THREAD.streams = _Streams()
+        try:
+            with failures():
+                yield
+        finally:
+            if _ENDING.is_set():  # while the process waits, as later no call of MLX would return to this thread
+                vars(_THREAD).pop("streams", None)
+
+
+def end_with_process() -> None:
+    """End a thread whose process is about to."""
+    if _ENDING.is_set() and threading.current_thread() is not threading.main_thread():
+        raise SystemExit
+
+
+@atexit.register
+def _end_runs() -> None:
+    """Let the run of a daemon thread end at its next step: MLX aborts a process that exits while it computes."""
+    _ENDING.set()
+    _TURN.acquire()
+
+
+class _Streams:
+    """The streams of MLX of a thread. Unless they are cleared when it ends, MLX may abort the process at its exit."""
+
+    def __del__(self):
+        mx.clear_streams()
+
+
+@dataclass
+class _Span:
+    """What a phase has taken so far, which may be interrupted by others. `place` is that among the timings."""
+
+    name: str
+    place: int
+    seconds: float = 0.0
+    peak: int = 0
+    read: Reading = field(default_factory=Reading)
+
+    def start(self, reading: Reading) -> None:
+        mx.reset_peak_memory()
+        self._start, self._before = time.perf_counter(), replace(reading)
+
+    def stop(self, reading: Reading) -> None:
+        read = reading.since(self._before)
+        self.read.add(read.nbytes, read.beside)
+        self.seconds += time.perf_counter() - self._start
+        self.peak = max(self.peak, mx.get_peak_memory())
+
+    def phase(self, planned: Plan) -> Phase:
+        streamed = planned.phase(self.name).streamed if self.read.nbytes else 0
+        return Phase(self.name, self.seconds, self.peak, self.read.nbytes, streamed, self.read.overlap)
+
+
+class Meter:
+    """Measures the phases of a run that starts now, and keeps each within what is planned.
+
+    What is in memory already does not belong to the run. A phase that is entered within another interrupts that.
+
+    Args:
+        timings: gets a `Phase` for each phase.
+        planned: the plan of the run.
+        reading: what is streamed from disk.
+    """
+
+    def __init__(self, timings: list[Phase], planned: Plan, reading: Reading):
+        self._timings, self._planned, self._reading = timings, planned, reading
+        self._others = mx.get_active_memory()
+        self._spans: dict[str, _Span] = {}
+        self._open: list[_Span] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what is done inside as phase `name`, and give its memory back at the end."""
+        span = self._span(name)
+        for outer in self._open[-1:]:
+            outer.stop(self._reading)
+        self._open.append(span)
+        mx.clear_cache()
+        span.start(self._reading)
+        try:
+            with limits(self._planned, name, self._others):
+                yield
+        finally:
+            span.stop(self._reading)
+            self._timings[span.place] = span.phase(self._planned)
+            self._open.pop()
+            gc.collect()
+            mx.clear_cache()
+            for outer in self._open[-1:]:
+                outer.start(self._reading)
+
+    def _span(self, name: str) -> _Span:
+        if name not in self._spans:
+            self._spans[name] = _Span(name, len(self._timings))
+            self._timings.append(Phase(name, 0.0, 0))
+        return self._spans[name]

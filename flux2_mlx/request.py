@@ -1,0 +1,259 @@
+"""What is asked of a run, checked, and what is heard of it meanwhile."""
+
+import math
+import operator
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+from PIL import Image
+
+from .config import VARIANTS, Variant
+from .errors import InputError
+from .text.prompts import check_prompt
+
+MAX_PIXELS = 4096 * 4096
+MAX_STEPS = 1000
+MAX_IMAGES = 1000
+MAX_SEED = 2**64 - 1
+_SHIFT_STEPS = 50  # the default of diffusers' pipelines, whose shift of given sigmas follows from it
+
+
+@dataclass(frozen=True)
+class Request:
+    """The settings of one run, checked. Build it with `Request.checked`.
+
+    There is one seed for each image; the images of a prompt are neighbours. `negative_prompts` has one for each prompt
+    where classifier-free guidance steers away from them, and is empty elsewhere. `shift_steps` is the number of steps
+    that the shift of given `sigmas` is worked out for.
+    """
+
+    prompts: tuple[str, ...]
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seeds: tuple[int, ...]
+    max_sequence_length: int
+    sigmas: tuple[float, ...] | None = None
+    strength: float = 1.0
+    shift_steps: int | None = None
+    negative_prompts: tuple[str, ...] = ()
+
+    @classmethod
+    def checked(
+        cls,
+        variant: Variant,
+        token_size: int,
+        prompts: Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        strength: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+    ) -> "Request":
+        """Fill in the variant's defaults and check every setting; InputError says which one is wrong.
+
+        With `sigmas`, `steps` is only what the shift is worked out for, by default 50, as in diffusers.
+        `seed` is that of the first image, image k has seed + k; or there is a list with the seed of each image.
+        `negative_prompt` is one for all prompts or one for each; None: empty ones. Like all of guidance it has no
+        effect up to a guidance of 1.
+        """
+        height, width, steps = _integer("height", height), _integer("width", width), _integer("steps", steps)
+        images_per_prompt = _integer("images per prompt", images_per_prompt)
+        max_sequence_length = _integer("max_sequence_length", max_sequence_length)
+        guidance, strength = _number("guidance", guidance), _number("strength", strength)
+        for prompt in prompts:
+            _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
+        shift_steps = None
+        if sigmas is not None:
+            _require(
+                isinstance(sigmas, Iterable) and getattr(sigmas, "ndim", 1) == 1,
+                f"sigmas must be a list of numbers, got {sigmas!r:.40}",
+            )
+            sigmas = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in sigmas)
+            _require(len(sigmas) > 0, "there are no sigmas; give one for each step")
+            _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")
+            shift_steps = _SHIFT_STEPS if steps is None else steps
+            _require(1 <= shift_steps <= MAX_STEPS, f"steps must be 1 to {MAX_STEPS}, got {shift_steps}")
+            steps = len(sigmas)
+        count = len(prompts) * images_per_prompt
+        _require(len(prompts) > 0, "there is no prompt")
+        limit = f"the number of images must be 1 to {MAX_IMAGES}"
+        _require(0 < count <= MAX_IMAGES, f"{limit}, got {count}; make them in parts")
+        request = cls(
+            tuple(prompts),
+            variant.size if height is None else height,
+            variant.size if width is None else width,
+            variant.steps if steps is None else steps,
+            variant.guidance if guidance is None else guidance,
+            _seeds(seed, count),
+            variant.max_sequence_length if max_sequence_length is None else max_sequence_length,
+            sigmas,
+            1.0 if strength is None else strength,
+            shift_steps,
+            _negative_prompts(variant, negative_prompt, len(prompts)),
+        )
+        if not request.guidance > 1:
+            request = replace(request, negative_prompts=())
+        request._check(variant, token_size)
+        return request
+
+    def _check(self, variant: Variant, token_size: int) -> None:
+        for name, side in (("height", self.height), ("width", self.width)):
+            _require(
+                side > 0 and side % token_size == 0,
+                f"{name} {side} must be a positive multiple of {token_size}; {_nearest(side, token_size)}",
+            )
+        _require(
+            self.height * self.width <= MAX_PIXELS,
+            f"size {self.width}×{self.height} is too large; the limit is {MAX_PIXELS} pixels, such as 4096×4096",
+        )
+        _require(1 <= self.steps <= MAX_STEPS, f"steps must be 1 to {MAX_STEPS}, got {self.steps}")
+        _require(
+            math.isfinite(self.guidance) and self.guidance >= 0,
+            f"guidance must be a number of 0 or more, got {self.guidance}",
+        )
+        _require(0 < self.strength <= 1, f"strength must be above 0 and at most 1, got {self.strength}")
+        _require(
+            self.schedule_steps <= MAX_STEPS,
+            f"{self.steps} steps at strength {self.strength} are the end of a schedule of more than {MAX_STEPS}; "
+            "raise the strength or take fewer steps",
+        )
+        for prompt in (*self.prompts, *self.negative_prompts):
+            check_prompt(prompt, self.max_sequence_length)
+        limit = variant.max_sequence_length
+        _require(
+            1 <= self.max_sequence_length <= limit,
+            f"max_sequence_length must be 1 to {limit}, got {self.max_sequence_length}",
+        )
+        if self.sigmas is not None:
+            descending = all(a > b for a, b in pairwise((*self.sigmas, 0.0)))
+            _require(self.sigmas[0] <= 1 and descending, f"sigmas must fall from at most 1 to above 0: {self.sigmas}")
+
+    @property
+    def images_per_prompt(self) -> int:
+        return len(self.seeds) // len(self.prompts)
+
+    def only(self, images: Sequence[int]) -> "Request":
+        """The settings of a run that makes some of the images, in this order."""
+        numbers = [image // self.images_per_prompt for image in images]
+        prompts = tuple(self.prompts[number] for number in numbers)
+        negatives = tuple(self.negative_prompts[number] for number in numbers if self.negative_prompts)
+        seeds = tuple(self.seeds[image] for image in images)
+        return replace(self, prompts=prompts, negative_prompts=negatives, seeds=seeds)
+
+    def rewritten(self, prompts: Sequence[str]) -> "Request":
+        """The settings of a run that differs in its prompts, as many as there are."""
+        for prompt in prompts:
+            check_prompt(prompt, self.max_sequence_length)
+        return replace(self, prompts=tuple(prompts))
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule, of which the last `steps` are taken: those that `strength` leaves."""
+        # The longest of which diffusers, too, takes `steps`: of N it leaves out int(N − N·strength).
+        length = self.steps
+        while length <= MAX_STEPS and length + 1 - int(length + 1 - (length + 1) * self.strength) <= self.steps:
+            length += 1
+        return length
+
+
+def _nearest(side: int, multiple: int) -> str:
+    """What to say of the multiples that are next to `side`."""
+    below = side // multiple * multiple
+    return f"nearest are {below} and {below + multiple}" if below > 0 else f"the smallest is {multiple}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _integer(name: str, value: Any) -> int | None:
+    """A whole number of any type, or None."""
+    try:
+        return value if value is None else operator.index(None if isinstance(value, bool) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be a whole number, got {value!r:.40}") from error
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A number of any type, or None."""
+    try:
+        return value if value is None else float(None if isinstance(value, str | bytes) else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{name} must be a number, got {value!r:.40}") from error
+
+
+def check_guided(variant: Variant, setting: str) -> None:
+    """Raise InputError if `variant` has no classifier-free guidance, without which a negative prompt has no effect."""
+    if not variant.uses_cfg:
+        guided = ", ".join(name for name, row in VARIANTS.items() if row.uses_cfg)
+        raise InputError(f"{variant.name} has no use for a {setting}; leave it out, or choose one of {guided}")
+
+
+def _negative_prompts(variant: Variant, given: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """One for each of `count` prompts; none for a variant that has no use for them."""
+    if given is not None and not isinstance(given, str | Sequence):
+        raise InputError(f"negative_prompt must be text or a list of texts, got {type(given).__name__}")
+    negatives = (given or "",) * count if given is None or isinstance(given, str) else tuple(given)
+    for prompt in negatives:
+        _require(isinstance(prompt, str), f"a negative prompt must be text, got {type(prompt).__name__}")
+    if any(negatives):  # scripts give an empty one to any model
+        check_guided(variant, "negative prompt")
+    _require(len(negatives) == count, f"{len(negatives)} negative prompts don't go with {count} prompts; give one each")
+    return negatives if variant.uses_cfg else ()
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if isinstance(seed, list | tuple | range):
+        seeds = tuple(-1 if one is None else _integer("seed", one) for one in seed)
+        _require(len(seeds) == count, f"{len(seeds)} seeds don't go with {count} images; give one for each image")
+    else:
+        first = secrets.randbelow(2**32) if seed is None else _integer("seed", seed)
+        seeds = tuple(range(first, first + count))
+    wrong = next((one for one in seeds if not 0 <= one <= MAX_SEED), None)
+    _require(wrong is None, f"seeds must be 0 to {MAX_SEED}, got {wrong}")
+    return seeds
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after a denoising step from noise level `from_sigma` to `sigma`: `tokens` `[B, L, C]`, float32, and
+    `estimate`, the noise-free tokens that the last velocity points to."""
+
+    number: int
+    from_sigma: float
+    sigma: float
+    tokens: mx.array
+    estimate: mx.array
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` units of a phase.
+
+    After a denoising step `step` is set, and `preview` makes an image of its estimate for each one of the pass; when an
+    image is finished, `image` is. `images` are the places that it is about among the images of the run.
+    """
+
+    phase: str
+    done: int
+    total: int
+    step: Step | None = None
+    images: Sequence[int] = ()
+    image: Image.Image | None = None
+    preview: Callable[[], list[Image.Image]] | None = None
+
+
+OnProgress = Callable[[Progress], mx.array | None]
