@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,14 +15,25 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .components import COMPONENTS, PAINTING, by_field, geometries, quantizations
+from .components import COMPONENTS, GROUPS, PAINTING, by_field, geometries, quantizations
 from .config import Variant, get_variant
 from .errors import CheckpointError, InputError
 from .files import Claim, read_bytes
-from .quantization import BITS, DEFAULT_TEXT_QUANT, check_statement, quantize_array, quantize_module, statement
+from .quantization import BITS, DEFAULT_TEXT_QUANT, Quantized, check_statement, quantize_module, statement
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
-from .weights import NONSENSE, READER, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
+from .weights import (
+    FLOATS,
+    NONSENSE,
+    READER,
+    Files,
+    TensorInfo,
+    Tensors,
+    evaluated,
+    mismatches,
+    raise_problems,
+    read_json,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -58,10 +69,39 @@ def in_memory(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(memory_dtype(name, array.shape, dtype), stream=READER)
 
 
+def in_memory_info(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> TensorInfo:
+    """What a stored tensor is in memory while activations are in `dtype`."""
+    if tensor.dtype not in FLOATS.values():
+        return tensor
+    return replace(tensor, dtype=FLOATS[memory_dtype(name, tensor.shape, dtype)])
+
+
 def tensor_bytes(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> int:
     """Bytes of a stored tensor in memory while activations are in `dtype`."""
     size = memory_dtype(name, tensor.shape, dtype).size
     return tensor.nbytes if tensor.dtype == "U32" else math.prod(tensor.shape) * size
+
+
+class InMemory:
+    """Stored tensors as they are kept in memory while activations are in `dtype`."""
+
+    def __init__(self, tensors: Tensors, dtype: mx.Dtype):
+        self._tensors, self._dtype = tensors, dtype
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: in_memory_info(name, x, self._dtype) for name, x in self._tensors.infos.items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        names = list(names)
+        arrays = self._tensors.read(names)
+        return (in_memory(name, array, self._dtype) for name, array in zip(names, arrays, strict=True))
+
+
+def fill(module: nn.Module, tensors: Tensors) -> None:
+    """Load `tensors`, which are all that `module` has, one after the other."""
+    names = list(tensors.infos)
+    module.load_weights(list(zip(names, evaluated(tensors.read(names)), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +140,11 @@ class Component:
         return module.eval()
 
     @property
+    def tensors(self) -> Tensors:
+        """The weights as they are stored."""
+        return Files(self.files)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights as stored."""
         return sum(tensor.nbytes for tensor in module_tensors(self.build()).values())
@@ -113,7 +158,7 @@ class Component:
     def verify(self, folder: Path) -> None:
         """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all that is
         wrong in the component's `folder`."""
-        found = read_headers(self.files)
+        found = self.tensors.infos
         check_counts(COMPONENTS[self.name].counts(self.config), found, folder / "config.json")
         problems = mismatches(module_tensors(self.check(folder / "config.json")), found)
         raise_problems(f"{folder} is damaged, convert the model again", problems)
@@ -125,19 +170,19 @@ class Component:
             dtype: of the activations (see `memory_dtype`).
             quant: quantize while loading; only for a component stored as `bf16`.
         """
-        weights: dict[str, mx.array] = {}
-        for file in self.files:
-            weights |= load_arrays(file)
         target = self if quant is None else self.quantized(quant)
-        module = target.build()
-        if self.quantization is None and target.quantization is not None:
-            weights = _quantize_weights(weights, module_tensors(module), target.quantization["bits"])
-        module.load_weights([(name, in_memory(name, x, dtype)) for name, x in weights.items()])
-        weights.clear()
-        # One at a time, so that a tensor and its cast never wait beside all others.
-        for _, array in tree_flatten(module.parameters()):
-            mx.eval(array)
+        module, tensors = target.build(), self.tensors
+        if self.quantization is None:
+            tensors = as_stored(tensors, target)
+        fill(module, InMemory(tensors, dtype))
         return module
+
+
+def as_stored(tensors: Tensors, component: Component) -> Tensors:
+    """The tensors of `component` in 16 bits as those that it is stored as."""
+    if component.quantization is None:
+        return tensors
+    return Quantized(tensors, module_tensors(component.build()), component.quantization["bits"])
 
 
 def described(name: str, values: dict[str, Any], path: Path, section: str = "") -> Any:
@@ -172,19 +217,6 @@ def check_counts(counts: dict[str, tuple[str, int]], names: Iterable[str], path:
         found = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
         if count > len(found) + _FEW_BLOCKS:
             raise CheckpointError(f"{path}: {key} is {count}, but the files hold {len(found)} of {prefix}*")
-
-
-def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorInfo], bits: int) -> dict[str, mx.array]:
-    """Quantized copies of `weights`, which is emptied on the way, so that no weight stays in memory twice."""
-    quantized: dict[str, mx.array] = {}
-    for name in sorted(weights, key=lambda name: -weights[name].nbytes):  # the largest while little is in memory
-        array, layer = weights.pop(name), name.removesuffix(".weight")
-        mx.eval(array)  # or the device would wait for the file
-        if f"{layer}.scales" in expected:
-            quantized |= {f"{layer}.{part}": x for part, x in quantize_array(array, bits).items()}
-        else:
-            quantized[name] = array
-    return quantized
 
 
 @dataclass(frozen=True)
@@ -233,8 +265,7 @@ class Checkpoint:
             checkpoint = cls(
                 folder,
                 variant,
-                quantization["transformer"],
-                quantization["text_encoder"],
+                *(quantization[group] for group in GROUPS),
                 dict(manifest["source"]),
                 {name: Component.open(folder / name, name) for name in manifest["components"]},
                 claim,
