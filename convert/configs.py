@@ -13,8 +13,8 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
-from .naming import NAMINGS
 from .options import SCHEDULER, checked, refuse
+from .parts import LAYOUT
 
 _TELLING = "transformer"  # the part whose geometry tells which model it is
 # The pipelines of diffusers that are saved as such a folder, with what they take for a missing `is_distilled`.
@@ -35,7 +35,7 @@ _UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qin
 COMPLETE = "fetch it again, or give a complete copy"
 _SCHEDULER = "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
-_CLASSES = {name: naming.kind for name, naming in NAMINGS.items() if naming.kind} | {
+_CLASSES = {name: part.kind for name, part in LAYOUT.items() if part.kind} | {
     "scheduler": "FlowMatchEulerDiscreteScheduler"
 }
 
@@ -57,7 +57,7 @@ def describe(folder: Path) -> Description:
         CheckpointError: another family of models, a file that is missing or damaged, quantized weights.
     """
     index = read_index(folder)
-    paths = {name: folder / name / "config.json" for name in NAMINGS}
+    paths = {name: folder / name / "config.json" for name in LAYOUT}
     for path in (*paths.values(), folder / _SCHEDULER):
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
@@ -84,7 +84,7 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     folder = description.folder
     configs = _configs(description, _TELLING, None)
     row = _choose_variant(folder, description.index, configs[_TELLING], variant)
-    for name in [name for name in NAMINGS if name != _TELLING]:
+    for name in [name for name in LAYOUT if name != _TELLING]:
         configs |= _configs(description, name, row)
     check_fit(row, configs)
     checked(description.scheduler, SCHEDULER, folder / _SCHEDULER)
@@ -93,7 +93,7 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
 
 def _configs(description: Description, part: str, variant: Variant | None) -> dict[str, Config]:
     """The geometries of the networks that are made from a part."""
-    return NAMINGS[part].configs(description.values[part], variant, description.folder / part / "config.json")
+    return LAYOUT[part].configs(description.values[part], variant, description.folder / part / "config.json")
 
 
 def refuse_quantized(folder: Path, how: str) -> None:

@@ -18,13 +18,13 @@ from flux2_mlx.checkpoint import (
     TENSOR_HASHES,
     Component,
     is_checkpoint,
-    module_tensors,
     sealed,
 )
 from flux2_mlx.components import COMPONENTS
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.weights import TensorInfo, Tensors, Written, read_json, write_bytes, write_safetensors

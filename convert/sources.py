@@ -14,7 +14,7 @@ from flux2_mlx.hub_cache import PICKLES
 from flux2_mlx.weights import FLOATS, Files, Renamed, TensorInfo, Tensors, read_json
 
 from .configs import COMPLETE, describe, read_configs, refuse_quantized
-from .naming import NAMINGS
+from .parts import LAYOUT
 
 TOKENIZER = "tokenizer/tokenizer.json"
 # What the names of tensors end with that a quantization adds to a model.
@@ -58,8 +58,8 @@ class Source:
             CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
         """
         description = describe(folder)
-        parts = WRITING_PARTS if text_only else NAMINGS
-        files = {name: _weight_files(folder / name, NAMINGS[name].stem) for name in parts}
+        parts = WRITING_PARTS if text_only else LAYOUT
+        files = {name: _weight_files(folder / name, LAYOUT[name].stem) for name in parts}
         if not (folder / TOKENIZER).is_file():
             advice = "add that of the model that it was made from, in a local copy of a repo"
             raise CheckpointError(f"{folder} is incomplete: there is no {TOKENIZER}; {advice}")
@@ -68,15 +68,15 @@ class Source:
             if how := _quantized(tensors[name].infos):
                 refuse_quantized(folder / name, how)
         row, configs = read_configs(description, variant)
-        kept = {network for name in parts for network in NAMINGS[name].rules}
+        kept = {network for name in parts for network in LAYOUT[name].rules}
         return cls(folder, row, {name: x for name, x in configs.items() if name in kept}, files, tensors)
 
     def check(self) -> None:
         """CheckpointError if the configs ask for more than the files hold, or for networks that can't be built."""
         for part, tensors in self.tensors.items():
             path = self.folder / part / "config.json"
-            configs = {name: self.configs[name] for name in NAMINGS[part].rules if name in self.configs}
-            check_counts(NAMINGS[part].counts(configs), tensors.infos, path)
+            configs = {name: self.configs[name] for name in LAYOUT[part].rules if name in self.configs}
+            check_counts(LAYOUT[part].counts(configs), tensors.infos, path)
             for name, config in configs.items():
                 Component(name, config, None, ()).check(path)
 
@@ -101,7 +101,7 @@ class Source:
 def _tensors(part: str, paths: list[Path]) -> Tensors:
     """Those of a part, by the names that its rules have for them."""
     files = Files(paths)
-    return Renamed(files, {NAMINGS[part].canonical(name): name for name in files.infos})
+    return Renamed(files, {LAYOUT[part].canonical(name): name for name in files.infos})
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

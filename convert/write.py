@@ -8,15 +8,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored, module_tensors
+from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
 from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
 
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
-from .naming import NAMINGS
+from .parts import LAYOUT
 from .rules import Converted, Finite, Rule
 from .sources import TOKENIZER, Source
 
@@ -115,7 +116,7 @@ def _small_files(folder: Path) -> list[Path]:
 
 def _plan(source: Source, name: str, quant: str) -> _Plan:
     bare = Component(name, source.configs[name], None, ())
-    plain, rule_for = module_tensors(bare.build()), NAMINGS[COMPONENTS[name].part].rules[name](bare.config)
+    plain, rule_for = module_tensors(bare.build()), LAYOUT[COMPONENTS[name].part].rules[name](bare.config)
     rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
     return _Plan(bare.quantized(quant), plain, rules)
 
@@ -123,7 +124,7 @@ def _plan(source: Source, name: str, quant: str) -> _Plan:
 def _check_tensors(source: Source, plans: list[_Plan]) -> None:
     """Compare the source with what the rules read, before anything is written."""
     for part, tensors in source.tensors.items():
-        is_dropped, config = NAMINGS[part].is_dropped, source.configs[part]
+        is_dropped, config = LAYOUT[part].is_dropped, source.configs[part]
         found = {key: tensor for key, tensor in tensors.infos.items() if not is_dropped(key, config)}
         expected = {
             key: TensorInfo(_float_of(found.get(key)), rule.source_shape(plan.plain[name].shape))

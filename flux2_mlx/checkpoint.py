@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,27 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .components import COMPONENTS, GROUPS, PAINTING, by_field, geometries, quantizations
 from .config import Variant, get_variant
 from .errors import CheckpointError, InputError
 from .files import Claim, read_bytes
+from .loading import InMemory, fill, module_tensors
 from .quantization import BITS, DEFAULT_TEXT_QUANT, Quantized, check_statement, quantize_module, statement
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
-from .weights import (
-    FLOATS,
-    NONSENSE,
-    READER,
-    Files,
-    TensorInfo,
-    Tensors,
-    evaluated,
-    mismatches,
-    raise_problems,
-    read_json,
-)
+from .weights import NONSENSE, Files, Tensors, mismatches, raise_problems, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -42,66 +30,6 @@ DIGEST = "sha256"  # in the manifest: of its other keys
 TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
 _FEW_BLOCKS = 8
 _SMALL = 1 << 25  # bytes; the largest tokenizer has 17 million, which take some 10 ms to hash
-
-
-def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
-    """The tensors that `module` loads, without evaluating any: packed weights are U32, all others BF16."""
-    return {
-        name: TensorInfo("U32" if array.dtype == mx.uint32 else "BF16", array.shape)
-        for name, array in tree_flatten(module.parameters())
-    }
-
-
-def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype:
-    """What a weight that is not packed is kept in while activations are in `dtype`.
-
-    Under float32 matrices stay in bfloat16, as they are stored, and are widened where they are used, which changes no
-    result. Rows that are looked up in a packed embedding would keep the dtype of its scales, so these are widened.
-    """
-    looked_up = name in ("embed_tokens.scales", "embed_tokens.biases")
-    return mx.bfloat16 if dtype == mx.float32 and len(shape) == 2 and not looked_up else dtype
-
-
-def in_memory(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A stored tensor as it is kept in memory, still unread; what casts it is the reader of files."""
-    if not mx.issubdtype(array.dtype, mx.floating):
-        return array
-    return array.astype(memory_dtype(name, array.shape, dtype), stream=READER)
-
-
-def in_memory_info(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> TensorInfo:
-    """What a stored tensor is in memory while activations are in `dtype`."""
-    if tensor.dtype not in FLOATS.values():
-        return tensor
-    return replace(tensor, dtype=FLOATS[memory_dtype(name, tensor.shape, dtype)])
-
-
-def tensor_bytes(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> int:
-    """Bytes of a stored tensor in memory while activations are in `dtype`."""
-    size = memory_dtype(name, tensor.shape, dtype).size
-    return tensor.nbytes if tensor.dtype == "U32" else math.prod(tensor.shape) * size
-
-
-class InMemory:
-    """Stored tensors as they are kept in memory while activations are in `dtype`."""
-
-    def __init__(self, tensors: Tensors, dtype: mx.Dtype):
-        self._tensors, self._dtype = tensors, dtype
-
-    @cached_property
-    def infos(self) -> dict[str, TensorInfo]:
-        return {name: in_memory_info(name, x, self._dtype) for name, x in self._tensors.infos.items()}
-
-    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
-        names = list(names)
-        arrays = self._tensors.read(names)
-        return (in_memory(name, array, self._dtype) for name, array in zip(names, arrays, strict=True))
-
-
-def fill(module: nn.Module, tensors: Tensors) -> None:
-    """Load `tensors`, which are all that `module` has, one after the other."""
-    names = list(tensors.infos)
-    module.load_weights(list(zip(names, evaluated(tensors.read(names)), strict=True)))
 
 
 @dataclass(frozen=True)

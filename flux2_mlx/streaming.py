@@ -12,11 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .checkpoint import Component, InMemory, fill, memory_dtype, module_tensors, tensor_bytes
+from .checkpoint import Component
 from .components import COMPONENTS
 from .device import is_failure
 from .errors import CheckpointError
 from .layers import WIDENED
+from .loading import InMemory, fill, memory_dtype, module_tensors, tensor_bytes
 from .weights import Renamed, Tensors, part
 
 Weights = list[tuple[str, mx.array]]

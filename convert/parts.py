@@ -15,7 +15,7 @@ _Rules = Callable[[str, Shape], Rule]
 
 
 @dataclass(frozen=True)
-class Naming:
+class PartLayout:
     """How a part of a source is named.
 
     Attributes:
@@ -39,8 +39,8 @@ class Naming:
     canonical: Callable[[str], str] = lambda name: name
 
 
-NAMINGS = {
-    "transformer": Naming(
+LAYOUT = {
+    "transformer": PartLayout(
         stem="diffusion_pytorch_model",
         kind="Flux2Transformer2DModel",
         configs=transformer.configs,
@@ -48,7 +48,7 @@ NAMINGS = {
         rules={"transformer": lambda config: transformer.rule_for},
         is_dropped=transformer.is_dropped,
     ),
-    "text_encoder": Naming(
+    "text_encoder": PartLayout(
         stem="model",
         kind=None,
         configs=text.configs,
@@ -61,7 +61,7 @@ NAMINGS = {
         is_dropped=text.is_dropped,
         canonical=text.canonical,
     ),
-    "vae": Naming(
+    "vae": PartLayout(
         stem="diffusion_pytorch_model",
         kind="AutoencoderKLFlux2",
         configs=vae.configs,
