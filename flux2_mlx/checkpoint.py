@@ -17,6 +17,7 @@ from .components import COMPONENTS, GROUPS, PAINTING, by_field, geometries, quan
 from .config import Variant, get_variant
 from .errors import CheckpointError, InputError
 from .files import Claim, read_bytes
+from .layers import Adapters, adapted
 from .loading import InMemory, fill, module_tensors
 from .quantization import BITS, DEFAULT_TEXT_QUANT, Quantized, check_statement, quantize_module, statement
 from .staging import bring_back
@@ -34,12 +35,13 @@ _SMALL = 1 << 25  # bytes; the largest tokenizer has 17 million, which take some
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a checkpoint: its geometry, how it is quantized, and its files."""
+    """One network of a checkpoint: its geometry, how it is quantized, its files, and what runs beside its layers."""
 
     name: str
     config: Any
     quantization: dict[str, Any] | None
     files: tuple[Path, ...]
+    adapters: Adapters | None = None
 
     @classmethod
     def open(cls, folder: Path, name: str) -> "Component":
@@ -103,7 +105,7 @@ class Component:
         if self.quantization is None:
             tensors = as_stored(tensors, target)
         fill(module, InMemory(tensors, dtype))
-        return module
+        return adapted(module, self.adapters)
 
 
 def as_stored(tensors: Tensors, component: Component) -> Tensors:

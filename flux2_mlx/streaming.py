@@ -16,7 +16,7 @@ from .checkpoint import Component
 from .components import COMPONENTS
 from .device import is_failure
 from .errors import CheckpointError
-from .layers import WIDENED
+from .layers import WIDENED, Adapters, adapted
 from .loading import InMemory, fill, memory_dtype, module_tensors, tensor_bytes
 from .weights import Renamed, Tensors, part
 
@@ -134,6 +134,7 @@ class Blocks:
         blocks: as they are built.
         resident: how many of them stay in memory.
         tensors: those of the network.
+        adapters: what runs beside its layers.
         reading: where it is counted what is read.
     """
 
@@ -145,12 +146,13 @@ class Blocks:
         blocks: list[nn.Module],
         resident: int,
         tensors: Tensors,
+        adapters: Adapters | None,
         reading: Reading,
     ):
-        self._name, self._tensors, self._reading = name, tensors, reading
+        self._name, self._tensors, self._adapters, self._reading = name, tensors, adapters, reading
         for number, block in enumerate(blocks[:resident]):
             fill(block, self._part(number))
-        self._resident = blocks[:resident]
+        self._resident = [self._adapted(number, block) for number, block in enumerate(blocks[:resident])]
         self._template, self._count = blocks[resident] if resident < len(blocks) else nn.Module(), len(blocks)
         self._coming: _Coming | None = None
         # Never evaluated, so without memory: what the template holds between two uses.
@@ -167,7 +169,7 @@ class Blocks:
             for number in range(first, self._count):
                 self._take(number)
                 self._ask(number + 1)
-                yield self._template
+                yield self._adapted(number, self._template)
         finally:
             self._template.load_weights(self._nothing)
 
@@ -187,6 +189,9 @@ class Blocks:
 
     def _part(self, number: int) -> Tensors:
         return part(self._tensors, f"{self._name}.{number}.")
+
+    def _adapted(self, number: int, block: nn.Module) -> nn.Module:
+        return adapted(block, self._adapters, f"{self._name}.{number}")
 
     def _take(self, number: int) -> None:
         """Put a block's weights into the template when all are there."""
@@ -220,13 +225,13 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading:
         blocks = module.pop(name)
         stay = min(resident, len(blocks))
         resident -= stay
-        streamed = Blocks(name, blocks, stay, tensors, reading)
+        streamed = Blocks(name, blocks, stay, tensors, component.adapters, reading)
         setattr(module, name, streamed)
         if before is not None:
             before.following = streamed
         before = streamed
     fill(module, Renamed(tensors, {name: name for name, _ in tree_flatten(module.parameters())}))
-    return module
+    return adapted(module, component.adapters)
 
 
 @contextmanager
