@@ -7,25 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2_mlx.checkpoint import check_fit, described
-from flux2_mlx.config import (
-    MAX_LAYERS,
-    VARIANTS,
-    Config,
-    TransformerConfig,
-    VAEConfig,
-    Variant,
-    VisionConfig,
-    get_variant,
-)
+from flux2_mlx.checkpoint import check_fit
+from flux2_mlx.config import VARIANTS, Config, TransformerConfig, Variant, get_variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
-from . import options
-from .options import check_alike, checked, refuse, rope_theta
+from .options import SCHEDULER, checked, refuse
+from .parts import LAYOUT
 
-_PARTS = ("transformer", "text_encoder", "vae")
+_TELLING = "transformer"  # the part whose geometry tells which model it is
 # The pipelines of diffusers that are saved as such a folder, with what they take for a missing `is_distilled`.
 _DEV = ("Flux2Pipeline", "Flux2ModularPipeline")
 _KV = "Flux2KleinKVPipeline"
@@ -44,14 +35,9 @@ _UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qin
 COMPLETE = "fetch it again, or give a complete copy"
 _SCHEDULER = "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
-_CLASSES = {
-    "transformer": "Flux2Transformer2DModel",
-    "vae": "AutoencoderKLFlux2",
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
+_CLASSES = {name: part.kind for name, part in LAYOUT.items() if part.kind} | {
+    "scheduler": "FlowMatchEulerDiscreteScheduler"
 }
-# Where in `text_encoder/config.json` the geometry of each kind of text model stands.
-_TEXT_SECTIONS = {"qwen3": "", "mistral3": "text_config."}
-_VISION_SECTION = "vision_config."
 
 
 @dataclass(frozen=True)
@@ -71,12 +57,14 @@ def describe(folder: Path) -> Description:
         CheckpointError: another family of models, a file that is missing or damaged, quantized weights.
     """
     index = read_index(folder)
-    paths = {name: folder / name / "config.json" for name in _PARTS}
+    paths = {name: folder / name / "config.json" for name in LAYOUT}
     for path in (*paths.values(), folder / _SCHEDULER):
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
     values = {name: read_json(path) for name, path in paths.items()}
     for name, config in values.items():
+        if config.get("quantization"):
+            refuse_quantized(folder / name, "quantized by MLX")
         if stored := config.get("quantization_config") or config.get("compression_config"):
             method = stored.get("quant_method") if isinstance(stored, dict) else None
             refuse_quantized(folder / name, f"quantized by {method or 'an unknown method'!s:.80}")
@@ -93,30 +81,19 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     Raises:
         CheckpointError: another model, or one that asks for what is not implemented.
     """
-    folder, index, values = description.folder, description.index, description.values
-    paths = {name: folder / name / "config.json" for name in _PARTS}
-    configs = {}
-    configs["transformer"] = described(
-        "transformer", _transformer_values(values["transformer"], paths["transformer"]), paths["transformer"]
-    )
-    row = _choose_variant(folder, index, configs["transformer"], variant)
-    configs |= _text_configs(values["text_encoder"], row, paths["text_encoder"])
-    configs["vae"] = described("vae", _vae_values(values["vae"], paths["vae"]), paths["vae"])
+    folder = description.folder
+    configs = _configs(description, _TELLING, None)
+    row = _choose_variant(folder, description.index, configs[_TELLING], variant)
+    for name in [name for name in LAYOUT if name != _TELLING]:
+        configs |= _configs(description, name, row)
     check_fit(row, configs)
-    checked(description.scheduler, options.SCHEDULER, folder / _SCHEDULER)
+    checked(description.scheduler, SCHEDULER, folder / _SCHEDULER)
     return row, configs
 
 
-def _text_configs(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, Config]:
-    """The geometries of what is made from the text encoder."""
-    text = _text_values(values, variant, path)
-    section = _TEXT_SECTIONS[text["model_type"]]
-    configs = {"text_encoder": described("text_encoder", text, path, section)}
-    if text["num_later_layers"]:
-        configs["language_model"] = configs["text_encoder"]
-    if section and "vision_config" in values:
-        configs["vision"] = described("vision", _vision_values(values, text, path), path, _VISION_SECTION)
-    return configs
+def _configs(description: Description, part: str, variant: Variant | None) -> dict[str, Config]:
+    """The geometries of the networks that are made from a part."""
+    return LAYOUT[part].configs(description.values[part], variant, description.folder / part / "config.json")
 
 
 def refuse_quantized(folder: Path, how: str) -> None:
@@ -187,96 +164,3 @@ def _whereabouts(folder: Path) -> str:
 
 def _names(variants: Iterable[Variant]) -> str:
     return ", ".join(variant.name for variant in variants)
-
-
-def _transformer_values(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    values = checked(values, options.TRANSFORMER, path)
-    channels = values.get("in_channels", TransformerConfig.in_channels)
-    if values.get("out_channels") not in (None, 0, channels):
-        refuse("out_channels", values["out_channels"], channels, path)
-    return values
-
-
-def _vae_values(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    values = checked(values, options.VAE, path)
-    channels = values.get("block_out_channels", VAEConfig.block_out_channels)
-    levels = len(channels) if isinstance(channels, list | tuple) else None
-    check_alike(values, "down_block_types", "DownEncoderBlock2D", levels, path)
-    check_alike(values, "up_block_types", "UpDecoderBlock2D", levels, path)
-    return values
-
-
-def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
-    """The geometry with the layers that are needed, in our terms."""
-    model_type = values.get("model_type")
-    if model_type != variant.text.model_type:
-        raise CheckpointError(
-            f"{path}: model_type is {reprlib.repr(model_type)}, {variant.name} reads prompts with "
-            f"{variant.text.model_type!r}"
-        )
-    tied, section = values.get("tie_word_embeddings", False), _TEXT_SECTIONS[model_type]
-    if section:
-        checked(values, options.MISTRAL3, path)
-        inner = checked(_section(values, "text_config", path), options.MISTRAL, path, section)
-    else:
-        inner = checked(values, options.QWEN3, path)
-    check_alike(inner, "layer_types", "full_attention", None, path, section)
-    heads = inner["num_attention_heads"]
-    if inner.get("num_key_value_heads") is None:
-        inner["num_key_value_heads"] = heads
-    if inner.get("head_dim") is None:
-        inner["head_dim"] = _divided(inner["hidden_size"], heads)
-    out_layers, available = variant.text.out_layers, inner["num_hidden_layers"]
-    if type(available) is not int or available > MAX_LAYERS:
-        raise CheckpointError(
-            f"{path}: {section}num_hidden_layers is {reprlib.repr(available)}, not a whole number up to {MAX_LAYERS}"
-        )
-    if available < max(out_layers):
-        raise CheckpointError(
-            f"{path}: {section}num_hidden_layers says {available} layers, but the states of layers {out_layers} are "
-            "needed"
-        )
-    later = available - max(out_layers) if variant.text.num_later_layers else 0
-    if inner.get("tie_last_hidden_states") not in (None, True, False):
-        refuse(f"{section}tie_last_hidden_states", inner["tie_last_hidden_states"], True, path)
-    return {
-        **inner,
-        "model_type": model_type,
-        "rope_theta": rope_theta(inner, ("default",), path, section),
-        "tie_word_embeddings": tied,
-        "out_layers": out_layers,
-        "num_hidden_layers": max(out_layers),
-        "num_later_layers": later,
-        # The last of transformers' hidden states, and only that, has been through the final norm.
-        "final_norm": available == max(out_layers) and inner.get("tie_last_hidden_states") in (None, True),
-    }
-
-
-def _vision_values(values: dict[str, Any], text: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The vision tower's geometry in our terms; `text` is that of the text model."""
-    inner = checked(_section(values, "vision_config", path), options.PIXTRAL, path, _VISION_SECTION)
-    width, heads = (inner.get(key, getattr(VisionConfig, key)) for key in ("hidden_size", "num_attention_heads"))
-    if inner.get("head_dim", _divided(width, heads)) not in (None, _divided(width, heads)):
-        refuse(f"{_VISION_SECTION}head_dim", inner["head_dim"], _divided(width, heads), path)
-    merge = values.get("spatial_merge_size", VisionConfig.spatial_merge_size)
-    if type(merge) is not int:
-        refuse("spatial_merge_size", merge, VisionConfig.spatial_merge_size, path)
-    return {
-        **inner,
-        "rope_theta": rope_theta(inner, ("axial", "default"), path, _VISION_SECTION),
-        "text_hidden_size": text["hidden_size"],
-        "spatial_merge_size": merge,
-        "projector_eps": text["rms_norm_eps"],
-    }
-
-
-def _section(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    section = values.get(name)
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{path} has no {name}")
-    return section
-
-
-def _divided(width: Any, heads: Any) -> Any:
-    """The width of a head where a config leaves it to the other two; None if these are no such numbers."""
-    return width // heads if type(width) is type(heads) is int and heads > 0 else None

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from flux2_mlx import files
 from flux2_mlx.checkpoint import (
@@ -25,9 +24,10 @@ from flux2_mlx.components import COMPONENTS
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZER_FILES
-from flux2_mlx.weights import TensorInfo, Written, read_json, write_bytes, write_safetensors
+from flux2_mlx.weights import TensorInfo, Tensors, Written, read_json, write_bytes, write_safetensors
 
 _SHARD_BYTES = 4 << 30
 LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint
@@ -52,27 +52,11 @@ _METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Tensors that are made and written together; `make` gives their arrays in the order of `stored`, evaluated."""
-
-    stored: dict[str, TensorInfo]
-    make: Callable[[], Iterable[mx.array]]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.stored.values())
-
-
-@dataclass(frozen=True)
 class Part:
-    """A network as it is written."""
+    """A network as it is written, and its tensors as they are stored."""
 
     component: Component
-    layers: list[Layer]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+    tensors: Tensors
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,7 @@ def write_folder(
     """
     check_target(target, force)
     place = Path(os.path.realpath(target))  # where a link leads to
-    needed = sum(part.nbytes for part in parts)
+    needed = sum(part.component.nbytes for part in parts)
     meter = _Progress(needed + inspection.nbytes, progress)
     try:
         remove_leftovers(place.parent)
@@ -217,26 +201,28 @@ def _write_part(folder: _Folder, part: Part, progress: _Progress) -> None:
     if part.component.quantization:
         config["quantization"] = part.component.quantization
     folder.put_json(f"{place}/config.json", config)
-    shards = list(_shards(part.layers))
+    stored = module_tensors(part.component.build())
+    shards = list(_shards(stored))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    for name, layers in zip(names, shards, strict=True):
-        stored = {key: tensor for layer in layers for key, tensor in layer.stored.items()}
-        arrays = (array for layer in layers for array in layer.make())
-        folder.put_weights(f"{place}/{name}", stored, arrays, _METADATA, progress.add)
+    for name, shard in zip(names, shards, strict=True):
+        folder.put_weights(f"{place}/{name}", shard, part.tensors.read(shard), _METADATA, progress.add)
     if len(shards) > 1:
-        weight_map = {key: name for name, layers in zip(names, shards, strict=True) for x in layers for key in x.stored}
-        index = {"metadata": {"total_size": part.nbytes}, "weight_map": weight_map}
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": part.component.nbytes}, "weight_map": weight_map}
         folder.put_json(f"{place}/model.safetensors.index.json", index)
 
 
-def _shards(layers: list[Layer]) -> Iterator[list[Layer]]:
-    shard, size = [], 0
-    for layer in layers:
-        if shard and size + layer.nbytes > _SHARD_BYTES:
+def _shards(tensors: dict[str, TensorInfo]) -> Iterator[dict[str, TensorInfo]]:
+    """The tensors file by file; those of a layer stay together."""
+    shard, size = {}, 0
+    for _, names in groupby(tensors, key=lambda name: name.rpartition(".")[0]):
+        layer = {name: tensors[name] for name in names}
+        nbytes = sum(tensor.nbytes for tensor in layer.values())
+        if shard and size + nbytes > _SHARD_BYTES:
             yield shard
-            shard, size = [], 0
-        shard.append(layer)
-        size += layer.nbytes
+            shard, size = {}, 0
+        shard |= layer
+        size += nbytes
     yield shard

@@ -59,7 +59,7 @@ _COMMON = _keys("""
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """)
 # How a network's weights are stored, which decides what they are.
-_STORED = {"quantization_config": (None,), "compression_config": (None,)}
+_STORED = {"quantization_config": (None,), "compression_config": (None,), "quantization": (None,)}
 # Of the decoders of transformers; those below that Qwen3 and Mistral do not know are other models' own.
 _DECODER = _STORED | {
     "hidden_act": ("silu", "swish"),

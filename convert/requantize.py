@@ -1,23 +1,21 @@
 """From an MLX checkpoint in bfloat16 to one with fewer bits, without the source that it was made from."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import mlx.core as mx
-
-from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, module_tensors
-from flux2_mlx.components import quantizations
-from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, as_stored
+from flux2_mlx.components import by_group, quantizations
+from flux2_mlx.errors import InputError
+from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
-from flux2_mlx.weights import load_arrays, read_json
+from flux2_mlx.weights import read_json
 
-from .folder import Inspection, Layer, Part, check_target, write_folder
-from .write import stored_arrays, stored_names
+from .folder import Inspection, Part, check_target, write_folder
+from .rules import Finite
 
 _log = logging.getLogger(__name__)
 
@@ -60,10 +58,10 @@ def requantize(
         _log.warning("%s; for that convert the original", stays)
     wanted, parts = quantizations(quant, text_quant), []
     for name, component in checkpoint.components.items():
-        parts.append(_part(component, component.quantized(wanted[name]), BITS[wanted[name]]))
+        parts.append(_part(component, component.quantized(wanted[name])))
     stored = read_json(checkpoint.folder / MANIFEST)
     manifest = {key: value for key, value in stored.items() if key not in (FILES, DIGEST)}
-    manifest["quantization"] = {"transformer": quant, "text_encoder": text_quant}
+    manifest["quantization"] = by_group(quant, text_quant)
     manifest["version"] = version("flux2-mlx")
     copies = [f"tokenizer/{file}" for file in TOKENIZER_FILES if (checkpoint.folder / "tokenizer" / file).is_file()]
     write_folder(
@@ -95,43 +93,11 @@ def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | Non
     return quant, text_quant
 
 
-def _part(stored: Component, wanted: Component, bits: int | None) -> Part:
-    weights = _Weights(stored)
-    plain, tensors = (
-        module_tensors(Component(stored.name, stored.config, None, ()).build()),
-        module_tensors(wanted.build()),
-    )
-    layers = []
-    for name in plain:
-        kept = {key: tensors[key] for key in stored_names(name, tensors)}
-        if stored.quantization == wanted.quantization:
-            layers.append(Layer(kept, partial(weights.take_all, list(kept))))
-        else:
-            layers.append(Layer(kept, partial(weights.quantized, name, kept, bits)))
-    return Part(wanted, layers)
+def _part(stored: Component, wanted: Component) -> Part:
+    if stored.quantization == wanted.quantization:
+        return Part(wanted, stored.tensors)
 
+    def complaint(name: str) -> str:
+        return f"{stored.files[0].parent}: {name} is not finite; convert the model again"
 
-class _Weights:
-    """The tensors of a stored network, each handed out once, so that reading one leaves nothing behind."""
-
-    def __init__(self, component: Component):
-        self._component = component
-        self._arrays: dict[str, mx.array] = {}
-
-    def take_all(self, names: list[str]) -> Iterator[mx.array]:
-        for name in names:
-            yield self._take(name)
-
-    def quantized(self, name: str, stored: dict, bits: int | None) -> Iterator[mx.array]:
-        array = self._take(name)
-        if not mx.isfinite(array).all().item():
-            raise CheckpointError(f"{self._component.files[0].parent}: {name} is not finite; convert the model again")
-        yield from stored_arrays(array, stored, bits)
-
-    def _take(self, name: str) -> mx.array:
-        if name not in self._arrays:
-            for path in self._component.files:
-                self._arrays |= load_arrays(path)
-        array = self._arrays.pop(name)
-        mx.eval(array)  # or the device would wait for the file
-        return array
+    return Part(wanted, as_stored(Finite(stored.tensors, complaint), wanted))

@@ -1,9 +1,13 @@
-"""How one of our tensors is made from tensors of the source."""
+"""How our tensors are made from those of the source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import mlx.core as mx
+
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import TensorInfo, Tensors, evaluated
 
 Shape = tuple[int, ...]
 
@@ -35,3 +39,31 @@ def swap_halves(source: str) -> Rule:
 def channels_last(source: str) -> Rule:
     """A PyTorch convolution weight, out·in·height·width, to out·height·width·in."""
     return Rule((source,), lambda x: x.transpose(0, 2, 3, 1), lambda shape: (shape[0], shape[3], shape[1], shape[2]))
+
+
+class Converted:
+    """Our tensors, in bfloat16, made by `rules` from those of a source; `infos` says what they are to be."""
+
+    def __init__(self, source: Tensors, rules: Mapping[str, Rule], infos: Mapping[str, TensorInfo]):
+        self._source, self._rules, self.infos = source, rules, infos
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        rules = [self._rules[name] for name in names]
+        theirs = self._source.read(source for rule in rules for source in rule.sources)
+        for rule in rules:
+            yield rule.apply(*evaluated(islice(theirs, len(rule.sources)))).astype(mx.bfloat16)
+
+
+class Finite:
+    """Tensors that have to be finite numbers; CheckpointError, which says the `complaint` of its name, at one that is
+    not."""
+
+    def __init__(self, tensors: Tensors, complaint: Callable[[str], str]):
+        self._tensors, self._complaint, self.infos = tensors, complaint, tensors.infos
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        names = list(names)
+        for name, array in zip(names, evaluated(self._tensors.read(names)), strict=True):
+            if not mx.isfinite(array).all().item():
+                raise CheckpointError(self._complaint(name))
+            yield array

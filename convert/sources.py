@@ -2,25 +2,21 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
 
 from flux2_mlx.checkpoint import Component, check_counts
-from flux2_mlx.components import COMPONENTS
+from flux2_mlx.components import WRITING_PARTS
 from flux2_mlx.config import Config, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import PICKLES
-from flux2_mlx.weights import TensorInfo, load_arrays, read_headers, read_json
+from flux2_mlx.weights import FLOATS, Files, Renamed, TensorInfo, Tensors, read_json
 
 from .configs import COMPLETE, describe, read_configs, refuse_quantized
-from .text import canonical
+from .parts import LAYOUT
 
-_STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 TOKENIZER = "tokenizer/tokenizer.json"
-FLOATS = ("BF16", "F16", "F32")
 # What the names of tensors end with that a quantization adds to a model.
 _MARKS = {
     "quantized by bitsandbytes": (".absmax", ".quant_map", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
@@ -36,9 +32,9 @@ _MARKS = {
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """An opened source: parsed configurations and the headers of its weight files, no weights.
+    """An opened source: parsed configurations and, part by part, its weight files and the tensors in them, unread.
 
     Build it with `Source.open`.
     """
@@ -47,8 +43,7 @@ class Source:
     variant: Variant
     configs: dict[str, Config]
     files: dict[str, list[Path]]
-    tensors: dict[str, dict[str, TensorInfo]]
-    _arrays: dict[tuple[str, str], mx.array] = field(default_factory=dict)
+    tensors: dict[str, Tensors]
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
@@ -63,31 +58,27 @@ class Source:
             CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
         """
         description = describe(folder)
-        files = {
-            name: _weight_files(folder / name, stem)
-            for name, stem in _STEMS.items()
-            if name == "text_encoder" or not text_only
-        }
+        parts = WRITING_PARTS if text_only else LAYOUT
+        files = {name: _weight_files(folder / name, LAYOUT[name].stem) for name in parts}
         if not (folder / TOKENIZER).is_file():
             advice = "add that of the model that it was made from, in a local copy of a repo"
             raise CheckpointError(f"{folder} is incomplete: there is no {TOKENIZER}; {advice}")
-        tensors = {name: read_headers(files[name]) for name in files}
-        for name, found in tensors.items():
-            if how := _quantized(found):
+        tensors = {name: _tensors(name, files[name]) for name in parts}
+        for name in parts:
+            if how := _quantized(tensors[name].infos):
                 refuse_quantized(folder / name, how)
         row, configs = read_configs(description, variant)
-        if text_only:
-            configs = {name: config for name, config in configs.items() if name not in ("transformer", "vae")}
-        tensors["text_encoder"] = {canonical(key): tensor for key, tensor in tensors["text_encoder"].items()}
-        return cls(folder, row, configs, files, tensors)
+        kept = {network for name in parts for network in LAYOUT[name].rules}
+        return cls(folder, row, {name: x for name, x in configs.items() if name in kept}, files, tensors)
 
     def check(self) -> None:
         """CheckpointError if the configs ask for more than the files hold, or for networks that can't be built."""
-        for name, config in self.configs.items():
-            part = COMPONENTS[name].part
+        for part, tensors in self.tensors.items():
             path = self.folder / part / "config.json"
-            check_counts(_counts(name, config), self.tensors[part], path)
-            Component(name, config, None, ()).check(path)
+            configs = {name: self.configs[name] for name in LAYOUT[part].rules if name in self.configs}
+            check_counts(LAYOUT[part].counts(configs), tensors.infos, path)
+            for name, config in configs.items():
+                Component(name, config, None, ()).check(path)
 
     @property
     def fingerprint(self) -> str:
@@ -106,24 +97,11 @@ class Source:
                         digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
-    def take(self, component: str, name: str) -> mx.array:
-        """The tensor, still unread; it is handed out once, so that reading it leaves nothing behind here."""
-        if (component, name) not in self._arrays:
-            for path in self.files[component]:
-                self._arrays |= {(component, canonical(key)): array for key, array in load_arrays(path).items()}
-        return self._arrays.pop((component, name))
 
-
-def _counts(name: str, config: Any) -> dict[str, tuple[str, int]]:
-    """What `check_counts` compares with names in the source, by the start of these."""
-    if name == "transformer":
-        return {
-            "transformer_blocks.": ("num_layers", config.num_layers),
-            "single_transformer_blocks.": ("num_single_layers", config.num_single_layers),
-        }
-    if name in ("text_encoder", "language_model"):
-        return {"model.layers.": ("num_hidden_layers", config.num_hidden_layers + config.num_later_layers)}
-    return COMPONENTS[name].counts(config)
+def _tensors(part: str, paths: list[Path]) -> Tensors:
+    """Those of a part, by the names that its rules have for them."""
+    files = Files(paths)
+    return Renamed(files, {LAYOUT[part].canonical(name): name for name in files.infos})
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -177,12 +155,12 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
     )
 
 
-def _quantized(tensors: dict[str, TensorInfo]) -> str | None:
+def _quantized(tensors: Mapping[str, TensorInfo]) -> str | None:
     """How weights are quantized, by the names and dtypes that it leaves; None: they are not."""
     dtypes = {tensor.dtype for name, tensor in tensors.items() if name.endswith("weight") and len(tensor.shape) > 1}
     for how, ends in _MARKS.items():
         if any(name.endswith(ends) for name in tensors):
             return how
-    if other := sorted(dtypes - set(FLOATS)):
+    if other := sorted(dtypes - set(FLOATS.values())):
         return "in fp8" if other[0].startswith("F8") else f"stored as {other[0]}"
     return None

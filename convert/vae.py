@@ -1,7 +1,13 @@
 """diffusers' `AutoencoderKLFlux2`: our names are the same, convolutions become channels-last."""
 
-from flux2_mlx.config import VAEConfig
+from pathlib import Path
+from typing import Any
 
+from flux2_mlx.checkpoint import described
+from flux2_mlx.components import COMPONENTS
+from flux2_mlx.config import Config, VAEConfig, Variant
+
+from .options import VAE, check_alike, checked
 from .rules import Rule, Shape, channels_last, copy
 
 
@@ -13,3 +19,18 @@ def rule_for(name: str, shape: Shape) -> Rule:
 def is_dropped(name: str, config: VAEConfig) -> bool:
     """Whether a source tensor has no place in our checkpoint: the counter of batches seen in training."""
     return name == "bn.num_batches_tracked"
+
+
+def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> dict[str, Config]:
+    """The geometry that the config at `path` describes."""
+    values = checked(values, VAE, path)
+    channels = values.get("block_out_channels", VAEConfig.block_out_channels)
+    levels = len(channels) if isinstance(channels, list | tuple) else None
+    check_alike(values, "down_block_types", "DownEncoderBlock2D", levels, path)
+    check_alike(values, "up_block_types", "UpDecoderBlock2D", levels, path)
+    return {"vae": described("vae", values, path)}
+
+
+def counts(configs: dict[str, Config]) -> dict[str, tuple[str, int]]:
+    """How many blocks of each kind the source has, and the key that says so."""
+    return COMPONENTS["vae"].counts(configs["vae"])

@@ -1,47 +1,39 @@
 """From an opened source to an MLX checkpoint, tensor by tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
 
-from flux2_mlx.checkpoint import FORMAT_VERSION, Component, module_tensors
-from flux2_mlx.components import COMPONENTS, quantizations
-from flux2_mlx.config import Config
-from flux2_mlx.errors import CheckpointError
-from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant, quantize_array
+from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
+from flux2_mlx.components import COMPONENTS, by_group, quantizations
+from flux2_mlx.loading import module_tensors
+from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
-from flux2_mlx.weights import TensorInfo, mismatches, raise_problems
+from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
 
-from . import text, transformer, vae
 from .blobs import blobs, check_blob
-from .folder import Inspection, Layer, Part, check_target, write_folder
-from .rules import Rule, Shape
-from .sources import FLOATS, TOKENIZER, Source
-
-_DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A tensor of ours before quantization: how it is made, and the tensors that it is stored as."""
-
-    plain: TensorInfo
-    rule: Rule
-    stored: dict[str, TensorInfo]
+from .folder import Inspection, Part, check_target, write_folder
+from .parts import LAYOUT
+from .rules import Converted, Finite, Rule
+from .sources import TOKENIZER, Source
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is written for one component."""
+    """What is written for one component: our tensors before quantization, and how each of them is made."""
 
     component: Component
-    bits: int | None
-    layers: list[_Layer]
+    plain: dict[str, TensorInfo]
+    rules: dict[str, Rule]
+
+    @property
+    def part(self) -> str:
+        """The part of the source that it is made from."""
+        return COMPONENTS[self.component.name].part
 
 
 def write_checkpoint(
@@ -84,7 +76,7 @@ def write_checkpoint(
         "format_version": FORMAT_VERSION,
         "variant": source.variant.name,
         "components": [plan.component.name for plan in plans],
-        "quantization": {"transformer": quant, "text_encoder": text_quant},
+        "quantization": by_group(quant, text_quant),
         "source": {"name": name or source.folder.name, "fingerprint": source.fingerprint},
         "version": version("flux2-mlx"),
     }
@@ -124,48 +116,29 @@ def _small_files(folder: Path) -> list[Path]:
 
 def _plan(source: Source, name: str, quant: str) -> _Plan:
     bare = Component(name, source.configs[name], None, ())
-    component = bare.quantized(quant)
-    plain, stored = module_tensors(bare.build()), module_tensors(component.build())
-    layers = []
-    for key, tensor in plain.items():
-        rule = _rule(name, key, tensor.shape, bare.config)
-        layers.append(_Layer(tensor, rule, {k: stored[k] for k in stored_names(key, stored)}))
-    return _Plan(component, BITS[quant], layers)
-
-
-def stored_names(name: str, stored: dict[str, TensorInfo]) -> list[str]:
-    """The tensors that our tensor `name` is kept as, of those that are `stored`."""
-    base = name.removesuffix(".weight")
-    return [name, f"{base}.scales", f"{base}.biases"] if f"{base}.scales" in stored else [name]
-
-
-def _rule(component: str, name: str, shape: Shape, config: Config) -> Rule:
-    if component == "language_model":
-        return text.later_rule_for(name, shape, config.num_hidden_layers)
-    rules = {
-        "transformer": transformer.rule_for,
-        "text_encoder": text.rule_for,
-        "vision": text.vision_rule_for,
-        "vae": vae.rule_for,
-    }
-    return rules[component](name, shape)
+    plain, rule_for = module_tensors(bare.build()), LAYOUT[COMPONENTS[name].part].rules[name](bare.config)
+    rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
+    return _Plan(bare.quantized(quant), plain, rules)
 
 
 def _check_tensors(source: Source, plans: list[_Plan]) -> None:
     """Compare the source with what the rules read, before anything is written."""
     for part, tensors in source.tensors.items():
-        found = {k: x for k, x in tensors.items() if not _DROPPED[part](k, source.configs[part])}
+        is_dropped, config = LAYOUT[part].is_dropped, source.configs[part]
+        found = {key: tensor for key, tensor in tensors.infos.items() if not is_dropped(key, config)}
         expected = {
-            key: TensorInfo(
-                found[key].dtype if key in found and found[key].dtype in FLOATS else "BF16",
-                layer.rule.source_shape(layer.plain.shape),
-            )
+            key: TensorInfo(_float_of(found.get(key)), rule.source_shape(plan.plain[name].shape))
             for plan in plans
-            if COMPONENTS[plan.component.name].part == part
-            for layer in plan.layers
-            for key in layer.rule.sources
+            if plan.part == part
+            for name, rule in plan.rules.items()
+            for key in rule.sources
         }
         raise_problems(f"{source.folder / part} is not a {source.variant.name} {part}", mismatches(expected, found))
+
+
+def _float_of(found: TensorInfo | None) -> str:
+    """The dtype that a tensor should have: its own, if that is read."""
+    return found.dtype if found is not None and found.dtype in FLOATS.values() else FLOATS[mx.bfloat16]
 
 
 def _check_tokenizer(source: Source) -> None:
@@ -174,26 +147,9 @@ def _check_tokenizer(source: Source) -> None:
 
 
 def _part(source: Source, plan: _Plan) -> Part:
-    return Part(plan.component, [Layer(layer.stored, partial(_arrays, source, plan, layer)) for layer in plan.layers])
+    def complaint(name: str) -> str:
+        what = f"{source.folder / plan.part}: {', '.join(plan.rules[name].sources)} is not finite"
+        return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
-
-def _arrays(source: Source, plan: _Plan, layer: _Layer) -> Iterator[mx.array]:
-    """The stored arrays of a layer in the order of `layer.stored`, evaluated."""
-    parts = [source.take(COMPONENTS[plan.component.name].part, key) for key in layer.rule.sources]
-    mx.eval(parts)  # or the device would wait for the file
-    array = layer.rule.apply(*parts).astype(mx.bfloat16)
-    parts.clear()
-    if not mx.isfinite(array).all().item():
-        part = source.folder / COMPONENTS[plan.component.name].part
-        what = f"{part}: {', '.join(layer.rule.sources)} is not finite"
-        raise CheckpointError(f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy")
-    yield from stored_arrays(array, layer.stored, plan.bits)
-
-
-def stored_arrays(array: mx.array, stored: dict[str, TensorInfo], bits: int | None) -> Iterator[mx.array]:
-    """A bfloat16 `array` of ours as the tensors that it is `stored` as, in their order."""
-    if len(stored) == 1:
-        yield array
-    else:
-        quantized = quantize_array(array, bits)
-        yield from (quantized[key.rpartition(".")[2]] for key in stored)
+    converted = Finite(Converted(source.tensors[plan.part], plan.rules, plan.plain), complaint)
+    return Part(plan.component, as_stored(converted, plan.component))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import reprlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,16 +12,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from .components import COMPONENTS, PAINTING, by_field, geometries, quantizations
+from .components import COMPONENTS, GROUPS, PAINTING, by_field, geometries, quantizations
 from .config import Variant, get_variant
 from .errors import CheckpointError, InputError
 from .files import Claim, read_bytes
-from .quantization import BITS, DEFAULT_TEXT_QUANT, check_statement, quantize_array, quantize_module, statement
+from .layers import Adapters, adapted
+from .loading import InMemory, fill, module_tensors
+from .quantization import BITS, DEFAULT_TEXT_QUANT, Quantized, check_statement, quantize_module, statement
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
-from .weights import NONSENSE, READER, TensorInfo, load_arrays, mismatches, raise_problems, read_headers, read_json
+from .weights import NONSENSE, Files, Tensors, mismatches, raise_problems, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -33,45 +33,15 @@ _FEW_BLOCKS = 8
 _SMALL = 1 << 25  # bytes; the largest tokenizer has 17 million, which take some 10 ms to hash
 
 
-def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
-    """The tensors that `module` loads, without evaluating any: packed weights are U32, all others BF16."""
-    return {
-        name: TensorInfo("U32" if array.dtype == mx.uint32 else "BF16", array.shape)
-        for name, array in tree_flatten(module.parameters())
-    }
-
-
-def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype:
-    """What a weight that is not packed is kept in while activations are in `dtype`.
-
-    Under float32 matrices stay in bfloat16, as they are stored, and are widened where they are used, which changes no
-    result. Rows that are looked up in a packed embedding would keep the dtype of its scales, so these are widened.
-    """
-    looked_up = name in ("embed_tokens.scales", "embed_tokens.biases")
-    return mx.bfloat16 if dtype == mx.float32 and len(shape) == 2 and not looked_up else dtype
-
-
-def in_memory(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A stored tensor as it is kept in memory, still unread; what casts it is the reader of files."""
-    if not mx.issubdtype(array.dtype, mx.floating):
-        return array
-    return array.astype(memory_dtype(name, array.shape, dtype), stream=READER)
-
-
-def tensor_bytes(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> int:
-    """Bytes of a stored tensor in memory while activations are in `dtype`."""
-    size = memory_dtype(name, tensor.shape, dtype).size
-    return tensor.nbytes if tensor.dtype == "U32" else math.prod(tensor.shape) * size
-
-
 @dataclass(frozen=True)
 class Component:
-    """One network of a checkpoint: its geometry, how it is quantized, and its files."""
+    """One network of a checkpoint: its geometry, how it is quantized, its files, and what runs beside its layers."""
 
     name: str
     config: Any
     quantization: dict[str, Any] | None
     files: tuple[Path, ...]
+    adapters: Adapters | None = None
 
     @classmethod
     def open(cls, folder: Path, name: str) -> "Component":
@@ -100,6 +70,11 @@ class Component:
         return module.eval()
 
     @property
+    def tensors(self) -> Tensors:
+        """The weights as they are stored."""
+        return Files(self.files)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights as stored."""
         return sum(tensor.nbytes for tensor in module_tensors(self.build()).values())
@@ -113,7 +88,7 @@ class Component:
     def verify(self, folder: Path) -> None:
         """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all that is
         wrong in the component's `folder`."""
-        found = read_headers(self.files)
+        found = self.tensors.infos
         check_counts(COMPONENTS[self.name].counts(self.config), found, folder / "config.json")
         problems = mismatches(module_tensors(self.check(folder / "config.json")), found)
         raise_problems(f"{folder} is damaged, convert the model again", problems)
@@ -125,19 +100,19 @@ class Component:
             dtype: of the activations (see `memory_dtype`).
             quant: quantize while loading; only for a component stored as `bf16`.
         """
-        weights: dict[str, mx.array] = {}
-        for file in self.files:
-            weights |= load_arrays(file)
         target = self if quant is None else self.quantized(quant)
-        module = target.build()
-        if self.quantization is None and target.quantization is not None:
-            weights = _quantize_weights(weights, module_tensors(module), target.quantization["bits"])
-        module.load_weights([(name, in_memory(name, x, dtype)) for name, x in weights.items()])
-        weights.clear()
-        # One at a time, so that a tensor and its cast never wait beside all others.
-        for _, array in tree_flatten(module.parameters()):
-            mx.eval(array)
-        return module
+        module, tensors = target.build(), self.tensors
+        if self.quantization is None:
+            tensors = as_stored(tensors, target)
+        fill(module, InMemory(tensors, dtype))
+        return adapted(module, self.adapters)
+
+
+def as_stored(tensors: Tensors, component: Component) -> Tensors:
+    """The tensors of `component` in 16 bits as those that it is stored as."""
+    if component.quantization is None:
+        return tensors
+    return Quantized(tensors, module_tensors(component.build()), component.quantization["bits"])
 
 
 def described(name: str, values: dict[str, Any], path: Path, section: str = "") -> Any:
@@ -172,19 +147,6 @@ def check_counts(counts: dict[str, tuple[str, int]], names: Iterable[str], path:
         found = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
         if count > len(found) + _FEW_BLOCKS:
             raise CheckpointError(f"{path}: {key} is {count}, but the files hold {len(found)} of {prefix}*")
-
-
-def _quantize_weights(weights: dict[str, mx.array], expected: dict[str, TensorInfo], bits: int) -> dict[str, mx.array]:
-    """Quantized copies of `weights`, which is emptied on the way, so that no weight stays in memory twice."""
-    quantized: dict[str, mx.array] = {}
-    for name in sorted(weights, key=lambda name: -weights[name].nbytes):  # the largest while little is in memory
-        array, layer = weights.pop(name), name.removesuffix(".weight")
-        mx.eval(array)  # or the device would wait for the file
-        if f"{layer}.scales" in expected:
-            quantized |= {f"{layer}.{part}": x for part, x in quantize_array(array, bits).items()}
-        else:
-            quantized[name] = array
-    return quantized
 
 
 @dataclass(frozen=True)
@@ -233,8 +195,7 @@ class Checkpoint:
             checkpoint = cls(
                 folder,
                 variant,
-                quantization["transformer"],
-                quantization["text_encoder"],
+                *(quantization[group] for group in GROUPS),
                 dict(manifest["source"]),
                 {name: Component.open(folder / name, name) for name in manifest["components"]},
                 claim,

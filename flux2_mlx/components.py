@@ -98,6 +98,9 @@ COMPONENTS = {
         paints=True,
     ),
 }
+PARTS = tuple(dict.fromkeys(network.part for network in COMPONENTS.values()))
+WRITING_PARTS = tuple(dict.fromkeys(network.part for network in COMPONENTS.values() if not network.paints))
+GROUPS = tuple(name for name, network in COMPONENTS.items() if network.group == name)
 PAINTING = tuple(name for name, network in COMPONENTS.items() if network.paints)
 
 
@@ -106,9 +109,14 @@ def network_dtype(name: str, dtype: mx.Dtype) -> mx.Dtype:
     return mx.bfloat16 if dtype == mx.float16 and not COMPONENTS[name].has_headroom else dtype
 
 
+def by_group(quant: str, text_quant: str) -> dict[str, str]:
+    """How the networks are stored, by the one that each group of them is named for."""
+    return dict(zip(GROUPS, (quant, text_quant), strict=True))
+
+
 def quantizations(quant: str, text_quant: str) -> dict[str, str]:
     """How each network is stored where the transformer is as `quant` and the text encoder as `text_quant` says."""
-    groups = {"transformer": quant, "text_encoder": text_quant, None: "bf16"}
+    groups = by_group(quant, text_quant) | {None: "bf16"}
     return {name: groups[network.group] for name, network in COMPONENTS.items()}
 
 

@@ -7,14 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .components import PARTS, WRITING_PARTS
 from .downloads import Blob, remove_partial
 from .errors import DownloadError
 from .files import write
 
 INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS = ("transformer", "vae", "text_encoder")
-FOLDERS = (*WEIGHTS, "tokenizer", "scheduler")
+FOLDERS = (*PARTS, "tokenizer", "scheduler")
 # Nothing else of the root: it also holds the transformer as a single file, which would double the download.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)"
 _NEEDED = re.compile(rf"{INDEX}|(?:{'|'.join(FOLDERS)})/{_PART}")
@@ -55,7 +55,7 @@ def described(names: Collection[str]) -> str:
 
 def pickled_parts(needed: Collection[str], others: Collection[str]) -> Iterator[str]:
     """The parts of a model whose weights are there as pickles only."""
-    for part in WEIGHTS:
+    for part in PARTS:
         if not any(is_weight(name) and name.startswith(f"{part}/") for name in needed) and any(
             name.startswith(f"{part}/") and name.endswith(PICKLES) for name in others
         ):
@@ -246,7 +246,7 @@ def make_folder(folder: Path, storage: Path) -> None:
 def is_complete(folder: Path, shards: Callable[[Path], Collection[str]], text_only: bool) -> bool:
     """Whether a snapshot has every part, and each of the `shards` that an index names: other programs may have fetched
     single files of it."""
-    weights = ("text_encoder",) if text_only else WEIGHTS
+    weights = WRITING_PARTS if text_only else PARTS
     kinds = [f"{name}/*.json" for name in FOLDERS] + [f"{name}/*.safetensors" for name in weights]
     tables = [table for name in weights for table in folder.glob(f"{name}/*.safetensors.index.json")]
     named = [table.parent / shard for table in tables for shard in shards(table)]

@@ -1,6 +1,8 @@
 """Blocks that more than one network uses. Arrays are channels-last; attention is `[B, heads, tokens, head_dim]`."""
 
 import math
+from copy import copy
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -76,6 +78,43 @@ def _pack(layer: nn.Module, kind: type[nn.Module], group_size: int, bits: int, m
     if "bias" in layer:
         packed.bias = layer.bias
     return packed
+
+
+class Adapters(Protocol):
+    """What runs beside layers of a network, whose weights stay as they are."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take in memory, those of all layers together."""
+
+    def beside(self, name: str, layer: nn.Module) -> nn.Module:
+        """What is called in the place of the `layer` of this name, such as `double_blocks.3.img_attn.qkv`: a module
+        that calls it, or itself. It is asked again whenever the layer has been read from disk."""
+
+
+def adapted(part: Any, adapters: Adapters | None, name: str = "") -> Any:
+    """A part of a network with `adapters` beside its layers: a copy that shares the weights.
+
+    The part itself stays as it is, so its layers keep the names that their weights have in files.
+
+    Args:
+        part: a module, or a list of them; anything else is given back.
+        adapters: None: there are none.
+        name: of the part in its network.
+    """
+    if adapters is None:
+        return part
+    prefix = name and f"{name}."
+    if isinstance(part, list):
+        return [adapted(child, adapters, f"{prefix}{number}") for number, child in enumerate(part)]
+    if not isinstance(part, nn.Module):
+        return part
+    if not part.children():
+        return adapters.beside(name, part)
+    whole = copy(part)
+    for key, child in part.items():
+        whole[key] = adapted(child, adapters, f"{prefix}{key}")
+    return whole
 
 
 def project(x: mx.array, weight: mx.array) -> mx.array:

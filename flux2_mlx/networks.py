@@ -10,11 +10,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import Checkpoint, Component, module_tensors
+from .checkpoint import Checkpoint, Component
 from .components import PAINTING, network_dtype, quantizations
 from .config import QUANTIZATIONS, Variant
 from .device import computing_dtype, memory_bytes
 from .errors import CheckpointError, InputError
+from .loading import module_tensors
 from .memory import Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
 from .references import MIN_SIDE, Edit

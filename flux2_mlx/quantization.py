@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import mlx.nn as nn
 from .components import COMPONENTS
 from .config import QUANTIZATIONS
 from .errors import CheckpointError, InputError
+from .weights import TensorInfo, Tensors
 
 GROUP_SIZE = 64
 # The most weights that are quantized at one time, and the bytes that each takes meanwhile, measured.
@@ -74,6 +75,41 @@ def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:
         slices.append(_quantize_rows(weight[start : start + rows].astype(mx.float32), bits))
         mx.eval(slices[-1])
     return {part: mx.concatenate(arrays) for part, arrays in zip(_PARTS, zip(*slices, strict=True), strict=True)}
+
+
+def stored_names(name: str, stored: Mapping[str, TensorInfo]) -> list[str]:
+    """The tensors that our tensor `name` is kept as, of those that are `stored`."""
+    layer = name.removesuffix(".weight")
+    return [f"{layer}.{part}" for part in _PARTS] if f"{layer}.scales" in stored else [name]
+
+
+class Quantized:
+    """Tensors in as few bits as they are `stored` in, each quantized when the first of its parts is read."""
+
+    def __init__(self, tensors: Tensors, stored: Mapping[str, TensorInfo], bits: int):
+        self._tensors, self._bits = tensors, bits
+        # The largest while little is in memory.
+        plain = sorted(tensors.infos, key=lambda name: -tensors.infos[name].nbytes)
+        self._plain = {part: name for name in plain for part in stored_names(name, stored)}
+        self.infos = {name: stored[name] for name in self._plain}
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        names = list(names)
+        plain = self._tensors.read(dict.fromkeys(self._plain[name] for name in names))
+        made: dict[str, mx.array] = {}
+        for name in names:
+            if name not in made:
+                made |= self._made(self._plain[name], next(plain))
+            yield made.pop(name)
+
+    def _made(self, name: str, array: mx.array) -> dict[str, mx.array]:
+        mx.eval(array)  # or the device would wait for the file
+        parts = stored_names(name, self.infos)
+        return (
+            {name: array}
+            if parts == [name]
+            else dict(zip(parts, quantize_array(array, self._bits).values(), strict=True))
+        )
 
 
 def quantizing_bytes(shape: tuple[int, ...], packed: int) -> int:

@@ -4,21 +4,21 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .checkpoint import Component, in_memory, memory_dtype, module_tensors, tensor_bytes
+from .checkpoint import Component
 from .components import COMPONENTS
 from .device import is_failure
 from .errors import CheckpointError
-from .layers import WIDENED
-from .weights import load_arrays, read_header
+from .layers import WIDENED, Adapters, adapted
+from .loading import InMemory, fill, memory_dtype, module_tensors, tensor_bytes
+from .weights import Renamed, Tensors, part
 
 Weights = list[tuple[str, mx.array]]
 
@@ -128,23 +128,35 @@ class Blocks:
 
     One block at a time is at work and the next one is being read, which after the last one is the first of the list
     that follows, so each must be evaluated before the next is asked for.
+
+    Args:
+        name: of the list in its network.
+        blocks: as they are built.
+        resident: how many of them stay in memory.
+        tensors: those of the network.
+        adapters: what runs beside its layers.
+        reading: where it is counted what is read.
     """
 
     following: "Blocks | None" = None
 
     def __init__(
         self,
-        resident: list[nn.Module],
-        template: nn.Module,
-        count: int,
-        read: Callable[[int], Weights],
+        name: str,
+        blocks: list[nn.Module],
+        resident: int,
+        tensors: Tensors,
+        adapters: Adapters | None,
         reading: Reading,
     ):
-        self._resident, self._template, self._count = resident, template, count
-        self._read, self._reading = read, reading
+        self._name, self._tensors, self._adapters, self._reading = name, tensors, adapters, reading
+        for number, block in enumerate(blocks[:resident]):
+            fill(block, self._part(number))
+        self._resident = [self._adapted(number, block) for number, block in enumerate(blocks[:resident])]
+        self._template, self._count = blocks[resident] if resident < len(blocks) else nn.Module(), len(blocks)
         self._coming: _Coming | None = None
         # Never evaluated, so without memory: what the template holds between two uses.
-        self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in tree_flatten(template.parameters())]
+        self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in tree_flatten(self._template.parameters())]
 
     def __len__(self) -> int:
         return self._count
@@ -157,7 +169,7 @@ class Blocks:
             for number in range(first, self._count):
                 self._take(number)
                 self._ask(number + 1)
-                yield self._template
+                yield self._adapted(number, self._template)
         finally:
             self._template.load_weights(self._nothing)
 
@@ -168,6 +180,18 @@ class Blocks:
                 self._coming = _Coming(number, self._read(number))
         elif self.following is not None:
             self.following._ask(len(self.following._resident))
+
+    def _read(self, number: int) -> Weights:
+        """A block's weights, still unread."""
+        tensors = self._part(number)
+        with _readable():
+            return list(zip(tensors.infos, tensors.read(tensors.infos), strict=True))
+
+    def _part(self, number: int) -> Tensors:
+        return part(self._tensors, f"{self._name}.{number}.")
+
+    def _adapted(self, number: int, block: nn.Module) -> nn.Module:
+        return adapted(block, self._adapters, f"{self._name}.{number}")
 
     def _take(self, number: int) -> None:
         """Put a block's weights into the template when all are there."""
@@ -196,39 +220,18 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading:
 
     It computes bit for bit what the one in memory does. Its files must stay where they are.
     """
-    places = {name: path for path in component.files for name in read_header(path)}
-    module, before = component.build(), None
+    module, tensors, before = component.build(), InMemory(component.tensors, dtype), None
     for name in COMPONENTS[component.name].streamed:
         blocks = module.pop(name)
         stay = min(resident, len(blocks))
         resident -= stay
-        read = _reader(name, places, dtype)
-        for number in range(stay):
-            _fill(blocks[number], read(number))
-        template = blocks[stay] if stay < len(blocks) else nn.Module()
-        streamed = Blocks(blocks[:stay], template, len(blocks), read, reading)
+        streamed = Blocks(name, blocks, stay, tensors, component.adapters, reading)
         setattr(module, name, streamed)
         if before is not None:
             before.following = streamed
         before = streamed
-    _fill(module, _pick({name for name, _ in tree_flatten(module.parameters())}, places, dtype))
-    return module
-
-
-def _fill(module: nn.Module, weights: Weights) -> None:
-    module.load_weights(weights)
-    # One at a time, so that a tensor and its cast never wait beside all others.
-    for _, array in tree_flatten(module.parameters()):
-        mx.eval(array)
-
-
-def _reader(name: str, places: dict[str, Path], dtype: mx.Dtype) -> Callable[[int], Weights]:
-    def read(number: int) -> Weights:
-        prefix = f"{name}.{number}."
-        weights = _pick({key for key in places if key.startswith(prefix)}, places, dtype)
-        return [(key.removeprefix(prefix), array) for key, array in weights]
-
-    return read
+    fill(module, Renamed(tensors, {name: name for name, _ in tree_flatten(module.parameters())}))
+    return adapted(module, component.adapters)
 
 
 @contextmanager
@@ -242,10 +245,3 @@ def _readable() -> Iterator[None]:
         raise CheckpointError(
             f"can't read weights any more: {str(error).splitlines()[0]}; put the files back"
         ) from error
-
-
-def _pick(names: set[str], places: dict[str, Path], dtype: mx.Dtype) -> Weights:
-    """Tensors of the files, still unread."""
-    with _readable():
-        loaded = {path: load_arrays(path) for path in {places[name] for name in names}}
-    return [(name, in_memory(name, loaded[places[name]][name], dtype)) for name in sorted(names)]

@@ -1,14 +1,18 @@
-"""Files of weights: what their headers say, and writing them. Knows bytes, no model."""
+"""The one door to weights: tensors by name, what they are, and reading them. Knows bytes, no model.
+
+Loading, streaming, converting and quantizing are `Tensors` around those of `Files`.
+"""
 
 import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +27,7 @@ _DTYPE_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0"), 1),
 }
+FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater ones
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _MAX_JSON = 10_000_000  # the largest JSON file that belongs to a model, an index of its tensors, takes less than 1 MB
@@ -170,21 +175,85 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
-    """The tensors of several safetensors files; CheckpointError also if two of them hold the same one."""
-    tensors: dict[str, TensorInfo] = {}
-    for path in paths:
-        header = read_header(path)
-        raise_problems(f"{path} repeats tensors of another file", [name for name in header if name in tensors])
-        tensors |= header
-    return tensors
+class Tensors(Protocol):
+    """Tensors by name."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What they are, in the order in which they are best read."""
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        """Those of these `names`, each asked for once, in this order. None of them is kept here.
+
+        They may be unread still, on the stream `READER`. Evaluate each before another stream touches it: macOS stops a
+        GPU that waits some seconds for a file.
+
+        Raises:
+            CheckpointError: a file can't be opened any more.
+        """
 
 
-def load_arrays(path: Path) -> dict[str, mx.array]:
-    """The unread arrays of a safetensors file, on the stream `READER`; CheckpointError if it can't open the file.
+class Files:
+    """The tensors of safetensors files, as these are when they are read."""
 
-    Evaluate each before another stream touches it: macOS stops a GPU that waits some seconds for a file.
-    """
+    def __init__(self, paths: Iterable[Path]):
+        self._paths = tuple(paths)
+
+    @cached_property
+    def _headers(self) -> dict[Path, dict[str, TensorInfo]]:
+        return {path: read_header(path) for path in self._paths}
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """CheckpointError if a file is damaged, or two of them hold the same tensor."""
+        infos: dict[str, TensorInfo] = {}
+        for path, header in self._headers.items():
+            raise_problems(f"{path} repeats tensors of another file", [name for name in header if name in infos])
+            infos |= header
+        return infos
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        opened: dict[Path, dict[str, mx.array]] = {}
+        for name in names:
+            path = self._places[name]
+            if path not in opened:
+                opened[path] = _load_arrays(path)
+            yield opened[path].pop(name)
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        return {name: path for path, header in self._headers.items() for name in header}
+
+
+class Renamed:
+    """Tensors under other names: `names` are theirs by the new ones."""
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: self._tensors.infos[theirs] for name, theirs in self._names.items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        return self._tensors.read(self._names[name] for name in names)
+
+
+def part(tensors: Tensors, prefix: str) -> Renamed:
+    """Those whose names start with `prefix`, without it."""
+    names = [name for name in tensors.infos if name.startswith(prefix)]
+    return Renamed(tensors, {name.removeprefix(prefix): name for name in names})
+
+
+def evaluated(arrays: Iterable[mx.array]) -> Iterator[mx.array]:
+    """Each in memory before the next one, so that a tensor and its cast never wait beside all others."""
+    for array in arrays:
+        mx.eval(array)
+        yield array
+
+
+def _load_arrays(path: Path) -> dict[str, mx.array]:
+    """The unread arrays of a safetensors file."""
     try:
         return mx.load(str(path), format="safetensors", stream=READER)
     except (RuntimeError, ValueError) as error:
@@ -253,7 +322,7 @@ def write_safetensors(
     digest, digests = hashlib.sha256(start), {}
     with path.open("wb") as file:
         file.write(start)
-        for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
+        for (name, tensor), array in zip(tensors.items(), evaluated(arrays), strict=True):
             data = np.ascontiguousarray(array.view(mx.uint16) if tensor.dtype == "BF16" else array)
             if data.shape != tensor.shape:
                 raise AssertionError(f"planned {tensor.shape}, made {data.shape}")

@@ -23,7 +23,8 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, module_tensors, variant_components
+from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, variant_components
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.device import mac_limit, parse_memory
 from flux2_mlx.memory import Plan

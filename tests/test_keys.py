@@ -13,8 +13,9 @@ import pytest
 from flux2_mlx.convert import text, transformer, vae
 from flux2_mlx.convert.rules import Rule
 
-from flux2_mlx.checkpoint import Component, module_tensors, variant_sizes
+from flux2_mlx.checkpoint import Component, variant_sizes
 from flux2_mlx.config import VARIANTS, Config, VAEConfig, Variant
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.weights import TensorInfo
 
 KEYS = Path(__file__).parent / "keys"

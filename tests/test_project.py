@@ -24,7 +24,7 @@ ROWS = (
     ("errors", "demo"),
     ("config", "files", "settings", "requirements", "exclusion"),
     ("device", "images", "image_names", "weights", "colors", "progress_bar"),
-    ("layers",),
+    ("layers", "loading"),
     ("transformer", "vae", "text", "scheduler", "noise", "references", "output", "staging"),
     ("components",),
     ("quantization",),

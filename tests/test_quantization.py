@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flux2_mlx.checkpoint import Component, module_tensors
+from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import VARIANTS, TransformerConfig
 from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.quantization import (
     BITS,
     GROUP_SIZE,

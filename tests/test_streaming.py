@@ -4,8 +4,10 @@ import gc
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
@@ -14,8 +16,9 @@ from helpers.mlx_state import mlx_limits
 from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline, InputError, streaming
-from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.streaming import Footprint, Reading, footprint, load_streamed
 from flux2_mlx.weights import READER
 
@@ -259,3 +262,67 @@ def test_a_file_that_is_lost_while_it_is_streamed(folder, tmp_path, damage):
         pipe.run(request, on_progress=on_progress)
     assert "\n" not in str(caught.value)
     assert mlx_limits() == before
+
+
+class Low(nn.Module):
+    """A stand-in for a layer with an adapter: a low-rank product beside it."""
+
+    def __init__(self, base: nn.Module, down: mx.array, up: mx.array):
+        super().__init__()
+        self.base, self.down, self.up = base, down, up
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.base(x) + (x @ self.down) @ self.up
+
+
+class Factors:
+    """Those of some layers, of a rank that differs by block; `asked` are the names that it was asked for."""
+
+    def __init__(self, component: Component):
+        self.asked, self._factors = [], {}
+        shapes = module_tensors(replace(component, quantization=None).build())
+        for key, (name, tensor) in zip(mx.random.split(mx.random.key(0), len(shapes)), shapes.items(), strict=True):
+            if len(tensor.shape) == 2 and not name.startswith(
+                ("embed", "double_blocks.1.", "single_blocks.2.", "layers.5.")
+            ):
+                (outputs, inputs), rank = tensor.shape, 1 + sum(map(ord, name)) % 3
+                down, up = mx.random.split(key)
+                factors = mx.random.normal((inputs, rank), key=down), mx.random.normal((rank, outputs), key=up)
+                self._factors[name.removesuffix(".weight")] = [0.1 * factor for factor in factors]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(factor.nbytes for factors in self._factors.values() for factor in factors)
+
+    def beside(self, name: str, layer: nn.Module) -> nn.Module:
+        self.asked.append(name)
+        return Low(layer, *self._factors[name]) if name in self._factors else layer
+
+
+def passes(component: Component, network: nn.Module) -> list[np.ndarray]:
+    """What a network makes of some tokens, twice."""
+    if component.name == "text_encoder":
+        ids = mx.arange(12)[None]
+        return [np.array(network(ids, ids < 9)) for _ in range(2)]
+    config = component.config
+    tokens = mx.random.normal((1, 12, config.in_channels), key=mx.random.key(1))
+    text = mx.random.normal((1, 5, config.hidden_size), key=mx.random.key(2))
+    rope = mx.ones((17, 2, config.attention_head_dim))
+    return [np.array(network(tokens, text, mx.array([sigma]), rope)) for sigma in (1.0, 0.5)]
+
+
+@pytest.mark.parametrize("resident", [0, 3, 40])
+@pytest.mark.parametrize("name", ["transformer", "text_encoder"])
+def test_layers_with_something_beside_them_are_streamed(folder, name, resident):
+    plain = Checkpoint.open(folder).components[name]
+    component = replace(plain, adapters=Factors(plain))
+    expected = passes(component, component.load(mx.float32))
+    names = sorted(component.adapters.asked)
+    assert "embed_tokens" in names or {"double_blocks.1.img_attn.qkv", "single_blocks.3.linear2", "img_in"} < {*names}
+    component.adapters.asked.clear()
+    network = load_streamed(component, mx.float32, resident, Reading())
+    ours = passes(component, network)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert {*component.adapters.asked} == {*names}
+    without = passes(plain, plain.load(mx.float32))
+    assert not any(np.array_equal(a, b) for a, b in zip(without, expected, strict=True))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import TensorInfo, load_arrays, read_header, read_json
+from flux2_mlx.weights import Files, Renamed, TensorInfo, evaluated, part, read_header, read_json
 
 X = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 FIELDS = b'"dtype":"F32","shape":[1],"data_offsets":[0,4]'
@@ -103,9 +103,8 @@ def we_take(path: Path) -> bool:
         tensors = read_header(path)
     except CheckpointError:
         return False
-    arrays = load_arrays(path)
-    mx.eval(arrays)
-    assert {name: array.shape for name, array in arrays.items()} == {name: x.shape for name, x in tensors.items()}
+    arrays = evaluated(Files([path]).read(tensors))
+    assert [array.shape for array in arrays] == [tensor.shape for tensor in tensors.values()]
     return True
 
 
@@ -208,8 +207,47 @@ def test_json_without_end_is_not_read(tmp_path):
 
 
 def test_a_file_that_goes_away_after_it_was_looked_at(tmp_path):
+    mx.save_safetensors(str(tmp_path / "gone.safetensors"), {"x": mx.zeros(1)})
+    tensors = Files([tmp_path / "gone.safetensors"])
+    assert list(tensors.infos) == ["x"]
+    (tmp_path / "gone.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"can't read .*gone\.safetensors: "):
-        load_arrays(tmp_path / "gone.safetensors")
+        next(tensors.read(["x"]))
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """Tensors of which each is its number, and the door to them."""
+    mx.save_safetensors(str(tmp_path / "1.safetensors"), {"a.0.x": mx.array([0]), "a.0.y": mx.array([1])})
+    mx.save_safetensors(str(tmp_path / "2.safetensors"), {"a.1.x": mx.array([2]), "a.10.x": mx.array([3])})
+    return Files([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+
+
+def test_tensors_come_in_the_order_that_they_are_asked_for_in(two_files):
+    names = ["a.10.x", "a.0.y", "a.1.x", "a.0.x"]
+    for _ in range(2):
+        assert [array.item() for array in two_files.read(names)] == [3, 1, 2, 0]
+    assert [array.item() for array in two_files.read(["a.1.x"])] == [2]
+    assert {tensor.shape for tensor in two_files.infos.values()} == {(1,)}
+
+
+def test_tensors_under_other_names(two_files):
+    assert [sorted(part(two_files, prefix).infos) for prefix in ("a.0.", "a.1.")] == [["x", "y"], ["x"]]
+    assert [array.item() for array in part(two_files, "a.0.").read(["y", "x"])] == [1, 0]
+    renamed = Renamed(part(two_files, "a."), {"first": "0.x", "last": "10.x"})
+    assert [array.item() for array in renamed.read(renamed.infos)] == [0, 3]
+
+
+def test_what_was_read_is_not_kept(tmp_path):
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), {str(number): mx.zeros((2**18,)) for number in range(8)})
+    tensors = Files([tmp_path / "x.safetensors"])
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for array in evaluated(tensors.read(tensors.infos)):
+        del array
+    assert mx.get_peak_memory() - before <= 2.1 * 2**20
+    assert mx.get_active_memory() - before < 2**20
 
 
 def test_a_pointer_in_place_of_the_file_is_told(tmp_path):

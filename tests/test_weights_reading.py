@@ -3,19 +3,19 @@
 import io
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from flux2_mlx.convert import Source, requantize
+from flux2_mlx.convert import requantize
 from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from mlx.utils import tree_flatten
 
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.streaming import Reading, load_streamed
-from flux2_mlx.weights import READER, load_arrays, read_header
+from flux2_mlx.weights import READER, Files, read_header
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -92,7 +92,8 @@ def packed(official) -> Checkpoint:
 
 def test_operations_on_unread_arrays_are_found(plain):
     file = plain.components["vae"].files[0]
-    arrays = list(load_arrays(file).values())
+    tensors = Files([file])
+    arrays = list(tensors.read(tensors.infos))
     with pytest.MonkeyPatch.context() as patch:
         watch = Watch(patch)
         mx.async_eval(arrays[0].astype(mx.float32, stream=READER))
@@ -137,8 +138,12 @@ def test_loading_and_streaming_leave_the_computing_stream_alone(form, dtype, req
 
 @pytest.mark.parametrize("quant", ["bf16", "qint4"])
 def test_conversion(official, quant, tmp_path, monkeypatch):
-    taken, take = [], Source.take
-    monkeypatch.setattr(Source, "take", lambda source, *name: taken.append(name) or take(source, *name))
+    taken, read = [], Files.read
+
+    def counted(files: Files, names: Iterable[str]) -> Iterator[mx.array]:
+        return read(files, (taken.append(name) or name for name in names))
+
+    monkeypatch.setattr(Files, "read", counted)
     watch = Watch(monkeypatch)
     convert(official, tmp_path / "converted", quant, quant, variant=SHALLOW_VARIANT)
     assert watch.faults == set()

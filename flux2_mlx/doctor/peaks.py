@@ -9,9 +9,10 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from .. import layers
-from ..checkpoint import Component, in_memory
+from ..checkpoint import Component
 from ..config import VARIANTS, VAEConfig
 from ..device import device_memory, on_gpu, on_metal
+from ..loading import in_memory
 from ..memory import PhasePlan, Plan, activation_bytes, limits
 from ..streaming import footprint
 from ..transformer import image_ids, rope_table, text_ids

@@ -17,7 +17,7 @@ from .. import layers
 from ..config import VARIANTS, TransformerConfig
 from ..device import MOST_DISPATCH, on_gpu
 from ..transformer.blocks import SingleBlock
-from ..weights import load_arrays
+from ..weights import Files
 from .finding import Finding, judged, skipped
 from .numerics import cast, random_weights, single_pass
 
@@ -121,7 +121,7 @@ def check_disk(file: Path | None) -> Finding:
         return skipped(name, "the disk of the models folder is almost full")
     _forget(file)
     start = time.perf_counter()
-    weight = load_arrays(file)["weight"]
+    weight = next(Files([file]).read(["weight"]))
     mx.eval(weight)
     rate = weight.nbytes / (time.perf_counter() - start)
     advice = "loading and streaming models will be slow; keep them on a faster disk with --models-dir"
@@ -137,7 +137,7 @@ def check_overlap(file: Path | None) -> Finding:
     mx.eval(x @ x)
     _forget(file)
     start = time.perf_counter()
-    weight = load_arrays(file)["weight"]
+    weight = next(Files([file]).read(["weight"]))
     mx.async_eval(weight)
     mx.eval(x @ x)
     computed = time.perf_counter() - start
