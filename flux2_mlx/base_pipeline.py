@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from PIL import Image
 
 from . import arguments
+from .checkpoint import Checkpoint
+from .config import Variant
 from .device import dtype_name, failures
 from .diffusers_methods import DiffusersMethods
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
-from .images import to_pil, to_unit
+from .images import to_pil
+from .latents import decode_tokens, finished_image
 from .memory import Plan
-from .metering import Meter, turn
+from .metering import turn
 from .networks import Networks
 from .output import Flux2Output, check_output_type, to_torch
-from .phases import decode_image, decode_latents, finished_image
 from .references import Edit
 from .request import OnProgress, Request
 from .run import Run
@@ -39,11 +40,6 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         if not isinstance(networks, Networks):
             raise InputError(f"write Flux2Pipeline.from_pretrained({networks or 'klein-4b'!r:.80})")
         self.networks = networks
-        self.checkpoint = networks.checkpoint
-        self.variant = networks.checkpoint.variant
-        self.quant = networks.quant
-        self.text_quant = networks.text_quant
-        self.dtype = networks.dtype
         self.prompt_cache = prompt_cache
         self.unfinished = unfinished
         self.name = str(networks.checkpoint.folder) if name is None else name
@@ -181,7 +177,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
                 output.images = to_torch(output.images)
 
     def _run(self, request: Request, planned: Plan, **settings: Any) -> Run:
-        return Run(self.networks, self.variant, request, planned, prompt_cache=self.prompt_cache, **settings)
+        return Run(self.networks, request, planned, prompt_cache=self.prompt_cache, **settings)
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
         """Text states `[B, L, C]` for the transformer, padding included."""
@@ -213,14 +209,9 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         latents = arguments.latents(latents, (None, config.latent_channels, None, None))
         height, width = (side * config.scale_factor for side in latents.shape[2:])
         request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)
-        planned, dtype = self.networks.checked_phase_plan(request, "vae"), self.networks.dtype_of("vae")
-        with turn(), Meter([], planned, self.networks.reading).phase("vae"):
-            vae = self.networks.load("vae")
-            pixels = [
-                to_unit(decode_latents(vae, image[None].transpose(0, 2, 3, 1).astype(dtype))) for image in latents
-            ]
-            del vae  # or it would outlive the phase
-        images = np.concatenate(pixels)
+        planned = self.networks.checked_phase_plan(request, "vae")
+        with turn():
+            images = self._run(request, planned).decode(latents.transpose(0, 2, 3, 1))
         return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images
 
     @failures()
@@ -228,7 +219,37 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`."""
         vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
         grid = request.height // self.token_size, request.width // self.token_size
-        return [finished_image(decode_image(vae, image, grid, dtype), edit or Edit()) for image in tokens]
+        return [finished_image(decode_tokens(vae, image, grid, dtype), edit or Edit()) for image in tokens]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The files, and what they say of the model."""
+        return self.networks.checkpoint
+
+    @property
+    def variant(self) -> Variant:
+        """The model's row of the table."""
+        return self.checkpoint.variant
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """Makes token ids of prompts."""
+        return self.checkpoint.tokenizer
+
+    @property
+    def quant(self) -> str:
+        """`bf16`, `qint8` or `qint4`, of the transformer."""
+        return self.networks.quant
+
+    @property
+    def text_quant(self) -> str:
+        """`bf16`, `qint8` or `qint4`, of the text encoder."""
+        return self.networks.text_quant
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the transformer computes in."""
+        return self.networks.dtype
 
     @property
     def tokenizer(self) -> PromptTokenizer:

@@ -86,9 +86,8 @@ class Networks:
         if not phase.streamed:
             return LanguageModel(self._load("text_encoder"), self._load("language_model"))
         later = max(0, phase.resident - own.num_hidden_layers)
-        return LanguageModel(
-            self._load_streamed("text_encoder", phase.resident), self._load_streamed("language_model", later)
-        )
+        encoder = self._load_streamed("text_encoder", phase.resident)
+        return LanguageModel(encoder, self._load_streamed("language_model", later), by_layer=True)
 
     def _load(self, name: str) -> nn.Module:
         return self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])

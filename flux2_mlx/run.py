@@ -2,42 +2,35 @@
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .config import Variant
 from .device import MOST_DISPATCH, dispatch_seconds
 from .embedding_cache import CachedEncoder, EmbeddingCache
 from .images import to_unit
+from .latents import EncodedEdit, decode_latents, decode_tokens, encode_edit, finished_image, latents_of
 from .layers import cast, check_finite
 from .memory import Plan, passes
-from .metering import Meter
+from .metering import Meter, end_with_process
 from .networks import Networks
 from .noise import initial_noise
 from .output import Flux2Output
-from .phases import (
-    EncodedEdit,
-    condition,
-    decode_image,
-    denoise_images,
-    encode_images,
-    finished_image,
-    latents_of,
-)
 from .references import Edit
 from .request import OnProgress, Progress, Request, Step
+from .sampling import Conditions, Denoiser, Painting, denoise, guided
+from .scheduler import noise_levels
+from .transformer import Flux2Transformer
 from .unfinished import Waiting
 from .vae import VAE
 
 _log = logging.getLogger(__name__)
-Tokens = dict[int, mx.array]  # `[L, C]` of images by their places in the run, or of prompts by their numbers
-Given = tuple[mx.array | None, mx.array | None]  # encoded prompts and negative ones `[prompts, tokens, features]`
+Texts = dict[int, mx.array]  # states `[L, F]` of prompts by their numbers
 
 
 @dataclass
@@ -50,7 +43,6 @@ class Run:
 
     Args:
         networks: what computes.
-        variant: the model's row of the table.
         request: the settings.
         planned: what the run may take.
         edit: the pictures.
@@ -62,7 +54,6 @@ class Run:
     """
 
     networks: Networks
-    variant: Variant
     request: Request
     planned: Plan
     edit: Edit = field(default_factory=Edit)
@@ -75,7 +66,9 @@ class Run:
     def __post_init__(self):
         self._meter = Meter(self.output.timings, self.planned, self.networks.reading)
         self._components = self.networks.checkpoint.components
-        self._images: dict[int, Any] = {}
+        self._variant = self.networks.checkpoint.variant
+        self._denoised: dict[int, mx.array] = {}  # tokens `[L, C]` of images that wait for their decoding
+        self._images: dict[int, Any] = {}  # what they have become
         self._vae: VAE | None = None
 
     def make(
@@ -91,10 +84,10 @@ class Run:
         Args:
             latents: noise in place of that of the seeds, `[B, 4c, h, w]`.
             prompt_embeds: encoded prompts in place of the request's, `[prompts, tokens, features]`.
-            negative_prompt_embeds: the same for the negative prompts.
+            negative_prompt_embeds: encoded negative prompts in place of the request's, of that form too.
         """
         try:
-            self._make(latents, (prompt_embeds, negative_prompt_embeds))
+            self._make(latents, prompt_embeds, negative_prompt_embeds)
         except BaseException as error:
             if self._images:
                 error.partial_output = self.output
@@ -106,80 +99,95 @@ class Run:
                 self.output.images = self._joined()
         return self.output
 
-    def _make(self, latents: mx.array | None, given: Given) -> None:
-        waiting = {} if self.unfinished is None else self.unfinished.kept()
-        missing = [image for image in range(len(self.request.seeds)) if image not in waiting]
-        try:
-            if missing:
-                self._make_tokens(missing, latents, given, waiting)
-            self._finish(waiting)
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # or the transformer would stay in memory
-            self._finish(waiting)
-            raise
-
     def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
-        """Text states `[L, C]` of each prompt, in a phase of their own."""
+        """Text states `[L, F]` of each prompt, in a phase of their own."""
         with self._meter.phase("text_encoder"):
             return self._encode(prompts)
 
-    def _make_tokens(self, images: list[int], latents: mx.array | None, given: Given, waiting: Tokens) -> None:
-        """Denoise `images`; those that can't be decoded beside the transformer are added to `waiting`."""
+    def decode(self, latents: mx.array) -> np.ndarray:
+        """Images `[B, H, W, 3]` in 0..1 of un-normalised latents `[B, H/8, W/8, c]`, in a phase of their own."""
+        with self._meter.phase("vae"):
+            vae, dtype = self._decoder(), self.networks.dtype_of("vae")
+            return np.concatenate([to_unit(decode_latents(vae, image[None].astype(dtype))) for image in latents])
+
+    def _make(self, latents: mx.array | None, *embeds: mx.array | None) -> None:
+        if self.unfinished is not None:
+            self._denoised = self.unfinished.kept()
+        missing = [image for image in range(len(self.request.seeds)) if image not in self._denoised]
+        try:
+            if missing:
+                self._make_tokens(missing, latents, *embeds)
+            self._finish()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # or the transformer would stay in memory
+            self._finish()
+            raise
+
+    def _make_tokens(self, images: list[int], latents: mx.array | None, *embeds: mx.array | None) -> None:
+        """Denoise `images`, and decode them if that can be done beside the transformer."""
         with self._meter.phase("text_encoder"):
-            embeds, negatives = self._text_states(images, given)
+            texts, negatives = self._texts(images, *embeds)
         encoded = None
         if self.edit.references:
-            self._warn()
+            self._warn_of_pictures()
             with self._meter.phase("vae_encoder"):
                 encoded = self._encoded()
         self._warn_of_long_operations()
         with self._meter.phase("transformer"):
-            self._denoise(images, latents, embeds, negatives, encoded, waiting)
+            self._denoise(images, latents, texts, negatives, encoded)
             self._vae = None
 
-    def _text_states(self, images: list[int], given: Given) -> tuple[Tokens, Tokens]:
-        """States `[L, C]` of the prompts that `images` need, and of their negative ones if there are any, by number."""
-        numbers = list(dict.fromkeys(image // self.request.images_per_prompt for image in images))
-        kinds = list(zip((self.request.prompts, self.request.negative_prompts), given, strict=True))
-        prompts = [texts[number] for texts, embeds in kinds if texts and embeds is None for number in numbers]
-        states = self._encode(prompts) if prompts else {}
+    def _texts(
+        self, images: list[int], prompt_embeds: mx.array | None, negative_prompt_embeds: mx.array | None
+    ) -> tuple[Texts, Texts]:
+        """States of the prompts that `images` need, and of their negative ones if there are any."""
+        numbers = list(dict.fromkeys(map(self._number, images)))
+        prompts = self.request.prompts if prompt_embeds is None else ()
+        negatives = self.request.negative_prompts if negative_prompt_embeds is None else ()
+        needed = [texts[number] for texts in (prompts, negatives) if texts for number in numbers]
+        states = self._encode(needed) if needed else {}
 
-        def of(texts: Sequence[str], embeds: mx.array | None) -> Tokens:
+        def of(texts: Sequence[str], embeds: mx.array | None) -> Texts:
             if embeds is not None:
                 return {number: cast(embeds[number], self.networks.dtype) for number in numbers}
             return {number: states[texts[number]] for number in numbers if texts}
 
-        return of(*kinds[0]), of(*kinds[1])
+        return of(prompts, prompt_embeds), of(negatives, negative_prompt_embeds)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
-        distinct, length = list(dict.fromkeys(prompts)), self.request.max_sequence_length
-        self.on_progress(Progress("text_encoder", 0, len(distinct)))
-        checkpoint, dtype = self.networks.checkpoint, self.networks.dtype_of("text_encoder")
+        distinct = list(dict.fromkeys(prompts))
+        self._tell("text_encoder", 0, len(distinct))
+        dtype = self.networks.dtype_of("text_encoder")
         load = partial(self.networks.load, "text_encoder", self.planned)
-        encoder = CachedEncoder(checkpoint, self.networks.text_quant, dtype, self.prompt_cache, load)
+        encoder = CachedEncoder(self.networks.checkpoint, self.networks.text_quant, dtype, self.prompt_cache, load)
         states = {}
         for done, prompt in enumerate(distinct, 1):
-            count = checkpoint.tokenizer.count(prompt)
-            if count > length:
-                _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", count, length, prompt)
-            encoded = encoder(*checkpoint.tokenizer([prompt], length))
-            check_finite(encoded, "text encoder")
-            states[prompt] = cast(encoded, self.networks.dtype)
-            del encoded
-            mx.eval(states[prompt])  # or both dtypes would stay in memory
-            self.on_progress(Progress("text_encoder", done, len(distinct)))
+            states[prompt] = self._encoded_prompt(encoder, prompt)
+            self._tell("text_encoder", done, len(distinct))
         return states
 
-    def _warn(self) -> None:
+    def _encoded_prompt(self, encoder: CachedEncoder, prompt: str) -> mx.array:
+        tokenizer, length = self.networks.checkpoint.tokenizer, self.request.max_sequence_length
+        count = tokenizer.count(prompt)
+        if count > length:
+            _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", count, length, prompt)
+        encoded = encoder(*tokenizer([prompt], length))
+        check_finite(encoded, "text encoder")
+        states = cast(encoded, self.networks.dtype)
+        mx.eval(states)  # or both dtypes would stay in memory
+        return states
+
+    def _warn_of_pictures(self) -> None:
         if self.edit.canvas is not None and self.edit.canvas.keeps_nothing:
             _log.warning("the mask is white all over, so nothing of the image is kept")
         height, width = self._grid
-        count, limit = height * width + sum(self.edit.token_counts(self._token_size)), self.variant.max_image_tokens
+        count = height * width + sum(self.edit.token_counts(self._token_size))
+        limit = self._variant.max_image_tokens
         if count > limit:
             _log.warning(
                 "the image and its references are %d tokens, %s is recommended for %d; use fewer or smaller images",
                 count,
-                self.variant.name,
+                self._variant.name,
                 limit,
             )
 
@@ -193,50 +201,87 @@ class Run:
             )
 
     def _encoded(self) -> EncodedEdit:
-        self.on_progress(Progress("vae_encoder", 0, len(self.edit.references)))
-        dtype = self.networks.dtype_of("vae")
-        return encode_images(self.networks.load("vae"), self.edit, dtype, self.on_progress)
+        count = len(self.edit.references)
+        self._tell("vae_encoder", 0, count)
+        vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
+        return encode_edit(vae, self.edit, dtype, lambda done: self._tell("vae_encoder", done, count))
 
     def _denoise(
         self,
         images: list[int],
         latents: mx.array | None,
-        embeds: Tokens,
-        negatives: Tokens,
+        texts: Texts,
+        negatives: Texts,
         encoded: EncodedEdit | None,
-        waiting: Tokens,
     ) -> None:
-        noise = self._noise(images, latents)
-        sources = 0 if encoded is None else len(encoded.ids)
-        batches = passes(images, len(noise[images[0]]) + sources)
+        height, width = self._grid
+        batches = passes(images, height * width + (0 if encoded is None else len(encoded.references.ids)))
         total = self.request.steps * len(batches)
-        self.on_progress(Progress("transformer", 0, total))
-        transformer, dtype = self.networks.load("transformer", self.planned), self.networks.dtype
-        kv_cache = self.variant.kv_cache
-        conditioning = condition(
-            transformer, self.request, self._grid, embeds, negatives, encoded, dtype, kv_cache=kv_cache
-        )
-
-        def on_step(done: int, step: Step, batch: Sequence[int]) -> mx.array | None:
-            preview = partial(self._preview, step) if self.planned.beside else None
-            return self.on_progress(Progress("transformer", done, total, step, batch, preview=preview))
-
-        for tokens in denoise_images(transformer, self.request, batches, noise, conditioning, encoded, dtype, on_step):
-            waiting.update(tokens)
+        self._tell("transformer", 0, total)
+        transformer = self.networks.load("transformer", self.planned)
+        conditions = self._conditions(transformer, [*texts.values(), *negatives.values()], encoded)
+        for done, batch in enumerate(batches):
+            steps = self._steps(batch, self._denoiser(conditions, batch, texts, negatives), latents, encoded)
+            tokens = dict(zip(batch, self._stepped(steps, batch, done * self.request.steps, total), strict=True))
+            self._denoised |= tokens
             if self.planned.beside:
-                self._finish(waiting)
+                self._finish()
             elif self.unfinished is not None and len(images) > 1:
                 self.unfinished.keep(tokens)
 
-    def _noise(self, images: list[int], latents: mx.array | None) -> Tokens:
-        """Noise tokens `[L, C]` of each image, float32."""
+    def _conditions(
+        self, transformer: Flux2Transformer, texts: Sequence[mx.array], encoded: EncodedEdit | None
+    ) -> Conditions:
+        return Conditions(
+            transformer,
+            self.networks.dtype,
+            self._grid,
+            texts,
+            guidance=self.request.guidance if transformer.config.guidance_embeds else None,
+            references=None if encoded is None else encoded.references,
+            kv_cache=self._variant.kv_cache,
+        )
+
+    def _denoiser(self, conditions: Conditions, images: Sequence[int], texts: Texts, negatives: Texts) -> Denoiser:
+        """What the steps of `images` go by."""
+        denoiser = conditions.denoiser([texts[self._number(image)] for image in images])
+        if not negatives:
+            return denoiser
+        negative = conditions.denoiser([negatives[self._number(image)] for image in images])
+        return guided(denoiser, negative, self.request.guidance)
+
+    def _steps(
+        self, images: Sequence[int], denoiser: Denoiser, latents: mx.array | None, encoded: EncodedEdit | None
+    ) -> Generator[Step, Any, mx.array]:
+        """Those of `images`, from the noise of their seeds or from `latents`."""
+        noise = self._noise(images, latents)
+        if encoded is None or encoded.source is None:
+            return denoise(denoiser, noise, self._sigmas)
+        painting = Painting(encoded.source, noise, encoded.mask)
+        return denoise(denoiser, painting.at(float(self._sigmas[0])), self._sigmas, painting)
+
+    def _stepped(
+        self, steps: Generator[Step, Any, mx.array], images: Sequence[int], before: int, total: int
+    ) -> mx.array:
+        """The tokens `[B, L, C]` of `images` after all `steps`. Of the run's `total`, `before` were done already."""
+        step = next(steps)
+        while True:
+            end_with_process()
+            preview = partial(self._preview, step) if self.planned.beside else None
+            replaced = self._tell("transformer", before + step.number, total, step, images, preview=preview)
+            try:
+                step = steps.send(replaced)
+            except StopIteration as end:
+                return end.value
+
+    def _noise(self, images: Sequence[int], latents: mx.array | None) -> mx.array:
+        """Noise tokens `[B, L, C]`, float32."""
         channels = self._components["transformer"].config.in_channels
         if latents is None:
             noise = mx.array(initial_noise([self.request.seeds[image] for image in images], channels, *self._grid))
         else:
             noise = latents[mx.array(images)].astype(mx.float32)
-        tokens = noise.reshape(len(images), channels, -1).transpose(0, 2, 1)
-        return dict(zip(images, tokens, strict=True))
+        return noise.reshape(len(images), channels, -1).transpose(0, 2, 1)
 
     def _preview(self, step: Step) -> list[Image.Image]:
         with self._meter.phase("vae"):
@@ -247,39 +292,38 @@ class Run:
             self._vae = self.networks.load("vae")
         return self._vae
 
-    def _decoded(self, tokens: mx.array, vae: VAE) -> Image.Image:
-        pixels = decode_image(vae, tokens, self._grid, self.networks.dtype_of("vae"))
-        return finished_image(pixels, self.edit)
-
-    def _finish(self, waiting: Tokens) -> None:
-        """Make images of tokens, which are taken away one after the other. One that fails is no obstacle to others."""
-        if not waiting:
+    def _finish(self) -> None:
+        """Make images of what is denoised, one after the other. One that fails is no obstacle to others."""
+        if not self._denoised:
             return
         failure = None
         with self._meter.phase("vae"):
-            self.on_progress(Progress("vae", len(self._images), len(self.request.seeds)))
+            self._tell("vae", len(self._images), len(self.request.seeds))
             vae = self._decoder()
-            for place in sorted(waiting):
+            for place in sorted(self._denoised):
                 try:
-                    self._finish_one(place, waiting[place], vae)
+                    self._finish_one(place, vae)
                 except Exception as error:
                     failure = failure or error
-                del waiting[place]
+                del self._denoised[place]
         if failure is not None:
             raise failure
 
-    def _finish_one(self, place: int, tokens: mx.array, vae: VAE) -> None:
-        image = None
+    def _finish_one(self, place: int, vae: VAE) -> None:
+        tokens, image = self._denoised[place], None
         if self.output_type == "latent":
             self._images[place] = latents_of(vae, tokens, self._grid)
         elif self.output_type == "np":
-            self._images[place] = decode_image(vae, tokens, self._grid, self.networks.dtype_of("vae"))
+            self._images[place] = decode_tokens(vae, tokens, self._grid, self.networks.dtype_of("vae"))
         else:
             # Eight bits at once, or many images would take their size in float32.
             self._images[place] = image = self._decoded(tokens, vae)
-        self.on_progress(Progress("vae", len(self._images), len(self.request.seeds), images=(place,), image=image))
+        self._tell("vae", len(self._images), len(self.request.seeds), images=(place,), image=image)
         if self.unfinished is not None:
             self.unfinished.drop(place)
+
+    def _decoded(self, tokens: mx.array, vae: VAE) -> Image.Image:
+        return finished_image(decode_tokens(vae, tokens, self._grid, self.networks.dtype_of("vae")), self.edit)
 
     def _joined(self) -> Any:
         images = [self._images[place] for place in sorted(self._images)]
@@ -287,6 +331,19 @@ class Run:
             return images
         pixels = np.concatenate(images)
         return pixels.transpose(0, 3, 1, 2) if self.output_type == "latent" else to_unit(pixels)
+
+    def _tell(self, *progress: Any, **more: Any) -> Any:
+        return self.on_progress(Progress(*progress, **more))
+
+    def _number(self, image: int) -> int:
+        """That of the prompt of an image."""
+        return image // self.request.images_per_prompt
+
+    @cached_property
+    def _sigmas(self) -> np.ndarray:
+        request, length = self.request, self._grid[0] * self._grid[1]
+        levels = noise_levels(request.schedule_steps, length, request.sigmas, request.shift_steps)
+        return levels[-request.steps - 1 :]
 
     @property
     def _token_size(self) -> int:

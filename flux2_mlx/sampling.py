@@ -1,42 +1,103 @@
-"""The denoising loop."""
+"""Denoisers, and the denoising loop, which knows nothing else of what it integrates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from .errors import InputError
 from .layers import check_finite
 from .request import Step
 from .scheduler import euler_step
-from .transformer import Flux2Transformer, KeysValues
+from .transformer import Flux2Transformer, image_ids, rope_table, text_ids
+
+# Gives the velocity `[B, L, C]` of float32 tokens `[B, L, C]` at a noise level σ in 0..1.
+Denoiser = Callable[[mx.array, float], mx.array]
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text states `[B, Lt, D]` that went through `txt_in`, and the `rope` of the text, the image and then references
-    that go along."""
+class References:
+    """Pictures that the model sees: their `tokens`, float32 `[1, Lr, C]`, at positions `ids` `[Lr, 4]`."""
 
-    states: mx.array
-    rope: mx.array
+    tokens: mx.array
+    ids: np.ndarray
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What stays the same at every step.
+class Conditions:
+    """What no step of a run changes, worked out once: projected texts, rotations, and references.
 
-    References are either `references`, tokens `[1, Lr, C]` that go along with the image's, or `past`, their keys and
-    values (see `Flux2Transformer.read`). `guidance` is the scale of classifier-free guidance against `negative_text`,
-    `embedded_guidance` `[1]` what models get that were trained with one.
+    Args:
+        transformer: the network.
+        dtype: what it computes in.
+        grid: height and width of an image in tokens.
+        texts: states `[Lt, F]` of all prompts of the run, negative ones included; the same array may come repeatedly.
+        guidance: the embedded scale; only for models that were trained with one.
+        references: the pictures that the model sees.
+        kv_cache: whether it was trained to see them through their keys and values only.
     """
 
-    text: Text
-    negative_text: Text | None = None
-    guidance: float = 1.0
-    embedded_guidance: mx.array | None = None
-    references: mx.array | None = None
-    past: list[KeysValues] | None = None
+    def __init__(
+        self,
+        transformer: Flux2Transformer,
+        dtype: mx.Dtype,
+        grid: tuple[int, int],
+        texts: Sequence[mx.array],
+        *,
+        guidance: float | None = None,
+        references: References | None = None,
+        kv_cache: bool = False,
+    ):
+        self._transformer, self._dtype, self._references, self._past = transformer, dtype, None, None
+        self._guidance = None if guidance is None else mx.array([guidance])
+        ids = image_ids(*grid)
+        if references is not None and kv_cache:
+            rope = rope_table(references.ids, transformer.config)
+            self._past = transformer.read(references.tokens.astype(dtype), rope, self._guidance)
+        elif references is not None:
+            self._references, ids = references.tokens, np.concatenate([ids, references.ids])
+        distinct = {id(states): states for states in texts}
+        self._projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
+        lengths = {len(states) for states in texts}
+        self._ropes = {n: rope_table(np.concatenate([text_ids(n), ids]), transformer.config) for n in lengths}
+
+    def denoiser(self, texts: Sequence[mx.array]) -> Denoiser:
+        """That of images with these `texts`, which have one length."""
+        states = mx.stack([self._projected[id(text)] for text in texts])
+        rope = self._ropes[len(texts[0])]
+
+        def velocity(tokens: mx.array, sigma: float) -> mx.array:
+            tokens, timestep = tokens.astype(self._dtype), mx.array([sigma])
+            return self._transformer(tokens, states, timestep, rope, self._guidance, self._past)
+
+        return velocity if self._references is None else beside(velocity, self._references)
+
+
+def beside(denoiser: Denoiser, references: mx.array) -> Denoiser:
+    """Have the tokens of `references` `[1, Lr, C]` go along with those of the image."""
+
+    def velocity(tokens: mx.array, sigma: float) -> mx.array:
+        B, L, _ = tokens.shape
+        together = mx.concatenate([tokens, mx.repeat(references, B, axis=0)], axis=1)
+        return denoiser(together, sigma)[:, :L]
+
+    return velocity
+
+
+def guided(denoiser: Denoiser, negative: Denoiser, scale: float) -> Denoiser:
+    """Classifier-free guidance of a `scale` away from what is `negative`."""
+
+    def velocity(tokens: mx.array, sigma: float) -> mx.array:
+        towards = denoiser(tokens, sigma)
+        # Two passes and not one of twice the batch: matrix products fill the device either way, and this halves the
+        # peak.
+        mx.eval(towards)
+        away = negative(tokens, sigma)
+        return away + scale * (towards - away)
+
+    return velocity
 
 
 @dataclass(frozen=True)
@@ -58,30 +119,24 @@ class Painting:
 
 
 def denoise(
-    transformer: Flux2Transformer,
-    tokens: mx.array,
-    conditioning: Conditioning,
-    sigmas: np.ndarray,
-    dtype: mx.Dtype,
-    painting: Painting | None = None,
-) -> Iterator[Step]:
-    """Integrate from noise to an image, yielding after every step.
+    denoiser: Denoiser, tokens: mx.array, sigmas: np.ndarray, painting: Painting | None = None
+) -> Generator[Step, Any, mx.array]:
+    """Integrate from noise to an image, yielding after every step, and return the last tokens.
 
     Args:
-        transformer: predicts the velocity.
-        tokens: noise, or a noisy picture, at the first noise level: float32 `[B, L, C]`.
-        conditioning: text, positions, references and guidance.
+        denoiser: gives the velocity.
+        tokens: noise, or a noisy picture, at the first noise level: float32 `[B, L, C]`, as they stay.
         sigmas: noise levels with the final 0, `[steps + 1]`.
-        dtype: what the transformer computes in; the tokens stay in float32.
         painting: a picture that is kept outside its mask.
 
-    A caller may `send` tokens to go on from instead of the ones that were yielded.
+    A caller may `send` tokens to go on from in place of those that were yielded.
 
     Raises:
         RangeError: the tokens are no longer finite, so no step can make an image of them.
+        InputError: what was sent can't be tokens of these images.
     """
     for number, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist()), 1):
-        velocity = _velocity(transformer, tokens.astype(dtype), conditioning, sigma)
+        velocity = denoiser(tokens, sigma)
         estimate = euler_step(tokens, velocity, sigma, 0.0)
         tokens = euler_step(tokens, velocity, sigma, next_sigma)
         if painting is not None:
@@ -89,25 +144,16 @@ def denoise(
         mx.eval(tokens)
         check_finite(velocity, "transformer")
         replaced = yield Step(number, sigma, next_sigma, tokens, estimate)
-        tokens = tokens if replaced is None else replaced
+        tokens = tokens if replaced is None else _replacement(replaced, tokens.shape)
+    return tokens
 
 
-def _velocity(transformer: Flux2Transformer, tokens: mx.array, conditioning: Conditioning, sigma: float) -> mx.array:
-    velocity = _pass(transformer, tokens, conditioning.text, conditioning, sigma)
-    if conditioning.negative_text is None:
-        return velocity
-    # Two passes and not one of twice the batch: matrix products fill the device either way, and this halves the peak.
-    mx.eval(velocity)
-    negative = _pass(transformer, tokens, conditioning.negative_text, conditioning, sigma)
-    return negative + conditioning.guidance * (velocity - negative)
-
-
-def _pass(
-    transformer: Flux2Transformer, tokens: mx.array, text: Text, conditioning: Conditioning, sigma: float
-) -> mx.array:
-    B, L, _ = tokens.shape
-    if conditioning.references is not None:
-        references = mx.repeat(conditioning.references.astype(tokens.dtype), B, axis=0)
-        tokens = mx.concatenate([tokens, references], axis=1)
-    timestep, guidance = mx.array([sigma]), conditioning.embedded_guidance
-    return transformer(tokens, text.states, timestep, text.rope, guidance, conditioning.past)[:, :L]
+def _replacement(tokens: Any, shape: tuple[int, ...]) -> mx.array:
+    """Tokens to go on from that a callback has returned; InputError if they can't be those of this pass."""
+    try:
+        tokens = mx.array(tokens).astype(mx.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a callback returned {type(tokens).__name__} for latents; give an array {shape}") from error
+    if tokens.shape != shape or not mx.isfinite(tokens).all().item():
+        raise InputError(f"a callback returned latents {tokens.shape}; give finite numbers of the shape {shape}")
+    return tokens

@@ -4,7 +4,6 @@ import gc
 import json
 import re
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import bench_memory
@@ -15,6 +14,7 @@ from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT
 from helpers.mlx_state import mlx_limits, plan_ratios, randomized
 from mlx.utils import tree_map
 from PIL import Image
+from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline, memory
 from flux2_mlx.checkpoint import variant_components
@@ -133,10 +133,7 @@ def small_folder(tmp_path_factory):
 @pytest.fixture
 def kv_pipe(small_folder):
     pipe = Flux2Pipeline.from_pretrained(small_folder, dtype="float32", prompt_cache=False)
-    pipe.variant = replace(pipe.variant, kv_cache=True)
-    pipe.checkpoint = replace(pipe.checkpoint, variant=pipe.variant)
-    pipe.networks = replace(pipe.networks, checkpoint=pipe.checkpoint)
-    return pipe
+    return change_variant(pipe, kv_cache=True)
 
 
 def test_a_plan_counts_the_keys_and_values_of_references(kv_pipe):

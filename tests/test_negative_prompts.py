@@ -1,10 +1,10 @@
 """Negative prompts: one for each prompt, in the plan, in the request, and only where there is guidance."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline, InputError, unfinished
 from flux2_mlx.config import VARIANTS
@@ -26,8 +26,7 @@ def pipe() -> Flux2Pipeline:
 def guided() -> Flux2Pipeline:
     """The same weights as a model with classifier-free guidance."""
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
-    pipe.variant = replace(pipe.variant, distilled=False)
-    return pipe
+    return change_variant(pipe, distilled=False)
 
 
 def latents(pipe: Flux2Pipeline, *args: Any, **settings: Any) -> np.ndarray:

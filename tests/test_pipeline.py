@@ -5,7 +5,6 @@ import logging
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from PIL import Image
+from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline, device, memory
 from flux2_mlx.checkpoint import Component
@@ -46,8 +46,7 @@ def pipe(folder: Path) -> Flux2Pipeline:
 def guided(folder: Path) -> Flux2Pipeline:
     """The same weights as a model with classifier-free guidance."""
     pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False)
-    pipe.variant = replace(pipe.variant, distilled=False)
-    return pipe
+    return change_variant(pipe, distilled=False)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ ROWS = (
     ("store",),
     ("request",),
     ("sampling", "metering", "networks", "arguments"),
-    ("phases", "unfinished", "upsampling"),
+    ("latents", "unfinished", "upsampling"),
     ("run", "provenance", "diffusers_methods", "inventory"),
     ("base_pipeline",),
     ("pipeline",),

@@ -129,7 +129,7 @@ def test_a_killed_run_is_gone_on_with(narrow, tmp_path, monkeypatch, loads):
     request = narrow.request([PROMPT, "a star"], images_per_prompt=2, seed=1, **SIZE)
     expected = pixels(narrow.run(request))
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_finish", lambda run, waiting: None)  # as a kill would, nothing is decoded
+        patch.setattr(Run, "_finish", lambda run: None)  # as a kill would, nothing is decoded
         with pytest.raises(KeyboardInterrupt):
             narrow.run(request, on_progress=hear([], (2, 1)), resume=True)
     assert len(list((tmp_path / FOLDER).iterdir())) == 2
@@ -159,7 +159,7 @@ def test_images_of_one_pass_are_kept_until_they_are_decoded(narrow, tmp_path, mo
 def test_what_is_kept_of_other_settings_is_not_gone_on_with(changed, narrow, monkeypatch):
     settings = {"prompts": [PROMPT], "images_per_prompt": 2, "seed": 1, **SIZE}
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_finish", lambda run, waiting: None)
+        patch.setattr(Run, "_finish", lambda run: None)
         with pytest.raises(KeyboardInterrupt):
             narrow.run(narrow.request(**settings), on_progress=hear([], (1, 2)), resume=True)
     heard = []

@@ -134,7 +134,7 @@ def test_an_image_that_can_not_be_saved_is_no_obstacle_to_others(pipe):
 
 @pytest.mark.usefixtures("three_a_pass")
 def test_an_interruption_while_one_is_decoded_loses_none_of_its_pass(pipe, monkeypatch):
-    decode, calls = run.decode_image, []
+    decode, calls = run.decode_tokens, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -142,7 +142,7 @@ def test_an_interruption_while_one_is_decoded_loses_none_of_its_pass(pipe, monke
             raise KeyboardInterrupt
         return decode(*arguments)
 
-    monkeypatch.setattr(run, "decode_image", interrupted)
+    monkeypatch.setattr(run, "decode_tokens", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         pipe.run(pipe.request([PROMPT], images_per_prompt=3, seed=1, **RUN))
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The denoising loop."""
+"""Denoisers, and the denoising loop."""
 
 from types import SimpleNamespace
 
@@ -6,29 +6,26 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux2_mlx.sampling import Conditioning, Text, denoise
+from flux2_mlx.config import TransformerConfig
+from flux2_mlx.errors import InputError
+from flux2_mlx.sampling import Conditions, References, beside, denoise, guided
+from flux2_mlx.transformer import image_ids, rope_table, text_ids
 
 SIGMAS = np.array([1, 0.75, 0.5, 0], dtype=np.float32)
 
 
-class Network:
-    """Stands for the transformer: a constant velocity for each text, and a record of what it was called with."""
+class Recorded:
+    """A denoiser of constant velocity, and what it was called with."""
 
-    def __init__(self, velocities: dict[int, mx.array]):
-        self._velocities = velocities
-        self.calls: list[SimpleNamespace] = []
+    def __init__(self, velocity: mx.array):
+        self._velocity = velocity
+        self.tokens: list[mx.array] = []
+        self.sigmas: list[float] = []
 
-    def __call__(self, tokens, text, timestep, rope, guidance, past=None):
-        self.calls.append(SimpleNamespace(tokens=tokens, text=text, timestep=timestep, rope=rope, guidance=guidance))
-        return self._velocities[int(text[0].item())].astype(tokens.dtype)
-
-    @property
-    def timesteps(self) -> list[float]:
-        return [call.timestep.item() for call in self.calls]
-
-
-ROPE, OTHER_ROPE = mx.array([0]), mx.array([3])
-TEXT, NEGATIVE = Text(mx.array([1]), ROPE), Text(mx.array([2]), OTHER_ROPE)
+    def __call__(self, tokens: mx.array, sigma: float) -> mx.array:
+        self.tokens.append(tokens)
+        self.sigmas.append(sigma)
+        return self._velocity
 
 
 @pytest.fixture
@@ -42,67 +39,158 @@ def image() -> mx.array:
 
 
 @pytest.fixture
-def network(noise, image) -> Network:
+def denoiser(noise, image) -> Recorded:
     """A straight flow from `image` to `noise`."""
-    return Network({1: noise - image, 2: image})
-
-
-def run(network: Network, noise: mx.array, dtype=mx.float32, **conditioning):
-    return denoise(network, noise, Conditioning(TEXT, **conditioning), SIGMAS, dtype)
+    return Recorded(noise - image)
 
 
 def assert_close(a: mx.array, b: mx.array) -> None:
     assert mx.allclose(a, b, rtol=1e-5, atol=1e-5).item()
 
 
-def test_denoise_yields_after_every_step(network, noise, image):
-    steps = run(network, noise)
-    assert network.calls == []
+def test_denoise_yields_after_every_step(denoiser, noise, image):
+    steps = denoise(denoiser, noise, SIGMAS)
+    assert denoiser.sigmas == []
     for number, step in enumerate(steps, 1):
-        assert len(network.calls) == step.number == number
+        assert len(denoiser.sigmas) == step.number == number
         assert (step.from_sigma, step.sigma) == (SIGMAS[number - 1], SIGMAS[number])
         assert_close(step.tokens, image + float(SIGMAS[number]) * (noise - image))
         assert_close(step.estimate, image)
     assert number == 3
-    assert network.timesteps == [1, 0.75, 0.5]
-    assert_close(network.calls[1].tokens, image + 0.75 * (noise - image))
-    assert all(call.text is TEXT.states and call.rope is ROPE and call.guidance is None for call in network.calls)
+    assert denoiser.sigmas == [1, 0.75, 0.5]
+    assert_close(denoiser.tokens[1], image + 0.75 * (noise - image))
 
 
-def test_denoise_goes_on_from_tokens_that_were_sent(network, noise):
-    steps = run(network, noise)
+def last_tokens(steps, sent: dict[int, mx.array]) -> mx.array:
+    """What `steps` end with if tokens are sent after some."""
+    step = next(steps)
+    while True:
+        try:
+            step = steps.send(sent.get(step.number))
+        except StopIteration as end:
+            return end.value
+
+
+def test_denoise_ends_with_the_last_tokens(denoiser, noise, image):
+    assert_close(last_tokens(denoise(denoiser, noise, SIGMAS), {}), image)
+    other = mx.ones_like(noise)
+    assert_close(last_tokens(denoise(denoiser, noise, SIGMAS), {2: other}), other - 0.5 * (noise - image))
+    assert_close(last_tokens(denoise(denoiser, noise, SIGMAS), {3: other}), other)
+
+
+def test_denoise_goes_on_from_tokens_that_were_sent(denoiser, noise, image):
+    steps = denoise(denoiser, noise, SIGMAS)
     next(steps)
     other = mx.ones_like(noise)
     step = steps.send(other)
-    assert_close(network.calls[1].tokens, other)
-    assert_close(step.tokens, other - 0.25 * network(other, TEXT.states, mx.array([0.0]), ROPE, None))
+    assert_close(denoiser.tokens[1], other)
+    assert_close(step.tokens, other - 0.25 * (noise - image))
 
 
-def test_denoise_can_be_closed_early(network, noise):
-    steps = run(network, noise)
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 3, 5)), np.full((2, 3, 4), np.nan), "x"], ids=["shape", "no numbers", "text"]
+)
+def test_what_can_not_be_tokens_is_refused(wrong, denoiser, noise):
+    steps = denoise(denoiser, noise, SIGMAS)
+    next(steps)
+    with pytest.raises(InputError, match="a callback returned "):
+        steps.send(wrong)
+
+
+def test_denoise_can_be_closed_early(denoiser, noise):
+    steps = denoise(denoiser, noise, SIGMAS)
     next(steps)
     steps.close()
-    assert len(network.calls) == 1
+    assert len(denoiser.sigmas) == 1
     assert list(steps) == []
 
 
-def test_tokens_stay_in_float32(network, noise):
-    steps = list(run(network, noise, mx.bfloat16))
-    assert {call.tokens.dtype for call in network.calls} == {mx.bfloat16}
+def test_tokens_stay_in_float32(noise, image):
+    steps = list(denoise(Recorded((noise - image).astype(mx.bfloat16)), noise, SIGMAS))
     assert {step.tokens.dtype for step in steps} | {step.estimate.dtype for step in steps} == {mx.float32}
 
 
-def test_classifier_free_guidance(network, noise, image):
-    step = next(run(network, noise, negative_text=NEGATIVE, guidance=3.0))
-    assert [call.text.item() for call in network.calls] == [1, 2]
-    assert [call.rope for call in network.calls] == [ROPE, OTHER_ROPE]
-    assert network.timesteps == [1, 1]
-    assert all(call.guidance is None for call in network.calls)
+def test_classifier_free_guidance(denoiser, noise, image):
+    negative = Recorded(image)
+    step = next(denoise(guided(denoiser, negative, 3.0), noise, SIGMAS))
+    assert denoiser.sigmas == negative.sigmas == [1]
+    assert negative.tokens == denoiser.tokens == [noise]
     velocity = image + 3 * ((noise - image) - image)
     assert_close(step.tokens, noise - 0.25 * velocity)
     assert_close(step.estimate, noise - velocity)
 
 
-def test_embedded_guidance(network, noise):
-    list(run(network, noise, embedded_guidance=mx.array([2.5])))
+def test_references_go_along(noise):
+    references, velocity = mx.ones((1, 5, 4)), mx.arange(2 * 8 * 4).reshape(2, 8, 4)
+    recorded = Recorded(velocity)
+    assert mx.array_equal(beside(recorded, references)(noise, 0.5), velocity[:, :3])
+    assert recorded.sigmas == [0.5]
+    assert mx.array_equal(recorded.tokens[0], mx.concatenate([noise, mx.ones((2, 5, 4))], axis=1))
+
+
+class Network:
+    """Stands for the transformer, and records what it was called with."""
+
+    config = TransformerConfig(1, 1, 1, 4, 8, 4, axes_dims_rope=(2, 2, 2, 2))
+
+    def __init__(self):
+        self.calls: list[SimpleNamespace] = []
+        self.was_read: list[tuple[mx.array, ...]] = []
+
+    def txt_in(self, states: mx.array) -> mx.array:
+        return states + 1
+
+    def read(self, *arguments: mx.array) -> str:
+        self.was_read.append(arguments)
+        return "past"
+
+    def __call__(self, tokens, text, timestep, rope, guidance, past):
+        self.calls.append(SimpleNamespace(tokens=tokens, text=text, rope=rope, guidance=guidance, past=past))
+        self.calls[-1].sigma = timestep.item()
+        return tokens
+
+
+TEXTS = [mx.zeros((6, 2)), mx.ones((6, 2)), mx.full((9, 2), 5.0)]
+REFERENCES = References(mx.full((1, 4, 4), 7.0), image_ids(2, 2, 10))
+
+
+def assert_rope(rope: mx.array, *ids: np.ndarray) -> None:
+    assert mx.array_equal(rope, rope_table(np.concatenate(ids), Network.config))
+
+
+def test_the_texts_of_a_pass(noise):
+    network = Network()
+    conditions = Conditions(network, mx.bfloat16, (1, 3), TEXTS)
+    velocity = conditions.denoiser([TEXTS[1], TEXTS[0]])(noise, 0.5)
+    conditions.denoiser([TEXTS[2], TEXTS[2]])(noise, 0.25)
+    first, second = network.calls
+    assert (velocity.shape, first.tokens.dtype, first.sigma, second.sigma) == (noise.shape, mx.bfloat16, 0.5, 0.25)
+    assert (first.guidance, first.past) == (None, None)
+    assert mx.array_equal(first.text, mx.stack([mx.full((6, 2), 2.0), mx.ones((6, 2))]))
+    assert mx.array_equal(second.text, mx.full((2, 9, 2), 6.0))
+    assert_rope(first.rope, text_ids(6), image_ids(1, 3))
+    assert_rope(second.rope, text_ids(9), image_ids(1, 3))
+
+
+def test_embedded_guidance(noise):
+    network = Network()
+    denoiser = Conditions(network, mx.float32, (1, 3), TEXTS, guidance=2.5).denoiser(TEXTS[:2])
+    list(denoise(denoiser, noise, SIGMAS))
     assert [call.guidance.item() for call in network.calls] == [2.5] * 3
+
+
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_references_are_tokens_or_keys_and_values(kv_cache, noise):
+    network = Network()
+    conditions = Conditions(network, mx.float32, (1, 3), TEXTS, guidance=2.5, references=REFERENCES, kv_cache=kv_cache)
+    assert conditions.denoiser(TEXTS[:2])(noise, 0.5).shape == noise.shape
+    (call,) = network.calls
+    if kv_cache:
+        ((tokens, rope, guidance),) = network.was_read
+        assert (call.past, call.tokens.shape, guidance.item()) == ("past", noise.shape, 2.5)
+        assert mx.array_equal(tokens, REFERENCES.tokens)
+        assert_rope(rope, REFERENCES.ids)
+        assert_rope(call.rope, text_ids(6), image_ids(1, 3))
+    else:
+        assert (call.past, call.tokens.shape, network.was_read) == (None, (2, 7, 4), [])
+        assert_rope(call.rope, text_ids(6), image_ids(1, 3), REFERENCES.ids)

@@ -107,13 +107,18 @@ class LaterLayers(nn.Module):
 class LanguageModel(nn.Module):
     """The whole language model, in the form that mlx-lm generates with.
 
-    Layers that are no list are read from disk while one iterates over them.
+    Args:
+        encoder: the embedding and the first layers.
+        later: the others, the final norm and the head.
+        by_layer: evaluate layer by layer, as layers that are streamed from disk must be: the weights of one make room
+            for those of the next.
     """
 
-    def __init__(self, encoder: TextEncoder, later: LaterLayers):
+    def __init__(self, encoder: TextEncoder, later: LaterLayers, by_layer: bool = False):
         super().__init__()
         self.embed_tokens = encoder.embed_tokens
         self._layers = encoder.layers, later.layers
+        self._by_layer = by_layer
         self.norm = later.norm
         self._head = later.lm_head if "lm_head" in later else encoder.embed_tokens.as_linear
 
@@ -128,9 +133,8 @@ class LanguageModel(nn.Module):
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         L, offset = x.shape[1], cache[0].offset if cache else 0
         mask = mx.tri(L, offset + L, offset, dtype=mx.bool_)[None, None] if L > 1 else None
-        streamed = not all(isinstance(layers, list) for layers in self._layers)
         for layer, layer_cache in zip(chain(*self._layers), cache or repeat(None), strict=cache is not None):
             x = layer(x, mask, layer_cache)
-            if streamed:
-                mx.eval(x)  # before the layer's weights make room for the next one's
+            if self._by_layer:
+                mx.eval(x)
         return self._head(self.norm(x))

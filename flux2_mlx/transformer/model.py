@@ -3,7 +3,10 @@
 Source: `Flux2` of the FLUX.2 reference code.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +17,24 @@ from .blocks import DoubleBlock, KeysValues, LastLayer, MLPEmbedder, Modulation,
 from .headroom import in_units
 
 
+class Shared(NamedTuple):
+    """What all blocks of a pass are given: how many tokens of the stream are `text`, which come first, the embedded
+    noise level `vec` `[1 or B, D]`, what each kind of block modulates by, and the rotations of all tokens."""
+
+    text: int
+    vec: mx.array
+    img_mod: list[mx.array]
+    txt_mod: list[mx.array]
+    single_mod: list[mx.array]
+    rope: mx.array
+
+
 class Flux2Transformer(nn.Module):
-    """MMDiT with modulation shared by all blocks of a kind."""
+    """MMDiT with modulation shared by all blocks of a kind.
+
+    A pass is `begin`, `blocks`, `end`: each block turns the stream of text and then image tokens `[B, Lt + Li, D]` into
+    the next one, so that a caller may stop after any of them, or evaluate and differentiate them one by one.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -59,23 +78,32 @@ class Flux2Transformer(nn.Module):
         Returns:
             `[B, Li, in_channels]`.
         """
-        vec = self._conditioning(timestep, guidance, img.dtype)
-        img_mod = self.double_stream_modulation_img(vec)
-        txt_mod = self.double_stream_modulation_txt(vec)
-        single_mod = self.single_stream_modulation(vec)
+        x, shared = self.begin(img, txt, timestep, rope, guidance)
+        for block in self.blocks(shared, past):
+            x = block(x)
+            mx.eval(x)  # frees this block's activations before the next one's are allocated
+        return self.end(x, shared)
 
-        # Evaluating block by block frees each block's activations before the next one's are allocated.
-        seen = iter(past or [None] * (len(self.double_blocks) + len(self.single_blocks)))
-        img, txt = in_units(self.img_in(img)), in_units(txt)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, img_mod, txt_mod, rope, next(seen))
-            mx.eval(img, txt)
-        first, x = txt.shape[1], mx.concatenate([txt, img], axis=1)
-        del txt, img
-        for block in self.single_blocks:
-            x = block(x, single_mod, rope, next(seen))
-            mx.eval(x)
-        return self.final_layer(x[:, first:], vec)
+    def begin(
+        self, img: mx.array, txt: mx.array, timestep: mx.array, rope: mx.array, guidance: mx.array | None = None
+    ) -> tuple[mx.array, Shared]:
+        """The stream before the first block, and what all blocks are given; arguments as for a call."""
+        x = mx.concatenate([in_units(txt), in_units(self.img_in(img))], axis=1)
+        return x, self._shared(txt.shape[1], timestep, guidance, rope, img.dtype)
+
+    def blocks(self, shared: Shared, past: list[KeysValues] | None = None) -> Iterator[Callable[[mx.array], mx.array]]:
+        """Each block as a function from the stream before it to the one after it. Where blocks are streamed, what one
+        gives must be evaluated before the next one is asked for."""
+        double = len(self.double_blocks)
+        past = past or [None] * (double + len(self.single_blocks))
+        for block, seen in zip(self.double_blocks, past[:double], strict=True):
+            yield partial(_run_double, block, shared, seen)
+        for block, seen in zip(self.single_blocks, past[double:], strict=True):
+            yield partial(block, mod=shared.single_mod, rope=shared.rope, past=seen)
+
+    def end(self, x: mx.array, shared: Shared) -> mx.array:
+        """Velocity `[B, Li, in_channels]` of the image tokens of the stream after the last block."""
+        return self.final_layer(x[:, shared.text :], shared.vec)
 
     def read(self, img: mx.array, rope: mx.array, guidance: mx.array | None = None) -> list[KeysValues]:
         """Keys and values of reference tokens at every block, for models trained to see references this way.
@@ -91,19 +119,27 @@ class Flux2Transformer(nn.Module):
         Returns:
             Rotated keys and values, each `[1, heads, Lr, head_dim]`: `4 · Lr · D` bytes a block in 16 bits.
         """
-        vec = self._conditioning(mx.array([0.0]), guidance, img.dtype)
-        img_mod, single_mod = self.double_stream_modulation_img(vec), self.single_stream_modulation(vec)
-        mods = [img_mod] * len(self.double_blocks) + [single_mod] * len(self.single_blocks)
-        past = []
-        x = in_units(self.img_in(img))
+        shared = self._shared(0, mx.array([0.0]), guidance, rope, img.dtype)
+        mods = [shared.img_mod] * len(self.double_blocks) + [shared.single_mod] * len(self.single_blocks)
+        x, past = in_units(self.img_in(img)), []
         for block, mod in zip(chain(self.double_blocks, self.single_blocks), mods, strict=True):
             x, seen = block.read(x, mod, rope)
-            past.append(seen)
             mx.eval(x, seen)
+            past.append(seen)
         return past
 
-    def _conditioning(self, timestep: mx.array, guidance: mx.array | None, dtype: mx.Dtype) -> mx.array:
+    def _shared(
+        self, text: int, timestep: mx.array, guidance: mx.array | None, rope: mx.array, dtype: mx.Dtype
+    ) -> Shared:
         vec = self.time_in(timestep_embedding(timestep, self._channels).astype(dtype))
         if guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, self._channels).astype(dtype))
-        return vec
+        mods = self.double_stream_modulation_img, self.double_stream_modulation_txt, self.single_stream_modulation
+        return Shared(text, vec, *(modulation(vec) for modulation in mods), rope)
+
+
+def _run_double(block: DoubleBlock, shared: Shared, past: KeysValues | None, x: mx.array) -> mx.array:
+    """The joined stream after a double block."""
+    img, txt = x[:, shared.text :], x[:, : shared.text]
+    img, txt = block(img, txt, shared.img_mod, shared.txt_mod, shared.rope, past)
+    return mx.concatenate([txt, img], axis=1)

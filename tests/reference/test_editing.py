@@ -1,6 +1,5 @@
 """Runs with references, strength and masks against diffusers' pipelines, on the same random weights."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, small_pipeline, write_tokenizer
 from helpers.parity import relative_error
 from PIL import Image
+from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.references import Canvas, crop_box, fit_reference, to_pixels
@@ -64,7 +64,7 @@ def build(folder: Path, kind: type, distilled: bool, kv_cache: bool) -> Pair:
     source.save_pretrained(folder / "official")
     converted = convert(folder / "official", folder / "converted", variant=SHALLOW_VARIANT)
     ours = Flux2Pipeline.from_pretrained(converted, dtype="float32")
-    ours.variant = replace(ours.variant, distilled=distilled, kv_cache=kv_cache, max_sequence_length=512)
+    change_variant(ours, distilled=distilled, kv_cache=kv_cache, max_sequence_length=512)
     reference = kind(**source.components, is_distilled=distilled)
     reference.set_progress_bar_config(disable=True)
     reference.tokenizer.chat_template = TEMPLATE

@@ -1,0 +1,81 @@
+"""Pictures as tokens, and tokens as pictures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from .errors import RangeError
+from .images import to_pil, to_unit
+from .layers import check_finite
+from .references import Edit, to_pixels
+from .sampling import References
+from .transformer import image_ids
+from .vae import VAE
+
+# References lie this far apart on the T axis; the image that is made is at 0.
+_T_STEP = 10
+# No image is a thousand times as bright as white; what a decoder gives beyond that is damage, though it is finite.
+_MOST_INTENSITY = 1000
+
+
+@dataclass(frozen=True)
+class EncodedEdit:
+    """The pictures of a run as tokens, float32: the `references`, the first of which is the canvas if there is one, and
+    the canvas as `source` `[1, L, C]` with its `mask` `[1, L, 1]`."""
+
+    references: References
+    source: mx.array | None = None
+    mask: mx.array | None = None
+
+
+def encode_edit(vae: VAE, edit: Edit, dtype: mx.Dtype, on_image: Callable[[int], object]) -> EncodedEdit:
+    """The pictures of `edit`; `on_image` hears of how many are encoded."""
+    tokens, ids = [], []
+    for number, image in enumerate(edit.references, 1):
+        latents = vae.encode(mx.array(to_pixels(image)).astype(dtype)).astype(mx.float32)
+        tokens.append(vae.to_tokens(latents))
+        check_finite(tokens[-1], "VAE")
+        ids.append(image_ids(latents.shape[1] // 2, latents.shape[2] // 2, t=_T_STEP * number))
+        on_image(number)
+    references = References(mx.concatenate(tokens, axis=1), np.concatenate(ids))
+    if edit.canvas is None:
+        return EncodedEdit(references)
+    mask = None if edit.canvas.tokens is None else mx.array(edit.canvas.tokens.reshape(1, -1, 1))
+    return EncodedEdit(references, tokens[0], mask)
+
+
+def latents_of(vae: VAE, tokens: mx.array, grid: tuple[int, int]) -> np.ndarray:
+    """Un-normalised latents `[1, H/8, W/8, c]` of an image's tokens `[L, C]`, float32."""
+    latents = vae.from_tokens(tokens[None], *grid).astype(mx.float32)
+    check_finite(latents, "VAE")
+    return np.array(latents)
+
+
+def decode_tokens(vae: VAE, tokens: mx.array, grid: tuple[int, int], dtype: mx.Dtype) -> np.ndarray:
+    """Decoder output of an image's tokens `[L, C]`, as `decode_latents` gives it."""
+    return decode_latents(vae, vae.from_tokens(tokens[None], *grid).astype(dtype))
+
+
+def decode_latents(vae: VAE, latents: mx.array) -> np.ndarray:
+    """Decoder output `[1, H, W, 3]`, about −1..1, of un-normalised latents `[1, H/8, W/8, c]`; float32.
+
+    Raises:
+        RangeError: it is no image, as some weights of the VAE or the latents are far from what they should be.
+    """
+    pixels = vae.decode(latents)
+    check_finite(pixels, "VAE")
+    pixels = np.array(pixels.astype(mx.float32))
+    if np.abs(pixels).max() > _MOST_INTENSITY:
+        raise RangeError(
+            f"the VAE gave pixels of {np.abs(pixels).max():.3g} where −1 to 1 is black to white; `flux2-mlx models "
+            "verify` tells whether the weights are damaged"
+        )
+    return pixels
+
+
+def finished_image(pixels: np.ndarray, edit: Edit) -> Image.Image:
+    """The image of decoder output `[1, H, W, 3]`, put into the picture that it paints over, if there is one."""
+    return edit.finished(to_pil(to_unit(pixels))[0])
