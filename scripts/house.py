@@ -1,18 +1,21 @@
 """Measures of the code: how far things travel through it, how often a run does what, and how long its parts are.
 
     python scripts/house.py                    of this tree
-    python scripts/house.py --tree FOLDER      of another one, an older one for instance: `git worktree add FOLDER COMMIT`
+    python scripts/house.py --tree FOLDER      of another one, such as `git worktree add FOLDER COMMIT` makes
     python scripts/house.py --json
 
 A room is a source file of the product. A thing is in a room when a function of that file is called with it, in an
-argument or up to three objects inside one. Calls that follow each other in one file are one stay. A climb is a stay
-whose file is of a later row of `ROWS` in tests/test_project.py than that of the stay before, so the way leads from a
-room back up to one that stands on it. Runs are of the built-in model, 64 × 64 pixels in two steps, in one process.
+argument or up to three objects inside one, and again when what that function has called with it returns. What follows
+each other in one file is one stay. A climb is a stay whose file is of a later row of `ROWS` in tests/test_project.py
+than that of the stay before: the way leads back up. Of a weight its name is followed, of a picture its path and the
+picture as long as it has its size. Runs are of the built-in model, 64 × 64 pixels in two steps, in one process.
 """
 
 import argparse
 import ast
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,25 +41,48 @@ T2I, I2I = ["t2i", PROMPT, *RUN, "--memory-limit", str(LIMIT)], ["i2i", PROMPT, 
 THINGS = {"prompt": T2I, "memory limit": T2I, "weight": T2I, "reference image": I2I}
 COUNTED = {
     "Request.checked": r"Request\.checked",
-    "plan": r"plan",
+    "plan": r"(\w+\.)?plan",
     "find_checkpoint": r"find_checkpoint",
     "Component.build": r"Component\.build",
     "Component.load": r"Component\.load",
 }
 _DEPTH = 3
+# The command line of a tree, whose folder and arguments follow: flux2_mlx.convert is the tree's, too.
+COMMAND = """
+import sys
+import flux2_mlx
+flux2_mlx.__path__.append(sys.argv.pop(1))
+from flux2_mlx.__main__ import main
+try:
+    main()
+finally:
+    print(sum(name.split(".")[0] == "flux2_mlx" for name in sys.modules), len(sys.modules))
+"""
 
 
 class Way:
     """Where a thing has been."""
 
-    def __init__(self, tree: Path, rows: dict[str, int], is_thing: Callable[[Any], bool]):
-        self._tree, self._rows, self._is_thing = tree, rows, is_thing
+    def __init__(self, rows: dict[str, int], is_thing: Callable[[Any], bool]):
+        self._rows, self._is_thing = rows, is_thing
+        self._calls: list[tuple[FrameType, str]] = []  # those that were given the thing and have not returned
         self.stays: list[str] = []
 
-    def hear(self, room: str, frame: FrameType) -> None:
-        names = frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount + 2]
-        found = (self._holds(frame.f_locals[name], _DEPTH) for name in names if name in frame.f_locals)
-        if self.stays[-1:] != [room] and any(found):
+    def call(self, room: str, frame: FrameType) -> None:
+        code = frame.f_code  # whose locals are not set yet, but for the arguments, which come first
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 2]
+        if any(self._holds(frame.f_locals[name], _DEPTH) for name in names if name in frame.f_locals):
+            self._calls.append((frame, room))
+            self._enter(room)
+
+    def back(self, frame: FrameType) -> None:
+        if self._calls and self._calls[-1][0] is frame:
+            self._calls.pop()
+            if self._calls:
+                self._enter(self._calls[-1][1])
+
+    def _enter(self, room: str) -> None:
+        if self.stays[-1:] != [room]:
             self.stays.append(room)
 
     def _holds(self, value: Any, depth: int) -> bool:
@@ -66,7 +92,7 @@ class Way:
 
     def figures(self) -> dict[str, int]:
         storeys = [self._rows.get(Path(room).parts[1].removesuffix(".py"), 0) for room in self.stays]
-        climbs = sum(later > former for former, later in zip(storeys, storeys[1:], strict=False))
+        climbs = sum(later > former for former, later in itertools.pairwise(storeys))
         return {"stays": len(self.stays), "rooms": len(set(self.stays)), "climbs": climbs}
 
 
@@ -102,17 +128,20 @@ def follow(tree: Path, thing: str) -> dict[str, Any]:
     """The way of a thing in its run, and how often the run called what is counted. In a process of its own."""
     import flux2_mlx
 
-    flux2_mlx.__path__.append(str(tree))  # so that flux2_mlx.convert is the tree's
-    from flux2_mlx.__main__ import main
+    flux2_mlx.__path__.append(str(tree))
     from PIL import Image
 
+    from flux2_mlx.__main__ import main
+
     Image.new("RGB", SIZE, "white").save(REFERENCE)
-    way, calls, folders = Way(tree, rows(tree), IS_THING[thing]), Counter(), [f"{tree}/flux2_mlx/", f"{tree}/convert/"]
+    way, calls, folders = Way(rows(tree), IS_THING[thing]), Counter(), (f"{tree}/flux2_mlx/", f"{tree}/convert/")
 
     def hear(frame: FrameType, event: str, _: Any) -> None:
         path = frame.f_code.co_filename
-        if event == "call" and path.startswith(tuple(folders)) and not frame.f_code.co_name.startswith("<"):
-            way.hear(path.removeprefix(f"{tree}/"), frame)
+        if event == "return":
+            way.back(frame)
+        elif event == "call" and path.startswith(folders) and not frame.f_code.co_name.startswith("<"):
+            way.call(path.removeprefix(f"{tree}/"), frame)
             calls[frame.f_code.co_qualname] += 1
 
     sys.argv[1:] = THINGS[thing]
@@ -125,9 +154,7 @@ def follow(tree: Path, thing: str) -> dict[str, Any]:
             raise
     finally:
         sys.setprofile(None)
-    counts = {
-        name: sum(n for key, n in calls.items() if re.fullmatch(pattern, key)) for name, pattern in COUNTED.items()
-    }
+    counts = {name: sum(calls[key] for key in calls if re.fullmatch(shape, key)) for name, shape in COUNTED.items()}
     return {"way": way.figures(), "calls": counts, "stays": way.stays}
 
 
@@ -162,42 +189,28 @@ def read(tree: Path) -> dict[str, Any]:
     return {"functions": lengths(functions), "files": lengths(files), "network names": literals}
 
 
-def python(tree: Path, *arguments: str, folder: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(tree), "FLUX2_MLX_HOME": folder, "HF_HOME": folder}
-    environment |= {"FLUX2_MLX_DEVICE": "cpu"}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def python(tree: Path, *arguments: str) -> str:
+    """What Python prints with the packages of `tree`, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": str(tree), "FLUX2_MLX_HOME": folder, "HF_HOME": folder}
+        environment["FLUX2_MLX_DEVICE"] = "cpu"
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
     return done.stdout
 
 
-def seconds(tree: Path, *arguments: str, folder: str, times: int) -> float:
+def seconds(tree: Path, *arguments: str, times: int) -> float:
     """The shortest time of several runs of the command line, each in a process of its own."""
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        python(tree, "-m", "flux2_mlx", *arguments, folder=folder)
-        taken.append(time.perf_counter() - start)
-    return round(min(taken), 2)
+    call = functools.partial(python, tree, "-c", COMMAND, str(tree), *arguments)
+    return round(min(timeit.repeat(call, number=1, repeat=times)), 2)
 
 
-IMPORTED = """
-import sys
-sys.argv[1:] = ["--help"]
-from flux2_mlx.__main__ import main
-try:
-    main()
-finally:
-    names = [name for name in sys.modules if name.split(".")[0] == "flux2_mlx"]
-    print(len(names), len(sys.modules), file=sys.stderr if False else sys.stdout)
-"""
-
-
-def mypy_errors(tree: Path, folder: str) -> int | None:
+def mypy_errors(tree: Path) -> int | None:
     if importlib.util.find_spec("mypy") is None:
         return None
-    command = [sys.executable, "-m", "mypy", "--no-incremental", "flux2_mlx", "convert"]
+    command = [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "flux2_mlx", "convert"]
     shown = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False).stdout
     found = re.search(r"Found (\d+) error", shown)
     return int(found[1]) if found else 0
@@ -205,24 +218,20 @@ def mypy_errors(tree: Path, folder: str) -> int | None:
 
 def measure(tree: Path) -> dict[str, dict[str, Any]]:
     """Every figure of a tree, in groups."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = str(Path(__file__).resolve())
-        ways = {
-            thing: json.loads(python(tree, script, "--tree", str(tree), "--follow", thing, folder=folder))
-            for thing in THINGS
-        }
-        ours, all_modules = python(tree, "-c", IMPORTED, folder=folder).split()[-2:]
-        return {
-            **{f"way of the {thing}": found["way"] for thing, found in ways.items()},
-            "calls in a run": ways["prompt"]["calls"],
-            **read(tree),
-            "imported for --help": {"ours": int(ours), "all": int(all_modules)},
-            "mypy": {"errors": mypy_errors(tree, folder)},
-            "seconds": {
-                "--help": seconds(tree, "--help", folder=folder, times=5),
-                "demo": seconds(tree, "t2i", PROMPT, "-m", "demo", "--force", "-o", "x.png", folder=folder, times=3),
-            },
-        }
+    script = [str(Path(__file__).resolve()), "--tree", str(tree), "--follow"]
+    found = {thing: json.loads(python(tree, *script, thing).splitlines()[-1]) for thing in THINGS}
+    ours, every = python(tree, "-c", COMMAND, str(tree), "--help").split()[-2:]
+    return {
+        **{f"way of the {thing}": of_thing["way"] for thing, of_thing in found.items()},
+        "calls in a run": found["prompt"]["calls"],
+        **read(tree),
+        "modules for --help": {"ours": int(ours), "all": int(every)},
+        "mypy": {"errors": mypy_errors(tree)},
+        "seconds": {
+            "--help": seconds(tree, "--help", times=5),
+            "demo": seconds(tree, "t2i", PROMPT, "-m", "demo", "-o", "image.png", times=3),
+        },
+    }
 
 
 def main() -> None:
@@ -236,11 +245,8 @@ def main() -> None:
         print(json.dumps(follow(tree, given.follow)))
         return
     figures = measure(tree)
-    if given.json:
-        print(json.dumps(figures, indent=2))
-        return
-    for group, values in figures.items():
-        print(f"{group:24}", "  ".join(f"{name} {value}" for name, value in values.items()))
+    lines = (f"{group:24} {'  '.join(f'{name} {n}' for name, n in found.items())}" for group, found in figures.items())
+    print(json.dumps(figures, indent=2) if given.json else "\n".join(lines))
 
 
 if __name__ == "__main__":
