@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ _OPTIONAL = {
     **dict.fromkeys(("edit", "machine"), dict | None),
     "beyond": list | None,
 }
-_MACHINE = {
+_MACHINE: dict[str, Callable[[Any], str]] = {
     "chip": str,
     "system": str,
     "mlx": lambda version: f"MLX {version}",
