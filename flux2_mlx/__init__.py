@@ -13,10 +13,10 @@ from .errors import (
 TYPE_CHECKING = False  # what type checkers take as true; typing is slow to import, see below
 if TYPE_CHECKING:
     from .memory import Plan
-    from .phases import Progress
-    from .pipeline import Flux2Output, Flux2Pipeline
+    from .output import Flux2Output
+    from .pipeline import Flux2Pipeline
     from .references import Edit
-    from .sampling import Request
+    from .request import Progress, Request
     from .upsampling import Writer
 
     __version__: str
@@ -40,11 +40,11 @@ __all__ = [
 # MLX takes a noticeable part of a second to import, which `flux2-mlx --help` need not wait for.
 _LAZY = {
     "Edit": "references",
-    "Flux2Output": "pipeline",
+    "Flux2Output": "output",
     "Flux2Pipeline": "pipeline",
     "Plan": "memory",
-    "Progress": "phases",
-    "Request": "sampling",
+    "Progress": "request",
+    "Request": "request",
     "Writer": "upsampling",
 }
 

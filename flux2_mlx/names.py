@@ -60,7 +60,14 @@ class Model:
     def origin(self) -> str:
         """What a checkpoint that was converted from it says of that: a repo id, or a path, which never looks like a
         name."""
-        return self.repo or os.path.join(os.curdir, self.path)
+        return self.repo or os.path.join(os.curdir, self.place)
+
+    @property
+    def place(self) -> Path:
+        """`path`; InputError for a model that is on the Hub only."""
+        if self.path is None:
+            raise InputError(f"{self.name} is a model of the Hub, and no folder or file here")
+        return self.path
 
 
 def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[str] | None = None) -> Model:

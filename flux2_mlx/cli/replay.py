@@ -166,7 +166,7 @@ def label(model: "Model") -> str:
     """What an image says of its model: a name or repo, or of what is in a folder of this machine that one's name."""
     if model.variant:
         return model.variant.name
-    return model.repo or Path(os.path.abspath(model.path)).name
+    return model.repo or Path(os.path.abspath(model.place)).name
 
 
 def without_folder(name: str) -> str:
