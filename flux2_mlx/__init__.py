@@ -12,26 +12,44 @@ from .errors import (
 
 TYPE_CHECKING = False  # what type checkers take as true; typing is slow to import, see below
 if TYPE_CHECKING:
-    from .pipeline import Flux2Output, Flux2Pipeline
+    from .memory import Plan
+    from .output import Flux2Output
+    from .pipeline import Flux2Pipeline
+    from .references import Edit
+    from .request import Progress, Request
     from .upsampling import Writer
+
+    __version__: str
 
 __all__ = [
     "CheckpointError",
     "DeviceError",
     "DownloadError",
+    "Edit",
     "Flux2Error",
     "Flux2Output",
     "Flux2Pipeline",
     "InputError",
+    "Plan",
+    "Progress",
     "RangeError",
+    "Request",
     "RequirementError",
     "Writer",
 ]
 # MLX takes a noticeable part of a second to import, which `flux2-mlx --help` need not wait for.
-_LAZY = {"Flux2Output": "pipeline", "Flux2Pipeline": "pipeline", "Writer": "upsampling"}
+_LAZY = {
+    "Edit": "references",
+    "Flux2Output": "output",
+    "Flux2Pipeline": "pipeline",
+    "Plan": "memory",
+    "Progress": "request",
+    "Request": "request",
+    "Writer": "upsampling",
+}
 
 
-def __getattr__(name: str):
+def _found(name: str) -> object:
     if name == "__version__":  # what reads it takes some of the time in which Ctrl-C is not handled yet
         from importlib.metadata import version
 
@@ -47,5 +65,9 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__() -> list:  # which Python 3.6 can read, see requirements.py
+if not TYPE_CHECKING:  # a checker would take any name for one of ours
+    __getattr__ = _found
+
+
+def __dir__() -> "list[str]":  # which Python 3.6 can read, see requirements.py
     return [*__all__, "__version__"]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from . import hub
 from .checkpoint import Checkpoint
@@ -113,11 +112,11 @@ def acquire(
         return download
 
     with claims:
-        folder = hub.fetch(repo, text_only=text_only, check=look, progress=_labelled(progress, "download"))
+        folder = hub.fetch(repo, text_only=text_only, check=look, progress=labelled(progress, "download"))
         claims.enter_context(Claim(folder.parent.parent))
         source = Source.open(folder, variant, text_only=text_only)
         target.parent.mkdir(parents=True, exist_ok=True)
-        converting = _labelled(progress, "convert")
+        converting = labelled(progress, "convert")
         write_checkpoint(source, target, quant, text_quant, name=repo, force=force, progress=converting)
     if fetched and not keep_source:
         _discard(fetched)
@@ -144,8 +143,9 @@ def unheard() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _labelled(progress: Progress | None, what: str) -> Any:
-    return progress and (lambda done, total: progress(done, total, what))
+def labelled(progress: Progress | None, what: str) -> Callable[[int, int], object] | None:
+    """What hears how much of `what` is done, and passes it on to `progress`."""
+    return None if progress is None else lambda done, total: progress(done, total, what)
 
 
 def _unread(source: Source, download: Download) -> set[str]:

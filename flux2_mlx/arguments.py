@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,8 @@ from .errors import InputError
 from .images import flattened, open_hashed
 from .request import Request
 
-Method = TypeVar("Method", bound=Callable)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 # Arguments of diffusers' pipelines for which there is something else to write.
 _INSTEAD = {
     "image_reference": "give references after the image: image=[image, *references]",
@@ -45,12 +46,12 @@ _INSTEAD = {
 }
 
 
-def named(method: Method) -> Method:
+def named(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Turn arguments that `method` does not have into an InputError that says what to write."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         for name in kwargs:
             if name not in signature.parameters:
                 raise InputError(f"{method.__name__.strip('_')} has no argument {name!r}; {_advice(name, signature)}")
@@ -280,13 +281,17 @@ def for_each(prompts: Sequence[str], negatives: mx.array) -> mx.array:
     return mx.broadcast_to(negatives, (len(prompts), *negatives.shape[1:]))
 
 
-def text_sizes(request: Request, *given: mx.array | None) -> tuple[int, int, int]:
+def text_sizes(request: Request, embeds: mx.array | None, negatives: mx.array | None) -> tuple[int, int, int]:
     """How many prompts and negative prompts there are, and the tokens of the longest, if some are given encoded."""
-    own = request.prompts, request.negative_prompts or [""]
-    counts = [len(set(texts) if embeds is None else embeds) for texts, embeds in zip(own, given, strict=True)]
-    length = request.max_sequence_length
-    prompts, negatives = (length if embeds is None else embeds.shape[1] for embeds in given)
-    return *counts, max(prompts, negatives if request.negative_prompts else 0)
+    longest = request.max_sequence_length
+    count, length = _text_size(request.prompts, embeds, longest)
+    negative_count, negative_length = _text_size(request.negative_prompts or [""], negatives, longest)
+    return count, negative_count, max(length, negative_length if request.negative_prompts else 0)
+
+
+def _text_size(texts: Sequence[str], embeds: mx.array | None, longest: int) -> tuple[int, int]:
+    """How many different texts there are, and the tokens of each; `embeds` are they where they are given encoded."""
+    return (len(set(texts)), longest) if embeds is None else (embeds.shape[0], embeds.shape[1])
 
 
 def latents(given: Any, shape: tuple[int | None, ...]) -> mx.array:

@@ -61,8 +61,15 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         match_colors: bool = False,
     ) -> Edit:
         """Prepared pictures for `run`; see `Edit.checked`."""
-        settings = {"mask": mask, "on_canvas": on_canvas, "crop_padding": crop_padding, "feather": feather}
-        return Edit.checked(images, self.token_size, match_colors=match_colors, **settings)
+        return Edit.checked(
+            images,
+            self.token_size,
+            mask=mask,
+            on_canvas=on_canvas,
+            crop_padding=crop_padding,
+            feather=feather,
+            match_colors=match_colors,
+        )
 
     def request(
         self,

@@ -35,10 +35,9 @@ def matched(image: Image.Image, source: Image.Image, kept: np.ndarray | None = N
     pixels are unchanged, and where they would differ more afterwards.
     """
     wanted, given = _ycc(source), _ycc(image)
-    result, unchanged = given, kept
+    result = given
     for levels in _LEVELS if kept is None else _LEVELS[:1]:
-        if kept is None:
-            unchanged = (np.abs(result - wanted) <= levels).all(axis=-1)
+        unchanged = (np.abs(result - wanted) <= levels).all(axis=-1) if kept is None else kept
         if unchanged.mean() < _LEAST_SHARE:
             return image
         result = _corrected(given, *_fit(given[unchanged], wanted[unchanged]))

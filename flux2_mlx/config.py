@@ -8,7 +8,7 @@ import dataclasses
 import math
 import reprlib
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 from .errors import CheckpointError, InputError
 
@@ -49,11 +49,12 @@ def _check_value(name: str, kind: Any, value: Any) -> None:
         _check(type(value) is kind, f"{name} is {reprlib.repr(value)}, not {what}")
 
 
+@dataclass(frozen=True)
 class Config:
     """What the geometries share: reading and writing `config.json`."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]):
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a parsed `config.json`; keys that are no field are ignored, lists become tuples.
 
         Raises:
@@ -95,7 +96,7 @@ class TransformerConfig(Config):
     eps: float = 1e-6
     guidance_embeds: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(
             sum(self.axes_dims_rope) == self.attention_head_dim and all(d % 2 == 0 for d in self.axes_dims_rope),
             f"transformer: RoPE axes {self.axes_dims_rope} must be even and add up to the head dimension "
@@ -129,7 +130,7 @@ class VAEConfig(Config):
     batch_norm_eps: float = 1e-4
     patch_size: tuple[int, int] = (2, 2)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.patch_size == (2, 2), f"vae: patch_size must be (2, 2), got {self.patch_size}")
         for channels in (*self.block_out_channels, *self.decoder_channels):
             _check(
@@ -185,7 +186,7 @@ class TextConfig(Config):
     tie_word_embeddings: bool = False
     final_norm: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(
             self.model_type in TEXT_MODELS,
             f"text encoder: {reprlib.repr(self.model_type)} is none of {', '.join(TEXT_MODELS)}",
@@ -230,7 +231,7 @@ class VisionConfig(Config):
     rope_theta: float = 1e4
     projector_eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(
             self.hidden_size % (4 * self.num_attention_heads) == 0,
             f"vision: {self.hidden_size} features do not divide into {self.num_attention_heads} heads of a multiple "
@@ -272,7 +273,7 @@ class Variant:
     max_sequence_length: int = 512
     max_image_tokens: int = 16_384
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(
             self.transformer.joint_attention_dim == self.text.output_size,
             f"{self.name}: the transformer takes {self.transformer.joint_attention_dim} text features, "
@@ -309,8 +310,6 @@ _DEV = TransformerConfig(8, 48, 48, 15360)
 # Five and ten references of 1024² pixels beside an image of that size.
 _9B_TOKENS, _DEV_TOKENS = 24_576, 45_056
 _BFL = "black-forest-labs/FLUX.2-"
-_FREE = {"commercial_use": True, "gated": False}
-_BASE = {"steps": 50, "guidance": 4.0, "distilled": False}
 
 _DEMO = Variant(
     "demo",
@@ -322,17 +321,37 @@ _DEMO = Variant(
     size=128,
     max_sequence_length=48,
     max_image_tokens=128,
-    **_FREE,
+    commercial_use=True,
+    gated=False,
 )
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         _DEMO,
-        Variant("klein-4b", _BFL + "klein-4B", _4B, _QWEN3_4B, **_FREE),
-        Variant("klein-base-4b", _BFL + "klein-base-4B", _4B, _QWEN3_4B, **_BASE, **_FREE),
+        Variant("klein-4b", _BFL + "klein-4B", _4B, _QWEN3_4B, commercial_use=True, gated=False),
+        Variant(
+            "klein-base-4b",
+            _BFL + "klein-base-4B",
+            _4B,
+            _QWEN3_4B,
+            steps=50,
+            guidance=4.0,
+            distilled=False,
+            commercial_use=True,
+            gated=False,
+        ),
         Variant("klein-9b", _BFL + "klein-9B", _9B, _QWEN3_8B, max_image_tokens=_9B_TOKENS),
-        Variant("klein-base-9b", _BFL + "klein-base-9B", _9B, _QWEN3_8B, max_image_tokens=_9B_TOKENS, **_BASE),
+        Variant(
+            "klein-base-9b",
+            _BFL + "klein-base-9B",
+            _9B,
+            _QWEN3_8B,
+            steps=50,
+            guidance=4.0,
+            distilled=False,
+            max_image_tokens=_9B_TOKENS,
+        ),
         Variant("klein-9b-kv", _BFL + "klein-9b-kv", _9B, _QWEN3_8B, kv_cache=True, max_image_tokens=_9B_TOKENS),
         Variant(
             "dev",

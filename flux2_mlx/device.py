@@ -15,7 +15,8 @@ from .config import DTYPES
 from .errors import DeviceError, InputError
 from .requirements import check_mlx
 
-check_mlx(mx.__version__)
+MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]  # which the stubs of MLX leave out
+check_mlx(MLX_VERSION)
 GIB = 2**30
 _DTYPES = {name: getattr(mx, name) for name in DTYPES}
 # Chips whose GPU has no bfloat16, so that Metal makes do with float32 and conversions.
@@ -119,7 +120,7 @@ def cuts_float32() -> bool:
     if not on_gpu():
         return False
     x = mx.full((512, 512), 1 + 2**-12)
-    return (x @ x)[0, 0].item() < 512 * (1 + 2**-12)
+    return bool((x @ x)[0, 0] < 512 * (1 + 2**-12))
 
 
 @functools.cache  # once is enough
@@ -150,7 +151,7 @@ def system() -> str:
 
 def machine() -> dict[str, str | bool]:
     """What results depend on besides the settings: results of others differ in the last bits, or more."""
-    return {"chip": chip(), "system": system(), "mlx": mx.__version__, "tf32": cuts_float32()}
+    return {"chip": chip(), "system": system(), "mlx": MLX_VERSION, "tf32": cuts_float32()}
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -158,7 +159,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def fused(function: Callable) -> Callable:
+def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """`function`, compiled into one kernel on a GPU. (On a CPU that would need a C++ compiler at run time.)"""
     compiled = mx.compile(function, shapeless=True)
 
@@ -251,7 +252,7 @@ def parse_memory(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     number = float(match[1]) if match else 0.0
-    if not 1 <= number * unit < _MOST_BYTES:
+    if match is None or not 1 <= number * unit < _MOST_BYTES:
         raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
     if unit == 1 and number < _FEWEST_BYTES:
         meant = f"{match[1]}{'GB' if number < _MOST_GIGABYTES else 'MB'}"

@@ -15,7 +15,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,9 +202,9 @@ def _complete(
             if size - before > _PIECE:
                 waits = iter(_WAITS)
             wait = next(waits, None)
-            if size < blob.size and (wait is None or not _may_pass(error)):
-                raise
             if size < blob.size:
+                if wait is None or not _may_pass(error):
+                    raise
                 time.sleep(wait)
     stream.flush()
     blob.check(size, hasher)
@@ -216,7 +216,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _pieces(
     url: str, headers: Mapping[str, str], start: int = 0, end: int | None = None
-) -> Iterator[tuple[int, bytes]]:
+) -> Generator[tuple[int, bytes], None, None]:
     """Yield the body from `start` to `end`, or all of it where the server knows no ranges, in pieces with their
     offsets."""
     with _Watchdog() as watchdog:
@@ -246,8 +246,8 @@ def _send(url: str, headers: Mapping[str, str], start: int, end: int | None, wat
     sent = {**headers, "Accept-Encoding": "identity", "Connection": "close"}
     if start or end is not None:
         sent["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
-    options = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "extensions": {"trace": watchdog.trace}}
-    request = session.build_request("GET", url, headers=sent, **options)
+    tracing, patience = {"trace": watchdog.trace}, constants.HF_HUB_DOWNLOAD_TIMEOUT
+    request = session.build_request("GET", url, headers=sent, timeout=patience, extensions=tracing)
     for _ in range(_REDIRECTS):
         # Left to itself, the client reads the whole body of a redirect. It drops the token where the host changes.
         response = session.send(request, stream=True, follow_redirects=False)
@@ -276,7 +276,7 @@ def _offset(response: Any, start: int, headers: Mapping[str, str], url: str) -> 
 class _Watchdog(threading.Thread):
     """Ends a transfer that gets nowhere: the client's own timeouts start anew with every byte."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(name="flux2-mlx-watchdog", daemon=True)
         self.received, self._complaint = 0, ""
         self._streams: list[Any] = []

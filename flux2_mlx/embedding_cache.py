@@ -17,6 +17,7 @@ import numpy as np
 
 from . import __version__
 from .checkpoint import FORMAT_VERSION, Checkpoint, Component
+from .device import MLX_VERSION
 from .errors import CheckpointError, InputError
 from .files import read_bytes, remove_parts, write
 from .text import TextEncoder
@@ -189,7 +190,7 @@ def entry_key(
     """SHA-256 of all that the states depend on. Ids and mask stand for prompt, template, tokenizer and length."""
     facts = {
         "format": FORMAT_VERSION,
-        "versions": [__version__, mx.__version__],
+        "versions": [__version__, MLX_VERSION],
         "device": str(mx.default_device()),
         "weights": fingerprint,
         "variant": checkpoint.variant.name,
@@ -245,4 +246,4 @@ def _header(key: str, payload: bytes, form: Form) -> bytes:
 
 
 def _is_finite(states: mx.array) -> bool:
-    return mx.isfinite(states).all().item()
+    return bool(mx.isfinite(states).all())

@@ -16,8 +16,8 @@ def exclude(folder: Path) -> None:
     """
     if sys.platform != "darwin":
         return
-    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    command, silent = ["tmutil", "addexclusion", str(folder.absolute())], subprocess.DEVNULL
     with suppress(OSError, subprocess.TimeoutExpired):
         (folder / MARK).touch(exist_ok=False)
         # The attribute that this sets is not all that it does, so that setting it alone need not be enough.
-        subprocess.run(["tmutil", "addexclusion", folder.absolute()], check=False, timeout=_PATIENCE, **silent)
+        subprocess.run(command, check=False, timeout=_PATIENCE, stdin=silent, stdout=silent, stderr=silent)

@@ -259,7 +259,7 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple:  # a copy of who holds it holds it too
+    def __reduce__(self) -> tuple[type, tuple[Path]]:  # a copy of who holds it holds it too
         return Claim, (self._folder,)
 
     __del__ = close

@@ -326,7 +326,7 @@ def _explain_listing(error: Exception, hub: _Hub, repo_id: str) -> str:
     return f"{hub.shown} lists {repo_id} as no hub does ({hub.quote(first_line(error))}); check HF_ENDPOINT"
 
 
-def _explain_download(error: Exception, hub: _Hub, repo_id: str) -> str:
+def _explain_download(error: RefusedError | BrokenError | DamagedError | OSError, hub: _Hub, repo_id: str) -> str:
     if isinstance(error, RefusedError):
         return _explain_refusal(error, hub, repo_id)
     if isinstance(error, BrokenError):

@@ -5,6 +5,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from .errors import InputError
@@ -127,7 +128,7 @@ def _numbered(paths: list[Path], fixed: list[bool]) -> list[Path]:
     """`paths` with numbers added where one is that of an earlier image, or taken on the disk unless it is `fixed`."""
     taken: set[str] = set()
     for place, path in enumerate(paths):
-        paths[place] = free_path(path, lambda candidate, own=fixed[place]: _is_free(candidate, taken, own))
+        paths[place] = free_path(path, partial(_is_free, taken=taken, fixed=fixed[place]))
         taken.add(_key(paths[place]))
     return paths
 

@@ -157,12 +157,12 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         fits = plain if source.profile.xcolor_space.strip() == "RGB" and image.mode != "CMYK" else image
-        converted = ImageCms.profileToProfile(fits, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), fits.mode, "RGB").apply(fits)
     except (OSError, ValueError, ImageCms.PyCMSError):  # damaged, or of another kind of colours than the image
         return plain
     # What is in sRGB already differs by rounding alone, and is to stay what it is.
-    furthest = max(high for _, high in ImageChops.difference(plain, converted).getextrema())
-    return converted if furthest > 2 else plain
+    differs = ImageChops.difference(plain, converted).point(lambda levels: 255 if levels > 2 else 0)
+    return converted if differs.getbbox() else plain
 
 
 def check_output(path: Path, force: bool = False) -> None:

@@ -33,7 +33,7 @@ class Item:
 
     `kind` is `converted`, `source`, `prompts`, `unfinished`, `leftover`, or `other`. `names` are those that it is known
     by, in lower case; `nbytes` what removing it gives back; `used` when it was last used, in seconds since 1970;
-    `note` says more in a word or two. `remove` is None where it can't be removed, and gives the paths that stayed.
+    `note` says more in a word or two. `remove` removes it, if it is `removable`, and gives the paths that stayed.
     """
 
     kind: str
@@ -43,9 +43,10 @@ class Item:
     used: float | None
     note: str
     names: frozenset[str]
-    remove: Callable[[], list[Path]] | None
+    remove: Callable[[], list[Path]]
+    removable: bool = True
 
-    def claim(self) -> AbstractContextManager:
+    def claim(self) -> AbstractContextManager[object]:
         """Have it for oneself while it is removed; InputError if a download, conversion or run uses it."""
         is_used = self.kind in ("converted", "source") and self.path.exists()
         return Claim(self.path, alone=True) if is_used else nullcontext()
@@ -77,7 +78,8 @@ def _models(models: Path) -> Iterator[Item]:
 
 
 def _other(path: Path, note: str) -> Item:
-    return Item("other", path.name, path, _size(path), _changed(path), note, frozenset({path.name.lower()}), None)
+    names = frozenset({path.name.lower()})
+    return Item("other", path.name, path, _size(path), _changed(path), note, names, lambda: [path], removable=False)
 
 
 def _entries(folder: Path) -> Iterator[Item]:
@@ -165,7 +167,8 @@ def _sources(cache: Path) -> Iterator[Item]:
             max((found.st_atime for found in status), default=None),
             "a link" if storage.is_symlink() else "incomplete" if partials else "download",
             frozenset(_names(repo)),
-            None if storage.is_symlink() else _removed_source(storage, files, partials),
+            _removed_source(storage, files, partials),
+            removable=not storage.is_symlink(),
         )
 
 

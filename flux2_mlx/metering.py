@@ -51,7 +51,7 @@ def _end_runs() -> None:
 class _Streams:
     """The streams of MLX of a thread. Unless they are cleared when it ends, MLX may abort the process at its exit."""
 
-    def __del__(self):
+    def __del__(self) -> None:
         mx.clear_streams()
 
 

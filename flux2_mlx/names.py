@@ -60,10 +60,17 @@ class Model:
     def origin(self) -> str:
         """What a checkpoint that was converted from it says of that: a repo id, or a path, which never looks like a
         name."""
-        return self.repo or os.path.join(os.curdir, self.path)
+        return self.repo or os.path.join(os.curdir, self.place)
+
+    @property
+    def place(self) -> Path:
+        """`path`; InputError for a model that is on the Hub only."""
+        if self.path is None:
+            raise InputError(f"{self.name} is a model of the Hub, and no folder or file here")
+        return self.path
 
 
-def resolve(name: str | os.PathLike | Model, models_dir: str | os.PathLike | None = None) -> Model:
+def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[str] | None = None) -> Model:
     """What the `name` of a model means. Whoever takes one asks here, so that it means the same everywhere.
 
     The first of these that it is:
@@ -145,11 +152,11 @@ def _at(path: Path, text: str, others: Iterable[Path] = ()) -> Model:
         hint = close or f"choose one of {NAMES}, a Hugging Face repo id or a model folder"
         raise InputError(f"there is no model or folder {text!r}; {hint}")
     repo, snapshot = _snapshot(path)
-    if repo and snapshot is None:
+    if repo is None:
+        return Model(SOURCE, text, path=path)
+    if snapshot is None:
         raise InputError(f"{path} holds no complete copy of {repo}; give {repo} to have it fetched")
-    if repo:
-        return Model(SOURCE, text, find_variant(repo), repo, snapshot, snapshot.name)
-    return Model(SOURCE, text, path=path)
+    return Model(SOURCE, text, find_variant(repo), repo, snapshot, snapshot.name)
 
 
 def _is_model(path: Path) -> bool:
@@ -180,7 +187,7 @@ def _snapshot(path: Path) -> tuple[str | None, Path | None]:
     return repo, latest if latest in commits else commits[0] if len(commits) == 1 else None
 
 
-def models_folder(models_dir: str | os.PathLike | None = None) -> Path:
+def models_folder(models_dir: str | os.PathLike[str] | None = None) -> Path:
     """`models_dir`, or `$FLUX2_MLX_HOME`, or `~/.cache/flux2-mlx`."""
     return _expanded(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx")
 
@@ -190,7 +197,7 @@ def demo_folder() -> Path:
     return Path(str(files("flux2_mlx.demo")))
 
 
-def _expanded(path: str | os.PathLike) -> Path:
+def _expanded(path: str | os.PathLike[str]) -> Path:
     """`path` with a home folder in place of a leading `~`."""
     try:
         return Path(path).expanduser()
@@ -227,8 +234,11 @@ def did_you_mean(text: str, others: Iterable[str] = ()) -> str | None:
     """What to ask about a name that is none: the names of the table, and `others`, that come close; None: none does."""
     names = {_key(name): name for name in (*others, *VARIANTS)}
     close = get_close_matches(_key(text), names)
-    *most, last = [name for key, name in names.items() if key in close] or [None]
-    return last and f"did you mean {' or '.join(filter(None, [', '.join(most), last]))}?"
+    found = [name for key, name in names.items() if key in close]
+    if not found:
+        return None
+    *most, last = found
+    return f"did you mean {' or '.join(filter(None, [', '.join(most), last]))}?"
 
 
 def similar_repo(repo: str) -> str | None:

@@ -65,7 +65,7 @@ class Flux2Output:
             f"Flux2Output({count} images, seeds={self.seeds}, {seconds:.1f} s, {self.peak_memory / 2**30:.2f} GiB peak)"
         )
 
-    def save(self, path: str | os.PathLike, *, replace: bool = False) -> list[Path]:
+    def save(self, path: str | os.PathLike[str], *, replace: bool = False) -> list[Path]:
         """Write the images with their settings, from which `flux2-mlx t2i --replay` makes them again.
 
         Args:
@@ -90,7 +90,7 @@ class Flux2Output:
                 raise InputError(f"can't write {target}: the name must end in {', '.join(FORMATS)}")
             if _is_taken(target) and not replace:
                 raise InputError(f"{target} exists; choose another name, or say replace=True")
-        settings = self.settings or [None] * len(images)
+        settings: list[dict[str, Any] | None] = [*self.settings] or [None] * len(images)
         try:
             for target in targets:
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -38,14 +38,14 @@ class Flux2Pipeline(BasePipeline):
     @arguments.named
     def from_pretrained(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike[str],
         *,
         variant: str | None = None,
         quant: str | None = None,
         text_quant: str | None = None,
         dtype: Any = None,
         torch_dtype: Any = None,
-        models_dir: str | os.PathLike | None = None,
+        models_dir: str | os.PathLike[str] | None = None,
         prompt_cache: bool = True,
         memory_limit: int | str | None = None,
         keep_source: bool = True,
@@ -79,10 +79,9 @@ class Flux2Pipeline(BasePipeline):
             raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
         computed_in = arguments.dtype_name(dtype, torch_dtype)
         activation_dtype(computed_in), memory_bytes(memory_limit)  # InputError if there are none of these
-        weights = {"quant": quant, "text_quant": text_quant}
         arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
         arguments.kinds(keep_source=(keep_source, bool))
-        for setting in weights.values():
+        for setting in (quant, text_quant):
             if setting is not None:
                 arguments.kinds(quant=(setting, str))
                 check_quant(setting)
@@ -94,21 +93,33 @@ class Flux2Pipeline(BasePipeline):
             get_variant(variant)
 
         def check(checkpoint: Checkpoint) -> None:
-            Networks.open(checkpoint, **weights, dtype=computed_in, memory_limit=memory_limit).check_possible()
+            networks = Networks.open(
+                checkpoint, quant=quant, text_quant=text_quant, dtype=computed_in, memory_limit=memory_limit
+            )
+            networks.check_possible()
 
         with acquisition_bars(disable=not progress) as show:
             opened = find_checkpoint(
                 source,
                 variant=variant,
+                quant=quant,
+                text_quant=text_quant,
                 models_dir=models_dir,
                 keep_source=keep_source,
                 check=check,
                 announce=_announce if progress else None,
                 progress=show,
-                **weights,
             )
-        settings = {"dtype": computed_in, "memory_limit": memory_limit, "prompt_cache": prompt_cache}
-        return cls.from_checkpoint(opened, **weights, **settings, models_dir=models_dir, name=str(source))
+        return cls.from_checkpoint(
+            opened,
+            quant=quant,
+            text_quant=text_quant,
+            dtype=computed_in,
+            models_dir=models_dir,
+            prompt_cache=prompt_cache,
+            memory_limit=memory_limit,
+            name=str(source),
+        )
 
     @classmethod
     def from_checkpoint(
@@ -118,7 +129,7 @@ class Flux2Pipeline(BasePipeline):
         quant: str | None = None,
         text_quant: str | None = None,
         dtype: str | None = None,
-        models_dir: str | os.PathLike | None = None,
+        models_dir: str | os.PathLike[str] | None = None,
         prompt_cache: bool = True,
         memory_limit: int | str | None = None,
         name: str | None = None,
@@ -126,8 +137,9 @@ class Flux2Pipeline(BasePipeline):
         """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of `from_pretrained`,
         and `name` is what the model was asked for as."""
         name = str(folder) if name is None else name
-        wanted = {"quant": quant, "text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
-        networks = Networks.open(Checkpoint.open(folder), **wanted)
+        networks = Networks.open(
+            Checkpoint.open(folder), quant=quant, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit
+        )
         if not prompt_cache:
             return cls(networks, name=name)
         folder = models_folder(models_dir)
@@ -162,7 +174,7 @@ class Flux2Pipeline(BasePipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
-    ) -> Flux2Output | tuple[Any]:
+    ) -> Flux2Output | Any:  # a tuple if asked for, which checkers need not have all other callers rule out
         """Make images. None means the variant's default.
 
         Args:
@@ -288,9 +300,10 @@ class Flux2Pipeline(BasePipeline):
         arguments.draw(
             generator, request, self.checkpoint.components["transformer"].config.in_channels, self.token_size
         )
-        masks, edited = mask_origins or [None], None
+        edited: dict[str, Any] | None = None
         if images:
-            edited = {"images": origins, "strength": strength, "mask": masks[0], "mask_crop": padding_mask_crop}
+            mask = mask_origins[0] if mask_origins else None
+            edited = {"images": origins, "strength": strength, "mask": mask, "mask_crop": padding_mask_crop}
             edited |= {"extend": None, "match_colors": match_colors}
         unsaid = {
             "latents": latents,

@@ -140,18 +140,19 @@ class Canvas:
         if match_colors:
             shown = matched(shown, self.original.crop(self.box), np.asarray(self.mask.crop(self.box)) == 0)
         layer.paste(shown, (left, top))
-        return Image.composite(layer, self.original, self._opacity())
+        return Image.composite(layer, self.original, _feathered(self.mask, self.feather))
 
-    def _opacity(self) -> Image.Image:
-        """The mask, rising from nothing at its border over `feather` pixels; borders of the image are none."""
-        if not self.feather:
-            return self.mask
-        margin = 3 * self.feather
-        mask = np.pad(np.asarray(self.mask), margin, mode="edge")
-        soft = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(self.feather / 2))
-        inner = np.asarray(soft, dtype=np.float32)[margin:-margin, margin:-margin]
-        # In an inner corner of the mask the blur rises before its border.
-        return Image.fromarray(np.minimum(np.clip(2 * inner - 255, 0, 255).astype(np.uint8), np.asarray(self.mask)))
+
+def _feathered(mask: Image.Image, feather: int) -> Image.Image:
+    """The mask, rising from nothing at its border over `feather` pixels; borders of the image are none."""
+    if not feather:
+        return mask
+    values, margin = np.asarray(mask), 3 * feather
+    padded = Image.fromarray(np.pad(values, margin, mode="edge"))
+    soft = np.asarray(padded.filter(ImageFilter.GaussianBlur(feather / 2)), dtype=np.float32)
+    inner = soft[margin:-margin, margin:-margin]
+    # In an inner corner of the mask the blur rises before its border.
+    return Image.fromarray(np.minimum(np.clip(2 * inner - 255, 0, 255).astype(np.uint8), values))
 
 
 def _binary(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -160,9 +161,16 @@ def _binary(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
             f"the mask has {mask.width}×{mask.height} pixels, its image {size[0]}×{size[1]}; make them equal"
         )
     mask = mask.convert("L").point(lambda value: 255 if value >= 128 else 0)
-    if mask.getbbox() is None:
-        raise InputError("the mask is black, so nothing would change; make white what is to be painted over")
+    _marked(mask)
     return mask
+
+
+def _marked(mask: Image.Image) -> Box:
+    """The box around what a mask marks; InputError if that is nothing."""
+    box = mask.getbbox()
+    if box is None:
+        raise InputError("the mask is black, so nothing would change; make white what is to be painted over")
+    return box
 
 
 def _token_mask(mask: np.ndarray, multiple: int) -> np.ndarray:
@@ -178,7 +186,7 @@ def _token_mask(mask: np.ndarray, multiple: int) -> np.ndarray:
 
 def crop_box(mask: Image.Image, aspect: float, padding: int) -> Box:
     """What a mask marks with `padding` pixels around it, widened to width / height = `aspect` where there is room."""
-    left, top, right, bottom = mask.getbbox()
+    left, top, right, bottom = _marked(mask)
     left, top = max(left - padding, 0), max(top - padding, 0)
     right, bottom = min(right + padding, mask.width), min(bottom + padding, mask.height)
     if (right - left) / (bottom - top) > aspect:
@@ -327,8 +335,9 @@ class Edit:
 
     def output_size(self, width: int, height: int) -> tuple[int, int]:
         """Size of the images of a run at `width`×`height`: where there is a mask, that of the original."""
-        masked = self.canvas is not None and self.canvas.mask is not None
-        return self.canvas.original.size if masked else (width, height)
+        if self.canvas is not None and self.canvas.mask is not None:
+            return self.canvas.original.size
+        return width, height
 
     def token_counts(self, multiple: int) -> list[int]:
         """How many tokens each reference is."""

@@ -68,10 +68,15 @@ class Request:
         `negative_prompt` is one for all prompts or one for each; None: empty ones. Like all of guidance it has no
         effect up to a guidance of 1.
         """
-        height, width, steps = _integer("height", height), _integer("width", width), _integer("steps", steps)
+        height, width, steps = (
+            _integer_or_none("height", height),
+            _integer_or_none("width", width),
+            _integer_or_none("steps", steps),
+        )
         images_per_prompt = _integer("images per prompt", images_per_prompt)
-        max_sequence_length = _integer("max_sequence_length", max_sequence_length)
-        guidance, strength = _number("guidance", guidance), _number("strength", strength)
+        max_sequence_length = _integer_or_none("max_sequence_length", max_sequence_length)
+        guidance = None if guidance is None else _number("guidance", guidance)
+        strength = None if strength is None else _number("strength", strength)
         for prompt in prompts:
             _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
         shift_steps = None
@@ -179,18 +184,25 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _integer(name: str, value: Any) -> int | None:
+def _integer_or_none(name: str, value: Any) -> int | None:
     """A whole number of any type, or None."""
+    return None if value is None else _integer(name, value)
+
+
+def _integer(name: str, value: Any) -> int:
+    """A whole number of any type."""
+    given: Any = None if isinstance(value, bool) else value
     try:
-        return value if value is None else operator.index(None if isinstance(value, bool) else value)
+        return operator.index(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} must be a whole number, got {value!r:.40}") from error
 
 
-def _number(name: str, value: Any) -> float | None:
-    """A number of any type, or None."""
+def _number(name: str, value: Any) -> float:
+    """A number of any type."""
+    given: Any = None if isinstance(value, str | bytes) else value
     try:
-        return value if value is None else float(None if isinstance(value, str | bytes) else value)
+        return float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{name} must be a number, got {value!r:.40}") from error
 

@@ -7,12 +7,16 @@ from contextlib import contextmanager
 
 from .errors import RequirementError
 
+TYPE_CHECKING = False  # as in __init__.py
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 PYTHON = (3, 11)
 MLX = ((0, 32, 4), (0, 33))  # the first that is right, and the first that nobody has tried
 _DARWIN = 23  # the kernel of macOS 14
 
 
-def check():
+def check() -> None:
     """Raise RequirementError where Python or the system can't be used. Takes no time, and imports nothing."""
     if sys.version_info[:2] < PYTHON:
         found, wanted = (".".join(map(str, version[:2])) for version in (sys.version_info, PYTHON))
@@ -24,7 +28,7 @@ def check():
         _check_mac(os.uname())
 
 
-def _check_mac(system):
+def _check_mac(system: "os.uname_result") -> None:
     if system.machine != "arm64":
         found = f"{sys.executable} runs as {system.machine}"
         raise RequirementError(f"a Mac with Apple Silicon is needed, and on it a Python for arm64, and {found}")
@@ -32,21 +36,21 @@ def _check_mac(system):
         raise RequirementError(f"macOS 14 or later is needed, and this is an older one (Darwin {system.release})")
 
 
-def check_mlx(version):
+def check_mlx(version: str) -> None:
     """Raise RequirementError unless this version of MLX gives right results."""
     numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
     if not MLX[0] <= numbers < MLX[1]:
         raise RequirementError(f'MLX {version} can\'t be used; install the right one: pip install "{mlx_range()}"')
 
 
-def mlx_range():
+def mlx_range() -> str:
     """The versions of MLX that can be used, as pip reads them."""
     least, above = (".".join(map(str, version)) for version in MLX)
     return f"mlx>={least},<{above}"
 
 
 @contextmanager
-def mlx_needed():
+def mlx_needed() -> "Iterator[None]":
     """Turn the ImportError of an MLX that is missing, or lacks the library that computes, into a RequirementError."""
     try:
         yield

@@ -63,7 +63,7 @@ def stored(image: Image.Image) -> dict[str, Any] | None:
 
 
 def _text(image: Image.Image) -> str:
-    if image.format == "PNG":
+    if isinstance(image, PngImagePlugin.PngImageFile):
         return image.text.get(_KEY, "")
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):

@@ -4,9 +4,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
-from .acquisition import Announce, Progress, acquire, unheard
+from .acquisition import Announce, Progress, acquire, labelled, unheard
 from .checkpoint import MANIFEST, Checkpoint, is_checkpoint, variant_components
 from .components import COMPONENTS, PAINTING
 from .config import QUANTIZATIONS, VARIANTS
@@ -28,12 +29,12 @@ def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
 
 
 def find_checkpoint(
-    source: str | os.PathLike | Model,
+    source: str | os.PathLike[str] | Model,
     *,
     variant: str | None = None,
     quant: str | None = None,
     text_quant: str | None = None,
-    models_dir: str | os.PathLike | None = None,
+    models_dir: str | os.PathLike[str] | None = None,
     text_only: bool = False,
     only_converted: bool = False,
     keep_source: bool = True,
@@ -62,7 +63,7 @@ def find_checkpoint(
     model = resolve(source, models_dir)
     variant = checked_variant(model, variant)
     if model.is_checkpoint:
-        return _holding(model.path, variant)
+        return _holding(model.place, variant)
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
     opened = open_source(model, variant, text_only=text_only) if model.kind == SOURCE else None
@@ -73,7 +74,7 @@ def find_checkpoint(
     if only_converted:
         raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
     outline = _outline(model, opened, quant, text_quant, text_only) if check else None
-    if outline is not None:
+    if check is not None and outline is not None:
         check(outline)
     check_writable(targets[0])
     made_from = model
@@ -88,7 +89,7 @@ def find_checkpoint(
             variant=variant,
             text_only=text_only,
             keep_source=keep_source,
-            check=check and (lambda found: _is_as_told(outline, found) or check(found)),
+            check=check and partial(_check_again, check, outline),
             announce=announce,
             progress=progress,
         )
@@ -109,8 +110,10 @@ def _outline(model: Model, source: Source | None, quant: str, text_quant: str, t
     return Checkpoint.outline(model.variant, quant, text_quant, components)
 
 
-def _is_as_told(outline: Checkpoint | None, found: Checkpoint) -> bool:
-    return outline is not None and outline.model == found.model
+def _check_again(check: Callable[[Checkpoint], object], outline: Checkpoint | None, found: Checkpoint) -> None:
+    """Have what the files say checked, if it is something else than the `outline` that was."""
+    if outline is None or outline.model != found.model:
+        check(found)
 
 
 def checked_variant(model: Model, variant: str | None) -> str | None:
@@ -152,18 +155,29 @@ def make_checkpoint(
         keep_source, check, announce: of what is fetched; see `acquire`.
         progress: called with bytes done, bytes in all, and `download` or `convert`.
     """
-    converting = progress and (lambda done, total: progress(done, total, "convert"))
+    converting = labelled(progress, "convert")
     if model.is_checkpoint:
-        stored = Checkpoint.open(_holding(model.path, variant))
+        stored = Checkpoint.open(_holding(model.place, variant))
         requantize(stored, target, quant, text_quant, force=force, progress=converting)
         return
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
     if model.path is None:
-        hooks = {"keep_source": keep_source, "check": check, "announce": announce, "progress": progress}
-        named = {"known": model.variant, "variant": variant, "text_only": text_only}
-        with _suggesting(model.repo):
-            acquire(model.repo, target, quant, text_quant, force=force, **named, **hooks)
+        with _suggesting(model.origin):
+            acquire(
+                model.origin,
+                target,
+                quant,
+                text_quant,
+                known=model.variant,
+                variant=variant,
+                text_only=text_only,
+                keep_source=keep_source,
+                force=force,
+                check=check,
+                announce=announce,
+                progress=progress,
+            )
     else:
         with Claim(model.path.absolute().parent.parent) if model.repo else nullcontext():  # of the Hub's cache
             source = open_source(model, variant, text_only=text_only)
@@ -179,7 +193,7 @@ def open_source(model: Model, variant: str | None, *, text_only: bool = False) -
         variant: what `checked_variant` gives.
         text_only: leave out the transformer and the VAE.
     """
-    return Source.open(model.path, variant, text_only=text_only)
+    return Source.open(model.place, variant, text_only=text_only)
 
 
 @contextmanager
@@ -195,7 +209,7 @@ def _suggesting(repo: str) -> Iterator[None]:
 
 def _folder_name(model: Model) -> str:
     """How the checkpoints begin that are converted from a model of the table or a repo."""
-    return model.variant.name if model.variant else model.repo.replace("/", "--")
+    return model.variant.name if model.variant else model.origin.replace("/", "--")
 
 
 def _holding(folder: Path, variant: str | None) -> Path:
@@ -232,7 +246,7 @@ def _unless_made(target: Path) -> Iterator[None]:
 
 def conversions(
     model: Model,
-    models_dir: str | os.PathLike | None = None,
+    models_dir: str | os.PathLike[str] | None = None,
     *,
     variant: str | None = None,
     painting: bool = False,
@@ -248,7 +262,7 @@ def conversions(
         painting: leave out those that can't make images or are damaged.
     """
     if model.is_checkpoint:
-        return [model.path]
+        return [model.place]
     digest = open_source(model, checked_variant(model, variant)).fingerprint if model.kind == SOURCE else None
     found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
     return [path for path in found if not painting or _can_paint(path)]
@@ -266,14 +280,14 @@ def _unquantized(folder: Path, model: str, quant: str, text_quant: str) -> Path 
     return next((folder / name for name in sorted(names) if is_checkpoint(folder / name)), None)
 
 
-def converted_folders(models_dir: str | os.PathLike | None = None) -> dict[str, list[Path]]:
+def converted_folders(models_dir: str | os.PathLike[str] | None = None) -> dict[str, list[Path]]:
     """The checkpoints that were converted from the models of the table and can make images, by the models' names."""
     paths = [path for path in stored_checkpoints(models_folder(models_dir)) if _can_paint(path)]
     models = {name: Model(VARIANT, name, variant, variant.repo) for name, variant in VARIANTS.items()}
     return {name: [path for path in paths if model.repo and _is_of(path, model)] for name, model in models.items()}
 
 
-def named_checkpoints(name: str, models_dir: str | os.PathLike | None = None) -> list[Path]:
+def named_checkpoints(name: str, models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """The checkpoint that `name` stands for, or those that were converted from what it stands for.
 
     Args:
@@ -303,7 +317,7 @@ def _is_of(folder: Path, model: Model, fingerprint: str | None = None) -> bool:
     if model.kind == SOURCE:
         return source.get("fingerprint") == fingerprint
     name = source.get("name")
-    return isinstance(name, str) and name.lower() in (model.repo.lower(), model.variant and model.variant.name)
+    return isinstance(name, str) and name.lower() in (model.origin.lower(), model.variant and model.variant.name)
 
 
 def _can_paint(folder: Path) -> bool:

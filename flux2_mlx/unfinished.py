@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from . import __version__
-from .device import dtype_name
+from .device import MLX_VERSION, dtype_name
 from .embedding_cache import EmbeddingCache, Form, fingerprint
 from .networks import Networks
 from .references import Edit
@@ -70,14 +71,14 @@ class Waiting:
 
 def _keys(networks: Networks, request: Request, edit: Edit) -> Iterator[str]:
     settings = asdict(request) | dict.fromkeys(("prompts", "negative_prompts", "seeds"))
-    shared = [__version__, mx.__version__, str(mx.default_device()), _model(networks), settings, _pictures(edit)]
+    shared = [__version__, MLX_VERSION, str(mx.default_device()), _model(networks), settings, _pictures(edit)]
     for place, seed in enumerate(request.seeds):
         number = place // request.images_per_prompt
         own = [request.prompts[number], request.negative_prompts[number:][:1], seed]
         yield hashlib.sha256(json.dumps([*shared, *own]).encode()).hexdigest()
 
 
-def _model(networks: Networks) -> list:
+def _model(networks: Networks) -> list[Any]:
     """What tells this model from all others: the very files that it is read from, and what is made of them."""
     checkpoint = networks.checkpoint
     names = [checkpoint.variant.name, networks.quant, networks.text_quant, dtype_name(networks.dtype)]

@@ -49,12 +49,12 @@ class Writer:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike | Model,
+        source: str | os.PathLike[str] | Model,
         *,
         variant: str | None = None,
         text_quant: str | None = None,
         dtype: str | None = None,
-        models_dir: str | os.PathLike | None = None,
+        models_dir: str | os.PathLike[str] | None = None,
         memory_limit: int | str | None = None,
         keep_source: bool = True,
         announce: Announce | None = None,
@@ -78,8 +78,9 @@ class Writer:
         """
 
         def networks(checkpoint: Checkpoint) -> Networks:
-            settings = {"text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
-            return Networks.open(checkpoint, **settings, text_only=True)
+            return Networks.open(
+                checkpoint, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit, text_only=True
+            )
 
         activation_dtype(dtype), memory_bytes(memory_limit)  # InputError if there are none of these
 
@@ -121,8 +122,9 @@ class Writer:
         check_prompts(prompts)
         images = [shown(images)] if images else []
         system, questions = UPSAMPLE_I2I if images else UPSAMPLE_T2I, [(prompt, images) for prompt in prompts]
-        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "on_text": on_text}
-        return self.write(questions, system, **settings)
+        return self.write(
+            questions, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, on_text=on_text
+        )
 
     def describe(
         self,
@@ -135,8 +137,9 @@ class Writer:
     ) -> list[str]:
         """What is to be seen in each RGB image, in words that an image can be made from; settings as of `write`."""
         questions = [("Describe this image.", [shown([image])]) for image in images]
-        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "on_text": on_text}
-        return self.write(questions, DESCRIBE, **settings)
+        return self.write(
+            questions, DESCRIBE, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, on_text=on_text
+        )
 
     def write(
         self,
@@ -162,7 +165,6 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        settings = {"temperature": temperature, "max_tokens": max_new_tokens}
         answers = []
         with turn():
             meter = Meter(self.timings, planned, self.networks.reading)
@@ -173,9 +175,15 @@ class Writer:
             with meter.phase("language_model"):
                 model = self.networks.load_language_model(planned)
                 for number, (ids, (_, images)) in enumerate(zip(prompts, questions, strict=True)):
-                    settings["embeddings"] = self._embeddings(model, ids, [features[id(image)] for image in images])
-                    settings["seed"] = None if seed is None else (seed + number) % 2**64
-                    tokens = generate(model, ids, self.checkpoint.tokenizer.end_ids, **settings)
+                    tokens = generate(
+                        model,
+                        ids,
+                        self.checkpoint.tokenizer.end_ids,
+                        embeddings=self._embeddings(model, ids, [features[id(image)] for image in images]),
+                        temperature=temperature,
+                        max_tokens=max_new_tokens,
+                        seed=None if seed is None else (seed + number) % 2**64,
+                    )
                     answers.append(self._read(tokens, number, on_text))
                 del model, tokens  # or they would outlive the phase
         return answers
@@ -304,5 +312,5 @@ class WritingMethods:
         if len(images) != 1:
             raise InputError(f"one image is described at a time, got {len(images)}")
         kinds(vision=(vision, Writer))
-        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-        return (vision or self.writer()).describe(images, **settings)[0]
+        writer = vision or self.writer()
+        return writer.describe(images, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)[0]

@@ -243,7 +243,7 @@ def _read_tensor(file: BinaryIO, name: str, tensor: TensorInfo, whole: Any, mete
     own, flaws, kind = hashlib.sha256(), set(), _FLOATS.get(tensor.dtype)
     for data in _pieces(file, tensor.nbytes, [whole, own], meter):
         if kind:
-            bits = np.frombuffer(data, kind.bits)
+            bits: np.ndarray = np.frombuffer(data, kind.bits)
             if ((bits & kind.exponent) == kind.exponent).any():
                 flaws.add("has values that are not finite")
             if name.endswith("running_var") and (bits > kind.sign).any():

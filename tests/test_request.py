@@ -36,6 +36,7 @@ def test_defaults_come_from_the_variant(variant):
         ({"steps": True}, "steps must be a whole number, got True"),
         ({"seed": "7"}, "seed must be a whole number, got '7'"),
         ({"max_sequence_length": 1.5}, r"max_sequence_length must be a whole number, got 1\.5"),
+        ({"images_per_prompt": None}, "images per prompt must be a whole number, got None"),
         ({"guidance": 10**400}, "guidance must be a number, got 1000"),
         ({"guidance": "much"}, "guidance must be a number, got 'much'"),
         ({"strength": [1]}, r"strength must be a number, got \[1\]"),

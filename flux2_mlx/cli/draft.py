@@ -64,8 +64,10 @@ class Drafts:
         from ..networks import Networks
 
         job = self._job
-        settings = {"quant": job.quant, "text_quant": job.text_quant, "dtype": job.dtype}
-        self.of(Networks.open(outline, **settings, memory_limit=job.memory_limit))
+        networks = Networks.open(
+            outline, quant=job.quant, text_quant=job.text_quant, dtype=job.dtype, memory_limit=job.memory_limit
+        )
+        self.of(networks)
 
     def of(self, networks: "Networks") -> Draft:
         """The draft for a model, which need not be here yet."""
@@ -100,7 +102,7 @@ def _batches(job: Job, build: "Callable[..., Request]") -> list[Batch]:
     """The images of a job in as few runs as their settings allow; `build` makes a request of prompts and settings."""
     from ..request import MAX_IMAGES
 
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for place, frame in enumerate(job.frames):
         groups.setdefault(tuple(job.settings(frame.prompt).values()), []).append(place)
     parts = (

@@ -33,7 +33,7 @@ def _reported() -> Iterator[None]:
         with mlx_needed():
             yield
     except click.ClickException as error:
-        error.message = line(error.message)
+        error.message = line(error.message)  # type: ignore[misc]  # click calls it final, but it may hold escapes
         raise
     except Flux2Error as error:
         raise click.ClickException(line(str(error))) from error

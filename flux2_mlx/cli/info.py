@@ -1,9 +1,9 @@
 """`flux2-mlx info`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,8 +16,11 @@ from .report import is_image, print_settings
 from .terminal import print_result, to_json
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..names import Model
     from ..networks import Networks
+
+Shown = TypeVar("Shown")
 
 
 @click.command()
@@ -64,25 +67,36 @@ def info(
         if given := [name for name, value in planning.items() if value is not None]:
             raise click.UsageError(f"--{given[0]} is about one model; give a MODEL")
     if model is None:
-        shown, show = _all_rows(models_dir), _print_all
+        _put(_all_rows(models_dir), _print_all, as_json)
     elif is_image(model):
-        shown, show = read_settings(Path(model)), print_settings
+        settings = read_settings(Path(model))
+        _put(settings, print_settings, as_json)
+        if said := elsewhere(settings, Path(model)):
+            notice(said, quiet=False)
     else:
         from ..device import memory_reason
+        from ..networks import Networks
         from ..store import conversions, resolve
 
-        wanted = {"quant": quant, "text_quant": text_quant, "dtype": dtype, "memory_limit": memory_limit}
         resolved = resolve(model, models_dir)
         folders = conversions(resolved, models_dir, variant=variant, painting=True)
-        networks = _networks(resolved, folders, variant, **wanted)
-        shown = _one_row(resolved, networks, folders) | _plan(networks, width, height)
-        shown, show = shown | {"limit_reason": None if memory_limit else memory_reason()}, _print_one
+        networks = Networks.open(
+            _described(resolved, folders, variant, quant),
+            quant=quant,
+            text_quant=text_quant,
+            dtype=dtype,
+            memory_limit=memory_limit,
+        )
+        row = _one_row(resolved, networks, folders) | _plan(networks, width, height)
+        _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
+
+
+def _put(shown: Shown, show: Callable[[Shown], None], as_json: bool) -> None:
+    """Print as JSON, or else as `show` does."""
     if as_json:
         print_result(to_json(shown))
     else:
         show(shown)
-    if model is not None and is_image(model) and (said := elsewhere(shown, Path(model))):
-        notice(said, quiet=False)
 
 
 def _all_rows(models_dir: Path | None) -> list[dict[str, Any]]:
@@ -134,24 +148,22 @@ def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[
     return row if official else row | {"licence": None, "gated": None}
 
 
-def _networks(model: "Model", folders: list[Path], variant: str | None, **wanted: Any) -> "Networks":
-    """Those that a run of `model` would use: of the checkpoint that it is, or else as it would be converted."""
+def _described(model: "Model", folders: list[Path], variant: str | None, quant: str | None) -> "Checkpoint | Variant":
+    """What a run of `model` would use: the checkpoint that it is, or else what it would be converted to."""
     from ..checkpoint import Checkpoint, fitted
     from ..names import SOURCE, VARIANT
-    from ..networks import Networks
     from ..store import checked_variant, open_source
 
     said = checked_variant(model, variant)
     if model.kind == SOURCE:
         source = open_source(model, said)
-        return Networks.open(fitted(source.variant, source.configs), **wanted)
-    if model.kind == VARIANT:
-        return Networks.open(model.variant, **wanted)
+        return fitted(source.variant, source.configs)
+    if model.kind == VARIANT and model.variant:
+        return model.variant
     if not folders:
         raise InputError(f"{model.name} is not converted yet, so nothing is known of it; download it first")
     checkpoints = [Checkpoint.open(folder) for folder in folders]
-    stored = next((x for x in checkpoints if x.quant == wanted["quant"]), checkpoints[0])
-    return Networks.open(stored, **wanted)
+    return next((x for x in checkpoints if x.quant == quant), checkpoints[0])
 
 
 def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def main() -> None:
         sys.exit(report(stop))
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "cli":
         from .group import cli
 

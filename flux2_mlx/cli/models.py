@@ -63,7 +63,7 @@ def _values(item: "Item") -> dict[str, Any]:
         "bytes": item.nbytes,
         "last_used": None if item.used is None else _time(item.used).isoformat(timespec="seconds"),
         "note": item.note,
-        "removable": item.remove is not None,
+        "removable": item.removable,
     }
 
 
@@ -77,7 +77,7 @@ def _list(folder: Path, items: "list[Item]") -> None:
         used = "" if item.used is None else f"{_time(item.used):%Y-%m-%d}"
         row = f"{item.kind:12}{item.name:{width}}{size_text(item.nbytes):>11}  {used:12}{item.note}"
         print_result(printable(row.rstrip()))
-    removable = sum(item.nbytes for item in items if item.remove is not None)
+    removable = sum(item.nbytes for item in items if item.removable)
     print_result(f"{size_text(removable)} can be removed with `flux2-mlx models rm`; converted models are in {folder}")
 
 
@@ -144,7 +144,7 @@ def _named(name: str, items: "list[Item]", only: str | None) -> "list[Item]":
         what = f"no {only} model" if only else "nothing"
         raise InputError(f"there is {what} called {name!r}; `flux2-mlx models` lists what there is")
     for item in found:
-        if item.remove is None:
+        if not item.removable:
             raise InputError(f"{item.path} is {item.note}, so it stays; remove it yourself")
     return found
 

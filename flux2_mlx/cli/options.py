@@ -4,12 +4,14 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..config import DTYPES, QUANTIZATIONS
 from .wakefulness import caffeinate_option
 
+Command = Callable[..., Any]
 DEFAULT_MODEL = "klein-4b"
 
 
@@ -67,7 +69,7 @@ image_option = click.option(
 )
 
 
-def weight_options(command: Callable) -> Callable:
+def weight_options(command: Command) -> Command:
     """`--quant` and `--text-quant`."""
     return quant_option(text_quant_option(command))
 
@@ -155,28 +157,28 @@ _PROMPT = (
 )
 
 
-def _apply(options: Sequence[Callable], command: Callable) -> Callable:
+def _apply(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def painting_options(command: Callable) -> Callable:
+def painting_options(command: Command) -> Command:
     """The options of every command that makes images, in the order of the help."""
     return _apply(_PAINTING, command)
 
 
-def writing_options(command: Callable) -> Callable:
+def writing_options(command: Command) -> Command:
     """The options of every command that only writes text, in the order of the help."""
     return _apply(_WRITING, command)
 
 
-def size_options(text: str) -> Callable:
+def size_options(text: str) -> Callable[[Command], Command]:
     """`--width` and `--height`; `text` ends their help."""
     names = (("-W", "--width"), ("-H", "--height"))
     return partial(_apply, [click.option(*name, type=int, help=f"Pixels, a multiple of 16{text}") for name in names])
 
 
-def prompt_options(command: Callable) -> Callable:
+def prompt_options(command: Command) -> Command:
     """`--prompts-file` and `--replay`."""
     return _apply(_PROMPT, command)

@@ -123,9 +123,11 @@ def _listener(
             if not as_json:
                 with bars.aside():
                     print_result(path)
-        step = progress.step
-        if step is not None and job.checkpoint and step.number % job.checkpoint == 0 and step.number < request.steps:
-            _save_previews(job, [record.paths[place] for place in about], step.number, progress.preview())
+        step, preview = progress.step, progress.preview
+        if step is None or preview is None or not job.checkpoint:
+            return
+        if step.number % job.checkpoint == 0 and step.number < request.steps:
+            _save_previews(job, [record.paths[place] for place in about], step.number, preview())
 
     return on_progress
 
@@ -259,6 +261,11 @@ def _seeing(pipe: "Flux2Pipeline", job: Job, bars: Bars) -> "Writer":
     own = pipe.writer()
     if own.can_see:
         return own
-    options = {"dtype": job.dtype, "memory_limit": job.memory_limit, "models_dir": job.models_dir}
-    options["keep_source"] = job.keep_source
-    return open_writer(job.vision_model, bars, **options)
+    return open_writer(
+        job.vision_model,
+        bars,
+        dtype=job.dtype,
+        memory_limit=job.memory_limit,
+        models_dir=job.models_dir,
+        keep_source=job.keep_source,
+    )

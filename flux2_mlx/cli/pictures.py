@@ -82,7 +82,7 @@ class Pictures:
     @property
     def keep_size(self) -> bool:
         """Whether the size is that of the first image."""
-        return self.match_colors or not (self.strength is self.mask is self.extend is None)
+        return self.match_colors or any(given is not None for given in (self.strength, self.mask, self.extend))
 
     def completed(self, edit: dict[str, Any], image: Path) -> "Pictures":
         """These pictures, and for all that is not given what `image` remembers of its `edit`.

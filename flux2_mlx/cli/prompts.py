@@ -232,7 +232,7 @@ def _typed(key: str, value: Any, kind: type) -> Any:
                 f"images is how many to make, a whole number, not {shown}; pictures to edit are given by -i"
             )
         raise InputError(f"{key} must be {_NAMES[kind]}, got {shown}")
-    if kind is str and (control := _CONTROL.search(value)):
+    if isinstance(value, str) and (control := _CONTROL.search(value)):
         raise InputError(f"{key} has the control character {control[0]!a}")
     return value
 

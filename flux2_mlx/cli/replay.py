@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ _OPTIONAL = {
     **dict.fromkeys(("edit", "machine"), dict | None),
     "beyond": list | None,
 }
-_MACHINE = {
+_MACHINE: dict[str, Callable[[Any], str]] = {
     "chip": str,
     "system": str,
     "mlx": lambda version: f"MLX {version}",
@@ -165,7 +166,7 @@ def label(model: "Model") -> str:
     """What an image says of its model: a name or repo, or of what is in a folder of this machine that one's name."""
     if model.variant:
         return model.variant.name
-    return model.repo or Path(os.path.abspath(model.path)).name
+    return model.repo or Path(os.path.abspath(model.place)).name
 
 
 def without_folder(name: str) -> str:

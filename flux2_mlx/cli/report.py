@@ -46,7 +46,7 @@ class Record:
     skipped: list[int] = field(default_factory=list)
     _start: float = field(default_factory=time.perf_counter)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.texts = [prompt.text for prompt in self.job.prompts]
         self.paths = list(self.draft.paths)
 

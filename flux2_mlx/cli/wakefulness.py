@@ -23,11 +23,15 @@ def awake() -> Iterator[None]:
         return
     import subprocess
 
-    watching = None
-    # A session of its own, or Ctrl-C would end it while the command still puts its things away.
-    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | {"start_new_session": True}
+    watching, silent = None, subprocess.DEVNULL
     with suppress(OSError):
-        watching = subprocess.Popen([program, "-i", "-w", str(os.getpid())], **silent)
+        watching = subprocess.Popen(
+            [program, "-i", "-w", str(os.getpid())],
+            stdin=silent,
+            stdout=silent,
+            stderr=silent,
+            start_new_session=True,  # or Ctrl-C would end it while the command still puts its things away
+        )
     try:
         yield
     finally:
@@ -36,7 +40,7 @@ def awake() -> Iterator[None]:
             watching.wait()
 
 
-def caffeinate_option(command: Callable) -> Callable:
+def caffeinate_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--no-caffeinate`, and without it the command is `awake` while it works."""
 
     @functools.wraps(command)

@@ -90,10 +90,10 @@ def check_attention(head_dim: int, dtype: mx.Dtype) -> Finding:
     q, k, v = (_normal((1, heads, 256, head_dim), dtype, seed) for seed, heads in enumerate((8, 2, 2)))
     mask = np.random.RandomState(0).rand(1, 1, 256, 256) < 0.7
     y = layers.attention(q, k, v, mx.array(mask))
-    k, v = (np.repeat(_float64(x), 4, axis=1) for x in (k, v))
-    scores = np.where(mask, _float64(q) @ k.swapaxes(2, 3) / np.sqrt(head_dim), -np.inf)
+    keys, values = (np.repeat(_float64(x), 4, axis=1) for x in (k, v))
+    scores = np.where(mask, _float64(q) @ keys.swapaxes(2, 3) / np.sqrt(head_dim), -np.inf)
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    expected = (scores / scores.sum(axis=-1, keepdims=True)) @ v
+    expected = (scores / scores.sum(axis=-1, keepdims=True)) @ values
     error = _error(y, expected.transpose(0, 2, 1, 3).reshape(1, 256, -1))
     most = BOUNDS[dtype]
     return judged(f"attention, {head_dim} wide", f"error {error:.1e}", f"< {most:.0e}", error < most, _WRONG)

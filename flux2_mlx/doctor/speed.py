@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -74,7 +76,7 @@ def check_dispatch(dtype: mx.Dtype) -> Finding:
     for tokens in (4096, 8192, 16384):
         q = mx.random.normal((1, 24, tokens, 128), key=mx.random.key(0)).astype(dtype)
         operations = 4 * tokens**2 * 24 * 128
-        slowest = max(slowest, min(timed(lambda q=q: layers.attention(q, q, q), 2)) / operations)
+        slowest = max(slowest, min(timed(partial(layers.attention, q, q, q), 2)) / operations)
     seconds = slowest * layers.OPERATIONS_PER_CHUNK
     advice = "macOS may stop it while the display is on; let the display sleep during runs"
     return judged(name, f"{seconds:.2f} s", f"< {MOST_DISPATCH:.0f} s", seconds < MOST_DISPATCH, advice, "warn")
@@ -149,14 +151,14 @@ def check_overlap(file: Path | None) -> Finding:
 
 def _forget(file: Path) -> None:
     """Have the system read a file from its disk, not from its memory."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux":
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _bypass(descriptor: int) -> None:
     """Have macOS, which can't be told to forget, not remember what is written."""
-    if not hasattr(os, "posix_fadvise"):
+    if sys.platform == "darwin":
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)

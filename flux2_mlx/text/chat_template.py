@@ -30,9 +30,10 @@ def check_template(path: Path, template: str, calls: list[dict[str, Any]], expec
 @lru_cache(maxsize=64)
 def _rendered(request: str) -> list[str]:
     """The texts that the process gives for a `request`; ValueError if it gives none, which is not remembered."""
-    command, options = [sys.executable, str(_PROCESS)], {"capture_output": True, "text": True, "timeout": _SECONDS}
+    command = [sys.executable, str(_PROCESS)]
     try:
-        answer = json.loads(subprocess.run(command, input=request, check=False, **options).stdout)
+        process = subprocess.run(command, input=request, capture_output=True, text=True, check=False, timeout=_SECONDS)
+        answer = json.loads(process.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
         raise ValueError("it takes too much time or memory") from error
     except OSError as error:

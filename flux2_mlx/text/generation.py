@@ -23,7 +23,7 @@ def embed(model: LanguageModel, ids: Sequence[int], features: Sequence[mx.array]
     """Embeddings `[L, D]` of token ids, with the `features` `[cells, D]` of images in the places of `image_id`."""
     tokens = np.array(ids)
     embeddings = model.embed_tokens(mx.array(tokens)).astype(features[0].dtype)
-    embeddings[mx.array(np.flatnonzero(tokens == image_id))] = mx.concatenate(features)
+    embeddings[mx.array(np.flatnonzero(tokens == image_id))] = mx.concatenate(list(features))
     return embeddings
 
 
@@ -64,7 +64,7 @@ def generate(
         return mx.random.categorical(logprobs * (1 / temperature), key=part)
 
     steps = generate_step(
-        mx.array(ids),
+        mx.array(list(ids)),
         model,
         max_tokens=max_tokens,
         sampler=sample,
@@ -73,9 +73,9 @@ def generate(
     try:
         for token, log_probabilities in steps:
             check_finite(log_probabilities, "language model")
-            if token in ends:
+            if int(token) in ends:
                 return
-            yield token
+            yield int(token)
     finally:
         steps.close()
         mx.synchronize(generation_stream)  # the next token is being worked out already

@@ -53,7 +53,7 @@ def main() -> None:
             resource.setrlimit(limit, (value, value))
     request = json.load(sys.stdin)
     try:
-        answer = {"texts": _rendered(request["template"], request["calls"])}
+        answer: dict[str, Any] = {"texts": _rendered(request["template"], request["calls"])}
     except Exception as error:  # whatever a template does wrong
         answer = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
     json.dump(answer, sys.stdout)

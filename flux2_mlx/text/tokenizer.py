@@ -55,10 +55,13 @@ class PromptTokenizer(ABC):
         named = self._names(settings, padding)
         self._pads_left = _is_left(settings.pads_left, padding, self.pads_left)
         self._cuts_left = _is_left(settings.cuts_left, truncation, False)
-        self._pad_id = self._extend(settings).get(named.get("pad_token"))
-        if self._pad_id is None:
-            pad = reprlib.repr(named.get("pad_token"))
-            raise CheckpointError(f"{path.with_name(CONFIG)}: pad_token is {pad}, but prompts are padded; name a token")
+        vocabulary, pad = self._extend(settings), named.get("pad_token")
+        if pad not in vocabulary:
+            shown = reprlib.repr(pad)
+            raise CheckpointError(
+                f"{path.with_name(CONFIG)}: pad_token is {shown}, but prompts are padded; name a token"
+            )
+        self._pad_id = vocabulary[pad]
         self._check_processor(processor, named.get("bos_token"))
         if settings.template:
             calls = [self.template_call(prompt) | named for prompt in self.probes]

@@ -69,8 +69,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def __call__(self, x: Rows) -> Rows:
-        y = self.conv1(self.norm1.silu(x)).store(keep=True)  # x is added below
-        y = self.conv2(self.norm2.silu(y))
+        inner = self.conv1(self.norm1.silu(x)).store(keep=True)  # x is added below
+        y = self.conv2(self.norm2.silu(inner))
         return Sum(y, self.conv_shortcut(x) if "conv_shortcut" in self else x).store()
 
 

@@ -22,6 +22,10 @@ STRIP_BYTES = 256 * 1024 * 1024
 class Rows:
     """An activation `[B, H, W, C]` whose rows are computed from those of its sources when they are read."""
 
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    runner: "Runner"
+
     def __init__(self, *sources: "Rows", shape: tuple[int, ...] | None = None, dtype: mx.Dtype | None = None):
         self._sources, self.runner = sources, sources[0].runner
         self.shape, self.dtype = tuple(shape or sources[0].shape), dtype or sources[0].dtype
@@ -150,7 +154,7 @@ class Convolved(Rows):
         _, _, left, right = self._window(0, self.shape[2], 2)
         x, padding = self._sources[0].read(first, last), (top, left)
         if padding != (bottom, right):
-            x, padding = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)]), 0
+            x, padding = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)]), (0, 0)
         return mx.conv2d(x, self._conv.weight, self._conv.stride, padding) + self._conv.bias
 
     def drop(self, stop: int) -> None:
