@@ -259,10 +259,6 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         return self.networks.dtype
 
     @property
-    def tokenizer(self) -> PromptTokenizer:
-        return self.checkpoint.tokenizer
-
-    @property
     def token_size(self) -> int:
         """Pixels per image token along one side."""
         return self.checkpoint.components["vae"].config.token_size

@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, models
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, variant_components
-from flux2_mlx.loading import module_tensors
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.device import mac_limit, parse_memory
+from flux2_mlx.loading import module_tensors
 from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
 from flux2_mlx.output import Phase
