@@ -1,0 +1,49 @@
+"""Weights that are stored as other things than themselves: what all formats of them have in common."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import mlx.core as mx
+
+from flux2_mlx.weights import TensorInfo, Tensors, evaluated
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a weight is made from what is stored of it.
+
+    Attributes:
+        kind: the format, as users know it, such as `fp8`.
+        sources: the names of the stored tensors that it takes.
+        info: what it is then, in float32.
+        unpack: makes it from the arrays of `sources`, exactly as the format defines it.
+        unused: names of stored tensors that belong to it and are not needed, such as scales of activations.
+    """
+
+    kind: str
+    sources: tuple[str, ...]
+    info: TensorInfo
+    unpack: Callable[..., mx.array]
+    unused: tuple[str, ...] = ()
+
+
+class Unpacked:
+    """Tensors with plain weights in place of `packed` ones, by the names of the weights."""
+
+    def __init__(self, tensors: Tensors, packed: Mapping[str, Packed]):
+        self._tensors, self._packed = tensors, packed
+        taken = {name for weight in packed.values() for name in (*weight.sources, *weight.unused)}
+        left = {name: info for name, info in tensors.infos.items() if name not in taken}
+        self.infos: Mapping[str, TensorInfo] = left | {name: weight.info for name, weight in packed.items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        names = list(names)
+        stored = self._tensors.read(source for name in names for source in self._sources(name))
+        for name in names:
+            arrays = [*evaluated(islice(stored, len(self._sources(name))))]
+            weight = self._packed.get(name)
+            yield arrays.pop() if weight is None else weight.unpack(*arrays)
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        return self._packed[name].sources if name in self._packed else (name,)
