@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.cli_runner import run
+from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline, device, doctor, layers
 from flux2_mlx.config import TransformerConfig
@@ -110,6 +111,18 @@ def test_blocks_are_compared_with_the_cpu(dtype, most, monkeypatch):
         blocks, "modulate", lambda x, *rest: modulate(x, *rest) * (1.1 if passes.append(1) or len(passes) > 4 else 1)
     )
     assert verdict(numerics.check_blocks(dtype)) == "fail"
+
+
+def test_weights_are_drawn_by_what_computes_with_them(monkeypatch):
+    streams, normal = [], mx.random.normal
+    monkeypatch.setattr(
+        mx.random, "normal", lambda *args, **rest: streams.append(rest.get("stream")) or normal(*args, **rest)
+    )
+    block = numerics.random_weights(blocks.SingleBlock(SMALL))
+    assert streams
+    assert set(streams) == {None}
+    assert {x.dtype for _, x in tree_flatten(block.parameters())} == {mx.bfloat16}
+    assert mx.std(block.linear1.weight.astype(mx.float32)).item() == pytest.approx(SMALL.hidden_size**-0.5, rel=0.1)
 
 
 def test_blocks_are_not_compared_where_that_takes_too_long(monkeypatch):
