@@ -7,6 +7,7 @@ import mlx.core as mx
 from PIL import Image
 
 from . import arguments
+from .advice import checked_phase_plan, checked_plan, workload
 from .checkpoint import Checkpoint
 from .config import Variant
 from .device import dtype_name, failures
@@ -117,7 +118,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         Raises:
             InputError: it does not fit into memory; what would is in the message.
         """
-        return self.networks.checked_plan(request, edit, previews=previews)
+        return checked_plan(self.networks, workload(request, edit, previews=previews))
 
     def run(
         self,
@@ -158,7 +159,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
             negative_prompt_embeds = None  # up to a guidance of 1
         if planned is None:
             texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
-            planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
+            planned = checked_plan(self.networks, workload(request, edit, previews=previews, texts=texts))
         if latents is not None:
             channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
             grid = request.height // size, request.width // size
@@ -190,7 +191,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = arguments.texts("prompt", prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
-        planned = self.networks.checked_phase_plan(request, "text_encoder")
+        planned = checked_phase_plan(self.networks, workload(request), "text_encoder")
         with turn():
             states = self._run(request, planned).encode(prompts)
             stacked = mx.stack([states[p] for p in prompts])
@@ -216,7 +217,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         latents = arguments.latents(latents, (None, config.latent_channels, None, None))
         height, width = (side * config.scale_factor for side in latents.shape[2:])
         request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)
-        planned = self.networks.checked_phase_plan(request, "vae")
+        planned = checked_phase_plan(self.networks, workload(request), "vae")
         with turn():
             images = self._run(request, planned).decode(latents.transpose(0, 2, 3, 1))
         return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig
-from .text import LaterLayers, PixtralVision, TextEncoder
-from .transformer import Flux2Transformer
-from .vae import VAE
+from .text import LaterLayers, PixtralVision, TextCost, TextEncoder, VisionCost
+from .transformer import Flux2Transformer, TransformerCost
+from .vae import VAE, VAECost
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Network:
     Attributes:
         config: the class of its geometry.
         module: that of the network itself.
+        cost: that of what it takes beside its weights, for a geometry and the dtype that it computes in.
         field: the geometry's name in a `Variant`.
         part: the network of a source that it is made from.
         counts: how many blocks a geometry has, by the start of their names: the key of the config that says so, and
@@ -34,6 +35,7 @@ class Network:
 
     config: type[Config]
     module: Callable[[Any], nn.Module]
+    cost: Callable[[Any, mx.Dtype], Any]
     field: str
     part: str
     counts: Callable[[Any], dict[str, tuple[str, int]]]
@@ -47,6 +49,7 @@ COMPONENTS = {
     "transformer": Network(
         TransformerConfig,
         Flux2Transformer,
+        TransformerCost,
         field="transformer",
         part="transformer",
         counts=lambda config: {
@@ -61,6 +64,7 @@ COMPONENTS = {
     "text_encoder": Network(
         TextConfig,
         TextEncoder,
+        TextCost,
         field="text",
         part="text_encoder",
         counts=lambda config: {"layers.": ("num_hidden_layers", config.num_hidden_layers)},
@@ -71,6 +75,7 @@ COMPONENTS = {
     "language_model": Network(
         TextConfig,
         LaterLayers,
+        TextCost,
         field="text",
         part="text_encoder",
         counts=lambda config: {"layers.": ("num_later_layers", config.num_later_layers)},
@@ -80,6 +85,7 @@ COMPONENTS = {
     "vision": Network(
         VisionConfig,
         PixtralVision,
+        VisionCost,
         field="vision",
         part="text_encoder",
         counts=lambda config: {"vision_tower.transformer.layers.": ("num_hidden_layers", config.num_hidden_layers)},
@@ -88,6 +94,7 @@ COMPONENTS = {
     "vae": Network(
         VAEConfig,
         VAE,
+        VAECost,
         field="vae",
         part="vae",
         counts=lambda config: {

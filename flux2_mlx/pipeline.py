@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from . import arguments
 from .acquisition import FirstUse
+from .advice import check_possible
 from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
@@ -96,7 +97,7 @@ class Flux2Pipeline(BasePipeline):
             networks = Networks.open(
                 checkpoint, quant=quant, text_quant=text_quant, dtype=computed_in, memory_limit=memory_limit
             )
-            networks.check_possible()
+            check_possible(networks)
 
         with acquisition_bars(disable=not progress) as show:
             opened = find_checkpoint(

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .acquisition import Announce, Progress
+from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
@@ -91,7 +92,7 @@ class Writer:
             models_dir=models_dir,
             text_only=True,
             keep_source=keep_source,
-            check=lambda checkpoint: networks(checkpoint).check_possible(),
+            check=lambda checkpoint: check_possible(networks(checkpoint)),
             announce=announce,
             progress=progress,
         )
@@ -213,7 +214,7 @@ class Writer:
 
     def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
         pixels = tuple(image.shape[0] * image.shape[1] for image in images)
-        planned = self.networks.checked_writing_plan(Writing(max(map(len, prompts)), max_new_tokens, pixels))
+        planned = checked_writing_plan(self.networks, Writing(max(map(len, prompts)), max_new_tokens, pixels))
         if streamed := planned.phase("language_model").streamed:
             _log.warning(
                 "%.3g GiB of the language model do not fit into memory and are read for every word", streamed / 2**30

@@ -49,7 +49,7 @@ def pipe(request, official):
     whole = Flux2Pipeline.from_pretrained(folder, **options)
     if request.param == "resident":
         return whole
-    needed = whole.networks.plan(whole.request(["a"], width=64, height=48)).peak_memory
+    needed = whole.plan(whole.request(["a"], width=64, height=48)).peak_memory
     return Flux2Pipeline.from_pretrained(folder, **options, memory_limit=needed * 3 // 4)
 
 
