@@ -29,7 +29,8 @@ from .upsampling import WritingMethods
 
 
 class BasePipeline(WritingMethods, DiffusersMethods):
-    """Networks with what is done with them. They are loaded for their phase of a run and released after it."""
+    """Networks with what is done with them. They are loaded for their phase of a run and released after it, unless
+    they may stay (see `Networks`)."""
 
     def __init__(
         self,
@@ -169,7 +170,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         if resume and self.unfinished is not None and not given:
             unfinished = self.unfinished.of(self.networks, request, edit)
         try:
-            with turn():
+            with turn(), self.networks.keeping(planned) as planned:
                 run = self._run(
                     request,
                     planned,
@@ -192,7 +193,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         prompts = arguments.texts("prompt", prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
         planned = checked_phase_plan(self.networks, workload(request), "text_encoder")
-        with turn():
+        with turn(), self.networks.keeping(planned) as planned:
             states = self._run(request, planned).encode(prompts)
             stacked = mx.stack([states[p] for p in prompts])
             mx.eval(stacked)  # or only this thread could use it
@@ -218,9 +219,14 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         height, width = (side * config.scale_factor for side in latents.shape[2:])
         request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)
         planned = checked_phase_plan(self.networks, workload(request), "vae")
-        with turn():
+        with turn(), self.networks.keeping(planned) as planned:
             images = self._run(request, planned).decode(latents.transpose(0, 2, 3, 1))
         return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images
+
+    def release(self) -> None:
+        """Give back the memory of the networks that were kept for the next run."""
+        with turn():
+            self.networks.release()
 
     @failures()
     def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:

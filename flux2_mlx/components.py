@@ -28,6 +28,7 @@ class Network:
         group: the network that is named for how it is quantized; None: never quantized.
         streamed: its lists of blocks that can be streamed, in the order that they are run in.
         paints: whether images are made with it. The others write text, which needs neither transformer nor VAE.
+        every_run: whether images are never made without it. Without the text encoder they are, of encoded prompts.
         has_headroom: whether it has room for large values under float16. Hidden states of language models and
             activations of image decoders are known to overflow that inside a layer, so these, which run once, keep the
             range of bfloat16.
@@ -42,6 +43,7 @@ class Network:
     group: str | None
     streamed: tuple[str, ...] = ()
     paints: bool = False
+    every_run: bool = False
     has_headroom: bool = False
 
 
@@ -59,6 +61,7 @@ COMPONENTS = {
         group="transformer",
         streamed=("double_blocks", "single_blocks"),
         paints=True,
+        every_run=True,
         has_headroom=True,
     ),
     "text_encoder": Network(
@@ -103,6 +106,7 @@ COMPONENTS = {
         },
         group=None,  # 168 MB, mostly convolutions, and its rounding errors would be seen as colour noise
         paints=True,
+        every_run=True,
     ),
 }
 PARTS = tuple(dict.fromkeys(network.part for network in COMPONENTS.values()))

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 # Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
 # more memory and be no faster.
 _TOKENS_PER_PASS = 4096
+# The networks of phases that are not called as theirs.
+_NETWORKS = {
+    "vae_encoder": ("vae",),
+    "vision_tower": ("vision",),
+    "language_model": ("text_encoder", "language_model"),
+}
+_BESIDE = "transformer", "vae"
 # The share of a phase's activations up to which MLX may allocate ahead of what it computes. It looks before it
 # allocates, so that one more array comes on top.
 _AHEAD = 0.9
@@ -125,7 +132,8 @@ class PhasePlan:
 @dataclass(frozen=True)
 class Plan:
     """The phases of a run and the memory that there is, in bytes. Networks of different phases are not in memory
-    together, but for the transformer and the VAE where images are decoded `beside` the denoising of others.
+    together, but for the transformer and the VAE where images are decoded `beside` the denoising of others, and for
+    those that are `kept` after their phases, which the weights of the other phases include.
 
     `longest` is how many operations the device is given at one time, which it can't be interrupted in.
     """
@@ -134,6 +142,7 @@ class Plan:
     limit: int
     beside: bool = False
     longest: int = 0
+    kept: tuple[str, ...] = ()
 
     @property
     def worst(self) -> PhasePlan:
@@ -153,6 +162,31 @@ class Plan:
     def only(self, name: str) -> "Plan":
         """The plan of one phase by itself."""
         return replace(self, phases=(self.phase(name),))
+
+    def networks(self, name: str) -> tuple[str, ...]:
+        """Those that a phase is about."""
+        return _BESIDE if self.beside and name in _BESIDE else _NETWORKS.get(name, (name,))
+
+    def keeping(self, weights: Mapping[str, int]) -> "Plan":
+        """The same where networks stay in memory after their phases, as many as fit beside every phase.
+
+        Args:
+            weights: bytes of networks by their names, those first that are worth most. One that is streamed can't stay.
+        """
+        streamed = {name for phase in self.phases if phase.streamed for name in self.networks(phase.name)}
+        kept: dict[str, int] = {}
+        for name, nbytes in weights.items():
+            more = kept | {name: nbytes}
+            if name not in streamed and all(
+                phase.peak_memory + self._besides(phase, more) <= self.limit for phase in self.phases
+            ):
+                kept = more
+        phases = [replace(phase, weights=phase.weights + self._besides(phase, kept)) for phase in self.phases]
+        return replace(self, phases=tuple(phases), kept=tuple(kept))
+
+    def _besides(self, phase: PhasePlan, kept: Mapping[str, int]) -> int:
+        """Bytes of what is kept besides the networks of a phase."""
+        return sum(nbytes for name, nbytes in kept.items() if name not in self.networks(phase.name))
 
 
 def plan(variant: Variant, networks: Mapping[str, Footprint], costs: Costs, work: Workload, limit: int) -> Plan:
@@ -306,11 +340,11 @@ def _plan(networks: Mapping[str, Footprint], activations: Mapping[str, int], lim
 
 def _plan_beside(networks: Mapping[str, Footprint], activations: Mapping[str, int], limit: int) -> Plan:
     """The plan where the transformer stays in memory with the VAE for both their phases."""
-    before = {name: needed for name, needed in activations.items() if name not in ("transformer", "vae")}
+    before = {name: needed for name, needed in activations.items() if name not in _BESIDE}
     both = replace(networks["transformer"], rest=networks["transformer"].rest + networks["vae"].all)
     resident = both.resident(limit - max(activations["transformer"], activations["vae"]))
     streamed = {"transformer": sum(both.blocks[resident:]), "vae": 0}
-    phases = [PhasePlan(x, both.held(resident), activations[x], resident, streamed[x]) for x in ("transformer", "vae")]
+    phases = [PhasePlan(x, both.held(resident), activations[x], resident, streamed[x]) for x in _BESIDE]
     return Plan((*_plan(networks, before, limit).phases, *phases), limit, beside=True)
 
 

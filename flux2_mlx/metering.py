@@ -83,17 +83,19 @@ class _Span:
 class Meter:
     """Measures the phases of a run that starts now, and keeps each within what is planned.
 
-    What is in memory already does not belong to the run. A phase that is entered within another interrupts that.
+    What is in memory already does not belong to the run, but for what is kept. A phase that is entered within another
+    interrupts that.
 
     Args:
         timings: gets a `Phase` for each phase.
         planned: the plan of the run.
         reading: what is streamed from disk.
+        kept: bytes in memory that the plan includes, as they were kept for the run.
     """
 
-    def __init__(self, timings: list[Phase], planned: Plan, reading: Reading):
+    def __init__(self, timings: list[Phase], planned: Plan, reading: Reading, kept: int = 0):
         self._timings, self._planned, self._reading = timings, planned, reading
-        self._others = mx.get_active_memory()
+        self._others = max(0, mx.get_active_memory() - kept)
         self._spans: dict[str, _Span] = {}
         self._open: list[_Span] = []
 

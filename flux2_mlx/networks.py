@@ -1,20 +1,25 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
+import gc
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .checkpoint import Checkpoint, Component
 from .components import COMPONENTS, PAINTING, network_dtype, quantizations
 from .config import Variant
 from .device import computing_dtype, memory_bytes
-from .errors import CheckpointError
+from .errors import CheckpointError, DeviceError
 from .layers import WIDENED
 from .loading import memory_dtype, module_tensors, tensor_bytes
 from .memory import Costs, Footprint, Plan, Workload, Writing, plan, writing_plan
@@ -25,14 +30,19 @@ from .text import LanguageModel
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a checkpoint, quantized as asked for, and the bytes of memory that a run may take."""
+    """The networks of a checkpoint, quantized as asked for, and the bytes of memory that a run may take.
+
+    With `keep` they stay in memory between runs as far as that is free: where all that is kept fits beside each phase.
+    """
 
     checkpoint: Checkpoint
     quant: str
     text_quant: str
     dtype: mx.Dtype
     memory_limit: int
+    keep: bool = False
     reading: Reading = field(default_factory=Reading)  # what all runs have streamed from disk
+    _kept: "_Kept" = field(default_factory=lambda: _Kept(), init=False, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -44,6 +54,7 @@ class Networks:
         dtype: str | None = None,
         memory_limit: int | str | None = None,
         text_only: bool = False,
+        keep: bool = False,
     ) -> "Networks":
         """The networks of a model.
 
@@ -55,6 +66,7 @@ class Networks:
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own.
             memory_limit: bytes, or a size such as `"12GB"`; None: what the device has.
             text_only: a model without transformer and VAE will do.
+            keep: whether networks stay in memory between runs where they fit beside each phase.
 
         Raises:
             InputError: a setting is wrong, or what is stored can't become that. CheckpointError: the checkpoint can't
@@ -69,10 +81,10 @@ class Networks:
             text_quant = DEFAULT_TEXT_QUANT[quant]
         quant = loadable_quant("transformer", model.quant, quant)
         text_quant = loadable_quant("text encoder", model.text_quant, text_quant)
-        return cls(model, quant, text_quant, computing_dtype(dtype), memory_bytes(memory_limit))
+        return cls(model, quant, text_quant, computing_dtype(dtype), memory_bytes(memory_limit), keep)
 
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
-        """A network in memory, as far as the plan says so."""
+        """A network in memory, as far as the plan says so; one that was kept is there already."""
         if planned is not None and planned.phase(name).streamed:
             return self._load_streamed(name, planned.phase(name).resident)
         return self._load(name)
@@ -87,10 +99,46 @@ class Networks:
         return LanguageModel(encoder, self._load_streamed("language_model", later), by_layer=True)
 
     def _load(self, name: str) -> nn.Module:
-        return self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])
+        module = self._kept.get(name)
+        if module is None:
+            module = self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])
+            self._kept.offer(name, module)
+        return module
 
     def _load_streamed(self, name: str, resident: int) -> nn.Module:
         return load_streamed(self.checkpoint.components[name], self.dtype_of(name), resident, self.reading)
+
+    @contextmanager
+    def keeping(self, planned: Plan) -> Iterator[Plan]:
+        """A run of `planned`, to be entered in its turn: the plan with what stays in memory after its phases.
+
+        What is in memory from earlier runs and does not fit beside this one is released before it: of this pipeline,
+        and then of others. After a failure of the device nothing is kept, so that another run has all the memory.
+        """
+        with self._kept.during(planned.keeping(self._worth_keeping(planned))) as planned:
+            try:
+                yield planned
+            except (RuntimeError, DeviceError):
+                self.release()
+                raise
+
+    def _worth_keeping(self, planned: Plan) -> dict[str, int]:
+        """Bytes of the networks that may stay in memory: those of the run, and those that have stayed until now."""
+        if not self.keep:
+            return {}
+        names = {name for phase in planned.phases for name in planned.networks(phase.name)} | set(self._kept.names)
+        nbytes = {name: self._footprint(name).all for name in names if self._kept.may_stay(name)}
+        order = sorted(nbytes, key=lambda name: (COMPONENTS[name].every_run, nbytes[name], name), reverse=True)
+        return {name: nbytes[name] for name in order}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of memory that networks take which have been kept."""
+        return self._kept.nbytes
+
+    def release(self) -> None:
+        """Give back the memory of the networks that have been kept."""
+        self._kept.clear()
 
     def dtype_of(self, name: str) -> mx.Dtype:
         """What a network computes in."""
@@ -119,7 +167,7 @@ class Networks:
         stored = {name: part.quantized(wanted._quants[name]) for name, part in self.checkpoint.components.items()}
         return replace(wanted, checkpoint=replace(self.checkpoint, components=stored))
 
-    @cached_property
+    @property
     def _footprints(self) -> dict[str, Footprint]:
         return {name: self._footprint(name) for name in PAINTING}
 
@@ -130,7 +178,16 @@ class Networks:
     def _cost(self, name: str) -> Any:
         return COMPONENTS[name].cost(self.checkpoint.components[name].config, self.dtype_of(name))
 
+    @cached_property
+    def _weighed(self) -> dict[str, Footprint]:
+        return {}
+
     def _footprint(self, name: str) -> Footprint:
+        if name not in self._weighed:
+            self._weighed[name] = self._weigh(name)
+        return self._weighed[name]
+
+    def _weigh(self, name: str) -> Footprint:
         stored = self.checkpoint.components[name]
         wanted = stored.quantized(self._quants[name])
         weights = footprint(wanted, self.dtype_of(name))
@@ -142,6 +199,65 @@ class Networks:
     @property
     def _quants(self) -> dict[str, str]:
         return quantizations(self.quant, self.text_quant)
+
+
+class _Kept:
+    """Networks that stay in memory after their phase, as the plan of the latest run allows it."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, nn.Module] = {}
+        self._allowed: tuple[str, ...] = ()
+        self._running: Plan | None = None
+
+    def get(self, name: str) -> nn.Module | None:
+        return self._modules.get(name)
+
+    def offer(self, name: str, module: nn.Module) -> None:
+        if name in self._allowed:
+            self._modules[name] = module
+
+    def may_stay(self, name: str) -> bool:
+        """Whether the run that another one is made in, by a callback, allows it; True of a run by itself."""
+        return self._running is None or name in self._running.kept
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._modules)
+
+    @property
+    def nbytes(self) -> int:
+        modules = list(self._modules.values())
+        return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
+
+    @contextmanager
+    def during(self, planned: Plan) -> Iterator[Plan]:
+        """A run in which nothing but what is planned to be kept is."""
+        self._drop([name for name in self._modules if name not in planned.kept])
+        others = [kept for kept in _PIPELINES if kept is not self]
+        if planned.peak_memory + sum(kept.nbytes for kept in others) > planned.limit:
+            for kept in others:
+                kept.clear()
+        _PIPELINES.add(self)
+        self._allowed, around = planned.kept, self._running
+        self._running = planned
+        try:
+            yield planned
+        finally:
+            self._running = around
+
+    def clear(self) -> None:
+        self._allowed = ()
+        self._drop(list(self._modules))
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            self._modules.pop(name, None)
+        if names:
+            gc.collect()
+            mx.clear_cache()
+
+
+_PIPELINES: WeakSet[_Kept] = WeakSet()  # what is kept of any; whoever has the turn may look at it
 
 
 def _quantizing(stored: Component, wanted: Component, whole: int) -> int:

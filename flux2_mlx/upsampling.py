@@ -42,7 +42,7 @@ OnText = Callable[[int, str], None]
 @dataclass(frozen=True)
 class Writer:
     """Rewrites prompts and describes images with the language model of a checkpoint, which is in memory only while
-    it writes. `timings` has a `Phase` for each one of what has been written."""
+    it writes, unless a pipeline's networks are kept. `timings` has a `Phase` for each one of what has been written."""
 
     networks: Networks
     timings: list[Phase] = field(default_factory=list)
@@ -167,8 +167,8 @@ class Writer:
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
         answers = []
-        with turn():
-            meter = Meter(self.timings, planned, self.networks.reading)
+        with turn(), self.networks.keeping(planned) as planned:
+            meter = Meter(self.timings, planned, self.networks.reading, self.networks.kept_bytes)
             features = {}
             if pictures:
                 with meter.phase("vision_tower"):

@@ -206,7 +206,8 @@ def measure(arguments: argparse.Namespace) -> None:
     if not (folder / MANIFEST).exists():
         make_checkpoint(folder, arguments.variant, arguments.quant, arguments.text_quant)
     limit = arguments.limit and parse_memory(arguments.limit)
-    pipe = Flux2Pipeline.from_pretrained(folder, dtype=arguments.dtype, memory_limit=limit, prompt_cache=False)
+    options = {"dtype": arguments.dtype, "memory_limit": limit, "prompt_cache": False, "keep": False}
+    pipe = Flux2Pipeline.from_pretrained(folder, **options)
     size, length = {"width": arguments.side, "height": arguments.side}, arguments.length
     request = pipe.request([""], **size, steps=arguments.steps, seed=0, max_sequence_length=length)
     output, whole = pipe.run(request, output_type="np"), pipe.plan(request)

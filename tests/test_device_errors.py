@@ -45,7 +45,7 @@ def pipe(request, official):
     folder = official.with_name("ours")
     if not folder.exists():
         convert(official, folder, variant=SHALLOW_VARIANT)
-    options = {"dtype": "float32", "prompt_cache": False}
+    options = {"dtype": "float32", "prompt_cache": False, "keep": False}
     whole = Flux2Pipeline.from_pretrained(folder, **options)
     if request.param == "resident":
         return whole

@@ -216,7 +216,7 @@ def test_an_overflow_is_told_at_the_first_step(monkeypatch):
     heard = []
     pipe = demo("float16")
     request = pipe.request([PROMPT], width=32, height=32, steps=4)
-    with pytest.raises(RangeError, match="the computation overflowed float16; use --dtype bfloat16"):
+    with pytest.raises(RangeError, match="the computation overflowed float16; use dtype='bfloat16'"):
         pipe.run(request, on_progress=lambda progress: heard.append(progress.step))
     assert set(heard) == {None}
     assert np.isfinite(demo("bfloat16")(PROMPT, width=32, height=32, output_type="np").images).all()

@@ -108,19 +108,19 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
 )
 def test_a_plan_is_near_what_a_run_takes_and_never_below(dtype, quant, size):
     options = {"dtype": dtype, "quant": quant, "text_quant": quant}
-    pipe = Flux2Pipeline.from_pretrained("demo", **options, prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", **options, prompt_cache=False, keep=False)
     compare(pipe, width=size[0], height=size[1])
 
 
 def test_a_plan_counts_prompts_and_images():
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     prompts = [f"a red ring on a {colour} background" for colour in ("white", "blue", "black", "green")]
     compare(pipe, prompts=prompts, images_per_prompt=3, most=1.2)
 
 
 @pytest.mark.parametrize("sizes", [[(256, 192)], [(128, 144), (320, 256)]])
 def test_a_plan_counts_references(sizes):
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     compare(pipe, [Image.new("RGB", size, "teal") for size in sizes], width=128, height=128)
 
 
@@ -133,7 +133,7 @@ def small_folder(tmp_path_factory):
 
 @pytest.fixture
 def kv_pipe(small_folder):
-    pipe = Flux2Pipeline.from_pretrained(small_folder, dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained(small_folder, dtype="float32", prompt_cache=False, keep=False)
     return change_variant(pipe, kv_cache=True)
 
 
@@ -164,7 +164,7 @@ def test_a_plan_counts_keys_and_values_beside_previews(kv_pipe):
 
 
 def test_a_plan_counts_prompts_given_as_embeds():
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     embeds = mx.concatenate([pipe.encode_prompt("a red ring")] * 100).astype(mx.bfloat16)
     mx.eval(embeds)
     gc.collect()
@@ -174,23 +174,25 @@ def test_a_plan_counts_prompts_given_as_embeds():
     planned = pipe.networks.plan(workload(request, texts=(100, 1, 48)))
     measured = max(phase.peak_memory for phase in output.timings if phase.name != "vae") - base
     assert measured <= planned.phase("transformer").peak_memory <= 1.2 * measured
-    tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="20MB")
+    tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="20MB")
     with pytest.raises(InputError, match="the transformer needs "):
         tight(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
 
 
 def test_a_prompt_that_is_repeated_is_held_once():
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     compare(pipe, prompts=["a red ring"] * 60, width=16, height=16, most=1.3)
 
 
 def test_a_plan_counts_previews():
-    compare_previews(Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False), width=128, height=96)
+    compare_previews(
+        Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False), width=128, height=96
+    )
 
 
 def test_a_plan_counts_images_that_are_decoded_while_others_wait(monkeypatch):
     monkeypatch.setattr(memory, "_TOKENS_PER_PASS", 100)  # an image of 192×128 a pass
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     compare(pipe, width=192, height=128, images_per_prompt=3, most=1.12)
 
 
@@ -199,7 +201,7 @@ def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
     wired, seen, before = [7], {}, mlx_limits()
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])
     monkeypatch.setattr(memory, "on_gpu", lambda: True)
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="30MB")
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="30MB")
     request = pipe.request(["a red ring"], width=64, height=64, steps=1)
     planned = pipe.plan(request)
     others = mx.ones(1000)
@@ -247,7 +249,7 @@ def test_the_limits_of_mlx_come_back_though_its_work_fails(monkeypatch):
         raise RuntimeError("lost")
 
     before = mlx_limits()
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     monkeypatch.setattr(mx, "synchronize", fail)
     with pytest.raises(RuntimeError, match="lost"):
         pipe("a red ring", width=64, height=64, num_inference_steps=1)

@@ -27,7 +27,7 @@ def an_image_a_pass(monkeypatch):
 
 @pytest.fixture
 def pipe(tmp_path) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained("demo", dtype="float32", models_dir=tmp_path)
+    return Flux2Pipeline.from_pretrained("demo", dtype="float32", models_dir=tmp_path, keep=False)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def folder(request, official):
 
 
 def open_pipe(folder, **options) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False, **options)
+    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False, keep=False, **options)
 
 
 def test_the_footprint_is_what_loading_takes(folder):

@@ -50,7 +50,10 @@ class CheckUp:
 
     def _checks(self, swap: int | None) -> Iterator[tuple[str, _Check]]:
         dtype = self._dtype
-        yield "demo image", lambda: numerics.check_demo(Flux2Pipeline.from_pretrained("demo", prompt_cache=False))
+        yield (
+            "demo image",
+            lambda: numerics.check_demo(Flux2Pipeline.from_pretrained("demo", prompt_cache=False, keep=False)),
+        )
         yield "product", partial(numerics.check_product, dtype)
         if on_gpu():
             yield "float32", numerics.check_float32
