@@ -1,7 +1,6 @@
 """How much memory a run needs phase by phase, and what fits. Pure: what networks take is asked of their costs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .config import Variant
-from .device import device_memory, on_gpu
 
 if TYPE_CHECKING:
     from .text import TextCost, VisionCost
@@ -26,9 +24,6 @@ _NETWORKS = {
     "language_model": ("text_encoder", "language_model"),
 }
 _BESIDE = "transformer", "vae"
-# The share of a phase's activations up to which MLX may allocate ahead of what it computes. It looks before it
-# allocates, so that one more array comes on top.
-_AHEAD = 0.9
 
 
 @dataclass(frozen=True)
@@ -364,31 +359,3 @@ def passes(images: Sequence[int], tokens: int) -> list[Sequence[int]]:
     included."""
     per_pass = max(1, _TOKENS_PER_PASS // tokens)
     return [images[start : start + per_pass] for start in range(0, len(images), per_pass)]
-
-
-@contextmanager
-def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
-    """MLX's own limits as the plan has them for a phase; the former ones are back afterwards.
-
-    Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. Cache: freed
-    buffers are kept within what the phase leaves. A GPU, which takes long for new ones, keeps up to the activations of
-    a phase that leaves less: its buffers together stay within the memory limit, as freed ones are given back first.
-    Wired: on Metal, what the phase needs is never paged out.
-
-    Args:
-        planned: the plan of the run.
-        name: that of the phase.
-        others: bytes that are in memory besides the run.
-    """
-    phase = planned.phase(name)
-    peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
-    with ExitStack() as former:  # each is back even if another can't be
-        former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
-        if on_gpu():  # or it may be more than a Mac's GPU can have wired
-            former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
-        cache = mx.set_cache_limit(0)
-        former.callback(mx.set_cache_limit, cache)
-        kept = phase.activations if on_gpu() else 0
-        mx.set_cache_limit(min(cache, max(kept, planned.limit - peak)))
-        yield
-        mx.synchronize()

@@ -17,12 +17,13 @@ from mlx.utils import tree_map
 from PIL import Image
 from variants import change_variant
 
-from flux2_mlx import Flux2Pipeline, memory
+from flux2_mlx import Flux2Pipeline, memory, metering
 from flux2_mlx.advice import workload
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, TransformerConfig
 from flux2_mlx.device import parse_memory
 from flux2_mlx.errors import InputError
-from flux2_mlx.memory import PhasePlan, Plan, Workload, limits
+from flux2_mlx.memory import PhasePlan, Plan, Workload
+from flux2_mlx.metering import limits
 from flux2_mlx.networks import Networks
 from flux2_mlx.text import TOKENIZERS
 from flux2_mlx.transformer import Flux2Transformer, TransformerCost, image_ids, rope_table, text_ids
@@ -200,7 +201,7 @@ def test_a_plan_counts_images_that_are_decoded_while_others_wait(monkeypatch):
 def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
     wired, seen, before = [7], {}, mlx_limits()
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])
-    monkeypatch.setattr(memory, "on_gpu", lambda: True)
+    monkeypatch.setattr(metering, "on_gpu", lambda: True)
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="30MB")
     request = pipe.request(["a red ring"], width=64, height=64, steps=1)
     planned = pipe.plan(request)
@@ -234,7 +235,7 @@ def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
 )
 def test_a_gpu_keeps_freed_buffers_under_a_tight_limit_too(gpu, spare, expected, monkeypatch):
     """Counted in the plan: those of all kinds stay within the memory limit, which is below what is planned."""
-    monkeypatch.setattr(memory, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(metering, "on_gpu", lambda: gpu)
     planned = Plan((PhasePlan("transformer", 1000, 300),), 1300 + spare)
     before = mlx_limits()
     with limits(planned, "transformer", 50):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.checkpoints import convert
 from helpers.mlx_state import mlx_limits
 from PIL import Image
 
-from flux2_mlx import DeviceError, Flux2Pipeline
+from flux2_mlx import DeviceError, Flux2Pipeline, upsampling
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.memory import PhasePlan, Plan
@@ -265,6 +266,19 @@ def test_a_run_within_another_one_keeps_no_more_than_that():
     assert inner == [pixels(demo(keep=False))] * 2
     pixels(pipe)
     assert set(pipe.networks._kept.names) == set(PHASES)
+
+
+def test_a_language_model_has_the_encoder_that_is_there(official, tmp_path, monkeypatch, loads):
+    monkeypatch.setattr(upsampling, "UPSAMPLE_T2I", "upsample")
+    folder, writing = convert(official, tmp_path / "mlx"), {"seed": 7, "max_new_tokens": 12, "temperature": 1.0}
+    options = {"dtype": "float32", "prompt_cache": False}
+    pipe, plain = (Flux2Pipeline.from_pretrained(folder, **options, keep=keep) for keep in (True, False))
+    expected = plain.upsample_prompt("a red fox", **writing), pixels(plain, max_sequence_length=40)
+    assert loads == ["text_encoder", "language_model", *PHASES]
+    loads.clear()
+    for _ in range(2):
+        assert (pipe.upsample_prompt("a red fox", **writing), pixels(pipe, max_sequence_length=40)) == expected
+    assert loads == ["text_encoder", "language_model", "transformer", "vae"]
 
 
 def test_what_a_plan_keeps():

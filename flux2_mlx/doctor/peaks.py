@@ -13,7 +13,8 @@ from ..checkpoint import Component
 from ..config import VARIANTS, VAEConfig
 from ..device import device_memory, on_gpu, on_metal
 from ..loading import in_memory
-from ..memory import PhasePlan, Plan, limits
+from ..memory import PhasePlan, Plan
+from ..metering import limits
 from ..networks import footprint
 from ..transformer import TransformerCost, image_ids, rope_table, text_ids
 from ..vae import VAECost
