@@ -21,7 +21,7 @@ from .config import Variant
 from .device import computing_dtype, memory_bytes
 from .errors import CheckpointError, DeviceError
 from .layers import WIDENED
-from .loading import memory_dtype, module_tensors, tensor_bytes
+from .loading import memory_dtype, tensor_bytes
 from .memory import Costs, Footprint, Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
 from .streaming import Reading, load_streamed
@@ -167,7 +167,7 @@ class Networks:
         stored = {name: part.quantized(wanted._quants[name]) for name, part in self.checkpoint.components.items()}
         return replace(wanted, checkpoint=replace(self.checkpoint, components=stored))
 
-    @property
+    @cached_property
     def _footprints(self) -> dict[str, Footprint]:
         return {name: self._footprint(name) for name in PAINTING}
 
@@ -178,16 +178,7 @@ class Networks:
     def _cost(self, name: str) -> Any:
         return COMPONENTS[name].cost(self.checkpoint.components[name].config, self.dtype_of(name))
 
-    @cached_property
-    def _weighed(self) -> dict[str, Footprint]:
-        return {}
-
     def _footprint(self, name: str) -> Footprint:
-        if name not in self._weighed:
-            self._weighed[name] = self._weigh(name)
-        return self._weighed[name]
-
-    def _weigh(self, name: str) -> Footprint:
         stored = self.checkpoint.components[name]
         wanted = stored.quantized(self._quants[name])
         weights = footprint(wanted, self.dtype_of(name))
@@ -262,8 +253,8 @@ _PIPELINES: WeakSet[_Kept] = WeakSet()  # what is kept of any; whoever has the t
 
 def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
     """What quantizing at loading takes above the `whole` network that it ends with."""
-    packed, held, peak = module_tensors(wanted.build()), 0, 0
-    weights = module_tensors(stored.build()).items()
+    packed, held, peak = wanted.infos, 0, 0
+    weights = stored.infos.items()
     for name, tensor in sorted(weights, key=lambda weight: -weight[1].nbytes):  # the order that they are quantized in
         parts = [packed.get(f"{name.removesuffix('.weight')}.{part}") for part in ("weight", "scales", "biases")]
         if all(parts):
@@ -276,7 +267,7 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
     """What `component` takes in memory while activations are in `dtype`."""
     sizes, cast, widened, loading = Counter(), Counter(), Counter(), 0
-    for name, tensor in module_tensors(component.build()).items():
+    for name, tensor in component.infos.items():
         block = _block_of(component.name, name) or ""
         sizes[block] += tensor_bytes(name, tensor, dtype)
         if tensor.dtype == "U32":

@@ -27,7 +27,6 @@ from flux2_mlx.advice import workload
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.device import mac_limit, parse_memory
-from flux2_mlx.loading import module_tensors
 from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
 from flux2_mlx.output import Phase
@@ -179,7 +178,7 @@ def write_tokenizer(folder: Path, family: str) -> None:
 def write_component(folder: Path, part: Component) -> None:
     config = part.config.to_dict() | ({"quantization": part.quantization} if part.quantization else {})
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = module_tensors(part.build())
+    tensors = part.infos
     bits = (part.quantization or {}).get("bits")
     write_safetensors(folder / "model.safetensors", tensors, random_arrays(tensors, bits), {}, lambda count: None)
 
