@@ -24,7 +24,6 @@ from flux2_mlx.components import COMPONENTS
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
-from flux2_mlx.loading import module_tensors
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.weights import TensorInfo, Tensors, Written, read_json, write_bytes, write_safetensors
@@ -201,7 +200,7 @@ def _write_part(folder: _Folder, part: Part, progress: _Progress) -> None:
     if part.component.quantization:
         config["quantization"] = part.component.quantization
     folder.put_json(f"{place}/config.json", config)
-    stored = module_tensors(part.component.build())
+    stored = part.component.infos
     shards = list(_shards(stored))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:

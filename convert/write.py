@@ -10,7 +10,6 @@ import mlx.core as mx
 
 from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
-from flux2_mlx.loading import module_tensors
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
 from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
@@ -116,7 +115,7 @@ def _small_files(folder: Path) -> list[Path]:
 
 def _plan(source: Source, name: str, quant: str) -> _Plan:
     bare = Component(name, source.configs[name], None, ())
-    plain, rule_for = module_tensors(bare.build()), LAYOUT[COMPONENTS[name].part].rules[name](bare.config)
+    plain, rule_for = bare.infos, LAYOUT[COMPONENTS[name].part].rules[name](bare.config)
     rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
     return _Plan(bare.quantized(quant), plain, rules)
 

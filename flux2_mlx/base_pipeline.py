@@ -7,6 +7,7 @@ import mlx.core as mx
 from PIL import Image
 
 from . import arguments
+from .advice import checked_phase_plan, checked_plan, workload
 from .checkpoint import Checkpoint
 from .config import Variant
 from .device import dtype_name, failures
@@ -28,7 +29,8 @@ from .upsampling import WritingMethods
 
 
 class BasePipeline(WritingMethods, DiffusersMethods):
-    """Networks with what is done with them. They are loaded for their phase of a run and released after it."""
+    """Networks with what is done with them. They are loaded for their phase of a run and released after it, unless
+    they may stay (see `Networks`)."""
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         Raises:
             InputError: it does not fit into memory; what would is in the message.
         """
-        return self.networks.checked_plan(request, edit, previews=previews)
+        return checked_plan(self.networks, workload(request, edit, previews=previews))
 
     def run(
         self,
@@ -158,7 +160,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
             negative_prompt_embeds = None  # up to a guidance of 1
         if planned is None:
             texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
-            planned = self.networks.checked_plan(request, edit, previews=previews, texts=texts)
+            planned = checked_plan(self.networks, workload(request, edit, previews=previews, texts=texts))
         if latents is not None:
             channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
             grid = request.height // size, request.width // size
@@ -168,7 +170,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         if resume and self.unfinished is not None and not given:
             unfinished = self.unfinished.of(self.networks, request, edit)
         try:
-            with turn():
+            with turn(), self.networks.keeping(planned) as planned:
                 run = self._run(
                     request,
                     planned,
@@ -190,8 +192,8 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = arguments.texts("prompt", prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
-        planned = self.networks.checked_phase_plan(request, "text_encoder")
-        with turn():
+        planned = checked_phase_plan(self.networks, workload(request), "text_encoder")
+        with turn(), self.networks.keeping(planned) as planned:
             states = self._run(request, planned).encode(prompts)
             stacked = mx.stack([states[p] for p in prompts])
             mx.eval(stacked)  # or only this thread could use it
@@ -216,10 +218,15 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         latents = arguments.latents(latents, (None, config.latent_channels, None, None))
         height, width = (side * config.scale_factor for side in latents.shape[2:])
         request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)
-        planned = self.networks.checked_phase_plan(request, "vae")
-        with turn():
+        planned = checked_phase_plan(self.networks, workload(request), "vae")
+        with turn(), self.networks.keeping(planned) as planned:
             images = self._run(request, planned).decode(latents.transpose(0, 2, 3, 1))
         return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images
+
+    def release(self) -> None:
+        """Give back the memory of the networks that were kept for the next run."""
+        with turn():
+            self.networks.release()
 
     @failures()
     def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,7 @@ from .loading import InMemory, fill, module_tensors
 from .quantization import BITS, DEFAULT_TEXT_QUANT, Quantized, check_statement, quantize_module, statement
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
-from .weights import NONSENSE, Files, Tensors, mismatches, raise_problems, read_json
+from .weights import NONSENSE, Files, TensorInfo, Tensors, mismatches, raise_problems, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
@@ -56,10 +56,10 @@ class Component:
             raise CheckpointError(f"{path} describes no {name}: {error}") from error
         return cls(name, config, quantization, tuple(sorted(folder.glob("model*.safetensors"))))
 
-    def check(self, path: Path) -> nn.Module:
-        """The network of `build`; CheckpointError if there can be none. `path` is that of its config."""
+    def check(self, path: Path) -> dict[str, TensorInfo]:
+        """Its `infos`; CheckpointError if there can be no such network. `path` is that of its config."""
         try:
-            return self.build()
+            return self.infos
         except (*NONSENSE, RuntimeError) as error:  # the last is MLX's for sizes beyond its own integers
             raise _nonsense(self.name, path, error) from error
 
@@ -70,6 +70,11 @@ class Component:
         return module.eval()
 
     @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """What `build` loads, by name; built once for all components of the same geometry and quantization."""
+        return dict(_infos(self.name, self.config, json.dumps(self.quantization)))
+
+    @property
     def tensors(self) -> Tensors:
         """The weights as they are stored."""
         return Files(self.files)
@@ -77,11 +82,11 @@ class Component:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as stored."""
-        return sum(tensor.nbytes for tensor in module_tensors(self.build()).values())
+        return sum(tensor.nbytes for tensor in self.infos.values())
 
     def quantized(self, quant: str) -> "Component":
         """This component as it would be stored with `quant`."""
-        plain = module_tensors(replace(self, quantization=None).build())
+        plain = replace(self, quantization=None).infos
         layers = [(name.removesuffix(".weight"), x.shape) for name, x in plain.items() if len(x.shape) == 2]
         return replace(self, quantization=statement(quant, self.name, layers))
 
@@ -90,7 +95,7 @@ class Component:
         wrong in the component's `folder`."""
         found = self.tensors.infos
         check_counts(COMPONENTS[self.name].counts(self.config), found, folder / "config.json")
-        problems = mismatches(module_tensors(self.check(folder / "config.json")), found)
+        problems = mismatches(self.check(folder / "config.json"), found)
         raise_problems(f"{folder} is damaged, convert the model again", problems)
 
     def load(self, dtype: mx.Dtype, quant: str | None = None) -> nn.Module:
@@ -108,11 +113,16 @@ class Component:
         return adapted(module, self.adapters)
 
 
+@lru_cache(maxsize=64)
+def _infos(name: str, config: Any, quantization: str) -> dict[str, TensorInfo]:
+    return module_tensors(Component(name, config, json.loads(quantization), ()).build())
+
+
 def as_stored(tensors: Tensors, component: Component) -> Tensors:
     """The tensors of `component` in 16 bits as those that it is stored as."""
     if component.quantization is None:
         return tensors
-    return Quantized(tensors, module_tensors(component.build()), component.quantization["bits"])
+    return Quantized(tensors, component.infos, component.quantization["bits"])
 
 
 def described(name: str, values: dict[str, Any], path: Path, section: str = "") -> Any:

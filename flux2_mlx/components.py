@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig
-from .text import LaterLayers, PixtralVision, TextEncoder
-from .transformer import Flux2Transformer
-from .vae import VAE
+from .text import LaterLayers, PixtralVision, TextCost, TextEncoder, VisionCost
+from .transformer import Flux2Transformer, TransformerCost
+from .vae import VAE, VAECost
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Network:
     Attributes:
         config: the class of its geometry.
         module: that of the network itself.
+        cost: that of what it takes beside its weights, for a geometry and the dtype that it computes in.
         field: the geometry's name in a `Variant`.
         part: the network of a source that it is made from.
         counts: how many blocks a geometry has, by the start of their names: the key of the config that says so, and
@@ -27,6 +28,7 @@ class Network:
         group: the network that is named for how it is quantized; None: never quantized.
         streamed: its lists of blocks that can be streamed, in the order that they are run in.
         paints: whether images are made with it. The others write text, which needs neither transformer nor VAE.
+        every_run: whether images are never made without it. Without the text encoder they are, of encoded prompts.
         has_headroom: whether it has room for large values under float16. Hidden states of language models and
             activations of image decoders are known to overflow that inside a layer, so these, which run once, keep the
             range of bfloat16.
@@ -34,12 +36,14 @@ class Network:
 
     config: type[Config]
     module: Callable[[Any], nn.Module]
+    cost: Callable[[Any, mx.Dtype], Any]
     field: str
     part: str
     counts: Callable[[Any], dict[str, tuple[str, int]]]
     group: str | None
     streamed: tuple[str, ...] = ()
     paints: bool = False
+    every_run: bool = False
     has_headroom: bool = False
 
 
@@ -47,6 +51,7 @@ COMPONENTS = {
     "transformer": Network(
         TransformerConfig,
         Flux2Transformer,
+        TransformerCost,
         field="transformer",
         part="transformer",
         counts=lambda config: {
@@ -56,11 +61,13 @@ COMPONENTS = {
         group="transformer",
         streamed=("double_blocks", "single_blocks"),
         paints=True,
+        every_run=True,
         has_headroom=True,
     ),
     "text_encoder": Network(
         TextConfig,
         TextEncoder,
+        TextCost,
         field="text",
         part="text_encoder",
         counts=lambda config: {"layers.": ("num_hidden_layers", config.num_hidden_layers)},
@@ -71,6 +78,7 @@ COMPONENTS = {
     "language_model": Network(
         TextConfig,
         LaterLayers,
+        TextCost,
         field="text",
         part="text_encoder",
         counts=lambda config: {"layers.": ("num_later_layers", config.num_later_layers)},
@@ -80,6 +88,7 @@ COMPONENTS = {
     "vision": Network(
         VisionConfig,
         PixtralVision,
+        VisionCost,
         field="vision",
         part="text_encoder",
         counts=lambda config: {"vision_tower.transformer.layers.": ("num_hidden_layers", config.num_hidden_layers)},
@@ -88,6 +97,7 @@ COMPONENTS = {
     "vae": Network(
         VAEConfig,
         VAE,
+        VAECost,
         field="vae",
         part="vae",
         counts=lambda config: {
@@ -96,6 +106,7 @@ COMPONENTS = {
         },
         group=None,  # 168 MB, mostly convolutions, and its rounding errors would be seen as colour noise
         paints=True,
+        every_run=True,
     ),
 }
 PARTS = tuple(dict.fromkeys(network.part for network in COMPONENTS.values()))

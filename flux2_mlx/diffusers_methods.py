@@ -1,11 +1,13 @@
 """Methods that scripts for diffusers call: each does what is asked for, or says what to write instead."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from .arguments import named
 from .errors import InputError
+from .networks import Networks
 
 _INSTEAD = {
     "load_lora_weights": "LoRA adapters can't be loaded yet",
@@ -28,9 +30,10 @@ class MissingError(InputError, AttributeError):
 
 
 class DiffusersMethods:
-    """What changes nothing here, since networks are loaded for their phase of a run, on the device that there is; and
-    the bar of steps."""
+    """What changes little or nothing here, since networks are loaded for their phase of a run, on the device that there
+    is; and the bar of steps."""
 
+    networks: Networks
     _bar: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
@@ -65,10 +68,12 @@ class DiffusersMethods:
         self._bar = {"disable": disable, "desc": desc, "leave": leave, "position": position, "ncols": ncols}
 
     def enable_model_cpu_offload(self, device: Any = None) -> None:
-        """Nothing to do: only the network of the current phase is in memory."""
+        """Have only the network of the current phase in memory, as with `keep=False`."""
+        self.networks = replace(self.networks, keep=False)
 
     def enable_sequential_cpu_offload(self, device: Any = None) -> None:
-        """Nothing to do: what does not fit into `memory_limit` is read from disk at every step."""
+        """The same: what does not fit into `memory_limit` then is read from disk at every step anyway."""
+        self.enable_model_cpu_offload(device)
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
         """Nothing to do: attention is computed in parts where it has to be."""

@@ -5,19 +5,22 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from .device import failures
-from .memory import Plan, limits
+from .device import device_memory, failures, on_gpu
+from .memory import Plan
 from .output import Phase
 from .streaming import Reading
 
 _TURN = threading.RLock()
 _THREAD = threading.local()
 _ENDING = threading.Event()
+# The share of a phase's activations up to which MLX may allocate ahead of what it computes. It looks before it
+# allocates, so that one more array comes on top.
+_AHEAD = 0.9
 
 
 @contextmanager
@@ -83,17 +86,19 @@ class _Span:
 class Meter:
     """Measures the phases of a run that starts now, and keeps each within what is planned.
 
-    What is in memory already does not belong to the run. A phase that is entered within another interrupts that.
+    What is in memory already does not belong to the run, but for what is kept. A phase that is entered within another
+    interrupts that.
 
     Args:
         timings: gets a `Phase` for each phase.
         planned: the plan of the run.
         reading: what is streamed from disk.
+        kept: bytes in memory that the plan includes, as they were kept for the run.
     """
 
-    def __init__(self, timings: list[Phase], planned: Plan, reading: Reading):
+    def __init__(self, timings: list[Phase], planned: Plan, reading: Reading, kept: int = 0):
         self._timings, self._planned, self._reading = timings, planned, reading
-        self._others = mx.get_active_memory()
+        self._others = max(0, mx.get_active_memory() - kept)
         self._spans: dict[str, _Span] = {}
         self._open: list[_Span] = []
 
@@ -123,3 +128,31 @@ class Meter:
             self._spans[name] = _Span(name, len(self._timings))
             self._timings.append(Phase(name, 0.0, 0))
         return self._spans[name]
+
+
+@contextmanager
+def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
+    """MLX's own limits as the plan has them for a phase; the former ones are back afterwards.
+
+    Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. Cache: freed
+    buffers are kept within what the phase leaves. A GPU, which takes long for new ones, keeps up to the activations of
+    a phase that leaves less: its buffers together stay within the memory limit, as freed ones are given back first.
+    Wired: on Metal, what the phase needs is never paged out.
+
+    Args:
+        planned: the plan of the run.
+        name: that of the phase.
+        others: bytes that are in memory besides the run.
+    """
+    phase = planned.phase(name)
+    peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
+    with ExitStack() as former:  # each is back even if another can't be
+        former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
+        if on_gpu():  # or it may be more than a Mac's GPU can have wired
+            former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
+        cache = mx.set_cache_limit(0)
+        former.callback(mx.set_cache_limit, cache)
+        kept = phase.activations if on_gpu() else 0
+        mx.set_cache_limit(min(cache, max(kept, planned.limit - peak)))
+        yield
+        mx.synchronize()

@@ -1,41 +1,48 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
+import gc
 import math
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .checkpoint import Checkpoint, Component
-from .components import PAINTING, network_dtype, quantizations
-from .config import QUANTIZATIONS, Variant
+from .components import COMPONENTS, PAINTING, network_dtype, quantizations
+from .config import Variant
 from .device import computing_dtype, memory_bytes
-from .errors import CheckpointError, InputError
-from .loading import module_tensors
-from .memory import Plan, Workload, Writing, plan, writing_plan
+from .errors import CheckpointError, DeviceError
+from .layers import WIDENED
+from .loading import memory_dtype, tensor_bytes
+from .memory import Costs, Footprint, Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
-from .references import MIN_SIDE, Edit
-from .request import Request
-from .streaming import Footprint, Reading, footprint, load_streamed
+from .streaming import Reading, load_streamed
 from .text import LanguageModel
-
-_SMALLER_TEXT = "choose a smaller model, one converted with --text-quant qint4, or a higher limit"
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a checkpoint, quantized as asked for, and the bytes of memory that a run may take."""
+    """The networks of a checkpoint, quantized as asked for, and the bytes of memory that a run may take.
+
+    With `keep` they stay in memory between runs as far as that is free: where all that is kept fits beside each phase.
+    """
 
     checkpoint: Checkpoint
     quant: str
     text_quant: str
     dtype: mx.Dtype
     memory_limit: int
+    keep: bool = False
     reading: Reading = field(default_factory=Reading)  # what all runs have streamed from disk
+    _kept: "_Kept" = field(default_factory=lambda: _Kept(), init=False, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -47,6 +54,7 @@ class Networks:
         dtype: str | None = None,
         memory_limit: int | str | None = None,
         text_only: bool = False,
+        keep: bool = False,
     ) -> "Networks":
         """The networks of a model.
 
@@ -58,6 +66,7 @@ class Networks:
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own.
             memory_limit: bytes, or a size such as `"12GB"`; None: what the device has.
             text_only: a model without transformer and VAE will do.
+            keep: whether networks stay in memory between runs where they fit beside each phase.
 
         Raises:
             InputError: a setting is wrong, or what is stored can't become that. CheckpointError: the checkpoint can't
@@ -72,10 +81,10 @@ class Networks:
             text_quant = DEFAULT_TEXT_QUANT[quant]
         quant = loadable_quant("transformer", model.quant, quant)
         text_quant = loadable_quant("text encoder", model.text_quant, text_quant)
-        return cls(model, quant, text_quant, computing_dtype(dtype), memory_bytes(memory_limit))
+        return cls(model, quant, text_quant, computing_dtype(dtype), memory_bytes(memory_limit), keep)
 
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
-        """A network in memory, as far as the plan says so."""
+        """A network in memory, as far as the plan says so; one that was kept is there already."""
         if planned is not None and planned.phase(name).streamed:
             return self._load_streamed(name, planned.phase(name).resident)
         return self._load(name)
@@ -90,136 +99,70 @@ class Networks:
         return LanguageModel(encoder, self._load_streamed("language_model", later), by_layer=True)
 
     def _load(self, name: str) -> nn.Module:
-        return self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])
+        module = self._kept.get(name)
+        if module is None:
+            module = self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])
+            self._kept.offer(name, module)
+        return module
 
     def _load_streamed(self, name: str, resident: int) -> nn.Module:
         return load_streamed(self.checkpoint.components[name], self.dtype_of(name), resident, self.reading)
+
+    @contextmanager
+    def keeping(self, planned: Plan) -> Iterator[Plan]:
+        """A run of `planned`, to be entered in its turn: the plan with what stays in memory after its phases.
+
+        What is in memory from earlier runs and does not fit beside this one is released before it: of this pipeline,
+        and then of others. After a failure of the device nothing is kept, so that another run has all the memory.
+        """
+        with self._kept.during(planned.keeping(self._worth_keeping(planned))) as planned:
+            try:
+                yield planned
+            except (RuntimeError, DeviceError):
+                self.release()
+                raise
+
+    def _worth_keeping(self, planned: Plan) -> dict[str, int]:
+        """Bytes of the networks that may stay in memory: those of the run, and those that have stayed until now."""
+        if not self.keep:
+            return {}
+        names = {name for phase in planned.phases for name in planned.networks(phase.name)} | set(self._kept.names)
+        nbytes = {name: self._footprint(name).all for name in names if self._kept.may_stay(name)}
+        order = sorted(nbytes, key=lambda name: (COMPONENTS[name].every_run, nbytes[name], name), reverse=True)
+        return {name: nbytes[name] for name in order}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of memory that networks take which have been kept."""
+        return self._kept.nbytes
+
+    def release(self) -> None:
+        """Give back the memory of the networks that have been kept."""
+        self._kept.clear()
 
     def dtype_of(self, name: str) -> mx.Dtype:
         """What a network computes in."""
         return network_dtype(name, self.dtype)
 
-    def plan(self, request: Request, edit: Edit = Edit(), **beside: Any) -> Plan:  # noqa: B008 (it is frozen)
-        """What a run holds in memory, phase by phase, and what it streams from disk.
+    def plan(self, work: Workload) -> Plan:
+        """What a run holds in memory, phase by phase, and what it streams from disk."""
+        return plan(self.checkpoint.model, self._footprints, self._costs, work, self.memory_limit)
 
-        Args:
-            request: the settings.
-            edit: the pictures.
-            beside: `previews`, whether there are images between the steps, and `texts`, how many prompts and negative
-                prompts there are, and of how many tokens, if they are not the request's.
-        """
-        return self._plan(_workload(request, edit, **beside))
-
-    def checked_plan(self, request: Request, edit: Edit, **beside: Any) -> Plan:
-        """The plan; InputError that says what would fit if the run does not fit into memory."""
-        planned = self.plan(request, edit, **beside)
-        if not planned.fits:
-            raise _refusal(planned, self.advice(request, edit, **beside))
-        return planned
-
-    def check_possible(self) -> None:
-        """InputError if not even the smallest image fits into memory or, of a language model alone, a word."""
-        if self.checkpoint.components.keys() >= set(PAINTING):
-            size = self.checkpoint.model.vae.token_size
-            request = Request.checked(self.checkpoint.model, size, [""], width=size, height=size)
-            self.checked_plan(request, Edit())
-        elif "language_model" in self.checkpoint.components:
-            self.checked_writing_plan(Writing(1, 1))
-
-    def checked_phase_plan(self, request: Request, name: str) -> Plan:
-        """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
-        planned = self.plan(request).only(name)
-        if not planned.fits:
-            raise _refusal(planned, "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT)
-        return planned
-
-    def checked_writing_plan(self, writing: Writing) -> Plan:
-        """What writing text holds in memory; InputError if that does not fit."""
-        components = self.checkpoint.components
+    def writing_plan(self, writing: Writing) -> Plan:
+        """What writing text holds in memory."""
         networks = {"language_model": self._footprint("text_encoder") + self._footprint("language_model")}
         vision = None
         if writing.pixels:
-            networks["vision_tower"], vision = self._footprint("vision"), components["vision"].config
-        text, dtype = components["text_encoder"].config, self.dtype_of("language_model")
-        planned = writing_plan(text, vision, networks, writing, dtype, self.memory_limit)
-        if not planned.fits:
-            raise _refusal(planned, _SMALLER_TEXT)
-        return planned
-
-    def _plan(self, work: Workload) -> Plan:
-        return plan(self.checkpoint.model, self._footprints, work, self.dtype, self.memory_limit)
-
-    def advice(self, request: Request, edit: Edit = Edit(), **beside: Any) -> str:  # noqa: B008 (it is frozen)
-        """What would fit instead of a run that does not: the same with less beside it, smaller pictures, fewer bits."""
-        work = _workload(request, edit, **beside)
-        if not self._built_in and self._stored_as(self.quant, self.text_quant)._plan(work).fits:
-            return f"convert the model with -q {self.quant} --text-quant {self.text_quant}, which lets it be streamed"
-        if work.previews and self._plan(replace(work, previews=False)).fits:
-            return "without images between the steps it would fit"
-
-        def images(count: int) -> Workload:
-            prompts, negatives = min(count, work.prompts), min(count, work.negatives)
-            return replace(work, images=count, prompts=prompts, negatives=negatives)
-
-        if count := self._largest(images, 1, work.images):
-            return f"{count} at a time would fit"
-        if pictures := self._smaller_pictures(work, edit.canvas is not None):
-            return f"{pictures} would fit"
-        if bits := self._fewer_bits(work):
-            return f"no size fits, but {bits} it would"
-        return "no size fits; choose a smaller model or a higher limit"
-
-    def _smaller_pictures(self, work: Workload, is_painted_over: bool) -> str | None:
-        """The largest references, or else the largest image, or else the largest of both, with which the run fits."""
-        token, count = self.checkpoint.model.vae.token_size, len(work.references)
-
-        def references(side: int) -> Workload:
-            return replace(work, references=((side, side),) * count)
-
-        def image(side: int) -> Workload:
-            width, height = _within((work.width, work.height), side, token)
-            return replace(work, width=width, height=height)
-
-        def both(side: int) -> Workload:
-            return replace(image(side), references=tuple(_within(size, side, token) for size in work.references))
-
-        sides = [max(size) for size in work.references]
-        if not is_painted_over and (side := self._largest(references, MIN_SIDE, max(sides, default=0), token)):
-            return f"{f'{count} references' if count > 1 else 'a reference'} of {side}×{side} pixels"
-        if not is_painted_over and (side := self._largest(image, token, max(work.width, work.height), token)):
-            smaller = image(side)
-            return f"an image of {smaller.width}×{smaller.height}"
-        # No reference may be narrower than the least that there may be.
-        least = max((math.ceil(MIN_SIDE * max(size) / min(size)) for size in work.references), default=MIN_SIDE)
-        if work.references and (side := self._largest(both, -(-least // token) * token, max(sides), token)):
-            return f"pictures and an image of at most {side} pixels a side"
-        return None
-
-    def _fewer_bits(self, work: Workload) -> str | None:
-        """The options of the mildest quantization with which the run fits."""
-        left = [QUANTIZATIONS[QUANTIZATIONS.index(quant) :] for quant in (self.quant, self.text_quant)]
-        for quant, text_quant in sorted(product(*left), key=lambda pair: sorted(map(QUANTIZATIONS.index, pair))[::-1]):
-            other = replace(self, quant=quant, text_quant=text_quant)
-            if (other if self._built_in else self._stored_as(quant, text_quant))._plan(work).fits:
-                return f"{'' if self._built_in else 'converted '}with -q {quant} --text-quant {text_quant}"
-        return None
+            networks["vision_tower"], vision = self._footprint("vision"), self._cost("vision")
+        return writing_plan(networks, self._cost("language_model"), vision, writing, self.memory_limit)
 
     @property
-    def _built_in(self) -> bool:
-        return self.checkpoint.source.get("name") == "demo"
+    def paints(self) -> bool:
+        """Whether images can be made, and not only text be written."""
+        return self.checkpoint.components.keys() >= set(PAINTING)
 
-    def _largest(self, work_of: Callable[[int], Workload], least: int, most: int, step: int = 1) -> int:
-        """The largest multiple of `step` from `least` to `most` with which the run fits; 0 if there is none."""
-        low, high = least // step - 1, most // step
-        if high * step < least or not self._plan(work_of(least)).fits:
-            return 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._plan(work_of(middle * step)).fits else (low, middle - 1)
-        return low * step
-
-    def _stored_as(self, quant: str, text_quant: str) -> "Networks":
-        """The same with nothing to quantize at loading."""
+    def stored_as(self, quant: str, text_quant: str) -> "Networks":
+        """Those of the checkpoint converted to other quantizations, with nothing to quantize at loading."""
         wanted = replace(self, quant=quant, text_quant=text_quant)
         stored = {name: part.quantized(wanted._quants[name]) for name, part in self.checkpoint.components.items()}
         return replace(wanted, checkpoint=replace(self.checkpoint, components=stored))
@@ -227,6 +170,13 @@ class Networks:
     @cached_property
     def _footprints(self) -> dict[str, Footprint]:
         return {name: self._footprint(name) for name in PAINTING}
+
+    @cached_property
+    def _costs(self) -> Costs:
+        return Costs(**{name: self._cost(name) for name in PAINTING})
+
+    def _cost(self, name: str) -> Any:
+        return COMPONENTS[name].cost(self.checkpoint.components[name].config, self.dtype_of(name))
 
     def _footprint(self, name: str) -> Footprint:
         stored = self.checkpoint.components[name]
@@ -242,10 +192,69 @@ class Networks:
         return quantizations(self.quant, self.text_quant)
 
 
+class _Kept:
+    """Networks that stay in memory after their phase, as the plan of the latest run allows it."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, nn.Module] = {}
+        self._allowed: tuple[str, ...] = ()
+        self._running: Plan | None = None
+
+    def get(self, name: str) -> nn.Module | None:
+        return self._modules.get(name)
+
+    def offer(self, name: str, module: nn.Module) -> None:
+        if name in self._allowed:
+            self._modules[name] = module
+
+    def may_stay(self, name: str) -> bool:
+        """Whether the run that another one is made in, by a callback, allows it; True of a run by itself."""
+        return self._running is None or name in self._running.kept
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._modules)
+
+    @property
+    def nbytes(self) -> int:
+        modules = list(self._modules.values())
+        return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
+
+    @contextmanager
+    def during(self, planned: Plan) -> Iterator[Plan]:
+        """A run in which nothing but what is planned to be kept is."""
+        self._drop([name for name in self._modules if name not in planned.kept])
+        others = [kept for kept in _PIPELINES if kept is not self]
+        if planned.peak_memory + sum(kept.nbytes for kept in others) > planned.limit:
+            for kept in others:
+                kept.clear()
+        _PIPELINES.add(self)
+        self._allowed, around = planned.kept, self._running
+        self._running = planned
+        try:
+            yield planned
+        finally:
+            self._running = around
+
+    def clear(self) -> None:
+        self._allowed = ()
+        self._drop(list(self._modules))
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            self._modules.pop(name, None)
+        if names:
+            gc.collect()
+            mx.clear_cache()
+
+
+_PIPELINES: WeakSet[_Kept] = WeakSet()  # what is kept of any; whoever has the turn may look at it
+
+
 def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
     """What quantizing at loading takes above the `whole` network that it ends with."""
-    packed, held, peak = module_tensors(wanted.build()), 0, 0
-    weights = module_tensors(stored.build()).items()
+    packed, held, peak = wanted.infos, 0, 0
+    weights = stored.infos.items()
     for name, tensor in sorted(weights, key=lambda weight: -weight[1].nbytes):  # the order that they are quantized in
         parts = [packed.get(f"{name.removesuffix('.weight')}.{part}") for part in ("weight", "scales", "biases")]
         if all(parts):
@@ -255,37 +264,42 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
     return max(0, peak - whole)
 
 
-def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
-    """A size of the same shape, of at most `side` pixels a side, in whole tokens."""
-    scale = min(1, side / max(size))
-    width, height = (max(token, int(x * scale) // token * token) for x in size)
-    return width, height
+def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
+    """What `component` takes in memory while activations are in `dtype`."""
+    sizes, cast, widened, loading = Counter(), Counter(), Counter(), 0
+    for name, tensor in component.infos.items():
+        block = _block_of(component.name, name) or ""
+        sizes[block] += tensor_bytes(name, tensor, dtype)
+        if tensor.dtype == "U32":
+            continue
+        kept = memory_dtype(name, tensor.shape, dtype)
+        if kept != mx.bfloat16:
+            cast[block] += tensor.nbytes
+            loading = max(loading, tensor.nbytes)
+        if kept != dtype and not name.startswith("embed_tokens"):
+            # Weights are widened one after the other, the scales of packed ones all at once where MLX evaluates them.
+            count = math.prod(tensor.shape)
+            if component.quantization:
+                widened[_evaluated_with(name)] += dtype.size * count
+            else:
+                widened[name] = dtype.size * min(WIDENED, count)
+    rest, _ = sizes.pop("", 0), cast.pop("", 0)
+    blocks = tuple(sizes[block] for block in _blocks(component, sizes))
+    return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0), loading)
 
 
-def _workload(
-    request: Request, edit: Edit, *, previews: bool = False, texts: tuple[int, int, int] | None = None
-) -> Workload:
-    own = len(set(request.prompts)), max(1, len(set(request.negative_prompts))), request.max_sequence_length
-    prompts, negatives, length = texts or own
-    return Workload(
-        request.width,
-        request.height,
-        length,
-        tuple(image.size for image in edit.references),
-        prompts,
-        len(request.seeds),
-        previews,
-        negatives,
-    )
+def _evaluated_with(name: str) -> str:
+    """The layer, or else the part of a network, whose evaluation includes that of a weight."""
+    layer = re.match(r"\D*\.\d+(?=\.)", name)
+    return layer[0] if layer else name.split(".")[0]
 
 
-def _refusal(planned: Plan, advice: str) -> InputError:
-    name = planned.worst.name.replace("_", " ").replace("vae", "VAE")
-    needed, limit = (_shown(x, planned.peak_memory - planned.limit) for x in (planned.peak_memory, planned.limit))
-    return InputError(f"the {name} needs {needed}, the limit is {limit}; {advice}")
+def _block_of(component: str, name: str) -> str | None:
+    """The block that a weight belongs to, such as `double_blocks.3`."""
+    head, number, *_ = [*name.split("."), ""]
+    return f"{head}.{number}" if head in COMPONENTS[component].streamed else None
 
 
-def _shown(nbytes: int, difference: int) -> str:
-    """In GiB, or MiB below 0.1 GiB, with as many digits as a difference from another number of bytes needs."""
-    value, unit = (nbytes / 2**30, "GiB") if nbytes > 2**30 / 10 else (nbytes / 2**20, "MiB")
-    return f"{value:.3g} {unit}" if difference > 0.01 * nbytes else f"{value:.10g} {unit}"
+def _blocks(component: Component, found: dict[str, int]) -> list[str]:
+    order = COMPONENTS[component.name].streamed
+    return sorted(found, key=lambda block: (order.index(block.split(".")[0]), int(block.split(".")[1])))

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from . import arguments
 from .acquisition import FirstUse
+from .advice import check_possible
 from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
@@ -32,7 +33,8 @@ __all__ = ["Flux2Output", "Flux2Pipeline"]
 
 
 class Flux2Pipeline(BasePipeline):
-    """Text and images to image with FLUX.2. Networks are loaded for their phase of a run and released after it."""
+    """Text and images to image with FLUX.2. Networks are loaded for their phase of a run, and released after it where
+    there is no room to keep them."""
 
     @classmethod
     @arguments.named
@@ -49,6 +51,7 @@ class Flux2Pipeline(BasePipeline):
         prompt_cache: bool = True,
         memory_limit: int | str | None = None,
         keep_source: bool = True,
+        keep: bool = True,
         progress: bool = True,
     ) -> "Flux2Pipeline":
         """Open a model; fetch and convert it first if that has not been done yet.
@@ -70,6 +73,8 @@ class Flux2Pipeline(BasePipeline):
             memory_limit: bytes, or a size such as `"12GB"`, that a run stays within, if need be by reading blocks of
                 the networks from disk at every step; None: what the machine has.
             keep_source: leave what is fetched in the Hub's cache, for other programs and quantizations.
+            keep: keep networks in memory between calls as far as they fit into `memory_limit` beside each phase, until
+                `release` or another pipeline's call that needs the room; False: release each after its phase.
             progress: show what is downloaded and converted.
 
         Raises:
@@ -80,7 +85,7 @@ class Flux2Pipeline(BasePipeline):
         computed_in = arguments.dtype_name(dtype, torch_dtype)
         activation_dtype(computed_in), memory_bytes(memory_limit)  # InputError if there are none of these
         arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
-        arguments.kinds(keep_source=(keep_source, bool))
+        arguments.kinds(keep_source=(keep_source, bool), keep=(keep, bool))
         for setting in (quant, text_quant):
             if setting is not None:
                 arguments.kinds(quant=(setting, str))
@@ -96,7 +101,7 @@ class Flux2Pipeline(BasePipeline):
             networks = Networks.open(
                 checkpoint, quant=quant, text_quant=text_quant, dtype=computed_in, memory_limit=memory_limit
             )
-            networks.check_possible()
+            check_possible(networks)
 
         with acquisition_bars(disable=not progress) as show:
             opened = find_checkpoint(
@@ -118,6 +123,7 @@ class Flux2Pipeline(BasePipeline):
             models_dir=models_dir,
             prompt_cache=prompt_cache,
             memory_limit=memory_limit,
+            keep=keep,
             name=str(source),
         )
 
@@ -132,13 +138,19 @@ class Flux2Pipeline(BasePipeline):
         models_dir: str | os.PathLike[str] | None = None,
         prompt_cache: bool = True,
         memory_limit: int | str | None = None,
+        keep: bool = True,
         name: str | None = None,
     ) -> "Flux2Pipeline":
         """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of `from_pretrained`,
         and `name` is what the model was asked for as."""
         name = str(folder) if name is None else name
         networks = Networks.open(
-            Checkpoint.open(folder), quant=quant, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit
+            Checkpoint.open(folder),
+            quant=quant,
+            text_quant=text_quant,
+            dtype=dtype,
+            memory_limit=memory_limit,
+            keep=keep,
         )
         if not prompt_cache:
             return cls(networks, name=name)

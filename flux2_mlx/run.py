@@ -64,7 +64,8 @@ class Run:
     output: Flux2Output = field(default_factory=Flux2Output)
 
     def __post_init__(self):
-        self._meter = Meter(self.output.timings, self.planned, self.networks.reading)
+        networks = self.networks
+        self._meter = Meter(self.output.timings, self.planned, networks.reading, networks.kept_bytes)
         self._components = self.networks.checkpoint.components
         self._variant = self.networks.checkpoint.variant
         self._denoised: dict[int, mx.array] = {}  # tokens `[L, C]` of images that wait for their decoding

@@ -1,9 +1,6 @@
 """Networks whose blocks are read from disk each time they are needed, for models larger than the memory."""
 
-import math
-import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +13,8 @@ from .checkpoint import Component
 from .components import COMPONENTS
 from .device import is_failure
 from .errors import CheckpointError
-from .layers import WIDENED, Adapters, adapted
-from .loading import InMemory, fill, memory_dtype, module_tensors, tensor_bytes
+from .layers import Adapters, adapted
+from .loading import InMemory, fill
 from .weights import Renamed, Tensors, part
 
 Weights = list[tuple[str, mx.array]]
@@ -43,84 +40,6 @@ class Reading:
     def overlap(self) -> float | None:
         """The share of the reading that the computation did not wait for; None if nothing was read."""
         return self.beside / self.nbytes if self.nbytes else None
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a network's weights in memory: of each block in order, and of the rest, which always stays.
-
-    `reading` is what a streamed block takes besides while it is cast from how it is stored, `widened` what the weights
-    take that are widened at one time, and `loading` what a weight takes besides while it is cast or quantized at
-    loading.
-    """
-
-    rest: int
-    blocks: tuple[int, ...] = ()
-    reading: int = 0
-    widened: int = 0
-    loading: int = 0
-
-    def __add__(self, other: "Footprint") -> "Footprint":
-        """Two networks in memory together, the other's blocks being run after this one's."""
-        pairs = (self.reading, other.reading), (self.widened, other.widened), (self.loading, other.loading)
-        return Footprint(self.rest + other.rest, self.blocks + other.blocks, *map(max, pairs))
-
-    @property
-    def all(self) -> int:
-        return self.rest + sum(self.blocks)
-
-    def held(self, resident: int) -> int:
-        """Bytes in memory if so many blocks stay and the others are streamed: one at work, the next one being read."""
-        streamed = self.blocks[resident:]
-        if not streamed:
-            return self.all
-        return self.rest + sum(self.blocks[:resident]) + min(2 * max(streamed), sum(streamed)) + self.reading
-
-    def resident(self, budget: int) -> int:
-        """How many blocks can stay within `budget` bytes; 0 also if not even the least fits."""
-        fitting = [count for count in range(len(self.blocks) + 1) if self.held(count) <= budget]
-        return max(fitting, default=0)
-
-
-def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
-    """What `component` takes in memory while activations are in `dtype`."""
-    sizes, cast, widened, loading = Counter(), Counter(), Counter(), 0
-    for name, tensor in module_tensors(component.build()).items():
-        block = _block_of(component.name, name) or ""
-        sizes[block] += tensor_bytes(name, tensor, dtype)
-        if tensor.dtype == "U32":
-            continue
-        kept = memory_dtype(name, tensor.shape, dtype)
-        if kept != mx.bfloat16:
-            cast[block] += tensor.nbytes
-            loading = max(loading, tensor.nbytes)
-        if kept != dtype and component.name != "vae" and not name.startswith("embed_tokens"):
-            # Weights are widened one after the other, the scales of packed ones all at once where MLX evaluates them.
-            count = math.prod(tensor.shape)
-            if component.quantization:
-                widened[_evaluated_with(name)] += dtype.size * count
-            else:
-                widened[name] = dtype.size * min(WIDENED, count)
-    rest, _ = sizes.pop("", 0), cast.pop("", 0)
-    blocks = tuple(sizes[block] for block in _blocks(component, sizes))
-    return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0), loading)
-
-
-def _evaluated_with(name: str) -> str:
-    """The layer, or else the part of a network, whose evaluation includes that of a weight."""
-    layer = re.match(r"\D*\.\d+(?=\.)", name)
-    return layer[0] if layer else name.split(".")[0]
-
-
-def _block_of(component: str, name: str) -> str | None:
-    """The block that a weight belongs to, such as `double_blocks.3`."""
-    head, number, *_ = [*name.split("."), ""]
-    return f"{head}.{number}" if head in COMPONENTS[component].streamed else None
-
-
-def _blocks(component: Component, found: dict[str, int]) -> list[str]:
-    order = COMPONENTS[component.name].streamed
-    return sorted(found, key=lambda block: (order.index(block.split(".")[0]), int(block.split(".")[1])))
 
 
 class Blocks:

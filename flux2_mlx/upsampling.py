@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .acquisition import Announce, Progress
+from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
@@ -41,7 +42,7 @@ OnText = Callable[[int, str], None]
 @dataclass(frozen=True)
 class Writer:
     """Rewrites prompts and describes images with the language model of a checkpoint, which is in memory only while
-    it writes. `timings` has a `Phase` for each one of what has been written."""
+    it writes, unless a pipeline's networks are kept. `timings` has a `Phase` for each one of what has been written."""
 
     networks: Networks
     timings: list[Phase] = field(default_factory=list)
@@ -91,7 +92,7 @@ class Writer:
             models_dir=models_dir,
             text_only=True,
             keep_source=keep_source,
-            check=lambda checkpoint: networks(checkpoint).check_possible(),
+            check=lambda checkpoint: check_possible(networks(checkpoint)),
             announce=announce,
             progress=progress,
         )
@@ -166,8 +167,8 @@ class Writer:
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
         answers = []
-        with turn():
-            meter = Meter(self.timings, planned, self.networks.reading)
+        with turn(), self.networks.keeping(planned) as planned:
+            meter = Meter(self.timings, planned, self.networks.reading, self.networks.kept_bytes)
             features = {}
             if pictures:
                 with meter.phase("vision_tower"):
@@ -213,7 +214,7 @@ class Writer:
 
     def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
         pixels = tuple(image.shape[0] * image.shape[1] for image in images)
-        planned = self.networks.checked_writing_plan(Writing(max(map(len, prompts)), max_new_tokens, pixels))
+        planned = checked_writing_plan(self.networks, Writing(max(map(len, prompts)), max_new_tokens, pixels))
         if streamed := planned.phase("language_model").streamed:
             _log.warning(
                 "%.3g GiB of the language model do not fit into memory and are read for every word", streamed / 2**30

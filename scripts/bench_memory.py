@@ -23,10 +23,10 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.advice import workload
 from flux2_mlx.checkpoint import FORMAT_VERSION, MANIFEST, Component, variant_components
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.device import mac_limit, parse_memory
-from flux2_mlx.loading import module_tensors
 from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
 from flux2_mlx.output import Phase
@@ -61,7 +61,7 @@ def planned(variant: str, quant: str, limit: float) -> Plan:
     """The plan of one 1024×1024 image in bfloat16 within `limit` bytes."""
     model = VARIANTS[variant]
     networks = Networks.open(model, quant=quant, dtype="bfloat16", memory_limit=int(limit))
-    return networks.plan(Request.checked(model, model.vae.token_size, [""]))
+    return networks.plan(workload(Request.checked(model, model.vae.token_size, [""])))
 
 
 def table() -> str:
@@ -78,7 +78,7 @@ def table() -> str:
         for quant in QUANTIZATIONS:
             figure = DOCUMENTED.get((name, quant))
             within = planned(name, quant, figure * GIB).peak_memory / GIB if figure else None
-            whole, least = (planned(name, quant, limit).peak_memory / GIB for limit in (2**50, 0))
+            whole, least = (planned(name, quant, limit).peak_memory / GIB for limit in (2**50, 10**6))
             cells = [whole, figure, within, measured.get((name, quant)), least]
             shown = [f"{x:.1f}" if isinstance(x, float) else str(x or "–") for x in cells]
             rows.append(f"| `{name}` | {quant} | {' | '.join(shown)} |")
@@ -178,7 +178,7 @@ def write_tokenizer(folder: Path, family: str) -> None:
 def write_component(folder: Path, part: Component) -> None:
     config = part.config.to_dict() | ({"quantization": part.quantization} if part.quantization else {})
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = module_tensors(part.build())
+    tensors = part.infos
     bits = (part.quantization or {}).get("bits")
     write_safetensors(folder / "model.safetensors", tensors, random_arrays(tensors, bits), {}, lambda count: None)
 
@@ -205,10 +205,11 @@ def measure(arguments: argparse.Namespace) -> None:
     if not (folder / MANIFEST).exists():
         make_checkpoint(folder, arguments.variant, arguments.quant, arguments.text_quant)
     limit = arguments.limit and parse_memory(arguments.limit)
-    pipe = Flux2Pipeline.from_pretrained(folder, dtype=arguments.dtype, memory_limit=limit, prompt_cache=False)
+    options = {"dtype": arguments.dtype, "memory_limit": limit, "prompt_cache": False, "keep": False}
+    pipe = Flux2Pipeline.from_pretrained(folder, **options)
     size, length = {"width": arguments.side, "height": arguments.side}, arguments.length
     request = pipe.request([""], **size, steps=arguments.steps, seed=0, max_sequence_length=length)
-    output, whole = pipe.run(request, output_type="np"), pipe.networks.plan(request)
+    output, whole = pipe.run(request, output_type="np"), pipe.plan(request)
     if not np.isfinite(output.images).all():
         sys.exit("the image is not finite")
     row = {

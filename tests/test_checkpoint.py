@@ -13,7 +13,7 @@ from helpers.checkpoints import LARGE_TRANSFORMER, TEXT, TRANSFORMER, VAE, VARIA
 from helpers.damage import Damage, edit, fill, remove, resize, weights
 from mlx.utils import tree_flatten
 
-from flux2_mlx import Flux2Pipeline
+from flux2_mlx import Flux2Pipeline, checkpoint
 from flux2_mlx.checkpoint import Checkpoint, Component, is_checkpoint
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo, read_header
@@ -349,3 +349,14 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
         assert size <= held <= size + 0.1 * largest
         assert peak <= size + tensors * largest
         del module
+
+
+@pytest.mark.parametrize(("options", "described"), [({}, 3), ({"quant": "qint8", "text_quant": "qint8"}, 5)])
+def test_a_run_builds_a_network_once_to_know_its_tensors(options, described, monkeypatch):
+    built, build = [], Component.build
+    monkeypatch.setattr(Component, "build", lambda component: built.append(component.name) or build(component))
+    checkpoint._infos.cache_clear()
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, **options)
+    for _ in range(2):
+        pipe("a fox", width=32, height=32, num_inference_steps=1)
+    assert len(built) == described + 3  # and once to be loaded

@@ -217,7 +217,7 @@ def test_the_image_of_the_first_step_is_where_it_points():
 
 def test_no_memory_is_kept_for_images_between_steps_where_there_are_none():
     pipe = Flux2Pipeline.from_pretrained("demo", prompt_cache=False)
-    limit = pipe.networks.plan(pipe.request([PROMPT], width=128, height=96, steps=2)).peak_memory
+    limit = pipe.plan(pipe.request([PROMPT], width=128, height=96, steps=2)).peak_memory
     words = ("-W", "128", "-H", "96", "-s", "2", "--memory-limit", str(limit), "-o", "a.png")
     make(*words, "--checkpoint", "2")
     message = refusal("t2i", PROMPT, "-m", "demo", *words, "--checkpoint", "1", "--quiet", "--force")

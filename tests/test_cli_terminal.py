@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from helpers.cli_runner import PROMPT, SMALL, done, error_line, run
+from helpers.cli_runner import PROMPT, SMALL, done, error_line, refusal, run
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx.cli.main import cli
 from flux2_mlx.cli.progress import Stream, Warnings, notice
-from flux2_mlx.cli.terminal import line, print_result, printable, to_json
+from flux2_mlx.cli.terminal import in_flags, line, print_result, printable, to_json
 from flux2_mlx.errors import InputError
 
 HOSTILE = "\x1b]0;title\x07\x1b[31mred\r\x08\x9b2J\u202egnp.\u2066\x7f"
@@ -24,6 +24,30 @@ UNSAFE = re.compile(r"[^\t\n -~\u00a0-\uffff]|[\u200e\u200f\u061c\u2028-\u202e\u
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "convert it with quant='qint8', text_quant='qint4', which fits",
+            "convert it with -q qint8 --text-quant qint4, which fits",
+        ),
+        ("one with text_quant='qint4', or", "one with --text-quant qint4, or"),
+        ("use dtype='bfloat16'; memory_limit='7.5GiB'", "use --dtype bfloat16; --memory-limit 7.5GiB"),
+        ("my_quant='qint8' and quant=8 stay", "my_quant='qint8' and quant=8 stay"),
+    ],
+)
+def test_settings_of_messages_become_flags(message, expected):
+    assert in_flags(message) == expected
+
+
+def test_an_error_of_the_library_names_flags(monkeypatch):
+    def refuse(*settings, **others):
+        raise InputError("choose one converted with text_quant='qint4'")
+
+    monkeypatch.setattr("flux2_mlx.store.resolve", refuse)
+    assert refusal("download", "demo") == "choose one converted with --text-quant qint4"
 
 
 @pytest.fixture

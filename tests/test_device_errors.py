@@ -45,11 +45,11 @@ def pipe(request, official):
     folder = official.with_name("ours")
     if not folder.exists():
         convert(official, folder, variant=SHALLOW_VARIANT)
-    options = {"dtype": "float32", "prompt_cache": False}
+    options = {"dtype": "float32", "prompt_cache": False, "keep": False}
     whole = Flux2Pipeline.from_pretrained(folder, **options)
     if request.param == "resident":
         return whole
-    needed = whole.networks.plan(whole.request(["a"], width=64, height=48)).peak_memory
+    needed = whole.plan(whole.request(["a"], width=64, height=48)).peak_memory
     return Flux2Pipeline.from_pretrained(folder, **options, memory_limit=needed * 3 // 4)
 
 

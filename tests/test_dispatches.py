@@ -6,13 +6,13 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from flux2_mlx import Flux2Pipeline, device, layers, memory, run
-from flux2_mlx.checkpoint import variant_components
+from flux2_mlx import Flux2Pipeline, device, layers, run
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.device import MOST_DISPATCH, dispatch_seconds
 from flux2_mlx.layers import OPERATIONS_PER_CHUNK, attention
-from flux2_mlx.memory import Workload, plan
-from flux2_mlx.streaming import footprint
+from flux2_mlx.memory import Workload
+from flux2_mlx.networks import Networks
+from flux2_mlx.text import VisionCost
 from flux2_mlx.text.pixtral import VisionTower
 from flux2_mlx.vae import VAE
 from flux2_mlx.vae import layers as vae_layers
@@ -52,14 +52,14 @@ def test_no_released_model_keeps_the_slowest_chip_for_long(model, monkeypatch):
     """An image of 2048×2048 with as many references as are recommended."""
     on_chip(monkeypatch, "Apple M1")
     variant = VARIANTS[model]
-    networks = {name: footprint(part, mx.float16) for name, part in variant_components(variant, "bf16").items()}
+    networks = Networks.open(variant, dtype="float16", memory_limit=2**40)
     references = ((1024, 1024),) * (variant.max_image_tokens // 4096)
     work = Workload(2048, 2048, variant.max_sequence_length, references)
-    planned = plan(variant, networks, work, mx.float16, 2**40)
+    planned = networks.plan(work)
     assert OPERATIONS_PER_CHUNK / 10 < planned.longest <= OPERATIONS_PER_CHUNK
     assert dispatch_seconds(planned.longest) < MOST_DISPATCH
     monkeypatch.setattr(layers, "OPERATIONS_PER_CHUNK", 10**20)
-    assert dispatch_seconds(plan(variant, networks, work, mx.float16, 2**40).longest) > MOST_DISPATCH
+    assert dispatch_seconds(networks.plan(work).longest) > MOST_DISPATCH
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -117,4 +117,4 @@ def test_the_vision_tower_attends_in_chunks(monkeypatch):
     longest = layers.attention_operations(whole.num_attention_heads, patches, patches, whole.head_dim, 2)
     products = 2 * patches * whole.hidden_size * max(whole.intermediate_size, whole.hidden_size)
     assert max(longest, products) <= OPERATIONS_PER_CHUNK
-    assert memory.vision_activation_bytes(whole, patches, 2) > 0
+    assert VisionCost(whole, mx.bfloat16).seeing(whole.image_size**2, 0) > 0

@@ -14,7 +14,8 @@ from flux2_mlx.config import TransformerConfig
 from flux2_mlx.doctor import CheckUp, Finding, fits, machine, numerics, peaks, predictions, speed
 from flux2_mlx.doctor.speed import Rates, step_operations
 from flux2_mlx.errors import DeviceError
-from flux2_mlx.transformer import blocks
+from flux2_mlx.transformer import TransformerCost, blocks
+from flux2_mlx.vae import VAECost
 from flux2_mlx.weights import READER, Files
 
 SMALL = TransformerConfig(1, 1, 2, 64, 32, 16, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)
@@ -138,9 +139,9 @@ def test_a_plan_that_lies_fails(check, monkeypatch):
     monkeypatch.setattr(peaks, "_STEP", TransformerConfig(5, 20, 4, 64, guidance_embeds=False))
     monkeypatch.setattr(peaks, "_DECODED_SIDE", (64, 64))
     assert verdict(check(mx.float32)) == "pass"
-    step, decode = peaks.activation_bytes, peaks.vae_activation_bytes
-    monkeypatch.setattr(peaks, "activation_bytes", lambda *args: step(*args) // 2)
-    monkeypatch.setattr(peaks, "vae_activation_bytes", lambda *args: [x // 2 for x in decode(*args)])
+    for cost, name in ((TransformerCost, "passing"), (VAECost, "decoding")):
+        honest = getattr(cost, name)
+        monkeypatch.setattr(cost, name, lambda *args, honest=honest, **given: honest(*args, **given) // 2)
     assert verdict(check(mx.float32)) == "fail"
 
 

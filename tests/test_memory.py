@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import threading
+from functools import partial
 from pathlib import Path
 
 import bench_memory
@@ -16,15 +17,16 @@ from mlx.utils import tree_map
 from PIL import Image
 from variants import change_variant
 
-from flux2_mlx import Flux2Pipeline, memory
-from flux2_mlx.checkpoint import variant_components
+from flux2_mlx import Flux2Pipeline, memory, metering
+from flux2_mlx.advice import workload
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, TransformerConfig
 from flux2_mlx.device import parse_memory
 from flux2_mlx.errors import InputError
-from flux2_mlx.memory import PhasePlan, Plan, Workload, activation_bytes, limits, plan
-from flux2_mlx.streaming import footprint
+from flux2_mlx.memory import PhasePlan, Plan, Workload
+from flux2_mlx.metering import limits
+from flux2_mlx.networks import Networks
 from flux2_mlx.text import TOKENIZERS
-from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
+from flux2_mlx.transformer import Flux2Transformer, TransformerCost, image_ids, rope_table, text_ids
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -77,7 +79,7 @@ def measured_peak(
 def test_the_prediction_is_near_the_peak_and_never_below(heads, batch, side, text, dtype, wide):
     config = TransformerConfig(1, 1, heads, 64, guidance_embeds=False)
     widened = 0 if wide else 4 * Flux2Transformer(config).single_blocks[0].linear1.weight.size
-    predicted = activation_bytes(config, batch * (side * side + text), dtype.size, widened, batch)
+    predicted = TransformerCost(config, dtype).passing(batch * (side * side + text), batch, widened)
     measured = measured_peak(config, batch, side, text, dtype, wide, predicted)
     print(f"measured {measured}, predicted {predicted}: {predicted / measured:.3f}")
     assert measured <= predicted <= NEAR * measured
@@ -87,7 +89,7 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
     """Every phase's peak must be at most as planned, and the plan at most `most` times the peak."""
     edit = pipe.edit(images)
     request = pipe.request(settings.pop("prompts", ["a red ring"]), edit=edit, steps=1, seed=0, **settings)
-    planned = pipe.networks.plan(request, edit)
+    planned = pipe.plan(request, edit)
     pipe.run(request, edit)
     ratios = plan_ratios(planned, lambda: pipe.run(request, edit).timings, most, attempts=40)
     assert all(1 <= ratio <= most for ratio in ratios.values()), ratios
@@ -107,19 +109,19 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
 )
 def test_a_plan_is_near_what_a_run_takes_and_never_below(dtype, quant, size):
     options = {"dtype": dtype, "quant": quant, "text_quant": quant}
-    pipe = Flux2Pipeline.from_pretrained("demo", **options, prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", **options, prompt_cache=False, keep=False)
     compare(pipe, width=size[0], height=size[1])
 
 
 def test_a_plan_counts_prompts_and_images():
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     prompts = [f"a red ring on a {colour} background" for colour in ("white", "blue", "black", "green")]
     compare(pipe, prompts=prompts, images_per_prompt=3, most=1.2)
 
 
 @pytest.mark.parametrize("sizes", [[(256, 192)], [(128, 144), (320, 256)]])
 def test_a_plan_counts_references(sizes):
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     compare(pipe, [Image.new("RGB", size, "teal") for size in sizes], width=128, height=128)
 
 
@@ -132,7 +134,7 @@ def small_folder(tmp_path_factory):
 
 @pytest.fixture
 def kv_pipe(small_folder):
-    pipe = Flux2Pipeline.from_pretrained(small_folder, dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained(small_folder, dtype="float32", prompt_cache=False, keep=False)
     return change_variant(pipe, kv_cache=True)
 
 
@@ -144,8 +146,8 @@ def compare_previews(pipe: Flux2Pipeline, images=(), **settings) -> None:
     """The same for a run with an image after every step, which is decoded beside the transformer."""
     edit = pipe.edit(images)
     request = pipe.request(["a red ring"], edit=edit, steps=2, seed=0, **settings)
-    planned = pipe.networks.plan(request, edit, previews=True)
-    assert planned.phase("vae").weights > pipe.networks.plan(request, edit).phase("vae").weights
+    planned = pipe.plan(request, edit, previews=True)
+    assert planned.phase("vae").weights > pipe.plan(request, edit).phase("vae").weights
 
     def on_progress(progress):
         if progress.step is not None:
@@ -163,33 +165,35 @@ def test_a_plan_counts_keys_and_values_beside_previews(kv_pipe):
 
 
 def test_a_plan_counts_prompts_given_as_embeds():
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     embeds = mx.concatenate([pipe.encode_prompt("a red ring")] * 100).astype(mx.bfloat16)
     mx.eval(embeds)
     gc.collect()
     base = mx.get_active_memory()
     output = pipe(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
     request = pipe.request([""] * 100, width=16, height=16, steps=1)
-    planned = pipe.networks.plan(request, texts=(100, 1, 48))
+    planned = pipe.networks.plan(workload(request, texts=(100, 1, 48)))
     measured = max(phase.peak_memory for phase in output.timings if phase.name != "vae") - base
     assert measured <= planned.phase("transformer").peak_memory <= 1.2 * measured
-    tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="20MB")
+    tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="20MB")
     with pytest.raises(InputError, match="the transformer needs "):
         tight(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
 
 
 def test_a_prompt_that_is_repeated_is_held_once():
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     compare(pipe, prompts=["a red ring"] * 60, width=16, height=16, most=1.3)
 
 
 def test_a_plan_counts_previews():
-    compare_previews(Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False), width=128, height=96)
+    compare_previews(
+        Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False), width=128, height=96
+    )
 
 
 def test_a_plan_counts_images_that_are_decoded_while_others_wait(monkeypatch):
     monkeypatch.setattr(memory, "_TOKENS_PER_PASS", 100)  # an image of 192×128 a pass
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     compare(pipe, width=192, height=128, images_per_prompt=3, most=1.12)
 
 
@@ -197,10 +201,10 @@ def test_a_plan_counts_images_that_are_decoded_while_others_wait(monkeypatch):
 def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
     wired, seen, before = [7], {}, mlx_limits()
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])
-    monkeypatch.setattr(memory, "on_gpu", lambda: True)
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit="30MB")
+    monkeypatch.setattr(metering, "on_gpu", lambda: True)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="30MB")
     request = pipe.request(["a red ring"], width=64, height=64, steps=1)
-    planned = pipe.networks.plan(request)
+    planned = pipe.plan(request)
     others = mx.ones(1000)
     mx.eval(others)
     gc.collect()
@@ -231,7 +235,7 @@ def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
 )
 def test_a_gpu_keeps_freed_buffers_under_a_tight_limit_too(gpu, spare, expected, monkeypatch):
     """Counted in the plan: those of all kinds stay within the memory limit, which is below what is planned."""
-    monkeypatch.setattr(memory, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(metering, "on_gpu", lambda: gpu)
     planned = Plan((PhasePlan("transformer", 1000, 300),), 1300 + spare)
     before = mlx_limits()
     with limits(planned, "transformer", 50):
@@ -246,7 +250,7 @@ def test_the_limits_of_mlx_come_back_though_its_work_fails(monkeypatch):
         raise RuntimeError("lost")
 
     before = mlx_limits()
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     monkeypatch.setattr(mx, "synchronize", fail)
     with pytest.raises(RuntimeError, match="lost"):
         pipe("a red ring", width=64, height=64, num_inference_steps=1)
@@ -301,13 +305,12 @@ def test_the_table_of_the_readme_is_the_plan():
     for name, quant, whole, documented, within, measured, least in rows:
         variant = VARIANTS[name]
         work = Workload(1024, 1024, variant.max_sequence_length)
-        parts = variant_components(variant, quant)
-        networks = {part: footprint(component, mx.bfloat16) for part, component in parts.items()}
-        limits = {whole: 2**50, least: 0} | ({} if documented == "–" else {within: float(documented) * GIB})
+        networks = partial(Networks.open, variant, quant=quant, dtype="bfloat16")
+        limits = {whole: 2**50, least: 10**6} | ({} if documented == "–" else {within: float(documented) * GIB})
         for figure, limit in limits.items():
-            planned = plan(variant, networks, work, mx.bfloat16, int(limit)).peak_memory / GIB
+            planned = networks(memory_limit=int(limit)).plan(work).peak_memory / GIB
             assert float(figure) == pytest.approx(planned, rel=0.02, abs=0.06), (name, quant, figure)
-        weights = max(network.all for network in networks.values()) / GIB
+        weights = max(phase.weights for phase in networks(memory_limit=2**50).plan(work).phases) / GIB
         assert float(whole) <= weights + max(0.15 * weights, 1.2)
         for figure in (within, measured):
             assert figure == "–" or float(figure) <= float(documented)

@@ -7,6 +7,7 @@ import pytest
 from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline, InputError, unfinished
+from flux2_mlx.advice import workload
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.networks import Networks
 from flux2_mlx.references import Edit
@@ -83,7 +84,7 @@ def test_the_plan_counts_them():
 
     def peak(negative: str | list[str]) -> int:
         request = Request.checked(row, 16, [*"abcdefghi"], negative_prompt=negative)
-        return networks.plan(request).phase("text_encoder").peak_memory
+        return networks.plan(workload(request)).phase("text_encoder").peak_memory
 
     assert peak([*"123456789"]) - peak("red") == 8 * row.max_sequence_length * row.text.output_size * 2
     assert peak("red") == peak("")

@@ -39,13 +39,13 @@ def folder(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(folder: Path) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False)
+    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False, keep=False)
 
 
 @pytest.fixture
 def guided(folder: Path) -> Flux2Pipeline:
     """The same weights as a model with classifier-free guidance."""
-    pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False, keep=False)
     return change_variant(pipe, distilled=False)
 
 

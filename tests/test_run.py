@@ -27,13 +27,13 @@ def an_image_a_pass(monkeypatch):
 
 @pytest.fixture
 def pipe(tmp_path) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained("demo", dtype="float32", models_dir=tmp_path)
+    return Flux2Pipeline.from_pretrained("demo", dtype="float32", models_dir=tmp_path, keep=False)
 
 
 @pytest.fixture
 def narrow(pipe) -> Flux2Pipeline:
     """Within a limit that the VAE does not fit into beside the whole transformer."""
-    planned = pipe.networks.plan(pipe.request([PROMPT], **SIZE))
+    planned = pipe.plan(pipe.request([PROMPT], **SIZE))
     pipe.networks = replace(pipe.networks, memory_limit=planned.peak_memory + 100_000)
     return pipe
 
@@ -102,7 +102,7 @@ def test_what_is_finished_before_an_interruption_was_handed_out(pipe):
 def test_without_room_for_both_the_images_wait(narrow, loads):
     heard = []
     request = narrow.request([PROMPT], images_per_prompt=3, seed=1, **SIZE)
-    assert not narrow.networks.plan(request).beside
+    assert not narrow.plan(request).beside
     narrow.run(request, on_progress=hear(heard), resume=True)
     assert [event[0] for event in heard] == ["step"] * 6 + ["image"] * 3
     assert loads == ["text_encoder", "transformer", "vae"]
@@ -148,9 +148,9 @@ def test_images_of_one_pass_are_kept_until_they_are_decoded(narrow, tmp_path, mo
         if progress.phase == "vae":
             kept.append(len(list((tmp_path / FOLDER).iterdir())))
 
-    planned = narrow.networks.plan(request)
+    planned = narrow.plan(request)
     narrow.networks = replace(narrow.networks, memory_limit=planned.peak_memory + 100_000)
-    assert not narrow.networks.plan(request).beside
+    assert not narrow.plan(request).beside
     narrow.run(request, on_progress=on_progress, resume=True)
     assert kept == [3, 3, 2, 1]
 
@@ -181,8 +181,8 @@ def test_images_between_the_steps_load_the_decoder_once(pipe, loads):
 
 
 def test_a_plan_has_both_networks_where_both_are_in_memory(pipe):
-    one, several = (pipe.networks.plan(pipe.request([PROMPT], images_per_prompt=n, **SIZE)) for n in (1, 3))
-    vae = pipe.networks.plan(pipe.request([PROMPT], **SIZE)).phase("vae").weights
+    one, several = (pipe.plan(pipe.request([PROMPT], images_per_prompt=n, **SIZE)) for n in (1, 3))
+    vae = pipe.plan(pipe.request([PROMPT], **SIZE)).phase("vae").weights
     assert (one.beside, several.beside) == (False, True)
     assert (
         several.phase("transformer").weights == several.phase("vae").weights == one.phase("transformer").weights + vae

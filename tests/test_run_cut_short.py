@@ -29,9 +29,9 @@ def pipe(request, tmp_path) -> Flux2Pipeline:
     """Images are decoded at once, or wait until the transformer has made room."""
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", models_dir=tmp_path)
     if request.param == "narrow":
-        planned = pipe.networks.plan(pipe.request([PROMPT], **RUN))
+        planned = pipe.plan(pipe.request([PROMPT], **RUN))
         pipe.networks = replace(pipe.networks, memory_limit=planned.peak_memory + 100_000)
-    several = pipe.networks.plan(pipe.request([PROMPT], images_per_prompt=5, **RUN))
+    several = pipe.plan(pipe.request([PROMPT], images_per_prompt=5, **RUN))
     assert several.beside == (request.param == "beside")
     return pipe
 
@@ -171,7 +171,7 @@ def test_pictures_are_hashed_once_in_a_run_and_only_if_images_wait(pipe, monkeyp
     monkeypatch.setattr(unfinished, "_pictures", lambda edit: (calls.append(edit), real(edit))[1])
     request = pipe.request([PROMPT], images_per_prompt=3, seed=1, **RUN)
     pipe.run(request, resume=True)
-    assert len(calls) == (0 if pipe.networks.plan(request).beside else 1)
+    assert len(calls) == (0 if pipe.plan(request).beside else 1)
 
 
 def flip_and_set_back(name):

@@ -16,10 +16,13 @@ from helpers.mlx_state import mlx_limits
 from mlx.utils import tree_flatten
 
 from flux2_mlx import Flux2Pipeline, InputError, streaming
+from flux2_mlx.advice import checked_plan, workload
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.loading import module_tensors
-from flux2_mlx.streaming import Footprint, Reading, footprint, load_streamed
+from flux2_mlx.memory import Footprint
+from flux2_mlx.networks import footprint
+from flux2_mlx.streaming import Reading, load_streamed
 from flux2_mlx.weights import READER
 
 SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3, "max_sequence_length": 40}
@@ -38,7 +41,7 @@ def folder(request, official):
 
 
 def open_pipe(folder, **options) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False, **options)
+    return Flux2Pipeline.from_pretrained(folder, dtype="float32", prompt_cache=False, keep=False, **options)
 
 
 def test_the_footprint_is_what_loading_takes(folder):
@@ -81,11 +84,11 @@ def test_a_limit_changes_memory_and_not_the_image(folder):
     free = open_pipe(folder)
     expected = free("a fox", output_type="np", **SETTINGS)
     request = free.request(["a fox"], width=64, height=48, steps=2, max_sequence_length=40)
-    whole = free.networks.plan(request)
+    whole = free.plan(request)
     assert all(phase.streamed == 0 for phase in whole.phases)
     limit = whole.peak_memory * 3 // 4
     pipe = open_pipe(folder, memory_limit=limit)
-    planned = pipe.networks.plan(request)
+    planned = pipe.plan(request)
     assert planned.phase("transformer").streamed > 0
     base = mx.get_active_memory()
     output = pipe("a fox", output_type="np", **SETTINGS)
@@ -150,7 +153,7 @@ def test_a_run_beyond_the_limit_is_refused_before_anything_is_loaded(folder, mon
 def test_encoding_alone_keeps_to_the_limit(folder):
     free = open_pipe(folder)
     request = free.request(["a fox"], max_sequence_length=40)
-    planned = free.networks.plan(request).phase("text_encoder")
+    planned = free.plan(request).phase("text_encoder")
     pipe = open_pipe(folder, memory_limit=f"{(planned.peak_memory - 1) / 1000:.3f}kB")
     gc.collect()
     mx.clear_cache()
@@ -167,22 +170,24 @@ def test_encoding_alone_keeps_to_the_limit(folder):
 def test_what_is_quantized_at_loading_stays(official):
     folder = convert(official, official.with_name("plain"), quant="bf16", text_quant="bf16", variant=SHALLOW_VARIANT)
     pipe = open_pipe(folder, quant="qint8")
-    planned = pipe.networks.plan(pipe.request(["a fox"], width=64, height=48))
+    planned = pipe.plan(pipe.request(["a fox"], width=64, height=48))
     tight = open_pipe(folder, quant="qint8", memory_limit=planned.peak_memory - 1)
     request = tight.request(["a fox"], width=64, height=48)
-    assert all(phase.streamed == 0 for phase in tight.networks.plan(request).phases)
-    with pytest.raises(InputError, match="; convert the model with -q qint8 --text-quant qint8, which lets it be"):
-        tight.networks.checked_plan(request, tight.edit([]))
+    assert all(phase.streamed == 0 for phase in tight.networks.plan(workload(request)).phases)
+    with pytest.raises(
+        InputError, match="; convert the model with quant='qint8', text_quant='qint8', which lets it be"
+    ):
+        checked_plan(tight.networks, workload(request))
     converted = convert(
         official, official.with_name("packed"), quant="qint8", text_quant="qint8", variant=SHALLOW_VARIANT
     )
     packed = open_pipe(converted, memory_limit=planned.peak_memory - 1)
-    assert packed.networks.checked_plan(request, packed.edit([])).fits
+    assert packed.plan(request).fits
 
 
 def test_what_was_read_is_counted(folder):
     free = open_pipe(folder)
-    limit = free.networks.plan(free.request(["a"], width=64, height=48, max_sequence_length=40)).peak_memory * 3 // 4
+    limit = free.plan(free.request(["a"], width=64, height=48, max_sequence_length=40)).peak_memory * 3 // 4
     pipe = open_pipe(folder, memory_limit=limit)
     for steps in (2, 3):
         phases = {phase.name: phase for phase in pipe("a", **SETTINGS | {"num_inference_steps": steps}).timings}
@@ -232,7 +237,7 @@ def test_the_overlap_is_what_a_clock_outside_measures(folder, reading, monkeypat
 def test_command_line(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe = open_pipe(folder)
-    limit = pipe.networks.plan(pipe.request(["a"], width=64, height=48)).peak_memory * 3 // 4
+    limit = pipe.plan(pipe.request(["a"], width=64, height=48)).peak_memory * 3 // 4
     settings = ("t2i", PROMPT, "-m", str(folder), "-W", "64", "-H", "48", "-s", "2", "--seed", "3", "--no-cache")
     done(*settings, "-o", "a.png")
     run = done(*settings, "-o", "b.png", "--memory-limit", str(limit), "--profile", "--json")
@@ -250,7 +255,7 @@ def test_a_file_that_is_lost_while_it_is_streamed(folder, tmp_path, damage):
     mine = shutil.copytree(folder, tmp_path / "mine")
     pipe = open_pipe(mine)
     request = pipe.request(["a"], width=64, height=48, steps=3, max_sequence_length=40)
-    pipe = open_pipe(mine, memory_limit=pipe.networks.plan(request).peak_memory * 3 // 4)
+    pipe = open_pipe(mine, memory_limit=pipe.plan(request).peak_memory * 3 // 4)
     weights = mine / "transformer/model.safetensors"
 
     def on_progress(progress):

@@ -70,14 +70,14 @@ def open_writer(folder: Path, limit: int | None = None) -> Writer:
 
 def plan_of(writer: Writer, monkeypatch: pytest.MonkeyPatch, images: list[Image.Image]):
     """The plan of `describe(images)`."""
-    plans, check = [], type(writer.networks).checked_writing_plan
+    plans, check = [], upsampling.checked_writing_plan
 
     def record(networks, writing):
         plans.append(check(networks, writing))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(writer.networks), "checked_writing_plan", record)
+        patch.setattr(upsampling, "checked_writing_plan", record)
         with pytest.raises(KeyboardInterrupt):
             writer.describe(images, **SHORT)
     return plans[0]

@@ -7,7 +7,7 @@ from helpers.mlx_state import randomized
 from mlx.utils import tree_map
 
 from flux2_mlx.config import VAEConfig
-from flux2_mlx.vae import VAE, activation_bytes
+from flux2_mlx.vae import VAE, VAECost
 from flux2_mlx.vae.layers import Conv2d, GroupNorm
 from flux2_mlx.vae.strips import Doubled, Runner, Stored, strip_height
 
@@ -134,7 +134,8 @@ def test_memory_grows_with_stored_rows_only():
 @pytest.mark.parametrize(("height", "width"), [(256, 192), (128, 256)])
 def test_predicted_memory(height, width, strip_bytes):
     vae = network(SMALL)
-    encoding, decoding = activation_bytes(SMALL, height, width, mx.float32, strip_bytes)
+    cost = VAECost(SMALL, mx.float32, strip_bytes)
+    encoding, decoding = cost.encoding(height, width), cost.decoding(height, width)
     measured = peak_memory(vae.encode, image(1, height, width), strip_bytes)
     assert measured <= encoding <= 1.1 * measured
     measured = peak_memory(vae.decode, latents(SMALL, 1, height // 4, width // 4), strip_bytes)
@@ -142,8 +143,10 @@ def test_predicted_memory(height, width, strip_bytes):
 
 
 def test_predicted_memory_of_the_released_sizes():
-    assert peak_memory(lambda: activation_bytes(FULL, 1024, 1024, mx.bfloat16) and []) < MIB
-    assert max(activation_bytes(FULL, 1024, 1024, mx.bfloat16)) <= 1.2 * 1024 * MIB
+    cost = VAECost(FULL, mx.bfloat16)
+    for peak in (cost.encoding, cost.decoding):
+        assert peak_memory(lambda peak=peak: peak(1024, 1024) and []) < MIB
+        assert peak(1024, 1024) <= 1.2 * 1024 * MIB
 
 
 def test_very_tall_images():

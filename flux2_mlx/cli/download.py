@@ -45,11 +45,12 @@ def download(
       flux2-mlx download klein-4b
       flux2-mlx download klein-9b -q qint8 --no-keep-source
     """
+    from ..advice import check_possible
     from ..networks import Networks
     from ..store import find_checkpoint, resolve
 
     def check(checkpoint: "Checkpoint") -> None:
-        Networks.open(checkpoint).check_possible()
+        check_possible(Networks.open(checkpoint))
 
     resolved = resolve(model, models_dir)
     with Bars(quiet) as bars:

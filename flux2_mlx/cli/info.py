@@ -13,7 +13,7 @@ from .options import dtype_option, json_option, memory_option, models_dir_option
 from .progress import notice
 from .replay import elsewhere
 from .report import is_image, print_settings
-from .terminal import print_result, to_json
+from .terminal import in_flags, print_result, to_json
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -167,12 +167,14 @@ def _described(model: "Model", folders: list[Path], variant: str | None, quant: 
 
 
 def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:
+    from ..advice import advice, workload
     from ..device import dtype_name
     from ..request import Request
 
     variant = networks.checkpoint.model
     request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
-    planned = networks.plan(request)
+    work = workload(request)
+    planned = networks.plan(work)
     passes = 2 if variant.uses_cfg and request.guidance > 1 else 1
     return {
         "quant": networks.quant,
@@ -185,7 +187,7 @@ def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[s
         "peak_memory": planned.peak_memory,
         "limit": planned.limit,
         "fits": planned.fits,
-        "advice": None if planned.fits else networks.advice(request),
+        "advice": None if planned.fits else in_flags(advice(networks, work)),
     }
 
 

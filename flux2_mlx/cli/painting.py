@@ -194,6 +194,7 @@ def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flu
         models_dir=job.models_dir,
         prompt_cache=not job.no_cache,
         memory_limit=job.memory_limit,
+        keep=False,
     )
 
 
@@ -212,6 +213,7 @@ def _notices(record: Record) -> None:
 
 def _hint(record: Record) -> None:
     """Say where 4 bits take longer than the 16 for which there is memory."""
+    from ..advice import workload
     from ..device import chip, is_slow_with_qint4
     from ..networks import Networks
 
@@ -221,7 +223,7 @@ def _hint(record: Record) -> None:
     plain = Networks.open(
         own.checkpoint.model, text_quant=own.text_quant, dtype=job.dtype, memory_limit=own.memory_limit
     )
-    planned = plain.plan(record.draft.requests[0], record.draft.edit)
+    planned = plain.plan(workload(record.draft.requests[0], record.draft.edit))
     if planned.fits and not planned.phase("transformer").streamed:
         notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it", job.quiet)
 

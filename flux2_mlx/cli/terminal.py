@@ -10,6 +10,15 @@ from typing import Any
 import click
 
 _MAX_LINE = 1000
+# Settings as the library's messages write them, and the flags that say the same. Several stand one after the other.
+_FLAGS = {
+    "quant": "-q",
+    "text_quant": "--text-quant",
+    "dtype": "--dtype",
+    "memory_limit": "--memory-limit",
+    "variant": "--variant",
+}
+_SETTING = re.compile(rf"((?<='), )?\b({'|'.join(_FLAGS)})='([\w.-]+)'")
 # Control characters but for tab and line feed, what changes the direction of text, ends of lines that are not shown as
 # such, and bytes that are no text.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -25,6 +34,11 @@ def line(text: str) -> str:
     text = printable(" ".join(text.split()))
     half = _MAX_LINE // 2
     return text if len(text) <= _MAX_LINE else f"{text[: half - 1]}…{text[-half:]}"
+
+
+def in_flags(message: str) -> str:
+    """A message of the library, which says `quant='qint4'`, in the words of the command line: `-q qint4`."""
+    return _SETTING.sub(lambda found: f"{' ' if found[1] else ''}{_FLAGS[found[2]]} {found[3]}", message)
 
 
 def to_json(value: Any) -> str:

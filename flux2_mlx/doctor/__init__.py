@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..advice import workload
 from ..components import network_dtype
 from ..config import QUANTIZATIONS, VARIANTS
 from ..device import activation_dtype, device_memory, failures, is_virtual, on_gpu
@@ -49,7 +50,10 @@ class CheckUp:
 
     def _checks(self, swap: int | None) -> Iterator[tuple[str, _Check]]:
         dtype = self._dtype
-        yield "demo image", lambda: numerics.check_demo(Flux2Pipeline.from_pretrained("demo", prompt_cache=False))
+        yield (
+            "demo image",
+            lambda: numerics.check_demo(Flux2Pipeline.from_pretrained("demo", prompt_cache=False, keep=False)),
+        )
         yield "product", partial(numerics.check_product, dtype)
         if on_gpu():
             yield "float32", numerics.check_float32
@@ -101,5 +105,5 @@ def fits() -> dict[str, dict[str, int | None]]:
 def _streamed(model: str, quant: str) -> int | None:
     variant = VARIANTS[model]
     networks = Networks.open(variant, quant=quant, memory_limit=device_memory())
-    planned = networks.plan(Request.checked(variant, variant.vae.token_size, [""]))
+    planned = networks.plan(workload(Request.checked(variant, variant.vae.token_size, [""])))
     return planned.phase("transformer").streamed if planned.fits else None

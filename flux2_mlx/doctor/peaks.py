@@ -13,10 +13,11 @@ from ..checkpoint import Component
 from ..config import VARIANTS, VAEConfig
 from ..device import device_memory, on_gpu, on_metal
 from ..loading import in_memory
-from ..memory import PhasePlan, Plan, activation_bytes, limits
-from ..streaming import footprint
-from ..transformer import image_ids, rope_table, text_ids
-from ..vae import activation_bytes as vae_activation_bytes
+from ..memory import PhasePlan, Plan
+from ..metering import limits
+from ..networks import footprint
+from ..transformer import TransformerCost, image_ids, rope_table, text_ids
+from ..vae import VAECost
 from .finding import Finding, judged, skipped
 
 _MOST = 1.05  # times what is planned
@@ -34,7 +35,7 @@ def check_step(dtype: mx.Dtype) -> Finding:
     component = Component("transformer", config, None, ())
     weights, side, text = footprint(component, dtype), _STEP_SIDE[not on_gpu()], 512
     module = _in_memory(component, dtype)
-    planned = activation_bytes(config, side * side + text, dtype.size, weights.widened)
+    planned = TransformerCost(config, dtype).passing(side * side + text, widened=weights.widened)
     img, txt = mx.zeros((1, side * side, config.in_channels), dtype), mx.zeros((1, text, config.hidden_size), dtype)
     rope = rope_table(np.concatenate([text_ids(text), image_ids(side, side)]), config)
     mx.eval(img, txt, rope)
@@ -49,7 +50,7 @@ def check_decoding(dtype: mx.Dtype) -> Finding:
     config, side = VAEConfig(), _DECODED_SIDE[not on_gpu()]
     component = Component("vae", config, None, ())
     module = _in_memory(component, dtype)
-    planned = vae_activation_bytes(config, side, side, dtype)[1]
+    planned = VAECost(config, dtype).decoding(side, side)
     latents = mx.zeros((1, side // 8, side // 8, config.latent_channels), dtype)
     mx.eval(latents)
     weights = footprint(component, dtype).all

@@ -1,5 +1,6 @@
 """Text encoders, their tokenizers, and text generation."""
 
+from .cost import TextCost, VisionCost
 from .decoder import LanguageModel, LaterLayers, TextEncoder
 from .pixtral import PixtralVision
 from .tokenizer import DevTokenizer, KleinTokenizer, PromptTokenizer
@@ -19,5 +20,7 @@ __all__ = [
     "LaterLayers",
     "PixtralVision",
     "PromptTokenizer",
+    "TextCost",
     "TextEncoder",
+    "VisionCost",
 ]

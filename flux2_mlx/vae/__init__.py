@@ -1,5 +1,6 @@
 """The FLUX.2 autoencoder."""
 
-from .model import VAE, activation_bytes
+from .cost import VAECost
+from .model import VAE
 
-__all__ = ["VAE", "activation_bytes"]
+__all__ = ["VAE", "VAECost"]

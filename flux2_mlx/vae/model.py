@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ..config import VAEConfig
 from ..device import direct_convolutions
 from .layers import Conv2d, Downsample, GroupNorm, Level, MidBlock, Upsample
-from .strips import STRIP_BYTES, Meter, Rows, Runner, Stored
+from .strips import STRIP_BYTES, Rows, Runner, Stored
 
 
 class Encoder(nn.Module):
@@ -114,17 +114,3 @@ class VAE(nn.Module):
 
     def _std(self) -> mx.array:
         return mx.sqrt(self.bn.running_var + self._eps)
-
-
-def activation_bytes(
-    config: VAEConfig, height: int, width: int, dtype: mx.Dtype, strip_bytes: int = STRIP_BYTES
-) -> tuple[int, int]:
-    """Peak bytes, above weights and input, of encoding and of decoding one image of `height`×`width` pixels.
-
-    At most some 15 % above what is measured, and never below.
-    """
-    vae, encoding, decoding = VAE(config), Meter(strip_bytes), Meter(strip_bytes)
-    scale = config.scale_factor
-    vae._encode(Stored([mx.zeros((1, height, width, 3), dtype)], encoding))
-    vae._decode(Stored([mx.zeros((1, height // scale, width // scale, config.latent_channels), dtype)], decoding))
-    return encoding.peak, decoding.peak

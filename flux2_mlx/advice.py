@@ -1,0 +1,202 @@
+"""Whether a run fits into memory, and what would fit in its place, in the words of settings."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+from .config import QUANTIZATIONS
+from .errors import InputError
+from .memory import Plan, Workload, Writing
+from .names import demo_folder
+from .networks import Networks
+from .references import MIN_SIDE, Edit
+from .request import Request
+
+_SMALLER_TEXT = "choose a smaller model, one converted with text_quant='qint4', or a higher limit"
+
+
+def workload(
+    request: Request,
+    edit: Edit = Edit(),  # noqa: B008 (it is frozen)
+    *,
+    previews: bool = False,
+    texts: tuple[int, int, int] | None = None,
+) -> Workload:
+    """What a run of `request` with the pictures of `edit` makes.
+
+    Args:
+        request: the settings.
+        edit: the pictures.
+        previews: whether there are images between the steps.
+        texts: how many prompts and negative prompts there are, and of how many tokens, if they are not the request's.
+    """
+    own = len(set(request.prompts)), max(1, len(set(request.negative_prompts))), request.max_sequence_length
+    prompts, negatives, length = texts or own
+    return Workload(
+        request.width,
+        request.height,
+        length,
+        references=tuple(image.size for image in edit.references),
+        prompts=prompts,
+        images=len(request.seeds),
+        previews=previews,
+        negatives=negatives,
+        on_canvas=edit.canvas is not None,
+    )
+
+
+def checked_plan(networks: Networks, work: Workload) -> Plan:
+    """The plan of a run; InputError that says what would fit if that does not."""
+    planned = networks.plan(work)
+    if not planned.fits:
+        raise _refusal(planned, advice(networks, work))
+    return planned
+
+
+def checked_phase_plan(networks: Networks, work: Workload, name: str) -> Plan:
+    """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
+    planned = networks.plan(work).only(name)
+    if not planned.fits:
+        raise _refusal(planned, "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT)
+    return planned
+
+
+def checked_writing_plan(networks: Networks, writing: Writing) -> Plan:
+    """What writing text holds in memory; InputError if that does not fit."""
+    planned = networks.writing_plan(writing)
+    if not planned.fits:
+        raise _refusal(planned, _SMALLER_TEXT)
+    return planned
+
+
+def check_possible(networks: Networks) -> None:
+    """InputError if not even the smallest image fits into memory or, of a language model alone, a word."""
+    if networks.paints:
+        size = networks.checkpoint.model.vae.token_size
+        request = Request.checked(networks.checkpoint.model, size, [""], width=size, height=size)
+        checked_plan(networks, workload(request))
+    elif "language_model" in networks.checkpoint.components:
+        checked_writing_plan(networks, Writing(1, 1))
+
+
+def advice(networks: Networks, work: Workload) -> str:
+    """What would fit instead of a run that does not: the same with less beside it, smaller pictures, fewer bits."""
+    if _is_convertible(networks) and networks.stored_as(networks.quant, networks.text_quant).plan(work).fits:
+        return f"convert the model with {_settings(networks.quant, networks.text_quant)}, which lets it be streamed"
+    if work.previews and networks.plan(replace(work, previews=False)).fits:
+        return "without images between the steps it would fit"
+    if count := _largest(networks, lambda count: _only(work, count), 1, work.images):
+        return f"{count} at a time would fit"
+    if pictures := _smaller_pictures(networks, work):
+        return f"{pictures} would fit"
+    if bits := _fewer_bits(networks, work):
+        return f"no size fits, but {bits} it would"
+    return "no size fits; choose a smaller model or a higher limit"
+
+
+def _only(work: Workload, images: int) -> Workload:
+    """A part of a run that makes so many images."""
+    return replace(work, images=images, prompts=min(images, work.prompts), negatives=min(images, work.negatives))
+
+
+def _smaller_pictures(networks: Networks, work: Workload) -> str | None:
+    """The largest references, or else the largest image, or else the largest of both, with which the run fits."""
+    if not work.on_canvas:
+        if smaller := _smaller_references(networks, work):
+            return smaller
+        if smaller := _smaller_image(networks, work):
+            return smaller
+    return _smaller_all(networks, work) if work.references else None
+
+
+def _smaller_references(networks: Networks, work: Workload) -> str | None:
+    count, most = len(work.references), max((max(size) for size in work.references), default=0)
+
+    def smaller(side: int) -> Workload:
+        return replace(work, references=((side, side),) * count)
+
+    side = _largest(networks, smaller, MIN_SIDE, most, _token(networks))
+    return f"{f'{count} references' if count > 1 else 'a reference'} of {side}×{side} pixels" if side else None
+
+
+def _smaller_image(networks: Networks, work: Workload) -> str | None:
+    token = _token(networks)
+
+    def smaller(side: int) -> Workload:
+        return _with_image(work, side, token)
+
+    side = _largest(networks, smaller, token, max(work.width, work.height), token)
+    return f"an image of {smaller(side).width}×{smaller(side).height}" if side else None
+
+
+def _smaller_all(networks: Networks, work: Workload) -> str | None:
+    token, most = _token(networks), max(max(size) for size in work.references)
+    # No reference may be narrower than the least that there may be.
+    least = max(math.ceil(MIN_SIDE * max(size) / min(size)) for size in work.references)
+
+    def smaller(side: int) -> Workload:
+        references = tuple(_within(size, side, token) for size in work.references)
+        return replace(_with_image(work, side, token), references=references)
+
+    side = _largest(networks, smaller, -(-least // token) * token, most, token)
+    return f"pictures and an image of at most {side} pixels a side" if side else None
+
+
+def _fewer_bits(networks: Networks, work: Workload) -> str | None:
+    """The settings of the mildest quantization with which the run fits."""
+    left = [QUANTIZATIONS[QUANTIZATIONS.index(quant) :] for quant in (networks.quant, networks.text_quant)]
+    converted = _is_convertible(networks)
+    for quant, text_quant in sorted(product(*left), key=lambda pair: sorted(map(QUANTIZATIONS.index, pair))[::-1]):
+        at_loading = replace(networks, quant=quant, text_quant=text_quant)
+        if (networks.stored_as(quant, text_quant) if converted else at_loading).plan(work).fits:
+            return f"{'converted ' if converted else ''}with {_settings(quant, text_quant)}"
+    return None
+
+
+def _is_convertible(networks: Networks) -> bool:
+    """Whether the model can be stored in other bits: not the one that comes with the package, which is as it is."""
+    return networks.checkpoint.folder != demo_folder()
+
+
+def _settings(quant: str, text_quant: str) -> str:
+    return f"quant={quant!r}, text_quant={text_quant!r}"
+
+
+def _token(networks: Networks) -> int:
+    return networks.checkpoint.model.vae.token_size
+
+
+def _largest(networks: Networks, work_of: Callable[[int], Workload], least: int, most: int, step: int = 1) -> int:
+    """The largest multiple of `step` from `least` to `most` with which the run fits; 0 if there is none."""
+    low, high = least // step - 1, most // step
+    if high * step < least or not networks.plan(work_of(least)).fits:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if networks.plan(work_of(middle * step)).fits else (low, middle - 1)
+    return low * step
+
+
+def _with_image(work: Workload, side: int, token: int) -> Workload:
+    width, height = _within((work.width, work.height), side, token)
+    return replace(work, width=width, height=height)
+
+
+def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
+    """A size of the same shape, of at most `side` pixels a side, in whole tokens."""
+    scale = min(1, side / max(size))
+    width, height = (max(token, int(x * scale) // token * token) for x in size)
+    return width, height
+
+
+def _refusal(planned: Plan, advice: str) -> InputError:
+    name = planned.worst.name.replace("_", " ").replace("vae", "VAE")
+    needed, limit = (_shown(x, planned.peak_memory - planned.limit) for x in (planned.peak_memory, planned.limit))
+    return InputError(f"the {name} needs {needed}, the limit is {limit}; {advice}")
+
+
+def _shown(nbytes: int, difference: int) -> str:
+    """In GiB, or MiB below 0.1 GiB, with as many digits as a difference from another number of bytes needs."""
+    value, unit = (nbytes / 2**30, "GiB") if nbytes > 2**30 / 10 else (nbytes / 2**20, "MiB")
+    return f"{value:.3g} {unit}" if difference > 0.01 * nbytes else f"{value:.10g} {unit}"

@@ -1,0 +1,88 @@
+"""What the language models that read and write prompts, and their eyes, take beside their weights."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..config import TextConfig, VisionConfig
+from ..layers import attention_operations, score_bytes
+
+# While a layer attends: arrays as wide as the stream, the queries, and the keys, and bytes of a query in float32 for
+# norms and rotation. While its MLP computes: arrays as wide as the stream and the MLP, which has the gate, its product
+# and what it is multiplied by. Fitted to peaks: python scripts/bench_memory.py measure klein-4b bf16 --work FOLDER
+_STREAMS, _QUERIES, _KEYS, _FLOAT32_BYTES = 6, 4.9, 2, 18
+_MLP_STREAMS, _MLP_ARRAYS = 4, 3
+_MASKS = 3  # who sees whom, as it is made of the triangle and the padding, a byte each
+# The same of the vision tower: bytes for a patch and channel while it attends, and arrays as wide as the stream beside
+# the MLP. And of the logits: arrays in float32, as mlx-lm normalises them and a token is sampled. Fitted to peaks:
+# python -m pytest -s tests/test_writing_memory.py -k near_what_writing_takes
+_VISION_BYTES, _VISION_MLP_STREAMS, _LOGITS_ARRAYS = 92, 3, 6
+# mlx-lm's own: tokens that `KVCache` grows by (its `step`), and those of a prompt that `generate_step` reads at one
+# time (its `prefill_step_size`).
+_CACHE_STEP, _TOKENS_READ_TOGETHER = 256, 2048
+
+
+@dataclass(frozen=True)
+class TextCost:
+    """Costs of a language model of such a geometry, computing in `dtype`."""
+
+    config: TextConfig
+    dtype: mx.Dtype
+
+    def encoding(self, tokens: int, widened: int = 0) -> int:
+        """Peak of reading so many tokens, padding included, above the weights, of which `widened` bytes are widened at
+        one time."""
+        config, itemsize = self.config, self.dtype.size
+        D, heads = config.hidden_size, config.num_attention_heads
+        queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        arrays = itemsize * (_STREAMS * D + _QUERIES * queries + _KEYS * keys)
+        masks, scores = _MASKS * tokens**2, score_bytes(heads, tokens, config.head_dim, itemsize)
+        attending = tokens * (arrays + _FLOAT32_BYTES * queries) + scores + masks
+        mlp = tokens * itemsize * (_MLP_STREAMS * D + _MLP_ARRAYS * config.intermediate_size)
+        return int(max(attending, mlp + widened))
+
+    def reading(self, tokens: int, widened: int) -> int:
+        """The same of a prompt that is read before text is written."""
+        return self.encoding(min(tokens, _TOKENS_READ_TOGETHER), widened)
+
+    def cache(self, tokens: int) -> int:
+        """Bytes of a key and a value of so many tokens in every layer, the later ones included."""
+        config, room = self.config, _CACHE_STEP * -(-tokens // _CACHE_STEP)
+        pair = 2 * config.num_key_value_heads * config.head_dim * self.dtype.size
+        return room * pair * (config.num_hidden_layers + config.num_later_layers)
+
+    def embeddings(self, tokens: int) -> int:
+        """Bytes of the embeddings of so many tokens, as they are made and as they are kept."""
+        return 2 * tokens * self.config.hidden_size * self.dtype.size
+
+    def logits(self) -> int:
+        """Bytes of the logits of one token, and of what becomes of them."""
+        return _LOGITS_ARRAYS * self.config.vocab_size * mx.float32.size
+
+    def longest(self, tokens: int) -> int:
+        """Operations of the longest product or attention of reading so many tokens."""
+        config, heads = self.config, self.config.num_attention_heads
+        return max(
+            2 * tokens * config.hidden_size * max(config.intermediate_size, heads * config.head_dim),
+            attention_operations(heads, tokens, tokens, config.head_dim, self.dtype.size),
+        )
+
+
+@dataclass(frozen=True)
+class VisionCost:
+    """Costs of a vision tower of such a geometry, computing in `dtype`."""
+
+    config: VisionConfig
+    dtype: mx.Dtype
+
+    def seeing(self, pixels: int, widened: int) -> int:
+        """Peak of looking at an image of so many pixels, above the weights."""
+        config, patches, itemsize = self.config, pixels // self.config.patch_size**2, self.dtype.size
+        D, heads = config.hidden_size, config.num_attention_heads
+        attending = patches * D * _VISION_BYTES + score_bytes(heads, patches, config.head_dim, itemsize)
+        mlp = patches * itemsize * (_VISION_MLP_STREAMS * D + _MLP_ARRAYS * config.intermediate_size)
+        return max(attending, mlp + widened)
+
+    def features(self, pixels: int) -> int:
+        """Bytes of what the language model is given of images of so many pixels."""
+        return pixels // self.config.cell_size**2 * self.config.text_hidden_size * self.dtype.size

@@ -1,0 +1,91 @@
+"""What the transformer takes beside its weights: bytes of its activations, and its longest operation."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..config import TransformerConfig
+from ..layers import attention_operations, score_bytes
+from .blocks import TOKENS_PER_PART
+
+# Arrays as wide as the stream. Kept of each token that is projected until all can attend: queries, keys, values, and
+# the gated MLP of a single block, three times as wide. While all attend, those and the stream before and after it.
+_KEPT_ARRAYS, _ATTENDING_ARRAYS = 6, 8
+# While a projection widens its weights: what the widest one gives, 3 and twice 3, what it reads, and the stream.
+_WIDENING_ARRAYS = 11
+# Bytes for each channel of the tokens that a block projects at one time, in arrays of the activations' dtype and in
+# float32 for norms and rotation. Fitted to peaks: python -m pytest -s tests/test_memory.py -k near_the_peak
+_PROJECTED_ARRAYS, _FLOAT32_BYTES = 3, 75
+
+
+@dataclass(frozen=True)
+class TransformerCost:
+    """Costs of a transformer of such a geometry, computing in `dtype`."""
+
+    config: TransformerConfig
+    dtype: mx.Dtype
+
+    def states(self, tokens: int) -> int:
+        """Bytes of the states of so many text tokens before they are projected."""
+        return tokens * self.config.joint_attention_dim * self.dtype.size
+
+    def projected(self, tokens: int) -> int:
+        """Bytes of text states of so many tokens once they are as wide as the stream."""
+        return tokens * self.config.hidden_size * self.dtype.size
+
+    def rotations(self, positions: int) -> int:
+        """Bytes of the table of rotations of so many positions: a cosine and a sine for each channel of a head."""
+        return positions * 2 * self.config.attention_head_dim * mx.float32.size
+
+    def keys_values(self, tokens: int) -> int:
+        """Bytes of what one block keeps of so many tokens: a key and a value."""
+        return 2 * tokens * self.config.hidden_size * self.dtype.size
+
+    def denoising(
+        self, text: int, image: int, references: int, images: int, widened: int, *, kv_cache: bool
+    ) -> tuple[int, int]:
+        """Bytes that stay from the first pass of a run to its last, and the peak of a pass above them and the weights.
+
+        Args:
+            text: tokens of a prompt.
+            image: tokens of an image.
+            references: tokens of all references.
+            images: how many go through one pass.
+            widened: bytes of the weights that are widened at one time.
+            kv_cache: whether references are read once and then seen through their keys and values.
+        """
+        texts = self.projected(images * text) if images > 1 else 0  # side by side
+        if not (kv_cache and references):
+            return 0, texts + self.passing(images * (text + image + references), images, widened)
+        past = self.keys_values(references) * (self.config.num_layers + self.config.num_single_layers)
+        tokens = images * (text + image)
+        # One block at a time has the keys and values of both side by side.
+        joined = self.keys_values(tokens + 2 * images * references)
+        reading = self.passing(references, 1, widened)
+        return past, max(reading, texts + self.passing(tokens, images, widened) + joined)
+
+    def passing(self, tokens: int, images: int = 1, widened: int = 0) -> int:
+        """Peak of a pass above the weights, where `tokens` are those of text and pictures of all `images`."""
+        config, itemsize = self.config, self.dtype.size
+        array, part = itemsize * config.hidden_size, min(tokens, TOKENS_PER_PART)
+        scores = score_bytes(images * config.num_attention_heads, tokens // images, config.attention_head_dim, itemsize)
+        # A chunk of queries is scaled before it attends, and kept until it has.
+        chunk = min(scores * 2 * config.attention_head_dim * images // tokens, 2 * tokens * array)
+        attending = tokens * (_ATTENDING_ARRAYS * array + config.in_channels * mx.float32.size) + scores + chunk
+        projected = part * config.hidden_size * (_PROJECTED_ARRAYS * itemsize + _FLOAT32_BYTES)
+        if tokens == part and scores == images * config.num_attention_heads * (tokens // images) ** 2 * itemsize:
+            projected += scores  # all is evaluated at once, attention included, unless that is in chunks
+        projected = max(projected, part * _WIDENING_ARRAYS * array + widened)
+        kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
+        return max(attending, kept * array + projected)
+
+    def longest(self, text: int, others: int, images: int) -> int:
+        """Operations of the longest product or attention of a pass, with `others` besides the tokens of the text."""
+        config, D, tokens = self.config, self.config.hidden_size, text + others
+        part, widest = min(images * tokens, TOKENS_PER_PART), 3 * D + 2 * config.mlp_hidden_size
+        heads = images * config.num_attention_heads
+        return max(
+            2 * part * D * widest,
+            attention_operations(heads, tokens, tokens, config.attention_head_dim, self.dtype.size),
+            2 * images * text * config.joint_attention_dim * D,
+        )
