@@ -56,12 +56,12 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         *,
         mask: Image.Image | None = None,
         on_canvas: bool = False,
-        crop_padding: int | None = None,
+        mask_crop: int | None = None,
         feather: int = 0,
         match_colors: bool = False,
     ) -> Edit:
         """Prepared pictures for `run`; see `Edit.checked`."""
-        settings = {"mask": mask, "on_canvas": on_canvas, "crop_padding": crop_padding, "feather": feather}
+        settings = {"mask": mask, "on_canvas": on_canvas, "mask_crop": mask_crop, "feather": feather}
         return Edit.checked(images, self.token_size, match_colors=match_colors, **settings)
 
     def request(
@@ -132,10 +132,10 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         Args:
             request: the settings.
             edit: the pictures.
-            latents: as for a call.
-            prompt_embeds: the same.
-            negative_prompt_embeds: the same, one row a prompt.
-            output_type: the same.
+            latents: noise to start from, `[B, 4c, H/16, W/16]`, in place of the seeds' noise.
+            prompt_embeds: what `encode_prompt` gives, one row a prompt, in place of the prompts of `request`.
+            negative_prompt_embeds: what it gives of the negative prompts, one row a prompt.
+            output_type: `pil`, `np`, `pt` or `latent`, as for a call.
             on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
                 before that of the next pass where memory allows it. After a step it may return tokens to go on from,
                 call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.
@@ -250,10 +250,6 @@ class BasePipeline(WritingMethods, DiffusersMethods):
     def dtype(self) -> mx.Dtype:
         """What the transformer computes in."""
         return self.networks.dtype
-
-    @property
-    def tokenizer(self) -> PromptTokenizer:
-        return self.checkpoint.tokenizer
 
     @property
     def token_size(self) -> int:
