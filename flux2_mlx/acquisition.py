@@ -76,7 +76,7 @@ def acquire(
         repo: `owner/name`.
         target: the folder to make.
         quant: `bf16`, `qint8` or `qint4` for the transformer.
-        text_quant: the same for the text encoder.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder.
         known: the row of the table that the repo belongs to.
         variant: the model's name where the repo can't tell.
         text_only: leave out the transformer and the VAE.

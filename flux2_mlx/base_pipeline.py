@@ -58,7 +58,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         *,
         mask: Image.Image | None = None,
         on_canvas: bool = False,
-        crop_padding: int | None = None,
+        mask_crop: int | None = None,
         feather: int = 0,
         match_colors: bool = False,
     ) -> Edit:
@@ -68,7 +68,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
             self.token_size,
             mask=mask,
             on_canvas=on_canvas,
-            crop_padding=crop_padding,
+            mask_crop=mask_crop,
             feather=feather,
             match_colors=match_colors,
         )
@@ -141,10 +141,10 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         Args:
             request: the settings.
             edit: the pictures.
-            latents: as for a call.
-            prompt_embeds: the same.
-            negative_prompt_embeds: the same, one row a prompt.
-            output_type: the same.
+            latents: noise to start from, `[B, 4c, H/16, W/16]`, in place of the seeds' noise.
+            prompt_embeds: what `encode_prompt` gives, one row a prompt, in place of the prompts of `request`.
+            negative_prompt_embeds: what it gives of the negative prompts, one row a prompt.
+            output_type: `pil`, `np`, `pt` or `latent`, as for a call.
             on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
                 before that of the next pass where memory allows it. After a step it may return tokens to go on from,
                 call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.

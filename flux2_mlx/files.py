@@ -40,7 +40,11 @@ def open_regular(path: Path) -> BinaryIO:
 
 @contextmanager
 def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
-    """The same for a block; InputError also if it is larger than `limit` bytes."""
+    """A regular file that is open for reading inside; raises as `open_regular` does.
+
+    Raises:
+        InputError: it is larger than `limit` bytes.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -177,7 +181,7 @@ def _placed_without_links(part: Path, target: Path) -> bool:
 
 
 def _renamed(part: Path, target: Path) -> bool:
-    """The same in one call, which not every system has and not every disk knows."""
+    """Rename `part` to a free `target` in one call, which not every system has and not every disk knows."""
     library, here, only_new = ctypes.CDLL(None, use_errno=True), -100, 1  # AT_FDCWD, RENAME_NOREPLACE
     old, new = os.fsencode(part), os.fsencode(target)
     if sys.platform == "darwin":

@@ -102,7 +102,7 @@ class Download:
         return cls(repo_id, page, licence, commit, storage, files, missing, arrived, branch)
 
     def without_weights(self, unused: Collection[str]) -> "Download":
-        """The same without some files."""
+        """This download without the files that are `unused`."""
         files = {name: blob for name, blob in self.files.items() if name not in unused}
         return replace(self, files=files, missing=tuple(name for name in self.missing if name in files))
 

@@ -224,7 +224,7 @@ def find_variant(text: str) -> Variant | None:
 
 
 def get_variant(text: str) -> Variant:
-    """The same; InputError says what there is if there is none."""
+    """The model of the table that `text` names; InputError says what there is if there is none."""
     if (variant := find_variant(text)) is None:
         raise InputError(f"unknown model {text!r}; {did_you_mean(text) or f'choose one of {NAMES}'}")
     return variant

@@ -62,11 +62,11 @@ class Flux2Pipeline(BasePipeline):
                 is a path.
             variant: the model's name where the source can't tell.
             quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16` when converting.
-            text_quant: the same for the text encoder; None: as stored, or 8 bit (4 bit with `qint4`).
+            text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, or 8 bit (4 bit with `qint4`).
             dtype: `float32`, `bfloat16` or `float16`, or a dtype of MLX or PyTorch, for activations; None: float16 on
                 M1 and M2, bfloat16 on later chips, float32 on a CPU. Under float16 all but the transformer is in
                 bfloat16.
-            torch_dtype: the same.
+            torch_dtype: what diffusers calls `dtype`; give one of them.
             models_dir: where converted models are kept; None: `$FLUX2_MLX_HOME` or `~/.cache/flux2-mlx`.
             prompt_cache: keep encoded prompts in the folder `prompts` there, so that a prompt seen before needs no
                 text encoder, and denoised images that wait for their decoding in `unfinished`.
@@ -203,7 +203,7 @@ class Flux2Pipeline(BasePipeline):
             match_colors: give results the colours of the first image where they are the same (see `colors.matched`).
                 What is edited gets the same correction, and keeps its own colours. For `pil` output.
             height: pixels, a multiple of 16; None: the first image's. With a mask or strength it can't be chosen.
-            width: the same.
+            width: pixels, a multiple of 16; None: the first image's.
             num_inference_steps: denoising steps; with `sigmas`, what their shift is worked out for (None: 50).
             guidance_scale: embedded guidance (dev) or the CFG scale (base models); distilled models ignore it.
             seed: of the first image, 0 … 2^64 − 1; image k has seed + k. Or a list of the seed of each image. None:
@@ -214,7 +214,8 @@ class Flux2Pipeline(BasePipeline):
             prompt_embeds: what `encode_prompt` gives, one row a prompt, in place of `prompt`.
             negative_prompt: what guidance steers away from, one for all prompts or one for each; None: empty ones. Of
                 the base models only, and with a `guidance_scale` above 1.
-            negative_prompt_embeds: the same as what `encode_prompt` gives, one row for all prompts or one for each.
+            negative_prompt_embeds: what `encode_prompt` gives of negative prompts, in place of `negative_prompt`: one
+                row for all prompts or one for each.
             max_sequence_length: text tokens of a prompt that the transformer sees, at most the variant's. Embeds have
                 their own length.
             sigmas: noise levels before the shift, one a step, in place of the even grid.
@@ -264,7 +265,7 @@ class Flux2Pipeline(BasePipeline):
             images,
             mask=masks[0] if masks else None,
             on_canvas=strength is not None,
-            crop_padding=padding_mask_crop,
+            mask_crop=padding_mask_crop,
             match_colors=match_colors,
         )
         if match_colors and output_type != "pil":

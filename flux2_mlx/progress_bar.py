@@ -29,7 +29,8 @@ def progress_bar(**options: Any) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def acquisition_bars(**options: Any) -> Iterator[Callable[[int, int, str], None]]:
-    """The same for bytes that are downloaded and then converted; the function also takes which of the two it is."""
+    """Bars of bytes that are downloaded and then converted: a function of bytes done, bytes in all, and `download` or
+    `convert`."""
     with ExitStack() as bars:
         shown: dict[str, Callable[[int, int], None]] = {}
 

@@ -90,7 +90,7 @@ class Canvas:
         mask: Image.Image | None,
         multiple: int,
         *,
-        crop_padding: int | None = None,
+        mask_crop: int | None = None,
         feather: int = 0,
     ) -> "Canvas":
         """Prepare an RGB image and its mask.
@@ -99,7 +99,7 @@ class Canvas:
             image: the original, of a size that `check_picture` lets pass.
             mask: of the same size; what is lighter than middle grey is painted over. None: everything.
             multiple: pixels per token along one side.
-            crop_padding: work on the mask's surroundings only, so many pixels around it. None: on the whole image.
+            mask_crop: work on the mask's surroundings only, so many pixels around it. None: on the whole image.
             feather: pixels inside the mask over which the original fades into what was painted.
 
         Raises:
@@ -110,11 +110,11 @@ class Canvas:
         small = _shrunk(image)
         width, height = _floored(small.size, multiple)
         mask = _binary(mask, image.size)
-        if crop_padding is None:
+        if mask_crop is None:
             box = (0, 0, *image.size)
             picture, shown = small.resize((width, height), _LANCZOS), mask.resize((width, height), _LANCZOS)
         else:
-            box = crop_box(mask, width / height, crop_padding)
+            box = crop_box(mask, width / height, mask_crop)
             picture, shown = (_filled(layer.crop(box), width, height) for layer in (image, mask))
         tokens = _token_mask(np.asarray(shown) >= 128, multiple)
         if not tokens.any():
@@ -278,7 +278,7 @@ class Edit:
         *,
         mask: Image.Image | None = None,
         on_canvas: bool = False,
-        crop_padding: int | None = None,
+        mask_crop: int | None = None,
         feather: int = 0,
         match_colors: bool = False,
     ) -> "Edit":
@@ -291,10 +291,10 @@ class Edit:
         """
         if len(images) > MAX_REFERENCES:
             raise InputError(f"{len(images)} images are too many; give at most {MAX_REFERENCES}")
-        if mask is None and crop_padding is not None:
+        if mask is None and mask_crop is not None:
             raise InputError("cropping to the mask needs a mask")
-        if crop_padding is not None and _pixels("padding_mask_crop", crop_padding) < 0:
-            raise InputError(f"the crop must reach 0 or more pixels around the mask, got {crop_padding}")
+        if mask_crop is not None and _pixels("padding_mask_crop", mask_crop) < 0:
+            raise InputError(f"the crop must reach 0 or more pixels around the mask, got {mask_crop}")
         if not isinstance(match_colors, bool):
             raise InputError(f"match_colors must be True or False, got {match_colors!r:.40}")
         if not images:
@@ -309,7 +309,7 @@ class Edit:
         if mask is None and not on_canvas:
             return cls(tuple(fit_reference(image, multiple) for image in images), match_colors=match_colors)
         mask = None if mask is None else flattened(mask, "black")
-        canvas = Canvas.checked(images[0], mask, multiple, crop_padding=crop_padding, feather=feather)
+        canvas = Canvas.checked(images[0], mask, multiple, mask_crop=mask_crop, feather=feather)
         return cls((canvas.picture, *(fit_reference(image, multiple) for image in images[1:])), canvas, match_colors)
 
     def working_size(self, width: int | None, height: int | None) -> tuple[int | None, int | None]:

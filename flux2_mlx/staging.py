@@ -73,7 +73,7 @@ def bring_back(place: Path) -> None:
 
 
 def bring_all_back(parent: Path) -> None:
-    """The same for all places in `parent`."""
+    """Put old folders back to all places in `parent` whose replacement was killed before it was there."""
     for work in _works(parent):
         with _dead(work) as name:
             if name:

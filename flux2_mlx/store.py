@@ -48,7 +48,7 @@ def find_checkpoint(
         source: a model's name or path; see `resolve`.
         variant: the model's name where the source can't tell; where it can, InputError if it is another.
         quant: `bf16` (None), `qint8` or `qint4`; an MLX checkpoint keeps its own.
-        text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         models_dir: where converted models are kept; see `models_folder`.
         text_only: a checkpoint without transformer and VAE will do.
         only_converted: fetch and convert nothing.
@@ -148,7 +148,7 @@ def make_checkpoint(
         model: see `resolve`.
         target: the folder to make.
         quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
-        text_quant: the same for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
         variant: what `checked_variant` gives.
         text_only: leave out the transformer and the VAE.
         force: replace an MLX checkpoint at `target`.

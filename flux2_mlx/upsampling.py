@@ -166,28 +166,17 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        answers = []
         with turn(), self.networks.keeping(planned) as planned:
             meter = Meter(self.timings, planned, self.networks.reading, self.networks.kept_bytes)
             features = {}
             if pictures:
                 with meter.phase("vision_tower"):
                     features = self._look(pictures)
+            seen = [[features[id(image)] for image in images] for _, images in questions]
             with meter.phase("language_model"):
-                model = self.networks.load_language_model(planned)
-                for number, (ids, (_, images)) in enumerate(zip(prompts, questions, strict=True)):
-                    tokens = generate(
-                        model,
-                        ids,
-                        self.checkpoint.tokenizer.end_ids,
-                        embeddings=self._embeddings(model, ids, [features[id(image)] for image in images]),
-                        temperature=temperature,
-                        max_tokens=max_new_tokens,
-                        seed=None if seed is None else (seed + number) % 2**64,
-                    )
-                    answers.append(self._read(tokens, number, on_text))
-                del model, tokens  # or they would outlive the phase
-        return answers
+                return self._answers(
+                    planned, list(zip(prompts, seen, strict=True)), seed, on_text, temperature, max_new_tokens
+                )
 
     def _check(self, must_see: bool) -> None:
         if "language_model" not in self.checkpoint.components:
@@ -228,6 +217,31 @@ class Writer:
             features[key] = vision(mx.array(pixels).astype(dtype))
             check_finite(features[key], "vision tower")
         return features
+
+    def _answers(
+        self,
+        planned: Plan,
+        questions: Sequence[tuple[list[int], list[mx.array]]],
+        seed: int | None,
+        on_text: OnText,
+        temperature: float,
+        max_tokens: int,
+    ) -> list[str]:
+        """Answers to token ids with embeddings of images."""
+        model, answers = self.networks.load_language_model(planned), []
+        for number, (ids, features) in enumerate(questions):
+            embeddings = self._embeddings(model, ids, features)
+            tokens = generate(
+                model,
+                ids,
+                self.checkpoint.tokenizer.end_ids,
+                embeddings=embeddings,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=None if seed is None else (seed + number) % 2**64,
+            )
+            answers.append(self._read(tokens, number, on_text))
+        return answers
 
     def _embeddings(self, model: LanguageModel, ids: list[int], features: list[mx.array]) -> mx.array | None:
         return embed(model, ids, features, self.checkpoint.tokenizer.image_id) if features else None

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from helpers.mlx_state import mlx_limits, plan_ratios, randomized
+from helpers.variants import change_variant
 from mlx.utils import tree_map
 from PIL import Image
-from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline, memory, metering
 from flux2_mlx.advice import workload

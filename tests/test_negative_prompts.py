@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from variants import change_variant
+from helpers.variants import change_variant
 
 from flux2_mlx import Flux2Pipeline, InputError, unfinished
 from flux2_mlx.advice import workload

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.variants import change_variant
 from PIL import Image
-from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline, device, memory
 from flux2_mlx.checkpoint import Component

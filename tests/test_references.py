@@ -70,7 +70,7 @@ def test_a_negative_overlap_is_refused():
 
 def test_a_negative_padding_is_refused():
     with pytest.raises(InputError, match=r"^the crop must reach 0 or more pixels around the mask, got -5$"):
-        Edit.checked([picture()], 16, mask=half_mask("L", 0, 255), crop_padding=-5)
+        Edit.checked([picture()], 16, mask=half_mask("L", 0, 255), mask_crop=-5)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_mask_that_marks_too_little_is_told_the_least_in_its_own_pixels(size, 
     mask.putpixel((32, 32), 255)
     message = f"^the mask marks too little: make the white parts at least {least} pixels wide$"
     with pytest.raises(InputError, match=message):
-        Edit.checked([picture(size=size)], 16, mask=mask, crop_padding=crop)
+        Edit.checked([picture(size=size)], 16, mask=mask, mask_crop=crop)
 
 
 @pytest.mark.parametrize("width", [17, 20, 33])

@@ -30,7 +30,7 @@ Shown = TypeVar("Shown")
 @click.option(
     "-W", "--width", type=click.IntRange(16), help="Pixels of the image to plan for.  [default: 1024; demo 128]"
 )
-@click.option("-H", "--height", type=click.IntRange(16), help="The same.  [default: 1024; demo 128]")
+@click.option("-H", "--height", type=click.IntRange(16), help="Its height in pixels.  [default: 1024; demo 128]")
 @memory_option
 @variant_option
 @models_dir_option

@@ -54,7 +54,7 @@ class Pictures:
         edit = {
             "mask": mask,
             "on_canvas": self.strength is not None,
-            "crop_padding": self.mask_crop,
+            "mask_crop": self.mask_crop,
             "feather": 0 if self.extend is None else self.extend["overlap"] // 2,
             "match_colors": self.match_colors,
         }

@@ -125,7 +125,7 @@ def double_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype) ->
 
 
 def single_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype) -> Pass:
-    """The same of a single block."""
+    """What a single block makes of random tokens, in float32 and not in units."""
     x, rope = _stream(_SIDE**2 + _TEXT, config, dtype), _rope(config)
     mods = [_modulation(config, dtype, seed) for seed in range(3)]
     return lambda: block(x, mods, rope).astype(mx.float32) * unit(dtype)

@@ -26,7 +26,7 @@ def clipped(x: mx.array) -> mx.array:
 
 
 def in_units(x: mx.array) -> mx.array:
-    """The same, in units."""
+    """`x` in units."""
     return _in_units(x) if x.dtype == mx.float16 else x
 
 

@@ -12,8 +12,8 @@ from diffusers import Flux2Pipeline as Flux2DevPipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, small_pipeline, write_tokenizer
 from helpers.parity import relative_error
+from helpers.variants import change_variant
 from PIL import Image
-from variants import change_variant
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.references import Canvas, crop_box, fit_reference, to_pixels
