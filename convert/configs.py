@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_mlx.checkpoint import check_fit
-from flux2_mlx.config import VARIANTS, Config, TransformerConfig, Variant, get_variant
+from flux2_mlx.config import VARIANTS, Config, TransformerConfig, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.weights import read_json
@@ -125,7 +125,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def _choose_variant(folder: Path, index: dict[str, Any], transformer: TransformerConfig, name: str | None) -> Variant:
     same = [v for v in VARIANTS.values() if v.transformer == transformer]
     if name is not None:
-        row = get_variant(name)
+        row = variant_named(name)
         if same and row not in same:
             raise CheckpointError(f"{folder} can't be {name}: its geometry is that of {_names(same)}")
         return row

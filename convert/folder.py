@@ -215,7 +215,8 @@ def _write_part(folder: _Folder, part: Part, progress: _Progress) -> None:
 
 def _shards(tensors: dict[str, TensorInfo]) -> Iterator[dict[str, TensorInfo]]:
     """The tensors file by file; those of a layer stay together."""
-    shard, size = {}, 0
+    shard: dict[str, TensorInfo] = {}
+    size = 0
     for _, names in groupby(tensors, key=lambda name: name.rpartition(".")[0]):
         layer = {name: tensors[name] for name in names}
         nbytes = sum(tensor.nbytes for tensor in layer.values())

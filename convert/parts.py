@@ -32,8 +32,8 @@ class PartLayout:
 
     stem: str
     kind: str | None
-    configs: Callable[[dict[str, Any], Variant | None, Path], dict[str, Config]]
-    counts: Callable[[dict[str, Config]], dict[str, tuple[str, int]]]
+    configs: Callable[[dict[str, Any], Any, Path], dict[str, Config]]
+    counts: Callable[[dict[str, Any]], dict[str, tuple[str, int]]]
     rules: dict[str, Callable[[Any], _Rules]]
     is_dropped: Callable[[str, Any], bool]
     canonical: Callable[[str], str] = lambda name: name

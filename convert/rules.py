@@ -28,7 +28,7 @@ def copy(source: str) -> Rule:
 def join_rows(*sources: str) -> Rule:
     """Stack projections that the source keeps apart, such as q, k and v."""
     count = len(sources)
-    return Rule(sources, lambda *parts: mx.concatenate(parts), lambda shape: (shape[0] // count, *shape[1:]))
+    return Rule(sources, lambda *parts: mx.concatenate(list(parts)), lambda shape: (shape[0] // count, *shape[1:]))
 
 
 def swap_halves(source: str) -> Rule:

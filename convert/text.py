@@ -72,7 +72,7 @@ def configs(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, C
     """The geometries of what is made of the text model of `variant`, whose config is at `path`."""
     text = _text_values(values, variant, path)
     section = _SECTIONS[text["model_type"]]
-    configs = {"text_encoder": described("text_encoder", text, path, section)}
+    configs: dict[str, Config] = {"text_encoder": described("text_encoder", text, path, section)}
     if text["num_later_layers"]:
         configs["language_model"] = configs["text_encoder"]
     if section and "vision_config" in values:
@@ -80,7 +80,7 @@ def configs(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, C
     return configs
 
 
-def counts(configs: dict[str, Config]) -> dict[str, tuple[str, int]]:
+def counts(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     """How many layers of each kind the source has, and the key that says so."""
     text = configs["text_encoder"]
     layers = {"model.layers.": ("num_hidden_layers", text.num_hidden_layers + text.num_later_layers)}

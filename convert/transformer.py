@@ -80,7 +80,7 @@ def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> dict
     return {"transformer": described("transformer", values, path)}
 
 
-def counts(configs: dict[str, Config]) -> dict[str, tuple[str, int]]:
+def counts(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     """How many blocks of each kind the source has, and the key that says so."""
     config = configs["transformer"]
     return {

@@ -31,6 +31,6 @@ def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> dict
     return {"vae": described("vae", values, path)}
 
 
-def counts(configs: dict[str, Config]) -> dict[str, tuple[str, int]]:
+def counts(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     """How many blocks of each kind the source has, and the key that says so."""
     return COMPONENTS["vae"].counts(configs["vae"])

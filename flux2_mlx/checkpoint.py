@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .components import COMPONENTS, GROUPS, PAINTING, by_field, geometries, quantizations
-from .config import Variant, get_variant
+from .config import Variant, variant_named
 from .errors import CheckpointError, InputError
 from .files import Claim, read_bytes
 from .layers import Adapters, adapted
@@ -201,7 +201,7 @@ class Checkpoint:
         if _is_changed(manifest):
             raise CheckpointError(f"{folder / MANIFEST} was changed after the conversion; convert the model again")
         try:
-            variant, quantization = get_variant(manifest["variant"]), manifest["quantization"]
+            variant, quantization = variant_named(manifest["variant"]), manifest["quantization"]
             checkpoint = cls(
                 folder,
                 variant,

@@ -367,7 +367,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def get_variant(name: str) -> Variant:
+def variant_named(name: str) -> Variant:
     """The row of the table called `name`; InputError lists the names if there is none."""
     if name not in VARIANTS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")

@@ -277,7 +277,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def mismatches(expected: dict[str, TensorInfo], found: dict[str, TensorInfo]) -> list[str]:
+def mismatches(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> list[str]:
     """A line for each tensor that is missing, left over, or of another shape or dtype."""
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]

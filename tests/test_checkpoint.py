@@ -105,6 +105,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         edit(CONFIG, quantization={"group_size": 64, "bits": 8, "mode": "affine"}),
         "config.json describes no transformer",
     ),
+    "other mode": (
+        edit(CONFIG, quantization={"group_size": 64, "bits": 8, "mode": "mxfp8", "img_in": False}),
+        r"transformer/config.json describes no transformer: quantization.mode is 'mxfp8', none of \('affine',\)",
+    ),
+    "a mode of its own for a layer": (
+        edit(CONFIG, quantization={"group_size": 64, "bits": 8, "mode": "affine", "img_in": {"mode": "mxfp8"}}),
+        r"quantization.'img_in' is {'mode': 'mxfp8'}, not false",
+    ),
+    "mlx-lm's second statement": (
+        edit(CONFIG, quantization_config={"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+        r"describes no transformer: unknown keys \['quantization_config'\]",
+    ),
     "one more layer": (edit(CONFIG, num_single_layers=3), "missing single_blocks.2.linear1.weight"),
     "part of another model": (other_model, "takes 16 channels a token, the VAE gives 32"),
     "no tokenizer": (remove("tokenizer"), "is incomplete: there is no .*tokenizer.json"),

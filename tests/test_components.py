@@ -6,10 +6,21 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from flux2_mlx.convert.parts import LAYOUT
 from mlx.utils import tree_flatten
 
 from flux2_mlx.checkpoint import variant_components
-from flux2_mlx.components import COMPONENTS, PAINTING, by_field, geometries, network_dtype, quantizations
+from flux2_mlx.components import (
+    COMPONENTS,
+    PAINTING,
+    PARTS,
+    WRITING_PARTS,
+    by_field,
+    by_group,
+    geometries,
+    network_dtype,
+    quantizations,
+)
 from flux2_mlx.config import VARIANTS, Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +39,14 @@ def test_a_row_fits_its_network(name):
     for prefix, (_, count) in row.counts(CONFIGS[name]).items():
         assert len({key[len(prefix) :].partition(".")[0] for key in names if key.startswith(prefix)}) == count
     assert [f"{blocks}." for blocks in row.streamed] in ([], list(row.counts(CONFIGS[name])))
+
+
+def test_the_parts_of_a_source_are_known_to_the_converter():
+    assert tuple(LAYOUT) == PARTS == ("transformer", "text_encoder", "vae")
+    assert [name for part in PARTS for name in LAYOUT[part].rules] == list(COMPONENTS)
+    assert all(COMPONENTS[name].part == part for part in PARTS for name in LAYOUT[part].rules)
+    assert WRITING_PARTS == ("text_encoder",)
+    assert by_group("qint4", "qint8") == {"transformer": "qint4", "text_encoder": "qint8"}
 
 
 def test_what_images_are_made_with():
@@ -65,7 +84,7 @@ def _constant(node: ast.expr | None) -> object:
 
 
 def test_there_is_one_table_of_networks():
-    # `convert` knows the names that others have for them, and these two what a user is told about them.
+    # Besides, `convert` knows what others call them, and these two what a user is told about them.
     told = {"diffusers_methods.py", "progress.py"}
-    paths = [path for path in (ROOT / "flux2_mlx").rglob("*.py") if path.name not in told]
-    assert {path.name for path in paths if tables_of_networks(path)} == {"components.py"}
+    paths = [path for folder in ("flux2_mlx", "convert") for path in (ROOT / folder).rglob("*.py")]
+    assert {path.name for path in paths if tables_of_networks(path)} - told == {"components.py", "parts.py"}

@@ -136,6 +136,7 @@ def test_rotations_by_layer_are_refused(klein, tmp_path):
         ("text_config.sliding_window", 4096),
         ("text_config.layer_types", ["sliding_attention"] * 33),
         ("text_config.partial_rotary_factor", 0.25),
+        ("text_config.quantization", {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
         ("vision_config.hidden_act", "gelu"),
         ("vision_config.hidden_act", REMOVED),
         ("vision_config.model_type", "clip_vision_model"),

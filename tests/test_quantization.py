@@ -170,7 +170,16 @@ def test_modules_are_quantized_as_stated(component, bits):
 
 
 @pytest.mark.parametrize(
-    "change", [{"mode": "mxfp4"}, {"mode": "nvfp4"}, {"mode": None}, {"bits": 3}, {"group_size": 32}, {"img_in": True}]
+    "change",
+    [
+        {"mode": "mxfp4"},
+        {"mode": "nvfp4"},
+        {"mode": None},
+        {"bits": 3},
+        {"group_size": 32},
+        {"img_in": True},
+        {"img_in": {"group_size": 32, "bits": 8, "mode": "mxfp8"}},
+    ],
 )
 def test_what_is_not_implemented_is_not_built_as_something_else(change):
     config = TransformerConfig(1, 1, 2, 64, 32, 64, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)

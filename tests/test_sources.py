@@ -139,6 +139,7 @@ def gap(folder: Path) -> None:
     (folder / "transformer/diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
 
 
+MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 FP8 = {LINEAR.replace("weight", "weight_scale"): torch.ones(1)}
 REFUSED: dict[str, tuple[Change, str]] = {
     "fp8": (
@@ -181,6 +182,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "MLX": (
         tensors(TRANSFORMER, lambda x: x.update({LINEAR.replace("weight", "scales"): torch.ones(2)})),
         quantized("transformer", "quantized by MLX"),
+    ),
+    "MLX by its config": (
+        config("text_encoder/config.json", quantization=MXFP4),
+        quantized("text_encoder", "quantized by MLX"),
+    ),
+    "mlx-lm": (
+        config("text_encoder/config.json", quantization=MXFP4, quantization_config=MXFP4),
+        quantized("text_encoder", "quantized by MLX"),
     ),
     "GGUF": (gguf, quantized("transformer", "in GGUF files")),
     "mflux": (
