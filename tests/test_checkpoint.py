@@ -8,7 +8,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-import torch
 from helpers.checkpoints import LARGE_TRANSFORMER, TEXT, TRANSFORMER, VAE, VARIANT, convert, save_small
 from helpers.damage import Damage, edit, fill, remove, resize, weights
 from mlx.utils import tree_flatten
@@ -40,7 +39,7 @@ def folder(mixed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(mixed, tmp_path / "checkpoint"))
 
 
-def put(name: str, key: str, tensor: torch.Tensor | None) -> Damage:
+def put(name: str, key: str, tensor: mx.array | None) -> Damage:
     """Set a tensor, or take it out."""
     return weights(name, lambda x: x.pop(key) if tensor is None else x.update({key: tensor}))
 
@@ -141,19 +140,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "is damaged, convert the model again: missing txt_in.scales$",
     ),
     "extra key": (
-        put(VAE_WEIGHTS, "lora", torch.zeros(1)),
+        put(VAE_WEIGHTS, "lora", mx.zeros((1,))),
         "/vae is damaged, convert the model again: unexpected lora$",
     ),
     "wrong shape": (
-        put(PACKED, "img_in.weight", torch.zeros(16, 64, dtype=torch.bfloat16)),
+        put(PACKED, "img_in.weight", mx.zeros((16, 64), mx.bfloat16)),
         r"img_in.weight is BF16 \[16, 64\] instead of BF16 \[64, 16\]",
     ),
     "wrong dtype": (
-        put(VAE_WEIGHTS, "bn.running_var", torch.zeros(16)),
+        put(VAE_WEIGHTS, "bn.running_var", mx.zeros((16,))),
         r"bn.running_var is F32 \[16\] instead of BF16",
     ),
     "unpacked weight": (
-        put(TEXT_WEIGHTS, "embed_tokens.weight", torch.zeros(272, 64, dtype=torch.bfloat16)),
+        put(TEXT_WEIGHTS, "embed_tokens.weight", mx.zeros((272, 64), mx.bfloat16)),
         r"embed_tokens.weight is BF16 \[272, 64\] instead of U32 \[272, 8\]",
     ),
     "several": (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.checkpoints import convert, make_dev_source, save_small
+from helpers.checkpoints import convert, save_dev, save_small
 from helpers.cli_runner import DEMO, PROMPT, SMALL, done, pixels, refusal
 from PIL import Image, PngImagePlugin
 
@@ -28,7 +28,7 @@ KLEIN_END = "\nassistant\n\n\n\n\n"
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dev")
-    make_dev_source(folder / "official")
+    save_dev(folder / "official")
     return convert(folder / "official", folder / "mine", variant="dev")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from flux2_mlx.convert import Source
-from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, save_small
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_dev, save_small
 
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.components import COMPONENTS
@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole small dev, which has every network."""
     folder = tmp_path_factory.mktemp("official") / "dev"
-    make_dev_source(folder)
+    save_dev(folder)
     return folder
 
 

@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
-import torch
-from helpers.checkpoints import VARIANT, WEIGHTS, convert, edit_weights
+from helpers.checkpoints import VARIANT, WEIGHTS, convert, edit_weights, read_tensors
 from helpers.damage import Damage, edit, fill, remove, resize, weights
-from safetensors.torch import load_file
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, Flux2Error, InputError
@@ -53,10 +52,11 @@ def assert_refused(source: Path, target: Path, match: str, kind: type[Flux2Error
     assert before == (contents(target.parent) if target.parent.exists() else None)
 
 
-def poison(name: str, key: str, value: float, dtype: torch.dtype = torch.bfloat16) -> Damage:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[key] = tensors[key].to(dtype)
-        tensors[key].view(-1)[-1] = value
+def poison(name: str, key: str, value: float, dtype: mx.Dtype = mx.bfloat16) -> Damage:
+    def change(tensors: dict[str, mx.array]) -> None:
+        flat = tensors[key].astype(dtype).flatten()
+        flat[-1] = value
+        tensors[key] = flat.reshape(tensors[key].shape)
 
     return weights(name, change)
 
@@ -140,19 +140,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "wrong offsets": (exchange_offsets, NOT_SAFETENSORS),
     "pickles": (only_pickles, "holds pickles, which could run code"),
     "wrong shape": (
-        weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": torch.zeros(16, 63)})),
+        weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": mx.zeros((16, 63))})),
         r"proj_out.weight is F32 \[16, 63\] instead of F32 \[16, 64\]",
     ),
     "channels last": (
-        weights(VAE, lambda x: x.update({"post_quant_conv.weight": torch.zeros(4, 1, 1, 4)})),
+        weights(VAE, lambda x: x.update({"post_quant_conv.weight": mx.zeros((4, 1, 1, 4))})),
         r"post_quant_conv.weight is F32 \[4, 1, 1, 4\] instead of F32 \[4, 4, 1, 1\]",
     ),
     "integers": (
-        weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": torch.zeros(16, 64, dtype=torch.int8)})),
+        weights(TRANSFORMER, lambda x: x.update({"proj_out.weight": mx.zeros((16, 64), mx.int8)})),
         "transformer holds weights that are stored as I8",
     ),
     "extra key": (
-        weights(TRANSFORMER, lambda x: x.update({"pos_embed.weight": torch.zeros(1)})),
+        weights(TRANSFORMER, lambda x: x.update({"pos_embed.weight": mx.zeros((1,))})),
         "unexpected pos_embed.weight",
     ),
     "missing key": (
@@ -160,14 +160,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "is not a klein-4b transformer: missing transformer_blocks.1.attn.add_k_proj.weight",
     ),
     "several": (
-        weights(VAE, lambda x: (x.pop("quant_conv.bias"), x.update({"quant_conv.b": torch.zeros(8)}))),
+        weights(VAE, lambda x: (x.pop("quant_conv.bias"), x.update({"quant_conv.b": mx.zeros((8,))}))),
         "missing quant_conv.bias; unexpected quant_conv.b$",
     ),
-    "NaN": (poison(TRANSFORMER, "proj_out.weight", torch.nan), "transformer: proj_out.weight is not finite"),
-    "NaN in the last file": (poison(VAE, "post_quant_conv.weight", torch.nan), "post_quant_conv.weight is not finite"),
-    "infinity": (poison(WEIGHTS["text_encoder"], "model.embed_tokens.weight", torch.inf), "is not finite"),
+    "NaN": (poison(TRANSFORMER, "proj_out.weight", mx.nan), "transformer: proj_out.weight is not finite"),
+    "NaN in the last file": (poison(VAE, "post_quant_conv.weight", mx.nan), "post_quant_conv.weight is not finite"),
+    "infinity": (poison(WEIGHTS["text_encoder"], "model.embed_tokens.weight", mx.inf), "is not finite"),
     "infinity in bfloat16": (
-        poison(VAE, "quant_conv.bias", 3.4e38, torch.float32),
+        poison(VAE, "quant_conv.bias", 3.4e38, mx.float32),
         "bias is not finite: .*; fetch it a",
     ),
 }
@@ -201,10 +201,10 @@ def test_unknown_settings_are_refused(options, match, official, target):
 
 def test_an_existing_target_is_replaced_only_with_force(official, source, target):
     convert(official, target)
-    edit_weights(source / TRANSFORMER, lambda x: x["proj_out.weight"].zero_())
+    edit_weights(source / TRANSFORMER, lambda x: x.update({"proj_out.weight": mx.zeros_like(x["proj_out.weight"])}))
     assert_refused(source, target, "exists; choose another folder or pass --force", InputError)
     convert(source, target, force=True)
-    assert not load_file(target / "transformer/model.safetensors")["final_layer.linear.weight"].any()
+    assert not read_tensors(target / "transformer/model.safetensors")["final_layer.linear.weight"].any()
     assert [path.name for path in target.parent.iterdir()] == ["converted"]
 
 
@@ -244,7 +244,7 @@ def test_a_source_inside_the_target_is_kept(official, target):
 
 def test_a_failed_conversion_keeps_the_old_checkpoint(official, source, target):
     convert(official, target)
-    poison(VAE, "bn.running_mean", torch.nan)(source)
+    poison(VAE, "bn.running_mean", mx.nan)(source)
     assert_refused(source, target, "is not finite", force=True)
 
 
@@ -358,7 +358,7 @@ def test_an_old_checkpoint_that_was_moved_aside_comes_back(start, official, targ
     elif start == "force":
         with pytest.raises(InputError, match="unknown quantization"):
             convert(official, target, "q3", force=True)
-        poison(VAE, "bn.running_mean", torch.nan)(Path(shutil.copytree(official, target.with_name("source"))))
+        poison(VAE, "bn.running_mean", mx.nan)(Path(shutil.copytree(official, target.with_name("source"))))
         with pytest.raises(CheckpointError, match="is not finite"):
             convert(target.with_name("source"), target, force=True)
         assert not list(target.parent.glob(".*"))

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from flux2_mlx.convert import folder as written
 from flux2_mlx.convert import requantize
-from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, convert, edit_json, make_dev_source
+from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, convert, edit_json, save_dev
 from helpers.cli_runner import done, refusal, run
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
@@ -51,7 +51,7 @@ def test_the_same_bytes_as_from_the_source(quant, text_quant, official, plain, f
 
 def test_the_same_of_dev_in_shards(folder, monkeypatch):
     monkeypatch.setattr(written, "_SHARD_BYTES", 200_000)
-    make_dev_source(folder / "dev")
+    save_dev(folder / "dev")
     base = convert(folder / "dev", folder / "base", variant="dev")
     assert len(list(base.rglob("*.safetensors"))) > 4
     requantize(Checkpoint.open(base), folder / "a", "qint8", "qint4")

@@ -5,11 +5,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
-import torch
 from flux2_mlx.convert import Source, write_checkpoint
-from helpers.checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, make_dev_source
-from safetensors.torch import load_file, save_file
+from helpers.checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, read_tensors, save_dev, save_tensors
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError
@@ -54,12 +53,12 @@ def sharded(name: str, index: str | None = None) -> Change:
     def change(folder: Path) -> None:
         for path in WEIGHTS.values():
             file = folder / path
-            tensors, shards = load_file(file), {}
+            tensors, shards = read_tensors(file), {}
             file.unlink()
             for number in range(3):
                 part = {key: tensors[key] for key in sorted(tensors)[number::3]}
                 shard = name.format(stem=file.stem, numbers=f"{number + 1:05}-of-00003")
-                save_file(part, file.with_name(shard), {"format": "pt"})
+                save_tensors(file.with_name(shard), part)
                 shards |= dict.fromkeys(part, shard)
             if index:
                 file.with_name(index.format(stem=file.stem)).write_text(json.dumps({"weight_map": shards}))
@@ -134,21 +133,30 @@ def gguf(folder: Path) -> None:
     (folder / TRANSFORMER).rename(folder / "transformer/flux-Q4_K_M.gguf")
 
 
+def fp8(folder: Path) -> None:
+    """A layer in a format that MLX has no name for."""
+    edit_weights(folder / TRANSFORMER, lambda x: x.update({LINEAR: mx.zeros(x[LINEAR].shape, mx.uint8)}))
+    data = (folder / TRANSFORMER).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:start].replace(b'"U8"', b'"F8_E4M3"')
+    (folder / TRANSFORMER).write_bytes(len(header).to_bytes(8, "little") + header + data[start:])
+
+
 def gap(folder: Path) -> None:
     READ["numbered"](folder)
     (folder / "transformer/diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
 
 
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-FP8 = {LINEAR.replace("weight", "weight_scale"): torch.ones(1)}
+FP8 = {LINEAR.replace("weight", "weight_scale"): mx.ones((1,))}
 REFUSED: dict[str, tuple[Change, str]] = {
     "fp8": (
-        tensors(TRANSFORMER, lambda x: x.update({LINEAR: x[LINEAR].to(torch.float8_e4m3fn)})),
+        fp8,
         quantized("transformer", "in fp8"),
     ),
     "fp8 with scales": (tensors(TRANSFORMER, lambda x: x.update(FP8)), quantized("transformer", "in fp8 with scales")),
     "int8": (
-        tensors(TEXT, lambda x: x.update({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4, dtype=torch.int8)})),
+        tensors(TEXT, lambda x: x.update({"model.layers.0.mlp.up_proj.weight": mx.ones((4, 4), mx.int8)})),
         quantized("text_encoder", "stored as I8"),
     ),
     "bitsandbytes": (
@@ -160,7 +168,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         quantized("text_encoder", "quantized by bitsandbytes"),
     ),
     "bitsandbytes without a config": (
-        tensors(TRANSFORMER, lambda x: x.update({f"{LINEAR}.absmax": torch.ones(2)})),
+        tensors(TRANSFORMER, lambda x: x.update({f"{LINEAR}.absmax": mx.ones((2,))})),
         quantized("transformer", "quantized by bitsandbytes"),
     ),
     "quanto": (
@@ -180,7 +188,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         quantized("vae", "quantized by an unknown method"),
     ),
     "MLX": (
-        tensors(TRANSFORMER, lambda x: x.update({LINEAR.replace("weight", "scales"): torch.ones(2)})),
+        tensors(TRANSFORMER, lambda x: x.update({LINEAR.replace("weight", "scales"): mx.ones((2,))})),
         quantized("transformer", "quantized by MLX"),
     ),
     "MLX by its config": (
@@ -266,7 +274,7 @@ def test_where_the_model_may_be_that_is_not_here(source):
 
 @pytest.mark.parametrize("distilled", [None, False, True])
 def test_the_class_of_dev_settles_that_it_is_dev(distilled, tmp_path):
-    make_dev_source(tmp_path)  # its geometry is that of no variant
+    save_dev(tmp_path)  # its geometry is that of no variant
     edit_json(tmp_path / "model_index.json", is_distilled=distilled)
     assert Source.open(tmp_path).variant.name == "dev"
 

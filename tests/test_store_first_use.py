@@ -3,13 +3,12 @@
 import shutil
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
-import torch
-from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights
+from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights, save_tensors
 from helpers.cli_runner import done, refusal
 from helpers.hub_client import REPO, partial, storage, using
 from helpers.hub_server import HubServer
-from safetensors.torch import save_file
 
 import flux2_mlx.hub
 from flux2_mlx import Flux2Pipeline
@@ -185,7 +184,7 @@ def test_a_server_that_knows_no_ranges(source, home):
 
 
 def test_weights_that_a_conversion_does_not_read_are_not_fetched(source, home):
-    save_file({"x": torch.zeros(100_000)}, source / "text_encoder/consolidated.safetensors")
+    save_tensors(source / "text_encoder/consolidated.safetensors", {"x": mx.zeros((100_000,))})
     told = []
     with HubServer({REPO: source}) as hub, using(hub, home):
         find_checkpoint(REPO, **NAMED, announce=told.append)

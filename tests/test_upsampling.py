@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.checkpoints import DEV_VISION, WEIGHTS, convert, make_dev_source, save_small
+from helpers.checkpoints import DEV_VISION, WEIGHTS, convert, save_dev, save_small
 from mlx.utils import tree_map
 from PIL import ExifTags, Image
 
@@ -32,7 +32,7 @@ def _short_system_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """dev in the official layout; not to be changed."""
     folder = tmp_path_factory.mktemp("official") / "dev"
-    make_dev_source(folder)
+    save_dev(folder)
     return folder
 
 

@@ -1,40 +1,33 @@
-"""Small random models in the official layout, made and saved with the PyTorch reference classes, and converted."""
+"""Small random models in the official layout, made without PyTorch, and converted."""
 
-import gc
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import (
-    AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
-)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 from flux2_mlx.convert import Source, write_checkpoint
-from safetensors.torch import load_file, save_file
+from flux2_mlx.convert import text as text_rules
+from flux2_mlx.convert import transformer as transformer_rules
+from flux2_mlx.convert import vae as vae_rules
+from flux2_mlx.convert.rules import Rule
+from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    PixtralVisionConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
+import flux2_mlx.vae
 from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, sealed
 from flux2_mlx.config import TextConfig, TransformerConfig, VAEConfig, VisionConfig
-from helpers.parity import randomize
-from helpers.tekken import special_tokens
+from flux2_mlx.text import LaterLayers, PixtralVision, TextEncoder
+from flux2_mlx.transformer import Flux2Transformer
 
-torch.set_num_threads(1)  # more threads only wait for each other on networks so small
-gc.freeze()  # the pipeline collects garbage after each phase, which the libraries' many objects make very slow
+from .official_configs import autoencoder, mistral3, pipeline, qwen3, scheduler, transformer_2d
+from .tekken import special_tokens
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors of a source
 
 # Quantizable layers beside some that are not (in_channels < 64), a pixel grid as in the released models (16 to a
 # token), and (below) two text layers more than are kept.
@@ -55,8 +48,11 @@ WEIGHTS = {
     "text_encoder": "text_encoder/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
 }
+LATER_LAYERS = 2  # of a small klein, which its transformer does not read
+# Factors that let the likeliest token depend on the text before, which it hardly does in a deep random network.
+LIVELY = {"embed_tokens": 8, "o_proj": 0.25, "down_proj": 0.25, "q_proj": 2, "k_proj": 2}
+SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -83,117 +79,96 @@ def _save_byte_tokenizer(folder: Path, tokens: Sequence[str], special: Sequence[
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def small_pipeline(
-    tokenizer: Path,
+def save_small(
+    folder: Path,
     *,
     transformer: TransformerConfig = TRANSFORMER,
     text: TextConfig = TEXT,
     vae: VAEConfig = VAE,
-    distilled: bool = True,
     seed: int = 0,
-) -> Flux2KleinPipeline:
-    """The reference pipeline with random float32 weights that bfloat16 holds.
-
-    `tokenizer` is a folder with `tokenizer.json` and `tokenizer_config.json`.
-    """
-    networks = _networks(transformer, _text_encoder(text), vae, seed)
-    pipeline = Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer),
-        is_distilled=distilled,
-        **networks,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def make_dev_source(folder: Path, *, text: TextConfig = DEV_TEXT, vision: VisionConfig = DEV_VISION) -> Flux2Pipeline:
-    """Save a small dev with random weights in the official layout; gives the reference pipeline, which has no
-    tokenizer."""
-    scheduler = FlowMatchEulerDiscreteScheduler(**_SCHEDULER)
-    networks = _networks(DEV_TRANSFORMER, mistral(text, vision), VAE, 0)
-    _enliven(networks["text_encoder"].model.language_model)
-    for name, part in {**networks, "scheduler": scheduler}.items():
-        part.save_pretrained(folder / name)
-    write_dev_tokenizer(folder / "tokenizer")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Flux2Pipeline"}))
-    pipeline = Flux2Pipeline(scheduler=scheduler, tokenizer=None, **networks)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _networks(
-    transformer: TransformerConfig, text_encoder: torch.nn.Module, vae: VAEConfig, seed: int
-) -> dict[str, torch.nn.Module]:
-    blocks = len(vae.block_out_channels)
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
-    networks: dict[str, torch.nn.Module] = {
-        "transformer": Flux2Transformer2DModel(**transformer.to_dict()),
-        "text_encoder": text_encoder,
-        "vae": AutoencoderKLFlux2(**vae.to_dict(), **kinds),
-    }
-    for number, network in enumerate(networks.values()):
-        randomize(network, 3 * seed + number, torch.bfloat16)
-    return networks
-
-
-@torch.no_grad()
-def _enliven(language_model: torch.nn.Module) -> None:
-    """Let the likeliest token depend on the text before, which it hardly does in a deep random network."""
-    factors = {"embed_tokens": 8, "o_proj": 0.25, "down_proj": 0.25, "q_proj": 2, "k_proj": 2}
-    for name, weight in language_model.named_parameters():
-        weight.mul_(factors.get(name.split(".")[-2], 1))
-
-
-def mistral(text: TextConfig, vision: VisionConfig) -> Mistral3ForConditionalGeneration:
-    """The reference of dev's language model, unpublished sizes, its weights not yet set."""
-    sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    text_config = MistralConfig(
-        **{name: getattr(text, name) for name in (*sizes, "rms_norm_eps")},
-        num_hidden_layers=text.num_hidden_layers + text.num_later_layers,
-        rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
-        sliding_window=None,
-        tie_word_embeddings=False,
-    )
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
-    vision_config = PixtralVisionConfig(
-        **{name: getattr(vision, name) for name in (*sizes, "head_dim")},
-        rope_parameters={"rope_type": "default", "rope_theta": vision.rope_theta},
-        hidden_act="silu",
-    )
-    return Mistral3ForConditionalGeneration(
-        Mistral3Config(
-            vision_config=vision_config,
-            text_config=text_config,
-            spatial_merge_size=vision.spatial_merge_size,
-            image_token_index=10,
-            vision_feature_layer=-1,
-            multimodal_projector_bias=False,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _text_encoder(config: TextConfig) -> Qwen3ForCausalLM:
-    sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    values = {name: getattr(config, name) for name in sizes} | {
-        "num_hidden_layers": config.num_hidden_layers + 2,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": True,
-    }
-    return Qwen3ForCausalLM(Qwen3Config(**values))
-
-
-def save_small(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: str = "10GB", **settings: Any) -> Path:
-    """Save a `small_pipeline` with a byte tokenizer; `settings` are those of `small_pipeline`."""
-    tokenizer = write_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
-    pipeline = small_pipeline(tokenizer, **settings)
-    for name in WEIGHTS:
-        getattr(pipeline, name).to(dtype)
-    pipeline.save_pretrained(folder, max_shard_size=shards)
+    shards: int = 1,
+) -> Path:
+    """Save a small klein with random weights in bfloat16, each network in so many `shards`; gives `folder`."""
+    text = replace(text, num_later_layers=LATER_LAYERS, tie_word_embeddings=True)
+    _save(folder, "transformer", transformer_2d(transformer), _transformer_shapes(transformer), 3 * seed, shards)
+    _save(folder, "text_encoder", qwen3(text), _text_shapes(text), 3 * seed + 1, shards)
+    _save(folder, "vae", autoencoder(vae), _vae_shapes(vae), 3 * seed + 2, shards)
+    _save_rest(folder, "Flux2KleinPipeline")
+    write_tokenizer(folder / "tokenizer")
     return folder
+
+
+def save_dev(folder: Path) -> Path:
+    """Save a small dev with random weights in bfloat16; gives `folder`."""
+    text = {name.replace("model.", "language_model.model.", 1): x for name, x in _text_shapes(DEV_TEXT).items()}
+    text["language_model.lm_head.weight"] = text.pop("lm_head.weight")
+    text |= _shapes(PixtralVision(DEV_VISION), text_rules.vision_rule_for)
+    _save(folder, "transformer", transformer_2d(DEV_TRANSFORMER), _transformer_shapes(DEV_TRANSFORMER), 0)
+    _save(folder, "text_encoder", mistral3(DEV_TEXT, DEV_VISION), text, 1)
+    _save(folder, "vae", autoencoder(VAE), _vae_shapes(VAE), 2)
+    _save_rest(folder, "Flux2Pipeline")
+    write_dev_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def _shapes(module: nn.Module, rule_for: Callable[..., Rule], *more: Any) -> Shapes:
+    """The tensors that a converter's rules make a network from."""
+    ours = ((name, x.shape) for name, x in tree_flatten(module.parameters()))
+    rules = [(rule_for(name, shape, *more), shape) for name, shape in ours]
+    return {source: rule.source_shape(shape) for rule, shape in rules for source in rule.sources}
+
+
+def _transformer_shapes(config: TransformerConfig) -> Shapes:
+    return _shapes(Flux2Transformer(config), transformer_rules.rule_for)
+
+
+def _text_shapes(config: TextConfig) -> Shapes:
+    encoder = _shapes(TextEncoder(config), text_rules.rule_for)
+    return encoder | _shapes(LaterLayers(config), text_rules.later_rule_for, config.num_hidden_layers)
+
+
+def _vae_shapes(config: VAEConfig) -> Shapes:
+    return {**_shapes(flux2_mlx.vae.VAE(config), vae_rules.rule_for), "bn.num_batches_tracked": ()}
+
+
+def _save(folder: Path, name: str, config: dict[str, Any], shapes: Shapes, seed: int, shards: int = 1) -> None:
+    """Save a network with random weights, in one file or in several with an index."""
+    rng, file = np.random.default_rng(seed), folder / WEIGHTS[name]
+    tensors = {key: _random(rng, key, shape) for key, shape in shapes.items()}
+    file.parent.mkdir(parents=True)
+    (file.parent / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_tensors(file, tensors)
+        return
+    places = {}
+    for number in range(shards):
+        shard = f"{file.stem}-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[number::shards]}
+        save_tensors(file.with_name(shard), part)
+        places |= dict.fromkeys(part, shard)
+    size = {"total_size": sum(x.nbytes for x in tensors.values())}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"metadata": size, "weight_map": places}))
+
+
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> mx.array:
+    """A value that bfloat16 holds, spread as `parity.randomize` does."""
+    if not shape:
+        return mx.array(0, mx.int64)
+    if name.endswith("running_var"):
+        low, high = 0.5, 4.0
+    elif len(shape) == 1:
+        low, high = (0.5, 1.5) if name.endswith("weight") else (-0.5, 0.5)
+    else:
+        high = (3 * shape[0] / np.prod(shape)) ** 0.5
+        low = -high
+    factor = LIVELY.get(name.split(".")[-2], 1) if name.startswith("language_model.") else 1
+    return mx.array(factor * rng.uniform(low, high, shape).astype(np.float32)).astype(mx.bfloat16)
+
+
+def _save_rest(folder: Path, kind: str) -> None:
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler(SCHEDULER)))
+    (folder / "model_index.json").write_text(json.dumps(pipeline(kind)))
 
 
 def convert(
@@ -229,8 +204,20 @@ def record(path: Path) -> None:
         manifest.write_text(json.dumps(sealed(values) if DIGEST in values else values))
 
 
-def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+def edit_weights(path: Path, change: Callable[[dict[str, mx.array]], Any]) -> None:
     """Rewrite a safetensors file after `change` has altered its tensors in place."""
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(path, tensors)
+
+
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, in memory."""
+    tensors = mx.load(str(path))
+    mx.eval(tensors)
+    return tensors
+
+
+def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
+    """Write a safetensors file as PyTorch's projects do."""
+    mx.save_safetensors(str(path), tensors, {"format": "pt"})

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import mlx.core as mx
 
 from helpers.checkpoints import edit_json, edit_weights
 
@@ -28,5 +28,5 @@ def edit(name: str, **changes) -> Damage:
     return lambda folder: edit_json(folder / name, **changes)
 
 
-def weights(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+def weights(name: str, change: Callable[[dict[str, mx.array]], object]) -> Damage:
     return lambda folder: edit_weights(folder / name, change)

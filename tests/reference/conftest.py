@@ -1,7 +1,15 @@
-"""Settings of PyTorch for all parity tests."""
+"""The mark of all tests that compare with PyTorch, and settings of that."""
+
+from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.reference)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline as Reference
 from diffusers.pipelines.flux2 import system_messages
-from helpers.checkpoints import convert, make_dev_source
+from helpers.checkpoints import convert
 from helpers.parity import NETWORK, relative_error
+from helpers.references import make_dev_source
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.text import DevTokenizer, prompts

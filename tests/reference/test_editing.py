@@ -10,8 +10,9 @@ import torch
 from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, Flux2KleinPipeline
 from diffusers import Flux2Pipeline as Flux2DevPipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, make_dev_source, small_pipeline, write_tokenizer
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, write_tokenizer
 from helpers.parity import relative_error
+from helpers.references import make_dev_source, small_pipeline
 from helpers.variants import change_variant
 from PIL import Image
 

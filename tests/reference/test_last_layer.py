@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from flux2_mlx.convert import Source
-from helpers.checkpoints import DEV_TEXT, TEXT, VARIANT, convert, edit_json, make_dev_source, save_small
+from helpers.checkpoints import DEV_TEXT, TEXT, VARIANT, convert, edit_json
 from helpers.parity import NETWORK, randomize, relative_error
+from helpers.references import make_dev_source, save_small
 from transformers import Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from flux2_mlx.checkpoint import Checkpoint

@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import DEV_TEXT, VARIANT, convert, make_dev_source, save_small, small_pipeline, write_tokenizer
+from helpers.checkpoints import DEV_TEXT, VARIANT, convert, write_tokenizer
 from helpers.parity import NETWORK, random_tensor, relative_error
+from helpers.references import make_dev_source, save_small, small_pipeline
 from PIL import Image
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
-from helpers.checkpoints import convert, edit_json, small_pipeline
+from helpers.checkpoints import convert, edit_json
 from helpers.parity import random_tensor, relative_error
+from helpers.references import small_pipeline
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline

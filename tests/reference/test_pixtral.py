@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from flux2_mlx.convert import text as rules
-from helpers.checkpoints import DEV_TEXT, DEV_VISION, mistral
+from helpers.checkpoints import DEV_TEXT, DEV_VISION
 from helpers.parity import NETWORK, random_tensor, randomize, relative_error, to_mx
+from helpers.references import mistral
 from mlx.utils import tree_flatten
 from PIL import Image
 from transformers import Mistral3ForConditionalGeneration

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from flux2_mlx.convert import Source, options
-from helpers.checkpoints import VARIANT, convert, make_dev_source, save_small
+from helpers.checkpoints import VARIANT, convert, save_dev, save_small
 from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig, Qwen3Config
 
 from flux2_mlx.errors import CheckpointError
@@ -31,7 +31,7 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("official") / "dev"
-    make_dev_source(folder)
+    save_dev(folder)
     return folder
 
 
