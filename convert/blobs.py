@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import open_model_file
@@ -40,7 +41,7 @@ def check_blob(path: Path, blob: Path, report: Callable[[int], None]) -> None:
         )
 
 
-def _chunks(file, path: Path) -> Iterator[bytes]:
+def _chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
     try:
         while data := file.read(_CHUNK):
             yield data

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_mlx.checkpoint import check_fit
-from flux2_mlx.config import VARIANTS, Config, TransformerConfig, Variant, variant_named
+from flux2_mlx.config import VARIANTS, Geometries, TransformerConfig, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.weights import read_json
@@ -71,7 +71,7 @@ def describe(folder: Path) -> Description:
     return Description(folder, index, values, read_json(folder / _SCHEDULER))
 
 
-def read_configs(description: Description, variant: str | None) -> tuple[Variant, dict[str, Config]]:
+def read_configs(description: Description, variant: str | None) -> tuple[Variant, Geometries]:
     """The model's row of the table, and the geometry of each of its networks.
 
     Args:
@@ -91,7 +91,7 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     return row, configs
 
 
-def _configs(description: Description, part: str, variant: Variant | None) -> dict[str, Config]:
+def _configs(description: Description, part: str, variant: Variant | None) -> Geometries:
     """The geometries of the networks that are made from a part."""
     return LAYOUT[part].configs(description.values[part], variant, description.folder / part / "config.json")
 

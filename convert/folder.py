@@ -75,7 +75,7 @@ def write_folder(
     *,
     inspection: Inspection,
     force: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], object] | None,
 ) -> None:
     """Write a checkpoint of these networks and copies of small files.
 
@@ -157,7 +157,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 class _Progress:
-    def __init__(self, total: int, report: Callable[[int, int], None] | None):
+    def __init__(self, total: int, report: Callable[[int, int], object] | None):
         self._done, self._total, self._report = 0, total, report
 
     def add(self, count: int) -> None:

@@ -231,7 +231,7 @@ def rope_theta(values: dict[str, Any], kinds: tuple[str, ...], path: Path, secti
 
     transformers nests it since version 5, and takes an older file's `rope_scaling` in place of `rope_parameters`.
     """
-    nested = {}
+    nested: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         rope = values.get(name) or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):

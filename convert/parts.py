@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flux2_mlx.config import Config
+from flux2_mlx.config import Geometries
 
 from . import text, transformer, vae
 from .rules import Rule, Shape
@@ -32,8 +32,8 @@ class PartLayout:
 
     stem: str
     kind: str | None
-    configs: Callable[[dict[str, Any], Any, Path], dict[str, Config]]
-    counts: Callable[[dict[str, Any]], dict[str, tuple[str, int]]]
+    configs: Callable[[dict[str, Any], Any, Path], Geometries]
+    counts: Callable[[Geometries], dict[str, tuple[str, int]]]
     rules: dict[str, Callable[[Any], _Rules]]
     is_dropped: Callable[[str, Any], bool]
     canonical: Callable[[str], str] = lambda name: name

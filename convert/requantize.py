@@ -27,7 +27,7 @@ def requantize(
     text_quant: str | None = None,
     *,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> None:
     """Write a checkpoint as its source would have been converted with other quantizations, bit for bit.
 
@@ -59,8 +59,8 @@ def requantize(
     wanted, parts = quantizations(quant, text_quant), []
     for name, component in checkpoint.components.items():
         parts.append(_part(component, component.quantized(wanted[name])))
-    stored = read_json(checkpoint.folder / MANIFEST)
-    manifest = {key: value for key, value in stored.items() if key not in (FILES, DIGEST)}
+    former = read_json(checkpoint.folder / MANIFEST)
+    manifest = {key: value for key, value in former.items() if key not in (FILES, DIGEST)}
     manifest["quantization"] = by_group(quant, text_quant)
     manifest["version"] = version("flux2-mlx")
     copies = [f"tokenizer/{file}" for file in TOKENIZER_FILES if (checkpoint.folder / "tokenizer" / file).is_file()]
@@ -78,8 +78,9 @@ def requantize(
 def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | None) -> tuple[str, str]:
     """What `requantize` makes of these settings; InputError if it can't."""
     if text_quant is None:
-        follows = quant is not None and checkpoint.text_quant == "bf16"
-        text_quant = DEFAULT_TEXT_QUANT[check_quant(quant)] if follows else checkpoint.text_quant
+        text_quant = checkpoint.text_quant
+        if quant is not None and text_quant == "bf16":
+            text_quant = DEFAULT_TEXT_QUANT[check_quant(quant)]
     quant = check_quant(quant or checkpoint.quant)
     for what, stored, wanted in (
         ("transformer", checkpoint.quant, quant),

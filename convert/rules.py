@@ -33,7 +33,12 @@ def join_rows(*sources: str) -> Rule:
 
 def swap_halves(source: str) -> Rule:
     """Exchange the upper and the lower half of the rows: [scale; shift] to [shift; scale]."""
-    return Rule((source,), lambda x: mx.concatenate(mx.split(x, 2)[::-1]), lambda shape: shape)
+    return Rule((source,), _halves_swapped, lambda shape: shape)
+
+
+def _halves_swapped(x: mx.array) -> mx.array:
+    upper, lower = mx.split(x, 2)
+    return mx.concatenate([lower, upper])
 
 
 def channels_last(source: str) -> Rule:
@@ -64,6 +69,6 @@ class Finite:
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
         for name, array in zip(names, evaluated(self._tensors.read(names)), strict=True):
-            if not mx.isfinite(array).all().item():
+            if not mx.isfinite(array).all():
                 raise CheckpointError(self._complaint(name))
             yield array

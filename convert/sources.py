@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flux2_mlx.checkpoint import Component, check_counts
 from flux2_mlx.components import WRITING_PARTS
-from flux2_mlx.config import Config, Variant
+from flux2_mlx.config import Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import PICKLES
 from flux2_mlx.weights import FLOATS, Files, Renamed, TensorInfo, Tensors, read_json
@@ -41,7 +41,7 @@ class Source:
 
     folder: Path
     variant: Variant
-    configs: dict[str, Config]
+    configs: Geometries
     files: dict[str, list[Path]]
     tensors: dict[str, Tensors]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flux2_mlx.checkpoint import described
 from flux2_mlx.components import COMPONENTS
-from flux2_mlx.config import MAX_LAYERS, Config, TextConfig, Variant, VisionConfig
+from flux2_mlx.config import MAX_LAYERS, Geometries, TextConfig, Variant, VisionConfig
 from flux2_mlx.errors import CheckpointError
 
 from .options import MISTRAL, MISTRAL3, PIXTRAL, QWEN3, check_alike, checked, refuse, rope_theta
@@ -68,7 +68,7 @@ def is_dropped(name: str, config: TextConfig) -> bool:
     return layer is not None and int(layer[1]) >= config.num_hidden_layers and not config.num_later_layers
 
 
-def configs(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, Config]:
+def configs(values: dict[str, Any], variant: Variant, path: Path) -> Geometries:
     """The geometries of what is made of the text model of `variant`, whose config is at `path`."""
     text = _text_values(values, variant, path)
     section = _SECTIONS[text["model_type"]]
@@ -80,7 +80,7 @@ def configs(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, C
     return configs
 
 
-def counts(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
+def counts(configs: Geometries) -> dict[str, tuple[str, int]]:
     """How many layers of each kind the source has, and the key that says so."""
     text = configs["text_encoder"]
     layers = {"model.layers.": ("num_hidden_layers", text.num_hidden_layers + text.num_later_layers)}

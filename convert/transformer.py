@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_mlx.checkpoint import described
-from flux2_mlx.config import Config, TransformerConfig, Variant
+from flux2_mlx.config import Geometries, TransformerConfig, Variant
 
 from .options import TRANSFORMER, checked, refuse
 from .rules import Rule, Shape, copy, join_rows, swap_halves
@@ -71,7 +71,7 @@ def is_dropped(name: str, config: TransformerConfig) -> bool:
     return False
 
 
-def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> dict[str, Config]:
+def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> Geometries:
     """The geometry that the config at `path` describes."""
     values = checked(values, TRANSFORMER, path)
     channels = values.get("in_channels", TransformerConfig.in_channels)
@@ -80,7 +80,7 @@ def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> dict
     return {"transformer": described("transformer", values, path)}
 
 
-def counts(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
+def counts(configs: Geometries) -> dict[str, tuple[str, int]]:
     """How many blocks of each kind the source has, and the key that says so."""
     config = configs["transformer"]
     return {

@@ -5,7 +5,7 @@ from typing import Any
 
 from flux2_mlx.checkpoint import described
 from flux2_mlx.components import COMPONENTS
-from flux2_mlx.config import Config, VAEConfig, Variant
+from flux2_mlx.config import Geometries, VAEConfig, Variant
 
 from .options import VAE, check_alike, checked
 from .rules import Rule, Shape, channels_last, copy
@@ -21,7 +21,7 @@ def is_dropped(name: str, config: VAEConfig) -> bool:
     return name == "bn.num_batches_tracked"
 
 
-def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> dict[str, Config]:
+def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> Geometries:
     """The geometry that the config at `path` describes."""
     values = checked(values, VAE, path)
     channels = values.get("block_out_channels", VAEConfig.block_out_channels)
@@ -31,6 +31,6 @@ def configs(values: dict[str, Any], variant: Variant | None, path: Path) -> dict
     return {"vae": described("vae", values, path)}
 
 
-def counts(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
+def counts(configs: Geometries) -> dict[str, tuple[str, int]]:
     """How many blocks of each kind the source has, and the key that says so."""
     return COMPONENTS["vae"].counts(configs["vae"])

@@ -43,7 +43,7 @@ def write_checkpoint(
     *,
     name: str | None = None,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> None:
     """Convert `source` into a new MLX checkpoint folder.
 

@@ -201,11 +201,12 @@ class Checkpoint:
         if _is_changed(manifest):
             raise CheckpointError(f"{folder / MANIFEST} was changed after the conversion; convert the model again")
         try:
-            variant, quantization = variant_named(manifest["variant"]), manifest["quantization"]
+            quant, text_quant = (manifest["quantization"][group] for group in GROUPS)
             checkpoint = cls(
                 folder,
-                variant,
-                *(quantization[group] for group in GROUPS),
+                variant_named(manifest["variant"]),
+                quant,
+                text_quant,
                 dict(manifest["source"]),
                 {name: Component.open(folder / name, name) for name in manifest["components"]},
                 claim,

@@ -79,6 +79,10 @@ class Config:
         return dataclasses.asdict(self)
 
 
+# Of a model's networks by name: each is of the class that its row in `components.py` says.
+Geometries = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class TransformerConfig(Config):
     """Geometry of the MMDiT (diffusers `Flux2Transformer2DModel`)."""

@@ -65,9 +65,9 @@ def decode_latents(vae: VAE, latents: mx.array) -> np.ndarray:
     Raises:
         RangeError: it is no image, as some weights of the VAE or the latents are far from what they should be.
     """
-    pixels = vae.decode(latents)
-    check_finite(pixels, "VAE")
-    pixels = np.array(pixels.astype(mx.float32))
+    decoded = vae.decode(latents)
+    check_finite(decoded, "VAE")
+    pixels = np.array(decoded.astype(mx.float32))
     if np.abs(pixels).max() > _MOST_INTENSITY:
         raise RangeError(
             f"the VAE gave pixels of {np.abs(pixels).max():.3g} where −1 to 1 is black to white; `flux2-mlx models "

@@ -2,7 +2,7 @@
 
 import math
 from copy import copy
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,7 @@ OPERATIONS_PER_CHUNK = 10**12
 # The most weights that `project` widens at one time.
 WIDENED = 32 * 1024 * 1024
 FLOAT16_MAX = 65504
+_Packed = TypeVar("_Packed", bound=nn.Module)
 
 
 # Weights wait for those of a file as zeros. MLX's own initialisers would draw from random numbers that are the
@@ -34,7 +35,9 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x) if "bias" in self else project(x, self.weight)
 
-    def to_quantized(self, group_size: int, bits: int, mode: str) -> nn.QuantizedLinear:
+    def to_quantized(  # type: ignore[override]  # nn.quantize gives just these
+        self, group_size: int, bits: int, mode: str
+    ) -> nn.QuantizedLinear:
         """This layer with its weight packed."""
         return _pack(self, nn.QuantizedLinear, group_size, bits, mode)
 
@@ -49,7 +52,9 @@ class Embedding(nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
         return project(x, self.weight)
 
-    def to_quantized(self, group_size: int, bits: int, mode: str) -> nn.QuantizedEmbedding:
+    def to_quantized(  # type: ignore[override]  # as above
+        self, group_size: int, bits: int, mode: str
+    ) -> nn.QuantizedEmbedding:
         """This layer with its weight packed."""
         packed = _pack(self, nn.QuantizedEmbedding, group_size, bits, mode)
         packed.num_embeddings, packed.dims = self.weight.shape
@@ -70,7 +75,7 @@ class Conv2d(nn.Conv2d):
         self.dilation, self.groups = (1, 1), 1
 
 
-def _pack(layer: nn.Module, kind: type[nn.Module], group_size: int, bits: int, mode: str) -> nn.Module:
+def _pack(layer: nn.Module, kind: type[_Packed], group_size: int, bits: int, mode: str) -> _Packed:
     packed = kind.__new__(kind)
     nn.Module.__init__(packed)
     packed.group_size, packed.bits, packed.mode = group_size, bits, mode

@@ -15,7 +15,7 @@ def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
     """The tensors that `module` loads, without evaluating any: packed weights are U32, all others BF16."""
     return {
         name: TensorInfo("U32" if array.dtype == mx.uint32 else "BF16", array.shape)
-        for name, array in tree_flatten(module.parameters())
+        for name, array in dict(tree_flatten(module.parameters())).items()
     }
 
 

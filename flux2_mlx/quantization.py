@@ -74,7 +74,7 @@ def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:
     for start in range(0, len(weight), rows):
         slices.append(_quantize_rows(weight[start : start + rows].astype(mx.float32), bits))
         mx.eval(slices[-1])
-    return {part: mx.concatenate(arrays) for part, arrays in zip(_PARTS, zip(*slices, strict=True), strict=True)}
+    return {part: mx.concatenate(list(arrays)) for part, arrays in zip(_PARTS, zip(*slices, strict=True), strict=True)}
 
 
 def stored_names(name: str, stored: Mapping[str, TensorInfo]) -> list[str]:

@@ -63,7 +63,7 @@ class Run:
     on_progress: OnProgress = lambda progress: None
     output: Flux2Output = field(default_factory=Flux2Output)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         networks = self.networks
         self._meter = Meter(self.output.timings, self.planned, networks.reading, networks.kept_bytes)
         self._components = self.networks.checkpoint.components
@@ -91,7 +91,7 @@ class Run:
             self._make(latents, prompt_embeds, negative_prompt_embeds)
         except BaseException as error:
             if self._images:
-                error.partial_output = self.output
+                error.partial_output = self.output  # type: ignore[attr-defined]  # whatever ends the run
                 error.add_note(f"{len(self._images)} finished images are in the exception's partial_output")
             raise
         finally:
@@ -281,7 +281,7 @@ class Run:
         if latents is None:
             noise = mx.array(initial_noise([self.request.seeds[image] for image in images], channels, *self._grid))
         else:
-            noise = latents[mx.array(images)].astype(mx.float32)
+            noise = latents[mx.array(list(images))].astype(mx.float32)
         return noise.reshape(len(images), channels, -1).transpose(0, 2, 1)
 
     def _preview(self, step: Step) -> list[Image.Image]:

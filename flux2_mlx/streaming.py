@@ -74,8 +74,9 @@ class Blocks:
         self._resident = [self._adapted(number, block) for number, block in enumerate(blocks[:resident])]
         self._template, self._count = blocks[resident] if resident < len(blocks) else nn.Module(), len(blocks)
         self._coming: _Coming | None = None
+        weights = dict(tree_flatten(self._template.parameters()))
         # Never evaluated, so without memory: what the template holds between two uses.
-        self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in tree_flatten(self._template.parameters())]
+        self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in weights.items()]
 
     def __len__(self) -> int:
         return self._count
@@ -95,10 +96,15 @@ class Blocks:
     def _ask(self, number: int) -> None:
         """Have a block read, or the first one of the list that follows, unless that is on its way already."""
         if number < self._count:
-            if self._coming is None or self._coming.number != number:
-                self._coming = _Coming(number, self._read(number))
+            self._asked(number)
         elif self.following is not None:
             self.following._ask(len(self.following._resident))
+
+    def _asked(self, number: int) -> "_Coming":
+        """A block on its way."""
+        if self._coming is None or self._coming.number != number:
+            self._coming = _Coming(number, self._read(number))
+        return self._coming
 
     def _read(self, number: int) -> Weights:
         """A block's weights, still unread."""
@@ -115,8 +121,7 @@ class Blocks:
     def _take(self, number: int) -> None:
         """Put a block's weights into the template when all are there."""
         needed = time.perf_counter()
-        self._ask(number)
-        coming, self._coming = self._coming, None
+        coming, self._coming = self._asked(number), None
         self._template.load_weights(coming.weights)
         with _readable():
             mx.eval(self._template.parameters())  # or two blocks would be on their way at once
@@ -149,7 +154,7 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading:
         if before is not None:
             before.following = streamed
         before = streamed
-    fill(module, Renamed(tensors, {name: name for name, _ in tree_flatten(module.parameters())}))
+    fill(module, Renamed(tensors, {name: name for name in dict(tree_flatten(module.parameters()))}))
     return adapted(module, component.adapters)
 
 

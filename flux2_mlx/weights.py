@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeGuard, cast
 
 import mlx.core as mx
 import numpy as np
@@ -128,10 +128,10 @@ def _parse_entry(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
         raise ValueError(f"{name} has no proper shape")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name} has no proper data_offsets")
-    return *offsets, TensorInfo(dtype, tuple(shape))
+    return offsets[0], offsets[1], TensorInfo(dtype, tuple(shape))
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
     """Whether `values` is a list of whole numbers, none of them negative."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
@@ -255,9 +255,10 @@ def evaluated(arrays: Iterable[mx.array]) -> Iterator[mx.array]:
 def _load_arrays(path: Path) -> dict[str, mx.array]:
     """The unread arrays of a safetensors file."""
     try:
-        return mx.load(str(path), format="safetensors", stream=READER)
+        arrays = mx.load(str(path), format="safetensors", stream=READER)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"can't read {path}: {error}") from error
+    return cast("dict[str, mx.array]", arrays)  # which it is of this format
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -311,7 +312,8 @@ def write_safetensors(
     report: Callable[[int], None],
 ) -> Written:
     """Write a safetensors file of `tensors`, whose `arrays` come in the same order and are dropped one by one."""
-    header, offset = {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
     for name, tensor in tensors.items():
         span = [offset, offset + tensor.nbytes]
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
@@ -323,12 +325,13 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(start)
         for (name, tensor), array in zip(tensors.items(), evaluated(arrays), strict=True):
-            data = np.ascontiguousarray(array.view(mx.uint16) if tensor.dtype == "BF16" else array)
-            if data.shape != tensor.shape:
-                raise AssertionError(f"planned {tensor.shape}, made {data.shape}")
+            values = np.ascontiguousarray(array.view(mx.uint16) if tensor.dtype == "BF16" else array)
+            if values.shape != tensor.shape:
+                raise AssertionError(f"planned {tensor.shape}, made {values.shape}")
+            data = values.data
             digest.update(data)
             digests[name] = hashlib.sha256(data).hexdigest()
-            file.write(data.data)
+            file.write(data)
             report(tensor.nbytes)
         _sync(file)
     return Written(len(start) + offset, digest.hexdigest(), digests)

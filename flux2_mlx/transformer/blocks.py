@@ -62,7 +62,7 @@ class Modulation(nn.Module):
         self.lin = Linear(hidden_size, count * hidden_size)
 
     def __call__(self, vec: mx.array) -> list[mx.array]:
-        return mx.split(self.lin(silu(vec))[:, None], self._count, axis=-1)
+        return list(mx.split(self.lin(silu(vec))[:, None], self._count, axis=-1))
 
 
 class HeadNorm(nn.Module):
@@ -111,12 +111,13 @@ def joined_attention(parts: list[Heads], past: KeysValues | None = None) -> tupl
     columns = [list(column) for column in zip(*parts, strict=True)]
     parts.clear()
     q, k, v = (_joined(column) for column in columns)
-    seen = (k, v)
-    if past is not None:
-        seen = tuple(
-            mx.concatenate([new, mx.repeat(old, len(q), axis=0)], axis=2) for new, old in zip(seen, past, strict=True)
-        )
-    return attention(q, *seen), (k, v)
+    keys, values = (k, v) if past is None else (_before(k, past[0]), _before(v, past[1]))
+    return attention(q, keys, values), (k, v)
+
+
+def _before(new: mx.array, old: mx.array) -> mx.array:
+    """Keys or values of `[B, heads, L, head_dim]`, and behind them the `[1, heads, Lr, head_dim]` that all see."""
+    return mx.concatenate([new, mx.repeat(old, len(new), axis=0)], axis=2)
 
 
 def _joined(column: list[mx.array]) -> mx.array:

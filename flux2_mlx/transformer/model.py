@@ -3,7 +3,7 @@
 Source: `Flux2` of the FLUX.2 reference code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -94,12 +94,12 @@ class Flux2Transformer(nn.Module):
     def blocks(self, shared: Shared, past: list[KeysValues] | None = None) -> Iterator[Callable[[mx.array], mx.array]]:
         """Each block as a function from the stream before it to the one after it. Where blocks are streamed, what one
         gives must be evaluated before the next one is asked for."""
-        double = len(self.double_blocks)
-        past = past or [None] * (double + len(self.single_blocks))
-        for block, seen in zip(self.double_blocks, past[:double], strict=True):
-            yield partial(_run_double, block, shared, seen)
-        for block, seen in zip(self.single_blocks, past[double:], strict=True):
-            yield partial(block, mod=shared.single_mod, rope=shared.rope, past=seen)
+        count = len(self.double_blocks)
+        seen: Sequence[KeysValues | None] = past or [None] * (count + len(self.single_blocks))
+        for double, own in zip(self.double_blocks, seen[:count], strict=True):
+            yield partial(_run_double, double, shared, own)
+        for single, own in zip(self.single_blocks, seen[count:], strict=True):
+            yield partial(_run_single, single, shared, own)
 
     def end(self, x: mx.array, shared: Shared) -> mx.array:
         """Velocity `[B, Li, in_channels]` of the image tokens of the stream after the last block."""
@@ -134,8 +134,14 @@ class Flux2Transformer(nn.Module):
         vec = self.time_in(timestep_embedding(timestep, self._channels).astype(dtype))
         if guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, self._channels).astype(dtype))
-        mods = self.double_stream_modulation_img, self.double_stream_modulation_txt, self.single_stream_modulation
-        return Shared(text, vec, *(modulation(vec) for modulation in mods), rope)
+        return Shared(
+            text,
+            vec,
+            self.double_stream_modulation_img(vec),
+            self.double_stream_modulation_txt(vec),
+            self.single_stream_modulation(vec),
+            rope,
+        )
 
 
 def _run_double(block: DoubleBlock, shared: Shared, past: KeysValues | None, x: mx.array) -> mx.array:
@@ -143,3 +149,8 @@ def _run_double(block: DoubleBlock, shared: Shared, past: KeysValues | None, x: 
     img, txt = x[:, shared.text :], x[:, : shared.text]
     img, txt = block(img, txt, shared.img_mod, shared.txt_mod, shared.rope, past)
     return mx.concatenate([txt, img], axis=1)
+
+
+def _run_single(block: SingleBlock, shared: Shared, past: KeysValues | None, x: mx.array) -> mx.array:
+    """The joined stream after a single block."""
+    return block(x, shared.single_mod, shared.rope, past)
