@@ -72,7 +72,7 @@ def configs(values: dict[str, Any], variant: Variant, path: Path) -> Geometries:
     """The geometries of what is made of the text model of `variant`, whose config is at `path`."""
     text = _text_values(values, variant, path)
     section = _SECTIONS[text["model_type"]]
-    configs: dict[str, Config] = {"text_encoder": described("text_encoder", text, path, section)}
+    configs: Geometries = {"text_encoder": described("text_encoder", text, path, section)}
     if text["num_later_layers"]:
         configs["language_model"] = configs["text_encoder"]
     if section and "vision_config" in values:
