@@ -4,8 +4,9 @@ Source: `DoubleStreamBlock`, `SingleStreamBlock` and `LastLayer` of the FLUX.2 r
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -82,16 +83,15 @@ class QKNorm(nn.Module):
         self.key_norm = HeadNorm(dim, eps)
 
 
-def by_parts(x: mx.array, work: Callable[[slice], Any]) -> list[Any]:
+def by_parts(x: mx.array, work: Callable[[slice], Any]) -> Iterator[Any]:
     """What `work` makes of the tokens of `x` `[B, L, D]`, one slice of the sequence after the other."""
     B, L, _ = x.shape
     size = max(1, TOKENS_PER_PART // B)
-    results = []
     for start in range(0, L, size):
-        results.append(work(slice(start, start + size)))
+        part = work(slice(start, start + size))
         if size < L:
-            mx.eval(results[-1])
-    return results
+            mx.eval(part)
+        yield part
 
 
 def rotated_heads(qkv: mx.array, heads: int, norm: QKNorm, rope: mx.array) -> Heads:
@@ -103,14 +103,14 @@ def rotated_heads(qkv: mx.array, heads: int, norm: QKNorm, rope: mx.array) -> He
     return rotate(q, rope), rotate(k, rope), mx.contiguous(in_units(v))
 
 
-def joined_attention(parts: list[Heads], past: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
-    """Attention over all tokens of `parts`, which is emptied: `[B, L, D]`, with the keys and the values.
+def joined_attention(parts: Iterator[Heads], past: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
+    """Attention over all tokens of `parts`: `[B, L, D]`, with the keys and the values.
 
     `past` are keys and values `[1, heads, Lr, head_dim]` that all tokens see as well.
     """
     columns = [list(column) for column in zip(*parts, strict=True)]
-    parts.clear()
-    q, k, v = (_joined(column) for column in columns)
+    # The parts of a column are gone before the next is joined, so that no two columns are in memory twice.
+    q, k, v = (_joined(columns.pop(0)) for _ in range(3))
     keys, values = (k, v) if past is None else (_before(k, past[0]), _before(v, past[1]))
     return attention(q, keys, values), (k, v)
 
@@ -121,12 +121,10 @@ def _before(new: mx.array, old: mx.array) -> mx.array:
 
 
 def _joined(column: list[mx.array]) -> mx.array:
-    """One array of the parts in `column`, which is emptied, so that no two columns are in memory twice."""
     if len(column) == 1:
-        return column.pop()
+        return column[0]
     whole = mx.concatenate(column, axis=2)
     mx.eval(whole)
-    column.clear()
     return whole
 
 
@@ -175,8 +173,8 @@ class DoubleBlock(nn.Module):
         past: KeysValues | None = None,
     ) -> tuple[mx.array, mx.array]:
         L = txt.shape[1]
-        parts = self._heads(txt, self.txt_attn, txt_mod, rope[:L]) + self._heads(img, self.img_attn, img_mod, rope[L:])
-        out, _ = joined_attention(parts, past)
+        txt_heads = self._heads(txt, self.txt_attn, txt_mod, rope[:L])
+        out, _ = joined_attention(chain(txt_heads, self._heads(img, self.img_attn, img_mod, rope[L:])), past)
         txt = self._add(txt, out[:, :L], self.txt_attn, self.txt_mlp, txt_mod)
         img = self._add(img, out[:, L:], self.img_attn, self.img_mlp, img_mod)
         return img, txt
@@ -186,7 +184,7 @@ class DoubleBlock(nn.Module):
         out, seen = joined_attention(self._heads(img, self.img_attn, img_mod, rope))
         return self._add(img, out, self.img_attn, self.img_mlp, img_mod), seen
 
-    def _heads(self, x: mx.array, attn: StreamAttention, mod: list[mx.array], rope: mx.array) -> list[Heads]:
+    def _heads(self, x: mx.array, attn: StreamAttention, mod: list[mx.array], rope: mx.array) -> Iterator[Heads]:
         return by_parts(x, lambda tokens: attn(modulate(x[:, tokens], mod[0], mod[1], self._eps), rope[tokens]))
 
     def _add(
@@ -199,7 +197,7 @@ class DoubleBlock(nn.Module):
                 y = layer(y)
             return gated_sum(part, mod[5], y)
 
-        return mx.concatenate(by_parts(x, added), axis=1)
+        return mx.concatenate(list(by_parts(x, added)), axis=1)
 
 
 class SingleBlock(nn.Module):
@@ -224,19 +222,24 @@ class SingleBlock(nn.Module):
         self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None
     ) -> tuple[mx.array, KeysValues]:
         shift, scale, gate = mod
+        hidden = []  # of the MLP, each part until it is added
 
         def projected(tokens: slice) -> tuple[Heads, mx.array]:
             y = self.linear1(modulate(x[:, tokens], shift, scale, self._eps))
             qkv, mlp_gate, mlp = mx.split(y, self._split, axis=-1)
             return rotated_heads(qkv, self._heads, self.norm, rope[tokens]), swiglu(mlp_gate, mlp)
 
+        def heads() -> Iterator[Heads]:
+            for part, mlp in by_parts(x, projected):
+                hidden.append(mlp)
+                yield part
+
         def added(tokens: slice) -> mx.array:
             y = mx.concatenate([out[:, tokens], hidden.pop(0)], axis=-1)
             return gated_sum(x[:, tokens], gate, self.linear2(y))
 
-        parts, hidden = map(list, zip(*by_parts(x, projected), strict=True))
-        out, seen = joined_attention(parts, past)
-        return mx.concatenate(by_parts(x, added), axis=1), seen
+        out, seen = joined_attention(heads(), past)
+        return mx.concatenate(list(by_parts(x, added)), axis=1), seen
 
 
 class LastLayer(nn.Module):
