@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flux2_mlx.config import Config, Variant
+from flux2_mlx.config import Config
 
 from . import text, transformer, vae
 from .rules import Rule, Shape
