@@ -182,6 +182,8 @@ class Networks:
         stored = self.checkpoint.components[name]
         wanted = stored.quantized(self._quants[name])
         weights = footprint(wanted, self.dtype_of(name))
+        if wanted.adapters is not None:
+            weights = replace(weights, rest=weights.rest + wanted.adapters.nbytes)
         if wanted == stored:
             return weights
         # What is quantized at loading would be so again at every pass, so it has to stay.
