@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, overload
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -23,9 +23,11 @@ from .errors import CheckpointError, DeviceError
 from .layers import WIDENED
 from .loading import memory_dtype, tensor_bytes
 from .memory import Costs, Footprint, Plan, Workload, Writing, plan, writing_plan
-from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes
+from .quantization import DEFAULT_TEXT_QUANT, loadable_quant, quantizing_bytes, stored_names
 from .streaming import Reading, load_streamed
-from .text import LanguageModel
+from .text import LanguageModel, PixtralVision, TextEncoder
+from .transformer import Flux2Transformer
+from .vae import VAE
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ class Networks:
         text_quant = loadable_quant("text encoder", model.text_quant, text_quant)
         return cls(model, quant, text_quant, computing_dtype(dtype), memory_bytes(memory_limit), keep)
 
+    @overload
+    def load(self, name: Literal["transformer"], planned: Plan | None = None) -> Flux2Transformer: ...
+    @overload
+    def load(self, name: Literal["text_encoder"], planned: Plan | None = None) -> TextEncoder: ...
+    @overload
+    def load(self, name: Literal["vision"], planned: Plan | None = None) -> PixtralVision: ...
+    @overload
+    def load(self, name: Literal["vae"], planned: Plan | None = None) -> VAE: ...
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
         """A network in memory, as far as the plan says so; one that was kept is there already."""
         if planned is not None and planned.phase(name).streamed:
@@ -98,14 +108,14 @@ class Networks:
         encoder = self._load_streamed("text_encoder", phase.resident)
         return LanguageModel(encoder, self._load_streamed("language_model", later), by_layer=True)
 
-    def _load(self, name: str) -> nn.Module:
+    def _load(self, name: str) -> Any:  # of the class that its row of the components says
         module = self._kept.get(name)
         if module is None:
             module = self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])
             self._kept.offer(name, module)
         return module
 
-    def _load_streamed(self, name: str, resident: int) -> nn.Module:
+    def _load_streamed(self, name: str, resident: int) -> Any:  # so is this
         return load_streamed(self.checkpoint.components[name], self.dtype_of(name), resident, self.reading)
 
     @contextmanager
@@ -220,7 +230,7 @@ class _Kept:
     @property
     def nbytes(self) -> int:
         modules = list(self._modules.values())
-        return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
+        return sum(array.nbytes for module in modules for array in dict(tree_flatten(module.parameters())).values())
 
     @contextmanager
     def during(self, planned: Plan) -> Iterator[Plan]:
@@ -258,9 +268,9 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
     packed, held, peak = wanted.infos, 0, 0
     weights = stored.infos.items()
     for name, tensor in sorted(weights, key=lambda weight: -weight[1].nbytes):  # the order that they are quantized in
-        parts = [packed.get(f"{name.removesuffix('.weight')}.{part}") for part in ("weight", "scales", "biases")]
-        if all(parts):
-            nbytes = sum(part.nbytes for part in parts)
+        parts = stored_names(name, packed)
+        if parts != [name]:
+            nbytes = sum(packed[part].nbytes for part in parts)
             held += nbytes
             peak = max(peak, held + quantizing_bytes(tensor.shape, nbytes))
     return max(0, peak - whole)
@@ -268,7 +278,7 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
 
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
     """What `component` takes in memory while activations are in `dtype`."""
-    sizes, cast, widened, loading = Counter(), Counter(), Counter(), 0
+    sizes, cast, widened, loading = Counter[str](), Counter[str](), Counter[str](), 0
     for name, tensor in component.infos.items():
         block = _block_of(component.name, name) or ""
         sizes[block] += tensor_bytes(name, tensor, dtype)

@@ -159,8 +159,13 @@ class Run:
         distinct = list(dict.fromkeys(prompts))
         self._tell("text_encoder", 0, len(distinct))
         dtype = self.networks.dtype_of("text_encoder")
-        load = partial(self.networks.load, "text_encoder", self.planned)
-        encoder = CachedEncoder(self.networks.checkpoint, self.networks.text_quant, dtype, self.prompt_cache, load)
+        encoder = CachedEncoder(
+            self.networks.checkpoint,
+            self.networks.text_quant,
+            dtype,
+            self.prompt_cache,
+            lambda: self.networks.load("text_encoder", self.planned),
+        )
         states = {}
         for done, prompt in enumerate(distinct, 1):
             states[prompt] = self._encoded_prompt(encoder, prompt)
