@@ -228,6 +228,7 @@ def test_open(mixed):
 
 
 def test_opening_builds_each_network_once(mixed, monkeypatch):
+    checkpoint._infos.cache_clear()
     built = []
     build = Component.build
     monkeypatch.setattr(Component, "build", lambda component: built.append(component.name) or build(component))

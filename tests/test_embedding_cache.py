@@ -58,7 +58,7 @@ def test_the_image_of_a_hit_is_that_of_a_miss_and_needs_no_encoder(loads):
 
 
 def test_only_new_prompts_are_encoded(loads):
-    pipe, heard = open_demo(), []
+    pipe, heard = open_demo(keep=False), []
     pipe.encode_prompt(PROMPT)
     pipe.run(pipe.request([PROMPT, OTHER], height=32, width=32, steps=1), on_progress=heard.append)
     assert loads == ["text_encoder", "text_encoder", "transformer", "vae"]
@@ -311,7 +311,7 @@ def test_entries_are_as_readable_as_other_files(cache):
 
 
 def test_a_run_with_a_damaged_entry_encodes_again(loads):
-    pipe = open_demo()
+    pipe = open_demo(keep=False)
     missed = pipe.encode_prompt(PROMPT)
     (entry,) = pipe.prompt_cache.entries()
     os.truncate(entry.path, entry.size // 2)

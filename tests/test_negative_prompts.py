@@ -26,7 +26,7 @@ def pipe() -> Flux2Pipeline:
 @pytest.fixture(scope="module")
 def guided() -> Flux2Pipeline:
     """The same weights as a model with classifier-free guidance."""
-    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
     return change_variant(pipe, distilled=False)
 
 
