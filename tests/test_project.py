@@ -101,6 +101,13 @@ def test_no_import_of_what_only_tests_have(module):
     assert not names & {"torch", "diffusers", "transformers", "accelerate", "pytest", "convert", "tests"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+def test_only_reference_tests_import_pytorch(path):
+    torch = ("torch", "diffusers", "transformers", "safetensors.torch", "helpers.references", "helpers.parity")
+    names = imported(path.stem, parse(path))
+    assert [name for name in names if f"{name}.".startswith(tuple(f"{root}." for root in torch))] == []
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_what_generates_text_is_imported_only_where_it_is_used(module):
     tree = parse(FILES[module])

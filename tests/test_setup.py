@@ -59,9 +59,15 @@ def test_it_installs_once_and_again_when_the_project_changes(project):
 
 
 def test_the_tests_need_more_than_the_tool(project):
-    for arguments in ((), ("test",), ("test",), ()):
+    for arguments in ((), ("dev",), ("test",), ("test",), ("dev",), ()):
         assert setup(project, *arguments).returncode == 0
-    assert installs(project) == [".", ".[test]"]
+    assert installs(project) == [".", ".[dev]", ".[test]"]
+
+
+def test_another_argument_is_told(project):
+    result = setup(project, "tests")
+    assert (result.returncode, result.stderr) == (1, "setup: unknown argument 'tests'; give dev, test or nothing\n")
+    assert not (project / ".venv").exists()
 
 
 def test_an_old_python_is_told(project):
