@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from helpers.checkpoints import VARIANT, save_small
+from helpers.checkpoints import VARIANT
 from helpers.cli_runner import PROMPT, SMALL, done, refusal
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
@@ -65,10 +65,9 @@ def test_what_is_there_already_is_not_planned(calls, folder):
     assert calls == {"checked": 1, "opened": 1}
 
 
-def test_a_folder_that_would_not_fit_is_not_converted(folder, monkeypatch):
-    save_small(folder / "small")
+def test_a_folder_that_would_not_fit_is_not_converted(folder, official, monkeypatch):
     monkeypatch.setattr("flux2_mlx.store.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
-    arguments = ("-m", "./small", "--variant", VARIANT, "-W", "64", "-H", "64", "--memory-limit", "1MB")
+    arguments = ("-m", official, "--variant", VARIANT, "-W", "64", "-H", "64", "--memory-limit", "1MB")
     assert " needs " in refusal("t2i", PROMPT, *arguments)
     assert not (folder / "models").exists()
 
@@ -81,8 +80,8 @@ def test_a_folder_that_would_not_fit_is_not_converted(folder, monkeypatch):
         (["-o", "a.bmp"], "can't write a.bmp: "),
     ],
 )
-def test_a_repo_is_not_fetched_for_a_wrong_setting(arguments, message, folder):
-    source, home = save_small(folder.parent / "small"), folder.parent / "home"
-    with HubServer({REPO: source}) as hub, using(hub, home):
+def test_a_repo_is_not_fetched_for_a_wrong_setting(arguments, message, official, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    with HubServer({REPO: official}) as hub, using(hub, home):
         assert refusal("t2i", PROMPT, "-m", REPO, "--variant", VARIANT, *arguments).startswith(message)
     assert not list(home.rglob("*.safetensors"))
