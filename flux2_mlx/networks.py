@@ -192,12 +192,12 @@ class Networks:
         stored = self.checkpoint.components[name]
         wanted = stored.quantized(self._quants[name])
         weights = footprint(wanted, self.dtype_of(name))
-        if wanted.adapters is not None:
-            weights = replace(weights, rest=weights.rest + wanted.adapters.nbytes)
+        beside = wanted.adapters.nbytes if wanted.adapters else 0
         if wanted == stored:
-            return weights
+            return replace(weights, rest=weights.rest + beside)
         # What is quantized at loading would be so again at every pass, so it has to stay.
-        return replace(weights, rest=weights.all, blocks=(), loading=_quantizing(stored, wanted, weights.all))
+        loading = _quantizing(stored, wanted, weights.all)
+        return replace(weights, rest=weights.all + beside, blocks=(), loading=loading)
 
     @property
     def _quants(self) -> dict[str, str]:

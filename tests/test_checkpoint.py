@@ -232,6 +232,7 @@ def test_opening_builds_each_network_once(mixed, monkeypatch):
     built = []
     build = Component.build
     monkeypatch.setattr(Component, "build", lambda component: built.append(component.name) or build(component))
+    checkpoint._infos.cache_clear()
     components = Checkpoint.open(mixed).components
     assert sorted(built) == sorted(components)
 
