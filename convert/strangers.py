@@ -11,64 +11,147 @@ _Infos = Mapping[str, TensorInfo]
 _ONLY = "only FLUX.2 is run here; give one of its models"
 _ENCODER = "FLUX.2 reads prompts with Qwen3 (klein) or Mistral Small 3.2 (dev); give that"
 _CONTROL = "ControlNets can't be used; give references with -i"
-_UPSCALER = "upscalers can't be used"
 # What may stand before the names of a model.
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "unet.", "control_model.")
-# What it is, the names that prove it when all are there, and what to do. The first that fits counts.
-_STRANGERS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("a ControlNet for FLUX.2", ("control_img_in.weight", "control_transformer_blocks.0.before_proj.weight"), _CONTROL),
-    ("a ControlNet", ("controlnet_x_embedder.weight",), _CONTROL),
-    ("a ControlNet", ("controlnet_blocks.0.weight",), _CONTROL),
-    ("a ControlNet", ("controlnet_down_blocks.0.weight",), _CONTROL),
-    ("a ControlNet", ("control_img_in.weight",), _CONTROL),
-    ("a ControlNet", ("zero_convs.0.0.weight",), _CONTROL),
-    ("FLUX.1 Redux", ("redux_up.weight", "redux_down.weight"), _ONLY),
-    ("Chroma", ("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"), _ONLY),
+# What it is, what to do, and sets of names each of which proves it. The first that fits counts.
+_STRANGERS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
+    (
+        "a ControlNet for FLUX.2",
+        _CONTROL,
+        (("control_img_in.weight", "control_transformer_blocks.0.before_proj.weight"),),
+    ),
+    (
+        "a ControlNet",
+        _CONTROL,
+        (
+            ("controlnet_x_embedder.weight",),
+            ("controlnet_blocks.0.weight",),
+            ("controlnet_down_blocks.0.weight",),
+            ("control_img_in.weight",),
+            ("zero_convs.0.0.weight",),
+        ),
+    ),
+    ("FLUX.1 Redux", _ONLY, (("redux_up.weight", "redux_down.weight"),)),
+    ("Chroma", _ONLY, (("distilled_guidance_layer.in_proj.weight",),)),
     (
         "HunyuanVideo",
-        ("double_blocks.0.img_mod.linear.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight"),
         _ONLY,
+        (
+            ("txt_in.individual_token_refiner.blocks.0.norm1.weight",),
+            ("context_embedder.token_refiner.refiner_blocks.0.attn.to_q.weight",),
+        ),
     ),
-    ("FLUX.1 dev", ("double_blocks.0.img_mod.lin.weight", "guidance_in.in_layer.weight"), _ONLY),
-    ("FLUX.1 schnell", ("double_blocks.0.img_mod.lin.weight",), _ONLY),
     (
         "FLUX.1 dev",
-        ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.guidance_embedder.linear_1.weight"),
         _ONLY,
+        (
+            ("double_blocks.0.img_mod.lin.weight", "guidance_in.in_layer.weight"),
+            ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.guidance_embedder.linear_1.weight"),
+        ),
     ),
     (
         "FLUX.1 schnell",
-        ("single_transformer_blocks.0.proj_mlp.weight", "transformer_blocks.0.norm1_context.linear.weight"),
         _ONLY,
+        (
+            ("double_blocks.0.img_mod.lin.weight",),
+            ("single_transformer_blocks.0.proj_mlp.weight", "transformer_blocks.0.norm1_context.linear.weight"),
+        ),
     ),
-    ("Stable Diffusion 3", ("joint_blocks.0.context_block.attn.qkv.weight",), _ONLY),
-    ("Stable Diffusion 3", ("pos_embed.proj.weight", "transformer_blocks.0.attn.add_k_proj.weight"), _ONLY),
-    ("Qwen-Image", ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"), _ONLY),
-    ("Z-Image", ("cap_pad_token", "context_refiner.0.attention_norm1.weight"), _ONLY),
-    ("Lumina 2", ("cap_embedder.1.weight", "context_refiner.0.attention_norm1.weight"), _ONLY),
-    ("Wan", ("patch_embedding.weight", "blocks.0.cross_attn.k.weight"), _ONLY),
-    ("Wan", ("patch_embedding.weight", "condition_embedder.time_proj.weight"), _ONLY),
-    ("Stable Diffusion XL", ("label_emb.0.0.weight", "input_blocks.0.0.weight"), _ONLY),
-    ("Stable Diffusion XL", ("add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"), _ONLY),
-    ("Stable Diffusion 1 or 2", ("input_blocks.0.0.weight", "middle_block.1.norm.weight"), _ONLY),
-    ("Stable Diffusion 1 or 2", ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",), _ONLY),
-    ("a T5 text encoder", ("encoder.block.0.layer.0.SelfAttention.q.weight",), _ENCODER),
-    ("a T5 text encoder", ("enc.blk.0.attn_q.weight",), _ENCODER),
-    ("a CLIP text encoder", ("text_model.encoder.layers.0.self_attn.q_proj.weight",), _ENCODER),
-    ("a CLIP image encoder", ("vision_model.encoder.layers.0.self_attn.q_proj.weight",), _ENCODER),
-    ("Qwen3-VL", ("visual.blocks.0.attn.qkv.weight", "language_model.layers.0.self_attn.q_norm.weight"), _ENCODER),
-    ("Qwen2.5-VL", ("visual.blocks.0.attn.qkv.weight",), _ENCODER),
-    ("Qwen2 or Qwen2.5", ("layers.0.self_attn.q_proj.bias",), _ENCODER),
-    ("Qwen2 or Qwen2.5", ("blk.0.attn_q.bias",), _ENCODER),
-    ("Gemma", ("layers.0.pre_feedforward_layernorm.weight",), _ENCODER),
-    ("a Mistral in its maker's own naming", ("tok_embeddings.weight", "layers.0.attention.wq.weight"), _ENCODER),
-    ("the vision tower of llama.cpp", ("v.blk.0.attn_q.weight",), "give the text model's file, or the folder"),
-    ("TAESD, a tiny autoencoder", ("1.weight", "3.conv.0.weight"), "give FLUX.2's own VAE"),
-    ("TAESD, a tiny autoencoder", ("0.weight", "1.conv.0.weight"), "give FLUX.2's own VAE"),
-    ("TAESD, a tiny autoencoder", ("decoder.layers.0.weight", "encoder.layers.0.weight"), "give FLUX.2's own VAE"),
-    ("ESRGAN, an upscaler", ("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"), _UPSCALER),
-    ("ESRGAN, an upscaler", ("conv_first.weight", "body.0.rdb1.conv1.weight"), _UPSCALER),
-    ("SwinIR, HAT or DAT, an upscaler", ("conv_first.weight", "conv_after_body.weight"), _UPSCALER),
+    (
+        "Stable Diffusion 3",
+        _ONLY,
+        (
+            ("joint_blocks.0.context_block.attn.qkv.weight",),
+            ("pos_embed.proj.weight", "transformer_blocks.0.attn.add_k_proj.weight"),
+        ),
+    ),
+    ("Qwen-Image", _ONLY, (("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),)),
+    ("Z-Image", _ONLY, (("cap_pad_token", "context_refiner.0.attention_norm1.weight"),)),
+    (
+        "Lumina 2",
+        _ONLY,
+        (
+            ("cap_embedder.1.weight", "context_refiner.0.attention_norm1.weight"),
+            ("time_caption_embed.caption_embedder.1.weight",),
+        ),
+    ),
+    (
+        "Wan",
+        _ONLY,
+        (
+            ("patch_embedding.weight", "blocks.0.cross_attn.k.weight"),
+            ("patch_embedding.weight", "condition_embedder.time_proj.weight"),
+        ),
+    ),
+    (
+        "Stable Diffusion XL",
+        _ONLY,
+        (
+            ("label_emb.0.0.weight", "input_blocks.0.0.weight"),
+            ("add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"),
+        ),
+    ),
+    (
+        "Stable Diffusion 1 or 2",
+        _ONLY,
+        (
+            ("input_blocks.0.0.weight", "middle_block.1.norm.weight"),
+            ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",),
+        ),
+    ),
+    (
+        "a T5 text encoder",
+        _ENCODER,
+        (("encoder.block.0.layer.0.SelfAttention.q.weight",), ("enc.blk.0.attn_q.weight",)),
+    ),
+    (
+        "a CLIP text encoder",
+        _ENCODER,
+        (
+            ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
+            ("embeddings.token_embedding.weight", "encoder.layers.0.self_attn.out_proj.weight"),
+        ),
+    ),
+    (
+        "a CLIP image encoder",
+        _ENCODER,
+        (
+            ("vision_model.encoder.layers.0.self_attn.q_proj.weight",),
+            ("embeddings.patch_embedding.weight", "encoder.layers.0.self_attn.out_proj.weight"),
+        ),
+    ),
+    (
+        "Qwen3-VL",
+        _ENCODER,
+        (("visual.blocks.0.attn.qkv.weight", "language_model.layers.0.self_attn.q_norm.weight"),),
+    ),
+    ("Qwen2.5-VL", _ENCODER, (("visual.blocks.0.attn.qkv.weight",),)),
+    ("Qwen2 or Qwen2.5", _ENCODER, (("layers.0.self_attn.q_proj.bias",), ("blk.0.attn_q.bias",))),
+    ("Gemma", _ENCODER, (("layers.0.pre_feedforward_layernorm.weight",),)),
+    (
+        "a Mistral in its maker's own naming",
+        "give it as transformers saves it: the repository's files called model-*.safetensors",
+        (("tok_embeddings.weight", "layers.0.attention.wq.weight"),),
+    ),
+    ("a vision tower of llama.cpp", "give the text model's file, or the folder", (("v.blk.0.attn_q.weight",),)),
+    (
+        "TAESD, a tiny autoencoder",
+        "give FLUX.2's own VAE",
+        (
+            ("1.weight", "3.conv.0.weight"),
+            ("0.weight", "1.conv.0.weight"),
+            ("decoder.layers.0.weight", "encoder.layers.0.weight"),
+        ),
+    ),
+    (
+        "an upscaler",
+        "upscalers can't be used",
+        (
+            ("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"),
+            ("conv_first.weight", "body.0.rdb1.conv1.weight"),
+            ("conv_first.weight", "conv_after_body.weight"),
+        ),
+    ),
 )
 # What the names of an adapter's first factor end with, and the kind that it is of.
 _FACTORS = (
@@ -142,8 +225,8 @@ class _Layer:
 
 def stranger(infos: _Infos) -> Stranger | None:
     """What is known of tensors that are of another model; None if nothing is."""
-    for name, proof, advice in _STRANGERS:
-        if all(any(prefix + key in infos for prefix in _PREFIXES) for key in proof):
+    for name, advice, proofs in _STRANGERS:
+        if any(all(any(prefix + key in infos for prefix in _PREFIXES) for key in proof) for proof in proofs):
             return Stranger(name, advice)
     return None
 
@@ -152,7 +235,7 @@ def refusal(infos: _Infos) -> str | None:
     """What tensors are that are of an adapter or another model, and what to do; None if they are not known."""
     if found := adapter(infos):
         models = " or ".join(found.models) or "another model"
-        return f"a {found.kind} for {models}, in the naming of {found.naming}, and no model; give the model"
+        return f"a {found.kind} for {models} (names as of {found.naming}), which goes on top of a model; give the model"
     known = stranger(infos)
     return known and f"{known.name}; {known.advice}"
 
