@@ -41,6 +41,9 @@ class Spelling:
     rule: Callable[..., Rule] = copy
 
 
+Table = dict[str, tuple[Spelling, ...]]
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How a part is named by someone.
@@ -55,7 +58,7 @@ class Dialect:
 
     part: str
     name: str
-    table: Mapping[str, tuple[Spelling, ...]]
+    table: Table
     proof: tuple[str, ...]
     is_flipped: Callable[[str], bool] = lambda template: False
 
@@ -72,7 +75,9 @@ class Dialect:
 
 
 def templated(name: str) -> tuple[str, list[int]]:
-    """A name with stars for the numbers of its blocks, and these."""
+    """A name with stars for the numbers of its blocks, and these; nothing for a name that has stars itself."""
+    if "*" in name:
+        return "", []
     numbers = [int(match[2]) for match in _NUMBER.finditer(name)]
     return (_NUMBER.sub(r"\1.*", name), numbers) if numbers else (name, numbers)
 
@@ -83,14 +88,14 @@ def filled(template: str, numbers: list[int]) -> str:
     return template
 
 
-def _named(pairs: Mapping[str, str], ours: str = "", theirs: str = "") -> dict[str, tuple[Spelling, ...]]:
+def _named(pairs: Mapping[str, str], ours: str = "", theirs: str = "") -> Table:
     """Tensors that differ by nothing but their names."""
     return {ours + name: (Spelling((theirs + other,)),) for name, other in pairs.items()}
 
 
-def _renamed(prefixes: Mapping[str, str]) -> dict[str, tuple[Spelling, ...]]:
+def _renamed(prefixes: Mapping[str, str]) -> Table:
     """The text encoder's table where names differ by what they begin with."""
-    table = {}
+    table: Table = {}
     for name in _TEXT:
         ours = next(prefix for prefix in prefixes if name.startswith(prefix))
         table[name] = (Spelling((prefixes[ours] + name.removeprefix(ours),)),)
@@ -139,9 +144,9 @@ def _apart(start: str, names: tuple[str, ...]) -> Spelling:
     return Spelling(tuple(f"{start}.{name}.weight" for name in names), join_rows)
 
 
-def _original() -> dict[str, tuple[Spelling, ...]]:
+def _original() -> Table:
     blocks = [f"double_blocks.*.{name}" for name in _DOUBLE] + [f"single_blocks.*.{name}" for name in _SINGLE]
-    table = {name: (Spelling((name,)),) for name in (*_TOP, _ADALN, *blocks)}
+    table: Table = {name: (Spelling((name,)),) for name in (*_TOP, _ADALN, *blocks)}
     for norm in _NORMS:
         table[f"{norm}.scale"] = (Spelling((f"{norm}.scale",)), Spelling((f"{norm}.weight",)))
     for start in _QKV:
@@ -150,7 +155,7 @@ def _original() -> dict[str, tuple[Spelling, ...]]:
     return table
 
 
-def _diffusers() -> dict[str, tuple[Spelling, ...]]:
+def _diffusers() -> Table:
     table = _named(_TOP) | {_ADALN: (Spelling(("norm_out.linear.weight",), swap_halves),)}
     table |= _named(_DOUBLE, "double_blocks.*.", "transformer_blocks.*.")
     table |= _named(_SINGLE, "single_blocks.*.", "single_transformer_blocks.*.attn.")
@@ -182,9 +187,9 @@ for _half in ("encoder", "decoder"):
 _BN = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
 
-def _vae(theirs: Callable[[str, str], str]) -> dict[str, tuple[Spelling, ...]]:
+def _vae(theirs: Callable[[str, str], str]) -> Table:
     """The VAE's table, where `theirs` chooses between diffusers' name and the original one."""
-    table = {name: (Spelling((name,)),) for name in _BN}
+    table: Table = {name: (Spelling((name,)),) for name in _BN}
     for pairs, rule in ((_VAE, copy), (_VAE_ATTENTION, matrix)):
         for ours, original in pairs.items():
             name = theirs(ours, original)
@@ -253,7 +258,7 @@ DIALECTS = (
         "the original release",
         _vae(lambda ours, original: original),
         _VAE_PROOF,
-        lambda template: template.startswith("decoder.up."),
+        lambda template: template.startswith("decoder.up.*."),
     ),
     *(_text(name, prefixes) for name, prefixes in _TRANSFORMERS.items()),
     Dialect("text_encoder", "llama.cpp", _named(_LLAMA | _HEAD_NORMS), tuple(_HEAD_NORMS.values())),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from flux2_mlx.config import VARIANTS, Config, TextConfig, VAEConfig, Variant, VisionConfig, get_variant
+from flux2_mlx.config import VARIANTS, Config, TextConfig, VAEConfig, Variant, VisionConfig, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import NONSENSE, TensorInfo
 
@@ -93,7 +93,7 @@ def choose(rows: list[Variant], hints: Iterable[str], name: str | None, what: st
     """
     names = ", ".join(row.name for row in rows)
     if name is not None:
-        if (row := get_variant(name)) not in rows:
+        if (row := variant_named(name)) not in rows:
             raise CheckpointError(f"{what} can't be {name}: its geometry is that of {names or 'no model'}")
         return row
     if not rows:
@@ -114,7 +114,7 @@ def _told(rows: list[Variant], hint: str) -> list[Variant]:
         return [row for row in rows if row.kv_cache]
     if words & {"base", "bbase", "kleinbase"}:
         return [row for row in rows if not row.distilled]
-    if "klein" in text and re.search("(?<![0-9])[49] ?b", text):
+    if "klein" in text and re.search("(?<![0-9])[49] ?b(?!f)", text):
         return [row for row in rows if row.distilled and not row.kv_cache]
     return []
 

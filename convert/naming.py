@@ -76,13 +76,12 @@ class Reading:
             canonical: its name.
             head_dim: features of a head of the text encoder.
         """
-        spelling, sources = self._spelled(canonical)
+        spelling, (first, *others) = self._spelled(canonical)
         if spelling.rule is unpermute:
-            return unpermute(*sources, head_dim)
-        found = self.sources.get(sources[0])
-        if spelling.rule is matrix and found is not None and len(found.shape) != 4:
-            return copy(*sources)
-        return spelling.rule(*sources)
+            return unpermute(first, head_dim)
+        if spelling.rule is matrix and first in self.sources and len(self.sources[first].shape) != 4:
+            return copy(first)
+        return spelling.rule(first, *others)
 
     def composed(self, rule: Rule, head_dim: int = 128) -> Rule:
         """A `rule` that reads one canonical tensor as one that reads the source."""
@@ -117,7 +116,7 @@ class Reading:
         found = {
             name: tensor
             for name, tensor in self.sources.items()
-            if not is_dropped(self._canonical(name) or name, configs[self.part])
+            if (canonical := self._canonical(name)) is None or not is_dropped(canonical, configs[self.part])
         }
         raise_problems(what, mismatches(expected, found))
 

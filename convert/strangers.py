@@ -237,7 +237,7 @@ def refusal(infos: _Infos) -> str | None:
         models = " or ".join(found.models) or "another model"
         return f"a {found.kind} for {models} (names as of {found.naming}), which goes on top of a model; give the model"
     known = stranger(infos)
-    return known and f"{known.name}; {known.advice}"
+    return None if known is None else f"{known.name}; {known.advice}"
 
 
 def adapter(infos: _Infos) -> Adapter | None:

@@ -169,7 +169,7 @@ def test_a_name_tells_the_model(hint, variant):
 
 
 @pytest.mark.parametrize(
-    "hint", ["my database", "kvasir", "klein", "unet", "klein-9b-undistilled", "klein-9b de-distilled"]
+    "hint", ["my database", "kvasir", "klein", "klein v4 bf16", "unet", "klein-9b-undistilled", "klein-9b de-distilled"]
 )
 def test_a_name_that_does_not_tell(hint):
     with pytest.raises(

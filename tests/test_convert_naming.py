@@ -313,6 +313,7 @@ KLEIN = "transformer_klein-4b_bfl"
         ({"img_in__weight": None}, "there is no img_in.weight"),
         ({"double_blocks__0__img_attn__norm__query_norm__scale": (127,)}, "do not divide into parts of 127"),
         ({"guidance_in__in_layer__weight": (3072, 256)}, "FLUX.2 transformer of no known size"),
+        ({"double_blocks__*__img_mlp__2__weight": (3072, 9216)}, r"unexpected double_blocks\.\*\.img_mlp.2.weight$"),
         ({"foo": (1,)}, "unexpected foo$"),
         ({"": (1,)}, "unexpected "),
     ],
@@ -354,9 +355,16 @@ def test_two_transformers_in_one_file_are_refused():
     refused(listing(KLEIN) | prefixed(listing(KLEIN), "model.diffusion_model."), "unexpected")
 
 
-def test_levels_of_the_vae_without_end_are_refused():
-    tensors = listing("ae_bfl") | {"decoder.up.999.block.0.conv1.weight": TensorInfo("F32", (1, 1, 1, 1))}
-    refused(tensors, "decoder|instead of|missing|unexpected")
+@pytest.mark.parametrize(
+    "name", ["decoder.up.999.block.0.conv1.weight", "decoder.up.x.weight", "decoder.up.*.block.*.conv1.weight"]
+)
+def test_odd_levels_of_the_vae_are_refused(name):
+    refused(listing("ae_bfl") | {name: TensorInfo("F32", (1, 1, 1, 1))}, "there is no|unexpected decoder.up")
+
+
+def test_odd_layers_of_a_text_encoder_that_writes_nothing_are_refused():
+    tensors = text_only(listing("mistral3-24b"), 30) | {"model.layers.99999999.x": TensorInfo("BF16", (1,))}
+    refused(tensors, "unexpected model.layers.99999999.x$")
 
 
 def test_too_many_tensors_are_refused_at_once():
