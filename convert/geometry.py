@@ -46,20 +46,23 @@ _CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _UNCERTAIN = re.compile(r"(?:un|de)[^a-z0-9]*distill")
 
 
-def geometry(part: str, infos: _Infos) -> dict[str, Config]:
+def geometry(part: str, infos: _Infos, what: str) -> dict[str, Config]:
     """The geometries of the networks that are made of a part.
 
     Args:
         part: `transformer`, `text_encoder` or `vae`.
         infos: its tensors by their canonical names; none but those that tell are looked at.
+        what: the source, for errors.
 
     Raises:
         CheckpointError: it is no part of a model in the table, or one of those tensors is missing or of no such shape.
     """
     try:
         return _READERS[part](infos)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
     except NONSENSE as error:
-        raise CheckpointError(f"the tensors describe no {part}: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{what} describes no {part} ({type(error).__name__}: {error})") from error
 
 
 def candidates(configs: Mapping[str, Config]) -> list[Variant]:

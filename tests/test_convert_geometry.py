@@ -42,11 +42,13 @@ def rows(*names):
     ],
 )
 def test_models_that_a_part_can_be_of(name, variants):
-    assert [row.name for row in geometry.candidates(geometry.geometry(*canonical(name)))] == variants
+    assert [row.name for row in geometry.candidates(geometry.geometry(*canonical(name), "x"))] == variants
 
 
 def test_parts_of_different_models_are_of_none():
-    configs = geometry.geometry(*canonical("transformer_klein-4b_bfl")) | geometry.geometry(*canonical("qwen3-8b"))
+    configs = geometry.geometry(*canonical("transformer_klein-4b_bfl"), "x") | geometry.geometry(
+        *canonical("qwen3-8b"), "x"
+    )
     assert geometry.candidates(configs) == []
     with pytest.raises(CheckpointError, match="x has parts of different models"):
         geometry.choose([], [], None, "x")
@@ -55,7 +57,7 @@ def test_parts_of_different_models_are_of_none():
 def test_the_demo_s_size_is_known_without_its_configs():
     row = VARIANTS["demo"]
     infos = module_tensors(Component("transformer", row.transformer, None, ()).build())
-    configs = geometry.geometry("transformer", infos)
+    configs = geometry.geometry("transformer", infos, "x")
     assert configs == {"transformer": row.transformer}
     assert geometry.candidates(configs) == [row]
 
@@ -67,13 +69,13 @@ def test_a_transformer_of_another_size_is_refused(change):
     with pytest.raises(
         CheckpointError, match=r"FLUX.2 transformer of no known size: 3072 features, . double and .. sin"
     ):
-        geometry.geometry("transformer", infos)
+        geometry.geometry("transformer", infos, "x")
 
 
 def test_what_shapes_cannot_tell_is_that_of_the_table(monkeypatch):
     odd = replace(VARIANTS["klein-4b"].transformer, rope_theta=7.0)
     monkeypatch.setitem(VARIANTS, "klein-4b", replace(VARIANTS["klein-4b"], transformer=odd))
-    (config,) = geometry.geometry(*canonical("transformer_klein-4b_bfl")).values()
+    (config,) = geometry.geometry(*canonical("transformer_klein-4b_bfl"), "x").values()
     assert isinstance(config, TransformerConfig)
     assert config.rope_theta == 7.0
 
@@ -110,12 +112,12 @@ def _layer(name):
 )
 def test_another_language_model_is_named(infos, match):
     with pytest.raises(CheckpointError, match=match):
-        geometry.geometry("text_encoder", infos)
+        geometry.geometry("text_encoder", infos, "x")
 
 
 @pytest.mark.parametrize("layers", [27, 30, 35])
 def test_some_of_the_later_layers_write_no_text(layers):
-    configs = geometry.geometry("text_encoder", qwen(2560, layers))
+    configs = geometry.geometry("text_encoder", qwen(2560, layers), "x")
     assert configs == {"text_encoder": replace(VARIANTS["klein-4b"].text, num_later_layers=0)}
 
 
@@ -123,7 +125,7 @@ def test_a_vision_tower_of_another_size_is_refused():
     part, infos = canonical("mistral3-24b")
     infos = infos | {"vision_tower.patch_conv.weight": TensorInfo("BF16", (1024, 3, 16, 16))}
     with pytest.raises(CheckpointError, match=r"vision tower is of no known size: .*'patch_size': 16"):
-        geometry.geometry(part, infos)
+        geometry.geometry(part, infos, "x")
 
 
 @pytest.mark.parametrize(
@@ -134,18 +136,18 @@ def test_another_vae_is_named(latents, whose):
     part, infos = canonical("ae_bfl")
     infos = infos | {"decoder.conv_in.weight": TensorInfo("F32", (512, latents, 3, 3))}
     with pytest.raises(CheckpointError, match=f"it is a VAE of {latents} latent channels, {whose}; FLUX.2's has 32"):
-        geometry.geometry(part, infos)
+        geometry.geometry(part, infos, "x")
 
 
 def test_the_decoder_of_the_vae_may_be_narrower():
-    (config,) = geometry.geometry(*canonical("vae_small_decoder_diffusers")).values()
+    (config,) = geometry.geometry(*canonical("vae_small_decoder_diffusers"), "x").values()
     assert config == VAEConfig(decoder_block_out_channels=(96, 192, 384, 384))
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 def test_no_tensors_are_no_part(part):
-    with pytest.raises(CheckpointError, match=r"there is no .*; fetch the file again"):
-        geometry.geometry(part, {})
+    with pytest.raises(CheckpointError, match=r"x: there is no .*; fetch the file again"):
+        geometry.geometry(part, {}, "x")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def understood(tensors, part):
     """The reading of the one part that there is, checked against what its geometry asks for, and the geometries."""
     (reading,) = naming.read(tensors, "x.safetensors").values()
     assert reading.part == part
-    configs = geometry.geometry(part, reading.infos)
+    configs = geometry.geometry(part, reading.infos, "x")
     reading.check(configs, "x.safetensors")
     return reading, configs
 
@@ -218,8 +218,8 @@ def test_an_all_in_one_file():
     readings = naming.read(tensors, "x")
     configs = {}
     for part, reading in readings.items():
-        configs |= geometry.geometry(part, reading.infos)
-        reading.check(geometry.geometry(part, reading.infos), "x")
+        configs |= geometry.geometry(part, reading.infos, "x")
+        reading.check(geometry.geometry(part, reading.infos, "x"), "x")
     assert {part: reading.prefix for part, reading in readings.items()} == {
         "transformer": "model.diffusion_model.",
         "text_encoder": "text_encoders.qwen3_8b.transformer.",
@@ -272,7 +272,7 @@ def test_a_convolution_of_one_pixel_becomes_a_matrix():
 
 def check_all(tensors):
     for part, reading in naming.read(tensors, "x.safetensors").items():
-        reading.check(geometry.geometry(part, reading.infos), "x.safetensors")
+        reading.check(geometry.geometry(part, reading.infos, "x"), "x.safetensors")
 
 
 def refused(tensors, match):
