@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from .rules import Rule, copy, join_rows, swap_halves
+from .rules import Rule, Shape, copy, join_rows, swap_halves
 
 # What is a number of a block; other numbers, such as that of `img_mlp.0`, are part of a name.
 _NUMBER = re.compile(
@@ -24,6 +24,11 @@ def matrix(source: str) -> Rule:
     return Rule((source,), lambda x: x.reshape(x.shape[:2]), lambda shape: (*shape, 1, 1))
 
 
+def channels_first(source: str) -> Rule:
+    """A convolution of MLX, out·height·width·in, as one of PyTorch."""
+    return Rule((source,), lambda x: x.transpose(0, 3, 1, 2), lambda shape: (shape[0], *shape[2:], shape[1]))
+
+
 def unpermute(source: str, head_dim: int) -> Rule:
     """Rows of queries or keys of which llama.cpp keeps those side by side that a rotation mixes: their halves again."""
     return Rule(
@@ -31,6 +36,13 @@ def unpermute(source: str, head_dim: int) -> Rule:
         lambda x: x.reshape(-1, head_dim // 2, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape),
         lambda shape: shape,
     )
+
+
+# What shape an array has after a rule that changes it.
+AFTER: dict[Callable[..., Rule], Callable[[Shape], Shape]] = {
+    matrix: lambda shape: shape[:2],
+    channels_first: lambda shape: (*shape[:1], *shape[3:], *shape[1:3]),
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,12 @@ _QKV = {
     "double_blocks.*.img_attn": ("to_q", "to_k", "to_v"),
     "double_blocks.*.txt_attn": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
+# Names of mflux where these are not those of diffusers.
+_MFLUX = {
+    "time_in.in_layer.weight": "time_guidance_embed.linear_1.weight",
+    "time_in.out_layer.weight": "time_guidance_embed.linear_2.weight",
+    "double_blocks.*.img_attn.proj.weight": "transformer_blocks.*.attn.to_out.weight",
+}
 _SINGLE = {"linear1.weight": "to_qkv_mlp_proj.weight", "linear2.weight": "to_out.weight"}
 
 
@@ -160,6 +178,8 @@ def _diffusers() -> Table:
     table |= _named(_DOUBLE, "double_blocks.*.", "transformer_blocks.*.")
     table |= _named(_SINGLE, "single_blocks.*.", "single_transformer_blocks.*.attn.")
     table |= {f"{ours}.scale": (Spelling((f"{theirs}.weight",)),) for ours, theirs in _NORMS.items()}
+    for ours, theirs in _MFLUX.items():
+        table[ours] += (Spelling((theirs,)),)
     return table | {f"{x}.qkv.weight": (_apart("transformer_blocks.*.attn", names),) for x, names in _QKV.items()}
 
 
@@ -187,13 +207,13 @@ for _half in ("encoder", "decoder"):
 _BN = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
 
-def _vae(theirs: Callable[[str, str], str]) -> Table:
-    """The VAE's table, where `theirs` chooses between diffusers' name and the original one."""
+def _vae(theirs: Callable[[str, str], str], convolution: Callable[[str], Rule] = copy) -> Table:
+    """The VAE's table, where `theirs` makes a name of diffusers' and the original one."""
     table: Table = {name: (Spelling((name,)),) for name in _BN}
-    for pairs, rule in ((_VAE, copy), (_VAE_ATTENTION, matrix)):
+    for pairs, kernel in ((_VAE, convolution), (_VAE_ATTENTION, matrix)):
         for ours, original in pairs.items():
-            name = theirs(ours, original)
-            table[f"{ours}.weight"] = (Spelling((f"{name}.weight",), rule),)
+            name, is_norm = theirs(ours, original), "norm" in ours.rpartition(".")[2]
+            table[f"{ours}.weight"] = (Spelling((f"{name}.weight",), copy if is_norm else kernel),)
             table[f"{ours}.bias"] = (Spelling((f"{name}.bias",)),)
     return table
 
@@ -259,6 +279,9 @@ DIALECTS = (
         _vae(lambda ours, original: original),
         _VAE_PROOF,
         lambda template: template.startswith("decoder.up.*."),
+    ),
+    Dialect(
+        "vae", "mflux", _vae(lambda ours, original: ours.replace("to_out.0", "to_out"), channels_first), _VAE_PROOF
     ),
     *(_text(name, prefixes) for name, prefixes in _TRANSFORMERS.items()),
     Dialect("text_encoder", "llama.cpp", _named(_LLAMA | _HEAD_NORMS), tuple(_HEAD_NORMS.values())),

@@ -12,7 +12,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.loading import module_tensors
 from flux2_mlx.weights import TensorInfo, mismatches, raise_problems
 
-from .dialects import DIALECTS, Dialect, Spelling, filled, matrix, templated, unpermute
+from .dialects import AFTER, DIALECTS, Dialect, Spelling, filled, matrix, templated, unpermute
 from .parts import LAYOUT
 from .rules import Rule, Shape, copy
 from .strangers import refusal
@@ -152,8 +152,8 @@ class Reading:
         source = next(self.sources[name] for name in rule.sources if name in self.sources)
         if len(rule.sources) > 1:
             return TensorInfo(source.dtype, (*(len(rule.sources) * n for n in source.shape[:1]), *source.shape[1:]))
-        spelling, _ = self._spelled(canonical)
-        return TensorInfo(source.dtype, source.shape[:2]) if spelling.rule is matrix else source
+        after = AFTER.get(self._spelled(canonical)[0].rule)
+        return source if after is None else replace(source, shape=after(source.shape))
 
 
 def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:

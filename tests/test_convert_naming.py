@@ -6,14 +6,14 @@ import mlx.core as mx
 import pytest
 from flux2_mlx.convert import geometry, naming
 from flux2_mlx.convert.rules import channels_last, copy
-from helpers.listings import listing
+from helpers.listings import listing, prefixed, renamed, text_only
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import VARIANTS, VAEConfig
-from flux2_mlx.errors import CheckpointError
 from flux2_mlx.loading import module_tensors
 from flux2_mlx.weights import TensorInfo
 
+KLEIN = "transformer_klein-4b_bfl"
 ORIGINAL, DIFFUSERS = "the original release", "diffusers"
 SMALL_DECODER = VAEConfig(decoder_block_out_channels=(96, 192, 384, 384))
 TRANSFORMER_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
@@ -64,30 +64,6 @@ def _nothing_allocated():
     mx.reset_peak_memory()
     yield
     assert mx.get_peak_memory() - before < 200_000
-
-
-def prefixed(tensors, prefix):
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def renamed(tensors, pairs):
-    def other(name):
-        for ours, theirs in pairs:
-            name = name.replace(ours, theirs)
-        return name
-
-    return {other(name): tensor for name, tensor in tensors.items()}
-
-
-def text_only(tensors, layers=None):
-    """Mistral's text model under Qwen3's names, of which the first layers only are kept."""
-    kept = {}
-    for name, tensor in tensors.items():
-        name = name.replace("language_model.model.", "model.").replace("language_model.lm_head.", "lm_head.")
-        is_kept = layers is None or not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
-        if name.startswith(("model.", "lm_head.")) and is_kept:
-            kept[name] = tensor
-    return kept
 
 
 def understood(tensors, part):
@@ -208,6 +184,27 @@ def test_names_of_llama_cpp(name, dialect, variant):
     assert configs["text_encoder"] == VARIANTS[variant].text
 
 
+def test_names_of_mflux():
+    pairs = [("embed.timestep_embedder.", "embed."), ("blocks.3.attn.to_out.0.", "blocks.3.attn.to_out.")]
+    tensors = renamed(listing("transformer_klein-4b_diffusers"), pairs)
+    reading, configs = understood(tensors, "transformer")
+    assert (reading.dialect.name, sorted(sources(reading, configs))) == (DIFFUSERS, sorted(tensors))
+    assert reading.infos == listing(KLEIN)
+
+
+def test_the_vae_of_mflux_has_channels_last():
+    tensors = renamed(listing("vae_small_decoder_diffusers"), [("attentions.0.to_out.0.", "attentions.0.to_out.")])
+    shapes = {name: x.shape for name, x in tensors.items() if len(x.shape) == 4}
+    tensors |= {name: TensorInfo("BF16", (o, h, w, i)) for name, (o, i, h, w) in shapes.items()}
+    reading, configs = understood(tensors, "vae")
+    assert (reading.dialect.name, configs) == ("mflux", {"vae": SMALL_DECODER})
+    assert {name: x.shape for name, x in reading.infos.items() if name in shapes} == shapes
+    rule = reading.composed(channels_last("encoder.conv_in.weight"))
+    assert rule.source_shape((4, 2, 1, 3)) == (4, 2, 1, 3)
+    kernel = mx.arange(24).reshape(4, 2, 1, 3)
+    assert mx.array_equal(rule.apply(kernel), kernel)
+
+
 def test_an_all_in_one_file():
     tensors = {
         **prefixed(listing("transformer_klein-9b_bfl"), "model.diffusion_model."),
@@ -268,115 +265,3 @@ def test_a_convolution_of_one_pixel_becomes_a_matrix():
     kernel = reading.composed(channels_last("decoder.up_blocks.0.resnets.2.conv1.weight"))
     assert kernel.sources == ("decoder.up.3.block.2.conv1.weight",)
     assert kernel.apply(mx.zeros((4, 3, 2, 1))).shape == (4, 2, 1, 3)
-
-
-def check_all(tensors):
-    for part, reading in naming.read(tensors, "x.safetensors").items():
-        reading.check(geometry.geometry(part, reading.infos, "x"), "x.safetensors")
-
-
-def refused(tensors, match):
-    with pytest.raises(CheckpointError, match=match):
-        check_all(tensors)
-
-
-def changed(name, **tensors):
-    """A listing with tensors of other shapes, or without those that are None; `__` stands for dots."""
-    found = listing(name)
-    for key, shape in tensors.items():
-        found.pop(key.replace("__", "."), None)
-        if shape is not None:
-            found[key.replace("__", ".")] = TensorInfo("BF16", shape)
-    return found
-
-
-KLEIN = "transformer_klein-4b_bfl"
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"double_blocks__3__img_mlp__2__weight": None}, "x.safetensors: missing double_blocks.3.img_mlp.2.weight$"),
-        ({"double_blocks__99999999__img_mlp__2__weight": (3072, 9216)}, "unexpected double_blocks.99999999.img_mlp"),
-        ({"double_blocks__007__img_mlp__2__weight": (3072, 9216)}, "unexpected double_blocks.007.img_mlp"),
-        ({"double_blocks__999__img_mlp__2__weight": (3072, 9216)}, "no known size: 3072 features, 6 double"),
-        ({"transformer_blocks__0__attn__to_q__weight": (3072, 3072)}, "unexpected transformer_blocks.0.attn.to_q"),
-        ({"double_blocks__1__txt_attn__q__weight": (3072, 3072)}, "unexpected double_blocks.1.txt_attn.q.weight$"),
-        ({"double_blocks__1__img_attn__norm__key_norm__weight": (128,)}, "unexpected double_blocks.1.img_attn.norm"),
-        (
-            {"single_blocks__4__linear2__weight": (3072, 12289)},
-            r"is BF16 \[3072, 12289\] instead of BF16 \[3072, 12288",
-        ),
-        ({"txt_in__weight": (3072, 12288)}, "FLUX.2 transformer of no known size"),
-        ({"img_in__weight": (3072,)}, r"img_in.weight is of shape \[3072\]"),
-        ({"img_in__weight": (0, 128)}, r"img_in.weight is of shape \[0, 128\]"),
-        ({"img_in__weight": None}, "there is no img_in.weight"),
-        ({"double_blocks__0__img_attn__norm__query_norm__scale": (127,)}, "do not divide into parts of 127"),
-        ({"guidance_in__in_layer__weight": (3072, 256)}, "FLUX.2 transformer of no known size"),
-        ({"double_blocks__*__img_mlp__2__weight": (3072, 9216)}, r"unexpected double_blocks\.\*\.img_mlp.2.weight$"),
-        ({"foo": (1,)}, "unexpected foo$"),
-        ({"": (1,)}, "unexpected "),
-    ],
-)
-def test_what_does_not_fit_is_refused(changes, match):
-    refused(changed(KLEIN, **changes), match)
-
-
-@pytest.mark.parametrize(
-    ("name", "match"),
-    [
-        ("transformer_klein-4b_diffusers", "missing transformer.transformer_blocks.2.attn.to_k.weight$"),
-        ("ae_bfl", "missing vae.decoder.up.3.block.1.conv2.bias$"),
-        ("mistral3-24b", "missing text_encoder.language_model.model.layers.7.mlp.up_proj.weight$"),
-    ],
-)
-def test_what_is_missing_has_its_name_in_the_file(name, match):
-    missing = match.removeprefix("missing ").removesuffix("$")
-    prefix, _, rest = missing.partition(".")
-    tensors = listing(name)
-    del tensors[rest]
-    refused(prefixed(tensors, f"{prefix}."), match)
-
-
-def test_one_wrong_size_under_another_is_refused():
-    """Half of klein 4B, half of klein 9B: the size is told by some tensors, and all others are compared."""
-    small, large = listing(KLEIN), listing("transformer_klein-9b_bfl")
-    refused(large | small, "transformer of no known size")
-    refused(small | {name: large[name] for name in small if "double_blocks.2" in name}, "is BF16")
-
-
-def test_two_dialects_in_one_file_are_refused():
-    mixed = listing(KLEIN) | listing("transformer_klein-4b_diffusers")
-    refused(mixed, "unexpected")
-    refused(listing("ae_bfl") | listing("vae_diffusers"), "unexpected")
-
-
-def test_two_transformers_in_one_file_are_refused():
-    refused(listing(KLEIN) | prefixed(listing(KLEIN), "model.diffusion_model."), "unexpected")
-
-
-@pytest.mark.parametrize(
-    "name", ["decoder.up.999.block.0.conv1.weight", "decoder.up.x.weight", "decoder.up.*.block.*.conv1.weight"]
-)
-def test_odd_levels_of_the_vae_are_refused(name):
-    refused(listing("ae_bfl") | {name: TensorInfo("F32", (1, 1, 1, 1))}, "there is no|unexpected decoder.up")
-
-
-def test_odd_layers_of_a_text_encoder_that_writes_nothing_are_refused():
-    tensors = text_only(listing("mistral3-24b"), 30) | {"model.layers.99999999.x": TensorInfo("BF16", (1,))}
-    refused(tensors, "unexpected model.layers.99999999.x$")
-
-
-def test_too_many_tensors_are_refused_at_once():
-    tensors = dict.fromkeys((f"double_blocks.{n}.x" for n in range(naming.MAX_TENSORS + 1)), TensorInfo("F32", (1,)))
-    refused(tensors, "holds 50001 tensors, more than any FLUX.2 model has")
-
-
-@pytest.mark.parametrize("name", ["double_blocks." * 100_000, "layers.1." * 100_000, "a" * 3_000_000])
-def test_very_long_names_are_refused_at_once(name):
-    refused(listing(KLEIN) | {name: TensorInfo("F32", (1,))}, "holds a tensor with a name of [0-9]+ characters")
-
-
-@pytest.mark.parametrize("tensors", [{}, {"weight": TensorInfo("F32", (1,))}])
-def test_what_is_nothing_known_is_refused(tensors):
-    refused(tensors, "x.safetensors holds no FLUX.2 model, but (no tensors|weight); give a transformer")

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from flux2_mlx.weights import TensorInfo
@@ -22,3 +23,29 @@ def listing(name: str) -> dict[str, TensorInfo]:
             assert full not in tensors, f"{full} is listed twice"
             tensors[full] = tensor
     return tensors
+
+
+def prefixed(tensors: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def renamed(tensors: dict[str, TensorInfo], pairs: Iterable[tuple[str, str]]) -> dict[str, TensorInfo]:
+    """The same tensors under names in which the first of each pair became the second."""
+
+    def other(name: str) -> str:
+        for ours, theirs in pairs:
+            name = name.replace(ours, theirs)
+        return name
+
+    return {other(name): tensor for name, tensor in tensors.items()}
+
+
+def text_only(tensors: dict[str, TensorInfo], layers: int | None = None) -> dict[str, TensorInfo]:
+    """Mistral's text model under Qwen3's names, of which the first layers only are kept."""
+    kept = {}
+    for name, tensor in tensors.items():
+        name = name.replace("language_model.model.", "model.").replace("language_model.lm_head.", "lm_head.")
+        is_kept = layers is None or not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
+        if name.startswith(("model.", "lm_head.")) and is_kept:
+            kept[name] = tensor
+    return kept
