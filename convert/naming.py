@@ -112,13 +112,17 @@ class Reading:
                 shape = rule.source_shape(tensor.shape)
                 # What dtypes are read is not the naming's to say.
                 expected |= {x: replace(self.sources.get(x, tensor), shape=shape) for x in rule.sources}
-        is_dropped = LAYOUT[self.part].is_dropped
-        found = {
-            name: tensor
-            for name, tensor in self.sources.items()
-            if (canonical := self._canonical(name)) is None or not is_dropped(canonical, configs[self.part])
+        raise_problems(what, mismatches(expected, self.kept(configs)))
+
+    def kept(self, configs: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
+        is_dropped, config = LAYOUT[self.part].is_dropped, configs[self.part]
+        names = {name: self._canonical(name) for name in self.sources}
+        return {
+            name: self.sources[name]
+            for name, canonical in names.items()
+            if canonical is None or not is_dropped(canonical, config)
         }
-        raise_problems(what, mismatches(expected, found))
 
     def _spelled(self, canonical: str) -> tuple[Spelling, tuple[str, ...]]:
         """The spelling of a canonical name of which something is there, or else the usual one, and its full names."""

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import PICKLES
 from flux2_mlx.weights import FLOATS, Files, Renamed, TensorInfo, Tensors, read_json
 
-from .configs import COMPLETE, describe, read_configs, refuse_quantized
+from .configs import COMPLETE, SCHEDULE, describe, read_configs, refuse_quantized
 from .naming import Reading
 from .parts import LAYOUT
 from .rules import Rule, Shape
 
 TOKENIZER = "tokenizer/tokenizer.json"
+LOOSE = (".safetensors",)  # endings of files that hold weights of parts of a model
 # What the names of tensors end with that a quantization adds to a model.
 _MARKS = {
     "quantized by bitsandbytes": (".absmax", ".quant_map", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
@@ -39,7 +40,8 @@ _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 class SourcePart:
     """A part of a source: where it is, and the tensors in its files, unread.
 
-    `reading` says how they are named where that is not as in the layout of diffusers.
+    `reading` says how they are named where that is not as in the layout of diffusers, `metadata` is what the files say
+    of themselves.
     """
 
     name: str
@@ -47,6 +49,7 @@ class SourcePart:
     files: list[Path]
     tensors: Tensors
     reading: Reading | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
         """How our tensor of a name and a shape is made, for a network of the part and its geometry."""
@@ -74,8 +77,9 @@ class SourcePart:
 class Source:
     """An opened source: geometries of its networks and, part by part, its weight files and the tensors in them, unread.
 
-    `place` is the folder or file that it is, `tokenizer` the folder of its tokenizer, and `schedule` the file of its
-    schedule, None: the released one. Build it with `Source.open` or `assembled`.
+    `place` is the folder or file that it is, `tokenizer` the folder of its tokenizer, `schedule` the file of its
+    schedule, and `stored` are networks that are taken from a checkpoint of ours. Build it with `Source.open` or
+    `assembled`.
     """
 
     place: Path
@@ -83,7 +87,8 @@ class Source:
     configs: Geometries
     parts: dict[str, SourcePart]
     tokenizer: Path
-    schedule: Path | None = None
+    schedule: Path
+    stored: dict[str, Component] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
@@ -108,7 +113,7 @@ class Source:
         row, configs = read_configs(description, variant)
         kept = {network for name in parts for network in LAYOUT[name].rules}
         configs = {name: config for name, config in configs.items() if name in kept}
-        return cls(folder, row, configs, parts, folder / "tokenizer", folder / SCHEDULER_CONFIG)
+        return cls(folder, row, configs, parts, folder / "tokenizer", folder / SCHEDULE)
 
     def configs_of(self, part: str) -> Geometries:
         """The geometries of the networks that are made from a part."""
@@ -118,6 +123,14 @@ class Source:
         """CheckpointError if the configs ask for more than the files hold, or for networks that can't be built."""
         for part in self.parts.values():
             part.check(self.configs_of(part.name))
+
+    @property
+    def small_files(self) -> list[Path]:
+        """What else of a folder in the layout of diffusers is read."""
+        if self.place.is_file():
+            return []
+        found = (*self.place.glob("*"), *self.place.glob("*/*"))
+        return [path for path in found if path.suffix in (".json", ".jinja")]
 
     @property
     def files(self) -> dict[str, list[Path]]:
@@ -131,7 +144,8 @@ class Source:
         Two fine-tunes of a model differ in nearly every tensor, so pieces tell them apart as well as all bytes would.
         """
         digest = hashlib.sha256()
-        for component, paths in self.files.items():
+        stored = {name: list(component.files) for name, component in self.stored.items()}
+        for component, paths in (self.files | stored).items():
             for path in paths:
                 size = path.stat().st_size
                 digest.update(f"{component}/{path.name}:{size}\n".encode())
@@ -148,6 +162,26 @@ def layout_part(folder: Path, part: str) -> SourcePart:
     files = Files(paths)
     tensors = Renamed(files, {LAYOUT[part].canonical(name): name for name in files.infos})
     return SourcePart(part, folder / part, paths, tensors)
+
+
+def loose_files(place: Path) -> list[Path]:
+    """The files of weights that `place` is: itself, or those of a folder that holds one set of them."""
+    if place.is_file():
+        if place.suffix.lower() in PICKLES:
+            raise CheckpointError(f"{place} is a pickle, which could run code; fetch it as .safetensors")
+        return [place]
+    if not place.exists():
+        raise CheckpointError(f"there is no file or folder {place}")
+    for stem in ("model", "diffusion_pytorch_model"):
+        if (place / f"{stem}.safetensors").is_file() or any(place.glob(f"{stem}*.safetensors*")):
+            return _weight_files(place, stem)
+    found = sorted(path for path in place.glob("*") if path.suffix.lower() in LOOSE)
+    if len(found) == 1:
+        return found
+    several = f": {', '.join(path.name for path in found[:4])}; give one of them" if found else ""
+    raise CheckpointError(
+        f"{place} is no model folder, and holds {'several files' if found else 'no file'} of weights{several}"
+    )
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
