@@ -29,7 +29,6 @@ _KLEIN = {
 _FILES = {
     **dict.fromkeys(PICKLES, "a pickle, which could run code"),
     ".gguf": "a GGUF file, whose quantized weights are not read",
-    ".safetensors": "one file of weights",
 }
 _UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint4 here"
 COMPLETE = "fetch it again, or give a complete copy"
