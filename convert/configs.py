@@ -29,11 +29,10 @@ _KLEIN = {
 _FILES = {
     **dict.fromkeys(PICKLES, "a pickle, which could run code"),
     ".gguf": "a GGUF file, whose quantized weights are not read",
-    ".safetensors": "one file of weights",
 }
 _UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint4 here"
 COMPLETE = "fetch it again, or give a complete copy"
-_SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULE = "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
 _CLASSES = {name: part.kind for name, part in LAYOUT.items() if part.kind} | {
     "scheduler": "FlowMatchEulerDiscreteScheduler"
@@ -58,7 +57,7 @@ def describe(folder: Path) -> Description:
     """
     index = read_index(folder)
     paths = {name: folder / name / "config.json" for name in LAYOUT}
-    for path in (*paths.values(), folder / _SCHEDULER):
+    for path in (*paths.values(), folder / SCHEDULE):
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
     values = {name: read_json(path) for name, path in paths.items()}
@@ -68,7 +67,7 @@ def describe(folder: Path) -> Description:
         if stored := config.get("quantization_config") or config.get("compression_config"):
             method = stored.get("quant_method") if isinstance(stored, dict) else None
             refuse_quantized(folder / name, f"quantized by {method or 'an unknown method'!s:.80}")
-    return Description(folder, index, values, read_json(folder / _SCHEDULER))
+    return Description(folder, index, values, read_json(folder / SCHEDULE))
 
 
 def read_configs(description: Description, variant: str | None) -> tuple[Variant, Geometries]:
@@ -87,7 +86,7 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     for name in [name for name in LAYOUT if name != _TELLING]:
         configs |= _configs(description, name, row)
     check_fit(row, configs)
-    checked(description.scheduler, SCHEDULER, folder / _SCHEDULER)
+    checked(description.scheduler, SCHEDULER, folder / SCHEDULE)
     return row, configs
 
 

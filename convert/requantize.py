@@ -58,7 +58,7 @@ def requantize(
         _log.warning("%s; for that convert the original", stays)
     wanted, parts = quantizations(quant, text_quant), []
     for name, component in checkpoint.components.items():
-        parts.append(_part(component, component.quantized(wanted[name])))
+        parts.append(stored_part(component, component.quantized(wanted[name])))
     former = read_json(checkpoint.folder / MANIFEST)
     manifest = {key: value for key, value in former.items() if key not in (FILES, DIGEST)}
     manifest["quantization"] = by_group(quant, text_quant)
@@ -94,7 +94,8 @@ def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | Non
     return quant, text_quant
 
 
-def _part(stored: Component, wanted: Component) -> Part:
+def stored_part(stored: Component, wanted: Component) -> Part:
+    """A network of a checkpoint as it is to be written, in as many bits or fewer."""
     if stored.quantization == wanted.quantization:
         return Part(wanted, stored.tensors)
 

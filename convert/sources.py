@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flux2_mlx.checkpoint import Component, check_counts
 from flux2_mlx.components import WRITING_PARTS
@@ -13,10 +14,13 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import PICKLES
 from flux2_mlx.weights import FLOATS, Files, Renamed, TensorInfo, Tensors, read_json
 
-from .configs import COMPLETE, describe, read_configs, refuse_quantized
+from .configs import COMPLETE, SCHEDULE, describe, read_configs, refuse_quantized
+from .naming import Reading
 from .parts import LAYOUT
+from .rules import Rule, Shape
 
 TOKENIZER = "tokenizer/tokenizer.json"
+LOOSE = (".safetensors",)  # endings of files that hold weights of parts of a model
 # What the names of tensors end with that a quantization adds to a model.
 _MARKS = {
     "quantized by bitsandbytes": (".absmax", ".quant_map", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
@@ -33,17 +37,58 @@ _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 
 
 @dataclass(frozen=True)
-class Source:
-    """An opened source: parsed configurations and, part by part, its weight files and the tensors in them, unread.
+class SourcePart:
+    """A part of a source: where it is, and the tensors in its files, unread.
 
-    Build it with `Source.open`.
+    `reading` says how they are named where that is not as in the layout of diffusers, `metadata` is what the files say
+    of themselves.
     """
 
-    folder: Path
+    name: str
+    place: Path
+    files: list[Path]
+    tensors: Tensors
+    reading: Reading | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
+        """How our tensor of a name and a shape is made, for a network of the part and its geometry."""
+        if self.reading is not None:
+            return self.reading.rules_for(network, config)
+        return LAYOUT[self.name].rules[network](config)
+
+    def kept(self, configs: Geometries) -> dict[str, TensorInfo]:
+        """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
+        if self.reading is not None:
+            return self.reading.kept(configs)
+        is_dropped, config = LAYOUT[self.name].is_dropped, configs[self.name]
+        return {name: tensor for name, tensor in self.tensors.infos.items() if not is_dropped(name, config)}
+
+    def check(self, configs: Geometries) -> None:
+        """CheckpointError if the geometries ask for more than the files hold, or for networks that can't be built."""
+        path = self.place / "config.json" if self.reading is None else self.place
+        if self.reading is None:
+            check_counts(LAYOUT[self.name].counts(configs), self.tensors.infos, path)
+        for name, config in configs.items():
+            Component(name, config, None, ()).check(path)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source: geometries of its networks and, part by part, its weight files and the tensors in them, unread.
+
+    `place` is the folder or file that it is, `tokenizer` the folder of its tokenizer, `schedule` the file of its
+    schedule, and `stored` are networks that are taken from a checkpoint of ours. Build it with `Source.open` or
+    `assembled`.
+    """
+
+    place: Path
     variant: Variant
     configs: Geometries
-    files: dict[str, list[Path]]
-    tensors: dict[str, Tensors]
+    parts: dict[str, SourcePart]
+    tokenizer: Path
+    schedule: Path
+    stored: dict[str, Component] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
@@ -58,27 +103,39 @@ class Source:
             CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
         """
         description = describe(folder)
-        parts = WRITING_PARTS if text_only else LAYOUT
-        files = {name: _weight_files(folder / name, LAYOUT[name].stem) for name in parts}
+        parts = {name: layout_part(folder, name) for name in (WRITING_PARTS if text_only else LAYOUT)}
         if not (folder / TOKENIZER).is_file():
             advice = "add that of the model that it was made from, in a local copy of a repo"
             raise CheckpointError(f"{folder} is incomplete: there is no {TOKENIZER}; {advice}")
-        tensors = {name: _tensors(name, files[name]) for name in parts}
-        for name in parts:
-            if how := _quantized(tensors[name].infos):
-                refuse_quantized(folder / name, how)
+        for part in parts.values():
+            if how := _quantized(part.tensors.infos):
+                refuse_quantized(part.place, how)
         row, configs = read_configs(description, variant)
         kept = {network for name in parts for network in LAYOUT[name].rules}
-        return cls(folder, row, {name: x for name, x in configs.items() if name in kept}, files, tensors)
+        configs = {name: config for name, config in configs.items() if name in kept}
+        return cls(folder, row, configs, parts, folder / "tokenizer", folder / SCHEDULE)
+
+    def configs_of(self, part: str) -> Geometries:
+        """The geometries of the networks that are made from a part."""
+        return {name: self.configs[name] for name in LAYOUT[part].rules if name in self.configs}
 
     def check(self) -> None:
         """CheckpointError if the configs ask for more than the files hold, or for networks that can't be built."""
-        for part, tensors in self.tensors.items():
-            path = self.folder / part / "config.json"
-            configs = {name: self.configs[name] for name in LAYOUT[part].rules if name in self.configs}
-            check_counts(LAYOUT[part].counts(configs), tensors.infos, path)
-            for name, config in configs.items():
-                Component(name, config, None, ()).check(path)
+        for part in self.parts.values():
+            part.check(self.configs_of(part.name))
+
+    @property
+    def small_files(self) -> list[Path]:
+        """What else of a folder in the layout of diffusers is read."""
+        if self.place.is_file():
+            return []
+        found = (*self.place.glob("*"), *self.place.glob("*/*"))
+        return [path for path in found if path.suffix in (".json", ".jinja")]
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """The weight files of each part."""
+        return {name: part.files for name, part in self.parts.items()}
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +144,8 @@ class Source:
         Two fine-tunes of a model differ in nearly every tensor, so pieces tell them apart as well as all bytes would.
         """
         digest = hashlib.sha256()
-        for component, paths in self.files.items():
+        stored = {name: list(component.files) for name, component in self.stored.items()}
+        for component, paths in (self.files | stored).items():
             for path in paths:
                 size = path.stat().st_size
                 digest.update(f"{component}/{path.name}:{size}\n".encode())
@@ -98,10 +156,32 @@ class Source:
         return digest.hexdigest()
 
 
-def _tensors(part: str, paths: list[Path]) -> Tensors:
-    """Those of a part, by the names that its rules have for them."""
+def layout_part(folder: Path, part: str) -> SourcePart:
+    """A part of a folder in the diffusers layout, with its tensors by the names that its rules have for them."""
+    paths = _weight_files(folder / part, LAYOUT[part].stem)
     files = Files(paths)
-    return Renamed(files, {LAYOUT[part].canonical(name): name for name in files.infos})
+    tensors = Renamed(files, {LAYOUT[part].canonical(name): name for name in files.infos})
+    return SourcePart(part, folder / part, paths, tensors)
+
+
+def loose_files(place: Path) -> list[Path]:
+    """The files of weights that `place` is: itself, or those of a folder that holds one set of them."""
+    if place.is_file():
+        if place.suffix.lower() in PICKLES:
+            raise CheckpointError(f"{place} is a pickle, which could run code; fetch it as .safetensors")
+        return [place]
+    if not place.exists():
+        raise CheckpointError(f"there is no file or folder {place}")
+    for stem in ("model", "diffusion_pytorch_model"):
+        if (place / f"{stem}.safetensors").is_file() or any(place.glob(f"{stem}*.safetensors*")):
+            return _weight_files(place, stem)
+    found = sorted(path for path in place.glob("*") if path.suffix.lower() in LOOSE)
+    if len(found) == 1:
+        return found
+    several = f": {', '.join(path.name for path in found[:4])}; give one of them" if found else ""
+    raise CheckpointError(
+        f"{place} is no model folder, and holds {'several files' if found else 'no file'} of weights{several}"
+    )
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

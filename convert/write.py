@@ -10,15 +10,17 @@ import mlx.core as mx
 
 from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
+from flux2_mlx.errors import InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
+from flux2_mlx.verification import check_hashes, hashed_bytes
 from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
 
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
-from .parts import LAYOUT
+from .requantize import stored_part
 from .rules import Converted, Finite, Rule
-from .sources import TOKENIZER, Source
+from .sources import Source
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,33 @@ def write_checkpoint(
     text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
     plans = _checked_plans(source, quant, text_quant)
     check_target(target, force)
-    stated = blobs([*_small_files(source.folder), *chain(*source.files.values())])
+    stated = blobs([*source.small_files, *chain(*source.files.values())])
+
+    kept = [(next(iter(part.files)).parent.parent, name) for name, part in source.stored.items()]
+    hashed = sum(hashed_bytes(folder, [name]) for folder, name in kept)
 
     def inspect(report: Callable[[int], None]) -> None:
         for path, blob in stated.items():
             check_blob(path, blob, report)
+        for folder, name in kept:
+            check_hashes(folder, report, [name])
 
     manifest = {
         "format_version": FORMAT_VERSION,
         "variant": source.variant.name,
-        "components": [plan.component.name for plan in plans],
+        "components": [name for name in COMPONENTS if name in source.configs],
         "quantization": by_group(quant, text_quant),
-        "source": {"name": name or source.folder.name, "fingerprint": source.fingerprint},
+        "source": {"name": name or source.place.name, "fingerprint": source.fingerprint},
         "version": version("flux2-mlx"),
     }
-    copies = [f"tokenizer/{file}" for file in TOKENIZER_FILES if (source.folder / "tokenizer" / file).is_file()]
+    present = [file for file in TOKENIZER_FILES if (source.tokenizer / file).is_file()]
+    copies = {f"tokenizer/{file}": source.tokenizer / file for file in present}
     write_folder(
         target,
-        [_part(source, plan) for plan in plans],
-        {file: source.folder / file for file in (*copies, "scheduler/scheduler_config.json")},
+        [*(_part(source, plan) for plan in plans), *_taken(source, quant, text_quant)],
+        {**copies, "scheduler/scheduler_config.json": source.schedule},
         manifest,
-        inspection=Inspection(sum(blob.stat().st_size for blob in stated.values()), inspect),
+        inspection=Inspection(hashed + sum(blob.stat().st_size for blob in stated.values()), inspect),
         force=force,
         progress=progress,
     )
@@ -97,42 +105,39 @@ def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Compo
     Raises:
         CheckpointError: what can be known to be wrong with the source from its small files and headers.
     """
-    return {plan.component.name: plan.component for plan in _checked_plans(source, quant, text_quant)}
+    made = {plan.component.name: plan.component for plan in _checked_plans(source, quant, text_quant)}
+    made |= {part.component.name: part.component for part in _taken(source, quant, text_quant)}
+    return {name: made[name] for name in COMPONENTS if name in made}
 
 
 def _checked_plans(source: Source, quant: str, text_quant: str) -> list[_Plan]:
     quants = quantizations(check_quant(quant), check_quant(text_quant))
     source.check()
-    plans = [_plan(source, name, quants[name]) for name in COMPONENTS if name in source.configs]
+    plans = [_plan(source, name, quants[name]) for name in COMPONENTS if name in source.configs.keys() - source.stored]
     _check_tensors(source, plans)
     _check_tokenizer(source)
     return plans
 
 
-def _small_files(folder: Path) -> list[Path]:
-    return [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix in (".json", ".jinja")]
-
-
 def _plan(source: Source, name: str, quant: str) -> _Plan:
     bare = Component(name, source.configs[name], None, ())
-    plain, rule_for = bare.infos, LAYOUT[COMPONENTS[name].part].rules[name](bare.config)
+    plain, rule_for = bare.infos, source.parts[COMPONENTS[name].part].rules_for(name, bare.config)
     rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
     return _Plan(bare.quantized(quant), plain, rules)
 
 
 def _check_tensors(source: Source, plans: list[_Plan]) -> None:
     """Compare the source with what the rules read, before anything is written."""
-    for part, tensors in source.tensors.items():
-        is_dropped, config = LAYOUT[part].is_dropped, source.configs[part]
-        found = {key: tensor for key, tensor in tensors.infos.items() if not is_dropped(key, config)}
+    for name, part in source.parts.items():
+        found = part.kept(source.configs_of(name))
         expected = {
-            key: TensorInfo(_float_of(found.get(key)), rule.source_shape(plan.plain[name].shape))
+            key: TensorInfo(_float_of(found.get(key)), rule.source_shape(plan.plain[ours].shape))
             for plan in plans
-            if plan.part == part
-            for name, rule in plan.rules.items()
+            if plan.part == name
+            for ours, rule in plan.rules.items()
             for key in rule.sources
         }
-        raise_problems(f"{source.folder / part} is not a {source.variant.name} {part}", mismatches(expected, found))
+        raise_problems(f"{part.place} is not a {source.variant.name} {name}", mismatches(expected, found))
 
 
 def _float_of(found: TensorInfo | None) -> str:
@@ -142,13 +147,27 @@ def _float_of(found: TensorInfo | None) -> str:
 
 def _check_tokenizer(source: Source) -> None:
     text = source.configs["text_encoder"]
-    TOKENIZERS[text.model_type](source.folder / TOKENIZER, text.vocab_size)
+    TOKENIZERS[text.model_type](source.tokenizer / "tokenizer.json", text.vocab_size)
+
+
+def _taken(source: Source, quant: str, text_quant: str) -> list[Part]:
+    """The networks that are taken from a checkpoint of ours, in these quantizations; InputError if they can't be."""
+    quants, parts = quantizations(quant, text_quant), []
+    for name, stored in source.stored.items():
+        wanted = stored.quantized(quants[name])
+        if stored.quantization not in (None, wanted.quantization):
+            folder = stored.files[0].parent
+            raise InputError(f"{folder} is stored in other bits, which can't become {quants[name]}; ask for the same")
+        parts.append(stored_part(stored, wanted))
+    return parts
 
 
 def _part(source: Source, plan: _Plan) -> Part:
+    part = source.parts[plan.part]
+
     def complaint(name: str) -> str:
-        what = f"{source.folder / plan.part}: {', '.join(plan.rules[name].sources)} is not finite"
+        what = f"{part.place}: {', '.join(plan.rules[name].sources)} is not finite"
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
-    converted = Finite(Converted(source.tensors[plan.part], plan.rules, plan.plain), complaint)
+    converted = Finite(Converted(part.tensors, plan.rules, plan.plain), complaint)
     return Part(plan.component, as_stored(converted, plan.component))

@@ -150,7 +150,7 @@ def labelled(progress: Progress | None, what: str) -> Callable[[int, int], objec
 
 def _unread(source: Source, download: Download) -> set[str]:
     """The weights that a conversion does not read, such as those of a second format."""
-    read = {path.relative_to(source.folder).as_posix() for paths in source.files.values() for path in paths}
+    read = {path.relative_to(source.place).as_posix() for paths in source.files.values() for path in paths}
     return {name for name in download.files if is_weight(name) and name not in read}
 
 

@@ -2,16 +2,26 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from .acquisition import Announce, Progress, acquire, labelled, unheard
 from .checkpoint import MANIFEST, Checkpoint, is_checkpoint, variant_components
 from .components import COMPONENTS, PAINTING
 from .config import QUANTIZATIONS, VARIANTS
-from .convert import LAST_USED, Source, check_source, check_writable, requantize, write_checkpoint
+from .convert import (
+    LAST_USED,
+    Source,
+    assembled,
+    check_source,
+    check_writable,
+    is_loose,
+    requantize,
+    write_checkpoint,
+)
 from .errors import CheckpointError, DownloadError, InputError
 from .exclusion import exclude
 from .files import Claim
@@ -66,7 +76,9 @@ def find_checkpoint(
         return _holding(model.place, variant)
     quant = check_quant(quant or "bf16")
     text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
-    opened = open_source(model, variant, text_only=text_only) if model.kind == SOURCE else None
+    opened = None
+    if model.kind == SOURCE:
+        opened = open_source(model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only)
     name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
     targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
     if found := next(filter(is_checkpoint, targets), None):
@@ -87,6 +99,7 @@ def find_checkpoint(
             quant,
             text_quant,
             variant=variant,
+            models_dir=models_dir,
             text_only=text_only,
             keep_source=keep_source,
             check=check and partial(_check_again, check, outline),
@@ -135,6 +148,8 @@ def make_checkpoint(
     text_quant: str | None,
     *,
     variant: str | None = None,
+    parts: Mapping[str, Path] = MappingProxyType({}),
+    models_dir: str | os.PathLike[str] | None = None,
     text_only: bool = False,
     force: bool = False,
     keep_source: bool = True,
@@ -150,13 +165,17 @@ def make_checkpoint(
         quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
         text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
         variant: what `checked_variant` gives.
+        parts: where other parts are than the model's own; see `assembled`.
+        models_dir: where converted models are that give what a single file lacks; see `models_folder`.
         text_only: leave out the transformer and the VAE.
         force: replace an MLX checkpoint at `target`.
         keep_source, check, announce: of what is fetched; see `acquire`.
         progress: called with bytes done, bytes in all, and `download` or `convert`.
     """
     converting = labelled(progress, "convert")
-    if model.is_checkpoint:
+    if parts and model.path is None:
+        raise InputError(f"{model.name} is on the Hub; download it first, and name parts of it beside the folder then")
+    if model.is_checkpoint and not parts:
         stored = Checkpoint.open(_holding(model.place, variant))
         requantize(stored, target, quant, text_quant, force=force, progress=converting)
         return
@@ -180,20 +199,43 @@ def make_checkpoint(
             )
     else:
         with Claim(model.path.absolute().parent.parent) if model.repo else nullcontext():  # of the Hub's cache
-            source = open_source(model, variant, text_only=text_only)
+            source = open_source(
+                model, variant, parts=parts, text_quant=text_quant, models_dir=models_dir, text_only=text_only
+            )
             target.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
 
 
-def open_source(model: Model, variant: str | None, *, text_only: bool = False) -> Source:
-    """The files of `model`, which is a folder and no checkpoint.
+def open_source(
+    model: Model,
+    variant: str | None,
+    *,
+    parts: Mapping[str, Path] = MappingProxyType({}),
+    text_quant: str | None = None,
+    models_dir: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
+) -> Source:
+    """The files of `model`, which is a folder or a file.
 
     Args:
         model: see `resolve`.
         variant: what `checked_variant` gives.
+        parts: where other parts are than its own; see `assembled`.
+        text_quant: how the text encoder is to be stored, where a converted model gives it.
+        models_dir: where converted models are that give what is missing; see `models_folder`.
         text_only: leave out the transformer and the VAE.
     """
+    if parts or is_loose(model.place):
+        others = _opened(stored_checkpoints(models_folder(models_dir)))
+        return assembled(model.place, parts, variant, others=others, text_quant=text_quant, text_only=text_only)
     return Source.open(model.place, variant, text_only=text_only)
+
+
+def _opened(folders: Iterable[Path]) -> Iterator[Checkpoint]:
+    """The checkpoints in these folders that are whole."""
+    for folder in folders:
+        with suppress(CheckpointError):
+            yield Checkpoint.open(folder)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -132,13 +132,17 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
     return Report(folder, problems, bool(records), DIGEST in manifest, states)
 
 
-def hashed_bytes(folder: Path) -> int:
-    """The bytes of all files of a checkpoint for which a hash was recorded."""
-    return sum(_size(folder / name) for name in _records(_manifest(folder), []))
+def hashed_bytes(folder: Path, parts: Collection[str] | None = None) -> int:
+    """The bytes of the files of a checkpoint, or of those of some `parts`, for which a hash was recorded."""
+    return sum(_size(folder / name) for name in _records(_manifest(folder), []) if _is_of(name, parts))
 
 
-def check_hashes(folder: Path, report: Callable[[int], None]) -> None:
-    """Compare every file of a checkpoint with the hash that the converter recorded, if it did.
+def _is_of(name: str, parts: Collection[str] | None) -> bool:
+    return parts is None or name.partition("/")[0] in parts
+
+
+def check_hashes(folder: Path, report: Callable[[int], None], parts: Collection[str] | None = None) -> None:
+    """Compare every file of a checkpoint, or of some `parts`, with the hash that the converter recorded, if it did.
 
     Raises:
         CheckpointError: a file is another. `report` is called with bytes read.
@@ -146,6 +150,8 @@ def check_hashes(folder: Path, report: Callable[[int], None]) -> None:
     problems: list[Problem] = []
     records = _records(_manifest(folder), problems)
     for name, record in records.items():
+        if not _is_of(name, parts):
+            continue
         digest, size = hashlib.sha256(), 0
         with open_model_file(folder / name) as file:
             while data := file.read(_CHUNK):

@@ -284,7 +284,7 @@ def test_progress(official, tmp_path):
 def test_memory_is_a_few_tensors(quant, tensors, tmp_path):
     folder = save_small(tmp_path / "large", transformer=LARGE_TRANSFORMER)
     source = Source.open(folder, VARIANT)
-    largest = max(x.nbytes for part in source.tensors.values() for x in part.infos.values())
+    largest = max(x.nbytes for part in source.parts.values() for x in part.tensors.infos.values())
     whole = (folder / WEIGHTS["transformer"]).stat().st_size
     assert whole > 30_000_000
     mx.clear_cache()

@@ -1,24 +1,19 @@
-"""Names, shapes and sizes of the full-size networks, none of which is allocated.
-
-`keys/` lists the released files: name, shape, dtype; `{0-4}` in a name stands for the numbers 0 to 4.
-"""
+"""Names, shapes and sizes of the full-size networks, none of which is allocated."""
 
 import math
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from flux2_mlx.convert import text, transformer, vae
 from flux2_mlx.convert.rules import Rule
+from helpers import listings
 
 from flux2_mlx.checkpoint import Component, variant_sizes
 from flux2_mlx.config import VARIANTS, Config, VAEConfig, Variant
 from flux2_mlx.loading import module_tensors
 from flux2_mlx.weights import TensorInfo
 
-KEYS = Path(__file__).parent / "keys"
 RULES = {
     "transformer": transformer.rule_for,
     "text_encoder": text.rule_for,
@@ -85,16 +80,9 @@ def _nothing_allocated():
 
 
 def listing(name: str) -> dict[str, TensorInfo]:
-    tensors = {}
-    for line in (KEYS / f"{name}.tsv").read_text().splitlines():
-        key, shape, dtype = line.split("\t")
-        tensor = TensorInfo(dtype, tuple(int(size) for size in shape.split("x")) if shape != "scalar" else ())
-        numbers = re.search(r"\{(\d+)-(\d+)\}", key)
-        for number in range(int(numbers[1]), int(numbers[2]) + 1) if numbers else [None]:
-            full = text.canonical(key if numbers is None else key.replace(numbers[0], str(number)))
-            assert full not in tensors, f"{full} is listed twice"
-            tensors[full] = tensor
-    return tensors
+    """The tensors of a listing by the names that the rules read."""
+    tensors = listings.listing(name)
+    return {text.canonical(key): tensor for key, tensor in tensors.items()}
 
 
 def kept(source: str) -> dict[str, TensorInfo]:

@@ -283,7 +283,6 @@ def test_the_class_of_dev_settles_that_it_is_dev(distilled, tmp_path):
     ("name", "kind"),
     [
         ("flux-Q4_K_M.gguf", "a GGUF file, whose quantized weights are not read"),
-        ("flux.safetensors", "one file of weights"),
         ("flux.ckpt", "a pickle, which could run code"),
         ("flux.txt", "not a model folder"),
     ],
@@ -295,3 +294,10 @@ def test_a_single_file(name, kind, tmp_path, monkeypatch):
         find_checkpoint(name)
     way_out = "give the whole model, as a folder in the diffusers layout or a repo id"
     assert str(caught.value) == f"{name} is {kind}; {way_out}"
+
+
+def test_a_file_of_weights_that_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("flux.safetensors").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"^flux\.safetensors is not a safetensors file: "):
+        find_checkpoint("flux.safetensors")

@@ -1,5 +1,27 @@
 """From the bytes of a format to plain weights: a file for each family of formats."""
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from flux2_mlx.weights import Files, TensorInfo, Tensors
+
 from .packed import Packed, Unpacked
 
-__all__ = ["Packed", "Unpacked"]
+__all__ = ["Packed", "Unpacked", "plain"]
+# Each finds the weights of its family by names, dtypes and shapes, given those of all tensors and what files say of
+# themselves.
+_FAMILIES: tuple[Callable[[Mapping[str, TensorInfo], Mapping[str, str]], dict[str, Packed]], ...] = ()
+
+
+def plain(paths: Sequence[Path]) -> tuple[Tensors, Mapping[str, str]]:
+    """The tensors of files of weights, packed ones as what they stand for, and what the files say of themselves.
+
+    Raises:
+        CheckpointError: a file is damaged, or a packed weight lacks something that it is made of.
+    """
+    files = Files(paths)
+    metadata: Mapping[str, str] = {}
+    packed: dict[str, Packed] = {}
+    for family in _FAMILIES:
+        packed |= family(files.infos, metadata)
+    return (Unpacked(files, packed) if packed else files), metadata

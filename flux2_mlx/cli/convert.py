@@ -10,12 +10,18 @@ from .progress import Bars, source_notice
 from .terminal import print_result
 from .wakefulness import caffeinate_option
 
+_PLACE = click.Path(path_type=Path)
+
 
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @weight_options
 @variant_option
+@click.option("--transformer", type=_PLACE, help="Where the transformer is, if not in SOURCE.")
+@click.option("--text-encoder", type=_PLACE, help="Where the text encoder is, if not in SOURCE.")
+@click.option("--vae", type=_PLACE, help="Where the VAE is, if not in SOURCE.")
+@click.option("--tokenizer", type=_PLACE, help="Folder of tokenizer.json, if it is not in SOURCE.")
 @keep_source_option
 @click.option("--force", is_flag=True, help="Replace an MLX checkpoint at TARGET.")
 @quiet_option
@@ -26,28 +32,36 @@ def convert(
     quant: str | None,
     text_quant: str | None,
     variant: str | None,
+    transformer: Path | None,
+    text_encoder: Path | None,
+    vae: Path | None,
+    tokenizer: Path | None,
     keep_source: bool,
     force: bool,
     quiet: bool,
 ) -> None:
     """Convert SOURCE into an MLX checkpoint folder TARGET.
 
-    SOURCE is a model's name, a Hugging Face repo id, a folder in the diffusers layout, or an MLX checkpoint in bf16
-    that is to have fewer bits; it means the same as MODEL does for the other commands.
+    SOURCE is a model's name, a Hugging Face repo id, a folder in the diffusers layout, a .safetensors file of one or
+    several parts, or an MLX checkpoint in bf16 that is to have fewer bits; it means the same as MODEL does for the
+    other commands. Parts that are elsewhere are files or folders given by their options; what a file lacks then is
+    taken from a converted model of the same geometry.
 
     \b
     Examples:
       flux2-mlx convert klein-4b klein-4b-q8 -q qint8
       flux2-mlx convert klein-4b-bf16 klein-4b-q4 -q qint4
+      flux2-mlx convert finetune.safetensors mine -q qint8
     """
     from ..convert import check_target
     from ..names import BUILT_IN
     from ..store import checked_variant, make_checkpoint, resolve
 
+    places = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     model = resolve(source)
     variant = checked_variant(model, variant)
     check_target(target, force)
-    if model.kind == BUILT_IN:
+    if model.kind == BUILT_IN and not any(places.values()):
         raise InputError(f"{source} is built in and needs no conversion")
     with Bars(quiet) as bars:
         make_checkpoint(
@@ -56,6 +70,7 @@ def convert(
             quant,
             text_quant,
             variant=variant,
+            parts={name: path for name, path in places.items() if path is not None},
             force=force,
             keep_source=keep_source,
             announce=bars.announce,

@@ -1,0 +1,175 @@
+"""A model put together from parts: single files and folders, and for the rest a whole model."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from flux2_mlx.checkpoint import Checkpoint, check_fit, is_checkpoint
+from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS
+from flux2_mlx.config import Geometries, Variant
+from flux2_mlx.errors import CheckpointError
+
+from .configs import SCHEDULE
+from .formats import plain
+from .geometry import candidates, choose, geometry, titles
+from .naming import read
+from .parts import LAYOUT
+from .sources import LOOSE, TOKENIZER, Source, SourcePart, loose_files
+
+PARTS = (*LAYOUT, "tokenizer")  # what a model needs
+_log = logging.getLogger(__name__)
+
+
+def is_loose(place: Path) -> bool:
+    """Whether `place` is a file of weights rather than a whole model folder."""
+    return place.suffix.lower() in LOOSE and place.is_file()
+
+
+def assembled(
+    place: Path,
+    given: Mapping[str, Path],
+    variant: str | None = None,
+    *,
+    others: Iterable[Checkpoint] = (),
+    text_quant: str | None = None,
+    text_only: bool = False,
+) -> Source:
+    """A source of `place` with other parts in place of its own, or as far as it has none.
+
+    Args:
+        place: a model folder in the layout of diffusers or of ours, or a file of weights of one or several parts.
+        given: where parts are: `transformer`, `text_encoder`, `vae` (files or folders) and `tokenizer` (a folder with
+            `tokenizer.json`, or that file).
+        variant: the model's name where geometry and names can't tell, or None.
+        others: converted models, one of which gives what is missing then.
+        text_quant: how the text encoder is to be stored, as far as that one can be chosen.
+        text_only: leave out the transformer and the VAE.
+
+    Raises:
+        CheckpointError: a part is missing, damaged, no part of FLUX.2, or of another model than the others.
+    """
+    wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
+    parts = _loose_parts(place) if is_loose(place) else {}
+    for name in LAYOUT:
+        if name in given:
+            parts |= {name: _part(given[name], name)}
+    parts = {name: part for name, part in parts.items() if name in wanted}
+    configs = _geometries(parts)
+    base = None if is_loose(place) else _base(place, variant, text_only=text_only)
+    hints = [hint for part in parts.values() for hint in titles(part.metadata, part.place.name)]
+    if base is not None:
+        hints.append(base.variant.name)
+    row = choose(candidates(configs) if configs else [base.variant], hints, variant, str(place))
+    if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in {**parts, **given}]):
+        base = _completion(place, row, parts, missing, others, text_quant)
+    return _joined(place, row, parts, configs, given.get(PARTS[-1]), base)
+
+
+def _base(place: Path, variant: str | None, *, text_only: bool) -> Source:
+    """The whole model that gives what is not given."""
+    if is_checkpoint(place):
+        return _of_checkpoint(Checkpoint.open(place))
+    return Source.open(place, variant, text_only=text_only)
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> Source:
+    configs = {name: component.config for name, component in checkpoint.components.items()}
+    folder = checkpoint.folder
+    stored = dict(checkpoint.components)
+    return Source(folder, checkpoint.variant, configs, {}, folder / "tokenizer", folder / SCHEDULE, stored)
+
+
+def _completion(
+    place: Path,
+    row: Variant,
+    parts: Mapping[str, SourcePart],
+    missing: list[str],
+    others: Iterable[Checkpoint],
+    text_quant: str | None,
+) -> Source:
+    """What gives the parts that are missing; CheckpointError if nothing does."""
+    networks = [name for name in PAINTING if COMPONENTS[name].part in missing]
+    fitting = [checkpoint for checkpoint in others if _fits(checkpoint, row, networks)]
+    fitting.sort(key=lambda checkpoint: (checkpoint.text_quant != text_quant, checkpoint.text_quant != "bf16"))
+    if fitting:
+        _log.warning("%s has no %s; taken from %s", place, _and(missing), fitting[0].folder)
+        return _of_checkpoint(fitting[0])
+    has = f"holds only the {_and(list(parts))} of a {row.name}" if parts else f"is taken for a {row.name}"
+    where = f", or convert {row.repo} first, from which they are taken then" if row.repo else ""
+    raise CheckpointError(f"{place} {has}; say where its {_and(missing)} are{where}")
+
+
+def _fits(checkpoint: Checkpoint, row: Variant, networks: Iterable[str]) -> bool:
+    """Whether a checkpoint has these networks as the model has them."""
+    found = {name: checkpoint.components[name].config for name in networks if name in checkpoint.components}
+    return len(found) == len([*networks]) and row in candidates(found)
+
+
+def _joined(
+    place: Path,
+    row: Variant,
+    parts: dict[str, SourcePart],
+    configs: Geometries,
+    tokenizer: Path | None,
+    base: Source | None,
+) -> Source:
+    """The source of these parts and the others of `base`."""
+    schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE  # the one of all released models
+    source = Source(place, row, configs, parts, place, schedule)
+    if base is not None:
+        rest = {name: config for name, config in base.configs.items() if COMPONENTS[name].part not in parts}
+        source = replace(
+            base,
+            place=place,
+            variant=row,
+            configs={name: {**configs, **rest}[name] for name in COMPONENTS if name in {**configs, **rest}},
+            parts={**base.parts, **parts},
+            stored={name: part for name, part in base.stored.items() if COMPONENTS[name].part not in parts},
+        )
+    if tokenizer is not None:
+        source = replace(source, tokenizer=_tokenizer(tokenizer))
+    check_fit(source.variant, source.configs)
+    return source
+
+
+def _loose_parts(place: Path) -> dict[str, SourcePart]:
+    """The parts that weights of a file or a folder are of."""
+    paths = loose_files(place)
+    tensors, metadata = plain(paths)
+    readings = read(tensors.infos, str(place))
+    return {name: SourcePart(name, place, paths, tensors, reading, metadata) for name, reading in readings.items()}
+
+
+def _part(place: Path, name: str) -> SourcePart:
+    """The part `name` at `place`, which may hold others."""
+    parts = _loose_parts(place)
+    if name not in parts:
+        raise CheckpointError(f"{place} holds the {_and(list(parts))} of a model, not its {name.replace('_', ' ')}")
+    return parts[name]
+
+
+def _geometries(parts: Mapping[str, SourcePart]) -> Geometries:
+    """The geometries of the networks that are made from `parts`, whose tensors all have a place in them."""
+    found: Geometries = {}
+    for name, part in parts.items():
+        if part.reading is not None:
+            configs = geometry(name, part.reading.infos, str(part.place))
+            part.reading.check(configs, f"{part.place} is not the {name.replace('_', ' ')} of a FLUX.2 model")
+            found |= configs
+    return found
+
+
+def _tokenizer(place: Path) -> Path:
+    """The folder of a tokenizer that is given as that, as its file, or as the model folder that it is in."""
+    folder = place.parent if place.is_file() else place
+    for candidate in (folder, folder / "tokenizer"):
+        if (candidate / Path(TOKENIZER).name).is_file():
+            return candidate
+    raise CheckpointError(f"{place} holds no {Path(TOKENIZER).name}; give a folder with that file")
+
+
+def _and(names: Sequence[str]) -> str:
+    *most, last = [name.replace("_", " ") for name in names]
+    return f"{', '.join(most)} and {last}" if most else last

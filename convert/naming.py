@@ -1,0 +1,231 @@
+"""Which parts of a model the tensors of a source are, by their names, and how canonical tensors are made of them."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from flux2_mlx.checkpoint import Component
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.loading import module_tensors
+from flux2_mlx.weights import TensorInfo, mismatches, raise_problems
+
+from .dialects import AFTER, DIALECTS, Dialect, Spelling, filled, matrix, templated, unpermute
+from .parts import LAYOUT
+from .rules import Rule, Shape, copy
+from .strangers import refusal
+
+# Several times what any model of this family has, its quantized forms included.
+MAX_TENSORS = 50_000
+_MAX_NAME = 500
+_GIVE = "give a transformer, a text encoder, a VAE or the whole model"
+TEKKEN = "tekken_model"  # a tensor whose bytes are the tokenizer
+_EXTRAS = (TEKKEN, "logit_scale")
+_PREFIXES = {
+    "transformer": re.compile(r"model\.diffusion_model\.|diffusion_model\.|transformer\.|model\."),
+    "vae": re.compile(r"vae\.|first_stage_model\."),
+    "text_encoder": re.compile(
+        r"(?:text_encoders\.)?(?:qwen3_4b|qwen3_8b|mistral3_24b)\.(?:transformer\.)?|text_encoder\.|cond_stage_model\."
+    ),
+}
+_UNDERSTOOD = {
+    part: {
+        template: [
+            number for number, other in enumerate(DIALECTS) if other.part == part and template in other.canonical
+        ]
+        for dialect in DIALECTS
+        if dialect.part == part
+        for template in dialect.canonical
+    }
+    for part in _PREFIXES
+}
+# For each network, given its geometry, how our tensors are made of canonical ones, which the transformer's are.
+_RULES = {network: rules for layout in LAYOUT.values() for network, rules in layout.rules.items()}
+_RULES["transformer"] = lambda config: lambda name, shape: copy(name)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A part of a model as it was found: `sources` are all tensors of it, by their full names."""
+
+    dialect: Dialect
+    prefix: str
+    sources: dict[str, TensorInfo]
+
+    @property
+    def part(self) -> str:
+        return self.dialect.part
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """What the canonical tensors are that these are known to make. The others are `unknown`."""
+        names = dict.fromkeys(filter(None, map(self._canonical, self.sources)))
+        return {name: self._info(name) for name in names}
+
+    @property
+    def unknown(self) -> list[str]:
+        """The tensors that have no place in the canonical naming."""
+        return [name for name in self.sources if self._canonical(name) is None]
+
+    def rule(self, canonical: str, head_dim: int = 128) -> Rule:
+        """How the canonical tensor is made of those of the source, which need not be there.
+
+        Args:
+            canonical: its name.
+            head_dim: features of a head of the text encoder.
+        """
+        spelling, (first, *others) = self._spelled(canonical)
+        if spelling.rule is unpermute:
+            return unpermute(first, head_dim)
+        if spelling.rule is matrix and first in self.sources and len(self.sources[first].shape) != 4:
+            return copy(first)
+        return spelling.rule(first, *others)
+
+    def composed(self, rule: Rule, head_dim: int = 128) -> Rule:
+        """A `rule` that reads one canonical tensor as one that reads the source."""
+        (canonical,) = rule.sources
+        inner = self.rule(canonical, head_dim)
+        return Rule(
+            inner.sources,
+            lambda *arrays: rule.apply(inner.apply(*arrays)),
+            lambda shape: inner.source_shape(rule.source_shape(shape)),
+        )
+
+    def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
+        """How our tensor of a name and a shape is made of the source's, for a network of the part and its geometry."""
+        canonical, head_dim = _RULES[network](config), getattr(config, "head_dim", 128)
+        return lambda name, shape: self.composed(canonical(name, shape), head_dim)
+
+    def check(self, configs: Mapping[str, Any], what: str) -> None:
+        """Compare all tensors with those that networks of these geometries are made of.
+
+        Raises:
+            CheckpointError: some are missing, left over or of another shape; `what` is said to be wrong.
+        """
+        expected: dict[str, TensorInfo] = {}
+        for network, config in configs.items():
+            rule_for = self.rules_for(network, config)
+            for name, tensor in module_tensors(Component(network, config, None, ()).build()).items():
+                rule = rule_for(name, tensor.shape)
+                shape = rule.source_shape(tensor.shape)
+                # What dtypes are read is not the naming's to say.
+                expected |= {x: replace(self.sources.get(x, tensor), shape=shape) for x in rule.sources}
+        raise_problems(what, mismatches(expected, self.kept(configs)))
+
+    def kept(self, configs: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
+        is_dropped, config = LAYOUT[self.part].is_dropped, configs[self.part]
+        names = {name: self._canonical(name) for name in self.sources}
+        return {
+            name: self.sources[name]
+            for name, canonical in names.items()
+            if canonical is None or not is_dropped(canonical, config)
+        }
+
+    def _spelled(self, canonical: str) -> tuple[Spelling, tuple[str, ...]]:
+        """The spelling of a canonical name of which something is there, or else the usual one, and its full names."""
+        template, numbers = templated(canonical)
+        spellings = self.dialect.table.get(template, (Spelling((template,)),))
+        full = [tuple(self._full(theirs, numbers) for theirs in spelling.templates) for spelling in spellings]
+        found = (pair for pair in zip(spellings, full, strict=True) if not self.sources.keys().isdisjoint(pair[1]))
+        return next(found, (spellings[0], full[0]))
+
+    def _full(self, template: str, numbers: list[int]) -> str:
+        return self.prefix + filled(template, self._flipped(template, numbers))
+
+    def _canonical(self, name: str) -> str | None:
+        if not name.startswith(self.prefix):
+            return None
+        template, numbers = templated(name[len(self.prefix) :])
+        ours = self.dialect.canonical.get(template)
+        return None if ours is None else filled(ours, self._flipped(template, numbers))
+
+    def _flipped(self, template: str, numbers: list[int]) -> list[int]:
+        return [self._last_level - numbers[0], *numbers[1:]] if self.dialect.is_flipped(template) else numbers
+
+    @cached_property
+    def _last_level(self) -> int:
+        """The number of the last level of the VAE's decoder."""
+        templates = (templated(name.removeprefix(self.prefix)) for name in self.sources)
+        return max((numbers[0] for template, numbers in templates if self.dialect.is_flipped(template)), default=0)
+
+    def _info(self, canonical: str) -> TensorInfo:
+        rule = self.rule(canonical)
+        source = next(self.sources[name] for name in rule.sources if name in self.sources)
+        if len(rule.sources) > 1:
+            return TensorInfo(source.dtype, (*(len(rule.sources) * n for n in source.shape[:1]), *source.shape[1:]))
+        after = AFTER.get(self._spelled(canonical)[0].rule)
+        return source if after is None else replace(source, shape=after(source.shape))
+
+
+def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
+    """What these tensors are of: the parts of a model, each with its dialect.
+
+    Every tensor is in one of the parts, also those that have no place there. What is known to be no weight is left out.
+
+    Args:
+        infos: the tensors of one file, or of all that belong together.
+        what: the source, for errors.
+
+    Raises:
+        CheckpointError: they are of no FLUX.2 model; what they are is said if it is known.
+    """
+    if len(infos) > MAX_TENSORS:
+        raise CheckpointError(f"{what} holds {len(infos)} tensors, more than any FLUX.2 model has")
+    if (length := max(map(len, infos), default=0)) > _MAX_NAME:
+        raise CheckpointError(f"{what} holds a tensor with a name of {length} characters; no FLUX.2 model does")
+    if known := refusal(infos):
+        raise CheckpointError(f"{what} is {known}")
+    names = [name for name in infos if not is_extra(name)]
+    found = _recognised(names)
+    if not found:
+        first = ", ".join(f"{name:.60}" for name in sorted(names)[:3])
+        raise CheckpointError(f"{what} holds no FLUX.2 model, but {first or 'no tensors'}; {_GIVE}")
+    sources: dict[str, dict[str, TensorInfo]] = {part: {} for part in found}
+    for name in names:
+        sources[_home(name, found)][name] = infos[name]
+    return {part: Reading(dialect, prefix, sources[part]) for part, (dialect, prefix) in found.items()}
+
+
+def is_extra(name: str) -> bool:
+    """Whether a tensor beside a model's weights is none of them."""
+    return name.rpartition(".")[2] in _EXTRAS
+
+
+def _recognised(names: list[str]) -> dict[str, tuple[Dialect, str]]:
+    """For each part that is there the dialect and the prefix that most of its names have."""
+    counts: Counter[tuple[int, str]] = Counter()
+    proven: set[tuple[int, str]] = set()
+    for name in names:
+        for number, prefix, template in _candidates(name):
+            counts[number, prefix] += 1
+            if template in DIALECTS[number].proof:
+                proven.add((number, prefix))
+    found: dict[str, tuple[Dialect, str]] = {}
+    for number, prefix in sorted(proven, key=lambda key: (-counts[key], key)):
+        found.setdefault(DIALECTS[number].part, (DIALECTS[number], prefix))
+    return found
+
+
+def _candidates(name: str) -> Iterator[tuple[int, str, str]]:
+    """The numbers of the dialects in which a name may be, each with its prefix and template."""
+    for part, prefixes in _PREFIXES.items():
+        match = prefixes.match(name)
+        for prefix in {"", match[0] if match else ""}:
+            template, _ = templated(name[len(prefix) :])
+            for number in _UNDERSTOOD[part].get(template, ()):
+                yield number, prefix, template
+
+
+def _home(name: str, found: Mapping[str, tuple[Dialect, str]]) -> str:
+    """The part that a name belongs to: where it is understood, or else where its prefix leads, or the first."""
+
+    def fit(part: str) -> tuple[bool, bool, int]:
+        dialect, prefix = found[part]
+        starts = name.startswith(prefix)
+        known = starts and templated(name[len(prefix) :])[0] in dialect.canonical
+        return known, starts, len(prefix)
+
+    return max(found, key=fit)

@@ -1,0 +1,166 @@
+"""Models that are put together from files and folders of their parts."""
+
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from flux2_mlx.convert import assembled, write_checkpoint
+from helpers.cli_runner import PROMPT, SMALL, done, refusal
+from PIL import Image
+
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.names import demo_folder
+
+DEMO = demo_folder()
+PREFIX = "model.diffusion_model."
+
+
+def stored(part: str) -> dict[str, mx.array]:
+    """The tensors of a network of the built-in model."""
+    return mx.load(str(DEMO / part / "model.safetensors"))
+
+
+def saved(path: Path, **parts: dict[str, mx.array]) -> Path:
+    """A file of tensors, each part with what its names begin with."""
+    tensors = {prefix + name: array for prefix, part in parts.items() for name, array in part.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(path), tensors)
+    return path
+
+
+def first(vae: dict[str, mx.array]) -> dict[str, mx.array]:
+    """A VAE with its convolutions as PyTorch has them."""
+    return {name: x.transpose(0, 3, 1, 2) if x.ndim == 4 else x for name, x in vae.items()}
+
+
+def text(encoder: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {f"model.{name}": array for name, array in encoder.items()}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    return tmp_path
+
+
+@pytest.fixture
+def transformer(folder):
+    return saved(folder / "files" / "red-fox.safetensors", **{PREFIX: stored("transformer")})
+
+
+@pytest.fixture
+def converted(folder):
+    """The built-in model among the converted ones."""
+    return shutil.copytree(DEMO, folder / "models" / "mine-bf16")
+
+
+def same_weights(folder: Path, other: Path = DEMO) -> bool:
+    mine, theirs = Checkpoint.open(folder), Checkpoint.open(other)
+    assert mine.components.keys() == theirs.components.keys()
+    for name in mine.components:
+        ours, wanted = (
+            {k: v for p in x.components[name].files for k, v in mx.load(str(p)).items()} for x in (mine, theirs)
+        )
+        assert ours.keys() == wanted.keys()
+        if not all(mx.array_equal(ours[key], wanted[key]).item() for key in ours):
+            return False
+    return True
+
+
+def test_a_file_takes_the_place_of_a_part(transformer, folder):
+    done("convert", "demo", "made", "--transformer", transformer, "--text-quant", "bf16")
+    assert same_weights(folder / "made")
+    other = {name: x + 1 if name.endswith("img_in.weight") else x for name, x in stored("transformer").items()}
+    done(
+        "convert",
+        "demo",
+        "other",
+        "--transformer",
+        saved(folder / "b.safetensors", **{"": other}),
+        "--text-quant",
+        "bf16",
+    )
+    assert not same_weights(folder / "other")
+
+
+def test_a_file_alone_is_completed_by_a_converted_model(transformer, converted, folder, caplog):
+    done("convert", transformer, "made", "--text-quant", "bf16")
+    assert caplog.messages == [f"{transformer} has no text encoder, vae and tokenizer; taken from {converted}"]
+    assert same_weights(folder / "made")
+
+
+def test_a_file_is_a_model_for_all_commands(transformer, converted, folder):
+    done("t2i", PROMPT, "-m", transformer, "--text-quant", "bf16", *SMALL, "--seed", "1", "-o", "a.png")
+    done("t2i", PROMPT, "-m", "demo", *SMALL, "--seed", "1", "-o", "b.png")
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
+    assert "demo" in done("info", transformer).stdout
+
+
+def test_what_a_file_lacks_is_said(transformer):
+    message = refusal("convert", transformer, "made")
+    assert message.startswith(
+        f"{transformer} holds only the transformer of a demo; say where its text encoder, vae and "
+    )
+
+
+def test_all_parts_are_given(transformer, folder):
+    encoder = saved(folder / "encoder" / "model.safetensors", **{"": text(stored("text_encoder"))})
+    vae = saved(folder / "vae.safetensors", **{"": first(stored("vae"))})
+    arguments = ("--text-encoder", encoder.parent, "--vae", vae, "--tokenizer", DEMO)
+    done("convert", transformer, "made", *arguments, "--text-quant", "bf16")
+    assert same_weights(folder / "made")
+    assert (folder / "made" / "scheduler" / "scheduler_config.json").is_file()
+
+
+def test_one_file_has_all_parts(folder):
+    parts = {PREFIX: stored("transformer"), "vae.": first(stored("vae")), "text_encoder.": text(stored("text_encoder"))}
+    whole = saved(folder / "whole.safetensors", **parts)
+    done("convert", whole, "made", "--tokenizer", DEMO, "--text-quant", "bf16")
+    assert same_weights(folder / "made")
+
+
+def test_the_wrong_part_is_told(transformer, folder):
+    vae = saved(folder / "vae.safetensors", **{"": first(stored("vae"))})
+    message = refusal("convert", "demo", "made", "--transformer", vae)
+    assert message == f"{vae} holds the vae of a model, not its transformer"
+
+
+@pytest.mark.parametrize("name", ["img_in.weight", "double_blocks.0.img_attn.qkv.weight", "final_layer.linear.weight"])
+def test_a_tensor_that_is_missing_is_named(name, folder):
+    left = {key: array for key, array in stored("transformer").items() if key != name}
+    path = saved(folder / "less.safetensors", **{"": left})
+    assert name in refusal("convert", "demo", "made", "--transformer", path)
+
+
+def test_a_text_encoder_in_other_bits_is_not_taken(transformer, folder):
+    (folder / "models").mkdir()
+    quantized = folder / "models" / "q"
+    write_checkpoint(assembled(DEMO, {}), quantized, "bf16", "qint4")
+    message = refusal("convert", transformer, "made", "--text-quant", "qint8")
+    assert message.startswith(f"{quantized / 'text_encoder'} is stored in other bits, which can't become qint8")
+
+
+def test_damage_to_what_is_taken_is_seen(transformer, folder):
+    (folder / "models").mkdir()
+    done("convert", "demo", "models/mine", "--transformer", transformer, "--text-quant", "bf16")
+    path = folder / "models" / "mine" / "text_encoder" / "model.safetensors"
+    data, status = bytearray(path.read_bytes()), path.stat()
+    data[-3] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "is damaged, convert the model again" in refusal("convert", transformer, "made", "--text-quant", "bf16")
+
+
+def test_parts_of_a_model_on_the_hub(transformer):
+    message = refusal("convert", "klein-4b", "made", "--transformer", transformer)
+    assert message.startswith("klein-4b is on the Hub; download it first")
+
+
+@pytest.mark.parametrize("given", [{"transformer": Path("none.safetensors")}, {"tokenizer": Path("none")}])
+def test_what_is_not_there(given):
+    with pytest.raises((CheckpointError, InputError), match="none"):
+        assembled(DEMO, given)
