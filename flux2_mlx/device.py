@@ -38,10 +38,13 @@ MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and le
 _MOST_BYTES = 2**63  # what MLX's limits can hold
 _FEWEST_BYTES = 10**6  # fewer without a unit are a number whose unit was forgotten
 _MOST_GIGABYTES = 1000  # more are megabytes
-# What a GPU says when a run fails, as MLX words it, and what that means. The first that is found counts.
+# How MLX begins to say that a GPU failed. What follows may stand in other messages as well, which quote a path or are
+# PyTorch's.
+_FAILED = re.compile(r"\[METAL\]|\[metal::|\[malloc\S*\] Unable to allocate|cudaError|cu[A-Za-z]\w*(\(.*\))? failed")
+# What it says then, and what that means. The first that is found counts.
 _FAILURES = (
     (
-        r"OutOfMemory|Insufficient Memory|out of memory|cudaErrorMemoryAllocation|\[malloc\S*\] Unable to allocate",
+        r"OutOfMemory|Insufficient Memory|out of memory|cudaErrorMemoryAllocation|Unable to allocate",
         "the GPU has no memory left for this; choose a lower memory_limit, a smaller image, or close other programs",
     ),
     (
@@ -58,8 +61,9 @@ _FAILURES = (
         "the GPU was stopped for the sake of the display; let the display sleep, choose a smaller image, or set "
         "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
     ),
-    (r"\[METAL\]|\[metal::|cuda|cudnn|cublas", "the GPU failed"),
+    ("", "the GPU failed"),
 )
+_FOREIGN = "_of_a_caller"  # an attribute of exceptions
 _log = logging.getLogger(__name__)
 
 
@@ -266,20 +270,28 @@ def failures() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        meaning = _meaning(str(error))
-        if meaning is None:
+        if not is_failure(error):
             raise
-        raise DeviceError(f"{meaning} ({_first_line(error)})") from error
+        raise DeviceError(f"{_meaning(str(error))} ({_first_line(error)})") from error
 
 
 def is_failure(error: Exception) -> bool:
-    """Whether MLX raised `error` for a GPU that fails."""
-    return _meaning(str(error)) is not None
+    """Whether MLX raised `error` for a GPU that fails, and not in a function of the caller's."""
+    return type(error) is RuntimeError and not hasattr(error, _FOREIGN) and _FAILED.match(str(error)) is not None
 
 
-def _meaning(message: str) -> str | None:
-    found = (meaning for pattern, meaning in _FAILURES if re.search(pattern, message, re.IGNORECASE))
-    return next(found, None)
+@contextmanager
+def foreign() -> Iterator[None]:
+    """What is raised inside, where a function of the caller's is called, is not taken for what MLX raised for us."""
+    try:
+        yield
+    except RuntimeError as error:
+        setattr(error, _FOREIGN, True)
+        raise
+
+
+def _meaning(message: str) -> str:
+    return next(meaning for pattern, meaning in _FAILURES if re.search(pattern, message, re.IGNORECASE))
 
 
 def _first_line(error: Any) -> str:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .device import MOST_DISPATCH, dispatch_seconds
+from .device import MOST_DISPATCH, dispatch_seconds, failures, foreign
 from .embedding_cache import CachedEncoder, EmbeddingCache
 from .images import to_unit
 from .latents import EncodedEdit, decode_latents, decode_tokens, encode_edit, finished_image, latents_of
@@ -88,7 +88,8 @@ class Run:
             negative_prompt_embeds: encoded negative prompts in place of the request's, of that form too.
         """
         try:
-            self._make(latents, prompt_embeds, negative_prompt_embeds)
+            with failures():  # or another exception would leave without the images
+                self._make(latents, prompt_embeds, negative_prompt_embeds)
         except BaseException as error:
             if self._images:
                 error.partial_output = self.output  # type: ignore[attr-defined]  # whatever ends the run
@@ -290,7 +291,7 @@ class Run:
         return noise.reshape(len(images), channels, -1).transpose(0, 2, 1)
 
     def _preview(self, step: Step) -> list[Image.Image]:
-        with self._meter.phase("vae"):
+        with failures(), self._meter.phase("vae"):
             return [self._decoded(tokens, self._decoder()) for tokens in step.estimate]
 
     def _decoder(self) -> VAE:
@@ -339,7 +340,8 @@ class Run:
         return pixels.transpose(0, 3, 1, 2) if self.output_type == "latent" else to_unit(pixels)
 
     def _tell(self, *progress: Any, **more: Any) -> Any:
-        return self.on_progress(Progress(*progress, **more))
+        with foreign():
+            return self.on_progress(Progress(*progress, **more))
 
     def _number(self, image: int) -> int:
         """That of the prompt of an image."""

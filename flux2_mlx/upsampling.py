@@ -14,7 +14,7 @@ from .acquisition import Announce, Progress
 from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
-from .device import activation_dtype, memory_bytes
+from .device import activation_dtype, foreign, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
@@ -252,7 +252,8 @@ class Writer:
         for token in tokens:
             answer.append(token)
             text = self.checkpoint.tokenizer.decode(answer)
-            on_text(number, text)
+            with foreign():
+                on_text(number, text)
         if not text.strip():
             raise InputError("the language model answered nothing; try another seed, or leave the rewriting out")
         return text.strip()

@@ -13,6 +13,7 @@ from flux2_mlx.device import (
     activation_dtype,
     device_memory,
     failures,
+    foreign,
     fused,
     fuses_attention,
     on_gpu,
@@ -190,6 +191,9 @@ def test_functions_are_compiled_on_a_gpu_only(monkeypatch):
         (OUT_OF_MEMORY, r"^the GPU has no memory left for this; choose a lower memory_limit, .*\(\[METAL\] .*\)$"),
         ("cudaMallocAsync(&data, size, stream) failed: out of memory", "^the GPU has no memory left"),
         ("[malloc_or_wait] Unable to allocate 123 bytes.", "^the GPU has no memory left"),
+        ("[metal::malloc] Resource limit (499000) exceeded.", r"^the GPU failed \(\[metal::malloc\]"),
+        ("cublasLtMatmul(handle, desc) failed with code: 14.", r"^the GPU failed \(cublasLtMatmul"),
+        ("cudaGraphLaunch(graph_exec, stream) failed: unspecified launch failure", "^the GPU failed "),
         (TIMEOUT, "^the GPU was stopped, as one of its operations took too long; choose a smaller image, or set AGX_"),
         (INTERACTIVITY, "^the GPU was stopped for the sake of the display; let the display sleep, "),
         (TOO_LARGE, "^one array would be larger than the GPU allows; choose a smaller image"),
@@ -201,8 +205,32 @@ def test_what_a_gpu_says_becomes_one_line(message, match):
         raise RuntimeError(message)
 
 
-def test_other_errors_pass():
-    error = RuntimeError("[conv] Expect the input channels in the input and weight array to match")
-    with pytest.raises(RuntimeError) as raised, failures():
+class OtherError(RuntimeError):
+    """Such as PyTorch's for a GPU without memory."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[conv] Expect the input channels in the input and weight array to match"),
+        RuntimeError("[load_safetensors] Failed to open file /models/cuda/out of memory/[METAL].safetensors"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("cublas runtime error: the GPU program failed to execute"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        OtherError(OUT_OF_MEMORY),
+        ValueError(TIMEOUT),
+    ],
+)
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as raised, failures():
+        raise error
+    assert raised.value is error
+
+
+def test_what_a_function_of_the_caller_raises_passes():
+    error = RuntimeError(OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError) as raised, failures(), failures(), foreign():
         raise error
     assert raised.value is error
