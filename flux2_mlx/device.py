@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
@@ -109,7 +109,7 @@ def _gpu_dtype() -> mx.Dtype:
 def computing_dtype(name: str | None) -> mx.Dtype:
     """`activation_dtype` for a computation that begins. A float32 that was asked for is no TF32, or a warning says so.
 
-    MLX reads whether TF32 is wanted once, with its first product on a GPU.
+    MLX reads whether TF32 is wanted once, with its first product on a GPU. So there is none before this is called.
     """
     if name == "float32" and on_gpu():
         os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -118,11 +118,20 @@ def computing_dtype(name: str | None) -> mx.Dtype:
     return activation_dtype(name)
 
 
-@functools.cache
-def cuts_float32() -> bool:
-    """Whether the GPU's matrix units cut products in float32 to 10 bits, which is called TF32, as a product shows."""
+def cuts_float32() -> bool | None:
+    """Whether the GPU's matrix units cut products in float32 to 10 bits, which is called TF32, as a product shows.
+
+    None: it failed. Ask only where it is known what is computed in: the first product decides (see `computing_dtype`).
+    """
     if not on_gpu():
         return False
+    with suppress(DeviceError), failures():
+        return _is_product_cut()
+    return None
+
+
+@functools.cache
+def _is_product_cut() -> bool:
     x = mx.full((512, 512), 1 + 2**-12)
     return bool((x @ x)[0, 0] < 512 * (1 + 2**-12))
 
@@ -153,8 +162,9 @@ def system() -> str:
     return f"{'macOS' if platform.system() == 'Darwin' else platform.system()} {release}"
 
 
-def machine() -> dict[str, str | bool]:
-    """What results depend on besides the settings: results of others differ in the last bits, or more."""
+def machine() -> dict[str, str | bool | None]:
+    """What results depend on besides the settings: results of others differ in the last bits, or more. Ask as of
+    `cuts_float32`."""
     return {"chip": chip(), "system": system(), "mlx": MLX_VERSION, "tf32": cuts_float32()}
 
 

@@ -10,6 +10,7 @@ from ..errors import InputError
 from .draft import Batch, Drafts, has_previews, is_empty, is_kept
 from .job import Job
 from .progress import Bars, Stream, notice
+from .replay import elsewhere
 from .report import Record, differences, print_profile
 from .terminal import print_result, to_json
 from .writing import check_sight, is_blind, open_writer
@@ -202,6 +203,8 @@ def _notices(record: Record) -> None:
     """Say what a user may want to know of the model before the images are there."""
     job, pipe = record.job, record.pipe
     variant = pipe.variant
+    if job.replayed and (said := elsewhere(job.replayed[1], job.replayed[0])):
+        notice(said, job.quiet)
     if not variant.commercial_use:
         notice(f"{variant.name} and its images: {variant.licence} licence", job.quiet)
     if variant.distilled and job.guidance not in (None, variant.guidance):
