@@ -204,7 +204,7 @@ def direct_convolutions() -> Iterator[None]:
     """Have Metal convolve directly. Winograd's method, which MLX would take for large layers in 16 bits as well, keeps
     its intermediates in 16 bits, and they reach 100 times the result: 9 to 36 times the error, up to 11 of 255 levels.
 
-    What is convolved must be evaluated inside.
+    What is convolved must be evaluated inside, by whoever has the turn: the setting is the process'.
     """
     before = os.environ.get("MLX_CONV_WINOGRAD")
     os.environ["MLX_CONV_WINOGRAD"] = "0"
