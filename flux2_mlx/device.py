@@ -148,7 +148,7 @@ def is_slow_with_qint4() -> bool:
 
 def chip() -> str:
     """What computes, in its maker's words."""
-    return str(mx.device_info(mx.gpu if on_gpu() else mx.cpu).get("device_name", ""))
+    return str(mx.device_info(mx.gpu if on_gpu() else mx.cpu).get("device_name") or "an unknown chip")
 
 
 def is_virtual() -> bool:
@@ -226,30 +226,42 @@ def device_memory() -> int:
     if on_metal():
         return mac_limit(*_mac_memory())
     if on_gpu():
-        return int(_CARD_SHARE * int(mx.device_info(mx.gpu)["total_memory"]))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(_CARD_SHARE * _card_memory())
+    return _host_memory()
 
 
 def mac_limit(whole: int, recommended: int) -> int:
-    """Bytes that networks can have of a Mac with so many, of which Metal recommends so many."""
-    return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4))
+    """Bytes that networks can have of a Mac with so many, of which Metal recommends so many. The system of one that is
+    smaller than any that there is, as virtual ones are, keeps half."""
+    return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4, whole // 2))
 
 
 def _mac_memory() -> tuple[int, int]:
+    """That of the Mac, and what of it Metal recommends; all where it does not say."""
     info = mx.device_info(mx.gpu)
-    return int(info["memory_size"]), int(info["max_recommended_working_set_size"])
+    whole = min(int(info.get("memory_size") or _host_memory()), _MOST_BYTES - 1)
+    return whole, int(info.get("max_recommended_working_set_size") or whole)
+
+
+def _card_memory() -> int:
+    if total := mx.device_info(mx.gpu).get("total_memory"):
+        return int(total)
+    raise DeviceError("MLX does not say how much memory this GPU has; say it with a memory_limit, such as 12GB")
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_reason() -> str:
     """Why `device_memory` is what it is, in a few words."""
     if on_metal():
-        whole, recommended = (f"{nbytes / GIB:.3g} GiB" for nbytes in _mac_memory())
-        kept = f"{(_mac_memory()[0] - device_memory()) / GIB:.3g} GiB"
-        metal = f" (Metal recommends at most {recommended})"
-        return f"of the {whole} of this Mac {kept} are kept for the system{metal}"
+        whole, recommended = _mac_memory()
+        kept = f"{(whole - device_memory()) / GIB:.3g} GiB"
+        metal = f" (Metal recommends at most {recommended / GIB:.3g} GiB)" if recommended != whole else ""
+        return f"of the {whole / GIB:.3g} GiB of this Mac {kept} are kept for the system{metal}"
     if on_gpu():
-        whole = f"{int(mx.device_info(mx.gpu)['total_memory']) / GIB:.3g} GiB"
-        return f"of the {whole} of this GPU a tenth is left for what the libraries need"
+        return f"of the {_card_memory() / GIB:.3g} GiB of this GPU a tenth is left for what the libraries need"
     return "all of this machine's memory, as no GPU is used"
 
 

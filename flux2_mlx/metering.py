@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from .device import device_memory, failures, on_gpu
+from .device import device_memory, failures, on_gpu, on_metal
 from .memory import Plan
 from .output import Phase
 from .streaming import Reading
@@ -148,7 +148,7 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
-        if on_gpu():  # or it may be more than a Mac's GPU can have wired
+        if on_metal():  # or it may be more than a Mac's GPU can have wired
             former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
         cache = mx.set_cache_limit(0)
         former.callback(mx.set_cache_limit, cache)

@@ -16,6 +16,8 @@ from flux2_mlx.device import (
     foreign,
     fused,
     fuses_attention,
+    memory_bytes,
+    memory_reason,
     on_gpu,
     on_metal,
     parse_memory,
@@ -104,6 +106,39 @@ def test_a_mac_keeps_memory_for_its_system(whole, recommended, expected, monkeyp
         device_name="",
     )
     assert device_memory() == pytest.approx(expected * GIB)
+
+
+@pytest.mark.parametrize("whole", [2 * GIB, 7 * GIB, 8 * GIB - 1, 8 * GIB, 2**62, 2**64 - 1])
+def test_there_is_always_a_limit(whole, monkeypatch):
+    pretend(monkeypatch, memory_size=whole, max_recommended_working_set_size=whole, device_name="")
+    assert min(whole, 2**62) // 2 <= device_memory() < 2**63
+    assert device_memory() < whole
+    assert parse_memory(device_memory()) < 2**63
+    assert "a -" not in memory_reason()
+
+
+@pytest.mark.parametrize("value", [None, 0])
+@pytest.mark.parametrize("missing", ["memory_size", "max_recommended_working_set_size", "device_name"])
+def test_what_metal_does_not_say_is_not_needed(missing, value, monkeypatch):
+    info = {"memory_size": 16 * GIB, "max_recommended_working_set_size": 10 * GIB, "device_name": "Apple M4"}
+    monkeypatch.setattr(device, "_host_memory", lambda: 16 * GIB)
+    info |= {missing: value}
+    if value is None:
+        del info[missing]
+    pretend(monkeypatch, **info)
+    assert device_memory() == 10 * GIB
+    assert memory_reason().startswith("of the 16 GiB of this Mac 6 GiB are kept for the system")
+    assert device.chip() == ("an unknown chip" if missing == "device_name" else "Apple M4")
+    assert activation_dtype(None) == mx.bfloat16
+
+
+def test_a_card_of_unknown_memory_needs_a_limit(monkeypatch):
+    pretend(monkeypatch, metal=False)
+    with pytest.raises(
+        DeviceError, match=r"^MLX does not say how much memory this GPU has; say it with a memory_limit"
+    ):
+        memory_bytes(None)
+    assert memory_bytes("12GB") == 12 * 10**9
 
 
 def test_the_memory_of_a_card_is_its_own(monkeypatch):
