@@ -7,6 +7,7 @@ import platform
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 from helpers.cli_runner import PROMPT, done, make, refusal, run
 from test_cli_replay import remember
 from test_device import OUT_OF_MEMORY
@@ -253,6 +254,22 @@ def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypa
     result = done("t2i", PROMPT, "-m", "demo", "-W", "64", "-H", "64", "-s", "1", "-q", quant, "-o", "a.png")
     hint = f"on {chip} -q bf16 is faster than qint4, and there is memory enough for it"
     assert (hint in result.stderr.splitlines()) == hinted
+
+
+@pytest.mark.parametrize("stored", ["bf16", "qint4"])
+def test_what_is_said_of_4_bits_can_be_done(stored, small_model, tmp_path, monkeypatch):
+    """A folder has the bits that it has."""
+    monkeypatch.setattr(device, "is_slow_with_qint4", lambda: True)
+    convert(small_model(text=SHALLOW_TEXT), tmp_path / "model", stored, stored, variant=SHALLOW_VARIANT)
+    arguments = ("t2i", PROMPT, "-m", "./model", "-W", "64", "-H", "64", "-s", "1", "-o", "a.png", "--force")
+    line = f"on {device.chip()} -q bf16 is faster than qint4, and there is memory enough for it"
+    if stored == "bf16":
+        assert line in done(*arguments, "-q", "qint4").stderr.splitlines()
+        assert "faster" not in done(*arguments, "-q", "bf16").stderr
+    else:
+        told = done(*arguments, "-q", "qint4").stderr.splitlines()
+        assert f"{line}; download or convert the model with that" in told
+        assert "stored as qint4" in refusal(*arguments, "-q", "bf16")
 
 
 @pytest.mark.parametrize(

@@ -218,17 +218,20 @@ def _hint(record: Record) -> None:
     """Say where 4 bits take longer than the 16 for which there is memory."""
     from ..advice import workload
     from ..device import chip, is_slow_with_qint4
+    from ..names import CHECKPOINT
     from ..networks import Networks
 
     job, own = record.job, record.pipe.networks
     if job.quant != "qint4" or not is_slow_with_qint4():
         return
     plain = Networks.open(
-        own.checkpoint.model, text_quant=own.text_quant, dtype=job.dtype, memory_limit=own.memory_limit
+        own.checkpoint.model, text_quant=job.text_quant, dtype=job.dtype, memory_limit=own.memory_limit
     )
     planned = plain.plan(workload(record.draft.requests[0], record.draft.edit))
     if planned.fits and not planned.phase("transformer").streamed:
-        notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it", job.quiet)
+        stays = job.resolved.kind == CHECKPOINT and own.checkpoint.quant != "bf16"
+        way = "; download or convert the model with that" if stays else ""
+        notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it{way}", job.quiet)
 
 
 def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:
