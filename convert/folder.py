@@ -66,7 +66,7 @@ class Inspection:
     run: Callable[[Callable[[int], None]], None]
 
 
-@failures()
+@failures(smaller=None)
 def write_folder(
     target: Path,
     parts: list[Part],

@@ -41,28 +41,31 @@ _MOST_GIGABYTES = 1000  # more are megabytes
 # How MLX begins to say that a GPU failed. What follows may stand in other messages as well, which quote a path or are
 # PyTorch's.
 _FAILED = re.compile(r"\[METAL\]|\[metal::|\[malloc\S*\] Unable to allocate|cudaError|cu[A-Za-z]\w*(\(.*\))? failed")
-# What it says then, and what that means. The first that is found counts.
+# What it says then, what that means, and what to do, with what is smaller. The first that is found counts.
 _FAILURES = (
     (
         r"OutOfMemory|Insufficient Memory|out of memory|cudaErrorMemoryAllocation|Unable to allocate",
-        "the GPU has no memory left for this; choose a lower memory_limit, a smaller image, or close other programs",
+        "the GPU has no memory left for this",
+        "choose a lower memory_limit, {smaller}, or close other programs",
     ),
     (
         r"maximum allowed buffer size",
-        "one array would be larger than the GPU allows; choose a smaller image",
+        "one array would be larger than the GPU allows",
+        "choose {smaller}",
     ),
     (
         r"GPU Timeout|ErrorTimeout",
-        "the GPU was stopped, as one of its operations took too long; choose a smaller image, or set "
-        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
+        "the GPU was stopped, as one of its operations took too long",
+        "choose {smaller}, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
     ),
     (
         r"Impacting Interactivity|ImpactingInteractivity",
-        "the GPU was stopped for the sake of the display; let the display sleep, choose a smaller image, or set "
-        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
+        "the GPU was stopped for the sake of the display",
+        "let the display sleep, choose {smaller}, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
     ),
-    ("", "the GPU failed"),
+    ("", "the GPU failed", ""),
 )
+_ON_CPU = "close other programs, or set FLUX2_MLX_DEVICE=cpu in the environment, which takes longer"
 _FOREIGN = "_of_a_caller"  # an attribute of exceptions
 _log = logging.getLogger(__name__)
 
@@ -266,7 +269,7 @@ def memory_reason() -> str:
 
 
 def memory_bytes(limit: str | int | None) -> int:
-    """The bytes of a memory limit; None: what the device has."""
+    """The bytes of a memory limit; None: `device_memory`."""
     return device_memory() if limit is None else parse_memory(limit)
 
 
@@ -287,14 +290,18 @@ def parse_memory(text: str | int) -> int:
 
 
 @contextmanager
-def failures() -> Iterator[None]:
-    """Turn what MLX raises for a GPU that fails into a DeviceError; other errors pass."""
+def failures(smaller: str | None = "a smaller image") -> Iterator[None]:
+    """Turn what MLX raises for a GPU that fails into a DeviceError; other errors pass.
+
+    Args:
+        smaller: what would take the GPU less; None: nothing, but the CPU can do it as well.
+    """
     try:
         yield
     except RuntimeError as error:
         if not is_failure(error):
             raise
-        raise DeviceError(f"{_meaning(str(error))} ({_first_line(error)})") from error
+        raise DeviceError(f"{_meaning(str(error), smaller)} ({_first_line(error)})") from error
 
 
 def is_failure(error: Exception) -> bool:
@@ -312,8 +319,11 @@ def foreign() -> Iterator[None]:
         raise
 
 
-def _meaning(message: str) -> str:
-    return next(meaning for pattern, meaning in _FAILURES if re.search(pattern, message, re.IGNORECASE))
+def _meaning(message: str, smaller: str | None) -> str:
+    found = ((meaning, way) for pattern, meaning, way in _FAILURES if re.search(pattern, message, re.IGNORECASE))
+    meaning, way = next(found)
+    way = way.format(smaller=smaller) if smaller else _ON_CPU
+    return f"{meaning}; {way}" if way else meaning
 
 
 def _first_line(error: Any) -> str:

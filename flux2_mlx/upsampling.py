@@ -14,7 +14,7 @@ from .acquisition import Announce, Progress
 from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
-from .device import activation_dtype, foreign, memory_bytes
+from .device import activation_dtype, failures, foreign, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
@@ -34,6 +34,7 @@ MAX_NEW_TOKENS = 512
 # Images are shown to the language model at no more than this area, as in the reference.
 _MAX_AREA = 768 * 768
 _MAX_ANSWER = 100_000
+_SMALLER = "fewer images or a shorter prompt"  # than an answer needs too much for
 _log = logging.getLogger(__name__)
 # Hears the number of the answer and its text so far.
 OnText = Callable[[int, str], None]
@@ -72,7 +73,7 @@ class Writer:
                 `bfloat16`, as hidden states of language models overflow the other.
             models_dir: as for `Flux2Pipeline.from_pretrained`.
             memory_limit: bytes, or a size such as `"12GB"`, to stay within, if need be by reading layers from disk for
-                every word; None: what the machine has.
+                every word; None: what the system of this machine can spare, as `flux2-mlx info` shows.
             keep_source: leave what is fetched in the Hub's cache.
             announce: hears what is about to be fetched.
             progress: hears bytes done, bytes in all, and `download` or `convert`.
@@ -166,7 +167,7 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        with turn(), self.networks.keeping(planned) as planned:
+        with turn(), failures(_SMALLER), self.networks.keeping(planned) as planned:
             meter = Meter(self.timings, planned, self.networks.reading, self.networks.kept_bytes)
             features = {}
             if pictures:

@@ -240,6 +240,23 @@ def test_what_a_gpu_says_becomes_one_line(message, match):
         raise RuntimeError(message)
 
 
+def said(message: str, **context: str | None) -> str:
+    with pytest.raises(DeviceError) as raised, failures(), failures(**context):
+        raise RuntimeError(message)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("message", [OUT_OF_MEMORY, TIMEOUT, INTERACTIVITY, TOO_LARGE])
+def test_what_to_do_is_about_what_is_done(message):
+    assert "a smaller image" in said(message)
+    writing = said(message, smaller="a shorter prompt")
+    assert "a shorter prompt" in writing
+    assert "a smaller image" not in writing
+    converting = said(message, smaller=None)
+    assert "; close other programs, or set FLUX2_MLX_DEVICE=cpu in the environment" in converting
+    assert not any(words in converting for words in ("image", "memory_limit", "display sleep"))
+
+
 class OtherError(RuntimeError):
     """Such as PyTorch's for a GPU without memory."""
 
