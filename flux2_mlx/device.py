@@ -26,7 +26,7 @@ _FUSED_ON_METAL, _FUSED_ON_CUDA = (64, 80, 128), tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
 _CARD_SHARE = 0.9
 # What Apple's GPUs are said to do at most, in 1e12 operations a second in 32 bits; up to the M4 they do about as many
-# in 16 bits. And the share of that which MLX's products and attention reach.
+# in 16 bits, and later ones more. And the share of that which MLX's products and attention reach.
 _TFLOPS = {
     "M1": {"": 2.6, "Pro": 5.2, "Max": 10.4, "Ultra": 20.8},
     "M2": {"": 3.6, "Pro": 6.8, "Max": 13.6, "Ultra": 27.2},
@@ -195,11 +195,27 @@ def fuses_attention(head_dim: int, itemsize: int) -> bool:
 
 
 def dispatch_seconds(operations: int) -> float | None:
-    """About how long an operation of so many takes the GPU of this Mac; None on what is not in the table."""
-    name = str(mx.device_info(mx.gpu).get("device_name", "")) if on_metal() else ""
-    match = re.fullmatch(r"Apple (M\d+) ?(Pro|Max|Ultra|)", name)
-    rate = _TFLOPS.get(match[1], {}).get(match[2]) if match else None
-    return None if rate is None else operations / (_REACHED * rate * 1e12)
+    """About how long an operation of so many takes the GPU of this Mac, if that is as fast as `chip_class` is; None:
+    on what is none."""
+    if not on_metal():
+        return None
+    generation, kind = _generation()
+    return operations / (_REACHED * _TFLOPS[generation][kind] * 1e12)
+
+
+def chip_class() -> str:
+    """The chip whose speed is known that this Mac's is taken for: itself, or the next slower one; of other Apple GPUs,
+    which are virtual, or those of telephones and small Macs, the slowest."""
+    return " ".join(filter(None, ("Apple", *_generation())))
+
+
+def _generation() -> tuple[str, str]:
+    """That of `chip_class` and its kind, as the table has them."""
+    match = re.fullmatch(r"Apple M(\d+) ?(Pro|Max|Ultra|)", chip())
+    if not match:
+        return "M1", ""
+    known = _TFLOPS[generation := f"M{min(int(match[1]), len(_TFLOPS))}"]
+    return generation, match[2] if match[2] in known else list(known)[-1]
 
 
 @contextmanager

@@ -11,13 +11,13 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .device import MOST_DISPATCH, dispatch_seconds, failures, foreign
+from .device import failures, foreign
 from .embedding_cache import CachedEncoder, EmbeddingCache
 from .images import to_unit
 from .latents import EncodedEdit, decode_latents, decode_tokens, encode_edit, finished_image, latents_of
 from .layers import cast, check_finite
 from .memory import Plan, passes
-from .metering import Meter, end_with_process
+from .metering import Meter, end_with_process, warn_of_long_operations
 from .networks import Networks
 from .noise import initial_noise
 from .output import Flux2Output
@@ -134,7 +134,7 @@ class Run:
             self._warn_of_pictures()
             with self._meter.phase("vae_encoder"):
                 encoded = self._encoded()
-        self._warn_of_long_operations()
+        warn_of_long_operations(self.planned, "a smaller image or fewer references")
         with self._meter.phase("transformer"):
             self._denoise(images, latents, texts, negatives, encoded)
             self._vae = None
@@ -196,15 +196,6 @@ class Run:
                 count,
                 self._variant.name,
                 limit,
-            )
-
-    def _warn_of_long_operations(self) -> None:
-        seconds = dispatch_seconds(self.planned.longest)
-        if seconds is not None and seconds > MOST_DISPATCH:
-            _log.warning(
-                "an operation takes this GPU about %.1f s, and macOS may stop it; let the display sleep, or choose a "
-                "smaller image or fewer references",
-                seconds,
             )
 
     def _encoded(self) -> EncodedEdit:

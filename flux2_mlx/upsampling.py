@@ -19,7 +19,7 @@ from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
 from .memory import Plan, Writing
-from .metering import Meter, turn
+from .metering import Meter, turn, warn_of_long_operations
 from .names import Model
 from .networks import Networks
 from .output import Phase
@@ -205,6 +205,7 @@ class Writer:
     def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
         pixels = tuple(image.shape[0] * image.shape[1] for image in images)
         planned = checked_writing_plan(self.networks, Writing(max(map(len, prompts)), max_new_tokens, pixels))
+        warn_of_long_operations(planned, _SMALLER)
         if streamed := planned.phase("language_model").streamed:
             _log.warning(
                 "%.3g GiB of the language model do not fit into memory and are read for every word", streamed / 2**30

@@ -57,6 +57,7 @@ def limit(models: Path) -> int:
         ("t2i", "eval", 8, PAINTING),
         ("t2i streamed", "eval", 30, PAINTING),
         ("t2i streamed", "async_eval", 20, PAINTING),
+        ("t2i reading", "eval", 2, PAINTING),
         ("i2i", "eval", 8, PAINTING),
         ("convert", "eval", 8, CONVERTING),
         ("requantize", "eval", 8, CONVERTING),
@@ -71,6 +72,7 @@ def test_one_line_says_what_happened_and_what_to_do(name, function, call, advice
     commands = {
         "t2i": ("t2i", PROMPT, *SMALL, "--no-cache", "-o", "a.png"),
         "t2i streamed": ("t2i", PROMPT, "-m", plain, *SIZE, "-o", "a.png", "--memory-limit", limit(models)),
+        "t2i reading": ("t2i", PROMPT, "-m", plain, *SIZE, "-o", "a.png", "--memory-limit", limit(models)),
         "i2i": ("i2i", PROMPT, "-m", "demo", "-s", "1", "-i", "photo.png", "--no-cache", "-o", "a.png"),
         "convert": ("convert", models / "official", "new", "--variant", SHALLOW_VARIANT, "-q", "qint8"),
         "requantize": ("convert", plain, "new", "-q", "qint4"),
@@ -80,7 +82,8 @@ def test_one_line_says_what_happened_and_what_to_do(name, function, call, advice
     work, calls = getattr(mx, function), []
 
     def failing(*arrays):
-        calls.append(arrays)
+        if name != "t2i reading" or isinstance(arrays[0], dict):  # the weights of a block
+            calls.append(arrays)
         if len(calls) > call:
             raise RuntimeError(TEXTS[text])
         work(*arrays)
