@@ -21,7 +21,7 @@ from flux2_mlx.checkpoint import (
     sealed,
 )
 from flux2_mlx.components import COMPONENTS
-from flux2_mlx.device import failures
+from flux2_mlx.device import failures, foreign
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
@@ -66,7 +66,7 @@ class Inspection:
     run: Callable[[Callable[[int], None]], None]
 
 
-@failures()
+@failures(smaller=None)
 def write_folder(
     target: Path,
     parts: list[Part],
@@ -163,7 +163,8 @@ class _Progress:
     def add(self, count: int) -> None:
         self._done += count
         if self._report:
-            self._report(self._done, self._total)
+            with foreign():
+                self._report(self._done, self._total)
 
 
 class _Folder:

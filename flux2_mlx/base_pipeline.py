@@ -10,7 +10,7 @@ from . import arguments
 from .advice import checked_phase_plan, checked_plan, workload
 from .checkpoint import Checkpoint
 from .config import Variant
-from .device import dtype_name, failures
+from .device import dtype_name
 from .diffusers_methods import DiffusersMethods
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
@@ -228,12 +228,15 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         with turn():
             self.networks.release()
 
-    @failures()
     def preview(self, request: Request, tokens: mx.array, edit: Edit | None = None) -> list[Image.Image]:
-        """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`."""
-        vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
+        """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`.
+
+        A callback can ask for them while the run goes on; other threads wait for its end.
+        """
         grid = request.height // self.token_size, request.width // self.token_size
-        return [finished_image(decode_tokens(vae, image, grid, dtype), edit or Edit()) for image in tokens]
+        with turn():
+            vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
+            return [finished_image(decode_tokens(vae, image, grid, dtype), edit or Edit()) for image in tokens]
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +26,7 @@ _FUSED_ON_METAL, _FUSED_ON_CUDA = (64, 80, 128), tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
 _CARD_SHARE = 0.9
 # What Apple's GPUs are said to do at most, in 1e12 operations a second in 32 bits; up to the M4 they do about as many
-# in 16 bits. And the share of that which MLX's products and attention reach.
+# in 16 bits, and later ones more. And the share of that which MLX's products and attention reach.
 _TFLOPS = {
     "M1": {"": 2.6, "Pro": 5.2, "Max": 10.4, "Ultra": 20.8},
     "M2": {"": 3.6, "Pro": 6.8, "Max": 13.6, "Ultra": 27.2},
@@ -38,28 +38,35 @@ MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and le
 _MOST_BYTES = 2**63  # what MLX's limits can hold
 _FEWEST_BYTES = 10**6  # fewer without a unit are a number whose unit was forgotten
 _MOST_GIGABYTES = 1000  # more are megabytes
-# What a GPU says when a run fails, as MLX words it, and what that means. The first that is found counts.
+# How MLX begins to say that a GPU failed. What follows may stand in other messages as well, which quote a path or are
+# PyTorch's.
+_FAILED = re.compile(r"\[METAL\]|\[metal::|\[malloc\S*\] Unable to allocate|cudaError|cu[A-Za-z]\w*(\(.*\))? failed")
+# What it says then, what that means, and what to do, with what is smaller. The first that is found counts.
 _FAILURES = (
     (
-        r"OutOfMemory|Insufficient Memory|out of memory|cudaErrorMemoryAllocation|\[malloc\S*\] Unable to allocate",
-        "the GPU has no memory left for this; choose a lower memory_limit, a smaller image, or close other programs",
+        r"OutOfMemory|Insufficient Memory|out of memory|cudaErrorMemoryAllocation|Unable to allocate",
+        "the GPU has no memory left for this",
+        "choose a lower memory_limit, {smaller}, or close other programs",
     ),
     (
         r"maximum allowed buffer size",
-        "one array would be larger than the GPU allows; choose a smaller image",
+        "one array would be larger than the GPU allows",
+        "choose {smaller}",
     ),
     (
         r"GPU Timeout|ErrorTimeout",
-        "the GPU was stopped, as one of its operations took too long; choose a smaller image, or set "
-        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
+        "the GPU was stopped, as one of its operations took too long",
+        "choose {smaller}, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
     ),
     (
         r"Impacting Interactivity|ImpactingInteractivity",
-        "the GPU was stopped for the sake of the display; let the display sleep, choose a smaller image, or set "
-        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
+        "the GPU was stopped for the sake of the display",
+        "let the display sleep, choose {smaller}, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
     ),
-    (r"\[METAL\]|\[metal::|cuda|cudnn|cublas", "the GPU failed"),
+    ("", "the GPU failed", ""),
 )
+_ON_CPU = "close other programs, or set FLUX2_MLX_DEVICE=cpu in the environment, which takes longer"
+_FOREIGN = "_of_a_caller"  # an attribute of exceptions
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +112,7 @@ def _gpu_dtype() -> mx.Dtype:
 def computing_dtype(name: str | None) -> mx.Dtype:
     """`activation_dtype` for a computation that begins. A float32 that was asked for is no TF32, or a warning says so.
 
-    MLX reads whether TF32 is wanted once, with its first product on a GPU.
+    MLX reads whether TF32 is wanted once, with its first product on a GPU. So there is none before this is called.
     """
     if name == "float32" and on_gpu():
         os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -114,11 +121,20 @@ def computing_dtype(name: str | None) -> mx.Dtype:
     return activation_dtype(name)
 
 
-@functools.cache
-def cuts_float32() -> bool:
-    """Whether the GPU's matrix units cut products in float32 to 10 bits, which is called TF32, as a product shows."""
+def cuts_float32() -> bool | None:
+    """Whether the GPU's matrix units cut products in float32 to 10 bits, which is called TF32, as a product shows.
+
+    None: it failed. Ask only where it is known what is computed in: the first product decides (see `computing_dtype`).
+    """
     if not on_gpu():
         return False
+    with suppress(DeviceError), failures():
+        return _is_product_cut()
+    return None
+
+
+@functools.cache
+def _is_product_cut() -> bool:
     x = mx.full((512, 512), 1 + 2**-12)
     return bool((x @ x)[0, 0] < 512 * (1 + 2**-12))
 
@@ -135,7 +151,7 @@ def is_slow_with_qint4() -> bool:
 
 def chip() -> str:
     """What computes, in its maker's words."""
-    return str(mx.device_info(mx.gpu if on_gpu() else mx.cpu).get("device_name", ""))
+    return str(mx.device_info(mx.gpu if on_gpu() else mx.cpu).get("device_name") or "an unknown chip")
 
 
 def is_virtual() -> bool:
@@ -149,8 +165,9 @@ def system() -> str:
     return f"{'macOS' if platform.system() == 'Darwin' else platform.system()} {release}"
 
 
-def machine() -> dict[str, str | bool]:
-    """What results depend on besides the settings: results of others differ in the last bits, or more."""
+def machine() -> dict[str, str | bool | None]:
+    """What results depend on besides the settings: results of others differ in the last bits, or more. Ask as of
+    `cuts_float32`."""
     return {"chip": chip(), "system": system(), "mlx": MLX_VERSION, "tf32": cuts_float32()}
 
 
@@ -178,11 +195,27 @@ def fuses_attention(head_dim: int, itemsize: int) -> bool:
 
 
 def dispatch_seconds(operations: int) -> float | None:
-    """About how long an operation of so many takes the GPU of this Mac; None on what is not in the table."""
-    name = str(mx.device_info(mx.gpu).get("device_name", "")) if on_metal() else ""
-    match = re.fullmatch(r"Apple (M\d+) ?(Pro|Max|Ultra|)", name)
-    rate = _TFLOPS.get(match[1], {}).get(match[2]) if match else None
-    return None if rate is None else operations / (_REACHED * rate * 1e12)
+    """About how long an operation of so many takes the GPU of this Mac, if that is as fast as `chip_class` is; None:
+    on what is none."""
+    if not on_metal():
+        return None
+    generation, kind = _generation()
+    return operations / (_REACHED * _TFLOPS[generation][kind] * 1e12)
+
+
+def chip_class() -> str:
+    """The chip whose speed is known that this Mac's is taken for: itself, or the next slower one; of other Apple GPUs,
+    which are virtual, or those of telephones and small Macs, the slowest."""
+    return " ".join(filter(None, ("Apple", *_generation())))
+
+
+def _generation() -> tuple[str, str]:
+    """That of `chip_class` and its kind, as the table has them."""
+    match = re.fullmatch(r"Apple M(\d+) ?(Pro|Max|Ultra|)", chip())
+    if not match:
+        return "M1", ""
+    known = _TFLOPS[generation := f"M{min(int(match[1]), len(_TFLOPS))}"]
+    return generation, match[2] if match[2] in known else list(known)[-1]
 
 
 @contextmanager
@@ -190,7 +223,7 @@ def direct_convolutions() -> Iterator[None]:
     """Have Metal convolve directly. Winograd's method, which MLX would take for large layers in 16 bits as well, keeps
     its intermediates in 16 bits, and they reach 100 times the result: 9 to 36 times the error, up to 11 of 255 levels.
 
-    What is convolved must be evaluated inside.
+    What is convolved must be evaluated inside, by whoever has the turn: the setting is the process'.
     """
     before = os.environ.get("MLX_CONV_WINOGRAD")
     os.environ["MLX_CONV_WINOGRAD"] = "0"
@@ -212,35 +245,47 @@ def device_memory() -> int:
     if on_metal():
         return mac_limit(*_mac_memory())
     if on_gpu():
-        return int(_CARD_SHARE * int(mx.device_info(mx.gpu)["total_memory"]))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(_CARD_SHARE * _card_memory())
+    return _host_memory()
 
 
 def mac_limit(whole: int, recommended: int) -> int:
-    """Bytes that networks can have of a Mac with so many, of which Metal recommends so many."""
-    return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4))
+    """Bytes that networks can have of a Mac with so many, of which Metal recommends so many. The system of one that is
+    smaller than any that there is, as virtual ones are, keeps half."""
+    return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4, whole // 2))
 
 
 def _mac_memory() -> tuple[int, int]:
+    """That of the Mac, and what of it Metal recommends; all where it does not say."""
     info = mx.device_info(mx.gpu)
-    return int(info["memory_size"]), int(info["max_recommended_working_set_size"])
+    whole = min(int(info.get("memory_size") or _host_memory()), _MOST_BYTES - 1)
+    return whole, int(info.get("max_recommended_working_set_size") or whole)
+
+
+def _card_memory() -> int:
+    if total := mx.device_info(mx.gpu).get("total_memory"):
+        return int(total)
+    raise DeviceError("MLX does not say how much memory this GPU has; say it with a memory_limit, such as 12GB")
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_reason() -> str:
     """Why `device_memory` is what it is, in a few words."""
     if on_metal():
-        whole, recommended = (f"{nbytes / GIB:.3g} GiB" for nbytes in _mac_memory())
-        kept = f"{(_mac_memory()[0] - device_memory()) / GIB:.3g} GiB"
-        metal = f" (Metal recommends at most {recommended})"
-        return f"of the {whole} of this Mac {kept} are kept for the system{metal}"
+        whole, recommended = _mac_memory()
+        kept = f"{(whole - device_memory()) / GIB:.3g} GiB"
+        metal = f" (Metal recommends at most {recommended / GIB:.3g} GiB)" if recommended != whole else ""
+        return f"of the {whole / GIB:.3g} GiB of this Mac {kept} are kept for the system{metal}"
     if on_gpu():
-        whole = f"{int(mx.device_info(mx.gpu)['total_memory']) / GIB:.3g} GiB"
-        return f"of the {whole} of this GPU a tenth is left for what the libraries need"
+        return f"of the {_card_memory() / GIB:.3g} GiB of this GPU a tenth is left for what the libraries need"
     return "all of this machine's memory, as no GPU is used"
 
 
 def memory_bytes(limit: str | int | None) -> int:
-    """The bytes of a memory limit; None: what the device has."""
+    """The bytes of a memory limit; None: `device_memory`."""
     return device_memory() if limit is None else parse_memory(limit)
 
 
@@ -261,25 +306,40 @@ def parse_memory(text: str | int) -> int:
 
 
 @contextmanager
-def failures() -> Iterator[None]:
-    """Turn what MLX raises for a GPU that fails into a DeviceError; other errors pass."""
+def failures(smaller: str | None = "a smaller image") -> Iterator[None]:
+    """Turn what MLX raises for a GPU that fails into a DeviceError; other errors pass.
+
+    Args:
+        smaller: what would take the GPU less; None: nothing, but the CPU can do it as well.
+    """
     try:
         yield
     except RuntimeError as error:
-        meaning = _meaning(str(error))
-        if meaning is None:
+        if not is_failure(error):
             raise
-        raise DeviceError(f"{meaning} ({_first_line(error)})") from error
+        raise DeviceError(f"{_meaning(str(error), smaller)} ({_first_line(error)})") from error
 
 
 def is_failure(error: Exception) -> bool:
-    """Whether MLX raised `error` for a GPU that fails."""
-    return _meaning(str(error)) is not None
+    """Whether MLX raised `error` for a GPU that fails, and not in a function of the caller's."""
+    return type(error) is RuntimeError and not hasattr(error, _FOREIGN) and _FAILED.match(str(error)) is not None
 
 
-def _meaning(message: str) -> str | None:
-    found = (meaning for pattern, meaning in _FAILURES if re.search(pattern, message, re.IGNORECASE))
-    return next(found, None)
+@contextmanager
+def foreign() -> Iterator[None]:
+    """What is raised inside, where a function of the caller's is called, is not taken for what MLX raised for us."""
+    try:
+        yield
+    except RuntimeError as error:
+        setattr(error, _FOREIGN, True)
+        raise
+
+
+def _meaning(message: str, smaller: str | None) -> str:
+    found = ((meaning, way) for pattern, meaning, way in _FAILURES if re.search(pattern, message, re.IGNORECASE))
+    meaning, way = next(found)
+    way = way.format(smaller=smaller) if smaller else _ON_CPU
+    return f"{meaning}; {way}" if way else meaning
 
 
 def _first_line(error: Any) -> str:

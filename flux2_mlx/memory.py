@@ -223,15 +223,16 @@ def writing_plan(
         work: what is read and written.
         limit: bytes that there are.
     """
-    features, embeddings, activations = 0, 0, {}
+    features, embeddings, activations, longest = 0, 0, {}, text.longest_read(work.tokens)
     if vision is not None:
+        longest = max(longest, vision.longest(max(work.pixels)))
         features, embeddings = vision.features(sum(work.pixels)), text.embeddings(work.tokens)
         activations["vision_tower"] = vision.seeing(max(work.pixels), networks["vision_tower"].widened) + features
     model = networks["language_model"]
     reading = max(text.reading(work.tokens, model.widened), model.loading)
     cache = text.cache(work.tokens + work.answer)
     activations["language_model"] = cache + reading + text.logits() + features + embeddings
-    return _plan(networks, activations, limit)
+    return replace(_plan(networks, activations, limit), longest=longest)
 
 
 @dataclass(frozen=True)

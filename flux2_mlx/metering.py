@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from .device import device_memory, failures, on_gpu
+from .device import MOST_DISPATCH, chip, chip_class, device_memory, dispatch_seconds, failures, on_gpu, on_metal
 from .memory import Plan
 from .output import Phase
 from .streaming import Reading
 
+_log = logging.getLogger(__name__)
 _TURN = threading.RLock()
 _THREAD = threading.local()
 _ENDING = threading.Event()
@@ -148,7 +150,7 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
-        if on_gpu():  # or it may be more than a Mac's GPU can have wired
+        if on_metal():  # or it may be more than a Mac's GPU can have wired
             former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
         cache = mx.set_cache_limit(0)
         former.callback(mx.set_cache_limit, cache)
@@ -156,3 +158,15 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
         mx.set_cache_limit(min(cache, max(kept, planned.limit - peak)))
         yield
         mx.synchronize()
+
+
+def warn_of_long_operations(planned: Plan, smaller: str) -> None:
+    """Say that the system may stop what is planned, and what would be `smaller`."""
+    seconds = dispatch_seconds(planned.longest)
+    if seconds is not None and seconds > MOST_DISPATCH:
+        _log.warning(
+            "an operation takes this GPU about %.1f s%s, and macOS may stop it; let the display sleep, or choose %s",
+            seconds,
+            "" if chip_class() == chip() else f" if it is as fast as an {chip_class()}",
+            smaller,
+        )

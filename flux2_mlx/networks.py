@@ -66,7 +66,7 @@ class Networks:
                 as stored.
             text_quant: the same for the text encoder.
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own.
-            memory_limit: bytes, or a size such as `"12GB"`; None: what the device has.
+            memory_limit: bytes, or a size such as `"12GB"`; None: what the device can spare (see `device_memory`).
             text_only: a model without transformer and VAE will do.
             keep: whether networks stay in memory between runs where they fit beside each phase.
 

@@ -71,7 +71,8 @@ class Flux2Pipeline(BasePipeline):
             prompt_cache: keep encoded prompts in the folder `prompts` there, so that a prompt seen before needs no
                 text encoder, and denoised images that wait for their decoding in `unfinished`.
             memory_limit: bytes, or a size such as `"12GB"`, that a run stays within, if need be by reading blocks of
-                the networks from disk at every step; None: what the machine has.
+                the networks from disk at every step; None: what the system of this machine can spare, as `flux2-mlx
+                info` shows.
             keep_source: leave what is fetched in the Hub's cache, for other programs and quantizations.
             keep: keep networks in memory between calls as far as they fit into `memory_limit` beside each phase, until
                 `release` or another pipeline's call that needs the room; False: release each after its phase.

@@ -11,13 +11,13 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .device import MOST_DISPATCH, dispatch_seconds
+from .device import failures, foreign
 from .embedding_cache import CachedEncoder, EmbeddingCache
 from .images import to_unit
 from .latents import EncodedEdit, decode_latents, decode_tokens, encode_edit, finished_image, latents_of
 from .layers import cast, check_finite
 from .memory import Plan, passes
-from .metering import Meter, end_with_process
+from .metering import Meter, end_with_process, warn_of_long_operations
 from .networks import Networks
 from .noise import initial_noise
 from .output import Flux2Output
@@ -88,7 +88,8 @@ class Run:
             negative_prompt_embeds: encoded negative prompts in place of the request's, of that form too.
         """
         try:
-            self._make(latents, prompt_embeds, negative_prompt_embeds)
+            with failures():  # or another exception would leave without the images
+                self._make(latents, prompt_embeds, negative_prompt_embeds)
         except BaseException as error:
             if self._images:
                 error.partial_output = self.output  # type: ignore[attr-defined]  # whatever ends the run
@@ -133,7 +134,7 @@ class Run:
             self._warn_of_pictures()
             with self._meter.phase("vae_encoder"):
                 encoded = self._encoded()
-        self._warn_of_long_operations()
+        warn_of_long_operations(self.planned, "a smaller image or fewer references")
         with self._meter.phase("transformer"):
             self._denoise(images, latents, texts, negatives, encoded)
             self._vae = None
@@ -195,15 +196,6 @@ class Run:
                 count,
                 self._variant.name,
                 limit,
-            )
-
-    def _warn_of_long_operations(self) -> None:
-        seconds = dispatch_seconds(self.planned.longest)
-        if seconds is not None and seconds > MOST_DISPATCH:
-            _log.warning(
-                "an operation takes this GPU about %.1f s, and macOS may stop it; let the display sleep, or choose a "
-                "smaller image or fewer references",
-                seconds,
             )
 
     def _encoded(self) -> EncodedEdit:
@@ -290,7 +282,7 @@ class Run:
         return noise.reshape(len(images), channels, -1).transpose(0, 2, 1)
 
     def _preview(self, step: Step) -> list[Image.Image]:
-        with self._meter.phase("vae"):
+        with failures(), self._meter.phase("vae"):
             return [self._decoded(tokens, self._decoder()) for tokens in step.estimate]
 
     def _decoder(self) -> VAE:
@@ -339,7 +331,8 @@ class Run:
         return pixels.transpose(0, 3, 1, 2) if self.output_type == "latent" else to_unit(pixels)
 
     def _tell(self, *progress: Any, **more: Any) -> Any:
-        return self.on_progress(Progress(*progress, **more))
+        with foreign():
+            return self.on_progress(Progress(*progress, **more))
 
     def _number(self, image: int) -> int:
         """That of the prompt of an image."""

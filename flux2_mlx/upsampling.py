@@ -14,12 +14,12 @@ from .acquisition import Announce, Progress
 from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
-from .device import activation_dtype, memory_bytes
+from .device import activation_dtype, failures, foreign, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
 from .memory import Plan, Writing
-from .metering import Meter, turn
+from .metering import Meter, turn, warn_of_long_operations
 from .names import Model
 from .networks import Networks
 from .output import Phase
@@ -34,6 +34,7 @@ MAX_NEW_TOKENS = 512
 # Images are shown to the language model at no more than this area, as in the reference.
 _MAX_AREA = 768 * 768
 _MAX_ANSWER = 100_000
+_SMALLER = "fewer images or a shorter prompt"  # than an answer needs too much for
 _log = logging.getLogger(__name__)
 # Hears the number of the answer and its text so far.
 OnText = Callable[[int, str], None]
@@ -72,7 +73,7 @@ class Writer:
                 `bfloat16`, as hidden states of language models overflow the other.
             models_dir: as for `Flux2Pipeline.from_pretrained`.
             memory_limit: bytes, or a size such as `"12GB"`, to stay within, if need be by reading layers from disk for
-                every word; None: what the machine has.
+                every word; None: what the system of this machine can spare, as `flux2-mlx info` shows.
             keep_source: leave what is fetched in the Hub's cache.
             announce: hears what is about to be fetched.
             progress: hears bytes done, bytes in all, and `download` or `convert`.
@@ -166,7 +167,7 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        with turn(), self.networks.keeping(planned) as planned:
+        with turn(), failures(_SMALLER), self.networks.keeping(planned) as planned:
             meter = Meter(self.timings, planned, self.networks.reading, self.networks.kept_bytes)
             features = {}
             if pictures:
@@ -204,6 +205,7 @@ class Writer:
     def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
         pixels = tuple(image.shape[0] * image.shape[1] for image in images)
         planned = checked_writing_plan(self.networks, Writing(max(map(len, prompts)), max_new_tokens, pixels))
+        warn_of_long_operations(planned, _SMALLER)
         if streamed := planned.phase("language_model").streamed:
             _log.warning(
                 "%.3g GiB of the language model do not fit into memory and are read for every word", streamed / 2**30
@@ -252,7 +254,8 @@ class Writer:
         for token in tokens:
             answer.append(token)
             text = self.checkpoint.tokenizer.decode(answer)
-            on_text(number, text)
+            with foreign():
+                on_text(number, text)
         if not text.strip():
             raise InputError("the language model answered nothing; try another seed, or leave the rewriting out")
         return text.strip()

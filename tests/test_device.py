@@ -13,8 +13,11 @@ from flux2_mlx.device import (
     activation_dtype,
     device_memory,
     failures,
+    foreign,
     fused,
     fuses_attention,
+    memory_bytes,
+    memory_reason,
     on_gpu,
     on_metal,
     parse_memory,
@@ -105,6 +108,39 @@ def test_a_mac_keeps_memory_for_its_system(whole, recommended, expected, monkeyp
     assert device_memory() == pytest.approx(expected * GIB)
 
 
+@pytest.mark.parametrize("whole", [2 * GIB, 7 * GIB, 8 * GIB - 1, 8 * GIB, 2**62, 2**64 - 1])
+def test_there_is_always_a_limit(whole, monkeypatch):
+    pretend(monkeypatch, memory_size=whole, max_recommended_working_set_size=whole, device_name="")
+    assert min(whole, 2**62) // 2 <= device_memory() < 2**63
+    assert device_memory() < whole
+    assert parse_memory(device_memory()) < 2**63
+    assert "a -" not in memory_reason()
+
+
+@pytest.mark.parametrize("value", [None, 0])
+@pytest.mark.parametrize("missing", ["memory_size", "max_recommended_working_set_size", "device_name"])
+def test_what_metal_does_not_say_is_not_needed(missing, value, monkeypatch):
+    info = {"memory_size": 16 * GIB, "max_recommended_working_set_size": 10 * GIB, "device_name": "Apple M4"}
+    monkeypatch.setattr(device, "_host_memory", lambda: 16 * GIB)
+    info |= {missing: value}
+    if value is None:
+        del info[missing]
+    pretend(monkeypatch, **info)
+    assert device_memory() == 10 * GIB
+    assert memory_reason().startswith("of the 16 GiB of this Mac 6 GiB are kept for the system")
+    assert device.chip() == ("an unknown chip" if missing == "device_name" else "Apple M4")
+    assert activation_dtype(None) == mx.bfloat16
+
+
+def test_a_card_of_unknown_memory_needs_a_limit(monkeypatch):
+    pretend(monkeypatch, metal=False)
+    with pytest.raises(
+        DeviceError, match=r"^MLX does not say how much memory this GPU has; say it with a memory_limit"
+    ):
+        memory_bytes(None)
+    assert memory_bytes("12GB") == 12 * 10**9
+
+
 def test_the_memory_of_a_card_is_its_own(monkeypatch):
     pretend(monkeypatch, metal=False, total_memory=80 * GIB, free_memory=GIB)
     assert device_memory() == 72 * GIB
@@ -190,6 +226,9 @@ def test_functions_are_compiled_on_a_gpu_only(monkeypatch):
         (OUT_OF_MEMORY, r"^the GPU has no memory left for this; choose a lower memory_limit, .*\(\[METAL\] .*\)$"),
         ("cudaMallocAsync(&data, size, stream) failed: out of memory", "^the GPU has no memory left"),
         ("[malloc_or_wait] Unable to allocate 123 bytes.", "^the GPU has no memory left"),
+        ("[metal::malloc] Resource limit (499000) exceeded.", r"^the GPU failed \(\[metal::malloc\]"),
+        ("cublasLtMatmul(handle, desc) failed with code: 14.", r"^the GPU failed \(cublasLtMatmul"),
+        ("cudaGraphLaunch(graph_exec, stream) failed: unspecified launch failure", "^the GPU failed "),
         (TIMEOUT, "^the GPU was stopped, as one of its operations took too long; choose a smaller image, or set AGX_"),
         (INTERACTIVITY, "^the GPU was stopped for the sake of the display; let the display sleep, "),
         (TOO_LARGE, "^one array would be larger than the GPU allows; choose a smaller image"),
@@ -201,8 +240,49 @@ def test_what_a_gpu_says_becomes_one_line(message, match):
         raise RuntimeError(message)
 
 
-def test_other_errors_pass():
-    error = RuntimeError("[conv] Expect the input channels in the input and weight array to match")
-    with pytest.raises(RuntimeError) as raised, failures():
+def said(message: str, **context: str | None) -> str:
+    with pytest.raises(DeviceError) as raised, failures(), failures(**context):
+        raise RuntimeError(message)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("message", [OUT_OF_MEMORY, TIMEOUT, INTERACTIVITY, TOO_LARGE])
+def test_what_to_do_is_about_what_is_done(message):
+    assert "a smaller image" in said(message)
+    writing = said(message, smaller="a shorter prompt")
+    assert "a shorter prompt" in writing
+    assert "a smaller image" not in writing
+    converting = said(message, smaller=None)
+    assert "; close other programs, or set FLUX2_MLX_DEVICE=cpu in the environment" in converting
+    assert not any(words in converting for words in ("image", "memory_limit", "display sleep"))
+
+
+class OtherError(RuntimeError):
+    """Such as PyTorch's for a GPU without memory."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[conv] Expect the input channels in the input and weight array to match"),
+        RuntimeError("[load_safetensors] Failed to open file /models/cuda/out of memory/[METAL].safetensors"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("cublas runtime error: the GPU program failed to execute"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        OtherError(OUT_OF_MEMORY),
+        ValueError(TIMEOUT),
+    ],
+)
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as raised, failures():
+        raise error
+    assert raised.value is error
+
+
+def test_what_a_function_of_the_caller_raises_passes():
+    error = RuntimeError(OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError) as raised, failures(), failures(), foreign():
         raise error
     assert raised.value is error

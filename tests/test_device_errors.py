@@ -10,13 +10,14 @@ from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT
 from helpers.mlx_state import mlx_limits
 from mlx_lm.generate import generation_stream
 
-from flux2_mlx import Flux2Pipeline
+from flux2_mlx import Flux2Pipeline, memory
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import DeviceError
 from flux2_mlx.text.generation import generate
 
 NO_MEMORY = "[METAL] Command buffer execution failed: Insufficient Memory (kIOGPUCommandBufferCallbackErrorOutOfMemory)"
-ADVICE = r"^the GPU has no memory left for this; choose a lower memory_limit[^\n]*$"
+ADVICE = r"^the GPU has no memory left for this; choose a lower memory_limit[^\n]*(\n\d finished images are [^\n]*)?$"
+CONVERTING = r"^the GPU has no memory left for this; close other programs, or set FLUX2_MLX_DEVICE=cpu in the [^\n]*$"
 SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3, "output_type": "np"}
 
 
@@ -75,6 +76,54 @@ def test_after_a_run_without_memory_the_pipeline_is_as_before(pipe, share, monke
     assert np.array_equal(pipe("a fox", **SETTINGS).images, expected)
 
 
+@pytest.mark.parametrize(("message", "kind"), [(NO_MEMORY, DeviceError), ("[eval] other", RuntimeError)])
+def test_what_was_finished_goes_with_the_failure(message, kind, pipe, monkeypatch):
+    """Images are made one after the other, as large ones are, and the second one fails."""
+    monkeypatch.setattr(memory, "_TOKENS_PER_PASS", 12)
+    settings = SETTINGS | {"num_images_per_prompt": 3}
+    whole, evaluate, steps = pipe("a fox", **settings).images, mx.eval, []
+
+    def failing(*arrays):
+        monkeypatch.setattr(mx, "eval", evaluate)
+        raise RuntimeError(message)
+
+    def on_step(*values):
+        steps.append(values)
+        if len(steps) == 3:
+            monkeypatch.setattr(mx, "eval", failing)
+        return {}
+
+    with pytest.raises(kind) as caught:
+        pipe("a fox", **settings, callback_on_step_end=on_step)
+    assert type(caught.value) is kind
+    assert caught.value.partial_output.seeds == [3]
+    assert np.array_equal(caught.value.partial_output.images, whole[:1])
+    assert caught.value.__notes__ == ["1 finished images are in the exception's partial_output"]
+
+
+def test_what_a_callback_raises_is_its_own(pipe, monkeypatch):
+    error = RuntimeError(NO_MEMORY)
+
+    def on_step(*values):
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        pipe("a fox", **SETTINGS, callback_on_step_end=on_step)
+    assert caught.value is error
+
+
+def test_a_preview_that_a_callback_asks_for_without_memory(pipe, monkeypatch):
+    request = pipe.request(["a"], width=64, height=48, steps=2)
+
+    def on_progress(progress):
+        if progress.step is not None:
+            fail_at(0, monkeypatch)
+            progress.preview()
+
+    with pytest.raises(DeviceError, match=ADVICE):
+        pipe.run(request, on_progress=on_progress, previews=True)
+
+
 def test_a_preview_without_memory(pipe, monkeypatch):
     request, tokens = pipe.request(["a"], width=64, height=48), mx.zeros((1, 12, 64))
     fail_at(0, monkeypatch)
@@ -97,11 +146,11 @@ def test_conversions_without_memory(official, tmp_path, monkeypatch):
     plain = convert(official, tmp_path / "plain", variant=SHALLOW_VARIANT)
     with monkeypatch.context() as patch:
         fail_at(20, patch)
-        with pytest.raises(DeviceError, match=ADVICE):
+        with pytest.raises(DeviceError, match=CONVERTING):
             convert(official, tmp_path / "packed", "qint8", "qint8", variant=SHALLOW_VARIANT)
     with monkeypatch.context() as patch:
         fail_at(20, patch)
-        with pytest.raises(DeviceError, match=ADVICE):
+        with pytest.raises(DeviceError, match=CONVERTING):
             requantize(Checkpoint.open(plain), tmp_path / "packed", "qint8", "qint8")
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 

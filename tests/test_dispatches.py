@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from helpers.checkpoints import convert, save_dev
 
-from flux2_mlx import Flux2Pipeline, device, layers, run
+from flux2_mlx import Flux2Pipeline, device, layers, metering
 from flux2_mlx.config import VARIANTS
-from flux2_mlx.device import MOST_DISPATCH, dispatch_seconds
+from flux2_mlx.device import MOST_DISPATCH, chip_class, dispatch_seconds
 from flux2_mlx.layers import OPERATIONS_PER_CHUNK, attention
-from flux2_mlx.memory import Workload
+from flux2_mlx.memory import Workload, Writing
 from flux2_mlx.networks import Networks
-from flux2_mlx.text import VisionCost
+from flux2_mlx.text import VisionCost, cost
 from flux2_mlx.text.pixtral import VisionTower
+from flux2_mlx.upsampling import Writer
 from flux2_mlx.vae import VAE
 from flux2_mlx.vae import layers as vae_layers
 from flux2_mlx.vae.strips import STRIP_BYTES, Runner, Stored
@@ -33,14 +35,33 @@ def on_chip(monkeypatch, name: str) -> None:
         ("Apple M1", 1 / 1.56),
         ("Apple M1 Max", 1 / 6.24),
         ("Apple M4 Pro", 1 / 5.16),
-        ("Apple M4 Ultra", None),
-        ("Apple M19", None),
-        ("Apple Paravirtual device", None),
+        ("Apple M3 Ultra", 1 / 17.04),
     ],
 )
 def test_how_long_a_chip_takes(name, expected, monkeypatch):
     on_chip(monkeypatch, name)
-    assert dispatch_seconds(10**12) == (None if expected is None else pytest.approx(expected))
+    assert dispatch_seconds(10**12) == pytest.approx(expected)
+    assert chip_class() == name
+
+
+@pytest.mark.parametrize(
+    ("name", "slower"),
+    [
+        ("Apple M4 Ultra", "Apple M4 Max"),
+        ("Apple M5", "Apple M4"),
+        ("Apple M5 Pro", "Apple M4 Pro"),
+        ("Apple M5 Ultra", "Apple M4 Max"),
+        ("Apple M19 Max", "Apple M4 Max"),
+        ("Apple A18 Pro", "Apple M1"),
+        ("Apple Paravirtual device", "Apple M1"),
+        ("", "Apple M1"),
+    ],
+)
+def test_a_chip_that_is_not_in_the_table_is_taken_for_a_slower_one(name, slower, monkeypatch):
+    on_chip(monkeypatch, slower)
+    expected = dispatch_seconds(10**12)
+    on_chip(monkeypatch, name)
+    assert (dispatch_seconds(10**12), chip_class()) == (expected, slower)
 
 
 def test_what_is_no_mac_is_not_in_the_table():
@@ -64,13 +85,14 @@ def test_no_released_model_keeps_the_slowest_chip_for_long(model, monkeypatch):
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_run_tells_of_a_long_operation(slow, caplog, monkeypatch):
-    monkeypatch.setattr(run, "dispatch_seconds", lambda operations: operations / (1e3 if slow else 1e12))
+    monkeypatch.setattr(metering, "dispatch_seconds", lambda operations: operations / (1e3 if slow else 1e12))
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
     with caplog.at_level(logging.WARNING, "flux2_mlx"):
         pipe("a red ring", width=64, height=64, num_inference_steps=1, seed=0)
     told = [record.getMessage() for record in caplog.records if "an operation takes this GPU about" in record.message]
     assert len(told) == slow
-    assert all("macOS may stop it; let the display sleep, or choose a smaller image" in line for line in told)
+    assert all(" s if it is as fast as an Apple M1, and macOS may stop it; let the display sleep, " in x for x in told)
+    assert all(line.endswith("or choose a smaller image or fewer references") for line in told)
 
 
 class Lazy(Runner):
@@ -115,6 +137,32 @@ def test_the_vision_tower_attends_in_chunks(monkeypatch):
     whole = VARIANTS["dev"].vision
     patches = (whole.image_size // whole.patch_size) ** 2
     longest = layers.attention_operations(whole.num_attention_heads, patches, patches, whole.head_dim, 2)
-    products = 2 * patches * whole.hidden_size * max(whole.intermediate_size, whole.hidden_size)
-    assert max(longest, products) <= OPERATIONS_PER_CHUNK
-    assert VisionCost(whole, mx.bfloat16).seeing(whole.image_size**2, 0) > 0
+    products = 2 * patches * whole.hidden_size * whole.text_hidden_size
+    assert VisionCost(whole, mx.bfloat16).longest(whole.image_size**2) == max(longest, products) <= OPERATIONS_PER_CHUNK
+
+
+@pytest.mark.parametrize("pixels", [(), (768 * 768,)])
+@pytest.mark.parametrize("tokens", [10, 2000, 100_000])
+def test_the_plan_of_text_knows_its_longest_operation(tokens, pixels, monkeypatch):
+    """mlx-lm reads 2048 tokens of a prompt at a time, which look at all before them."""
+    config = VARIANTS["dev"].text
+    monkeypatch.setattr(cost, "attention_operations", lambda heads, queries, keys, width, size: queries * keys * heads)
+    networks = Networks.open(VARIANTS["dev"], dtype="bfloat16", memory_limit=2**40)
+    longest = networks.writing_plan(Writing(tokens, 10, pixels)).longest
+    read, heads = min(tokens, 2048), config.num_attention_heads
+    text = max(2 * read * config.hidden_size * config.intermediate_size, read * tokens * heads)
+    vision = VisionCost(VARIANTS["dev"].vision, mx.bfloat16).longest(pixels[0]) if pixels else 0
+    assert longest == max(text, vision) > 0
+    assert not vision or tokens > 10 or longest == vision
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_text_tells_of_a_long_operation(slow, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(metering, "dispatch_seconds", lambda operations: operations / (1e3 if slow else 1e14))
+    save_dev(tmp_path / "official")
+    writer = Writer.from_pretrained(convert(tmp_path / "official", tmp_path / "mine", variant="dev"), dtype="float32")
+    with caplog.at_level(logging.WARNING, "flux2_mlx"):
+        writer.write([("a", [])], "b", max_new_tokens=1, seed=1)
+    told = [record.getMessage() for record in caplog.records if "an operation takes this GPU about" in record.message]
+    assert len(told) == slow
+    assert all(line.endswith("or choose fewer images or a shorter prompt") for line in told)

@@ -7,11 +7,14 @@ import platform
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 from helpers.cli_runner import PROMPT, done, make, refusal, run
 from test_cli_replay import remember
+from test_device import OUT_OF_MEMORY
 
 from flux2_mlx import Flux2Pipeline, device
 from flux2_mlx.device import GIB, computing_dtype, cuts_float32, machine, memory_reason
+from flux2_mlx.errors import InputError
 from flux2_mlx.images import read_settings
 from flux2_mlx.networks import Networks
 
@@ -24,10 +27,10 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLX_ENABLE_TF32", "")
     monkeypatch.delenv("MLX_ENABLE_TF32")
-    for cached in (device.cuts_float32, device._warn_of_tf32):
+    for cached in (device._is_product_cut, device._warn_of_tf32):
         cached.cache_clear()
     yield
-    for cached in (device.cuts_float32, device._warn_of_tf32):
+    for cached in (device._is_product_cut, device._warn_of_tf32):
         cached.cache_clear()
 
 
@@ -97,6 +100,63 @@ def test_where_it_is_too_late_a_warning_says_so_once(early, monkeypatch, caplog)
     ]
     assert os.environ["MLX_ENABLE_TF32"] == ("0" if early else "1")
     assert cuts_float32() is True
+
+
+def on_m5(monkeypatch):
+    """Be an M5 whose commands end before they compute."""
+    memory = {"memory_size": 64 * GIB, "max_recommended_working_set_size": 48 * GIB}
+    pretend(monkeypatch, "Apple M5", **memory)
+
+    def ended(*_, **__):
+        raise InputError("enough")
+
+    monkeypatch.setattr(Flux2Pipeline, "run", ended)
+    return TF32(monkeypatch)
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_the_first_product_comes_after_what_a_replay_computes_in_is_known(then, monkeypatch):
+    make("--seed", "1", "--dtype", "float32", "-o", "a.png")
+    remember("b.png", machine={"tf32": then})
+    units = on_m5(monkeypatch)
+    result = run("t2i", "--replay", "b.png", "-o", "c.png")
+    assert result.stderr.splitlines()[-1] == "Error: enough"
+    assert (os.environ["MLX_ENABLE_TF32"], cuts_float32()) == ("0", False)
+    assert ("made with float32 cut to TF32, and here it is whole float32" in result.stderr) == then
+    assert units.products > 0
+
+
+def test_a_replay_in_16_bits_leaves_tf32_alone(monkeypatch):
+    make("--seed", "1", "--dtype", "float32", "-o", "a.png")
+    remember("b.png", machine={"tf32": False})
+    on_m5(monkeypatch)
+    result = run("t2i", "--replay", "b.png", "--dtype", "bfloat16", "-o", "c.png")
+    assert "b.png was made with whole float32, and here it is float32 cut to TF32" in result.stderr
+    assert "MLX_ENABLE_TF32" not in os.environ
+
+
+@pytest.mark.parametrize(("dtype", "differs"), [("float32", False), ("bfloat16", True), (["float32"], True)])
+def test_what_is_said_of_an_image_is_what_a_replay_would_be(dtype, differs, monkeypatch):
+    make("--seed", "1", "-o", "a.png")
+    remember("b.png", machine={"tf32": False}, dtype=dtype)
+    on_m5(monkeypatch)
+    assert ("here it is float32 cut to TF32" in done("info", "b.png").stderr) == differs
+
+
+def test_a_gpu_that_fails_to_show_it_costs_no_image(monkeypatch):
+    make("--seed", "1", "-o", "a.png")
+    remember("b.png", machine={"tf32": True, "chip": "Apple M5"})
+    pretend(monkeypatch, "Apple M5")
+
+    def failing(x, y):
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx.array, "__matmul__", failing)
+        assert machine()["tf32"] is None
+        assert computing_dtype("float32") == mx.float32
+        assert done("info", "b.png").stderr == ""
+    assert machine()["tf32"] is False
 
 
 def test_a_pipeline_asks_for_whole_float32(monkeypatch):
@@ -194,6 +254,22 @@ def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypa
     result = done("t2i", PROMPT, "-m", "demo", "-W", "64", "-H", "64", "-s", "1", "-q", quant, "-o", "a.png")
     hint = f"on {chip} -q bf16 is faster than qint4, and there is memory enough for it"
     assert (hint in result.stderr.splitlines()) == hinted
+
+
+@pytest.mark.parametrize("stored", ["bf16", "qint4"])
+def test_what_is_said_of_4_bits_can_be_done(stored, small_model, tmp_path, monkeypatch):
+    """A folder has the bits that it has."""
+    monkeypatch.setattr(device, "is_slow_with_qint4", lambda: True)
+    convert(small_model(text=SHALLOW_TEXT), tmp_path / "model", stored, stored, variant=SHALLOW_VARIANT)
+    arguments = ("t2i", PROMPT, "-m", "./model", "-W", "64", "-H", "64", "-s", "1", "-o", "a.png", "--force")
+    line = f"on {device.chip()} -q bf16 is faster than qint4, and there is memory enough for it"
+    if stored == "bf16":
+        assert line in done(*arguments, "-q", "qint4").stderr.splitlines()
+        assert "faster" not in done(*arguments, "-q", "bf16").stderr
+    else:
+        told = done(*arguments, "-q", "qint4").stderr.splitlines()
+        assert f"{line}; download or convert the model with that" in told
+        assert "stored as qint4" in refusal(*arguments, "-q", "bf16")
 
 
 @pytest.mark.parametrize(

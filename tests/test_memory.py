@@ -202,6 +202,7 @@ def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
     wired, seen, before = [7], {}, mlx_limits()
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])
     monkeypatch.setattr(metering, "on_gpu", lambda: True)
+    monkeypatch.setattr(metering, "on_metal", lambda: True)
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="30MB")
     request = pipe.request(["a red ring"], width=64, height=64, steps=1)
     planned = pipe.plan(request)

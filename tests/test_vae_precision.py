@@ -4,8 +4,9 @@ The method is emulated: F(6, 3) with its intermediates rounded to 16 bits.
 """
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from helpers.cli_runner import DEMO
 from PIL import Image
 
+from flux2_mlx import Flux2Pipeline, metering
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.device import direct_convolutions
 from flux2_mlx.vae import VAE, model
@@ -153,3 +155,40 @@ def test_the_setting_is_what_it_was_afterwards(before, monkeypatch):
         interrupted()
     assert inside == ["0"]
     assert os.environ.get(SETTING) == before
+
+
+def is_free() -> bool:
+    """Whether another thread could begin a run now."""
+    free = []
+
+    def try_it() -> None:
+        if metering._TURN.acquire(blocking=False):
+            metering._TURN.release()
+            free.append(True)
+
+    thread = threading.Thread(target=try_it)
+    thread.start()
+    thread.join()
+    return bool(free)
+
+
+@pytest.mark.parametrize("work", ["preview", "decode", "call"])
+def test_no_two_threads_change_the_setting_at_a_time(work, monkeypatch):
+    """Neither would the other convolve with it, nor would it be what it was afterwards."""
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    request, alone = pipe.request(["a ring"], width=64, height=64, steps=1, seed=1), []
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        alone.append(not is_free())
+        yield
+
+    monkeypatch.setattr(model, "direct_convolutions", watched)
+    if work == "preview":
+        pipe.preview(request, mx.zeros((1, 16, 32)))
+    elif work == "decode":
+        pipe.decode(mx.zeros((1, 8, 8, 8)))
+    else:
+        pipe.run(request)
+    assert alone == [True]
+    assert is_free()

@@ -13,6 +13,7 @@ import pytest
 from helpers.cli_runner import DEMO, PROMPT, SMALL, done, run
 
 from flux2_mlx import store
+from flux2_mlx.cli import wakefulness
 from flux2_mlx.cli.group import cli
 from flux2_mlx.cli.wakefulness import awake
 from flux2_mlx.exclusion import MARK, exclude
@@ -97,6 +98,15 @@ def test_it_ends_however_the_command_ends(how, mac):
         number = started(mac)
         work.send_signal(how)
         assert work.communicate() == (b"", b"")
+    assert ended(number)
+
+
+def test_it_ends_even_if_it_would_not(mac, monkeypatch):
+    program = mac / "bin" / "caffeinate"
+    program.write_text(CAFFEINATE.replace("\n", "\ntrap '' TERM\n", 1))
+    monkeypatch.setattr(wakefulness, "_PATIENCE", 0)
+    with awake():
+        number = started(mac)
     assert ended(number)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..config import QUANTIZATIONS, VARIANTS, Variant
+from ..config import DTYPES, QUANTIZATIONS, VARIANTS, Variant
 from ..errors import InputError
 from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
 from .progress import notice
@@ -71,7 +71,7 @@ def info(
     elif is_image(model):
         settings = read_settings(Path(model))
         _put(settings, print_settings, as_json)
-        if said := elsewhere(settings, Path(model)):
+        if said := _elsewhere(settings, Path(model)):
             notice(said, quiet=False)
     else:
         from ..device import memory_reason
@@ -89,6 +89,15 @@ def info(
         )
         row = _one_row(resolved, networks, folders) | _plan(networks, width, height)
         _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
+
+
+def _elsewhere(settings: dict[str, Any], image: Path) -> str | None:
+    """The line of `elsewhere` about making `image` again as it was made."""
+    from ..device import computing_dtype
+
+    dtype = settings.get("dtype")
+    computing_dtype(dtype if dtype in DTYPES else None)
+    return elsewhere(settings, image)
 
 
 def _put(shown: Shown, show: Callable[[Shown], None], as_json: bool) -> None:

@@ -15,7 +15,6 @@ from ..errors import InputError
 from . import replay
 from .options import DEFAULT_MODEL
 from .pictures import Pictures
-from .progress import notice
 from .prompts import Prompt, read_prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Job:
 
     There is one seed, from which all images count up, or several, each an image of every prompt. `listed` is whether
     the prompts are those of a file. `resolved` is what `model` means, and `label` what images say of it. `rewritten`
-    are the prompts and `fingerprint` the weights that a replayed image was made from.
+    are the prompts and `fingerprint` the weights that a `replayed` image, which comes with its settings, was made from.
     """
 
     prompts: list[Prompt]
@@ -76,6 +75,7 @@ class Job:
     pictures: Pictures
     rewritten: list[str] | None = None
     fingerprint: str | None = None
+    replayed: tuple[Path, dict[str, Any]] | None = None
 
     @cached_property
     def frames(self) -> list[Frame]:
@@ -163,8 +163,6 @@ class Job:
 def _take_over(given: dict[str, Any], image: Path) -> dict[str, Any]:
     """Complete what is `given` with what `image` remembers, which is returned."""
     remembered = replay.remembered(image)
-    if said := replay.elsewhere(remembered, image):
-        notice(said, given["quiet"])
     own = dict(remembered)
     if given["model"] is not None:
         own |= {"variant": None, "fingerprint": None}  # those of the other model
@@ -175,6 +173,7 @@ def _take_over(given: dict[str, Any], image: Path) -> dict[str, Any]:
     own["seed"] = (own["seed"],)
     given |= {key: own.get(key) for key in replay.SETTINGS if given[key] in (None, ())}
     given["fingerprint"] = own.get("fingerprint")
+    given["replayed"] = image, remembered
     return remembered
 
 

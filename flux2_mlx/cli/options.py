@@ -45,7 +45,8 @@ models_dir_option = click.option(
 memory_option = click.option(
     "--memory-limit",
     metavar="SIZE",
-    help="Such as 12GB: stay within it, if need be by reading weights at every step.  [default: all there is]",
+    help="Such as 12GB: stay within it, if need be by reading weights at every step.  [default: what the "
+    "system can spare; info shows it]",
 )
 no_cache_option = click.option("--no-cache", is_flag=True, help="Neither use nor keep encoded prompts on disk.")
 variant_option = click.option("--variant", metavar="NAME", help="Which model a folder or repo holds, if it can't tell.")

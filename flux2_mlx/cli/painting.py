@@ -10,6 +10,7 @@ from ..errors import InputError
 from .draft import Batch, Drafts, has_previews, is_empty, is_kept
 from .job import Job
 from .progress import Bars, Stream, notice
+from .replay import elsewhere
 from .report import Record, differences, print_profile
 from .terminal import print_result, to_json
 from .writing import check_sight, is_blind, open_writer
@@ -202,6 +203,8 @@ def _notices(record: Record) -> None:
     """Say what a user may want to know of the model before the images are there."""
     job, pipe = record.job, record.pipe
     variant = pipe.variant
+    if job.replayed and (said := elsewhere(job.replayed[1], job.replayed[0])):
+        notice(said, job.quiet)
     if not variant.commercial_use:
         notice(f"{variant.name} and its images: {variant.licence} licence", job.quiet)
     if variant.distilled and job.guidance not in (None, variant.guidance):
@@ -215,17 +218,20 @@ def _hint(record: Record) -> None:
     """Say where 4 bits take longer than the 16 for which there is memory."""
     from ..advice import workload
     from ..device import chip, is_slow_with_qint4
+    from ..names import CHECKPOINT
     from ..networks import Networks
 
     job, own = record.job, record.pipe.networks
     if job.quant != "qint4" or not is_slow_with_qint4():
         return
     plain = Networks.open(
-        own.checkpoint.model, text_quant=own.text_quant, dtype=job.dtype, memory_limit=own.memory_limit
+        own.checkpoint.model, text_quant=job.text_quant, dtype=job.dtype, memory_limit=own.memory_limit
     )
     planned = plain.plan(workload(record.draft.requests[0], record.draft.edit))
     if planned.fits and not planned.phase("transformer").streamed:
-        notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it", job.quiet)
+        stays = job.resolved.kind == CHECKPOINT and own.checkpoint.quant != "bf16"
+        way = "; download or convert the model with that" if stays else ""
+        notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it{way}", job.quiet)
 
 
 def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:

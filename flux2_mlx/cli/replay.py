@@ -58,13 +58,14 @@ def remembered(image: Path) -> dict[str, Any]:
 
 def elsewhere(settings: dict[str, Any], image: Path) -> str | None:
     """A line that says how what `image` was made with, from its settings, differs from this machine and its MLX; None:
-    in nothing that they tell."""
+    in nothing that they tell. Ask where it is known what a new one would be computed in."""
     from ..device import machine
 
     here, there = machine(), settings.get("machine")
     if not isinstance(there, dict):
         return None
-    names = [name for name, value in here.items() if there.get(name) not in (None, value)]
+    known = [name for name, value in here.items() if None not in (value, there.get(name))]
+    names = [name for name in known if _MACHINE[name](there[name]) != _MACHINE[name](here[name])]
     if not names:
         return None
     then, now = (", ".join(_MACHINE[name](found[name]) for name in names) for found in (there, here))

@@ -18,6 +18,8 @@ _FLAGS = {
     "memory_limit": "--memory-limit",
     "variant": "--variant",
 }
+# Those whose names are no words of a sentence may stand without a value.
+_NAMES = re.compile(r"(?<![\w/.'-])(memory_limit|text_quant)(?![\w/.='-])")
 _SETTING = re.compile(rf"((?<='), )?\b({'|'.join(_FLAGS)})='([\w.-]+)'")
 # Control characters but for tab and line feed, what changes the direction of text, ends of lines that are not shown as
 # such, and bytes that are no text.
@@ -38,7 +40,8 @@ def line(text: str) -> str:
 
 def in_flags(message: str) -> str:
     """A message of the library, which says `quant='qint4'`, in the words of the command line: `-q qint4`."""
-    return _SETTING.sub(lambda found: f"{' ' if found[1] else ''}{_FLAGS[found[2]]} {found[3]}", message)
+    message = _SETTING.sub(lambda found: f"{' ' if found[1] else ''}{_FLAGS[found[2]]} {found[3]}", message)
+    return _NAMES.sub(lambda found: _FLAGS[found[1]], message)
 
 
 def to_json(value: Any) -> str:

@@ -3,12 +3,15 @@
 import functools
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
+
+_PATIENCE = 1  # seconds
 
 
 @contextmanager
@@ -21,8 +24,6 @@ def awake() -> Iterator[None]:
     if program is None:
         yield
         return
-    import subprocess
-
     watching, silent = None, subprocess.DEVNULL
     with suppress(OSError):
         watching = subprocess.Popen(
@@ -36,8 +37,16 @@ def awake() -> Iterator[None]:
         yield
     finally:
         if watching is not None:
-            watching.terminate()
-            watching.wait()
+            _end(watching)
+
+
+def _end(watching: subprocess.Popen[bytes]) -> None:
+    watching.terminate()
+    try:
+        watching.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        watching.kill()
+        watching.wait()
 
 
 def caffeinate_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -60,11 +60,18 @@ class TextCost:
         return _LOGITS_ARRAYS * self.config.vocab_size * mx.float32.size
 
     def longest(self, tokens: int) -> int:
-        """Operations of the longest product or attention of reading so many tokens."""
+        """Operations of the longest product or attention of encoding so many tokens."""
+        return self._longest(tokens, tokens)
+
+    def longest_read(self, tokens: int) -> int:
+        """The same of a prompt that is read before text is written."""
+        return self._longest(min(tokens, _TOKENS_READ_TOGETHER), tokens)
+
+    def _longest(self, tokens: int, keys: int) -> int:
         config, heads = self.config, self.config.num_attention_heads
         return max(
             2 * tokens * config.hidden_size * max(config.intermediate_size, heads * config.head_dim),
-            attention_operations(heads, tokens, tokens, config.head_dim, self.dtype.size),
+            attention_operations(heads, tokens, keys, config.head_dim, self.dtype.size),
         )
 
 
@@ -82,6 +89,15 @@ class VisionCost:
         attending = patches * D * _VISION_BYTES + score_bytes(heads, patches, config.head_dim, itemsize)
         mlp = patches * itemsize * (_VISION_MLP_STREAMS * D + _MLP_ARRAYS * config.intermediate_size)
         return max(attending, mlp + widened)
+
+    def longest(self, pixels: int) -> int:
+        """Operations of the longest product or attention of looking at an image of so many pixels."""
+        config, patches = self.config, pixels // self.config.patch_size**2
+        widest = max(config.intermediate_size, config.hidden_size, config.text_hidden_size)
+        return max(
+            2 * patches * config.hidden_size * widest,
+            attention_operations(config.num_attention_heads, patches, patches, config.head_dim, self.dtype.size),
+        )
 
     def features(self, pixels: int) -> int:
         """Bytes of what the language model is given of images of so many pixels."""
