@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeGuard, cast
 
@@ -20,14 +20,16 @@ import numpy as np
 from .errors import CheckpointError, InputError
 from .files import open_regular
 
-# The codes of the safetensors library that MLX reads.
-_DTYPE_BYTES = {
-    **dict.fromkeys(("C64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0"), 1),
-}
 FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+# The codes of the safetensors library, and what is read of each: of floats of 8 bits their bytes.
+_DTYPES = (
+    {code: dtype for dtype, code in FLOATS.items()}
+    | {"F64": mx.float64, "C64": mx.complex64, "BOOL": mx.bool_}
+    | {"I64": mx.int64, "I32": mx.int32, "I16": mx.int16, "I8": mx.int8}
+    | {"U64": mx.uint64, "U32": mx.uint32, "U16": mx.uint16}
+    | dict.fromkeys(("U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), mx.uint8)
+)
+_UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}  # it refuses a whole file for one of them
 _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater ones
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _MAX_JSON = 10_000_000  # the largest JSON file that belongs to a model, an index of its tensors, takes less than 1 MB
@@ -50,7 +52,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * _DTYPES[self.dtype].size
 
 
 def open_model_file(path: Path) -> BinaryIO:
@@ -65,14 +67,27 @@ def open_model_file(path: Path) -> BinaryIO:
         raise CheckpointError(f"can't read {str(path)!r}: {error}") from error
 
 
+class _Header(NamedTuple):
+    """Of a safetensors file: its tensors in the order of their bytes, where each begins, its length, its texts."""
+
+    tensors: dict[str, TensorInfo]
+    starts: dict[str, int]
+    size: int
+    metadata: dict[str, str]
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes in a safetensors file, in the order of their bytes.
 
-    What the safetensors library refuses is refused, and so is what MLX can't read.
+    What the safetensors library refuses is refused, and so is what can't be read here.
 
     Raises:
         CheckpointError: not a safetensors file, or one that is cut short or too long.
     """
+    return _read_header(path).tensors
+
+
+def _read_header(path: Path) -> _Header:
     with open_model_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -82,35 +97,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = struct.unpack("<Q", start)[0]
             if length > min(size - 8, HEADER_LIMIT):
                 raise ValueError("the header is longer than the file, or than 100 MB")
-            tensors, end = _parse_header(file.read(length))
+            header = _parse_header(file.read(length), 8 + length)
         except OSError as error:
             raise CheckpointError(f"can't read {path}: {error.strerror}") from error
         except (ValueError, RecursionError, struct.error) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if size != 8 + length + end:
-        end += 8 + length
-        raise CheckpointError(f"{path} has {size} bytes where its header says {end}; fetch or convert it again")
-    return tensors
+    if size != header.size:
+        raise CheckpointError(f"{path} has {size} bytes where its header says {header.size}; fetch or convert it again")
+    return header
 
 
-def _parse_header(data: bytes) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors of a header in the order of their bytes, and how many bytes they take; ValueError if it is none."""
+def _parse_header(data: bytes, start: int) -> _Header:
+    """The header of a file whose tensors begin at byte `start`; ValueError if it is none."""
     if data[:1] != b"{":
         raise ValueError("the header does not begin with {")
-    header = _parse_json(data, unique=True)
+    header = parse_json(data, unique=True)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not _is_table_of_texts(metadata):
         raise ValueError("__metadata__ is not a table of texts")
     entries = [(*_parse_entry(name, entry), name) for name, entry in header.items()]
     entries.sort(key=lambda entry: entry[:2])
-    tensors, end = {}, 0
+    tensors, starts, end = {}, {}, 0
     for first, last, tensor, name in entries:
         if first != end:
             raise ValueError(f"{name} begins at byte {first}, the tensor before it ends at {end}")
         if last - first != tensor.nbytes:
             raise ValueError(f"{name} has {last - first} bytes in place of {tensor.nbytes}")
-        tensors[name], end = tensor, last
-    return tensors, end
+        tensors[name], starts[name], end = tensor, start + first, last
+    return _Header(tensors, starts, start + end, metadata or {})
 
 
 def _is_table_of_texts(value: Any) -> bool:
@@ -122,8 +136,8 @@ def _parse_entry(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is not described")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
-        raise ValueError(f"{name} is of dtype {dtype!r}, which is not one of {', '.join(_DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} is of dtype {dtype!r}, which is not one of {', '.join(_DTYPES)}")
     if not _are_counts(shape) or max(shape, default=0) > _MAX_DIMENSION:
         raise ValueError(f"{name} has no proper shape")
     if not _are_counts(offsets) or len(offsets) != 2:
@@ -136,7 +150,7 @@ def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _parse_json(data: bytes, *, unique: bool = False) -> Any:
+def parse_json(data: bytes, *, unique: bool = False) -> Any:
     """What JSON in UTF-8 says, in the strict sense: Python's own reader takes more than MLX's does.
 
     Raises:
@@ -200,29 +214,45 @@ class Files:
         self._paths = tuple(paths)
 
     @cached_property
-    def _headers(self) -> dict[Path, dict[str, TensorInfo]]:
-        return {path: read_header(path) for path in self._paths}
+    def _headers(self) -> dict[Path, _Header]:
+        return {path: _read_header(path) for path in self._paths}
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """CheckpointError if a file is damaged, or two of them hold the same tensor."""
         infos: dict[str, TensorInfo] = {}
         for path, header in self._headers.items():
-            raise_problems(f"{path} repeats tensors of another file", [name for name in header if name in infos])
-            infos |= header
+            repeated = [name for name in header.tensors if name in infos]
+            raise_problems(f"{path} repeats tensors of another file", repeated)
+            infos |= header.tensors
         return infos
 
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The texts of the headers by their names: a line for each of a name of which files say different things."""
+        texts: dict[str, list[str]] = {}
+        for header in self._headers.values():
+            for name, text in header.metadata.items():
+                texts.setdefault(name, []).append(text)
+        return {name: "\n".join(dict.fromkeys(lines)) for name, lines in texts.items()}
+
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
-        opened: dict[Path, dict[str, mx.array]] = {}
+        opened: dict[Path, Callable[[str], mx.array]] = {}
         for name in names:
             path = self._places[name]
             if path not in opened:
-                opened[path] = _load_arrays(path)
-            yield opened[path].pop(name)
+                opened[path] = self._reader(path)
+            yield opened[path](name)
 
     @cached_property
     def _places(self) -> dict[str, Path]:
-        return {name: path for path, header in self._headers.items() for name in header}
+        return {name: path for path, header in self._headers.items() for name in header.tensors}
+
+    def _reader(self, path: Path) -> Callable[[str], mx.array]:
+        header = self._headers[path]
+        if _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in header.tensors.values()):
+            return _load_arrays(path).pop
+        return partial(_read_array, path, header)
 
 
 class Renamed:
@@ -261,6 +291,20 @@ def _load_arrays(path: Path) -> dict[str, mx.array]:
     return cast("dict[str, mx.array]", arrays)  # which it is of this format
 
 
+def _read_array(path: Path, header: _Header, name: str) -> mx.array:
+    """A tensor of a file that MLX refuses."""
+    info, unit = header.tensors[name], np.dtype(f"u{_DTYPES[header.tensors[name].dtype].size}")
+    with open_model_file(path) as file:
+        try:
+            if os.fstat(file.fileno()).st_size != header.size:
+                raise CheckpointError(f"{path} was changed since its header was read; try again")
+            file.seek(header.starts[name])
+            values = np.fromfile(file, unit, math.prod(info.shape)).reshape(info.shape)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"can't read {path}: {error}") from error
+    return mx.array(values).view(_DTYPES[info.dtype], stream=READER)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError if there is none."""
     with open_model_file(path) as file:
@@ -268,7 +312,7 @@ def read_json(path: Path) -> dict[str, Any]:
             data = file.read(_MAX_JSON + 1)
             if len(data) > _MAX_JSON:
                 raise CheckpointError(f"{path} has more than {_MAX_JSON} bytes, so it is no part of a model")
-            value = _parse_json(data)
+            value = parse_json(data)
         except OSError as error:
             raise CheckpointError(f"can't read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

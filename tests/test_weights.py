@@ -82,8 +82,8 @@ FILES: dict[str, tuple[bytes, bool, bool]] = {
     "space before": (file_of(b" " + json.dumps({"x": X}).encode()), True, False),
     "fields in a list": (file_of({"x": ["F32", [1], [0, 4]]}), True, False),
     "more than 32 bits": (file_of({"x": placed(0, 0, shape=[2**32, 0])}, b""), True, False),
-    "F64": (file_of({"x": placed(0, 8, dtype="F64")}, bytes(8)), True, False),
-    "F8_E5M2": (file_of({"x": placed(0, 1, dtype="F8_E5M2")}, bytes(1)), True, False),
+    "F64": (file_of({"x": placed(0, 8, dtype="F64")}, bytes(8)), True, True),
+    "F8_E5M2": (file_of({"x": placed(0, 1, dtype="F8_E5M2")}, bytes(1)), True, True),
     "F4": (file_of({"x": placed(0, 1, dtype="F4", shape=[2])}, bytes(1)), True, False),
 }
 
@@ -116,8 +116,10 @@ def test_headers(case, tmp_path):
     assert we_take(tmp_path / "x.safetensors") == ours
 
 
-def test_every_dtype_that_is_taken_mlx_reads(tmp_path):
+def test_every_dtype_that_is_taken_is_read(tmp_path):
     for dtype, size in {
+        "F64": 8,
+        "F8_E5M2": 1,
         "C64": 8,
         "I64": 8,
         "U32": 4,
@@ -213,6 +215,87 @@ def test_a_file_that_goes_away_after_it_was_looked_at(tmp_path):
     (tmp_path / "gone.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"can't read .*gone\.safetensors: "):
         next(tensors.read(["x"]))
+
+
+# Of each dtype, in a file that MLX reads and in one that it refuses.
+ARRAYS = {
+    "BF16": mx.array([[1.5, -2.0], [0.0, 3e38]], mx.bfloat16),
+    "F16": mx.array(0.1, mx.float16),
+    "F32": mx.zeros((2, 0, 3)),
+    "I8": mx.array([-128, 127], mx.int8),
+    "I64": mx.array([-(2**62)], mx.int64),
+    "U32": mx.array([2**32 - 1], mx.uint32),
+    "BOOL": mx.array([True, False]),
+    "C64": mx.array([1 + 2j], mx.complex64),
+    "U8": mx.arange(256, dtype=mx.uint8).reshape(2, 128),
+}
+
+
+def with_f8_e5m2(path: Path) -> Path:
+    """The same file with a tensor before all others and one behind, of a dtype that MLX does not know."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    places = {name: [place + 3 for place in entry["data_offsets"]] for name, entry in header.items() if "_" not in name}
+    end = len(data) - 8 - length + 3
+    header |= {name: {**header[name], "data_offsets": place} for name, place in places.items()}
+    header |= {"e5m2": placed(0, 3, dtype="F8_E5M2", shape=[3]), "f64": placed(end, end + 8, dtype="F64", shape=[])}
+    data = bytes([1, 128, 255]) + data[8 + length :] + struct.pack("<d", 0.1)
+    path.with_suffix(".raw").write_bytes(file_of(header, data))
+    return path.with_suffix(".raw")
+
+
+@pytest.fixture
+def refused_by_mlx(tmp_path):
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), ARRAYS, {"format": "mlx"})
+    path = with_f8_e5m2(tmp_path / "x.safetensors")
+    with pytest.raises(RuntimeError):
+        mx.load(str(path), format="safetensors")
+    return path
+
+
+def test_a_file_that_mlx_refuses_is_read(refused_by_mlx):
+    tensors = Files([refused_by_mlx])
+    names = [*ARRAYS, "e5m2", "f64"]
+    read = dict(zip(names, evaluated(tensors.read(names)), strict=True))
+    for name, array in ARRAYS.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        assert mx.array_equal(read[name].flatten().view(mx.uint8), array.flatten().view(mx.uint8))
+        assert tensors.infos[name] == TensorInfo(name, array.shape)
+    assert (read["e5m2"].dtype, read["e5m2"].tolist()) == (mx.uint8, [1, 128, 255])
+    assert (read["f64"].dtype, read["f64"].shape, np.array(read["f64"]).item()) == (mx.float64, (), 0.1)
+
+
+def test_of_a_file_that_mlx_refuses_one_tensor_at_a_time_is_in_memory(tmp_path):
+    arrays = {str(number): mx.zeros((2**18,)) for number in range(8)}
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), arrays)
+    tensors = Files([with_f8_e5m2(tmp_path / "x.safetensors")])
+    del arrays
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for array in evaluated(tensors.read(tensors.infos)):
+        del array
+    assert mx.get_peak_memory() - before <= 2.1 * 2**20
+
+
+def test_a_file_that_is_cut_short_after_it_was_looked_at(refused_by_mlx):
+    tensors = Files([refused_by_mlx])
+    assert len(tensors.infos) == len(ARRAYS) + 2
+    with refused_by_mlx.open("rb+") as file:
+        file.truncate(refused_by_mlx.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"x\.raw was changed since its header was read"):
+        next(tensors.read(["e5m2"]))
+    refused_by_mlx.unlink()
+    with pytest.raises(CheckpointError, match=r"can't read .*x\.raw: "):
+        next(tensors.read(["e5m2"]))
+
+
+def test_metadata_of_files(tmp_path):
+    for name, texts in {"1": {"format": "pt", "a": "1"}, "2": {"format": "pt", "a": "2", "b": ""}, "3": None}.items():
+        (tmp_path / name).write_bytes(file_of({"__metadata__": texts, name: X}))
+    assert Files([tmp_path / "1"]).metadata == {"format": "pt", "a": "1"}
+    assert Files(tmp_path / name for name in "123").metadata == {"format": "pt", "a": "1\n2", "b": ""}
 
 
 @pytest.fixture
