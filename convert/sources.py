@@ -12,8 +12,9 @@ from flux2_mlx.components import WRITING_PARTS
 from flux2_mlx.config import Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import PICKLES
-from flux2_mlx.weights import FLOATS, Files, Renamed, TensorInfo, Tensors, read_json
+from flux2_mlx.weights import FLOATS, Renamed, TensorInfo, Tensors, read_json
 
+from . import formats
 from .configs import COMPLETE, SCHEDULE, describe, read_configs, refuse_quantized
 from .naming import Reading
 from .parts import LAYOUT
@@ -159,9 +160,9 @@ class Source:
 def layout_part(folder: Path, part: str) -> SourcePart:
     """A part of a folder in the diffusers layout, with its tensors by the names that its rules have for them."""
     paths = _weight_files(folder / part, LAYOUT[part].stem)
-    files = Files(paths)
-    tensors = Renamed(files, {LAYOUT[part].canonical(name): name for name in files.infos})
-    return SourcePart(part, folder / part, paths, tensors)
+    plain, metadata = formats.plain(paths)
+    tensors = Renamed(plain, {LAYOUT[part].canonical(name): name for name in plain.infos})
+    return SourcePart(part, folder / part, paths, tensors, metadata=metadata)
 
 
 def loose_files(place: Path) -> list[Path]:

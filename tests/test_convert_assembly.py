@@ -1,5 +1,6 @@
 """Models that are put together from files and folders of their parts."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -121,6 +122,40 @@ def test_one_file_has_all_parts(folder):
     whole = saved(folder / "whole.safetensors", **parts)
     done("convert", whole, "made", "--tokenizer", DEMO, "--text-quant", "bf16")
     assert same_weights(folder / "made")
+
+
+def in_fp8(folder: Path, weights: dict[str, mx.array]) -> tuple[Path, dict[str, mx.array]]:
+    """A transformer with blocks in fp8 and scales, as ComfyUI reads it, and the weights that it stands for."""
+    packed, plain, header = {}, dict(weights), {}
+    for name, array in weights.items():
+        packed[name] = array
+        if name.endswith(("qkv.weight", "linear1.weight")):
+            scale = mx.abs(array).max().astype(mx.float32) / 448
+            packed[name] = mx.to_fp8(array / scale)
+            packed[name.replace("weight", "weight_scale")] = scale
+            plain[name] = (mx.from_fp8(packed[name], mx.float32) * scale).astype(mx.bfloat16)
+            header[name] = "F8_E4M3"
+    return typed(saved(folder / "fp8.safetensors", **{"": packed}), header), plain
+
+
+def typed(path: Path, dtypes: dict[str, str]) -> Path:
+    """A file whose header names other dtypes for tensors of bytes."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for name, dtype in dtypes.items():
+        header[name]["dtype"] = dtype
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[start:])
+    return path
+
+
+def test_blocks_in_fp8(folder):
+    path, plain = in_fp8(folder, stored("transformer"))
+    done("convert", "demo", "made", "--transformer", path, "--text-quant", "bf16")
+    made = mx.load(str(folder / "made" / "transformer" / "model.safetensors"))
+    assert made.keys() == plain.keys()
+    assert all(mx.array_equal(made[name], plain[name]).item() for name in made)
 
 
 def test_the_wrong_part_is_told(transformer, folder):

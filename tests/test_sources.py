@@ -133,15 +133,6 @@ def gguf(folder: Path) -> None:
     (folder / TRANSFORMER).rename(folder / "transformer/flux-Q4_K_M.gguf")
 
 
-def fp8(folder: Path) -> None:
-    """A layer in a format that MLX has no name for."""
-    edit_weights(folder / TRANSFORMER, lambda x: x.update({LINEAR: mx.zeros(x[LINEAR].shape, mx.uint8)}))
-    data = (folder / TRANSFORMER).read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = data[8:start].replace(b'"U8"', b'"F8_E4M3"')
-    (folder / TRANSFORMER).write_bytes(len(header).to_bytes(8, "little") + header + data[start:])
-
-
 def gap(folder: Path) -> None:
     READ["numbered"](folder)
     (folder / "transformer/diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
@@ -150,11 +141,10 @@ def gap(folder: Path) -> None:
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 FP8 = {LINEAR.replace("weight", "weight_scale"): mx.ones((1,))}
 REFUSED: dict[str, tuple[Change, str]] = {
-    "fp8": (
-        fp8,
-        quantized("transformer", "in fp8"),
+    "a scale of fp8": (
+        tensors(TRANSFORMER, lambda x: x.update(FP8)),
+        f"{LINEAR} is BF16 [64, 64], and its file has {next(iter(FP8))}; fetch or make the file again",
     ),
-    "fp8 with scales": (tensors(TRANSFORMER, lambda x: x.update(FP8)), quantized("transformer", "in fp8 with scales")),
     "int8": (
         tensors(TEXT, lambda x: x.update({"model.layers.0.mlp.up_proj.weight": mx.ones((4, 4), mx.int8)})),
         quantized("text_encoder", "stored as I8"),

@@ -3,14 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files, TensorInfo, Tensors
 
+from . import fp8, nvfp4
 from .packed import Packed, Unpacked
 
 __all__ = ["Packed", "Unpacked", "plain"]
 # Each finds the weights of its family by names, dtypes and shapes, given those of all tensors and what files say of
 # themselves.
-_FAMILIES: tuple[Callable[[Mapping[str, TensorInfo], Mapping[str, str]], dict[str, Packed]], ...] = ()
+_FAMILIES: tuple[Callable[[Mapping[str, TensorInfo], Mapping[str, str]], dict[str, Packed]], ...] = (
+    fp8.packed,
+    nvfp4.packed,
+)
 
 
 def plain(paths: Sequence[Path]) -> tuple[Tensors, Mapping[str, str]]:
@@ -20,8 +25,11 @@ def plain(paths: Sequence[Path]) -> tuple[Tensors, Mapping[str, str]]:
         CheckpointError: a file is damaged, or a packed weight lacks something that it is made of.
     """
     files = Files(paths)
-    metadata: Mapping[str, str] = {}
+    infos, metadata = files.infos, files.metadata
     packed: dict[str, Packed] = {}
-    for family in _FAMILIES:
-        packed |= family(files.infos, metadata)
+    try:
+        for family in _FAMILIES:
+            packed |= family(infos, metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{paths[0]}: {error}") from error
     return (Unpacked(files, packed) if packed else files), metadata
