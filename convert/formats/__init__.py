@@ -34,6 +34,8 @@ def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple
     _ = files.infos  # what is wrong with the files comes first
     try:
         packed = _packed(files, metadata)
+        if SETTINGS in (said or {}) and not packed:
+            raise CheckpointError(f"its config.json says {SETTINGS}, and no weight is packed; give a complete copy")
     except CheckpointError as error:
         raise CheckpointError(f"{paths[0]}: {error}") from error
     return (Unpacked(files, packed) if packed else files), metadata
