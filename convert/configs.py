@@ -1,5 +1,6 @@
 """From the configs of a folder in the diffusers layout to our geometry."""
 
+import json
 import os
 import reprlib
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
+from .formats import SETTINGS, unreadable
 from .options import SCHEDULER, checked, refuse
 from .parts import LAYOUT
 
@@ -28,9 +30,11 @@ _KLEIN = {
 }
 _FILES = {
     **dict.fromkeys(PICKLES, "a pickle, which could run code"),
-    ".gguf": "a GGUF file, whose quantized weights are not read",
 }
-_UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint4 here"
+UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint4 here"
+# Where a config says how weights are packed, and by which methods they may be: their tensors tell the rest.
+_PACKING = (SETTINGS, "quantization_config", "compression_config")
+_METHODS = ("bitsandbytes", "quanto", "torchao", "fp8", "comfy")
 COMPLETE = "fetch it again, or give a complete copy"
 SCHEDULE = "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
@@ -47,6 +51,7 @@ class Description:
     index: dict[str, Any]
     values: dict[str, dict[str, Any]]
     scheduler: dict[str, Any]
+    packing: dict[str, dict[str, str]]
 
 
 def describe(folder: Path) -> Description:
@@ -61,13 +66,22 @@ def describe(folder: Path) -> Description:
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
     values = {name: read_json(path) for name, path in paths.items()}
-    for name, config in values.items():
-        if config.get("quantization"):
-            refuse_quantized(folder / name, "quantized by MLX")
-        if stored := config.get("quantization_config") or config.get("compression_config"):
-            method = stored.get("quant_method") if isinstance(stored, dict) else None
-            refuse_quantized(folder / name, f"quantized by {method or 'an unknown method'!s:.80}")
-    return Description(folder, index, values, read_json(folder / SCHEDULE))
+    packing = {name: _packing(folder / name, config) for name, config in values.items()}
+    plain = {name: {k: x for k, x in config.items() if k not in _PACKING} for name, config in values.items()}
+    return Description(folder, index, plain, read_json(folder / SCHEDULE), packing)
+
+
+def _packing(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """What a config says of how weights are packed, as far as the files don't; CheckpointError if that is not read."""
+    if how := unreadable((), config):
+        raise CheckpointError(f"{folder} is {how}")
+    stated = config.get(SETTINGS)
+    stored = config.get("quantization_config") or config.get("compression_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if stored and stored != stated and method not in _METHODS:
+        what = f"quantized by {method or 'an unknown method'!s:.80}"
+        raise CheckpointError(f"{folder} holds weights that are {what}, which are not read; {UNQUANTIZED}")
+    return {SETTINGS: json.dumps(stated)} if stated else {}
 
 
 def read_configs(description: Description, variant: str | None) -> tuple[Variant, Geometries]:
@@ -93,10 +107,6 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
 def _configs(description: Description, part: str, variant: Variant | None) -> Geometries:
     """The geometries of the networks that are made from a part."""
     return LAYOUT[part].configs(description.values[part], variant, description.folder / part / "config.json")
-
-
-def refuse_quantized(folder: Path, how: str) -> None:
-    raise CheckpointError(f"{folder} holds weights that are {how}, which are not read; {_UNQUANTIZED}")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -155,7 +165,7 @@ def _whereabouts(folder: Path) -> str:
         return f"; give {' or '.join(str(path.parent) for path in found[:3])}"
     index = folder / "transformer" / "model.safetensors.index.json"
     if index.is_file() and "mflux_version" in str(read_json(index).get("metadata")):
-        return f", as mflux saves a model; {_UNQUANTIZED}"
+        return f", as mflux saves a model; {UNQUANTIZED}"
     if (folder / "transformer" / "config.json").is_file():
         return "; copy that of the model that it was made from into it"
     return ""

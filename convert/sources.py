@@ -15,24 +15,13 @@ from flux2_mlx.hub_cache import PICKLES
 from flux2_mlx.weights import FLOATS, Renamed, TensorInfo, Tensors, read_json
 
 from . import formats
-from .configs import COMPLETE, SCHEDULE, describe, read_configs, refuse_quantized
+from .configs import COMPLETE, SCHEDULE, UNQUANTIZED, describe, read_configs
 from .naming import Reading
 from .parts import LAYOUT
 from .rules import Rule, Shape
 
 TOKENIZER = "tokenizer/tokenizer.json"
-LOOSE = (".safetensors",)  # endings of files that hold weights of parts of a model
-# What the names of tensors end with that a quantization adds to a model.
-_MARKS = {
-    "quantized by bitsandbytes": (".absmax", ".quant_map", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
-    "quantized by quanto": ("._data", "._scale"),
-    "quantized by torchao": ("_qdata", ":_data"),
-    "quantized for nunchaku": (".wscales", ".smooth_factor", ".smooth"),
-    "quantized by GPTQ or AWQ": (".qweight", ".qzeros"),
-    "in NVFP4": (".weight_scale_2",),
-    "in fp8 with scales": (".weight_scale", ".weight_scale_inv", ".scale_weight", "scaled_fp8", ".input_scale"),
-    "quantized by MLX": (".scales",),
-}
+LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
 # The fingerprint reads this many pieces of this many bytes from each file, at even distances.
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 
@@ -104,13 +93,15 @@ class Source:
             CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
         """
         description = describe(folder)
-        parts = {name: layout_part(folder, name) for name in (WRITING_PARTS if text_only else LAYOUT)}
+        parts = {
+            name: layout_part(folder, name, description.packing[name])
+            for name in (WRITING_PARTS if text_only else LAYOUT)
+        }
         if not (folder / TOKENIZER).is_file():
             advice = "add that of the model that it was made from, in a local copy of a repo"
             raise CheckpointError(f"{folder} is incomplete: there is no {TOKENIZER}; {advice}")
         for part in parts.values():
-            if how := _quantized(part.tensors.infos):
-                refuse_quantized(part.place, how)
+            _refuse_packed(part)
         row, configs = read_configs(description, variant)
         kept = {network for name in parts for network in LAYOUT[name].rules}
         configs = {name: config for name, config in configs.items() if name in kept}
@@ -157,10 +148,11 @@ class Source:
         return digest.hexdigest()
 
 
-def layout_part(folder: Path, part: str) -> SourcePart:
-    """A part of a folder in the diffusers layout, with its tensors by the names that its rules have for them."""
+def layout_part(folder: Path, part: str, said: Mapping[str, str]) -> SourcePart:
+    """A part of a folder in the diffusers layout, with its tensors by the names that its rules have for them; `said` is
+    what its config says of how they are packed."""
     paths = _weight_files(folder / part, LAYOUT[part].stem)
-    plain, metadata = formats.plain(paths)
+    plain, metadata = formats.plain(paths, said)
     tensors = Renamed(plain, {LAYOUT[part].canonical(name): name for name in plain.infos})
     return SourcePart(part, folder / part, paths, tensors, metadata=metadata)
 
@@ -229,19 +221,19 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
     if suffixes & set(PICKLES):
         raise CheckpointError(f"{folder} holds pickles, which could run code; fetch its .safetensors files")
     if ".gguf" in suffixes:
-        refuse_quantized(folder, "in GGUF files")
+        raise CheckpointError(f"{folder} has no .safetensors files; give one of its GGUF files instead of the folder")
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     raise CheckpointError(
         f"{folder} is incomplete: there is no {', '.join(missing[:3]) or 'weight file'}{more}; {COMPLETE}"
     )
 
 
-def _quantized(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """How weights are quantized, by the names and dtypes that it leaves; None: they are not."""
-    dtypes = {tensor.dtype for name, tensor in tensors.items() if name.endswith("weight") and len(tensor.shape) > 1}
-    for how, ends in _MARKS.items():
-        if any(name.endswith(ends) for name in tensors):
-            return how
-    if other := sorted(dtypes - set(FLOATS.values())):
-        return "in fp8" if other[0].startswith("F8") else f"stored as {other[0]}"
-    return None
+def _refuse_packed(part: SourcePart) -> None:
+    """CheckpointError for weights that are still no numbers of floating point."""
+    if how := formats.unreadable(part.tensors.infos, {}):
+        raise CheckpointError(f"{part.place} is {how}")
+    matrices = [x for name, x in part.tensors.infos.items() if name.endswith("weight") and len(x.shape) > 1]
+    if other := sorted({x.dtype for x in matrices} - set(FLOATS.values())):
+        raise CheckpointError(
+            f"{part.place} holds weights that are stored as {other[0]}, which are not read; {UNQUANTIZED}"
+        )

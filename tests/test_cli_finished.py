@@ -8,9 +8,9 @@ from helpers.cli_runner import PROMPT, SMALL, done, make, refusal, run, tree
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, memory
-from flux2_mlx import run as runs
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.images import read_settings
+from flux2_mlx.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -24,20 +24,20 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def cut(monkeypatch):
     """Let something be raised in place of the denoising of an image; None: nothing any more."""
-    whole, planned = runs.denoise_images, {}
+    whole, planned = Run._stepped, {}
 
     def cut_at(place: int | None, error: BaseException | None = None) -> None:
         planned.clear()
         planned[place] = error
 
-    def denoised(*arguments):
-        for tokens in whole(*arguments):
-            for place in tokens:
-                if place in planned:
-                    raise planned[place]
-            yield tokens
+    def stepped(run, steps, images, *further):
+        tokens = whole(run, steps, images, *further)
+        for place in images:
+            if place in planned:
+                raise planned[place]
+        return tokens
 
-    monkeypatch.setattr(runs, "denoise_images", denoised)
+    monkeypatch.setattr(Run, "_stepped", stepped)
     return cut_at
 
 

@@ -21,7 +21,7 @@ PLAIN = """\
 org/model is not converted yet:
   from       HUB/org/model
   licence    apache-2.0
-  download   3.4 MB in 11 files, to HOME/hub/models--org--model
+  download   3.4 MB in 10 files, to HOME/hub/models--org--model
   converted  2.3 MB, to MODELS/org--model-bf16; later runs need only this
   stays      5.6 MB in all; --no-keep-source removes the 3.4 MB fetched now
 downloading: 100% of 3.4 MB in TIME
@@ -31,7 +31,7 @@ RESUMED = """\
 org/model is not converted yet:
   from       HUB/org/model
   licence    see that page
-  download   3.4 MB in 11 files, 400.0 kB of it already there, to HOME/hub/models--org--model
+  download   3.4 MB in 10 files, 400.0 kB of it already there, to HOME/hub/models--org--model
   converted  2.3 MB, to MODELS/org--model-bf16; later runs need only this
   stays      2.3 MB in all, once the 3.4 MB fetched now are removed
 downloading: 100% of 3.4 MB in TIME
@@ -41,7 +41,7 @@ BARS = """\
 org/model is not converted yet:
   from       HUB/org/model
   licence    apache-2.0
-  download   3.4 MB in 11 files, to HOME/hub/models--org--model
+  download   3.4 MB in 10 files, to HOME/hub/models--org--model
   converted  2.3 MB, to MODELS/org--model-bf16; later runs need only this
   stays      5.6 MB in all; --no-keep-source removes the 3.4 MB fetched now
 downloading: 100%|BAR| 3.36M/3.36M [TIME<TIME, SPEED]

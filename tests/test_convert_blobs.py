@@ -36,8 +36,8 @@ def test_a_whole_source_is_converted(cached, tmp_path):
 def test_a_blob_of_other_content_and_the_right_size_is_refused(name, cached, tmp_path):
     blob = (cached / name).resolve()
     data = bytearray(blob.read_bytes())
-    place = data.rindex(b"\n") if name.endswith(".json") else len(data) - 2  # nothing else finds it wrong
-    data[place] = data[place] ^ 1 if name.endswith(".safetensors") else ord(" ")
+    place = data.rindex(b" ") if name.endswith(".json") else len(data) - 2  # nothing else finds it wrong
+    data[place] = data[place] ^ 1 if name.endswith(".safetensors") else ord("\t")
     blob.write_bytes(data)
     (tmp_path / "models").mkdir()
     with pytest.raises(CheckpointError) as caught:

@@ -149,47 +149,35 @@ REFUSED: dict[str, tuple[Change, str]] = {
         tensors(TEXT, lambda x: x.update({"model.layers.0.mlp.up_proj.weight": mx.ones((4, 4), mx.int8)})),
         quantized("text_encoder", "stored as I8"),
     ),
-    "bitsandbytes": (
-        config("transformer/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        quantized("transformer", "quantized by bitsandbytes"),
-    ),
-    "bitsandbytes text encoder": (
-        config("text_encoder/config.json", quantization_config={"quant_method": "bitsandbytes"}),
-        quantized("text_encoder", "quantized by bitsandbytes"),
-    ),
-    "bitsandbytes without a config": (
+    "half of bitsandbytes": (
         tensors(TRANSFORMER, lambda x: x.update({f"{LINEAR}.absmax": mx.ones((2,))})),
-        quantized("transformer", "quantized by bitsandbytes"),
+        f"{LINEAR}.absmax belongs to no weight of the file; fetch the file again",
     ),
-    "quanto": (
+    "half of quanto": (
         tensors(TRANSFORMER, lambda x: x.update({f"{LINEAR}._data": x.pop(LINEAR)})),
-        quantized("transformer", "quantized by quanto"),
+        f"{LINEAR}._data is BF16 instead of I8 or F8_E4M3 or F8_E5M2",
     ),
     "GPTQ text encoder": (
         config("text_encoder/config.json", compression_config={"quant_method": "gptq"}),
-        quantized("text_encoder", "quantized by gptq"),
-    ),
-    "torchao": (
-        config("transformer/config.json", quantization_config={"quant_method": "torchao"}),
-        quantized("transformer", "quantized by torchao"),
+        "{folder}/text_encoder is quantized as GPTQ or AWQ, which can't be read; fetch a bf16, fp8 or GGUF file of the "
+        "model",
     ),
     "no method": (
         config("vae/config.json", quantization_config={"bits": 4}),
         quantized("vae", "quantized by an unknown method"),
     ),
-    "MLX": (
-        tensors(TRANSFORMER, lambda x: x.update({LINEAR.replace("weight", "scales"): mx.ones((2,))})),
-        quantized("transformer", "quantized by MLX"),
-    ),
     "MLX by its config": (
         config("text_encoder/config.json", quantization=MXFP4),
-        quantized("text_encoder", "quantized by MLX"),
+        "model.safetensors: its config.json says quantization, and no weight is packed; give a complete copy",
     ),
     "mlx-lm": (
         config("text_encoder/config.json", quantization=MXFP4, quantization_config=MXFP4),
-        quantized("text_encoder", "quantized by MLX"),
+        "model.safetensors: its config.json says quantization, and no weight is packed; give a complete copy",
     ),
-    "GGUF": (gguf, quantized("transformer", "in GGUF files")),
+    "GGUF": (
+        gguf,
+        "{folder}/transformer has no .safetensors files; give one of its GGUF files instead of the folder",
+    ),
     "mflux": (
         saved_by_mflux,
         f"{{folder}} is no model folder in the diffusers layout: it has no model_index.json, as mflux saves a model; "
@@ -272,7 +260,6 @@ def test_the_class_of_dev_settles_that_it_is_dev(distilled, tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("flux-Q4_K_M.gguf", "a GGUF file, whose quantized weights are not read"),
         ("flux.ckpt", "a pickle, which could run code"),
         ("flux.txt", "not a model folder"),
     ],

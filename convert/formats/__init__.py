@@ -1,35 +1,59 @@
 """From the bytes of a format to plain weights: a file for each family of formats."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import Files, TensorInfo, Tensors
+from flux2_mlx.weights import Files, Tensors, raise_problems
 
-from . import fp8, nvfp4
+from . import bitsandbytes, fp8, mlx, nvfp4, quanto, torchao
+from .gguf import Gguf, split_files
 from .packed import Packed, Unpacked
+from .unreadable import unreadable
 
-__all__ = ["Packed", "Unpacked", "plain"]
-# Each finds the weights of its family by names, dtypes and shapes, given those of all tensors and what files say of
-# themselves.
-_FAMILIES: tuple[Callable[[Mapping[str, TensorInfo], Mapping[str, str]], dict[str, Packed]], ...] = (
-    fp8.packed,
-    nvfp4.packed,
-)
+__all__ = ["GGUF", "SETTINGS", "Packed", "Unpacked", "plain", "unreadable"]
+GGUF = ".gguf"
+SETTINGS = mlx.SETTINGS
 
 
-def plain(paths: Sequence[Path]) -> tuple[Tensors, Mapping[str, str]]:
+def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple[Tensors, Mapping[str, str]]:
     """The tensors of files of weights, packed ones as what they stand for, and what the files say of themselves.
+
+    Args:
+        paths: safetensors files that belong together, or one GGUF file, with which all of its set are read.
+        said: what is said of them elsewhere, such as MLX's `SETTINGS` in a config.
 
     Raises:
         CheckpointError: a file is damaged, or a packed weight lacks something that it is made of.
     """
+    if paths[0].suffix.lower() == GGUF:
+        gguf = Gguf(split_files(paths[0]))
+        return gguf, gguf.metadata
     files = Files(paths)
-    infos, metadata = files.infos, files.metadata
-    packed: dict[str, Packed] = {}
+    metadata = {**files.metadata, **(said or {})}
+    _ = files.infos  # what is wrong with the files comes first
     try:
-        for family in _FAMILIES:
-            packed |= family(infos, metadata)
+        packed = _packed(files, metadata)
+        if SETTINGS in (said or {}) and not packed:
+            raise CheckpointError(f"its config.json says {SETTINGS}, and no weight is packed; give a complete copy")
     except CheckpointError as error:
         raise CheckpointError(f"{paths[0]}: {error}") from error
     return (Unpacked(files, packed) if packed else files), metadata
+
+
+def _packed(files: Files, metadata: Mapping[str, str]) -> dict[str, Packed]:
+    """The packed weights of all families; none may be of two."""
+    infos = files.infos
+    found: dict[str, Packed] = {}
+    for family in (
+        fp8.packed(infos, metadata),
+        nvfp4.packed(infos, metadata),
+        bitsandbytes.packed(infos, metadata, files.read),
+        quanto.packed(infos, metadata),
+        torchao.packed(infos, metadata),
+        mlx.packed(infos, metadata),
+    ):
+        twice = [f"{name} as {found[name].kind} and {family[name].kind}" for name in family if name in found]
+        raise_problems("weights are packed in two ways", twice)
+        found |= family
+    return found
