@@ -14,10 +14,17 @@ def exclude(folder: Path) -> None:
 
     It needs no rights, and where it can't be done nothing happens.
     """
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            (folder / MARK).touch(exist_ok=False)
+            exclude_from_backups(folder)
+
+
+def exclude_from_backups(folder: Path) -> None:
+    """The same of Time Machine alone, and each time. It leaves no file, so that a cache of others stays what it is."""
     if sys.platform != "darwin":
         return
     command, silent = ["tmutil", "addexclusion", str(folder.absolute())], subprocess.DEVNULL
     with suppress(OSError, subprocess.TimeoutExpired):
-        (folder / MARK).touch(exist_ok=False)
         # The attribute that this sets is not all that it does, so that setting it alone need not be enough.
         subprocess.run(command, check=False, timeout=_PATIENCE, stdin=silent, stdout=silent, stderr=silent)

@@ -32,6 +32,7 @@ from .downloads import (
     redacted,
 )
 from .errors import DownloadError, Flux2Error
+from .exclusion import exclude_from_backups
 from .files import Claim
 from .hub_cache import (
     INDEX,
@@ -236,7 +237,10 @@ def _planned(hub: _Hub, repo_id: str, listed: _Listing, text_only: bool) -> Down
 
 def _download(hub: _Hub, wanted: Download, check: Check | None, progress: Report | None) -> Path:
     _check_space(wanted.repo_id, wanted.remaining, hub.cache)
+    is_new = not (wanted.storage / "blobs").exists()
     make_folder(wanted.storage / "blobs", wanted.storage)
+    if is_new:  # what others have fetched is theirs
+        exclude_from_backups(wanted.storage)
     for name in wanted.files:
         if not is_weight(name) or name not in wanted.missing:
             _fetch(hub, wanted, name, lambda _: None)

@@ -132,8 +132,9 @@ def test_a_closed_pipe_ends_quietly():
 
 def test_info_shows_every_model_in_a_table():
     result = done("info")
-    header, *rows = result.stdout.splitlines()
+    header, *rows, limit = result.stdout.splitlines()
     assert header.split()[:4] == ["model", "licence", "steps", "guidance"]
+    assert limit.startswith("the default limit of a run's memory is ")
     assert [row.split()[0] for row in rows] == list(VARIANTS)
     assert "built in" in rows[0]
     for row, variant in zip(rows, VARIANTS.values(), strict=True):

@@ -296,4 +296,6 @@ def test_the_reason_for_the_limit(monkeypatch):
 def test_info_gives_the_reason_of_a_limit_that_is_the_default():
     line = f"that limit is the default: {memory_reason()}; --memory-limit sets another"
     assert done("info", "klein-4b").stdout.splitlines()[-1] == line
+    line = f"the default limit of a run's memory is {device.device_memory() / GIB:.3g} GiB: {memory_reason()}; "
+    assert done("info").stdout.splitlines()[-1] == f"{line}--memory-limit sets another"
     assert "that limit is" not in done("info", "klein-4b", "--memory-limit", "12GB").stdout

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.cli_runner import DEMO, PROMPT, SMALL, done, run
+from helpers.hub_client import fetch, storage
 
-from flux2_mlx import store
+from flux2_mlx import exclusion, store
 from flux2_mlx.cli import wakefulness
 from flux2_mlx.cli.group import cli
 from flux2_mlx.cli.wakefulness import awake
@@ -188,6 +190,18 @@ def test_a_mac_without_the_program(mac, monkeypatch):
     (mac / "model").mkdir()
     exclude(mac / "model")
     assert [path.name for path in (mac / "model").iterdir()] == [MARK]
+
+
+def test_a_download_is_left_out_of_backups_once(hub, home, mac, monkeypatch):
+    """What is fetched can be fetched again. No file is left in the Hub's cache that is not the Hub's."""
+    monkeypatch.setattr(sys, "platform", "linux")  # Python's own modules ask as well
+    monkeypatch.setattr(exclusion, "sys", SimpleNamespace(platform="darwin"))
+    fetch(hub, home)
+    assert (mac / "tmutil").read_text() == f"addexclusion {storage(home)}\n"
+    assert not (storage(home) / MARK).exists()
+    shutil.rmtree(storage(home) / "snapshots")
+    fetch(hub, home)
+    assert len((mac / "tmutil").read_text().splitlines()) == 1
 
 
 @pytest.fixture

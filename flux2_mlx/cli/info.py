@@ -240,12 +240,16 @@ def _reading(row: dict[str, Any]) -> str:
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
+    from ..device import device_memory, memory_reason
+
     sizes = "".join(f"{quant + ' GB':>10}" for quant in QUANTIZATIONS)
     click.echo(f"{'model':15}{'licence':20}{'steps':>6}{'guidance':>10}{sizes}  on disk")
     for row in rows:
         sizes = "".join(f"{sum(parts.values()) / 1e9:10.3f}" for parts in row["bytes"].values())
         state = f"{len(row['folders']) or 'not'} converted" if row["repo"] else "built in"
         click.echo(f"{row['model']:15}{row['licence']:20}{row['steps']:6}{row['guidance']:10.1f}{sizes}  {state}")
+    limit = f"the default limit of a run's memory is {device_memory() / 2**30:.3g} GiB"
+    click.echo(f"{limit}: {memory_reason()}; --memory-limit sets another")
 
 
 def _print_one(row: dict[str, Any]) -> None:
