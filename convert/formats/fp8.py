@@ -135,8 +135,7 @@ def _layer(
             return _by_groups(scale, numbers, scales)
         return _scaled(scale, numbers, scales.astype(mx.float32), _LARGEST[weight.dtype][0])
 
-    kind = {"mxfp8": "mxfp8", "int8_tensorwise": "int8"}.get(format, "fp8")
-    return packed_layer(kind, layer, format, declared.get(layer), infos, (scale,), shape, unpack, markers)
+    return packed_layer(layer, format, declared.get(layer), infos, (scale,), shape, unpack, markers)
 
 
 def _format(layer: str, weight: TensorInfo, scale: TensorInfo, declared: Mapping[str, Declared | None]) -> str:

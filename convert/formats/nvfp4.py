@@ -75,7 +75,7 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
         return _numbers(codes, groups * whole)
 
     shape = (rows, columns)
-    return packed_layer(_FORMAT, layer, _FORMAT, declared[layer], infos, (scale, scale_2), shape, unpack)
+    return packed_layer(layer, _FORMAT, declared[layer], infos, (scale, scale_2), shape, unpack)
 
 
 def _check_shapes(infos: Mapping[str, TensorInfo], weight: str, scale: str, scale_2: str) -> tuple[int, int]:
