@@ -14,7 +14,8 @@ from flux2_mlx.weights import READER, TensorInfo, parse_json
 from .packed import Packed
 
 METADATA, MARKER, WEIGHT = "_quantization_metadata", ".comfy_quant", ".weight"
-FORMATS = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "int8_tensorwise", "nvfp4")
+# The formats that can be read, and what users call them.
+FORMATS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "mxfp8": "mxfp8", "int8_tensorwise": "int8", "nvfp4": "nvfp4"}
 # Scales of activations, which are computed in bfloat16 here.
 _UNUSED = (".input_scale", ".scale_input", ".activation_scale")
 _ROTATIONS = (4, 16, 64, 256, 1024)
@@ -49,7 +50,6 @@ def declarations(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -
 
 
 def packed_layer(
-    kind: str,
     layer: str,
     format: str,
     declared: Declared | None,
@@ -71,15 +71,14 @@ def packed_layer(
     def unpacked(*arrays: mx.array) -> mx.array:
         said = declared
         if markers:
-            *arrays, text = arrays
-            said = _declared(markers[0], _json(markers[0], np.asarray(text).tobytes()))
+            said = _declared(markers[0], _json(markers[0], np.asarray(arrays[-1]).tobytes()))
             _check(layer, said, format, shape, declared)
         with mx.stream(READER):
-            array = unpack(*arrays)
+            array = unpack(*arrays[: 1 + len(scales)])
             return _rotated(array, said.rotation) if said and said.rotation else array
 
     unused += tuple(layer + end for end in _UNUSED if layer + end in infos)
-    return Packed(kind, (layer + WEIGHT, *scales, *markers), TensorInfo("F32", shape), unpacked, unused)
+    return Packed(FORMATS[format], (layer + WEIGHT, *scales, *markers), TensorInfo("F32", shape), unpacked, unused)
 
 
 def unswizzled(scales: mx.array, rows: int, columns: int) -> mx.array:
@@ -163,5 +162,5 @@ def _rotated(weight: mx.array, size: int) -> mx.array:
 
 @cache
 def _hadamard(size: int) -> np.ndarray:
-    four = np.float32([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    four = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32) / 2
     return four if size == 4 else np.kron(_hadamard(size // 4), four)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from math import gcd
 
 import mlx.core as mx
 import numpy as np
@@ -134,8 +135,7 @@ def _layer(
             return _by_groups(scale, numbers, scales)
         return _scaled(scale, numbers, scales.astype(mx.float32), _LARGEST[weight.dtype][0])
 
-    kind = {"mxfp8": "mxfp8", "int8_tensorwise": "int8"}.get(format, "fp8")
-    return packed_layer(kind, layer, format, declared.get(layer), infos, (scale,), shape, unpack, markers)
+    return packed_layer(layer, format, declared.get(layer), infos, (scale,), shape, unpack, markers)
 
 
 def _format(layer: str, weight: TensorInfo, scale: TensorInfo, declared: Mapping[str, Declared | None]) -> str:
@@ -199,9 +199,9 @@ def _scaled(name: str, numbers: mx.array, scales: mx.array, largest: float) -> m
     rows, columns = numbers.shape
     if scales.size == rows:
         return numbers * scales.reshape(rows, 1)
-    down, across = scales.shape
-    spread = mx.broadcast_to(scales[:, None, :, None], (down, _BLOCK, across, _BLOCK))
-    return numbers * spread.reshape(down * _BLOCK, across * _BLOCK)[:rows, :columns]
+    height = gcd(rows, _BLOCK)  # of the pieces of equal rows into which all blocks fall, the last one too
+    spread = mx.repeat(mx.repeat(scales, _BLOCK // height, axis=0)[: rows // height], _BLOCK, axis=1)[:, :columns]
+    return (numbers.reshape(-1, height, columns) * spread[:, None]).reshape(rows, columns)
 
 
 def _check_left(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import mlx.core as mx
+import numpy as np
 
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo
@@ -13,7 +14,11 @@ from .packed import Packed
 
 _FORMAT, _SCALE, _SCALE_2, _SMOOTHING = "nvfp4", ".weight_scale", ".weight_scale_2", ".pre_quant_scale"
 _GROUP = 16
-_FACTOR = 64  # see `_numbers`
+# A number of 4 bits (sign, two of exponent, one of mantissa) is 64 times the one of 8 bits, E4M3, with the same bits in
+# their places there, the smallest ones included. For each byte the two of 8 bits, the one of the upper half first.
+_FACTOR = 64
+_HALVES = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
+_PAIRS = ((_HALVES & 8) << 4 | (_HALVES & 7) << 2).astype(np.uint8).view(np.uint16)[:, 0]
 _LARGEST = 448.0 * _FACTOR  # what a scale of the whole is multiplied with
 
 
@@ -70,7 +75,7 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
         return _numbers(codes, groups * whole)
 
     shape = (rows, columns)
-    return packed_layer(_FORMAT, layer, _FORMAT, declared[layer], infos, (scale, scale_2), shape, unpack)
+    return packed_layer(layer, _FORMAT, declared[layer], infos, (scale, scale_2), shape, unpack)
 
 
 def _check_shapes(infos: Mapping[str, TensorInfo], weight: str, scale: str, scale_2: str) -> tuple[int, int]:
@@ -88,12 +93,6 @@ def _check_shapes(infos: Mapping[str, TensorInfo], weight: str, scale: str, scal
 
 
 def _numbers(codes: mx.array, scales: mx.array) -> mx.array:
-    """Weights from two of them a byte and the scales of their groups, each rounded once.
-
-    A number of 4 bits (sign, two of exponent, one of mantissa) is `_FACTOR` times the one of 8 bits with the same bits
-    in their places there, the smallest ones included.
-    """
-    rows = codes.shape[0]
-    halves = mx.stack([codes >> 4, codes & 15], axis=-1)
-    numbers = e4m3((halves & 8) << 4 | (halves & 7) << 2).reshape(rows, -1, _GROUP)
-    return (numbers * (_FACTOR * scales)[..., None]).reshape(rows, -1)
+    """Weights from two of them a byte and the scales of their groups, each rounded once."""
+    numbers = e4m3(mx.array(_PAIRS[np.asarray(codes)]).view(mx.uint8)).reshape(codes.shape[0], -1, _GROUP)
+    return (numbers * (_FACTOR * scales)[..., None]).reshape(codes.shape[0], -1)
