@@ -343,7 +343,7 @@ def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) 
     quantized = kind.name not in _PLAIN
     data = np.empty(len(values) // kind.values * kind.nbytes, np.uint8) if quantized else values.view(np.uint8)
     try:
-        count = os.preadv(file, [data], stored.offset + start // kind.values * kind.nbytes)
+        count = os.preadv(file, [data.data], stored.offset + start // kind.values * kind.nbytes)
     except OSError as error:
         raise CheckpointError(f"can't read {stored.path}: {error.strerror}") from error
     if count != len(data):
