@@ -30,7 +30,8 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 # Numbers in metadata, by the code of their type.
 _NUMBERS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _ARRAY = 8, 9
-_MAX_ITEMS = 2**20  # texts and tensors in a header; a vocabulary with its merges has half as many
+_MAX_ITEMS = 2**20  # texts in a header; a vocabulary with its merges has half as many
+_ENTRY = 16  # as many texts does a tensor or a piece of metadata count for, of which a model has hundreds
 _MAX_NAME = 255
 _MAX_DIMENSIONS, _MAX_DIMENSION = 4, 2**31 - 1
 _ALIGNMENT, _ALIGNMENTS = 32, tuple(2**n for n in range(17))
@@ -175,10 +176,10 @@ class _Header:
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
-    def items(self) -> range:
-        """As many as the header says that follow."""
+    def items(self, weight: int = 1) -> range:
+        """As many as the header says that follow, each of which takes as long as `weight` texts."""
         count = self.number("<Q")
-        self._items -= count
+        self._items -= count * weight
         if self._items < 0:
             raise ValueError(f"its header speaks of {count} items, more than a model has")
         return range(count)
@@ -222,7 +223,7 @@ def _code(kind: int) -> str:
 
 def _parse(header: _Header, path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     _check_start(header)
-    tensors, entries = header.items(), header.items()
+    tensors, entries = header.items(_ENTRY), header.items(_ENTRY)
     metadata: dict[str, Any] = {}
     for _ in entries:
         name = header.name()
@@ -342,7 +343,7 @@ def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) 
     quantized = kind.name not in _PLAIN
     data = np.empty(len(values) // kind.values * kind.nbytes, np.uint8) if quantized else values.view(np.uint8)
     try:
-        count = os.preadv(file, [data], stored.offset + start // kind.values * kind.nbytes)
+        count = os.preadv(file, [data.data], stored.offset + start // kind.values * kind.nbytes)
     except OSError as error:
         raise CheckpointError(f"can't read {stored.path}: {error.strerror}") from error
     if count != len(data):
