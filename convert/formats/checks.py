@@ -1,0 +1,78 @@
+"""What is asked of stored tensors before they are taken for weights."""
+
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import FLOATS, READER, TensorInfo
+
+from .packed import Packed
+
+FLOAT_CODES = tuple(FLOATS.values())
+_MAX_JSON = 100_000  # several hundred times what says how one tensor is packed
+
+
+def require(
+    infos: Mapping[str, TensorInfo], name: str, dtypes: Collection[str], shapes: Iterable[tuple[int, ...]] = ()
+) -> TensorInfo:
+    """The tensor `name`; CheckpointError if it is not there, or not of one of these dtypes and, if given, shapes."""
+    shapes = tuple(shapes)
+    info = infos.get(name)
+    if info is None:
+        raise CheckpointError(f"{name} is missing; fetch the file again, or one that has it")
+    if info.dtype not in dtypes:
+        raise CheckpointError(f"{name} is {info.dtype} instead of {' or '.join(dtypes)}")
+    if shapes and info.shape not in shapes:
+        raise CheckpointError(f"{name} is {list(info.shape)} instead of {' or '.join(str(list(x)) for x in shapes)}")
+    return info
+
+
+def complete(
+    infos: Mapping[str, TensorInfo], weights: Mapping[str, Packed], endings: tuple[str, ...]
+) -> Mapping[str, Packed]:
+    """These weights; CheckpointError if one is there plainly too, or tensors with these endings belong to none."""
+    taken = {name for weight in weights.values() for name in (*weight.sources, *weight.unused)}
+    for name in weights:
+        if name in infos and name not in taken:
+            raise CheckpointError(f"{name} is there twice, plain and packed; remove one of them")
+    for name in infos:
+        if name.endswith(endings) and name not in taken:
+            raise CheckpointError(f"{name} belongs to no weight of the file; fetch the file again")
+    return weights
+
+
+def finite(array: mx.array, name: str, *, least: float = -math.inf) -> mx.array:
+    """An array in float32; CheckpointError if a value is not finite or below `least`."""
+    with mx.stream(READER):
+        array = array.astype(mx.float32)
+        if not mx.all(mx.isfinite(array)).item():
+            raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
+        if least > -math.inf and not mx.all(array >= least).item():
+            raise CheckpointError(f"{name} has values below {least:g}; fetch the file again")
+    return array
+
+
+def require_json(infos: Mapping[str, TensorInfo], name: str) -> None:
+    """CheckpointError if a tensor can't be JSON, so that it need not be read."""
+    if require(infos, name, ("U8",)).nbytes > _MAX_JSON:
+        raise CheckpointError(f"{name} is {list(infos[name].shape)}, which is no JSON of a weight")
+
+
+def json_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """What JSON that belongs to the tensor `name` says; CheckpointError if it is no object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} holds no JSON object")
+    return value
+
+
+def is_shape(value: Any) -> bool:
+    """Whether `value` is a list of one or more positive whole numbers."""
+    return isinstance(value, list) and bool(value) and all(type(n) is int and 0 < n < 2**31 for n in value)
