@@ -43,7 +43,7 @@ class _State:
     offset: float = 0.0
 
 
-def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Read) -> Mapping[str, Packed]:
+def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Read) -> dict[str, Packed]:
     """The weights that bitsandbytes packed, by their names; `read` is that of the tensors, for what describes them.
 
     Raises:
@@ -64,7 +64,7 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: R
 
 def _state(name: str, array: mx.array) -> _State:
     """What the bytes of a quantization state say; CheckpointError if they are nonsense."""
-    said = json_object(bytes(memoryview(np.array(array))), name)
+    said = json_object(np.array(array).tobytes(), name)
     kind, shape, blocksize = (said.get(key) for key in ("quant_type", "shape", "blocksize"))
     if kind not in tuple(_TABLES) or not name.endswith(_STATE + kind):
         raise CheckpointError(f"{name} says quant_type {kind!r:.40}")

@@ -38,9 +38,7 @@ _MODES = (_Form(4, 32, "mxfp4"), _Form(8, 32, "mxfp8"), _Form(4, 16, "nvfp4"))
 _LAST = {"mxfp4": 254, "mxfp8": 254, "nvfp4": 126}
 
 
-def packed(
-    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE
-) -> Mapping[str, Packed]:
+def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE) -> dict[str, Packed]:
     """The weights that MLX packed, by their names.
 
     Args:
@@ -51,7 +49,7 @@ def packed(
     Raises:
         CheckpointError: something that belongs to one is missing, left over or wrong, or two forms are possible.
     """
-    said = json_object(metadata[SETTINGS], SETTINGS) if SETTINGS in metadata else {}
+    said = json_object(metadata[SETTINGS].encode(), SETTINGS) if SETTINGS in metadata else {}
     if not said and any(key in metadata for key in _MFLUX):
         said = {"group_size": _MFLUX_GROUP}
     weights = {}
