@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 
@@ -72,6 +72,6 @@ def json_object(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def is_shape(value: Any) -> bool:
+def is_shape(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a list of one or more positive whole numbers."""
     return isinstance(value, list) and bool(value) and all(type(n) is int and 0 < n < 2**31 for n in value)

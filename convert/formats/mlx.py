@@ -86,7 +86,7 @@ def _weight(
     factors = require(infos, scales, (*FLOAT_CODES, "U8"))
     if len(stored) < 2 or not all(stored) or factors.shape[:-1] != stored[:-1] or not factors.shape[-1]:
         raise CheckpointError(f"{scales} is {list(factors.shape)}, which does not fit {weight}, {list(stored)}")
-    sources = (weight, scales)
+    sources: tuple[str, ...] = (weight, scales)
     if factors.dtype == "U8":
         if biases in infos:
             raise CheckpointError(f"{biases} is there, and {scales} is U8, of a form that has none")

@@ -57,7 +57,7 @@ def _described(metadata: Mapping[str, str], weight: str, name: str) -> tuple[str
 
 def _weight(infos: Mapping[str, TensorInfo], start: str, described: tuple[str, dict[str, Any]]) -> Packed:
     (kind, code), said = _KINDS[described[0]], described[1]
-    names = (f"{start}qdata", f"{start}scale")
+    names: tuple[str, ...] = (f"{start}qdata", f"{start}scale")
     shape = require(infos, names[0], (code,)).shape
     scales = require(infos, names[1], FLOAT_CODES).shape
     blocks = said.get("block_size")
