@@ -19,15 +19,17 @@ Read = Callable[[Iterable[str]], Iterator[mx.array]]
 
 _STATE = ".quant_state.bitsandbytes__"
 _ENDINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
-_NF4 = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105, 0.0)
-_NF4 += (0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.562617, 0.7229568, 1.0)
+_NF4 = (
+    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.562617, 0.7229568, 1.0),
+)
 _FP4 = tuple(x / 12 for x in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 # What each nibble stands for. The file has the same table, which is what is used.
 _TABLES = {"nf4": _NF4, "fp4": _FP4 + tuple(-x for x in _FP4)}
 _BLOCKS = tuple(2**n for n in range(5, 13))
 _MAX_OFFSET = 3e38
 _DTYPES = ("float32", "float16", "bfloat16")
-_BYTE = np.float32(7.874015718698502e-3)  # 1/127 as bitsandbytes has it
+_BYTE = 7.874015718698502e-3  # 1/127 as bitsandbytes has it
 _CHUNK = 2**20  # bytes that are unpacked at once, for the processor's caches
 _LAYOUTS = ("row", "col32", "col_turing", "col_ampere")
 
@@ -43,7 +45,7 @@ class _State:
     offset: float = 0.0
 
 
-def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Read) -> Mapping[str, Packed]:
+def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Read) -> dict[str, Packed]:
     """The weights that bitsandbytes packed, by their names; `read` is that of the tensors, for what describes them.
 
     Raises:
@@ -64,8 +66,8 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: R
 
 def _state(name: str, array: mx.array) -> _State:
     """What the bytes of a quantization state say; CheckpointError if they are nonsense."""
-    said = json_object(bytes(memoryview(np.array(array))), name)
-    kind, shape, blocksize = (said.get(key) for key in ("quant_type", "shape", "blocksize"))
+    said = json_object(np.array(array).tobytes(), name)
+    kind, shape, blocksize = said.get("quant_type"), said.get("shape"), said.get("blocksize")
     if kind not in tuple(_TABLES) or not name.endswith(_STATE + kind):
         raise CheckpointError(f"{name} says quant_type {kind!r:.40}")
     if not is_shape(shape):
@@ -79,10 +81,10 @@ def _state(name: str, array: mx.array) -> _State:
 
 
 def _nested(name: str, said: Mapping[str, Any], state: _State) -> _State:
-    blocksize, offset, dtype = (said.get(f"nested_{key}") for key in ("blocksize", "offset", "dtype"))
+    blocksize, offset, dtype = said["nested_blocksize"], said.get("nested_offset"), said.get("nested_dtype")
     if type(blocksize) is not int or not 0 < blocksize < 2**31:
         raise CheckpointError(f"{name} says nested_blocksize {blocksize!r:.40}")
-    if type(offset) not in (int, float) or not -_MAX_OFFSET < offset < _MAX_OFFSET:
+    if not isinstance(offset, int | float) or isinstance(offset, bool) or not -_MAX_OFFSET < offset < _MAX_OFFSET:
         raise CheckpointError(f"{name} says nested_offset {offset!r:.40}")
     if dtype != "float32":
         raise CheckpointError(f"{name} says nested_dtype {dtype!r:.40} instead of float32")
@@ -152,7 +154,7 @@ def _rows(infos: Mapping[str, TensorInfo], layer: str) -> Packed:
     if len(stored.shape) != 2:
         raise CheckpointError(f"{weight} is {list(stored.shape)}, which is no matrix")
     require(infos, scales, FLOAT_CODES, [stored.shape[:1], (stored.shape[0], 1)])
-    sources = (weight, scales)
+    sources: tuple[str, ...] = (weight, scales)
     if layout in infos:
         require(infos, layout, ("U8",), [(), (1,)])
         sources += (layout,)
@@ -160,9 +162,9 @@ def _rows(infos: Mapping[str, TensorInfo], layer: str) -> Packed:
 
 
 def _unpack_rows(names: tuple[str, ...], stored: mx.array, scales: mx.array, *layout: mx.array) -> mx.array:
-    if layout and (number := int(layout[0].item())):
+    if layout and (number := int(np.array(layout[0]).item())):
         what = _LAYOUTS[number] if number < len(_LAYOUTS) else str(number)
         raise CheckpointError(f"{names[2]} says {what}, an order for old GPUs; fetch a file that a newer version saved")
     factors = finite(scales, names[1], least=0.0).reshape(-1, 1)
     with mx.stream(READER):
-        return stored.astype(mx.float32) * factors * mx.array(_BYTE)
+        return stored.astype(mx.float32) * factors * _BYTE

@@ -1,14 +1,13 @@
 """What is asked of stored tensors before they are taken for weights."""
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import FLOATS, READER, TensorInfo
+from flux2_mlx.weights import FLOATS, READER, TensorInfo, parse_json
 
 from .packed import Packed
 
@@ -32,8 +31,8 @@ def require(
 
 
 def complete(
-    infos: Mapping[str, TensorInfo], weights: Mapping[str, Packed], endings: tuple[str, ...]
-) -> Mapping[str, Packed]:
+    infos: Mapping[str, TensorInfo], weights: dict[str, Packed], endings: tuple[str, ...]
+) -> dict[str, Packed]:
     """These weights; CheckpointError if one is there plainly too, or tensors with these endings belong to none."""
     taken = {name for weight in weights.values() for name in (*weight.sources, *weight.unused)}
     for name in weights:
@@ -62,10 +61,10 @@ def require_json(infos: Mapping[str, TensorInfo], name: str) -> None:
         raise CheckpointError(f"{name} is {list(infos[name].shape)}, which is no JSON of a weight")
 
 
-def json_object(text: str | bytes, name: str) -> dict[str, Any]:
+def json_object(data: bytes, name: str) -> dict[str, Any]:
     """What JSON that belongs to the tensor `name` says; CheckpointError if it is no object."""
     try:
-        value = json.loads(text)
+        value = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -73,6 +72,6 @@ def json_object(text: str | bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def is_shape(value: Any) -> bool:
+def is_shape(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a list of one or more positive whole numbers."""
     return isinstance(value, list) and bool(value) and all(type(n) is int and 0 < n < 2**31 for n in value)

@@ -102,7 +102,7 @@ def _cast(name: str, info: TensorInfo) -> Packed:
 
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
-            return _numbers(name, info.dtype, codes)
+            return eight_bits(name, info.dtype, codes)
 
     return Packed("fp8", (name,), TensorInfo("F32", info.shape), unpack)
 
@@ -130,7 +130,7 @@ def _layer(
         _check_shape(scale, shape, infos[scale])
 
     def unpack(codes: mx.array, scales: mx.array) -> mx.array:
-        numbers = _numbers(layer + WEIGHT, weight.dtype, codes)
+        numbers = eight_bits(layer + WEIGHT, weight.dtype, codes)
         if format == "mxfp8":
             return _by_groups(scale, numbers, scales)
         return _scaled(scale, numbers, scales.astype(mx.float32), _LARGEST[weight.dtype][0])
@@ -175,7 +175,8 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // _BLOCK) for size in shape)
 
 
-def _numbers(name: str, dtype: str, codes: mx.array) -> mx.array:
+def eight_bits(name: str, dtype: str, codes: mx.array) -> mx.array:
+    """Numbers of `I8` or of a float of 8 bits as float32, exactly; CheckpointError if one of them is not finite."""
     if dtype == "I8":
         return codes.astype(mx.float32)
     check_codes(name, codes, _LARGEST[dtype][1])

@@ -38,9 +38,7 @@ _MODES = (_Form(4, 32, "mxfp4"), _Form(8, 32, "mxfp8"), _Form(4, 16, "nvfp4"))
 _LAST = {"mxfp4": 254, "mxfp8": 254, "nvfp4": 126}
 
 
-def packed(
-    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE
-) -> Mapping[str, Packed]:
+def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE) -> dict[str, Packed]:
     """The weights that MLX packed, by their names.
 
     Args:
@@ -51,7 +49,7 @@ def packed(
     Raises:
         CheckpointError: something that belongs to one is missing, left over or wrong, or two forms are possible.
     """
-    said = json_object(metadata[SETTINGS], SETTINGS) if SETTINGS in metadata else {}
+    said = json_object(metadata[SETTINGS].encode(), SETTINGS) if SETTINGS in metadata else {}
     if not said and any(key in metadata for key in _MFLUX):
         said = {"group_size": _MFLUX_GROUP}
     weights = {}
@@ -88,7 +86,7 @@ def _weight(
     factors = require(infos, scales, (*FLOAT_CODES, "U8"))
     if len(stored) < 2 or not all(stored) or factors.shape[:-1] != stored[:-1] or not factors.shape[-1]:
         raise CheckpointError(f"{scales} is {list(factors.shape)}, which does not fit {weight}, {list(stored)}")
-    sources = (weight, scales)
+    sources: tuple[str, ...] = (weight, scales)
     if factors.dtype == "U8":
         if biases in infos:
             raise CheckpointError(f"{biases} is there, and {scales} is U8, of a form that has none")

@@ -1,7 +1,7 @@
 """optimum-quanto: qint8 and qfloat8 by rows, qint4 and qint2 by groups."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 
@@ -11,6 +11,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
 from .checks import FLOAT_CODES, complete, finite, require
+from .fp8 import eight_bits
 from .packed import Packed
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -22,21 +23,10 @@ _ENDINGS = ("._data", "._scale", "._shift")
 _ACTIVATIONS = (".input_scale", ".output_scale")
 
 
-def _e5m2(data: mx.array) -> mx.array:
-    """The upper bytes of float16 in float32."""
-    return (data.astype(mx.uint16) << 8).view(mx.float16).astype(mx.float32)
+_KINDS = {"I8": "qint8", "F8_E4M3": "qfloat8_e4m3fn", "F8_E5M2": "qfloat8_e5m2"}
 
 
-_READERS: dict[str, tuple[str, Callable[[mx.array], mx.array]]] = {
-    "I8": ("qint8", lambda data: data.astype(mx.float32)),
-    "F8_E4M3": ("qfloat8_e4m3fn", lambda data: mx.from_fp8(data, dtype=mx.float32)),
-    "F8_E5M2": ("qfloat8_e5m2", _e5m2),
-}
-
-
-def packed(
-    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE
-) -> Mapping[str, Packed]:
+def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE) -> dict[str, Packed]:
     """The weights that quanto packed, by their names.
 
     Args:
@@ -66,19 +56,20 @@ def _unused(infos: Mapping[str, TensorInfo], weight: str) -> tuple[str, ...]:
 def _rows(infos: Mapping[str, TensorInfo], weight: str) -> Packed:
     """A weight of bytes, with a scale for each of its rows."""
     data, scale = f"{weight}._data", f"{weight}._scale"
-    stored = require(infos, data, _READERS)
+    stored = require(infos, data, _KINDS)
     if not stored.shape:
         raise CheckpointError(f"{data} is a single value, which is no weight")
     require(infos, scale, FLOAT_CODES, [(stored.shape[0], *(1 for _ in stored.shape[1:]))])
-    kind, read = _READERS[stored.dtype]
-    unpack = partial(_unpack_rows, scale, read)
-    return Packed(f"quanto {kind}", (data, scale), TensorInfo("F32", stored.shape), unpack, _unused(infos, weight))
+    unpack = partial(_unpack_rows, (data, scale), stored.dtype)
+    return Packed(
+        f"quanto {_KINDS[stored.dtype]}", (data, scale), TensorInfo("F32", stored.shape), unpack, _unused(infos, weight)
+    )
 
 
-def _unpack_rows(name: str, read: Callable[[mx.array], mx.array], data: mx.array, scale: mx.array) -> mx.array:
-    factors = finite(scale, name, least=0.0)
+def _unpack_rows(names: tuple[str, ...], code: str, data: mx.array, scale: mx.array) -> mx.array:
+    factors = finite(scale, names[1], least=0.0)
     with mx.stream(READER):
-        return read(data) * factors
+        return eight_bits(names[0], code, data) * factors
 
 
 def _groups(infos: Mapping[str, TensorInfo], weight: str, shape: tuple[int, ...] | None) -> Packed:
@@ -104,7 +95,7 @@ def _bits(name: str, rows: int, groups: int) -> int:
     """How many bits a value has where that many rows of bytes hold those of `groups`."""
     found = [bits for bits in (4, 2) if rows == -(-groups * bits // 8)]
     if len(found) != 1:
-        raise CheckpointError(f"{name} has {rows} rows, which is neither a half nor a quarter of {groups} groups")
+        raise CheckpointError(f"{name} has {rows} rows, which is not clearly a half or a quarter of {groups} groups")
     return found[0]
 
 

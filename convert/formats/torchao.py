@@ -11,6 +11,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
 from .checks import FLOAT_CODES, complete, finite, is_shape, json_object, require
+from .fp8 import eight_bits
 from .packed import Packed
 
 # Until 0.14 `layer.weight:qdata`, since then `layer._weight_qdata`.
@@ -21,13 +22,13 @@ _PLAIN = ":_data"
 _INSTEAD = "fetch a bf16, fp8, GGUF or bitsandbytes file, or one that torchao saved as int8 or float8 weights"
 
 
-def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Mapping[str, Packed]:
+def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, Packed]:
     """The weights that torchao packed, by their names; `metadata` says how.
 
     Raises:
         CheckpointError: something that belongs to one is missing, left over, wrong, or of a kind that can't be read.
     """
-    weights = {}
+    weights: dict[str, Packed] = {}
     for name in infos:
         if match := _DATA.fullmatch(name):
             weight = f"{match['layer']}.weight"
@@ -43,7 +44,7 @@ def _described(metadata: Mapping[str, str], weight: str, name: str) -> tuple[str
     """Of which kind a weight is, and what is said of it."""
     if weight not in metadata:
         raise CheckpointError(f"{name} is of torchao, but the file's metadata does not say how {weight} is packed")
-    said = json_object(metadata[weight], f"the metadata of {weight}")
+    said = json_object(metadata[weight].encode(), f"the metadata of {weight}")
     kind, data = said.get("_type"), said.get("_data")
     if kind not in tuple(_KINDS):
         raise CheckpointError(f"{weight} is torchao's {kind!r:.60}, which can't be read; {_INSTEAD}")
@@ -56,7 +57,7 @@ def _described(metadata: Mapping[str, str], weight: str, name: str) -> tuple[str
 
 def _weight(infos: Mapping[str, TensorInfo], start: str, described: tuple[str, dict[str, Any]]) -> Packed:
     (kind, code), said = _KINDS[described[0]], described[1]
-    names = (f"{start}qdata", f"{start}scale")
+    names: tuple[str, ...] = (f"{start}qdata", f"{start}scale")
     shape = require(infos, names[0], (code,)).shape
     scales = require(infos, names[1], FLOAT_CODES).shape
     blocks = said.get("block_size")
@@ -66,7 +67,7 @@ def _weight(infos: Mapping[str, TensorInfo], start: str, described: tuple[str, d
         names += (f"{start}zero_point",)
         require(infos, names[2], ("I8",), [scales])
     unused = tuple(x for x in (f"{start}act_quant_scale", f"{start}act_quant_zero_point") if x in infos)
-    return Packed(f"torchao {kind}", names, TensorInfo("F32", shape), partial(_unpack, names[1], shape), unused)
+    return Packed(f"torchao {kind}", names, TensorInfo("F32", shape), partial(_unpack, names, code, shape), unused)
 
 
 def _scales(shape: tuple[int, ...], blocks: list[int]) -> tuple[int, ...] | None:
@@ -76,10 +77,12 @@ def _scales(shape: tuple[int, ...], blocks: list[int]) -> tuple[int, ...] | None
     return tuple(size // block for size, block in zip(shape, blocks, strict=True))
 
 
-def _unpack(name: str, shape: tuple[int, ...], data: mx.array, scale: mx.array, *zero: mx.array) -> mx.array:
-    factors = finite(scale, name, least=0.0)
+def _unpack(
+    names: tuple[str, ...], code: str, shape: tuple[int, ...], data: mx.array, scale: mx.array, *zero: mx.array
+) -> mx.array:
+    factors = finite(scale, names[1], least=0.0)
     with mx.stream(READER):
-        values = mx.from_fp8(data, dtype=mx.float32) if data.dtype == mx.uint8 else data.astype(mx.float32)
+        values = eight_bits(names[0], code, data)
         # A dimension becomes two, of blocks and of what is in them, so that scales fit by themselves.
         split = [n for size, count in zip(shape, factors.shape, strict=True) for n in (count, size // count)]
         apart = [n for count in factors.shape for n in (count, 1)]

@@ -10,10 +10,9 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "DFloat11": ((".encoded_exponent", ".sign_mantissa"), ("dfloat11",)),
     "SDNQ": ((".svd_up", ".zero_point", ".scale_zero_point", ".zero_point_scale"), ("sdnq", "sdnq_training")),
     "AutoRound": ((), ("auto-round", "autoround", "intel/auto-round")),
-    "HQQ": ((".W_q",), ("hqq",)),
+    "HQQ or gemlite": ((".W_q",), ("hqq",)),
     "compressed-tensors": ((".weight_packed",), ("compressed-tensors",)),
     "GPTQ or AWQ": ((".qweight", ".qzeros", ".g_idx"), ("gptq", "awq", "gptqmodel")),
-    "Bonsai": ((), ("bonsai",)),
 }
 _CONFIGS = {"dfloat11_config": "DFloat11", "svdquant": "SVDQuant for nunchaku"}
 
