@@ -12,7 +12,7 @@ from flux2_mlx.config import Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 
 from .configs import SCHEDULE
-from .formats import plain
+from .formats import plain, usual_quant
 from .geometry import candidates, choose, geometry, titles
 from .naming import read
 from .parts import LAYOUT
@@ -139,7 +139,10 @@ def _loose_parts(place: Path) -> dict[str, SourcePart]:
     paths = loose_files(place)
     tensors, metadata = plain(paths)
     readings = read(tensors.infos, str(place))
-    return {name: SourcePart(name, place, paths, tensors, reading, metadata) for name, reading in readings.items()}
+    usual = usual_quant(tensors)
+    return {
+        name: SourcePart(name, place, paths, tensors, reading, metadata, usual) for name, reading in readings.items()
+    }
 
 
 def _part(place: Path, name: str) -> SourcePart:

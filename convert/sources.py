@@ -1,6 +1,7 @@
 """Where weights come from: a folder in the diffusers layout."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ from typing import Any
 
 from flux2_mlx.checkpoint import Component, check_counts
 from flux2_mlx.components import WRITING_PARTS
-from flux2_mlx.config import Geometries, Variant
+from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import PICKLES
+from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.weights import FLOATS, Renamed, TensorInfo, Tensors, read_json
 
 from . import formats
@@ -20,6 +22,7 @@ from .naming import Reading
 from .parts import LAYOUT
 from .rules import Rule, Shape
 
+_log = logging.getLogger(__name__)
 TOKENIZER = "tokenizer/tokenizer.json"
 LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
 # The fingerprint reads this many pieces of this many bytes from each file, at even distances.
@@ -31,7 +34,7 @@ class SourcePart:
     """A part of a source: where it is, and the tensors in its files, unread.
 
     `reading` says how they are named where that is not as in the layout of diffusers, `metadata` is what the files say
-    of themselves.
+    of themselves, and `usual_quant` keeps what is stored of the weights.
     """
 
     name: str
@@ -40,6 +43,7 @@ class SourcePart:
     tensors: Tensors
     reading: Reading | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    usual_quant: str = "bf16"
 
     def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
         """How our tensor of a name and a shape is made, for a network of the part and its geometry."""
@@ -116,6 +120,25 @@ class Source:
         for part in self.parts.values():
             part.check(self.configs_of(part.name))
 
+    def quants(self, quant: str | None, text_quant: str | None) -> tuple[str, str]:
+        """How the transformer and the text encoder are to be stored, None being what keeps of their weights what there
+        is; of the text encoder's that are at most 8 bits."""
+        usual = self._usual_quant("transformer")
+        if quant is None and usual != "bf16":
+            _log.warning("%s holds the transformer in few bits, which becomes %s", self.place, usual)
+        quant = check_quant(quant or usual)
+        if text_quant is None and "text_encoder" in self.stored:
+            text_quant = self._usual_quant("text_encoder")
+        default = max(DEFAULT_TEXT_QUANT[quant], self._usual_quant("text_encoder"), key=QUANTIZATIONS.index)
+        return quant, check_quant(text_quant or default)
+
+    def _usual_quant(self, name: str) -> str:
+        """The quantization that keeps what is stored of a network."""
+        if name in self.stored:
+            bits = (self.stored[name].quantization or {}).get("bits")
+            return next(quant for quant, own in BITS.items() if own == bits)
+        return self.parts[name].usual_quant if name in self.parts else "bf16"
+
     @property
     def small_files(self) -> list[Path]:
         """What else of a folder in the layout of diffusers is read."""
@@ -154,7 +177,7 @@ def layout_part(folder: Path, part: str, said: Mapping[str, str]) -> SourcePart:
     paths = _weight_files(folder / part, LAYOUT[part].stem)
     plain, metadata = formats.plain(paths, said)
     tensors = Renamed(plain, {LAYOUT[part].canonical(name): name for name in plain.infos})
-    return SourcePart(part, folder / part, paths, tensors, metadata=metadata)
+    return SourcePart(part, folder / part, paths, tensors, None, metadata, formats.usual_quant(plain))
 
 
 def loose_files(place: Path) -> list[Path]:

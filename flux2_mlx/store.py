@@ -74,11 +74,10 @@ def find_checkpoint(
     variant = checked_variant(model, variant)
     if model.is_checkpoint:
         return _holding(model.place, variant)
-    quant = check_quant(quant or "bf16")
-    text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
     opened = None
     if model.kind == SOURCE:
         opened = open_source(model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only)
+    quant, text_quant = _quants(opened, quant, text_quant)
     name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
     targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
     if found := next(filter(is_checkpoint, targets), None):
@@ -107,6 +106,14 @@ def find_checkpoint(
             progress=progress,
         )
     return _used(targets[0])
+
+
+def _quants(source: Source | None, quant: str | None, text_quant: str | None) -> tuple[str, str]:
+    """How a model is to be stored; without a `source` that is here it is in 16 bits."""
+    if source is not None:
+        return source.quants(quant, text_quant)
+    quant = check_quant(quant or "bf16")
+    return quant, check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
 
 
 def _outline(model: Model, source: Source | None, quant: str, text_quant: str, text_only: bool) -> Checkpoint | None:
@@ -179,9 +186,8 @@ def make_checkpoint(
         stored = Checkpoint.open(_holding(model.place, variant))
         requantize(stored, target, quant, text_quant, force=force, progress=converting)
         return
-    quant = check_quant(quant or "bf16")
-    text_quant = check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
     if model.path is None:
+        quant, text_quant = _quants(None, quant, text_quant)
         with _suggesting(model.origin):
             acquire(
                 model.origin,
@@ -202,6 +208,7 @@ def make_checkpoint(
             source = open_source(
                 model, variant, parts=parts, text_quant=text_quant, models_dir=models_dir, text_only=text_only
             )
+            quant, text_quant = _quants(source, quant, text_quant)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
 

@@ -152,10 +152,27 @@ def typed(path: Path, dtypes: dict[str, str]) -> Path:
 
 def test_blocks_in_fp8(folder):
     path, plain = in_fp8(folder, stored("transformer"))
-    done("convert", "demo", "made", "--transformer", path, "--text-quant", "bf16")
+    done("convert", "demo", "made", "--transformer", path, "-q", "bf16", "--text-quant", "bf16")
     made = mx.load(str(folder / "made" / "transformer" / "model.safetensors"))
     assert made.keys() == plain.keys()
     assert all(mx.array_equal(made[name], plain[name]).item() for name in made)
+
+
+@pytest.mark.parametrize(("asked", "stored_as"), [((), "qint8"), (("-q", "bf16"), "bf16"), (("-q", "qint4"), "qint4")])
+def test_fewer_bits_stay_fewer(asked, stored_as, folder, caplog):
+    weights = dict(stored("transformer"))
+    path, _ = in_fp8(folder, weights)
+    done("convert", "demo", "made", "--transformer", path, "--text-quant", "bf16", *asked)
+    assert Checkpoint.open(folder / "made").quant == stored_as
+    told = [f"{DEMO} holds the transformer in few bits, which becomes qint8"]
+    assert caplog.messages == ([] if asked else told)
+
+
+def test_what_is_taken_stays_as_it_is_stored(transformer, folder):
+    (folder / "models").mkdir()
+    write_checkpoint(assembled(DEMO, {}), folder / "models" / "q", "bf16", "qint4")
+    done("convert", transformer, "made")
+    assert Checkpoint.open(folder / "made").text_quant == "qint4"
 
 
 def test_the_wrong_part_is_told(transformer, folder):

@@ -11,8 +11,9 @@ from .gguf import Gguf, split_files
 from .packed import Packed, Unpacked
 from .unreadable import unreadable
 
-__all__ = ["GGUF", "SETTINGS", "Packed", "Unpacked", "plain", "unreadable"]
+__all__ = ["GGUF", "SETTINGS", "Packed", "Unpacked", "plain", "unreadable", "usual_quant"]
 GGUF = ".gguf"
+_FULL, _FEW = 15, 5.1  # bits a weight; 4 of them take up to 5 with scales, and 5 of them are better kept in 8
 SETTINGS = mlx.SETTINGS
 
 
@@ -39,6 +40,12 @@ def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple
     except CheckpointError as error:
         raise CheckpointError(f"{paths[0]}: {error}") from error
     return (Unpacked(files, packed) if packed else files), metadata
+
+
+def usual_quant(tensors: Tensors) -> str:
+    """The quantization of ours that keeps what is stored of weights, and no more: of 16 bits, of 8, or of 4."""
+    bits = tensors.bits if isinstance(tensors, Unpacked | Gguf) else _FULL
+    return "bf16" if bits >= _FULL else "qint8" if bits > _FEW else "qint4"
 
 
 def _packed(files: Files, metadata: Mapping[str, str]) -> dict[str, Packed]:

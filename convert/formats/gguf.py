@@ -110,6 +110,13 @@ class Gguf:
         self.infos: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
         self.kinds = {name: stored.kind.name for name, stored in self._stored.items()}
 
+    @property
+    def bits(self) -> float:
+        """Bits that a weight of several rows takes on average."""
+        matrices = [stored for stored in self._stored.values() if len(stored.info.shape) > 1]
+        nbytes, count = sum(x.nbytes for x in matrices), sum(math.prod(x.info.shape) for x in matrices)
+        return 8 * nbytes / max(1, count)
+
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         """As `Tensors` has it; CheckpointError, too, for a file that became shorter or a scale that is not finite."""
         for name in names:
