@@ -13,7 +13,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files
 
 GOLDEN = Path(__file__).parent / "golden" / "torchao.safetensors"
-SAID = {"_type": "Int8Tensor", "_data": {"block_size": [1, 2]}, "_tensor_data_names": ["qdata", "scale"]}
+SAID = {"_type": "Int8Tensor", "_data": {"block_size": [1, 2]}, "_tensor_data_names": ["zero_point", "qdata", "scale"]}
 
 
 def layer(start: str = "a._weight_", **changes: object) -> Codes:
@@ -75,7 +75,7 @@ def test_plain_tensors_of_older_files():
         ),
         *({**SAID, "_data": x} for x in (None, [], {}, {"block_size": None}, {"block_size": [2]})),
         *({**SAID, "_data": {"block_size": x}} for x in ([1, 4], [2, 4], [1, 3], [0, 2], [1, -2], [1, 2.0], "12")),
-        {**SAID, "_tensor_data_names": ["qdata", "scale", "act_pre_scale"]},
+        *({**SAID, "_tensor_data_names": x} for x in (["qdata", "scale", "act_pre_scale"], 1, None, [1], "qdata")),
     ],
 )
 def test_descriptions_that_are_wrong(said):
@@ -93,6 +93,7 @@ def test_descriptions_that_are_wrong(said):
         {"scale": ("F32", np.ones((2, 1), np.float32))},
         {"scale": ("I8", np.ones((2, 2), np.int8))},
         *({"scale": ("F32", np.full((2, 2), x, np.float32))} for x in (-1, np.nan, np.inf)),
+        {"zero_point": None},
         {"zero_point": ("I8", np.zeros((2, 1), np.int8))},
         {"zero_point": ("F32", np.zeros((2, 2), np.float32))},
     ],
@@ -102,8 +103,15 @@ def test_fields_that_are_broken(change):
         unpacked(layer(**change))
 
 
+def test_scales_of_activations():
+    one = ("F32", np.ones((1, 4), np.float32))
+    assert unpacked(layer(act_quant_scale=one)).keys() == {"a.weight"}
+    with pytest.raises(CheckpointError, match="act_pre_scale, which can't be read"):
+        unpacked(layer(act_pre_scale=one))
+
+
 def test_floats_that_are_none():
-    said = SAID | {"_type": "Float8Tensor"}
+    said = SAID | {"_type": "Float8Tensor", "_tensor_data_names": ["qdata", "scale"]}
     change = {"qdata": ("F8_E4M3", np.full((2, 4), 0x7F, np.uint8)), "zero_point": None}
     with pytest.raises(CheckpointError, match=r"a\._weight_qdata"):
         unpacked(layer(**change), said)

@@ -34,13 +34,15 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
             weight = f"{match['layer']}.weight"
             if weight in weights:
                 raise CheckpointError(f"{weight} is there in two forms; remove one of them")
-            weights[weight] = _weight(infos, name.removesuffix("qdata"), _described(metadata, weight, name))
+            weights[weight] = _weight(infos, name.removesuffix("qdata"), _described(infos, metadata, weight, name))
         elif name.endswith(_PLAIN) and name.removesuffix(_PLAIN) in metadata:
             weights[name.removesuffix(_PLAIN)] = Packed("torchao", (name,), infos[name], lambda array: array)
     return complete(infos, weights, _ENDINGS)
 
 
-def _described(metadata: Mapping[str, str], weight: str, name: str) -> tuple[str, dict[str, Any]]:
+def _described(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], weight: str, name: str
+) -> tuple[str, dict[str, Any]]:
     """Of which kind a weight is, and what is said of it."""
     if weight not in metadata:
         raise CheckpointError(f"{name} is of torchao, but the file's metadata does not say how {weight} is packed")
@@ -50,9 +52,18 @@ def _described(metadata: Mapping[str, str], weight: str, name: str) -> tuple[str
         raise CheckpointError(f"{weight} is torchao's {kind!r:.60}, which can't be read; {_INSTEAD}")
     if not isinstance(data, dict):
         raise CheckpointError(f"the metadata of {weight} does not say how it is packed; fetch the file again")
-    if unread := [x for x in ("act_pre_scale",) if x in (said.get("_tensor_data_names") or ())]:
-        raise CheckpointError(f"{weight} is packed with {unread[0]}, which can't be read; {_INSTEAD}")
+    _check_parts(infos, name.removesuffix("qdata"), said.get("_tensor_data_names", []), weight)
     return kind, data
+
+
+def _check_parts(infos: Mapping[str, TensorInfo], start: str, parts: Any, weight: str) -> None:
+    """CheckpointError unless all `parts` that a weight is said to have are there, and can be read."""
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise CheckpointError(f"the metadata of {weight} does not say how it is packed; fetch the file again")
+    if missing := [part for part in parts if start + part not in infos]:
+        raise CheckpointError(f"{start}{missing[0]:.60} is missing; fetch the file again, or one that has it")
+    if start + "act_pre_scale" in infos:
+        raise CheckpointError(f"{weight} is packed with act_pre_scale, which can't be read; {_INSTEAD}")
 
 
 def _weight(infos: Mapping[str, TensorInfo], start: str, described: tuple[str, dict[str, Any]]) -> Packed:
