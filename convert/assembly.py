@@ -61,7 +61,8 @@ def assembled(
     hints = [hint for part in parts.values() for hint in titles(part.metadata, part.place.name)]
     if base is not None:
         hints.append(base.variant.name)
-    row = choose(candidates(configs) if configs else [base.variant], hints, variant, str(place))
+    rows = [base.variant] if base is not None and not configs else candidates(configs)
+    row = choose(rows, hints, variant, str(place))
     if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in {**parts, **given}]):
         base = _completion(place, row, parts, missing, others, text_quant)
     return _joined(place, row, parts, configs, given.get(PARTS[-1]), base)
