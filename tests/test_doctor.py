@@ -12,7 +12,6 @@ from flux2_mlx import device, doctor
 from flux2_mlx.doctor import CheckUp, Finding, fits, machine, predictions, speed
 from flux2_mlx.doctor.speed import Rates, step_operations
 from flux2_mlx.errors import DeviceError
-from flux2_mlx.weights import READER, Files
 
 
 @pytest.mark.parametrize(
@@ -31,37 +30,6 @@ def test_what_the_host_of_a_virtual_machine_decides_is_no_failure(chip, name, ve
     assert (found.verdict, found.figure, found.bound) == (verdict, "2", "< 1")
     assert found.advice.endswith("report this")
     assert doctor.as_guest(Finding(name, "pass", "0")) == Finding(name, "pass", "0")
-
-
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_computation_that_waits_for_a_file_fails(waits, monkeypatch, tmp_path):
-    def slow(path: Path) -> dict[str, mx.array]:
-        """Work of a second or so stands for a slow disk."""
-        stream = mx.default_stream(mx.default_device()) if waits else READER
-        numbers = mx.random.uniform(shape=(5_000_000,), key=mx.random.key(0))
-        mx.eval(numbers)
-        return {"weight": mx.sort(numbers, stream=stream)}
-
-    monkeypatch.setattr("flux2_mlx.weights._load_arrays", slow)
-    with speed.large_file(tmp_path, 2**10) as file:
-        assert verdict(speed.check_overlap(file)) == ("fail" if waits else "pass")
-
-
-@pytest.mark.parametrize(("rate", "expected"), [(1e9, "pass"), (0.2e9, "warn")])
-def test_a_slow_disk_is_told(rate, expected, tmp_path, monkeypatch):
-    clock = iter([0.0, 2**20 / rate])
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
-    with speed.large_file(tmp_path / "models", 2**20) as file:
-        assert Files([file]).infos["weight"].shape == (2**20,)
-        assert verdict(speed.check_disk(file)) == expected
-    assert list((tmp_path / "models").iterdir()) == []
-
-
-def test_a_full_disk_is_left_alone(tmp_path):
-    with speed.large_file(tmp_path, 2**60) as file:
-        assert file is None
-        assert {check(file).verdict for check in (speed.check_disk, speed.check_overlap)} == {"skip"}
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_swapping_is_told(monkeypatch):
@@ -169,8 +137,7 @@ def test_the_command(good, monkeypatch, models):
 
 def test_all_checks_are_made(monkeypatch, tmp_path):
     """In their order, each by its own name; none is left out."""
-    asked, large_file = [], speed.large_file
-    monkeypatch.setattr(speed, "large_file", lambda folder: large_file(folder, 2**10))
+    asked = []
     monkeypatch.setattr(doctor, "made", lambda name, check: asked.append(name) or Finding(name, "pass", ""))
     assert [found.name for found in CheckUp(Path(tmp_path))] == asked
     assert len(asked) == len(set(asked)) >= 17

@@ -3,9 +3,10 @@
 The CPU is what a GPU is compared with, so nothing is needed but this package.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,8 +20,8 @@ from ..metering import turn
 from ..networks import Networks
 from ..pipeline import Flux2Pipeline
 from ..request import Request
-from . import machine, numerics, peaks, speed
-from .finding import Finding
+from . import disk, machine, numerics, peaks, speed
+from .finding import Finding, UnmeasurableError, skipped
 from .machine import describe
 from .speed import MODELS, Rates, predictions
 
@@ -42,13 +43,13 @@ class CheckUp:
         self.rates: Rates | None = None
 
     def __iter__(self) -> Iterator[Finding]:
-        swap = machine.swap_used()
-        with turn():
-            for name, check in self._checks(swap):
+        # What a check has left, such as a file, is put away before who stopped this hears of it.
+        with turn(), closing(self._checks(machine.swap_used())) as checks:
+            for name, check in checks:
                 yield as_guest(made(name, check))
                 mx.clear_cache()
 
-    def _checks(self, swap: int | None) -> Iterator[tuple[str, _Check]]:
+    def _checks(self, swap: int | None) -> Generator[tuple[str, _Check]]:
         dtype = self._dtype
         yield (
             "demo image",
@@ -69,9 +70,10 @@ class CheckUp:
         yield "wired memory", peaks.check_wiring
         yield "longest operation", partial(speed.check_dispatch, dtype)
         yield "no cache of buffers", partial(speed.check_cache, dtype)
-        with speed.large_file(self._models) as file:
-            yield "reading from disk", partial(speed.check_disk, file)
-            yield "computing while reading", partial(speed.check_overlap, file)
+        with ExitStack() as kept:
+            file = cache(lambda: kept.enter_context(disk.large_file(self._models)))
+            yield "reading from disk", partial(disk.check_reading, file)
+            yield "computing while reading", partial(disk.check_overlap, file)
         yield "speed of a block", partial(self._measure, dtype)
         yield "swap", partial(machine.check_swap, swap)
 
@@ -85,6 +87,8 @@ def made(name: str, check: _Check) -> Finding:
     try:
         with failures():
             return check()
+    except UnmeasurableError as reason:
+        return skipped(name, str(reason))
     except (DeviceError, RangeError) as error:
         return Finding(name, "fail", str(error))
 

@@ -1,17 +1,9 @@
 """How fast the device is, what slows it down, and how long a step of each model will take."""
 
-import json
-import os
-import shutil
-import struct
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -19,13 +11,11 @@ from .. import layers
 from ..config import VARIANTS, TransformerConfig
 from ..device import MOST_DISPATCH, on_gpu
 from ..transformer.blocks import SingleBlock
-from ..weights import Files
 from .finding import Finding, judged, skipped
 from .numerics import cast, random_weights, single_pass
 
 MODELS = ("klein-4b", "klein-9b", "dev")
 _TEXT, _SIDE = 512, 64  # tokens of an image of 1024×1024, on a side, and of its text
-_SLOW_DISK = 0.3e9
 
 
 @dataclass(frozen=True)
@@ -95,73 +85,6 @@ def check_cache(dtype: mx.Dtype) -> Finding:
     ratio = without / min(timed(once, 5))
     advice = "a memory limit close to what a run needs makes it slower"
     return judged("no cache of buffers", f"{ratio:.2f} times the time", "< 1.1", ratio < 1.1, advice, "warn")
-
-
-@contextmanager
-def large_file(folder: Path, nbytes: int = 10**9) -> Iterator[Path | None]:
-    """A file of weights on `folder`'s disk for a while; None where there is no room for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < 4 * nbytes:
-        yield None
-        return
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
-        _bypass(file.fileno())
-        header = json.dumps({"weight": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
-        header += b" " * (-len(header) % 8)
-        file.write(struct.pack("<Q", len(header)) + header)
-        for start in range(0, nbytes, 2**23):
-            file.write(os.urandom(min(2**23, nbytes - start)))
-        file.flush()
-        os.fsync(file.fileno())
-        yield Path(file.name)
-
-
-def check_disk(file: Path | None) -> Finding:
-    """How fast the disk of a `large_file` is read, by what the system does not remember of it."""
-    name = "reading from disk"
-    if file is None:
-        return skipped(name, "the disk of the models folder is almost full")
-    _forget(file)
-    start = time.perf_counter()
-    weight = next(Files([file]).read(["weight"]))
-    mx.eval(weight)
-    rate = weight.nbytes / (time.perf_counter() - start)
-    advice = "loading and streaming models will be slow; keep them on a faster disk with --models-dir"
-    return judged(name, f"{rate / 1e9:.2f} GB/s", "> 0.3 GB/s", rate > _SLOW_DISK, advice, "warn")
-
-
-def check_overlap(file: Path | None) -> Finding:
-    """That a computation ends while a `large_file`, which it does not need, is still being read."""
-    name = "computing while reading"
-    if file is None:
-        return skipped(name, "the disk of the models folder is almost full")
-    x = mx.ones((64, 64))
-    mx.eval(x @ x)
-    _forget(file)
-    start = time.perf_counter()
-    weight = next(Files([file]).read(["weight"]))
-    mx.async_eval(weight)
-    mx.eval(x @ x)
-    computed = time.perf_counter() - start
-    mx.eval(weight)
-    whole = time.perf_counter() - start
-    good, advice = computed < whole / 2, "the computation waits for files; models that are streamed will be slow"
-    return judged(name, f"{computed:.2f} s beside a file of {whole:.2f} s", "< half of it", good, advice)
-
-
-def _forget(file: Path) -> None:
-    """Have the system read a file from its disk, not from its memory."""
-    if sys.platform == "linux":
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _bypass(descriptor: int) -> None:
-    """Have macOS, which can't be told to forget, not remember what is written."""
-    if sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
 
 
 def predictions(rates: Rates) -> dict[str, float]:
