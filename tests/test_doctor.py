@@ -1,7 +1,9 @@
-"""`flux2-mlx doctor`: every check passes here, and fails with a part that is broken."""
+"""`flux2-mlx doctor`: all its checks are made and told, whatever becomes of each."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -10,8 +12,9 @@ from helpers.findings import as_gpu, verdict
 
 from flux2_mlx import device, doctor
 from flux2_mlx.doctor import CheckUp, Finding, fits, machine, predictions, speed
+from flux2_mlx.doctor.finding import UnmeasurableError
 from flux2_mlx.doctor.speed import Rates, step_operations
-from flux2_mlx.errors import DeviceError
+from flux2_mlx.errors import CheckpointError, DeviceError
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,14 @@ def test_what_the_host_of_a_virtual_machine_decides_is_no_failure(chip, name, ve
     assert (found.verdict, found.figure, found.bound) == (verdict, "2", "< 1")
     assert found.advice.endswith("report this")
     assert doctor.as_guest(Finding(name, "pass", "0")) == Finding(name, "pass", "0")
+
+
+def test_what_a_machine_does_not_tell_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "cuts_float32", raising(RuntimeError("no")))
+    facts = machine.describe(tmp_path)
+    assert facts["tf32"] is None
+    assert facts["chip"]
+    assert facts["free_disk"] > 0
 
 
 def test_swapping_is_told(monkeypatch):
@@ -91,13 +102,39 @@ def test_what_fits_follows_the_memory(monkeypatch):
     assert fits()["dev"]["bf16"] is None
 
 
-def test_a_gpu_that_fails_is_a_finding():
-    def check() -> Finding:
-        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+def raising(error: BaseException) -> Callable[..., Any]:
+    def check(*_: object, **__: object) -> Any:
+        raise error
 
-    found = doctor.made("product", check)
-    assert (found.name, found.verdict) == ("product", "fail")
+    return check
+
+
+def test_a_gpu_that_fails_is_a_finding():
+    error = RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+    found = doctor.made("product", raising(error))
+    assert (found.name, verdict(found)) == ("product", "fail")
     assert found.figure.startswith("the GPU has no memory left for this")
+
+
+@pytest.mark.parametrize(
+    ("error", "figure"),
+    [
+        (RuntimeError("[quantized_matmul] NYI"), "RuntimeError: [quantized_matmul] NYI"),
+        (RuntimeError("[read] Unable to read\nfrom file"), "RuntimeError: [read] Unable to read\\nfrom file"),
+        (MemoryError("std::bad_alloc"), "MemoryError: std::bad_alloc"),
+        (ValueError("shapes"), "ValueError: shapes"),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error"),
+        (CheckpointError("the demo is damaged"), "the demo is damaged"),
+    ],
+)
+def test_whatever_a_check_raises_is_a_finding(error, figure):
+    found = doctor.made("product", raising(error))
+    assert (found.name, verdict(found), found.figure) == ("product", "fail", figure)
+
+
+def test_what_can_not_be_measured_is_skipped():
+    found = doctor.made("product", raising(UnmeasurableError("no disk; buy one")))
+    assert found == Finding("product", "skip", "no disk; buy one")
 
 
 FINDINGS = [

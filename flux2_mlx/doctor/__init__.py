@@ -15,7 +15,7 @@ from ..advice import workload
 from ..components import network_dtype
 from ..config import QUANTIZATIONS, VARIANTS
 from ..device import activation_dtype, device_memory, failures, is_virtual, on_gpu
-from ..errors import DeviceError, RangeError
+from ..errors import Flux2Error, one_line
 from ..metering import turn
 from ..networks import Networks
 from ..pipeline import Flux2Pipeline
@@ -29,6 +29,7 @@ __all__ = ["CheckUp", "Finding", "describe", "fits", "predictions"]
 
 _Check = Callable[[], Finding]
 _OF_THE_HOST = ("memory of", "computing while reading")
+_REPORT = "please report this output"
 
 
 class CheckUp:
@@ -83,14 +84,16 @@ class CheckUp:
 
 
 def made(name: str, check: _Check) -> Finding:
-    """What `check` finds; a device that fails, and results that can't be right, are findings too."""
+    """What `check` finds. Whatever it raises is a finding too, and never the end of the other checks."""
     try:
         with failures():
             return check()
     except UnmeasurableError as reason:
         return skipped(name, str(reason))
-    except (DeviceError, RangeError) as error:
-        return Finding(name, "fail", str(error))
+    except Flux2Error as error:
+        return Finding(name, "fail", str(error), advice=_REPORT)
+    except Exception as error:
+        return Finding(name, "fail", one_line(f"{type(error).__name__}: {error}"), advice=_REPORT)
 
 
 def as_guest(finding: Finding) -> Finding:
