@@ -1,6 +1,6 @@
 """Whether what the device computes is right: by numpy in float64 where a part of a result tells, else by the CPU."""
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
@@ -46,6 +46,11 @@ def check_demo(pipe: Flux2Pipeline) -> Finding:
     decibels = 10 * np.log10(255**2 / error) if error else np.inf
     least = 50 if pipe.dtype == mx.float32 else 35
     return judged("demo image", f"{decibels:.1f} dB", f"> {least} dB", decibels > least, _WRONG)
+
+
+def product_operations() -> int:
+    """Those of `check_product`."""
+    return 2 * math.prod(_PRODUCT)
 
 
 def check_product(dtype: mx.Dtype) -> Finding:
@@ -104,12 +109,13 @@ def check_attention(head_dim: int, dtype: mx.Dtype) -> Finding:
     return _compared(f"attention, {head_dim} wide", [errors], BOUNDS[dtype])
 
 
-def check_blocks(dtype: mx.Dtype) -> Finding:
-    """The blocks of klein-9b, at random weights, against the CPU in float32."""
+def check_blocks(dtype: mx.Dtype, rate: float) -> Finding:
+    """The blocks of klein-9b, at random weights, against the CPU in float32, which does `rate` operations a second."""
     name, config = "blocks of klein-9b", BLOCKS
     if not on_gpu():
         return skipped(name, "needs a GPU, which the CPU is compared with")
-    seconds = _seconds_on_cpu(config)
+    # Either kind of block multiplies each token with 13 squares of the width.
+    seconds = 2 * 2 * 13 * config.hidden_size**2 * (_SIDE**2 + _TEXT) / rate
     if seconds > LONGEST:
         return skipped(name, f"the CPU, which the GPU is compared with, would take {seconds:.0f} s")
     kinds = ((DoubleBlock(config), double_pass), (SingleBlock(config), single_pass))
@@ -161,18 +167,6 @@ def cast(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     module.update(tree_map(lambda weight: weight.astype(dtype), module.parameters()))
     mx.eval(module.parameters())
     return module
-
-
-def _seconds_on_cpu(config: TransformerConfig) -> float:
-    """What both blocks are expected to take there."""
-    x, w = _normal((1024, 2048), mx.float32), _normal((2048, 2048), mx.float32)
-    with mx.stream(mx.cpu):
-        mx.eval(x[:8] @ w)  # the first product starts threads
-        start = time.perf_counter()
-        mx.eval(x @ w)
-    rate = 2 * x.size * w.shape[1] / (time.perf_counter() - start)
-    # Either kind of block multiplies each token with 13 squares of the width.
-    return 2 * 2 * 13 * config.hidden_size**2 * (_SIDE**2 + _TEXT) / rate
 
 
 def _stream(tokens: int, config: TransformerConfig, dtype: mx.Dtype) -> mx.array:

@@ -18,6 +18,7 @@ from ..metering import limits
 from ..networks import footprint
 from ..transformer import TransformerCost, image_ids, rope_table, text_ids
 from ..vae import VAECost
+from . import speed
 from .finding import Finding, judged, skipped
 
 # Times what is planned. Far less means a plan that refuses or streams what would fit, or memory that is not counted; a
@@ -29,6 +30,17 @@ _TOKENS, _TEXT = 4608, 512  # of an image of 1024×1024 and its text, and of the
 _STEP_SIDE, _DECODED_SIDE = (32, 8), (1024, 256)
 _OVER = "runs take more memory than is planned; choose a lower --memory-limit, and please report this output"
 _UNDER = "runs take far less memory than is planned, or it is not counted; please report this output"
+_PER_PIXEL = 9.5e6  # operations of the convolutions that decode one
+
+
+def step_operations() -> int:
+    """About those of `check_step`."""
+    return speed.step_operations(_step(), _STEP_SIDE[not on_gpu()] ** 2 + _TEXT)[0]
+
+
+def decoding_operations() -> int:
+    """About those of `check_decoding`."""
+    return int(_PER_PIXEL * _DECODED_SIDE[not on_gpu()] ** 2)
 
 
 def check_step(dtype: mx.Dtype) -> Finding:
