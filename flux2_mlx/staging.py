@@ -39,22 +39,32 @@ def staged(place: Path, check: Callable[[], object] = lambda: None, *, replace: 
         check: called when all is ready to be moved; what it raises prevents that.
         replace: take the place of what is there then.
     """
-    work = place.parent / f"{_PREFIX}{secrets.token_hex(8)}"
+    with scratch(place.parent, place.name) as new:
+        try:
+            yield new
+            check()
+            _sync_folders(new)
+            if replace and place.exists():
+                os.rename(place, new.parent / _OLD)
+            os.rename(new, place)
+            _sync(place.parent)
+        finally:
+            _put_back(new.parent, place)
+
+
+@contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder in `parent` that is removed at the end, or with `remove_leftovers` if this process is killed.
+
+    `name` is that of what it is for.
+    """
+    work = parent / f"{_PREFIX}{secrets.token_hex(8)}"
     try:  # from before there is a folder, since a signal may raise at any moment
-        with _marked(work, place.name):
-            try:
-                (work / _NEW).mkdir(mode=0o755)
-                yield work / _NEW
-                check()
-                _sync_folders(work / _NEW)
-                if replace and place.exists():
-                    os.rename(place, work / _OLD)
-                os.rename(work / _NEW, place)
-                _sync(place.parent)
-            finally:
-                _put_back(work, place)
+        with _marked(work, name):
+            (work / _NEW).mkdir(mode=0o755)
+            yield work / _NEW
     finally:
-        _remove(work, place)
+        _remove(work, parent / name)
 
 
 def bring_back(place: Path) -> None:

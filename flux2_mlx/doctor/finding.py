@@ -6,6 +6,10 @@ from typing import Literal
 Verdict = Literal["pass", "warn", "fail", "skip"]
 
 
+class UnmeasurableError(Exception):
+    """Why a check can't be made here, and what to do so that it can."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of a check-up: what was measured, against which bound, and what to do if that is not kept.

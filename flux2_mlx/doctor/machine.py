@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,38 @@ _MORE_SWAP = 2**29  # bytes
 
 
 def describe(models: Path) -> dict[str, Any]:
-    """Chip, system, memory and versions, what is computed in by default, and the disk of the folder `models`."""
-    info = mx.device_info(mx.gpu) if on_gpu() else mx.device_info(mx.cpu)
-    return {
-        "chip": chip(),
-        "computes_on": "Metal" if on_metal() else "CUDA" if on_gpu() else "CPU",
-        "system": f"macOS {platform.mac_ver()[0]}" if on_metal() else platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu_memory": info.get("max_recommended_working_set_size", info.get("total_memory")) if on_gpu() else None,
-        "largest_buffer": info.get("max_buffer_length", info.get("max_buffer_size")) if on_gpu() else None,
-        "memory_limit": device_memory(),
-        "dtype": dtype_name(activation_dtype(None)),
-        "tf32": cuts_float32(),
-        "models_folder": str(models),
-        "free_disk": _free(models),
+    """Chip, system, memory and versions, what is computed in by default, and the disk of the folder `models`; None for
+    what the machine does not tell."""
+    facts: dict[str, Callable[[], Any]] = {
+        "chip": chip,
+        "computes_on": lambda: "Metal" if on_metal() else "CUDA" if on_gpu() else "CPU",
+        "system": lambda: f"macOS {platform.mac_ver()[0]}" if on_metal() else platform.platform(),
+        "python": platform.python_version,
+        "versions": lambda: {name: _version(name) for name in _PACKAGES},
+        "memory": lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu_memory": lambda: _of_gpu("max_recommended_working_set_size", "total_memory"),
+        "largest_buffer": lambda: _of_gpu("max_buffer_length", "max_buffer_size"),
+        "memory_limit": device_memory,
+        "dtype": lambda: dtype_name(activation_dtype(None)),
+        "tf32": cuts_float32,
+        "models_folder": lambda: str(models),
+        "free_disk": lambda: _free(models),
     }
+    return {name: _known(fact) for name, fact in facts.items()}
+
+
+def _known(fact: Callable[[], Any]) -> Any:
+    """A fact, or None: whatever a broken machine raises for one, the others are wanted all the more."""
+    try:
+        return fact()
+    except Exception:
+        return None
+
+
+def _of_gpu(*names: str) -> Any:
+    """What MLX calls one of these `names` of the GPU."""
+    info = mx.device_info(mx.gpu) if on_gpu() else {}
+    return next((info[name] for name in names if name in info), None)
 
 
 def _version(package: str) -> str | None:
@@ -56,11 +72,11 @@ def swap_used() -> int | None:
     try:
         if on_metal():
             text = subprocess.run(["sysctl", "-n", "vm.swapusage"], capture_output=True, text=True, check=True).stdout
-            used = re.search(r"used = ([\d.]+)M", text)
-            return int(float(used[1]) * 2**20) if used else None
+            used = re.search(r"used = (\d+)[.,]?\d*M", text)  # some countries write a comma
+            return int(used[1]) * 2**20 if used else None
         fields = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8")))
         return 1024 * (int(fields["SwapTotal"]) - int(fields["SwapFree"]))
-    except (OSError, subprocess.SubprocessError, KeyError):
+    except (OSError, subprocess.SubprocessError, KeyError, ValueError):
         return None
 
 

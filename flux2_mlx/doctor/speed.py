@@ -1,17 +1,9 @@
 """How fast the device is, what slows it down, and how long a step of each model will take."""
 
-import json
-import os
-import shutil
-import struct
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -19,13 +11,17 @@ from .. import layers
 from ..config import VARIANTS, TransformerConfig
 from ..device import MOST_DISPATCH, on_gpu
 from ..transformer.blocks import SingleBlock
-from ..weights import Files
 from .finding import Finding, judged, skipped
 from .numerics import cast, random_weights, single_pass
 
 MODELS = ("klein-4b", "klein-9b", "dev")
 _TEXT, _SIDE = 512, 64  # tokens of an image of 1024×1024, on a side, and of its text
-_SLOW_DISK = 0.3e9
+# Of the image whose block is timed: tokens on a side, on a GPU and on a CPU.
+_TIMED_SIDE = (32, 16)
+_SLOW_CPU = 12e9  # operations a second, with which some checks would take a minute each; the reference BLAS does 1 to 3
+FAST_BLAS = (
+    "on Linux, install a fast BLAS (libopenblas0-pthread on Debian and Ubuntu) and name its libblas.so.3 in LD_PRELOAD"
+)
 
 
 @dataclass(frozen=True)
@@ -50,15 +46,28 @@ def step_operations(config: TransformerConfig, tokens: int) -> tuple[int, int]:
     return 2 * tokens * blocks * (4 * D * D + 3 * D * M), 4 * tokens**2 * D * blocks
 
 
+def measure_cpu() -> tuple[float, Finding]:
+    """Operations a second of a product on the CPU in float32."""
+    x, w = mx.ones((512, 1024), stream=mx.cpu), mx.ones((1024, 1024), stream=mx.cpu)
+    rate = 2 * x.size * w.shape[1] / min(timed(lambda: mx.matmul(x, w, stream=mx.cpu), 3))
+    figure, advice = f"{rate / 1e9:.3g} GFLOP/s", f"what a CPU computes takes long here; {FAST_BLAS}"
+    bound = f"> {_SLOW_CPU / 1e9:.0f} GFLOP/s"
+    return rate, judged("speed of the CPU", figure, bound, rate > _SLOW_CPU, advice, "warn")
+
+
+def block_operations() -> int:
+    """Operations of the products of all runs of the block that `measure_rates` times."""
+    return (1 + _repeats()) * step_operations(_block(), _timed_tokens())[0]
+
+
 def measure_rates(dtype: mx.Dtype) -> tuple[Rates, Finding]:
-    """Those of a block of klein-4b's width, timed ten times after a first one."""
+    """Those of a block of klein-4b's width, timed ten times (on a CPU three times) after a first one."""
     config = VARIANTS["klein-4b"].transformer
-    heads, width, tokens = config.num_attention_heads, config.attention_head_dim, _TEXT + 32 * 32
+    heads, width, tokens = config.num_attention_heads, config.attention_head_dim, _timed_tokens()
     q = mx.random.normal((1, heads, tokens, width), key=mx.random.key(0)).astype(dtype)
     attending = timed(lambda: layers.attention(q, q, q), 3)
-    times = timed(_block_pass(config, dtype), 10 if on_gpu() else 3)
-    alone = TransformerConfig(0, 1, heads, 1, guidance_embeds=False)
-    products, attention = step_operations(alone, tokens)
+    times = timed(_block_pass(config, dtype), _repeats())
+    products, attention = step_operations(_block(), tokens)
     rates = Rates(products / max(min(times) - min(attending), 1e-9), attention / min(attending))
     spread = max(times) / min(times)
     speeds = f"{rates.products / 1e12:.3g} TFLOP/s, attention {rates.attention / 1e12:.3g}"
@@ -97,73 +106,6 @@ def check_cache(dtype: mx.Dtype) -> Finding:
     return judged("no cache of buffers", f"{ratio:.2f} times the time", "< 1.1", ratio < 1.1, advice, "warn")
 
 
-@contextmanager
-def large_file(folder: Path, nbytes: int = 10**9) -> Iterator[Path | None]:
-    """A file of weights on `folder`'s disk for a while; None where there is no room for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < 4 * nbytes:
-        yield None
-        return
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
-        _bypass(file.fileno())
-        header = json.dumps({"weight": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
-        header += b" " * (-len(header) % 8)
-        file.write(struct.pack("<Q", len(header)) + header)
-        for start in range(0, nbytes, 2**23):
-            file.write(os.urandom(min(2**23, nbytes - start)))
-        file.flush()
-        os.fsync(file.fileno())
-        yield Path(file.name)
-
-
-def check_disk(file: Path | None) -> Finding:
-    """How fast the disk of a `large_file` is read, by what the system does not remember of it."""
-    name = "reading from disk"
-    if file is None:
-        return skipped(name, "the disk of the models folder is almost full")
-    _forget(file)
-    start = time.perf_counter()
-    weight = next(Files([file]).read(["weight"]))
-    mx.eval(weight)
-    rate = weight.nbytes / (time.perf_counter() - start)
-    advice = "loading and streaming models will be slow; keep them on a faster disk with --models-dir"
-    return judged(name, f"{rate / 1e9:.2f} GB/s", "> 0.3 GB/s", rate > _SLOW_DISK, advice, "warn")
-
-
-def check_overlap(file: Path | None) -> Finding:
-    """That a computation ends while a `large_file`, which it does not need, is still being read."""
-    name = "computing while reading"
-    if file is None:
-        return skipped(name, "the disk of the models folder is almost full")
-    x = mx.ones((64, 64))
-    mx.eval(x @ x)
-    _forget(file)
-    start = time.perf_counter()
-    weight = next(Files([file]).read(["weight"]))
-    mx.async_eval(weight)
-    mx.eval(x @ x)
-    computed = time.perf_counter() - start
-    mx.eval(weight)
-    whole = time.perf_counter() - start
-    good, advice = computed < whole / 2, "the computation waits for files; models that are streamed will be slow"
-    return judged(name, f"{computed:.2f} s beside a file of {whole:.2f} s", "< half of it", good, advice)
-
-
-def _forget(file: Path) -> None:
-    """Have the system read a file from its disk, not from its memory."""
-    if sys.platform == "linux":
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _bypass(descriptor: int) -> None:
-    """Have macOS, which can't be told to forget, not remember what is written."""
-    if sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
-
-
 def predictions(rates: Rates) -> dict[str, float]:
     """Seconds of a denoising step of each model for an image of 1024×1024."""
     tokens = _TEXT + _SIDE * _SIDE
@@ -180,6 +122,23 @@ def timed(work: Callable[[], mx.array], times: int) -> list[float]:
     return taken[1:]
 
 
+def _block() -> TransformerConfig:
+    """A transformer of the single block that is timed."""
+    return replace(VARIANTS["klein-4b"].transformer, num_layers=0, num_single_layers=1)
+
+
+def _repeats() -> int:
+    return 10 if on_gpu() else 3
+
+
+def _timed_side() -> int:
+    return _TIMED_SIDE[not on_gpu()]
+
+
+def _timed_tokens() -> int:
+    return _TEXT + _timed_side() ** 2
+
+
 def _block_pass(config: TransformerConfig, dtype: mx.Dtype) -> Callable[[], mx.array]:
-    """What a single block with random weights makes of the tokens of an image of 512×512."""
-    return single_pass(cast(random_weights(SingleBlock(config)), dtype), config, dtype)
+    """What a single block with random weights makes of the tokens of an image of 512×512 (256×256 on a CPU)."""
+    return single_pass(cast(random_weights(SingleBlock(config)), dtype), config, dtype, _timed_side())
