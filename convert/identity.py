@@ -15,6 +15,7 @@ from flux2_mlx.quantization import DEFAULT_TEXT_QUANT
 from flux2_mlx.weights import TensorInfo, Tensors
 
 from .assembly import PARTS, assembled
+from .formats import unreadable
 from .geometry import candidates, choose, geometry
 from .naming import TEKKEN, Reading, check_size, is_extra, read
 from .sources import Source
@@ -71,7 +72,8 @@ class _Stored:
         formats = {name: info.dtype for name, info in infos.items()}
         sizes = {name: info.nbytes for name, info in infos.items()}
         if isinstance(tensors, _Packed):
-            formats, sizes = formats | dict(tensors.kinds), sizes | dict(tensors.sizes)
+            sizes |= tensors.sizes
+            formats |= {name: kind for name, kind in tensors.kinds.items() if sizes[name] != infos[name].nbytes}
         return cls(infos, {name: _FLOATS.get(kind, kind) for name, kind in formats.items()}, sizes)
 
     def numbers(self, names: Iterable[str]) -> Counter[str]:
@@ -167,6 +169,8 @@ def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: st
         return Identity(ADAPTER, name, formats, nbytes, found.models, advice=advice)
     if known := stranger(infos):
         return Identity(OTHER, known.name, formats, nbytes, advice=known.advice)
+    if how := unreadable(infos, {}):
+        return Identity(OTHER, "a quantized model", formats, nbytes, advice=f"it is {how}")
     found_parts = read(infos, what)
     readings = {name: found_parts[name] for name in PARTS if name in found_parts}
     configs, problems = _geometries(readings)

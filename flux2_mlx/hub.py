@@ -127,6 +127,9 @@ def header(repo_id: str, file: str | None = None) -> Iterator[Path]:
     Raises:
         DownloadError: it is not there, can't be fetched, or is one of several or of a whole model.
     """
+    if file is not None and not _is_single(file):
+        wrong = f"{repo_id}:{file:.200} is no .safetensors file, of which the header could be fetched alone"
+        raise DownloadError(f"{wrong}; download it and give its path")
     hub, offline = _open()
     if file and (cached := _cached_file(repo_id, file)):
         yield cached
@@ -153,7 +156,7 @@ def _cached_file(repo_id: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(repo_id, file) if _is_single(file) else None
+        found = try_to_load_from_cache(repo_id, file)
     except (OSError, ValueError):
         return None
     return Path(found) if isinstance(found, str) else None

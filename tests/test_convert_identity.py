@@ -7,24 +7,28 @@ from dataclasses import replace
 
 import pytest
 from flux2_mlx.convert import conversion, identify, titles
-from flux2_mlx.convert.identity import ADAPTER, MODEL, OTHER
+from flux2_mlx.convert.identity import MODEL
 from helpers.headers import (
     NUMBER,
+    Headers,
+    by_mlx,
+    by_quanto,
+    by_torchao,
     cast,
     declared,
     gguf,
     in_blocks,
+    in_int8,
+    in_nf4,
     in_nvfp4,
     is_mlp,
     is_no_text_attention,
-    lora,
     plain,
     scaled,
     write,
 )
 from helpers.listings import listing, prefixed, renamed, text_only
 
-from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.weights import TensorInfo
 
 FOUR, NINE, DEV = ("klein-4b", "klein-base-4b"), ("klein-9b", "klein-base-9b", "klein-9b-kv"), ("dev",)
@@ -109,6 +113,29 @@ def case(name, infos, variants, format="bf16", *, naming=ORIGINAL, prefix="", qu
     return pytest.param(infos, said or {}, file, answers, id=name)
 
 
+def packed_by_others():
+    for size, rows in SIZES.items():
+        for naming, saver in (("bfl", ORIGINAL), ("diffusers", "diffusers")):
+            infos, more = transformer(size, naming), {"naming": saver}
+            nf4, torchao = in_nf4(infos), by_torchao(infos)
+            yield case(f"{size} {naming} nf4", nf4, rows, "bitsandbytes_nf4 bf16", quant="qint4", **more)
+            yield case(f"{size} {naming} int8", in_int8(infos), rows, "bitsandbytes_int8 bf16", quant="qint8", **more)
+            for dtype, kind in (("I8", "qint8"), ("F8_E4M3", "qfloat8_e4m3fn")):
+                told = f"quanto_{kind} bf16"
+                yield case(f"{size} {naming} {kind}", by_quanto(infos, dtype), rows, told, quant="qint8", **more)
+            told = "torchao_int8 bf16"
+            yield case(f"{size} {naming} torchao", torchao[0], rows, told, quant="qint8", said=torchao[1], **more)
+            for bits in (4, 8):
+                said = {"quantization": json.dumps({"bits": bits, "group_size": 64})}
+                told, quant = f"MLX_{bits}-bit bf16", f"qint{bits}"
+                yield case(
+                    f"{size} {naming} mlx {bits}", by_mlx(infos, bits), rows, told, quant=quant, said=said, **more
+                )
+    yield case(
+        "qwen3-8b nf4", in_nf4(listing("qwen3-8b")), NINE, "bitsandbytes_nf4 bf16", quant="qint4", naming=TRANSFORMERS
+    )
+
+
 def transformers():
     for size, rows in SIZES.items():
         bfl, diffusers = transformer(size), transformer(size, "diffusers")
@@ -171,18 +198,21 @@ LLAMA = {"qwen3-4b": "llama.cpp", "qwen3-8b": "llama.cpp", "mistral3-24b": "llam
 STAGE = "first_stage_model."
 
 
-@pytest.mark.parametrize(("infos", "said", "file", "answers"), [*transformers(), *encoders_and_vaes()])
+@pytest.mark.parametrize(
+    ("infos", "said", "file", "answers"), [*transformers(), *encoders_and_vaes(), *packed_by_others()]
+)
 def test_parts_of_models(infos, said, file, answers):
     found = identify(plain(infos, said), "x", titles(said, file))
     (part,) = found.parts
     assert found.kind == MODEL
     told = (found.variant,) if found.variant else found.variants
-    assert (told, [*found.formats], part.naming, part.prefix, found.quant) == answers
+    assert (told, [x.replace(" ", "_") for x in found.formats], part.naming, part.prefix, found.quant) == answers
     assert (found.advice, part.problem) == (None, None)
-    assert found.nbytes == sum(info.nbytes for info in infos.values())
-    assert found.nbytes == part.nbytes + sum(info.nbytes for name, info in infos.items() if name == "tekken_model")
+    stored = infos.infos if isinstance(infos, Headers) else infos
+    assert found.nbytes == sum(info.nbytes for info in stored.values())
+    assert found.nbytes == part.nbytes + sum(info.nbytes for name, info in stored.items() if name == "tekken_model")
     assert math.isclose(sum(found.formats.values()), 1)
-    tokenizer = () if "tekken_model" in infos else ("tokenizer",)
+    tokenizer = () if "tekken_model" in stored else ("tokenizer",)
     assert found.missing == (*(x for x in ("transformer", "text_encoder", "vae") if x != part.name), *tokenizer)
 
 
@@ -263,114 +293,6 @@ def test_a_file_of_all_parts():
 def test_parts_of_different_models():
     found = identify(plain(transformer("klein-4b") | listing("qwen3-8b")), "x")
     assert (found.kind, found.variants, found.advice) == (MODEL, (), "its parts are of different models")
-
-
-def named(*names):
-    return {name: TensorInfo("F16", (1, 1)) for name in names}
-
-
-FLUX1 = ("double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight")
-SDXL = (f"{COMFY}input_blocks.0.0.weight", f"{COMFY}label_emb.0.0.weight", f"{COMFY}middle_block.1.norm.weight")
-
-
-@pytest.mark.parametrize(
-    ("names", "name"),
-    [
-        ((*FLUX1, "guidance_in.in_layer.weight"), "FLUX.1 dev"),
-        (FLUX1, "FLUX.1 schnell"),
-        ([COMFY + name for name in FLUX1], "FLUX.1 schnell"),
-        (SDXL, "Stable Diffusion XL"),
-        (("joint_blocks.0.context_block.attn.qkv.weight",), "Stable Diffusion 3"),
-        (("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"), "Qwen-Image"),
-        (("cap_pad_token", "context_refiner.0.attention_norm1.weight"), "Z-Image"),
-        (("blocks.0.cross_attn.k.weight", "patch_embedding.weight"), "Wan"),
-        (("controlnet_blocks.0.weight",), "a ControlNet"),
-        (("text_model.encoder.layers.0.self_attn.q_proj.weight",), "a CLIP text encoder"),
-        (("enc.blk.0.attn_q.weight",), "a T5 text encoder"),
-    ],
-)
-def test_other_models(names, name):
-    found = identify(plain(named(*names)), "x")
-    assert (found.kind, found.name, found.variants, found.quant) == (OTHER, name, (), None)
-    assert found.advice
-
-
-@pytest.mark.parametrize(
-    ("infos", "name", "variants"),
-    [
-        (lora("diffusion_model.double_blocks.0.img_attn.qkv", 4096, 12288), f"a LoRA (names as of {ORIGINAL})", NINE),
-        (lora("transformer.transformer_blocks.1.attn.add_q_proj", 6144, 6144), "a LoRA (names as of diffusers)", DEV),
-        (
-            lora("lora_unet_double_blocks_0_img_mlp_0", 3072, 18432, ("lora_down.weight", "lora_up.weight")),
-            "a LoRA (names as of kohya)",
-            FOUR,
-        ),
-        (lora("diffusion_model.single_blocks.3.linear1", 3072, 21504), f"a LoRA (names as of {ORIGINAL})", ("FLUX.1",)),
-        (lora("unet.mid_block", 320, 320), "a LoRA (names as of an unknown trainer)", ()),
-    ],
-)
-def test_adapters(infos, name, variants):
-    found = identify(plain(infos), "x")
-    assert (found.kind, found.name, found.variants, [*found.formats]) == (ADAPTER, name, variants, ["bf16"])
-
-
-def test_encoders_and_vaes_of_other_models():
-    small = {
-        name: replace(info, shape=tuple(n // 2 if n == 2560 else n for n in info.shape)) for name, info in QWEN.items()
-    }
-    found = identify(plain(small), "x")
-    assert (found.kind, found.name, found.quant) == (OTHER, "text encoder of another model", None)
-    assert "FLUX.2 klein needs Qwen3-4B or Qwen3-8B" in found.advice
-    assert found.parts[0].converted == {}
-    vae = listing("vae_diffusers") | {"decoder.conv_in.weight": TensorInfo("BF16", (512, 16, 3, 3))}
-    assert "as that of FLUX.1, SD3 or Qwen-Image" in identify(plain(vae), "x").advice
-
-
-QWEN = listing("qwen3-4b")
-
-
-def test_what_is_wrong_with_a_part_is_told():
-    infos = transformer("klein-4b")
-    del infos["single_blocks.3.linear2.weight"]
-    found = identify(plain(infos | named("single_blocks.3.odd")), "x")
-    message = "the transformer is damaged or was changed: missing single_blocks.3.linear2.weight; unexpected single_blo"
-    assert (found.kind, found.parts[0].problem) == (MODEL, found.advice)
-    assert found.advice.startswith(message)
-
-
-def test_a_model_that_it_can_not_be():
-    with pytest.raises(CheckpointError, match=r"x can't be dev: its geometry is that of klein-4b, klein-base-4b"):
-        identify(plain(transformer("klein-4b")), "x", variant="dev")
-    assert identify(plain(transformer("klein-4b")), "x", ["base"], "klein-4b").variant == "klein-4b"
-    with pytest.raises(InputError, match="unknown model"):
-        identify(plain(transformer("klein-4b")), "x", variant="no")
-
-
-@pytest.mark.parametrize(
-    "infos",
-    [
-        {},
-        named("a"),
-        named("*.*.*"),
-        named("\0", "double_blocks.999.x"),
-        named("x" * 501),
-        {f"x{number}": NUMBER for number in range(50_001)},
-        named("a" * 500 + ".lora_A.weight"),
-    ],
-)
-def test_hostile_headers_are_one_line(infos):
-    with pytest.raises(CheckpointError, match=r"^x holds") as caught:
-        identify(plain(infos), "x")
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (0, 0), (2**31 - 1, 2**31 - 1), (1,) * 9])
-def test_odd_shapes(shape):
-    infos = {name: TensorInfo("BF16", shape) for name in transformer("klein-4b")}
-    found = identify(plain(infos), "x")
-    assert found.kind == OTHER
-    assert "the transformer" in found.advice
 
 
 def test_a_conversion_takes_what_is_missing_from_a_model_that_is_there(official, tmp_path):

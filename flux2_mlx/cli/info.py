@@ -70,7 +70,7 @@ def info(
     planning |= {"memory-limit": memory_limit}
     planned = [name for name, value in planning.items() if value is not None]
     if (model is None or is_image(model)) and (given := planned or ["variant"] * (variant is not None)):
-        raise click.UsageError(f"--{given[0]} is about one model; give a MODEL")
+        raise _about_a_model(given[0])
     if model is None:
         _put(_all_rows(models_dir), _print_all, as_json)
     elif is_image(model):
@@ -78,7 +78,7 @@ def info(
         _put(settings, print_settings, as_json)
         if said := _elsewhere(settings, Path(model)):
             notice(said, quiet=False)
-    elif not planned and (found := _found(model, variant, models_dir)):
+    elif found := _found(model, variant, models_dir, planned):
         if as_json:
             print_result(to_json(found_values(found)))
         else:
@@ -110,14 +110,22 @@ def _elsewhere(settings: dict[str, Any], image: Path) -> str | None:
     return elsewhere(settings, image)
 
 
-def _found(model: str, variant: str | None, models_dir: Path | None) -> "Found | None":
-    """What `model` is if it is weights of something; None: a whole model."""
+def _about_a_model(option: str) -> click.UsageError:
+    return click.UsageError(f"--{option} is about one model; give a MODEL")
+
+
+def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
+    """What `model` is if it is weights of something; None: a whole model, or one that is `planned` for."""
     from ..identification import identify_files, identify_repo, is_weights, repo_file
     from ..names import REPO, SOURCE
     from ..store import conversions, resolve
 
     if named := repo_file(model):
+        if planned:
+            raise _about_a_model(planned[0])
         return identify_repo(*named, variant)
+    if planned:
+        return None
     resolved = resolve(model, models_dir)
     if resolved.kind == SOURCE and is_weights(resolved.place):
         return identify_files(resolved.place, model, variant, models_dir)

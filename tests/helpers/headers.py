@@ -13,6 +13,7 @@ from flux2_mlx.convert.formats import unpacked
 from flux2_mlx.weights import TensorInfo, Tensors
 
 Infos = dict[str, TensorInfo]
+STATE = ".quant_state.bitsandbytes__nf4"
 NOTHING: Mapping[str, str] = {}
 NUMBER = TensorInfo("F32", ())
 # The layers that a format packs, by the ends of their names in any naming and with any prefix.
@@ -23,14 +24,15 @@ GGML = {"Q2_K": (256, 84), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256,
 
 @dataclass(frozen=True)
 class Headers:
-    """Tensors of which there is nothing but what a header says."""
+    """Tensors of which there is nothing but what a header says, and the `texts` that describe some."""
 
     infos: Mapping[str, TensorInfo]
     kinds: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    texts: Mapping[str, bytes] = field(default_factory=dict)
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
-        raise AssertionError("a payload was read")
+        return (mx.array(list(self.texts[name]), mx.uint8) for name in names)
 
 
 def in_blocks(name: str) -> bool:
@@ -48,9 +50,9 @@ def is_no_text_attention(name: str) -> bool:
     return in_blocks(name) and ".txt_attn." not in name
 
 
-def plain(infos: Infos, metadata: Mapping[str, str] = NOTHING) -> Tensors:
+def plain(stored: Infos | Headers, metadata: Mapping[str, str] = NOTHING) -> Tensors:
     """What the tensors of a file stand for."""
-    return unpacked(Headers(infos), metadata)
+    return unpacked(stored if isinstance(stored, Headers) else Headers(stored), metadata)
 
 
 def cast(infos: Infos, dtype: str, chosen: Callable[[str], bool] = lambda name: True) -> Infos:
@@ -92,6 +94,70 @@ def declared(infos: Infos, format: str, end: str = ".weight_scale") -> dict[str,
     """The metadata that says of each layer with a scale in which format it is."""
     layers = {name.removesuffix(end): {"format": format} for name in infos if name.endswith(end)}
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+def in_nf4(infos: Infos, chosen: Callable[[str], bool] = in_blocks) -> Headers:
+    """As bitsandbytes stores nf4, with scales that are packed themselves."""
+
+    def beside(shape: tuple[int, ...]) -> Infos:
+        blocks = math.prod(shape) // 64
+        return {
+            ".weight.absmax": TensorInfo("U8", (blocks,)),
+            ".weight.quant_map": TensorInfo("F32", (16,)),
+            ".weight.nested_absmax": TensorInfo("F32", (-(-blocks // 256),)),
+            ".weight.nested_quant_map": TensorInfo("F32", (256,)),
+            f".weight{STATE}": TensorInfo("U8", (len(state(shape)),)),
+        }
+
+    def state(shape: tuple[int, ...]) -> bytes:
+        said = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+        nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1}
+        return json.dumps(said | nested).encode()
+
+    stored = scaled(infos, chosen, "U8", beside, lambda shape: (math.prod(shape) // 2, 1))
+    names = [name for name in stored if name.endswith(STATE)]
+    return Headers(stored, texts={name: state(infos[name.removesuffix(STATE)].shape) for name in names})
+
+
+def in_int8(infos: Infos) -> Infos:
+    """As bitsandbytes stores int8."""
+    return scaled(infos, dtype="I8", beside=lambda shape: {".SCB": TensorInfo("F32", shape[:1])})
+
+
+def by_quanto(infos: Infos, dtype: str = "I8") -> Infos:
+    found: Infos = {}
+    for name, info in infos.items():
+        if len(info.shape) == 2 and in_blocks(name):
+            found |= {f"{name}._data": TensorInfo(dtype, info.shape)}
+            found |= {f"{name}._scale": TensorInfo("BF16", (info.shape[0], 1))}
+            found |= {name.removesuffix("weight") + end: NUMBER for end in ("input_scale", "output_scale")}
+        else:
+            found[name] = info
+    return found
+
+
+def by_torchao(infos: Infos) -> tuple[Infos, dict[str, str]]:
+    """Tensors in int8 with a scale a row, and the metadata that says so."""
+    found: Infos = {}
+    said = {}
+    for name, info in infos.items():
+        if len(info.shape) == 2 and in_blocks(name):
+            layer = name.removesuffix("weight")
+            found[f"{layer}_weight_qdata"] = TensorInfo("I8", info.shape)
+            found[f"{layer}_weight_scale"] = TensorInfo("BF16", (info.shape[0], 1))
+            said[name] = json.dumps({"_type": "Int8Tensor", "_data": {"block_size": [1, info.shape[1]]}})
+        else:
+            found[f"{name}:_data"] = info
+            said[name] = json.dumps({"_type": "Tensor"})
+    return found, said
+
+
+def by_mlx(infos: Infos, bits: int) -> Infos:
+    def beside(shape: tuple[int, ...]) -> Infos:
+        groups = TensorInfo("BF16", (shape[0], shape[1] // 64))
+        return {".scales": groups, ".biases": groups}
+
+    return scaled(infos, lambda name: True, "U32", beside, lambda shape: (shape[0], shape[1] * bits // 32))
 
 
 def gguf(infos: Infos, kind: str, others: str = "BF16") -> Headers:
