@@ -1,21 +1,32 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
+from . import formats
 from .assembly import assembled, is_loose
 from .folder import LAST_USED, check_target, check_writable, is_own
+from .geometry import titles
+from .identity import Conversion, Identity, conversion, identify
 from .requantize import requantize, requantized
-from .sources import Source
+from .sources import LOOSE, Source, loose_files
 from .write import check_source, write_checkpoint
 
 __all__ = [
     "LAST_USED",
+    "LOOSE",
+    "Conversion",
+    "Identity",
     "Source",
     "assembled",
     "check_source",
     "check_target",
     "check_writable",
+    "conversion",
+    "formats",
+    "identify",
     "is_loose",
     "is_own",
+    "loose_files",
     "requantize",
     "requantized",
+    "titles",
     "write_checkpoint",
 ]

@@ -61,13 +61,13 @@ class Reading:
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """What the canonical tensors are that these are known to make. The others are `unknown`."""
-        names = dict.fromkeys(filter(None, map(self._canonical, self.sources)))
+        names = dict.fromkeys(filter(None, map(self.canonical, self.sources)))
         return {name: self._info(name) for name in names}
 
     @property
     def unknown(self) -> list[str]:
         """The tensors that have no place in the canonical naming."""
-        return [name for name in self.sources if self._canonical(name) is None]
+        return [name for name in self.sources if self.canonical(name) is None]
 
     def rule(self, canonical: str, head_dim: int = 128) -> Rule:
         """How the canonical tensor is made of those of the source, which need not be there.
@@ -117,12 +117,20 @@ class Reading:
     def kept(self, configs: Mapping[str, Any]) -> dict[str, TensorInfo]:
         """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
         is_dropped, config = LAYOUT[self.part].is_dropped, configs[self.part]
-        names = {name: self._canonical(name) for name in self.sources}
+        names = {name: self.canonical(name) for name in self.sources}
         return {
             name: self.sources[name]
             for name, canonical in names.items()
             if canonical is None or not is_dropped(canonical, config)
         }
+
+    def canonical(self, name: str) -> str | None:
+        """The canonical tensor that a tensor of the source is one or a piece of; None: there is none."""
+        if not name.startswith(self.prefix):
+            return None
+        template, numbers = templated(name[len(self.prefix) :])
+        ours = self.dialect.canonical.get(template)
+        return None if ours is None else filled(ours, self._flipped(template, numbers))
 
     def _spelled(self, canonical: str) -> tuple[Spelling, tuple[str, ...]]:
         """The spelling of a canonical name of which something is there, or else the usual one, and its full names."""
@@ -134,13 +142,6 @@ class Reading:
 
     def _full(self, template: str, numbers: list[int]) -> str:
         return self.prefix + filled(template, self._flipped(template, numbers))
-
-    def _canonical(self, name: str) -> str | None:
-        if not name.startswith(self.prefix):
-            return None
-        template, numbers = templated(name[len(self.prefix) :])
-        ours = self.dialect.canonical.get(template)
-        return None if ours is None else filled(ours, self._flipped(template, numbers))
 
     def _flipped(self, template: str, numbers: list[int]) -> list[int]:
         return [self._last_level - numbers[0], *numbers[1:]] if self.dialect.is_flipped(template) else numbers
@@ -172,10 +173,7 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
     Raises:
         CheckpointError: they are of no FLUX.2 model; what they are is said if it is known.
     """
-    if len(infos) > MAX_TENSORS:
-        raise CheckpointError(f"{what} holds {len(infos)} tensors, more than any FLUX.2 model has")
-    if (length := max(map(len, infos), default=0)) > _MAX_NAME:
-        raise CheckpointError(f"{what} holds a tensor with a name of {length} characters; no FLUX.2 model does")
+    check_size(infos, what)
     if known := refusal(infos):
         raise CheckpointError(f"{what} is {known}")
     names = [name for name in infos if not is_extra(name)]
@@ -187,6 +185,14 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
     for name in names:
         sources[_home(name, found)][name] = infos[name]
     return {part: Reading(dialect, prefix, sources[part]) for part, (dialect, prefix) in found.items()}
+
+
+def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:
+    """CheckpointError if there are more tensors, or longer names, than any FLUX.2 model has."""
+    if len(infos) > MAX_TENSORS:
+        raise CheckpointError(f"{what} holds {len(infos)} tensors, more than any FLUX.2 model has")
+    if (length := max(map(len, infos), default=0)) > _MAX_NAME:
+        raise CheckpointError(f"{what} holds a tensor with a name of {length} characters; no FLUX.2 model does")
 
 
 def is_extra(name: str) -> bool:

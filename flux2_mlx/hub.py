@@ -3,7 +3,6 @@
 `huggingface_hub` is imported inside the functions: it is slow, and reads its environment variables then.
 """
 
-import errno
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from .downloads import (
     quoted,
     read,
     read_start,
-    redacted,
 )
 from .errors import DownloadError, Flux2Error
 from .exclusion import exclude_from_backups
@@ -45,12 +43,17 @@ from .hub_cache import (
     pickled_parts,
     storage_of,
 )
+from .hub_errors import Hub, explain_download, explain_listing
 from .weights import HEADER_LIMIT, POINTER
 
 _logger = logging.getLogger(__name__)
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.(?:git|gguf|safetensors)$)){_NAME}/{_NAME}")
+# A file of weights anywhere in a repo.
+_SINGLE = re.compile(r"(?:[A-Za-z0-9_][ -.0-\[\]-~]{0,199}/){0,5}[A-Za-z0-9_][ -.0-\[\]-~]{0,199}\.safetensors")
+_SOME = 5
+_UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError, RecursionError)
 _LISTING = 4_000_000  # bytes; that of FLUX.2-dev has some 50,000
 _LARGEST = 10**15  # bytes
 _START = 1 << 16  # bytes; the header of a file of FLUX.2 has at most 50,000
@@ -58,22 +61,6 @@ _LICENCE = 80  # characters
 # Hears the folder of an outline and what is to be fetched, and gives what of it is needed.
 Check = Callable[[Path, Download], Download]
 Report = Callable[[int, int], object]
-
-
-@dataclass(frozen=True)
-class _Hub:
-    """Whom to ask, with which headers, and the folder of the cache."""
-
-    endpoint: str
-    headers: Mapping[str, str]
-    cache: Path
-
-    @property
-    def shown(self) -> str:
-        return redacted(self.endpoint, self.headers, self.endpoint)
-
-    def quote(self, text: str) -> str:
-        return quoted(text, self.headers, self.endpoint)
 
 
 def is_repo_id(text: str) -> bool:
@@ -107,9 +94,9 @@ def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, 
         absent = f"{repo_id} is not complete in the cache {hub.cache} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
-        listed = _parse(read(f"{hub.endpoint}/api/models/{repo_id}?blobs=true", hub.headers, _LISTING))
-    except (RefusedError, BrokenError, DamagedError, ValueError, RecursionError) as error:
-        reason = _explain_listing(error, hub, repo_id)
+        listed = _parse(_list(hub, repo_id), is_needed)
+    except _UNLISTED as error:
+        reason = explain_listing(error, hub, repo_id)
         if folder := _find_cached(repo_id, text_only):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
@@ -125,7 +112,58 @@ def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, 
         with Claim(storage_of(hub.cache, repo_id), make=True):
             return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
     except (RefusedError, BrokenError, DamagedError, OSError) as error:
-        raise DownloadError(_explain_download(error, hub, repo_id)) from error
+        raise DownloadError(explain_download(error, hub, repo_id)) from error
+
+
+@contextmanager
+def header(repo_id: str, file: str | None = None) -> Iterator[Path]:
+    """A file of weights of a repo as it is in the cache, or else one of its name and size that takes no space and
+    holds nothing but its header, which alone is fetched.
+
+    Args:
+        repo_id: `owner/name`.
+        file: its name in the repo; None: the only one that there is.
+
+    Raises:
+        DownloadError: it is not there, can't be fetched, or is one of several or of a whole model.
+    """
+    if file is not None and not _is_single(file):
+        wrong = f"{repo_id}:{file:.200} is no .safetensors file, of which the header could be fetched alone"
+        raise DownloadError(f"{wrong}; download it and give its path")
+    hub, offline = _open()
+    if file and (cached := _cached_file(repo_id, file)):
+        yield cached
+        return
+    if offline:
+        raise DownloadError(f"{file or repo_id} is not in the cache {hub.cache} and offline mode is on")
+    try:
+        listed = _parse(_list(hub, repo_id), _is_single)
+    except _UNLISTED as error:
+        raise DownloadError(explain_listing(error, hub, repo_id)) from error
+    name = _chosen(repo_id, listed, file)
+    page, storage = f"{hub.shown}/{repo_id}", storage_of(hub.cache, repo_id)
+    wanted = Download(repo_id, page, None, listed.commit, storage, {name: listed.files[name]}, (name,), {}, None)
+    with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as folder:
+        path = Path(folder, name.rpartition("/")[2])
+        try:
+            _write_header(hub, wanted, name, path)
+        except (RefusedError, BrokenError, DamagedError, OSError) as error:
+            raise DownloadError(explain_download(error, hub, repo_id)) from error
+        yield path
+
+
+def _cached_file(repo_id: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repo_id, file)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _is_single(name: str) -> bool:
+    return _SINGLE.fullmatch(name) is not None
 
 
 def cache_folder() -> Path:
@@ -135,7 +173,7 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE).absolute()
 
 
-def _open() -> tuple[_Hub, bool]:
+def _open() -> tuple[Hub, bool]:
     """Return the hub that the environment names, and whether it must not be asked."""
     try:
         from huggingface_hub import constants, get_token
@@ -148,7 +186,7 @@ def _open() -> tuple[_Hub, bool]:
         raise DownloadError(f"{wrong}; unset it, or give an endpoint as https://host") from None
     cache = cache_folder()
     if constants.HF_HUB_OFFLINE:
-        return _Hub(constants.ENDPOINT, {}, cache), True
+        return Hub(constants.ENDPOINT, {}, cache), True
     # Its own headers name the agent that runs a program, by a list from the endpoint that it reads without a limit.
     headers = {"user-agent": f"flux2-mlx/{__version__}"}
     try:
@@ -157,7 +195,7 @@ def _open() -> tuple[_Hub, bool]:
     except Exception as error:  # it may read a file, or ask a server for a token
         reason = quoted(first_line(error), {}, constants.ENDPOINT)
         raise DownloadError(f"can't read the token ({reason}); log in again with `hf auth login`") from error
-    return _Hub(constants.ENDPOINT, headers, cache), False
+    return Hub(constants.ENDPOINT, headers, cache), False
 
 
 @dataclass(frozen=True)
@@ -168,8 +206,12 @@ class _Listing:
     others: list[str]
 
 
-def _parse(listing: bytes) -> _Listing:
-    """Return the commit and the needed files of a repo; raise ValueError for whatever no hub would list."""
+def _list(hub: Hub, repo_id: str) -> bytes:
+    return read(f"{hub.endpoint}/api/models/{repo_id}?blobs=true", hub.headers, _LISTING)
+
+
+def _parse(listing: bytes, is_wanted: Callable[[str], bool]) -> _Listing:
+    """Return the commit and the wanted files of a repo; raise ValueError for whatever no hub would list."""
     info = json.loads(listing)
     commit, siblings = _get(info, "sha", str), _get(info, "siblings", list)
     if not re.fullmatch("[0-9a-f]{40}", commit):
@@ -178,7 +220,7 @@ def _parse(listing: bytes) -> _Listing:
     names, others = set(), []
     for entry in siblings:
         name = _get(entry, "rfilename", str)
-        if not is_needed(name):
+        if not is_wanted(name):
             others.append(name)
             continue
         if name.lower() in names:  # on many disks these are one file
@@ -208,6 +250,21 @@ def _get(entry: Any, key: str, kind: type) -> Any:
     return value
 
 
+def _chosen(repo_id: str, listed: _Listing, file: str | None) -> str:
+    """The file of weights that is meant."""
+    names = sorted(listed.files)
+    if file is None and INDEX in listed.others:
+        raise DownloadError(f"{repo_id} is not converted yet, so nothing is known of it; download it first")
+    if (chosen := file or (names[0] if len(names) == 1 else None)) in listed.files:
+        return str(chosen)
+    if not names:
+        raise DownloadError(f"{repo_id} has no single file of weights{described(listed.others)}")
+    some = ", ".join(f"{repo_id}:{name}" for name in names[:_SOME])
+    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
+    what = f"has no file of weights {file[:80]!r}" if file else f"has {len(names)} files of weights"
+    raise DownloadError(f"{repo_id} {what}; give one as {some}{more}")
+
+
 def _find_cached(repo_id: str, text_only: bool) -> Path | None:
     """Look up a snapshot with no part and no shard missing: other programs may have fetched single files of it."""
     from huggingface_hub import try_to_load_from_cache
@@ -224,7 +281,7 @@ def _shards(table: Path) -> list[str]:
     return [str(shard) for shard in _get(json.loads(table.read_bytes()), "weight_map", dict).values()]
 
 
-def _planned(hub: _Hub, repo_id: str, listed: _Listing, text_only: bool) -> Download:
+def _planned(hub: Hub, repo_id: str, listed: _Listing, text_only: bool) -> Download:
     def is_read(name: str) -> bool:
         return not (text_only and is_weight(name)) or name.startswith("text_encoder/")
 
@@ -235,7 +292,7 @@ def _planned(hub: _Hub, repo_id: str, listed: _Listing, text_only: bool) -> Down
     return Download.of(repo_id, f"{hub.shown}/{repo_id}", listed.licence, listed.commit, storage, files)
 
 
-def _download(hub: _Hub, wanted: Download, check: Check | None, progress: Report | None) -> Path:
+def _download(hub: Hub, wanted: Download, check: Check | None, progress: Report | None) -> Path:
     _check_space(wanted.repo_id, wanted.remaining, hub.cache)
     is_new = not (wanted.storage / "blobs").exists()
     make_folder(wanted.storage / "blobs", wanted.storage)
@@ -264,7 +321,7 @@ def _download(hub: _Hub, wanted: Download, check: Check | None, progress: Report
     return wanted.snapshot
 
 
-def _fetch(hub: _Hub, wanted: Download, name: str, report: Callable[[int], object]) -> None:
+def _fetch(hub: Hub, wanted: Download, name: str, report: Callable[[int], object]) -> None:
     """Bring a file into the cache, unless it is there already."""
     if name in wanted.missing:
         try:
@@ -284,24 +341,29 @@ def _url(wanted: Download, name: str) -> str:
 
 
 @contextmanager
-def _outline(hub: _Hub, wanted: Download) -> Iterator[Path]:
+def _outline(hub: Hub, wanted: Download) -> Iterator[Path]:
     """A folder that looks like the whole snapshot to who reads no weights: what is there, and the missing weights as
     files of their size that take no space but for their headers."""
     with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as made:
         folder = os.path.realpath(made)  # as messages name it
-        for name, blob in wanted.files.items():
+        for name in wanted.files:
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             if (wanted.snapshot / name).exists():
                 path.symlink_to(wanted.snapshot / name)
             else:
-                with path.open("wb") as file:
-                    file.write(_header(hub, wanted, name))
-                    file.truncate(blob.size)
+                _write_header(hub, wanted, name, path)
         yield Path(folder)
 
 
-def _header(hub: _Hub, wanted: Download, name: str) -> bytes:
+def _write_header(hub: Hub, wanted: Download, name: str, path: Path) -> None:
+    """Make a file of the size of one of weights that takes no space but for its header."""
+    with path.open("wb") as file:
+        file.write(_header(hub, wanted, name))
+        file.truncate(wanted.files[name].size)
+
+
+def _header(hub: Hub, wanted: Download, name: str) -> bytes:
     """The header of a file of weights, with its length before and maybe more after it."""
     size, url = wanted.files[name].size, _url(wanted, name)
     start = read_start(url, hub.headers, min(size, _START)) if size else b""
@@ -320,39 +382,3 @@ def _check_space(repo_id: str, needed: int, cache: Path) -> None:
     if needed > free:
         sizes = f"{repo_id} needs {needed / 1e9:.1f} GB, the disk of {cache} has {free / 1e9:.1f} GB free"
         raise DownloadError(f"{sizes}; make room, or set HF_HOME to a folder on another disk")
-
-
-def _explain_listing(error: Exception, hub: _Hub, repo_id: str) -> str:
-    if isinstance(error, RefusedError):
-        return _explain_refusal(error, hub, repo_id)
-    if isinstance(error, BrokenError):
-        return f"cannot reach {hub.shown} ({error}); check the connection, or give a folder"
-    return f"{hub.shown} lists {repo_id} as no hub does ({hub.quote(first_line(error))}); check HF_ENDPOINT"
-
-
-def _explain_download(error: RefusedError | BrokenError | DamagedError | OSError, hub: _Hub, repo_id: str) -> str:
-    if isinstance(error, RefusedError):
-        return _explain_refusal(error, hub, repo_id)
-    if isinstance(error, BrokenError):
-        return f"the download of {repo_id} broke off ({error}); start it again, it goes on from there"
-    if isinstance(error, DamagedError):
-        return f"{hub.shown} sends {repo_id} as no hub does ({error}); check HF_ENDPOINT, then start again"
-    elsewhere = "set HF_HOME to a folder on another disk"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left in {hub.cache}; make room, or {elsewhere}"
-    return f"can't write {error.filename or 'a file'} in {hub.cache} ({error.strerror}); check it, or {elsewhere}"
-
-
-def _explain_refusal(error: RefusedError, hub: _Hub, repo_id: str) -> str:
-    page = f"{hub.shown}/{repo_id}"
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    has_token = "authorization" in hub.headers
-    if error.code == "GatedRepo":
-        token = " and your token has no access (a fine-grained one must allow gated repos)" if has_token else ""
-        return f"{repo_id} is gated{token}: accept its licence at {page}, then {log_in}"
-    if error.status == 403 or (error.status == 401 and has_token):
-        return f"no access to {page} ({error}); {log_in}"
-    # Who has no token gets 401 for a repo that does not exist.
-    if error.status == 401 or error.code == "RepoNotFound":
-        return f"unknown repo id {repo_id!r} at {hub.shown}; check the spelling; if it is private, {log_in}"
-    return f"{hub.shown} answers HTTP {error.status} for {repo_id}; try again later"

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -233,16 +233,16 @@ def open_source(
         text_only: leave out the transformer and the VAE.
     """
     if parts or is_loose(model.place):
-        others = _opened(stored_checkpoints(models_folder(models_dir)))
+        others = whole_checkpoints(models_folder(models_dir))
         return assembled(model.place, parts, variant, others=others, text_quant=text_quant, text_only=text_only)
     return Source.open(model.place, variant, text_only=text_only)
 
 
-def _opened(folders: Iterable[Path]) -> Iterator[Checkpoint]:
-    """The checkpoints in these folders that are whole."""
-    for folder in folders:
+def whole_checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoints in a models folder that are not damaged."""
+    for path in stored_checkpoints(folder):
         with suppress(CheckpointError):
-            yield Checkpoint.open(folder)
+            yield Checkpoint.open(path)
 
 
 @contextmanager

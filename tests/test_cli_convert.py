@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
 from helpers.cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
+from helpers.hub_client import using
 from helpers.hub_server import HubServer
 
 from flux2_mlx.checkpoint import Checkpoint
@@ -291,11 +292,13 @@ def test_a_fine_tune_is_not_shown_as_the_model_that_it_was_made_from(official, f
         assert ("converted from ./klein-4b\n" in text) == (model == "mine")
 
 
-def test_info_of_a_source_is_about_its_own_sizes_and_fetches_nothing(official, monkeypatch):
+def test_info_of_a_source_is_about_its_own_sizes_and_fetches_nothing(official, folder, monkeypatch):
     monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
     values = json.loads(done("info", official, "--variant", VARIANT, "--json").stdout)
     assert sum(values["bytes"]["bf16"].values()) < 10_000_000
-    message = refusal("info", "me/tune")
+    with HubServer({"me/tune": official}) as hub, using(hub, folder / "home"):
+        message = refusal("info", "me/tune")
+        assert hub.fetched == []
     assert message == "me/tune is not converted yet, so nothing is known of it; download it first"
 
 

@@ -11,7 +11,7 @@ from .gguf import Gguf, split_files
 from .packed import Packed, Unpacked
 from .unreadable import unreadable
 
-__all__ = ["GGUF", "SETTINGS", "Packed", "Unpacked", "plain", "unreadable", "usual_quant"]
+__all__ = ["GGUF", "SETTINGS", "Gguf", "Packed", "Unpacked", "plain", "unpacked", "unreadable", "usual_quant"]
 GGUF = ".gguf"
 _FULL, _FEW = 15, 5.1  # bits a weight; 4 of them take up to 5 with scales, and 5 of them are better kept in 8
 SETTINGS = mlx.SETTINGS
@@ -34,12 +34,18 @@ def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple
     metadata = {**files.metadata, **(said or {})}
     _ = files.infos  # what is wrong with the files comes first
     try:
-        packed = _packed(files, metadata)
-        if SETTINGS in (said or {}) and not packed:
+        tensors = unpacked(files, metadata)
+        if SETTINGS in (said or {}) and tensors is files:
             raise CheckpointError(f"its config.json says {SETTINGS}, and no weight is packed; give a complete copy")
     except CheckpointError as error:
         raise CheckpointError(f"{paths[0]}: {error}") from error
-    return (Unpacked(files, packed) if packed else files), metadata
+    return tensors, metadata
+
+
+def unpacked(tensors: Tensors, metadata: Mapping[str, str]) -> Tensors:
+    """`tensors` as what they stand for, given what is said of them; of bitsandbytes' some small ones are read."""
+    packed = _packed(tensors, metadata)
+    return Unpacked(tensors, packed) if packed else tensors
 
 
 def usual_quant(tensors: Tensors) -> str:
@@ -48,14 +54,14 @@ def usual_quant(tensors: Tensors) -> str:
     return "bf16" if bits >= _FULL else "qint8" if bits > _FEW else "qint4"
 
 
-def _packed(files: Files, metadata: Mapping[str, str]) -> dict[str, Packed]:
+def _packed(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Packed]:
     """The packed weights of all families; none may be of two."""
-    infos = files.infos
+    infos = tensors.infos
     found: dict[str, Packed] = {}
     for family in (
         fp8.packed(infos, metadata),
         nvfp4.packed(infos, metadata),
-        bitsandbytes.packed(infos, metadata, files.read),
+        bitsandbytes.packed(infos, metadata, tensors.read),
         quanto.packed(infos, metadata),
         torchao.packed(infos, metadata),
         mlx.packed(infos, metadata),

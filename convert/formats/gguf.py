@@ -84,6 +84,7 @@ class Gguf:
     Attributes:
         infos: what they are then, by name, in the order of their bytes. Shapes are row-major: `[out, in]` of a layer.
         kinds: the types that they are stored in, such as `Q4_K`.
+        sizes: the bytes that they are stored in.
         metadata: what the header says, as text: of an array, such as `tokenizer.ggml.tokens`, how many values it has.
     """
 
@@ -109,6 +110,7 @@ class Gguf:
             )
         self.infos: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
         self.kinds = {name: stored.kind.name for name, stored in self._stored.items()}
+        self.sizes = {name: stored.nbytes for name, stored in self._stored.items()}
 
     @property
     def bits(self) -> float:

@@ -45,6 +45,22 @@ class Unpacked:
         nbytes = sum(infos[name].nbytes for weight in self._packed.values() for name in weight.sources)
         return 8 * nbytes / max(1, sum(math.prod(weight.info.shape) for weight in self._packed.values()))
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The formats of those that are packed, by their names."""
+        return {name: weight.kind for name, weight in self._packed.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What of those that are packed is stored, in bytes, by their names; what several share is the first one's."""
+        counted: set[str] = set()
+        sizes = {}
+        for name, weight in self._packed.items():
+            stored = {*weight.sources, *weight.unused} - counted
+            sizes[name] = sum(self._tensors.infos[x].nbytes for x in stored)
+            counted |= stored
+        return sizes
+
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
         stored = self._tensors.read(source for name in names for source in self._sources(name))

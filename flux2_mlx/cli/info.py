@@ -9,6 +9,7 @@ import click
 
 from ..config import DTYPES, QUANTIZATIONS, VARIANTS, Variant
 from ..errors import InputError
+from .identified import found_values, print_found
 from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
 from .progress import notice
 from .replay import elsewhere
@@ -17,6 +18,7 @@ from .terminal import in_flags, print_result, to_json
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from ..identification import Found
     from ..names import Model
     from ..networks import Networks
 
@@ -47,25 +49,28 @@ def info(
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the models, what one MODEL takes, or the settings of an image.
+    """Show the models, what one MODEL takes, what a file of weights is, or the settings of an image.
 
-    MODEL is a name, a repo id or a folder, as for the other commands, or an image that this program has made. Sizes are
-    those of the stored weights; each network is in memory only while it is used. The memory is what making one image is
-    expected to take on this machine. With --json the models are a list.
+    MODEL is a name, a repo id or a folder, as for the other commands, a file of weights of any model, here or on the
+    Hub as REPO:FILE, or an image that this program has made. Sizes are those of the stored weights; each network is in
+    memory only while it is used. The memory is what making one image is expected to take on this machine. With --json
+    the models are a list. Of a file nothing but its header is read.
 
     \b
     Examples:
       flux2-mlx info
       flux2-mlx info klein-9b -q qint8 -W 1536 -H 1536
+      flux2-mlx info finetune.safetensors
+      flux2-mlx info owner/name:lora.safetensors
       flux2-mlx info fox.png
     """
     from ..images import read_settings
 
-    if model is None or is_image(model):
-        planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
-        planning |= {"memory-limit": memory_limit, "variant": variant}
-        if given := [name for name, value in planning.items() if value is not None]:
-            raise click.UsageError(f"--{given[0]} is about one model; give a MODEL")
+    planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
+    planning |= {"memory-limit": memory_limit}
+    planned = [name for name, value in planning.items() if value is not None]
+    if (model is None or is_image(model)) and (given := planned or ["variant"] * (variant is not None)):
+        raise _about_a_model(given[0])
     if model is None:
         _put(_all_rows(models_dir), _print_all, as_json)
     elif is_image(model):
@@ -73,6 +78,11 @@ def info(
         _put(settings, print_settings, as_json)
         if said := _elsewhere(settings, Path(model)):
             notice(said, quiet=False)
+    elif found := _found(model, variant, models_dir, planned):
+        if as_json:
+            print_result(to_json(found_values(found)))
+        else:
+            print_found(found)
     else:
         from ..device import memory_reason
         from ..networks import Networks
@@ -98,6 +108,30 @@ def _elsewhere(settings: dict[str, Any], image: Path) -> str | None:
     dtype = settings.get("dtype")
     computing_dtype(dtype if dtype in DTYPES else None)
     return elsewhere(settings, image)
+
+
+def _about_a_model(option: str) -> click.UsageError:
+    return click.UsageError(f"--{option} is about one model; give a MODEL")
+
+
+def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
+    """What `model` is if it is weights of something; None: a whole model, or one that is `planned` for."""
+    from ..identification import identify_files, identify_repo, is_weights, repo_file
+    from ..names import REPO, SOURCE
+    from ..store import conversions, resolve
+
+    if named := repo_file(model):
+        if planned:
+            raise _about_a_model(planned[0])
+        return identify_repo(*named, variant)
+    if planned:
+        return None
+    resolved = resolve(model, models_dir)
+    if resolved.kind == SOURCE and is_weights(resolved.place):
+        return identify_files(resolved.place, model, variant, models_dir)
+    if resolved.kind == REPO and resolved.repo and not conversions(resolved, models_dir):
+        return identify_repo(resolved.repo, None, variant)
+    return None
 
 
 def _put(shown: Shown, show: Callable[[Shown], None], as_json: bool) -> None:

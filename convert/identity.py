@@ -1,0 +1,285 @@
+"""What tensors are, told by their names, dtypes and shapes alone: which model, which parts of it, and how stored."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from flux2_mlx.checkpoint import Checkpoint, Component
+from flux2_mlx.components import COMPONENTS
+from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.quantization import DEFAULT_TEXT_QUANT
+from flux2_mlx.weights import TensorInfo, Tensors
+
+from .assembly import PARTS, assembled
+from .formats import unreadable
+from .geometry import candidates, choose, geometry
+from .naming import TEKKEN, Reading, check_size, is_extra, read
+from .sources import Source
+from .strangers import adapter, stranger
+from .write import check_source
+
+FAMILY = "FLUX.2"
+MODEL, ADAPTER, OTHER = "model", "adapter", "other"
+_FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_FEW_BITS = 5  # with their scales; what is stored in no more of them becomes `qint4`, and what is in more `qint8`
+# By what canonical names begin with, the layers whose precision is told together. What has one dimension is apart.
+_GROUPS = {
+    "transformer": {
+        "double_blocks.": "double blocks",
+        "single_blocks.": "single blocks",
+        "double_stream_modulation_": "modulation",
+        "single_stream_modulation.": "modulation",
+        "final_layer.": "final layer",
+        "": "embedders",
+    },
+    "text_encoder": {
+        "model.layers.": "layers",
+        "model.embed_tokens.": "embedding",
+        "lm_head.": "head",
+        "": "vision",
+    },
+    "vae": {"": "convolutions and attention"},
+}
+_SMALL = "norms and biases"
+
+
+@runtime_checkable
+class _Packed(Protocol):
+    """Tensors some of which are stored as other things than themselves."""
+
+    @property
+    def kinds(self) -> Mapping[str, str]: ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Of tensors, by their names: what they are, in which format they are stored, and what that takes in bytes."""
+
+    infos: Mapping[str, TensorInfo]
+    formats: dict[str, str]
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> "_Stored":
+        infos = tensors.infos
+        formats = {name: info.dtype for name, info in infos.items()}
+        sizes = {name: info.nbytes for name, info in infos.items()}
+        if isinstance(tensors, _Packed):
+            sizes |= tensors.sizes
+            formats |= {name: kind for name, kind in tensors.kinds.items() if sizes[name] != infos[name].nbytes}
+        return cls(infos, {name: _FLOATS.get(kind, kind) for name, kind in formats.items()}, sizes)
+
+    def numbers(self, names: Iterable[str]) -> Counter[str]:
+        """How many numbers of these are stored in each format."""
+        counts: Counter[str] = Counter()
+        for name in names:
+            if self.infos[name].shape and not is_extra(name):
+                counts[self.formats[name]] += math.prod(self.infos[name].shape)
+        return counts
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a FLUX.2 model. Sizes are in bytes.
+
+    Attributes:
+        name: `transformer`, `text_encoder` or `vae`.
+        naming: who names tensors so.
+        prefix: what stands before these names.
+        tensors: how many there are, a packed one counted once.
+        nbytes: what they take as they are stored.
+        converted: what they take in our checkpoint, by the quantization; empty if that is not known.
+        precision: of each group of layers how many weights are in which format.
+        problem: what is wrong with it, or None.
+    """
+
+    name: str
+    naming: str
+    prefix: str
+    tensors: int
+    nbytes: int
+    converted: dict[str, int]
+    precision: dict[str, dict[str, int]]
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tensors are.
+
+    Attributes:
+        kind: `model`, one or several parts of a FLUX.2 model; `adapter`; `other`, something that can't be used.
+        name: what it is, as a user calls it.
+        variants: the models that it can be of, or that an adapter fits.
+        variant: the one of them that it is, or None if that can't be told.
+        formats: the share of all numbers that is stored in each format, the largest first.
+        nbytes: what all tensors take as they are stored.
+        parts: those of FLUX.2.
+        missing: what a whole model has besides.
+        quant: as which of our quantizations it keeps what it has; None for what is no model.
+        advice: what is wrong with it, or what to do instead; None if there is nothing to say.
+    """
+
+    kind: str
+    name: str
+    formats: dict[str, float]
+    nbytes: int
+    variants: tuple[str, ...] = ()
+    variant: str | None = None
+    parts: tuple[Part, ...] = ()
+    missing: tuple[str, ...] = ()
+    quant: str | None = None
+    advice: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion would do: `places` are where it would take each part from, `refusal` why it would not."""
+
+    places: dict[str, Path] = field(default_factory=dict)
+    refusal: str | None = None
+
+
+def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: str | None = None) -> Identity:
+    """What `tensors` are. Nothing of them is read.
+
+    Args:
+        tensors: those of one file, or of all that belong together; packed ones as what they stand for.
+        what: the source, for errors.
+        hints: texts of `titles`, which say which model it is where shapes don't.
+        variant: the model that a user says it is, or None.
+
+    Raises:
+        CheckpointError: nothing is known of them, or it can't be the `variant`.
+    """
+    infos = tensors.infos
+    check_size(infos, what)
+    stored = _Stored.of(tensors)
+    counts, nbytes = stored.numbers(infos), sum(stored.sizes.values())
+    formats = {kind: count / counts.total() for kind, count in counts.most_common() if count}
+    if found := adapter(infos):
+        name, advice = f"a {found.kind} (names as of {found.naming})", "it goes on top of a model and is none itself"
+        return Identity(ADAPTER, name, formats, nbytes, found.models, advice=advice)
+    if known := stranger(infos):
+        return Identity(OTHER, known.name, formats, nbytes, advice=known.advice)
+    if how := unreadable(infos, {}):
+        return Identity(OTHER, "a quantized model", formats, nbytes, advice=f"it is {how}")
+    found_parts = read(infos, what)
+    readings = {name: found_parts[name] for name in PARTS if name in found_parts}
+    configs, problems = _geometries(readings)
+    parts = tuple(_part(reading, stored, configs[name], problems.get(name)) for name, reading in readings.items())
+    all_configs = {network: config for part in configs.values() for network, config in part.items()}
+    if not all_configs:
+        name = f"{_and(readings)} of another model"
+        return Identity(OTHER, name, formats, nbytes, parts=parts, advice="; ".join(problems.values()))
+    rows = candidates(all_configs)
+    row = _chosen(rows, hints, variant, what)
+    has_tokenizer = any(name.rpartition(".")[2] == TEKKEN for name in infos)
+    missing = tuple(name for name in PARTS if name not in readings and not (name == PARTS[-1] and has_tokenizer))
+    advice = "; ".join(problems.values()) or (None if rows else "its parts are of different models")
+    return Identity(
+        MODEL,
+        f"{_and(readings)} of {FAMILY}{'' if row is None else f' {row.name}'}",
+        formats,
+        nbytes,
+        tuple(row.name for row in rows),
+        None if row is None else row.name,
+        parts,
+        missing,
+        _quant(stored, next(iter(readings.values()))),
+        advice,
+    )
+
+
+def conversion(place: Path, variant: str | None, others: Iterable[Checkpoint], quant: str = "bf16") -> Conversion:
+    """What converting `place` would do; see `assembled`."""
+    try:
+        source = assembled(place, {}, variant, others=others)
+        check_source(source, quant, DEFAULT_TEXT_QUANT[quant])
+    except CheckpointError as error:
+        return Conversion(refusal=str(error))
+    return Conversion(_places(source))
+
+
+def _places(source: Source) -> dict[str, Path]:
+    taken = {COMPONENTS[name].part: component.files[0].parent for name, component in source.stored.items()}
+    return taken | {name: part.place for name, part in source.parts.items()} | {PARTS[-1]: source.tokenizer}
+
+
+def _chosen(rows: list[Variant], hints: Iterable[str], variant: str | None, what: str) -> Variant | None:
+    try:
+        return choose(rows, hints, variant, what)
+    except CheckpointError:
+        if variant is not None:
+            raise
+        return None
+
+
+def _geometries(readings: Mapping[str, Reading]) -> tuple[dict[str, Geometries], dict[str, str]]:
+    """The geometries of each part as far as they are known, and what is wrong with parts."""
+    configs: dict[str, Geometries] = {}
+    problems: dict[str, str] = {}
+    for name, reading in readings.items():
+        what = f"the {name.replace('_', ' ')}"
+        configs[name] = {}
+        try:
+            configs[name] = geometry(name, reading.infos, what)
+            reading.check(configs[name], f"{what} is damaged or was changed")
+        except CheckpointError as error:
+            problems[name] = str(error)
+    return configs, problems
+
+
+def _part(reading: Reading, stored: _Stored, configs: Geometries, problem: str | None) -> Part:
+    networks = [Component(name, config, None, ()) for name, config in configs.items()]
+    return Part(
+        reading.part,
+        reading.dialect.name,
+        reading.prefix,
+        len(reading.sources),
+        sum(stored.sizes[name] for name in reading.sources),
+        {quant: sum(x.quantized(quant).nbytes for x in networks) for quant in QUANTIZATIONS} if networks else {},
+        _precision(reading, stored),
+        problem,
+    )
+
+
+def _precision(reading: Reading, stored: _Stored) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {group: Counter() for group in (*_GROUPS[reading.part].values(), _SMALL)}
+    for name, info in reading.sources.items():
+        canonical = reading.canonical(name)
+        if canonical is not None and info.shape:
+            counts[_group(reading.part, canonical, info)][stored.formats[name]] += 1
+    return {group: dict(count.most_common()) for group, count in counts.items() if count}
+
+
+def _group(part: str, canonical: str, info: TensorInfo) -> str:
+    if len(info.shape) == 1:
+        return _SMALL
+    return next(group for start, group in _GROUPS[part].items() if canonical.startswith(start))
+
+
+def _quant(stored: _Stored, reading: Reading) -> str:
+    """The quantization of ours that is as wide as that of most packed weights."""
+    counts = stored.numbers(reading.sources)
+    kind = next((kind for kind, count in counts.most_common() if count and kind not in _FLOATS.values()), None)
+    if kind is None:
+        return QUANTIZATIONS[0]
+    bits = 8 * sum(stored.sizes[name] for name in reading.sources if stored.formats[name] == kind)
+    return QUANTIZATIONS[2] if bits <= _FEW_BITS * counts[kind] else QUANTIZATIONS[1]
+
+
+def _and(names: Iterable[str]) -> str:
+    *most, last = [_told(name) for name in names]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _told(part: str) -> str:
+    return "VAE" if part == "vae" else part.replace("_", " ")

@@ -1,0 +1,98 @@
+"""What `info` shows of weights that are no whole model."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..config import QUANTIZATIONS
+from .terminal import in_flags, print_result, printable
+
+if TYPE_CHECKING:
+    from ..convert import Conversion, Identity
+    from ..identification import Found
+
+_LABEL = 11
+_TRANSFORMER = "transformer"
+
+
+def found_values(found: "Found") -> dict[str, Any]:
+    """What is found, for JSON."""
+    values = asdict(found.identity)
+    conversion = found.conversion
+    return {
+        "file": found.name,
+        **{"bytes" if name == "nbytes" else name: value for name, value in values.items()},
+        "parts": {part.pop("name"): part | {"bytes": part.pop("nbytes")} for part in values["parts"]},
+        "conversion": conversion
+        and {"places": {name: str(x) for name, x in conversion.places.items()}, "refusal": conversion.refusal},
+    }
+
+
+def print_found(found: "Found") -> None:
+    """Show what is found."""
+    identity = found.identity
+    _line(f"{found.name}: {identity.name}")
+    _labelled("stored", f"{_gb(identity.nbytes)}; {_formats(identity)}")
+    if identity.variant is None and identity.variants:
+        _labelled("for", " or ".join(identity.variants))
+    if identity.parts:
+        _print_parts(identity)
+    if identity.missing:
+        _labelled("missing", _names(identity.missing))
+    if identity.advice:
+        _labelled("note", identity.advice)
+    if identity.quant:
+        _labelled("convert", _converting(identity, found.conversion))
+
+
+def _print_parts(identity: "Identity") -> None:
+    quants = "".join(f"{quant:>9}" for quant in QUANTIZATIONS)
+    _line(f"{'GB':15}{'tensors':>8}{'stored':>9}{quants}  names as of")
+    for part in identity.parts:
+        sizes = "".join(f"{nbytes / 1e9:9.3f}" for nbytes in part.converted.values())
+        sizes = sizes or "".join(f"{'?':>9}" for _ in QUANTIZATIONS)
+        naming = f"{part.naming}{f', after {part.prefix}' if part.prefix else ''}"
+        _line(f"{_name(part.name):15}{part.tensors:8}{part.nbytes / 1e9:9.3f}{sizes}  {naming}")
+    for part in identity.parts:
+        for group, formats in part.precision.items():
+            counts = ", ".join(f"{count} {kind}" for kind, count in formats.items())
+            _line(f"{_name(part.name):15}{group}: {counts}")
+
+
+def _converting(identity: "Identity", conversion: "Conversion | None") -> str:
+    width = f"-q {identity.quant} keeps the width of its weights"
+    if _TRANSFORMER in identity.missing:
+        options = " ".join(f"--{part.name.replace('_', '-')} FILE" for part in identity.parts)
+        return f"give it beside a transformer: flux2-mlx convert MODEL TARGET {options}"
+    if conversion is None:
+        return f"fetch it first; {width}"
+    if conversion.refusal:
+        return f"can't yet: {in_flags(conversion.refusal)}"
+    others = {}
+    for part in identity.missing:
+        others.setdefault(str(conversion.places[part]), []).append(part)
+    taken = [f"{_names(parts)} from {place}" for place, parts in others.items()]
+    return "; ".join([*taken, width])
+
+
+def _formats(identity: "Identity") -> str:
+    return ", ".join(f"{share:.0%} {kind}" if share < 1 else kind for kind, share in identity.formats.items())
+
+
+def _labelled(label: str, text: str) -> None:
+    _line(f"{label:{_LABEL}}{text}")
+
+
+def _line(text: str) -> None:
+    print_result(printable(text))
+
+
+def _names(parts: Any) -> str:
+    return ", ".join(map(_name, parts))
+
+
+def _name(part: str) -> str:
+    return "VAE" if part == "vae" else part.replace("_", " ")
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3f} GB"

@@ -1,0 +1,86 @@
+"""What files of weights are, on the disk or on the Hub, that are no whole model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import hub
+from .acquisition import unheard
+from .convert import LOOSE, Conversion, Identity, conversion, formats, identify, is_loose, loose_files, titles
+from .errors import CheckpointError, InputError
+from .hub_cache import INDEX
+from .names import get_variant, models_folder
+from .store import whole_checkpoints
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `name`, as it was given, stands for, and what converting it would do; None: it is on the Hub."""
+
+    name: str
+    identity: Identity
+    conversion: Conversion | None
+
+
+def is_weights(place: Path) -> bool:
+    """Whether `place` is a file of weights, or a folder of them that is no whole model."""
+    if place.is_dir():
+        return not (place / INDEX).is_file() and any(path.suffix.lower() in LOOSE for path in place.glob("*"))
+    return is_loose(place)
+
+
+def repo_file(name: str) -> tuple[str, str] | None:
+    """The repo and the file of it that `owner/name:file` means; None: it is something else."""
+    repo, colon, file = name.partition(":")
+    return (repo, file) if colon and hub.is_repo_id(repo) and not Path(name).exists() else None
+
+
+def identify_files(place: Path, name: str, variant: str | None = None, models_dir: Path | None = None) -> Found:
+    """What the file or folder of weights at `place` is.
+
+    Args:
+        place: see `is_weights`.
+        name: what a user calls it.
+        variant: the model's name where it can't be told, or None.
+        models_dir: where converted models are that give what is missing; see `models_folder`.
+
+    Raises:
+        CheckpointError: it is damaged, nothing is known of it, or it can't be the `variant`.
+    """
+    said = None if variant is None else get_variant(variant).name
+    identity = _identity(place, name, said)
+    with unheard():  # which other model it would be completed from is told here
+        return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
+
+
+def identify_repo(repo: str, file: str | None = None, variant: str | None = None) -> Found:
+    """What a file of weights of a repo is, of which nothing but the header is fetched.
+
+    Args:
+        repo: `owner/name`.
+        file: its name there; None: the only one that there is.
+        variant: the model's name where it can't be told, or None.
+
+    Raises:
+        DownloadError: see `hub.header`.
+        CheckpointError: see `identify_files`.
+    """
+    said = None if variant is None else get_variant(variant).name
+    name = f"{repo}:{file}" if file else repo
+    with hub.header(repo, file) as path, _called(path, name):
+        return Found(name, _identity(path, name, said, repo), None)
+
+
+def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Identity:
+    tensors, metadata = formats.plain(loose_files(place))
+    return identify(tensors, name, titles(metadata, place.name, repo), variant)
+
+
+@contextmanager
+def _called(path: Path, name: str) -> Iterator[None]:
+    """Let errors say `name` for `path`."""
+    try:
+        yield
+    except (CheckpointError, InputError) as error:
+        raise type(error)(str(error).replace(str(path), name)) from error

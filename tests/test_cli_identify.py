@@ -1,0 +1,199 @@
+"""`info` of files and folders of weights, here and on the Hub."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.cli_runner import done, refusal, run
+from helpers.headers import cast, declared, gguf, header, lora, scaled, write
+from helpers.hub_client import REPO, using
+from helpers.hub_server import HubServer
+from helpers.listings import listing, prefixed
+
+from flux2_mlx.names import demo_folder
+from flux2_mlx.weights import TensorInfo
+
+pytestmark = pytest.mark.usefixtures("models")
+FOUR = listing("transformer_klein-4b_bfl")
+FP8 = scaled(FOUR)
+SAID = declared(FP8, "float8_e4m3fn")
+PREFIX = "model.diffusion_model."
+LORA = lora("diffusion_model.double_blocks.0.img_attn.qkv", 4096, 12288)
+FLUX1 = {name: TensorInfo("F16", (1, 1)) for name in ("double_blocks.0.img_mod.lin.weight", "img_in.weight")}
+TABLE = """\
+flux-2-klein-4b-fp8.safetensors: transformer of FLUX.2 klein-4b
+stored     4.071 GB; 95% fp8, 5% bf16
+GB              tensors   stored     bf16    qint8    qint4  names as of
+transformer         149    4.071    7.751    4.118    2.180  the original release, after model.diffusion_model.
+transformer    double blocks: 40 fp8
+transformer    single blocks: 40 fp8
+transformer    modulation: 3 bf16
+transformer    final layer: 2 bf16
+transformer    embedders: 4 bf16
+transformer    norms and biases: 60 bf16
+missing    text encoder, VAE, tokenizer
+"""
+
+
+def values(*arguments):
+    return json.loads(done("info", *arguments, "--json").stdout)
+
+
+def test_a_file_in_a_table():
+    write(Path("flux-2-klein-4b-fp8.safetensors"), prefixed(FP8, PREFIX), SAID)
+    text = done("info", "flux-2-klein-4b-fp8.safetensors").stdout
+    assert text.startswith(TABLE)
+    last = text.removeprefix(TABLE)
+    assert last.startswith(
+        "convert    can't yet: flux-2-klein-4b-fp8.safetensors holds only the transformer of a klein-4b; say where its "
+    )
+    assert last.count("\n") == 1
+
+
+def test_a_file_as_json():
+    write(Path("x.safetensors"), FP8, SAID)
+    found = values("x.safetensors")
+    assert {
+        key: found[key] for key in ("file", "kind", "variant", "variants", "bytes", "missing", "quant", "advice")
+    } == {
+        "file": "x.safetensors",
+        "kind": "model",
+        "variant": None,
+        "variants": ["klein-4b", "klein-base-4b"],
+        "bytes": 4_070_588_032,
+        "missing": ["text_encoder", "vae", "tokenizer"],
+        "quant": "qint8",
+        "advice": None,
+    }
+    assert found["parts"]["transformer"]["converted"]["qint8"] == 4_117_773_312
+    assert found["conversion"]["places"] == {}
+    assert values("x.safetensors", "--variant", "klein-base-4b")["variant"] == "klein-base-4b"
+    assert "can't be dev" in refusal("info", "x.safetensors", "--variant", "dev")
+
+
+def test_what_is_missing_is_taken_from_a_converted_model(models):
+    shutil.copytree(demo_folder(), models / "mine-bf16")
+    shutil.copy(demo_folder() / "transformer" / "model.safetensors", "x.safetensors")
+    text = done("info", "x.safetensors").stdout
+    place = models / "mine-bf16"
+    assert text.splitlines()[0] == "x.safetensors: transformer of FLUX.2 demo"
+    told = [f"text encoder from {place}/text_encoder", f"VAE from {place}/vae", f"tokenizer from {place}/tokenizer"]
+    assert text.splitlines()[-1] == f"convert    {'; '.join(told)}; -q bf16 keeps the width of its weights"
+    places = values("x.safetensors")["conversion"]["places"]
+    assert places["transformer"] == "x.safetensors"
+    assert places["vae"] == f"{place}/vae"
+    assert done("info", "x.safetensors", "-q", "qint8").stdout.startswith("x.safetensors: a demo of another source")
+
+
+@pytest.mark.parametrize(
+    ("infos", "first", "last"),
+    [
+        (listing("qwen3-4b"), "x.safetensors: text encoder of FLUX.2", "TARGET --text-encoder FILE"),
+        (listing("ae_bfl"), "x.safetensors: VAE of FLUX.2", "TARGET --vae FILE"),
+        (cast(LORA, "F16"), "x.safetensors: a LoRA (names as of the original release)", "is none itself"),
+        (FLUX1, "x.safetensors: FLUX.1 schnell", "give one of its models"),
+        ({"a.wscales": TensorInfo("F16", (2, 2))}, "x.safetensors: a quantized model", "GGUF file of the model"),
+    ],
+)
+def test_parts_adapters_and_strangers(infos, first, last):
+    write(Path("x.safetensors"), infos)
+    lines = done("info", "x.safetensors").stdout.splitlines()
+    assert (lines[0], lines[-1][-len(last) :]) == (first, last)
+    assert values("x.safetensors")["file"] == "x.safetensors"
+
+
+def test_a_folder_of_a_part():
+    write(Path("encoder/model.safetensors"), listing("qwen3-8b"))
+    assert done("info", "./encoder").stdout.startswith("./encoder: text encoder of FLUX.2\n")
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 9, b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}", b"version https://git-lfs"])
+def test_damaged_files_are_refused_in_one_line(data):
+    Path("x.safetensors").write_bytes(data)
+    refusal("info", "x.safetensors")
+
+
+def test_pickles_are_not_opened():
+    Path("x.ckpt").write_bytes(b"cos\nsystem\n(S'touch y'\ntR.")
+    assert "is a pickle, which could run code" in refusal("info", "x.ckpt")
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def files():
+    data = header(prefixed(FP8, PREFIX), SAID)
+    return {"a/flux-2-klein-4b-fp8.safetensors": data + bytes(100_000), "README.md": b"", "x.gguf": b"GGUF"}
+
+
+@pytest.fixture
+def hub(files, home):
+    with HubServer({REPO: files}) as server, using(server, home):
+        name = "a/flux-2-klein-4b-fp8.safetensors"
+        size = len(header(prefixed(FP8, PREFIX), SAID)) + 4_070_588_032
+        entry = server.repos[REPO].sibling(name)
+        entry |= {"size": size, "lfs": entry["lfs"] | {"size": size}} if entry.get("lfs") else {"size": size}
+        siblings = [entry, *({"rfilename": other, "size": 1, "blobId": "0" * 40} for other in ("README.md", "x.gguf"))]
+        server.publish({"sha": server.repos[REPO].commit, "siblings": siblings})
+        yield server
+
+
+def test_of_a_file_on_the_hub_nothing_but_its_header_is_fetched(hub, home):
+    for name in (REPO, f"{REPO}:a/flux-2-klein-4b-fp8.safetensors"):
+        lines = done("info", name).stdout.splitlines()
+        assert lines[0] == f"{name}: transformer of FLUX.2 klein-4b"
+        assert lines[1] == "stored     4.071 GB; 95% fp8, 5% bf16"
+        assert lines[-1] == "convert    fetch it first; -q qint8 keeps the width of its weights"
+    assert values(REPO)["conversion"] is None
+    assert sum(hub.sent.values()) <= 3 * 2**16
+    assert not home.exists() or not [*home.rglob("*.safetensors")]
+
+
+def test_files_of_the_hub_that_can_not_be_told(hub):
+    assert refusal("info", f"{REPO}:b.safetensors") == (
+        f"{REPO} has no file of weights 'b.safetensors'; give one as {REPO}:a/flux-2-klein-4b-fp8.safetensors"
+    )
+    for name in ("x.gguf", "../x.safetensors", "/x.safetensors", "", "a.ckpt"):
+        assert "download it and give its path" in refusal("info", f"{REPO}:{name}")
+    assert "--quant is about one model" in run("info", f"{REPO}:b.safetensors", "-q", "qint8").stderr
+
+
+def test_repos_of_several_files_of_none_and_of_whole_models(official, home):
+    several = {f"{name}.safetensors": header(LORA) for name in "abcdefg"}
+    repos = {REPO: several, "org/none": {"x.gguf": b""}, "org/whole": official}
+    with HubServer(repos) as hub, using(hub, home):
+        assert refusal("info", REPO) == (
+            "org/model has 7 files of weights; give one as org/model:a.safetensors, org/model:b.safetensors, "
+            "org/model:c.safetensors, org/model:d.safetensors, org/model:e.safetensors and 2 more"
+        )
+        assert refusal("info", "org/none").startswith("org/none has no single file of weights")
+        assert refusal("info", "org/whole").startswith("org/whole is not converted yet, so nothing is known of it")
+        assert refusal("info", "org/nothing").startswith("unknown repo id 'org/nothing'")
+        hub.fail(500)
+        assert "answers HTTP 500" in refusal("info", f"{REPO}:a.safetensors")
+
+
+def test_a_file_that_is_in_the_cache_is_not_asked_for(home):
+    with HubServer({REPO: {"a.safetensors": header(LORA) + bytes(sum(x.nbytes for x in LORA.values()))}}) as hub:
+        with using(hub, home):
+            from huggingface_hub import hf_hub_download
+
+            hf_hub_download(REPO, "a.safetensors")
+        with using(hub, home, offline=True):
+            assert done("info", f"{REPO}:a.safetensors").stdout.startswith(f"{REPO}:a.safetensors: a LoRA")
+            assert "offline mode is on" in refusal("info", f"{REPO}:b.safetensors")
+
+
+def test_a_damaged_header_of_the_hub_is_said_of_the_repo(home):
+    with HubServer({REPO: {"a.safetensors": b"\xff" * 70_000}}) as hub, using(hub, home):
+        message = refusal("info", REPO)
+    assert message.startswith(f"{REPO} is not a safetensors file")
+
+
+def test_gguf_files_say_their_types():
+    stored = gguf(FOUR, "Q4_K")
+    assert stored.kinds["double_blocks.0.img_attn.qkv.weight"] == "Q4_K"
