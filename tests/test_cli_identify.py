@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.cli_runner import done, refusal, run
+from helpers.cli_runner import done, error_line, refusal, run
 from helpers.headers import NUMBER, cast, declared, header, in_nf4, lora, scaled, write, write_gguf
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
@@ -70,7 +70,9 @@ def test_a_file_as_json():
     assert found["parts"]["transformer"]["converted"]["qint8"] == 4_117_773_312
     assert found["conversion"]["places"] == {}
     assert values("x.safetensors", "--variant", "klein-base-4b")["variant"] == "klein-base-4b"
-    assert "can't be dev" in refusal("info", "x.safetensors", "--variant", "dev")
+    result = run("info", "x.safetensors", "--variant", "dev")
+    assert result.exit_code == 1
+    assert "x.safetensors can't be dev: its geometry is that of klein-4b" in error_line(result.stderr)
 
 
 def test_what_is_missing_is_taken_from_a_converted_model(models):

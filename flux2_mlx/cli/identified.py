@@ -66,7 +66,7 @@ def _converting(identity: "Identity", conversion: "Conversion | None") -> str:
         return f"fetch it first; its weights become {identity.quant}"
     if conversion.refusal:
         return f"can't yet: {in_flags(conversion.refusal)}"
-    others = {}
+    others: dict[str, list[str]] = {}
     for part in identity.missing:
         others.setdefault(str(conversion.places[part]), []).append(part)
     taken = [f"{_names(parts)} from {place}" for place, parts in others.items()]
