@@ -4,7 +4,7 @@ from . import formats
 from .assembly import assembled, is_loose
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
-from .identity import Conversion, Identity, conversion, identify
+from .identity import Conversion, Identity, conversion, foreign, identify
 from .requantize import requantize, requantized
 from .sources import LOOSE, Source, loose_files
 from .write import check_source, write_checkpoint
@@ -20,6 +20,7 @@ __all__ = [
     "check_target",
     "check_writable",
     "conversion",
+    "foreign",
     "formats",
     "identify",
     "is_loose",

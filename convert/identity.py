@@ -5,17 +5,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.quantization import DEFAULT_TEXT_QUANT
 from flux2_mlx.weights import TensorInfo, Tensors
 
 from .assembly import PARTS, assembled
-from .formats import unreadable
+from .formats import Gguf, Unpacked, unreadable, usual_quant
 from .geometry import candidates, choose, geometry
 from .naming import TEKKEN, Reading, check_size, is_extra, read
 from .sources import Source
@@ -25,7 +23,6 @@ from .write import check_source
 FAMILY = "FLUX.2"
 MODEL, ADAPTER, OTHER = "model", "adapter", "other"
 _FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-_FEW_BITS = 5  # with their scales; what is stored in no more of them becomes `qint4`, and what is in more `qint8`
 # By what canonical names begin with, the layers whose precision is told together. What has one dimension is apart.
 _GROUPS = {
     "transformer": {
@@ -47,17 +44,6 @@ _GROUPS = {
 _SMALL = "norms and biases"
 
 
-@runtime_checkable
-class _Packed(Protocol):
-    """Tensors some of which are stored as other things than themselves."""
-
-    @property
-    def kinds(self) -> Mapping[str, str]: ...
-
-    @property
-    def sizes(self) -> Mapping[str, int]: ...
-
-
 @dataclass(frozen=True)
 class _Stored:
     """Of tensors, by their names: what they are, in which format they are stored, and what that takes in bytes."""
@@ -71,18 +57,23 @@ class _Stored:
         infos = tensors.infos
         formats = {name: info.dtype for name, info in infos.items()}
         sizes = {name: info.nbytes for name, info in infos.items()}
-        if isinstance(tensors, _Packed):
+        if isinstance(tensors, Unpacked | Gguf):
             sizes |= tensors.sizes
             formats |= {name: kind for name, kind in tensors.kinds.items() if sizes[name] != infos[name].nbytes}
         return cls(infos, {name: _FLOATS.get(kind, kind) for name, kind in formats.items()}, sizes)
 
-    def numbers(self, names: Iterable[str]) -> Counter[str]:
-        """How many numbers of these are stored in each format."""
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of all numbers what is stored in each format, the largest share first."""
         counts: Counter[str] = Counter()
-        for name in names:
-            if self.infos[name].shape and not is_extra(name):
-                counts[self.formats[name]] += math.prod(self.infos[name].shape)
-        return counts
+        for name, info in self.infos.items():
+            if info.shape and not is_extra(name):
+                counts[self.formats[name]] += math.prod(info.shape)
+        return {kind: count / counts.total() for kind, count in counts.most_common() if count}
 
 
 @dataclass(frozen=True)
@@ -117,13 +108,13 @@ class Identity:
     Attributes:
         kind: `model`, one or several parts of a FLUX.2 model; `adapter`; `other`, something that can't be used.
         name: what it is, as a user calls it.
-        variants: the models that it can be of, or that an adapter fits.
-        variant: the one of them that it is, or None if that can't be told.
         formats: the share of all numbers that is stored in each format, the largest first.
         nbytes: what all tensors take as they are stored.
+        variants: the models that it can be of, or that an adapter fits.
+        variant: the one of them that it is, or None if that can't be told.
         parts: those of FLUX.2.
         missing: what a whole model has besides.
-        quant: as which of our quantizations it keeps what it has; None for what is no model.
+        quant: the quantization of ours that keeps what it has; None for what is no model.
         advice: what is wrong with it, or what to do instead; None if there is nothing to say.
     """
 
@@ -141,9 +132,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion would do: `places` are where it would take each part from, `refusal` why it would not."""
+    """What a conversion would do.
+
+    Attributes:
+        places: where it would take each part from.
+        quant: as what it would store the transformer.
+        text_quant: as what it would store the text encoder.
+        refusal: why it would not, or None.
+    """
 
     places: dict[str, Path] = field(default_factory=dict)
+    quant: str | None = None
+    text_quant: str | None = None
     refusal: str | None = None
 
 
@@ -159,53 +159,70 @@ def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: st
     Raises:
         CheckpointError: nothing is known of them, or it can't be the `variant`.
     """
-    infos = tensors.infos
-    check_size(infos, what)
+    if found := foreign(tensors, what):
+        return found
+    readings = read(tensors.infos, what)
+    return _model(tensors, {name: readings[name] for name in PARTS if name in readings}, what, hints, variant)
+
+
+def foreign(tensors: Tensors, what: str) -> Identity | None:
+    """What tensors are that are no parts of FLUX.2 or can't be read, packed ones as they are stored too; None: they may
+    be parts of it."""
+    check_size(tensors.infos, what)
     stored = _Stored.of(tensors)
-    counts, nbytes = stored.numbers(infos), sum(stored.sizes.values())
-    formats = {kind: count / counts.total() for kind, count in counts.most_common() if count}
-    if found := adapter(infos):
+    if found := adapter(tensors.infos):
         name, advice = f"a {found.kind} (names as of {found.naming})", "it goes on top of a model and is none itself"
-        return Identity(ADAPTER, name, formats, nbytes, found.models, advice=advice)
-    if known := stranger(infos):
-        return Identity(OTHER, known.name, formats, nbytes, advice=known.advice)
-    if how := unreadable(infos, {}):
-        return Identity(OTHER, "a quantized model", formats, nbytes, advice=f"it is {how}")
-    found_parts = read(infos, what)
-    readings = {name: found_parts[name] for name in PARTS if name in found_parts}
+        return Identity(ADAPTER, name, stored.shares, stored.nbytes, found.models, advice=advice)
+    if known := stranger(tensors.infos):
+        return Identity(OTHER, known.name, stored.shares, stored.nbytes, advice=known.advice)
+    if how := unreadable(tensors.infos, {}):
+        return Identity(OTHER, "a quantized model", stored.shares, stored.nbytes, advice=f"it is {how}")
+    return None
+
+
+def _model(
+    tensors: Tensors, readings: Mapping[str, Reading], what: str, hints: Iterable[str], variant: str | None
+) -> Identity:
+    """What tensors are that are named as parts of FLUX.2."""
+    stored = _Stored.of(tensors)
     configs, problems = _geometries(readings)
     parts = tuple(_part(reading, stored, configs[name], problems.get(name)) for name, reading in readings.items())
-    all_configs = {network: config for part in configs.values() for network, config in part.items()}
-    if not all_configs:
+    advice = "; ".join(problems.values()) or None
+    if not any(configs.values()):
         name = f"{_and(readings)} of another model"
-        return Identity(OTHER, name, formats, nbytes, parts=parts, advice="; ".join(problems.values()))
-    rows = candidates(all_configs)
+        return Identity(OTHER, name, stored.shares, stored.nbytes, parts=parts, advice=advice)
+    rows = candidates({network: config for part in configs.values() for network, config in part.items()})
     row = _chosen(rows, hints, variant, what)
-    has_tokenizer = any(name.rpartition(".")[2] == TEKKEN for name in infos)
-    missing = tuple(name for name in PARTS if name not in readings and not (name == PARTS[-1] and has_tokenizer))
-    advice = "; ".join(problems.values()) or (None if rows else "its parts are of different models")
     return Identity(
         MODEL,
         f"{_and(readings)} of {FAMILY}{'' if row is None else f' {row.name}'}",
-        formats,
-        nbytes,
+        stored.shares,
+        stored.nbytes,
         tuple(row.name for row in rows),
         None if row is None else row.name,
         parts,
-        missing,
-        _quant(stored, next(iter(readings.values()))),
-        advice,
+        _missing(tensors, readings),
+        usual_quant(tensors),
+        advice if rows or advice else "its parts are of different models",
     )
 
 
-def conversion(place: Path, variant: str | None, others: Iterable[Checkpoint], quant: str = "bf16") -> Conversion:
-    """What converting `place` would do; see `assembled`."""
+def _missing(tensors: Tensors, parts: Iterable[str]) -> tuple[str, ...]:
+    """What a whole model has besides these parts, of which some hold the tokenizer."""
+    has_tokenizer = any(name.rpartition(".")[2] == TEKKEN for name in tensors.infos)
+    there = {*parts, *(PARTS[-1:] if has_tokenizer else ())}
+    return tuple(name for name in PARTS if name not in there)
+
+
+def conversion(place: Path, variant: str | None, others: Iterable[Checkpoint]) -> Conversion:
+    """What converting `place` without further options would do; see `assembled`."""
     try:
         source = assembled(place, {}, variant, others=others)
-        check_source(source, quant, DEFAULT_TEXT_QUANT[quant])
+        quant, text_quant = source.quants(None, None)
+        check_source(source, quant, text_quant)
     except CheckpointError as error:
         return Conversion(refusal=str(error))
-    return Conversion(_places(source))
+    return Conversion(_places(source), quant, text_quant)
 
 
 def _places(source: Source) -> dict[str, Path]:
@@ -264,16 +281,6 @@ def _group(part: str, canonical: str, info: TensorInfo) -> str:
     if len(info.shape) == 1:
         return _SMALL
     return next(group for start, group in _GROUPS[part].items() if canonical.startswith(start))
-
-
-def _quant(stored: _Stored, reading: Reading) -> str:
-    """The quantization of ours that is as wide as that of most packed weights."""
-    counts = stored.numbers(reading.sources)
-    kind = next((kind for kind, count in counts.most_common() if count and kind not in _FLOATS.values()), None)
-    if kind is None:
-        return QUANTIZATIONS[0]
-    bits = 8 * sum(stored.sizes[name] for name in reading.sources if stored.formats[name] == kind)
-    return QUANTIZATIONS[2] if bits <= _FEW_BITS * counts[kind] else QUANTIZATIONS[1]
 
 
 def _and(names: Iterable[str]) -> str:

@@ -116,9 +116,9 @@ def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, 
 
 
 @contextmanager
-def header(repo_id: str, file: str | None = None) -> Iterator[Path]:
+def header(repo_id: str, file: str | None = None) -> Iterator[tuple[Path, bool]]:
     """A file of weights of a repo as it is in the cache, or else one of its name and size that takes no space and
-    holds nothing but its header, which alone is fetched.
+    holds nothing but its header, which alone is fetched; and whether it is whole.
 
     Args:
         repo_id: `owner/name`.
@@ -132,7 +132,7 @@ def header(repo_id: str, file: str | None = None) -> Iterator[Path]:
         raise DownloadError(f"{wrong}; download it and give its path")
     hub, offline = _open()
     if file and (cached := _cached_file(repo_id, file)):
-        yield cached
+        yield cached, True
         return
     if offline:
         raise DownloadError(f"{file or repo_id} is not in the cache {hub.cache} and offline mode is on")
@@ -149,7 +149,7 @@ def header(repo_id: str, file: str | None = None) -> Iterator[Path]:
             _write_header(hub, wanted, name, path)
         except (RefusedError, BrokenError, DamagedError, OSError) as error:
             raise DownloadError(explain_download(error, hub, repo_id)) from error
-        yield path
+        yield path, False
 
 
 def _cached_file(repo_id: str, file: str) -> Path | None:

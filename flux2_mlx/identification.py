@@ -7,11 +7,12 @@ from pathlib import Path
 
 from . import hub
 from .acquisition import unheard
-from .convert import LOOSE, Conversion, Identity, conversion, formats, identify, is_loose, loose_files, titles
+from .convert import LOOSE, Conversion, Identity, conversion, foreign, formats, identify, is_loose, loose_files, titles
 from .errors import CheckpointError, InputError
 from .hub_cache import INDEX
 from .names import get_variant, models_folder
 from .store import whole_checkpoints
+from .weights import Files
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,20 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
     """
     said = None if variant is None else get_variant(variant).name
     name = f"{repo}:{file}" if file else repo
-    with hub.header(repo, file) as path, _called(path, name):
+    with hub.header(repo, file) as (path, is_whole), _called(path, name):
+        if not is_whole and formats.needs_payload([path]):
+            raise CheckpointError(f"{name} is quantized by bitsandbytes, of which a header says too little; fetch it")
         return Found(name, _identity(path, name, said, repo), None)
 
 
 def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Identity:
-    tensors, metadata = formats.plain(loose_files(place))
+    paths = loose_files(place)
+    try:
+        tensors, metadata = formats.plain(paths)
+    except CheckpointError:  # which may be because it is of another model
+        if place.suffix.lower() != formats.GGUF and (known := foreign(Files(paths), name)):
+            return known
+        raise
     return identify(tensors, name, titles(metadata, place.name, repo), variant)
 
 

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.cli_runner import done, refusal, run
-from helpers.headers import cast, declared, gguf, header, lora, scaled, write
+from helpers.cli_runner import done, error_line, refusal, run
+from helpers.headers import NUMBER, cast, declared, header, in_nf4, lora, scaled, write, write_gguf
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
 from helpers.listings import listing, prefixed
@@ -21,6 +21,7 @@ SAID = declared(FP8, "float8_e4m3fn")
 PREFIX = "model.diffusion_model."
 LORA = lora("diffusion_model.double_blocks.0.img_attn.qkv", 4096, 12288)
 FLUX1 = {name: TensorInfo("F16", (1, 1)) for name in ("double_blocks.0.img_mod.lin.weight", "img_in.weight")}
+UNSCALED = {"a.weight": TensorInfo("F8_E4M3", (2, 2)), "a.scale_w": NUMBER}
 TABLE = """\
 flux-2-klein-4b-fp8.safetensors: transformer of FLUX.2 klein-4b
 stored     4.071 GB; 95% fp8, 5% bf16
@@ -69,7 +70,9 @@ def test_a_file_as_json():
     assert found["parts"]["transformer"]["converted"]["qint8"] == 4_117_773_312
     assert found["conversion"]["places"] == {}
     assert values("x.safetensors", "--variant", "klein-base-4b")["variant"] == "klein-base-4b"
-    assert "can't be dev" in refusal("info", "x.safetensors", "--variant", "dev")
+    result = run("info", "x.safetensors", "--variant", "dev")
+    assert result.exit_code == 1
+    assert "x.safetensors can't be dev: its geometry is that of klein-4b" in error_line(result.stderr)
 
 
 def test_what_is_missing_is_taken_from_a_converted_model(models):
@@ -79,7 +82,7 @@ def test_what_is_missing_is_taken_from_a_converted_model(models):
     place = models / "mine-bf16"
     assert text.splitlines()[0] == "x.safetensors: transformer of FLUX.2 demo"
     told = [f"text encoder from {place}/text_encoder", f"VAE from {place}/vae", f"tokenizer from {place}/tokenizer"]
-    assert text.splitlines()[-1] == f"convert    {'; '.join(told)}; -q bf16 keeps the width of its weights"
+    assert text.splitlines()[-1] == f"convert    {'; '.join(told)}; stored as bf16, the text encoder as bf16"
     places = values("x.safetensors")["conversion"]["places"]
     assert places["transformer"] == "x.safetensors"
     assert places["vae"] == f"{place}/vae"
@@ -93,6 +96,7 @@ def test_what_is_missing_is_taken_from_a_converted_model(models):
         (listing("ae_bfl"), "x.safetensors: VAE of FLUX.2", "TARGET --vae FILE"),
         (cast(LORA, "F16"), "x.safetensors: a LoRA (names as of the original release)", "is none itself"),
         (FLUX1, "x.safetensors: FLUX.1 schnell", "give one of its models"),
+        (FLUX1 | UNSCALED, "x.safetensors: FLUX.1 schnell", "give one of its models"),
         ({"a.wscales": TensorInfo("F16", (2, 2))}, "x.safetensors: a quantized model", "GGUF file of the model"),
     ],
 )
@@ -147,7 +151,7 @@ def test_of_a_file_on_the_hub_nothing_but_its_header_is_fetched(hub, home):
         lines = done("info", name).stdout.splitlines()
         assert lines[0] == f"{name}: transformer of FLUX.2 klein-4b"
         assert lines[1] == "stored     4.071 GB; 95% fp8, 5% bf16"
-        assert lines[-1] == "convert    fetch it first; -q qint8 keeps the width of its weights"
+        assert lines[-1] == "convert    fetch it first; its weights become qint8"
     assert values(REPO)["conversion"] is None
     assert sum(hub.sent.values()) <= 3 * 2**16
     assert not home.exists() or not [*home.rglob("*.safetensors")]
@@ -194,6 +198,20 @@ def test_a_damaged_header_of_the_hub_is_said_of_the_repo(home):
     assert message.startswith(f"{REPO} is not a safetensors file")
 
 
-def test_gguf_files_say_their_types():
-    stored = gguf(FOUR, "Q4_K")
-    assert stored.kinds["double_blocks.0.img_attn.qkv.weight"] == "Q4_K"
+def test_what_a_header_of_the_hub_does_not_tell(home):
+    stored = in_nf4(FOUR).infos
+    with HubServer({REPO: {"a.safetensors": header(stored)}}) as hub, using(hub, home):
+        data, size = hub.repos[REPO].files["a.safetensors"], sum(info.nbytes for info in stored.values())
+        sibling = {"rfilename": "a.safetensors", "size": len(data) + size, "blobId": "0" * 40}
+        hub.publish({"sha": hub.repos[REPO].commit, "siblings": [sibling]})
+        message = refusal("info", REPO)
+    assert message == f"{REPO} is quantized by bitsandbytes, of which a header says too little; fetch it"
+
+
+def test_a_gguf_file():
+    write_gguf(Path("flux-2-klein-4b-Q4_K_M.gguf"), FOUR, "Q4_K")
+    lines = done("info", "flux-2-klein-4b-Q4_K_M.gguf").stdout.splitlines()
+    assert lines[0] == "flux-2-klein-4b-Q4_K_M.gguf: transformer of FLUX.2 klein-4b"
+    assert lines[1] == "stored     2.460 GB; 95% Q4_K, 5% bf16"
+    assert "transformer    double blocks: 40 Q4_K" in lines
+    assert values("flux-2-klein-4b-Q4_K_M.gguf")["quant"] == "qint4"

@@ -11,7 +11,18 @@ from .gguf import Gguf, split_files
 from .packed import Packed, Unpacked
 from .unreadable import unreadable
 
-__all__ = ["GGUF", "SETTINGS", "Gguf", "Packed", "Unpacked", "plain", "unpacked", "unreadable", "usual_quant"]
+__all__ = [
+    "GGUF",
+    "SETTINGS",
+    "Gguf",
+    "Packed",
+    "Unpacked",
+    "needs_payload",
+    "plain",
+    "unpacked",
+    "unreadable",
+    "usual_quant",
+]
 GGUF = ".gguf"
 _FULL, _FEW = 15, 5.1  # bits a weight; 4 of them take up to 5 with scales, and 5 of them are better kept in 8
 SETTINGS = mlx.SETTINGS
@@ -46,6 +57,11 @@ def unpacked(tensors: Tensors, metadata: Mapping[str, str]) -> Tensors:
     """`tensors` as what they stand for, given what is said of them; of bitsandbytes' some small ones are read."""
     packed = _packed(tensors, metadata)
     return Unpacked(tensors, packed) if packed else tensors
+
+
+def needs_payload(paths: Sequence[Path]) -> bool:
+    """Whether headers alone do not say what is in these safetensors files."""
+    return any(bitsandbytes.STATE in name for name in Files(paths).infos)
 
 
 def usual_quant(tensors: Tensors) -> str:

@@ -17,7 +17,7 @@ from .packed import Packed
 
 Read = Callable[[Iterable[str]], Iterator[mx.array]]
 
-_STATE = ".quant_state.bitsandbytes__"
+STATE = ".quant_state.bitsandbytes__"
 _ENDINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
 _NF4 = (
     *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105, 0.0),
@@ -51,12 +51,12 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: R
     Raises:
         CheckpointError: something that belongs to one is missing, left over or wrong.
     """
-    states = [name for name in infos if _STATE in name]
+    states = [name for name in infos if STATE in name]
     for name in states:
         require_json(infos, name)
     weights: dict[str, Packed] = {}
     for name, array in zip(states, read(states), strict=True):
-        weight = name[: name.index(_STATE)]
+        weight = name[: name.index(STATE)]
         if weight in weights:
             raise CheckpointError(f"{weight} has two quantization states; fetch the file again")
         weights[weight] = _nibbles(infos, weight, name, _state(name, array))
@@ -68,7 +68,7 @@ def _state(name: str, array: mx.array) -> _State:
     """What the bytes of a quantization state say; CheckpointError if they are nonsense."""
     said = json_object(np.array(array).tobytes(), name)
     kind, shape, blocksize = said.get("quant_type"), said.get("shape"), said.get("blocksize")
-    if kind not in tuple(_TABLES) or not name.endswith(_STATE + kind):
+    if kind not in tuple(_TABLES) or not name.endswith(STATE + kind):
         raise CheckpointError(f"{name} says quant_type {kind!r:.40}")
     if not is_shape(shape):
         raise CheckpointError(f"{name} says shape {shape!r:.40}, which is none of a weight")

@@ -114,10 +114,10 @@ class Gguf:
 
     @property
     def bits(self) -> float:
-        """Bits that a weight of several rows takes on average."""
+        """Bits that a quantized weight takes on average, or one of several rows where none is quantized."""
         matrices = [stored for stored in self._stored.values() if len(stored.info.shape) > 1]
-        nbytes, count = sum(x.nbytes for x in matrices), sum(math.prod(x.info.shape) for x in matrices)
-        return 8 * nbytes / max(1, count)
+        chosen = [stored for stored in matrices if stored.kind.name not in _PLAIN] or matrices
+        return 8 * sum(x.nbytes for x in chosen) / max(1, sum(math.prod(x.info.shape) for x in chosen))
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         """As `Tensors` has it; CheckpointError, too, for a file that became shorter or a scale that is not finite."""

@@ -23,7 +23,7 @@ def found_values(found: "Found") -> dict[str, Any]:
         **{"bytes" if name == "nbytes" else name: value for name, value in values.items()},
         "parts": {part.pop("name"): part | {"bytes": part.pop("nbytes")} for part in values["parts"]},
         "conversion": conversion
-        and {"places": {name: str(x) for name, x in conversion.places.items()}, "refusal": conversion.refusal},
+        and asdict(conversion) | {"places": {name: str(x) for name, x in conversion.places.items()}},
     }
 
 
@@ -59,23 +59,26 @@ def _print_parts(identity: "Identity") -> None:
 
 
 def _converting(identity: "Identity", conversion: "Conversion | None") -> str:
-    width = f"-q {identity.quant} keeps the width of its weights"
     if _TRANSFORMER in identity.missing:
         options = " ".join(f"--{part.name.replace('_', '-')} FILE" for part in identity.parts)
         return f"give it beside a transformer: flux2-mlx convert MODEL TARGET {options}"
     if conversion is None:
-        return f"fetch it first; {width}"
+        return f"fetch it first; its weights become {identity.quant}"
     if conversion.refusal:
         return f"can't yet: {in_flags(conversion.refusal)}"
-    others = {}
+    others: dict[str, list[str]] = {}
     for part in identity.missing:
         others.setdefault(str(conversion.places[part]), []).append(part)
     taken = [f"{_names(parts)} from {place}" for place, parts in others.items()]
-    return "; ".join([*taken, width])
+    stored = f"stored as {conversion.quant}, the text encoder as {conversion.text_quant}"
+    return "; ".join([*taken, stored])
 
 
 def _formats(identity: "Identity") -> str:
-    return ", ".join(f"{share:.0%} {kind}" if share < 1 else kind for kind, share in identity.formats.items())
+    """The formats of all numbers but for the odd ones."""
+    shares = {kind: f"{share:.0%}" for kind, share in identity.formats.items()}
+    shown = {kind: share for kind, share in shares.items() if share != "0%"}
+    return ", ".join(f"{share} {kind}" for kind, share in shown.items()) if len(shown) > 1 else "".join(shown)
 
 
 def _labelled(label: str, text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from flux2_mlx.convert.formats import unpacked
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from flux2_mlx.weights import TensorInfo, Tensors
 
@@ -17,9 +18,7 @@ STATE = ".quant_state.bitsandbytes__nf4"
 NOTHING: Mapping[str, str] = {}
 NUMBER = TensorInfo("F32", ())
 # The layers that a format packs, by the ends of their names in any naming and with any prefix.
-_BLOCK = ("double_blocks.", "single_blocks.", "transformer_blocks.", "layers.")
-# Values and bytes of a block.
-GGML = {"Q2_K": (256, 84), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "Q8_0": (32, 34)}
+_BLOCK = ("double_blocks.", "single_blocks.", "transformer_blocks.", "layers.", "blk.")
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,6 @@ class Headers:
     """Tensors of which there is nothing but what a header says, and the `texts` that describe some."""
 
     infos: Mapping[str, TensorInfo]
-    kinds: Mapping[str, str] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
     texts: Mapping[str, bytes] = field(default_factory=dict)
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
@@ -160,18 +157,22 @@ def by_mlx(infos: Infos, bits: int) -> Infos:
     return scaled(infos, lambda name: True, "U32", beside, lambda shape: (shape[0], shape[1] * bits // 32))
 
 
-def gguf(infos: Infos, kind: str, others: str = "BF16") -> Headers:
-    """As GGUF files have them: block layers of one type, other matrices of another, the rest in float32."""
-    kinds = {
-        name: (kind if in_blocks(name) or name.startswith("blk.") else others) if len(info.shape) > 1 else "F32"
-        for name, info in infos.items()
-    }
-    sizes = {}
+def write_gguf(path: Path, infos: Infos, kind: str, others: str = "BF16") -> Path:
+    """A GGUF file that takes no space but for its header: matrices in blocks of one type, others of another, and the
+    rest in float32."""
+    data = b"GGUF" + struct.pack("<IQQ", 3, len(infos), 0)
+    end = 0
     for name, info in infos.items():
-        values, nbytes = GGML.get(kinds[name], (1, 4 if kinds[name] == "F32" else 2))
-        sizes[name] = math.prod(info.shape) // values * nbytes
-    dtypes = {name: kind if kind in ("BF16", "F16") else "F32" for name, kind in kinds.items()}
-    return Headers({name: TensorInfo(dtypes[name], info.shape) for name, info in infos.items()}, kinds, sizes)
+        chosen = (kind if in_blocks(name) else others) if len(info.shape) > 1 else "F32"
+        values, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[chosen]]
+        data += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(info.shape))
+        data += struct.pack(f"<{len(info.shape)}Q", *reversed(info.shape))
+        data += struct.pack("<IQ", GGMLQuantizationType[chosen], end)
+        end += -(-(math.prod(info.shape) // values * nbytes) // 32) * 32
+    with path.open("wb") as file:
+        file.write(data + bytes(-len(data) % 32))
+        file.truncate(file.tell() + end)
+    return path
 
 
 def lora(module: str, width: int, out: int, ends: tuple[str, str] = ("lora_A.weight", "lora_B.weight")) -> Infos:
