@@ -1,7 +1,7 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
 from . import formats
-from .assembly import assembled, is_loose
+from .assembly import PARTS, assembled, is_loose
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
@@ -12,6 +12,7 @@ from .write import check_source, write_checkpoint
 __all__ = [
     "LAST_USED",
     "LOOSE",
+    "PARTS",
     "Conversion",
     "Identity",
     "Source",

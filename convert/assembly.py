@@ -11,7 +11,7 @@ from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS
 from flux2_mlx.config import Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 
-from .configs import SCHEDULE
+from .configs import SCHEDULE, packing
 from .formats import plain, usual_quant
 from .geometry import candidates, choose, geometry, titles
 from .naming import read
@@ -92,7 +92,8 @@ def _completion(
 ) -> Source:
     """What gives the parts that are missing; CheckpointError if nothing does."""
     networks = [name for name in PAINTING if COMPONENTS[name].part in missing]
-    fitting = [checkpoint for checkpoint in others if _fits(checkpoint, row, networks)]
+    # A model is what its transformer is, so that is never another's.
+    fitting = [x for x in others if _fits(x, row, networks)] if "transformer" in parts else []
     fitting.sort(key=lambda checkpoint: (checkpoint.text_quant != text_quant, checkpoint.text_quant != "bf16"))
     if fitting:
         _log.warning("%s has no %s; taken from %s", place, _and(missing), fitting[0].folder)
@@ -138,7 +139,7 @@ def _joined(
 def _loose_parts(place: Path) -> dict[str, SourcePart]:
     """The parts that weights of a file or a folder are of."""
     paths = loose_files(place)
-    tensors, metadata = plain(paths)
+    tensors, metadata = plain(paths, packing(paths[0].parent))
     readings = read(tensors.infos, str(place))
     usual = usual_quant(tensors)
     return {

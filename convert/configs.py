@@ -14,7 +14,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
-from .formats import SETTINGS, unreadable
+from .formats import METHOD, SETTINGS, unreadable
 from .options import SCHEDULER, checked, refuse
 from .parts import LAYOUT
 
@@ -71,6 +71,12 @@ def describe(folder: Path) -> Description:
     return Description(folder, index, plain, read_json(folder / SCHEDULE), packing)
 
 
+def packing(folder: Path) -> dict[str, str]:
+    """What the `config.json` of a folder says of how weights are packed; nothing if there is none."""
+    path = folder / "config.json"
+    return _packing(folder, read_json(path)) if path.is_file() else {}
+
+
 def _packing(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """What a config says of how weights are packed, as far as the files don't; CheckpointError if that is not read."""
     if how := unreadable((), config):
@@ -81,7 +87,7 @@ def _packing(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if stored and stored != stated and method not in _METHODS:
         what = f"quantized by {method or 'an unknown method'!s:.80}"
         raise CheckpointError(f"{folder} holds weights that are {what}, which are not read; {UNQUANTIZED}")
-    return {SETTINGS: json.dumps(stated)} if stated else {}
+    return {SETTINGS: json.dumps(stated)} if stated else {METHOD: str(method)} if stored else {}
 
 
 def read_configs(description: Description, variant: str | None) -> tuple[Variant, Geometries]:

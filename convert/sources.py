@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flux2_mlx.checkpoint import Component, check_counts
+from flux2_mlx.checkpoint import Component, check_counts, is_checkpoint
 from flux2_mlx.components import WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.hub_cache import PICKLES
+from flux2_mlx.hub_cache import INDEX, PICKLES
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.weights import FLOATS, Renamed, TensorInfo, Tensors, read_json
 
@@ -25,6 +25,7 @@ from .rules import Rule, Shape
 _log = logging.getLogger(__name__)
 TOKENIZER = "tokenizer/tokenizer.json"
 LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")  # one file of a set
 # The fingerprint reads this many pieces of this many bytes from each file, at even distances.
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 
@@ -125,12 +126,15 @@ class Source:
         is; of the text encoder's that are at most 8 bits."""
         usual = self._usual_quant("transformer")
         if quant is None and usual != "bf16":
-            _log.warning("%s holds the transformer in few bits, which becomes %s", self.place, usual)
+            _log.warning("%s holds the transformer in few bits, which becomes %s", self._place_of("transformer"), usual)
         quant = check_quant(quant or usual)
         if text_quant is None and "text_encoder" in self.stored:
             text_quant = self._usual_quant("text_encoder")
         default = max(DEFAULT_TEXT_QUANT[quant], self._usual_quant("text_encoder"), key=QUANTIZATIONS.index)
         return quant, check_quant(text_quant or default)
+
+    def _place_of(self, part: str) -> Path:
+        return self.parts[part].place if part in self.parts else self.place
 
     def _usual_quant(self, name: str) -> str:
         """The quantization that keeps what is stored of a network."""
@@ -154,13 +158,12 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and sizes of all weight files and pieces of their content, headers included.
+        """SHA-256 over the names and sizes of its own weight files and pieces of their content, headers included.
 
         Two fine-tunes of a model differ in nearly every tensor, so pieces tell them apart as well as all bytes would.
         """
         digest = hashlib.sha256()
-        stored = {name: list(component.files) for name, component in self.stored.items()}
-        for component, paths in (self.files | stored).items():
+        for component, paths in self.files.items():
             for path in paths:
                 size = path.stat().st_size
                 digest.update(f"{component}/{path.name}:{size}\n".encode())
@@ -185,6 +188,8 @@ def loose_files(place: Path) -> list[Path]:
     if place.is_file():
         if place.suffix.lower() in PICKLES:
             raise CheckpointError(f"{place} is a pickle, which could run code; fetch it as .safetensors")
+        if match := _SHARD.fullmatch(place.name):
+            return _present(place.parent, _numbered(place.parent, match[1], ""))
         return [place]
     if not place.exists():
         raise CheckpointError(f"there is no file or folder {place}")
@@ -194,6 +199,8 @@ def loose_files(place: Path) -> list[Path]:
     found = sorted(path for path in place.glob("*") if path.suffix.lower() in LOOSE)
     if len(found) == 1:
         return found
+    if (place / INDEX).is_file() or is_checkpoint(place):
+        raise CheckpointError(f"{place} is a whole model; give a file or folder of one part, such as {place / 'vae'}")
     several = f": {', '.join(path.name for path in found[:4])}; give one of them" if found else ""
     raise CheckpointError(
         f"{place} is no model folder, and holds {'several files' if found else 'no file'} of weights{several}"

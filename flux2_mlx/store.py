@@ -233,9 +233,14 @@ def open_source(
         text_only: leave out the transformer and the VAE.
     """
     if parts or is_loose(model.place):
-        others = whole_checkpoints(models_folder(models_dir))
+        others = _official_first(models_folder(models_dir))
         return assembled(model.place, parts, variant, others=others, text_quant=text_quant, text_only=text_only)
     return Source.open(model.place, variant, text_only=text_only)
+
+
+def _official_first(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoints in a models folder, looked for when one is asked for."""
+    yield from sorted(whole_checkpoints(folder), key=lambda checkpoint: not is_official(checkpoint))
 
 
 def whole_checkpoints(folder: Path) -> Iterator[Checkpoint]:

@@ -9,6 +9,7 @@ from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
 
 from flux2_mlx import networks, store
+from flux2_mlx.checkpoint import Component
 from flux2_mlx.request import Request
 
 
@@ -55,6 +56,19 @@ def test_and_each_run_of_several(calls, folder):
     )
     done("t2i", "--prompts-file", "list.jsonl", "-m", "demo", "-W", "64", "-H", "64", "-o", "images/")
     assert calls == {"checked": 2, "planned": 2, "opened": 1}
+
+
+def test_several_runs_load_each_network_once(folder, monkeypatch):
+    loaded, load = Counter(), Component.load
+
+    def counted(component, *given, **named):
+        loaded[component.name] += 1
+        return load(component, *given, **named)
+
+    monkeypatch.setattr(Component, "load", counted)
+    (folder / "list.jsonl").write_text("".join(f'{{"prompt": "{x}", "steps": {n}}}\n' for n, x in enumerate("abc", 1)))
+    done("t2i", "--prompts-file", "list.jsonl", "-m", "demo", "-W", "64", "-H", "64", "-o", "images/")
+    assert loaded == {"text_encoder": 1, "transformer": 1, "vae": 1}
 
 
 def test_what_is_there_already_is_not_planned(calls, folder):

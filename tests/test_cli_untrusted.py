@@ -232,7 +232,8 @@ def test_hostile_settings(folder, changes, message):
 @pytest.mark.parametrize("model", ["org/model", "source"])
 def test_a_stranger_s_picture_has_nothing_fetched_or_converted(folder, monkeypatch, model):
     (folder / "source").mkdir()
-    opened = SimpleNamespace(variant=VARIANTS["klein-4b"], fingerprint="0" * 64)
+    quants = lambda *_: ("bf16", "qint8")  # noqa: E731
+    opened = SimpleNamespace(variant=VARIANTS["klein-4b"], fingerprint="0" * 64, quants=quants)
     monkeypatch.setattr("flux2_mlx.store.Source.open", lambda *_, **__: opened)
     monkeypatch.setattr("flux2_mlx.store.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
     remember(model=model, variant="klein-4b")

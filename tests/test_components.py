@@ -84,7 +84,7 @@ def _constant(node: ast.expr | None) -> object:
 
 
 def test_there_is_one_table_of_networks():
-    # Besides, `convert` knows what others call them, and these two what a user is told about them.
-    told = {"diffusers_methods.py", "progress.py"}
+    # Besides, `convert` knows what others call them and how their files are told, and two what a user is told of them.
+    told = {"diffusers_methods.py", "progress.py", "naming.py", "geometry.py", "identity.py"}
     paths = [path for folder in ("flux2_mlx", "convert") for path in (ROOT / folder).rglob("*.py")]
     assert {path.name for path in paths if tables_of_networks(path)} - told == {"components.py", "parts.py"}

@@ -164,7 +164,7 @@ def test_fewer_bits_stay_fewer(asked, stored_as, folder, caplog):
     path, _ = in_fp8(folder, weights)
     done("convert", "demo", "made", "--transformer", path, "--text-quant", "bf16", *asked)
     assert Checkpoint.open(folder / "made").quant == stored_as
-    told = [f"{DEMO} holds the transformer in few bits, which becomes qint8"]
+    told = [f"{path} holds the transformer in few bits, which becomes qint8"]
     assert caplog.messages == ([] if asked else told)
 
 
@@ -173,6 +173,72 @@ def test_what_is_taken_stays_as_it_is_stored(transformer, folder):
     write_checkpoint(assembled(DEMO, {}), folder / "models" / "q", "bf16", "qint4")
     done("convert", transformer, "made")
     assert Checkpoint.open(folder / "made").text_quant == "qint4"
+
+
+def test_a_transformer_is_never_another_model_s(converted, folder):
+    vae = saved(folder / "vae.safetensors", **{"": first(stored("vae"))})
+    message = refusal("convert", vae, "made", "--variant", "demo")
+    assert message.startswith(
+        f"{vae} holds only the vae of a demo; say where its transformer, text encoder and tokenizer"
+    )
+
+
+def test_a_file_is_converted_once_whatever_else_is(transformer, converted, folder):
+    arguments = (
+        "t2i",
+        PROMPT,
+        "-m",
+        transformer,
+        "--text-quant",
+        "bf16",
+        *SMALL,
+        "--seed",
+        "1",
+        "--force",
+        "-o",
+        "a.png",
+    )
+    done(*arguments)
+    before = sorted(path.name for path in (folder / "models").glob("*-*"))
+    shutil.copytree(DEMO, folder / "models" / "aaa-bf16")
+    done(*arguments)
+    assert sorted(path.name for path in (folder / "models").glob("*-*")) == sorted([*before, "aaa-bf16"])
+
+
+def test_all_files_of_a_set_are_read(folder):
+    weights = stored("transformer")
+    names = sorted(weights)
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        saved(folder / f"model-0000{number}-of-00002.safetensors", **{"": {name: weights[name] for name in part}})
+    done("convert", "demo", "made", "--transformer", "model-00002-of-00002.safetensors", "--text-quant", "bf16")
+    assert same_weights(folder / "made")
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    message = refusal("convert", "demo", "other", "--transformer", "model-00002-of-00002.safetensors")
+    assert "there is no model-00001-of-00002.safetensors" in message
+
+
+def test_mlx_weights_with_their_config(folder):
+    weights, packed = stored("transformer"), {}
+    for name, array in weights.items():
+        packed[name] = array
+        if name.endswith("linear1.weight"):
+            parts = dict(zip(("weight", "scales", "biases"), mx.quantize(array, group_size=64, bits=4), strict=True))
+            packed |= {name.replace("weight", part): x for part, x in parts.items()}
+    path = saved(folder / "mlx" / "model.safetensors", **{"": packed})
+    (path.parent / "config.json").write_text('{"quantization": {"group_size": 64, "bits": 4}}')
+    done("convert", "demo", "made", "--transformer", path, "-q", "bf16", "--text-quant", "bf16")
+    assert not same_weights(folder / "made")
+    made = mx.load(str(folder / "made" / "transformer" / "model.safetensors"))
+    name = next(name for name in weights if name.endswith("linear1.weight"))
+    parts = [packed[name.replace("weight", part)] for part in ("weight", "scales", "biases")]
+    expected = mx.dequantize(
+        *[x if x.dtype == mx.uint32 else x.astype(mx.float32) for x in parts], group_size=64, bits=4
+    )
+    assert mx.array_equal(made[name], expected.astype(mx.bfloat16)).item()
+
+
+def test_a_whole_model_is_no_part(folder):
+    assert refusal("convert", "demo", "made", "--transformer", DEMO).startswith(f"{DEMO} is a whole model; give a file")
 
 
 def test_the_wrong_part_is_told(transformer, folder):

@@ -193,7 +193,7 @@ def test_what_a_gpu_tells_is_shown(monkeypatch, models):
 
 
 STOPPED = """
-import os, signal, sys
+import os, signal, sys, time
 from flux2_mlx.cli.main import main
 from flux2_mlx.doctor import numerics
 
@@ -201,6 +201,8 @@ number = getattr(signal, sys.argv.pop())
 
 def stop():
     os.kill(os.getpid(), number)
+    while True:  # until the main thread has heard of it
+        time.sleep(0.01)
 
 numerics.check_float32, numerics.LONGEST = stop, 0
 main()

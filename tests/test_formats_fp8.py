@@ -3,13 +3,14 @@
 from hashlib import sha256
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from flux2_mlx.convert.formats import Unpacked, fp8
 from helpers.stored import Codes, Stored, marker, said_of, unpacked
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import Files
+from flux2_mlx.weights import Files, TensorInfo
 
 GOLDEN = Path(__file__).parent / "golden" / "comfy.safetensors"
 RANDOM = np.random.default_rng(0)
@@ -62,9 +63,11 @@ def test_what_comfy_kitchen_makes():
 @pytest.mark.parametrize(("code", "bits", "largest"), [("F8_E4M3", 4, 0x7E), ("F8_E5M2", 5, 0x7B)])
 def test_every_number(code, bits, largest):
     values = np.array([[x, x | 0x80] for x in range(largest + 1)], np.uint8)
-    for tensors in ({"a.weight": (code, values)}, {"a.weight": (code, values), "a.weight_scale": ("F32", np.ones(()))}):
-        made = unpacked(tensors, fp8.packed)["a.weight"]
-        assert made.tobytes() == numbers(values, bits).tobytes()  # minus zero included
+    made = unpacked({"a.weight": (code, values), "a.weight_scale": ("F32", np.ones(()))}, fp8.packed)["a.weight"]
+    assert made.tobytes() == numbers(values, bits).tobytes()  # minus zero included
+    small = values[np.abs(numbers(values, bits)).max(axis=1) < 256]
+    assert len(small) > len(values) / 2
+    assert unpacked({"a.weight": (code, small)}, fp8.packed)["a.weight"].tobytes() == numbers(small, bits).tobytes()
     for broken in set(range(256)) - set(values.ravel().tolist()):
         with pytest.raises(CheckpointError, match=r"^a\.weight holds infinity or what is no number"):
             unpacked({"a.weight": (code, np.array([0, broken], np.uint8))}, fp8.packed)
@@ -322,3 +325,20 @@ def test_a_marker_and_the_metadata_say_two_things():
     layers = {"a": INT8["a"] | {"convrot": True, "convrot_groupsize": 16}}
     with pytest.raises(CheckpointError, match=r"a\.comfy_quant says another thing than the metadata of its file"):
         unpacked(tensors, fp8.packed, layers)
+
+
+def test_scales_of_blocks_may_be_as_many_as_rows():
+    shape = (128, 128 * 128)
+    codes = mx.full(shape, 0x38, mx.uint8)  # 1
+    scales = mx.arange(1, 129, dtype=mx.float32).reshape(1, 128)
+    infos = {"a.weight": TensorInfo("F8_E4M3", shape), "a.weight_scale": TensorInfo("F32", (1, 128))}
+    found = fp8.packed(infos, {})["a.weight"].unpack(codes, scales)
+    assert mx.array_equal(found, mx.broadcast_to(mx.repeat(scales, 128, axis=1), shape)).item()
+
+
+def test_weights_that_lost_their_scales_are_not_taken_as_they_are():
+    infos = {"a.weight": TensorInfo("F8_E4M3", (2, 2))}
+    with pytest.raises(
+        CheckpointError, match=r"^a\.weight holds numbers that only a scale makes weights, and has none; "
+    ):
+        fp8.packed(infos, {})["a.weight"].unpack(mx.array([[0x38, 0x38], [0x38, 0x7E]], mx.uint8))

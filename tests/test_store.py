@@ -141,6 +141,7 @@ def place(models, monkeypatch):
     monkeypatch.setattr("flux2_mlx.hub.fetch", door("repo"))
     monkeypatch.setattr(Source, "open", door("source"))
     monkeypatch.setattr("flux2_mlx.store.assembled", door("source"))
+    monkeypatch.setattr("flux2_mlx.identification.identify_files", door("source"))
     monkeypatch.setattr(Checkpoint, "open", door("checkpoint"))
     monkeypatch.setattr("flux2_mlx.store.conversions", conversions)
     for command in ("describe", "upsample"):  # which models see images is another question

@@ -126,7 +126,7 @@ def test_memory_grows_with_stored_rows_only():
     peaks = [peak_memory(vae.decode, latents(SMALL, 1, height, width // 4), strip_bytes) for height in (16, 32)]
     # In the first block of the last level: its input of 32 channels and the first convolution's output of 16.
     stored = (32 - 16) * 4 * width * (32 + 16) * mx.float32.size
-    assert peaks[1] - peaks[0] <= 1.05 * stored
+    assert peaks[1] - peaks[0] <= 1.1 * stored  # the allocator rounds sizes up
     assert peaks[0] <= stored + 1.1 * strip_bytes
 
 

@@ -25,7 +25,7 @@ __all__ = [
 ]
 GGUF = ".gguf"
 _FULL, _FEW = 15, 5.1  # bits a weight; 4 of them take up to 5 with scales, and 5 of them are better kept in 8
-SETTINGS = mlx.SETTINGS
+SETTINGS, METHOD = mlx.SETTINGS, "quant_method"
 
 
 def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple[Tensors, Mapping[str, str]]:
@@ -33,7 +33,7 @@ def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple
 
     Args:
         paths: safetensors files that belong together, or one GGUF file, with which all of its set are read.
-        said: what is said of them elsewhere, such as MLX's `SETTINGS` in a config.
+        said: what is said of them elsewhere, such as MLX's `SETTINGS` or a `METHOD` in a config.
 
     Raises:
         CheckpointError: a file is damaged, or a packed weight lacks something that it is made of.
@@ -46,8 +46,9 @@ def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple
     _ = files.infos  # what is wrong with the files comes first
     try:
         tensors = unpacked(files, metadata)
-        if SETTINGS in (said or {}) and tensors is files:
-            raise CheckpointError(f"its config.json says {SETTINGS}, and no weight is packed; give a complete copy")
+        if said and tensors is files:
+            how = f"quantized by {said[METHOD]}" if METHOD in said else SETTINGS
+            raise CheckpointError(f"its config.json says {how}, and no weight is packed; give a complete copy")
     except CheckpointError as error:
         raise CheckpointError(f"{paths[0]}: {error}") from error
     return tensors, metadata

@@ -21,6 +21,8 @@ _SCALE_2 = ".weight_scale_2"  # of nvfp4
 _SET_MARKER = "scaled_fp8"
 _FLOATS = ("F32", "F16", "BF16")
 _GROUP, _BLOCK = 32, 128
+# Weights are far below it, and scaled ones of a tensor go up to 448.
+_MOST_UNSCALED = 256.0
 _FORGOTTEN = "a weight without its scale would give a white image; get the file that it was made as"
 # In the last part of a name, but for the norms of the original release, which are called `scale` alone.
 _SPEAKS_OF_SCALES = re.compile(r"(?:^|_)scale[sd]?(?:_|$)")
@@ -102,7 +104,12 @@ def _cast(name: str, info: TensorInfo) -> Packed:
 
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
-            return eight_bits(name, info.dtype, codes)
+            numbers = eight_bits(name, info.dtype, codes)
+            if numbers.size and mx.abs(numbers).max().item() >= _MOST_UNSCALED:
+                raise CheckpointError(
+                    f"{name} holds numbers that only a scale makes weights, and has none; {_FORGOTTEN}"
+                )
+            return numbers
 
     return Packed("fp8", (name,), TensorInfo("F32", info.shape), unpack)
 
@@ -198,7 +205,7 @@ def _scaled(name: str, numbers: mx.array, scales: mx.array, largest: float) -> m
     if scales.size == 1:
         return numbers * scales.reshape(())
     rows, columns = numbers.shape
-    if scales.size == rows:
+    if scales.shape in ((rows,), (rows, 1)):  # as many may be of blocks
         return numbers * scales.reshape(rows, 1)
     height = gcd(rows, _BLOCK)  # of the pieces of equal rows into which all blocks fall, the last one too
     spread = mx.repeat(mx.repeat(scales, _BLOCK // height, axis=0)[: rows // height], _BLOCK, axis=1)[:, :columns]

@@ -53,11 +53,11 @@ def convert(
       flux2-mlx convert klein-4b-bf16 klein-4b-q4 -q qint4
       flux2-mlx convert finetune.safetensors mine -q qint8
     """
-    from ..convert import check_target
+    from ..convert import PARTS, check_target
     from ..names import BUILT_IN
     from ..store import checked_variant, make_checkpoint, resolve
 
-    places = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    places = dict(zip(PARTS, (transformer, text_encoder, vae, tokenizer), strict=True))
     model = resolve(source)
     variant = checked_variant(model, variant)
     check_target(target, force)

@@ -101,6 +101,11 @@ class Job:
         settings = {name: getattr(self, name) if value is None else value for name, value in own.items()}
         return settings | {"strength": self.pictures.strength}
 
+    @property
+    def takes_several_runs(self) -> bool:
+        """Whether settings differ from prompt to prompt."""
+        return len({tuple(self.settings(prompt).values()) for prompt in self.prompts}) > 1
+
     def negative(self, prompt: Prompt) -> str | None:
         """What is not to be seen in the images of a prompt; None: nothing is said."""
         own = prompt.negative_prompt

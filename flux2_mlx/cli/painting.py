@@ -195,7 +195,7 @@ def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flu
         models_dir=job.models_dir,
         prompt_cache=not job.no_cache,
         memory_limit=job.memory_limit,
-        keep=False,
+        keep=job.takes_several_runs,  # a single run has the least memory without
     )
 
 
