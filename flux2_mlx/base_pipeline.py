@@ -116,6 +116,8 @@ class BasePipeline(WritingMethods, DiffusersMethods):
     ) -> Plan:
         """What a `run` will hold in memory, phase by phase, and what it will read from disk.
 
+        Networks that are kept from a call before come on top, as far as they fit beside each phase.
+
         Raises:
             InputError: it does not fit into memory; what would is in the message.
         """

@@ -105,7 +105,7 @@ def _cast(name: str, info: TensorInfo) -> Packed:
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
             numbers = eight_bits(name, info.dtype, codes)
-            if numbers.size and mx.abs(numbers).max().item() >= _MOST_UNSCALED:
+            if (mx.abs(numbers) >= _MOST_UNSCALED).any().item():
                 raise CheckpointError(
                     f"{name} holds numbers that only a scale makes weights, and has none; {_FORGOTTEN}"
                 )

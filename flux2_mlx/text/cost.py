@@ -15,7 +15,7 @@ _MLP_STREAMS, _MLP_ARRAYS = 4, 3
 _MASKS = 3  # who sees whom, as it is made of the triangle and the padding, a byte each
 # The same of the vision tower: bytes for a patch and channel while it attends, and arrays as wide as the stream beside
 # the MLP. And of the logits: arrays in float32, as mlx-lm normalises them and a token is sampled. Fitted to peaks:
-# python -m pytest -s tests/test_writing_memory.py -k near_what_writing_takes
+# python -m pytest -s tests/test_upsampling_memory.py -k near_what_writing_takes
 _VISION_BYTES, _VISION_MLP_STREAMS, _LOGITS_ARRAYS = 92, 3, 6
 # mlx-lm's own: tokens that `KVCache` grows by (its `step`), and those of a prompt that `generate_step` reads at one
 # time (its `prefill_step_size`).
