@@ -11,7 +11,7 @@ from typing import Any
 from flux2_mlx.checkpoint import check_fit
 from flux2_mlx.config import VARIANTS, Geometries, TransformerConfig, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.hub_cache import INDEX, PICKLES
+from flux2_mlx.layout import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
 from .formats import METHOD, SETTINGS, unreadable

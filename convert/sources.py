@@ -12,7 +12,7 @@ from flux2_mlx.checkpoint import Component, check_counts, is_checkpoint
 from flux2_mlx.components import WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.hub_cache import INDEX, PICKLES
+from flux2_mlx.layout import INDEX, PICKLES
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.weights import FLOATS, Renamed, TensorInfo, Tensors, read_json
 

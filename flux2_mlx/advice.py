@@ -8,10 +8,10 @@ from itertools import product
 from .config import QUANTIZATIONS
 from .errors import InputError
 from .memory import Plan, Workload, Writing
-from .names import demo_folder
 from .networks import Networks
 from .references import MIN_SIDE, Edit
 from .request import Request
+from .store import demo_folder
 
 _SMALLER_TEXT = "choose a smaller model, one converted with text_quant='qint4', or a higher limit"
 

@@ -22,7 +22,7 @@ from .errors import CheckpointError, InputError
 from .files import read_bytes, remove_parts, write
 from .text import TextEncoder
 
-FOLDER = "prompts"  # within the models folder
+FOLDER, UNFINISHED = "prompts", "unfinished"  # within the models folder: of prompts, of denoised images
 LIMIT_VARIABLE = "FLUX2_MLX_CACHE_BYTES"
 _DEFAULT_LIMIT, _MAX_DIGITS = 1_000_000_000, 18
 # It matches nothing but our files, since the folder may have been the user's before.

@@ -9,15 +9,13 @@ from typing import Any
 import mlx.core as mx
 
 from . import arguments
-from .acquisition import FirstUse
 from .advice import check_possible
 from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
-from .embedding_cache import EmbeddingCache
+from .embedding_cache import UNFINISHED, EmbeddingCache
 from .errors import InputError
-from .names import get_variant, models_folder
 from .networks import Networks
 from .output import Flux2Output
 from .progress_bar import acquisition_bars, progress_bar
@@ -25,8 +23,7 @@ from .provenance import image_settings, sampled
 from .quantization import check_quant
 from .references import Edit
 from .request import Progress, Request, check_guided
-from .store import find_checkpoint
-from .unfinished import FOLDER as UNFINISHED
+from .store import FirstUse, find_checkpoint, get_variant, models_folder
 from .unfinished import Unfinished
 
 __all__ = ["Flux2Output", "Flux2Pipeline"]

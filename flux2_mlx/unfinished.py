@@ -17,7 +17,6 @@ from .networks import Networks
 from .references import Edit
 from .request import Request
 
-FOLDER = "unfinished"  # within the models folder
 _LIMIT = 4_000_000_000  # 2,000 images of 1024²
 
 

@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .acquisition import Announce, Progress
 from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
@@ -20,10 +19,9 @@ from .images import flattened
 from .layers import check_finite
 from .memory import Plan, Writing
 from .metering import Meter, turn, warn_of_long_operations
-from .names import Model
 from .networks import Networks
 from .output import Phase
-from .store import find_checkpoint
+from .store import Announce, Model, Progress, find_checkpoint
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
 from .text.pixtral import preprocess

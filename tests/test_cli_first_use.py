@@ -234,14 +234,14 @@ def test_two_models_in_one_cache(official, home, tmp_path):
 def test_what_another_process_has_fetched_meanwhile_stays(hub, home, monkeypatch):
     import flux2_mlx.hub
 
-    real = flux2_mlx.hub.download
+    real = flux2_mlx.hub.repo.download
 
     def raced(url, headers, blob, part, target, report):
         if target.name == hub.repos[REPO].etag(WEIGHTS["vae"]):
             target.write_bytes(hub.repos[REPO].files[WEIGHTS["vae"]])
         return real(url, headers, blob, part, target, report)
 
-    monkeypatch.setattr(flux2_mlx.hub, "download", raced)
+    monkeypatch.setattr(flux2_mlx.hub.repo, "download", raced)
     with using(hub, home):
         done(*ARGUMENTS, "--no-keep-source")
     assert [path.name for path in home.rglob("*.safetensors")] == [Path(WEIGHTS["vae"]).name]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.names import demo_folder
+from flux2_mlx.store.names import demo_folder
 
 DEMO = demo_folder()
 PREFIX = "model.diffusion_model."

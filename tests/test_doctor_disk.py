@@ -12,7 +12,7 @@ import pytest
 from helpers.findings import verdict
 
 from flux2_mlx.doctor import CheckUp, disk, made
-from flux2_mlx.inventory import inventory
+from flux2_mlx.store.inventory import inventory
 from flux2_mlx.weights import READER, Files
 
 

@@ -38,7 +38,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which those who run 
 import flux2_mlx.hub
 try:
     print(flux2_mlx.hub.fetch(sys.argv[1], **json.loads(sys.argv[2])))
-except flux2_mlx.hub.DownloadError as error:
+except flux2_mlx.hub.repo.DownloadError as error:
     print(error)
     sys.exit(1)
 except KeyboardInterrupt:

@@ -21,8 +21,8 @@ from helpers.hub_client import (
     storage,
 )
 
-import flux2_mlx.downloads
 import flux2_mlx.hub
+import flux2_mlx.hub.downloads
 
 CONFIG = "vae/config.json"  # no LFS file
 FLOOD = 40_000_000  # bytes of a body without end; more than the buffers of two sockets hold
@@ -142,7 +142,7 @@ def released():
     "start", [b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9", b"HTTP/1.1 100 C\r\n"]
 )
 def test_a_listing_that_trickles_is_given_up(hub, home, released, start, monkeypatch):
-    monkeypatch.setattr(flux2_mlx.downloads, "_TICK", 0.002, raising=False)
+    monkeypatch.setattr(flux2_mlx.hub.downloads, "_TICK", 0.002, raising=False)
     rest = json.dumps(listing(hub)).encode()
     body = f"HTTP/1.1 200 OK\r\nContent-Length: {len(rest)}\r\n\r\n".encode() + rest
     hub.script("", trickle(start + (b";a" * 5000 if start == CHUNKED else body), released))
@@ -153,7 +153,7 @@ def test_a_file_that_trickles_is_given_up_and_goes_on_later(hub, filled_home, re
     blob(hub, filled_home, BIG).unlink()
 
     def act(handler):
-        monkeypatch.setattr(flux2_mlx.downloads, "_TICK", 0.002, raising=False)
+        monkeypatch.setattr(flux2_mlx.hub.downloads, "_TICK", 0.002, raising=False)
         head(handler, "Content-Length: 600000")
         handler.wfile.write(b"4" * 1000)
         trickle(b"4" * 3000, released)(handler)

@@ -8,7 +8,7 @@ import pytest
 from helpers.hub_client import BIG, NEEDED, REPO, UNNEEDED, fetch, files_in, refusal, starts
 from helpers.hub_server import REFUSED, HubServer
 
-import flux2_mlx.downloads
+import flux2_mlx.hub.downloads
 from flux2_mlx.errors import InputError
 from flux2_mlx.hub import is_repo_id
 
@@ -117,7 +117,7 @@ def test_disk_that_fills_up_during_the_download(hub, home, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(flux2_mlx.downloads.os, "fsync", full)
+    monkeypatch.setattr(flux2_mlx.hub.downloads.os, "fsync", full)
     assert refusal(hub, home).startswith(f"no space left in {home}/hub; make room")
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from flux2_mlx import Flux2Pipeline, RangeError, memory
 from flux2_mlx.checkpoint import Component
+from flux2_mlx.embedding_cache import UNFINISHED
 from flux2_mlx.run import Run
-from flux2_mlx.unfinished import FOLDER
 
 PROMPT = "a red ring"
 SIZE = {"width": 32, "height": 32, "steps": 2}
@@ -132,12 +132,12 @@ def test_a_killed_run_is_gone_on_with(narrow, tmp_path, monkeypatch, loads):
         patch.setattr(Run, "_finish", lambda run: None)  # as a kill would, nothing is decoded
         with pytest.raises(KeyboardInterrupt):
             narrow.run(request, on_progress=hear([], (2, 1)), resume=True)
-    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    assert len(list((tmp_path / UNFINISHED).iterdir())) == 2
     heard = []
     assert pixels(narrow.run(request, on_progress=hear(heard), resume=True)) == expected
     assert {event[1] for event in heard if event[0] == "step"} == {2, 3}
     assert finished(heard) == [0, 1, 2, 3]
-    assert list((tmp_path / FOLDER).iterdir()) == []
+    assert list((tmp_path / UNFINISHED).iterdir()) == []
 
 
 def test_images_of_one_pass_are_kept_until_they_are_decoded(narrow, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_images_of_one_pass_are_kept_until_they_are_decoded(narrow, tmp_path, mo
 
     def on_progress(progress):
         if progress.phase == "vae":
-            kept.append(len(list((tmp_path / FOLDER).iterdir())))
+            kept.append(len(list((tmp_path / UNFINISHED).iterdir())))
 
     planned = narrow.plan(request)
     narrow.networks = replace(narrow.networks, memory_limit=planned.peak_memory + 100_000)

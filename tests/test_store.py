@@ -17,8 +17,8 @@ from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.cli.terminal import line
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError, DownloadError, InputError
-from flux2_mlx.names import Model, find_variant, get_variant
 from flux2_mlx.store import find_checkpoint, resolve
+from flux2_mlx.store.names import Model, find_variant, get_variant
 from flux2_mlx.upsampling import Writer
 
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -140,10 +140,11 @@ def place(models, monkeypatch):
 
     monkeypatch.setattr("flux2_mlx.hub.fetch", door("repo"))
     monkeypatch.setattr(Source, "open", door("source"))
-    monkeypatch.setattr("flux2_mlx.store.assembled", door("source"))
-    monkeypatch.setattr("flux2_mlx.identification.identify_files", door("source"))
+    monkeypatch.setattr("flux2_mlx.store.checkpoints.assembled", door("source"))
+    monkeypatch.setattr("flux2_mlx.store.identification.identify_files", door("source"))
     monkeypatch.setattr(Checkpoint, "open", door("checkpoint"))
-    monkeypatch.setattr("flux2_mlx.store.conversions", conversions)
+    for room in ("flux2_mlx.store", "flux2_mlx.store.checkpoints"):
+        monkeypatch.setattr(f"{room}.conversions", conversions)
     for command in ("describe", "upsample"):  # which models see images is another question
         monkeypatch.setattr(f"flux2_mlx.cli.{command}.check_sight", lambda model: None)
 

@@ -12,10 +12,10 @@ from helpers.hub_server import HubServer
 
 import flux2_mlx.hub
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.acquisition import acquire
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import find_checkpoint
+from flux2_mlx.store.acquisition import acquire
 
 pytestmark = pytest.mark.usefixtures("models")
 START = 65_536  # bytes of a file of weights that are read for its header
@@ -126,7 +126,7 @@ def test_just_enough_disk(source, home, monkeypatch):
 
 def test_disks_of_their_own_need_room_each(source, home, models, monkeypatch):
     models.mkdir()
-    monkeypatch.setattr("flux2_mlx.acquisition._disk", str)
+    monkeypatch.setattr("flux2_mlx.store.acquisition._disk", str)
     small = {models: 1_000_000}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=small.get(path, 10**9)))
     message = refused(source, home, InputError, **NAMED)
@@ -163,7 +163,7 @@ def test_too_little_memory_for_the_run_that_is_asked_for(source, home):
 
 
 def test_a_long_header_is_read_to_its_end(source, home, monkeypatch):
-    monkeypatch.setattr(flux2_mlx.hub, "_START", 16)
+    monkeypatch.setattr(flux2_mlx.hub.repo, "_START", 16)
     edit_weights(source / WEIGHTS["vae"], lambda tensors: tensors.pop("decoder.conv_in.weight"))
     with HubServer({REPO: source}) as hub, using(hub, home):
         with pytest.raises(CheckpointError, match=r"missing decoder\.conv_in\.weight"):

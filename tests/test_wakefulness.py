@@ -14,11 +14,12 @@ import pytest
 from helpers.cli_runner import DEMO, PROMPT, SMALL, done, run
 from helpers.hub_client import fetch, storage
 
-from flux2_mlx import exclusion, store
+from flux2_mlx import exclusion
 from flux2_mlx.cli import wakefulness
 from flux2_mlx.cli.group import cli
 from flux2_mlx.cli.wakefulness import awake
 from flux2_mlx.exclusion import MARK, exclude
+from flux2_mlx.store import checkpoints
 
 # Notes how it was started and its own number, then waits as the real one does, saying things that nobody may see.
 CAFFEINATE = """#!/bin/sh
@@ -210,7 +211,7 @@ def converted(mac, monkeypatch):
     folder = mac / "models" / "tiny-bf16"
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("__*"))
     monkeypatch.setenv("FLUX2_MLX_HOME", str(folder.parent))
-    store._used(folder)
+    checkpoints._used(folder)
     return folder
 
 

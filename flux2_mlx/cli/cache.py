@@ -24,7 +24,7 @@ def cache(clear: bool, models_dir: Path | None, as_json: bool) -> None:
       flux2-mlx cache --clear
     """
     from ..embedding_cache import FOLDER, EmbeddingCache
-    from ..names import models_folder
+    from ..store import models_folder
 
     prompts = EmbeddingCache(models_folder(models_dir) / FOLDER)
     if clear:

@@ -54,8 +54,7 @@ def convert(
       flux2-mlx convert finetune.safetensors mine -q qint8
     """
     from ..convert import PARTS, check_target
-    from ..names import BUILT_IN
-    from ..store import checked_variant, make_checkpoint, resolve
+    from ..store import BUILT_IN, checked_variant, make_checkpoint, resolve
 
     places = dict(zip(PARTS, (transformer, text_encoder, vae, tokenizer), strict=True))
     model = resolve(source)

@@ -64,7 +64,7 @@ def doctor(ctx: click.Context, models_dir: Path | None, as_json: bool, quiet: bo
 def _examine(report: _Report, models_dir: Path | None, as_json: bool, quiet: bool) -> None:
     """Fill the `report`, and print what is known as soon as it is, but for JSON."""
     from ..doctor import CheckUp, describe, predictions
-    from ..names import models_folder
+    from ..store import models_folder
 
     models = models_folder(models_dir)
     report.machine = describe(models)

@@ -8,7 +8,7 @@ from .terminal import in_flags, print_result, printable
 
 if TYPE_CHECKING:
     from ..convert import Conversion, Identity
-    from ..identification import Found
+    from ..store.identification import Found
 
 _LABEL = 11
 _TRANSFORMER = "transformer"

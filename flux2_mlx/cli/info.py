@@ -18,9 +18,9 @@ from .terminal import in_flags, print_result, to_json
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
-    from ..identification import Found
-    from ..names import Model
     from ..networks import Networks
+    from ..store import Model
+    from ..store.identification import Found
 
 Shown = TypeVar("Shown")
 
@@ -116,9 +116,8 @@ def _about_a_model(option: str) -> click.UsageError:
 
 def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
     """What `model` is if it is weights of something; None: a whole model, or one that is `planned` for."""
-    from ..identification import identify_files, identify_repo, is_weights, repo_file
-    from ..names import REPO, SOURCE
-    from ..store import conversions, resolve
+    from ..store import REPO, SOURCE, conversions, resolve
+    from ..store.identification import identify_files, identify_repo, is_weights, repo_file
 
     if named := repo_file(model):
         if planned:
@@ -172,8 +171,7 @@ def _row(variant: Variant) -> dict[str, Any]:
 
 def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[str, Any]:
     """What is known of `model`. A fine-tune is not shown as the model that it was made from."""
-    from ..names import BUILT_IN
-    from ..store import is_official
+    from ..store import BUILT_IN, is_official
 
     checkpoint, folders = networks.checkpoint, [] if model.kind == BUILT_IN else folders
     official = model.variant is not None or is_official(checkpoint)
@@ -194,8 +192,7 @@ def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[
 def _described(model: "Model", folders: list[Path], variant: str | None, quant: str | None) -> "Checkpoint | Variant":
     """What a run of `model` would use: the checkpoint that it is, or else what it would be converted to."""
     from ..checkpoint import Checkpoint, fitted
-    from ..names import SOURCE, VARIANT
-    from ..store import checked_variant, open_source
+    from ..store import SOURCE, VARIANT, checked_variant, open_source
 
     said = checked_variant(model, variant)
     if model.kind == SOURCE:

@@ -18,7 +18,7 @@ from .pictures import Pictures
 from .prompts import Prompt, read_prompt, read_prompts
 
 if TYPE_CHECKING:
-    from ..names import Model
+    from ..store import Model
 
 _SETTINGS = ("width", "height", "steps", "guidance")
 _MAX_IMAGES = 100_000  # of which a run of the pipeline makes some at a time
@@ -230,8 +230,8 @@ def _check_seeds(frames: Sequence[Frame]) -> None:
 
 def _check_weights(given: dict[str, Any]) -> None:
     """Raise InputError if the weights can't be used."""
-    from ..names import get_variant
     from ..quantization import check_quant
+    from ..store import get_variant
 
     for name, check in (("variant", get_variant), ("quant", check_quant), ("text_quant", check_quant)):
         if given[name] is not None:

@@ -15,7 +15,7 @@ from .terminal import print_result, printable, to_json
 from .wakefulness import caffeinate_option
 
 if TYPE_CHECKING:
-    from ..inventory import Item
+    from ..store.inventory import Item
     from ..verification import Report
 
 
@@ -48,8 +48,8 @@ def models(ctx: click.Context, models_dir: Path | None, as_json: bool) -> None:
 
 def _inventory(models_dir: Path | None) -> "tuple[Path, list[Item]]":
     from ..hub import cache_folder
-    from ..inventory import inventory
-    from ..names import models_folder
+    from ..store import models_folder
+    from ..store.inventory import inventory
 
     folder = models_folder(models_dir)
     return folder, inventory(folder, cache_folder())
@@ -178,8 +178,7 @@ def verify(ctx: click.Context, model: str, models_dir: Path | None, as_json: boo
       flux2-mlx models verify klein-4b
       flux2-mlx models verify ./my-model --json
     """
-    from ..names import demo_folder
-    from ..store import named_checkpoints
+    from ..store import demo_folder, named_checkpoints
     from ..verification import verify as verify_folder
 
     folders, good = [], True

@@ -218,8 +218,8 @@ def _hint(record: Record) -> None:
     """Say where 4 bits take longer than the 16 for which there is memory."""
     from ..advice import workload
     from ..device import chip, is_slow_with_qint4
-    from ..names import CHECKPOINT
     from ..networks import Networks
+    from ..store import CHECKPOINT
 
     job, own = record.job, record.pipe.networks
     if job.quant != "qint4" or not is_slow_with_qint4():

@@ -12,8 +12,7 @@ import click
 from .terminal import line, printable
 
 if TYPE_CHECKING:
-    from ..acquisition import FirstUse
-    from ..names import Model
+    from ..store import FirstUse, Model
 
 _LABELS = {
     "text_encoder": "text encoder",
@@ -177,8 +176,7 @@ def notice(message: str, quiet: bool) -> None:
 
 def source_notice(model: "Model", keep_source: bool, quiet: bool) -> None:
     """Say where a download stays though it was not to be kept: this run has not fetched it, or not alone."""
-    from ..hub import cache_folder
-    from ..hub_cache import snapshot_files, storage_of
+    from ..hub import cache_folder, snapshot_files, storage_of
 
     if keep_source or model.path is not None or model.repo is None:
         return

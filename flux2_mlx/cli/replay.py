@@ -10,7 +10,7 @@ from ..errors import CheckpointError, InputError
 from ..files import opened
 
 if TYPE_CHECKING:
-    from ..names import Model
+    from ..store import Model
 
 # What goes back to the option of the same name.
 SETTINGS = {
@@ -123,8 +123,7 @@ def find_model(name: str, fingerprint: str | None, image: Path, *, models_dir: P
     Raises:
         InputError: it is none of the table, and not here.
     """
-    from ..names import find_variant
-    from ..store import find_checkpoint, resolve
+    from ..store import find_checkpoint, find_variant, resolve
 
     if find_variant(name) is None and (found := _converted(fingerprint, models_dir, **weights)):
         return resolve(found)
@@ -144,7 +143,7 @@ def _converted(
 ) -> Path | None:
     """The folder in the models folder that these weights were converted to."""
     from ..checkpoint import MANIFEST
-    from ..names import models_folder, stored_checkpoints
+    from ..store import models_folder, stored_checkpoints
     from ..weights import read_json
 
     wanted = (variant, fingerprint, {"transformer": quant, "text_encoder": text_quant})

@@ -7,7 +7,7 @@ from ..errors import InputError
 from .progress import Bars
 
 if TYPE_CHECKING:
-    from ..names import Model
+    from ..store import Model
     from ..upsampling import Writer
 
 

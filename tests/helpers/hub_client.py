@@ -8,10 +8,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-import flux2_mlx.downloads
 import flux2_mlx.hub
+import flux2_mlx.hub.downloads
 from flux2_mlx.errors import DownloadError
-from flux2_mlx.hub_cache import PARTIAL
+from flux2_mlx.hub.cache import PARTIAL
 
 REPO = "org/model"
 SHARD = "text_encoder/model-00002-of-00002.safetensors"
@@ -61,7 +61,7 @@ def using(hub, home, *, token=None, endpoint=None, offline=False):
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        patch.setattr(flux2_mlx.downloads, "_WAITS", (0, 0, 0, 0))
+        patch.setattr(flux2_mlx.hub.downloads, "_WAITS", (0, 0, 0, 0))
         huggingface_hub.close_session()  # its client keeps the proxies that it finds in the environment
         try:
             yield

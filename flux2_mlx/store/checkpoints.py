@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from .acquisition import Announce, Progress, acquire, labelled, unheard
-from .checkpoint import MANIFEST, Checkpoint, is_checkpoint, variant_components
-from .components import COMPONENTS, PAINTING
-from .config import QUANTIZATIONS, VARIANTS
-from .convert import (
+from ..checkpoint import MANIFEST, Checkpoint, is_checkpoint, variant_components
+from ..components import COMPONENTS, PAINTING
+from ..config import QUANTIZATIONS, VARIANTS
+from ..convert import (
     LAST_USED,
     Source,
     assembled,
@@ -22,12 +21,13 @@ from .convert import (
     requantize,
     write_checkpoint,
 )
-from .errors import CheckpointError, DownloadError, InputError
-from .exclusion import exclude
-from .files import Claim
+from ..errors import CheckpointError, DownloadError, InputError
+from ..exclusion import exclude
+from ..files import Claim
+from ..quantization import DEFAULT_TEXT_QUANT, check_quant
+from ..weights import read_json
+from .acquisition import Announce, Progress, acquire, labelled, unheard
 from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
-from .quantization import DEFAULT_TEXT_QUANT, check_quant
-from .weights import read_json
 
 _log = logging.getLogger(__name__)
 

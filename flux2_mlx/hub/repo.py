@@ -17,7 +17,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import __version__
+from .. import __version__
+from ..errors import DownloadError, Flux2Error
+from ..exclusion import exclude_from_backups
+from ..files import Claim
+from ..layout import INDEX
+from ..weights import HEADER_LIMIT, POINTER
+from .cache import (
+    Download,
+    described,
+    is_complete,
+    is_needed,
+    is_weight,
+    make_folder,
+    pickled_parts,
+    storage_of,
+)
 from .downloads import (
     Blob,
     BrokenError,
@@ -29,22 +44,7 @@ from .downloads import (
     read,
     read_start,
 )
-from .errors import DownloadError, Flux2Error
-from .exclusion import exclude_from_backups
-from .files import Claim
-from .hub_cache import (
-    INDEX,
-    Download,
-    described,
-    is_complete,
-    is_needed,
-    is_weight,
-    make_folder,
-    pickled_parts,
-    storage_of,
-)
-from .hub_errors import Hub, explain_download, explain_listing
-from .weights import HEADER_LIMIT, POINTER
+from .errors import Hub, explain_download, explain_listing
 
 _logger = logging.getLogger(__name__)
 

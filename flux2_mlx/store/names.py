@@ -11,12 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .checkpoint import is_checkpoint
-from .config import VARIANTS, Variant
-from .errors import InputError
-from .hub import is_repo_id
-from .hub_cache import INDEX
-from .staging import bring_all_back
+from ..checkpoint import is_checkpoint
+from ..config import VARIANTS, Variant
+from ..errors import InputError
+from ..hub import is_repo_id
+from ..layout import INDEX
+from ..staging import bring_all_back
 
 DEMO = "demo"
 BUILT_IN, VARIANT, REPO, CHECKPOINT, SOURCE = "built-in", "variant", "repo", "checkpoint", "source"

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import hub
+from .. import hub
+from ..convert import LOOSE, Conversion, Identity, conversion, foreign, formats, identify, is_loose, loose_files, titles
+from ..errors import CheckpointError, InputError
+from ..layout import INDEX
+from ..weights import Files
 from .acquisition import unheard
-from .convert import LOOSE, Conversion, Identity, conversion, foreign, formats, identify, is_loose, loose_files, titles
-from .errors import CheckpointError, InputError
-from .hub_cache import INDEX
+from .checkpoints import whole_checkpoints
 from .names import get_variant, models_folder
-from .store import whole_checkpoints
-from .weights import Files
 
 
 @dataclass(frozen=True)

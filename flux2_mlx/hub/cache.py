@@ -7,13 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .components import PARTS, WRITING_PARTS
+from ..components import PARTS, WRITING_PARTS
+from ..errors import DownloadError
+from ..files import write
+from ..layout import INDEX, PICKLES
 from .downloads import Blob, remove_partial
-from .errors import DownloadError
-from .files import write
 
-INDEX = "model_index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FOLDERS = (*PARTS, "tokenizer", "scheduler")
 # Nothing else of the root: it also holds the transformer as a single file, which would double the download.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)"

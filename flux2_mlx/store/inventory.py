@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import MANIFEST, is_checkpoint
-from .config import VARIANTS
-from .convert import LAST_USED, is_own
-from .downloads import remove_partial
-from .embedding_cache import FOLDER as PROMPTS
-from .embedding_cache import EmbeddingCache
-from .errors import CheckpointError, InputError
-from .files import Claim
-from .hub_cache import INDEX, PARTIAL, is_needed, remove_empty, remove_files, snapshot_files
-from .staging import bring_all_back, is_work, leftovers, remove_leftovers
-from .unfinished import FOLDER as UNFINISHED
-from .weights import read_json
+from ..checkpoint import MANIFEST, is_checkpoint
+from ..config import VARIANTS
+from ..convert import LAST_USED, is_own
+from ..embedding_cache import FOLDER as PROMPTS
+from ..embedding_cache import UNFINISHED, EmbeddingCache
+from ..errors import CheckpointError, InputError
+from ..files import Claim
+from ..hub import PARTIAL, is_needed, remove_empty, remove_files, remove_partial, snapshot_files
+from ..layout import INDEX
+from ..staging import bring_all_back, is_work, leftovers, remove_leftovers
+from ..weights import read_json
 
 _IGNORED = (".DS_Store",)
 _REPOS = {variant.repo.lower(): variant.name for variant in VARIANTS.values() if variant.repo}

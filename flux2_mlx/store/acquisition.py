@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import hub
-from .checkpoint import Checkpoint
-from .config import Variant
-from .convert import Source, check_source, write_checkpoint
-from .errors import InputError
-from .files import Claim
-from .hub_cache import Download, is_weight
+from .. import hub
+from ..checkpoint import Checkpoint
+from ..config import Variant
+from ..convert import Source, check_source, write_checkpoint
+from ..errors import InputError
+from ..files import Claim
+from ..hub import Download, is_weight
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _discard(download: Download) -> None:
 @contextmanager
 def unheard() -> Iterator[None]:
     """Drop warnings about a source."""
-    logger = logging.getLogger(f"{__package__}.convert")
+    logger = logging.getLogger("flux2_mlx.convert")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

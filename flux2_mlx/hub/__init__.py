@@ -1,0 +1,21 @@
+"""The Hugging Face Hub: what of a repo is needed, its download, and the cache that it goes to."""
+
+from .cache import PARTIAL, Download, is_needed, is_weight, remove_empty, remove_files, snapshot_files, storage_of
+from .downloads import remove_partial
+from .repo import cache_folder, fetch, header, is_repo_id
+
+__all__ = [
+    "PARTIAL",
+    "Download",
+    "cache_folder",
+    "fetch",
+    "header",
+    "is_needed",
+    "is_repo_id",
+    "is_weight",
+    "remove_empty",
+    "remove_files",
+    "remove_partial",
+    "snapshot_files",
+    "storage_of",
+]
