@@ -6,8 +6,8 @@
 
 A room is a source file of the product. A thing is in a room when a function of that file is called with it, in an
 argument or up to three objects inside one, and again when what that function has called with it returns. What follows
-each other in one file is one stay. A climb is a stay whose file is of a later row of `ROWS` in tests/test_project.py
-than that of the stay before: the way leads back up. Of a weight its name is followed, of a picture its path and the
+each other in one file is one stay. A climb is a stay whose room comes later in `STOREYS` in tests/test_project.py than
+that of the stay before: the way leads back up. Of a weight its name is followed, of a picture its path and the
 picture as long as it has its size. Runs are of the built-in model, 64 × 64 pixels in two steps, in one process.
 """
 
@@ -63,8 +63,8 @@ finally:
 class Way:
     """Where a thing has been."""
 
-    def __init__(self, rows: dict[str, int], is_thing: Callable[[Any], bool]):
-        self._rows, self._is_thing = rows, is_thing
+    def __init__(self, rooms: dict[str, int], is_thing: Callable[[Any], bool]):
+        self._rooms, self._is_thing = rooms, is_thing
         self._calls: list[tuple[FrameType, str]] = []  # those that were given the thing and have not returned
         self.stays: list[str] = []
 
@@ -91,8 +91,8 @@ class Way:
         return depth > 0 and any(self._holds(part, depth - 1) for part in parts(value))
 
     def figures(self) -> dict[str, int]:
-        storeys = [self._rows.get(Path(room).parts[1].removesuffix(".py"), 0) for room in self.stays]
-        climbs = sum(later > former for former, later in itertools.pairwise(storeys))
+        heights = [self._rooms.get(Path(room).parts[1].removesuffix(".py"), 0) for room in self.stays]
+        climbs = sum(later > former for former, later in itertools.pairwise(heights))
         return {"stays": len(self.stays), "rooms": len(set(self.stays)), "climbs": climbs}
 
 
@@ -134,7 +134,7 @@ def follow(tree: Path, thing: str) -> dict[str, Any]:
     from flux2_mlx.__main__ import main
 
     Image.new("RGB", SIZE, "white").save(REFERENCE)
-    way, calls, folders = Way(rows(tree), IS_THING[thing]), Counter(), (f"{tree}/flux2_mlx/", f"{tree}/convert/")
+    way, calls, folders = Way(rooms(tree), IS_THING[thing]), Counter(), (f"{tree}/flux2_mlx/", f"{tree}/convert/")
 
     def hear(frame: FrameType, event: str, _: Any) -> None:
         path = frame.f_code.co_filename
@@ -158,12 +158,14 @@ def follow(tree: Path, thing: str) -> dict[str, Any]:
     return {"way": way.figures(), "calls": counts, "stays": way.stays}
 
 
-def rows(tree: Path) -> dict[str, int]:
-    """The row of each module in the table of storeys."""
+def rooms(tree: Path) -> dict[str, int]:
+    """The place of each room in the table of storeys; older trees have rows of rooms that are at one height."""
     for node in ast.parse((tree / "tests/test_project.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROWS":
-            return {name: number for number, names in enumerate(ast.literal_eval(node.value)) for name in names}
-    raise SystemExit(f"{tree}/tests/test_project.py has no ROWS")
+        if isinstance(node, ast.Assign) and (name := ast.unparse(node.targets[0])) in ("STOREYS", "ROWS"):
+            table = ast.literal_eval(node.value)
+            rows = [(room,) for rooms in table.values() for room in rooms] if name == "STOREYS" else table
+            return {room: number for number, row in enumerate(rows) for room in row}
+    raise SystemExit(f"{tree}/tests/test_project.py has no STOREYS")
 
 
 def lengths(values: list[int]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 from flux2_mlx.convert.parts import LAYOUT
 from mlx.utils import tree_flatten
 
+from flux2_mlx import layout
 from flux2_mlx.checkpoint import variant_components
 from flux2_mlx.components import (
     COMPONENTS,
@@ -46,6 +47,7 @@ def test_the_parts_of_a_source_are_known_to_the_converter():
     assert [name for part in PARTS for name in LAYOUT[part].rules] == list(COMPONENTS)
     assert all(COMPONENTS[name].part == part for part in PARTS for name in LAYOUT[part].rules)
     assert WRITING_PARTS == ("text_encoder",)
+    assert (layout.PARTS, layout.WRITING_PARTS) == (PARTS, WRITING_PARTS)
     assert by_group("qint4", "qint8") == {"transformer": "qint4", "text_encoder": "qint8"}
 
 

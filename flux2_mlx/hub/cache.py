@@ -7,10 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..components import PARTS, WRITING_PARTS
 from ..errors import DownloadError
 from ..files import write
-from ..layout import INDEX, PICKLES
+from ..layout import INDEX, PARTS, PICKLES, WRITING_PARTS
 from .downloads import Blob, remove_partial
 
 FOLDERS = (*PARTS, "tokenizer", "scheduler")
