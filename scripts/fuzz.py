@@ -10,6 +10,7 @@ what must never be: see BAD.
 
 import argparse
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -128,6 +129,7 @@ def work(count: int, seed: int, first: int, kinds: str, module: str) -> None:
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE,) * 2)
     bench = importlib.import_module(module).Bench(Path.cwd())
+    gc.freeze()  # or each phase of each run would look through all that is imported for garbage
     names = [name for name in bench.kinds if not kinds or name in kinds.split(",")]
     for case in range(first, first + count):
         rng = random.Random(f"{seed}/{case}")

@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import functools
+import gc
 import json
 import logging
 import os
@@ -38,6 +39,12 @@ _CACHE = Path("~/.cache/flux2-mlx-tests").expanduser()
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without the tests that compare with PyTorch it is not imported, nor need it be installed."""
     return True if collection_path.name == "reference" and "not reference" in config.option.markexpr else None
+
+
+def pytest_collection_finish() -> None:
+    """A run collects garbage after each phase, which takes as long as there is something to look through: half a second
+    with all tests and what they import, all of which stays."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
