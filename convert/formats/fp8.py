@@ -10,12 +10,13 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
+from .checks import LEAST, MOST, not_all_zero
 from .comfy import MARKER, WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
 from .packed import Packed
 
 _NAMES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 # The largest finite number of each, and its byte: above it are infinity and what is no number.
-_LARGEST = {"F8_E4M3": (448.0, 0x7E), "F8_E5M2": (57344.0, 0x7B), "I8": (128.0, 0x7F)}
+LARGEST = {"F8_E4M3": (448.0, 0x7E), "F8_E5M2": (57344.0, 0x7B), "I8": (128.0, 0x7F)}
 _SCALES = (".weight_scale", ".weight_scale_inv", ".scale_weight")
 _SCALE_2 = ".weight_scale_2"  # of nvfp4
 _SET_MARKER = "scaled_fp8"
@@ -68,11 +69,12 @@ def check_codes(name: str, codes: mx.array, largest: int) -> None:
 
 
 def check_scales(name: str, scales: mx.array, largest: float, *, zero: bool = False) -> None:
-    """CheckpointError unless scales in float32 are positive, or `zero`, and keep numbers up to `largest` finite."""
+    """CheckpointError unless scales in float32 are positive, or `zero`, and make weights of numbers up to `largest`."""
     values = np.asarray(scales)
     with np.errstate(over="ignore", invalid="ignore"):
-        if not ((values >= 0 if zero else values > 0) & np.isfinite(values * np.float32(largest))).all():
-            raise CheckpointError(f"{name} holds a scale that is no positive number; fetch or make the file again")
+        if not ((values >= (0 if zero else LEAST)) & (values * np.float32(largest) <= MOST)).all():
+            what = "a scale that is no positive number, or far too large"
+            raise CheckpointError(f"{name} holds {what}; fetch or make the file again")
 
 
 def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -140,7 +142,7 @@ def _layer(
         numbers = eight_bits(layer + WEIGHT, weight.dtype, codes)
         if format == "mxfp8":
             return _by_groups(scale, numbers, scales)
-        return _scaled(scale, numbers, scales.astype(mx.float32), _LARGEST[weight.dtype][0])
+        return _scaled(scale, numbers, scales.astype(mx.float32), LARGEST[weight.dtype][0])
 
     return packed_layer(layer, format, declared.get(layer), infos, (scale,), shape, unpack, markers)
 
@@ -186,7 +188,7 @@ def eight_bits(name: str, dtype: str, codes: mx.array) -> mx.array:
     """Numbers of `I8` or of a float of 8 bits as float32, exactly; CheckpointError if one of them is not finite."""
     if dtype == "I8":
         return codes.astype(mx.float32)
-    check_codes(name, codes, _LARGEST[dtype][1])
+    check_codes(name, codes, LARGEST[dtype][1])
     if dtype == "F8_E4M3":
         return e4m3(codes)
     return (codes.astype(mx.uint16) << 8).view(mx.float16).astype(mx.float32)  # the upper half of a float16
@@ -196,7 +198,8 @@ def _by_groups(name: str, numbers: mx.array, scales: mx.array) -> mx.array:
     rows, columns = numbers.shape
     exponents = unswizzled(scales, rows, columns // _GROUP).astype(mx.uint32)
     powers = (exponents << 23).view(mx.float32)  # 0 for 0, as in comfy-kitchen, which means a group of zeros
-    check_scales(name, powers, _LARGEST["F8_E4M3"][0], zero=True)
+    check_scales(name, powers, LARGEST["F8_E4M3"][0], zero=True)
+    not_all_zero(powers, name, numbers)
     return (numbers.reshape(rows, -1, _GROUP) * powers[..., None]).reshape(rows, columns)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo
 
+from .checks import not_all_zero
 from .comfy import WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
 from .fp8 import check_scales, e4m3
 from .packed import Packed
@@ -72,6 +73,7 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
         check_scales(scale_2, whole, _LARGEST)
         groups = e4m3(unswizzled(scales, rows, columns // _GROUP))
         check_scales(scale, groups, 1, zero=True)
+        not_all_zero(groups, scale, codes)
         return _numbers(codes, groups * whole)
 
     shape = (rows, columns)

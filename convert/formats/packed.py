@@ -4,10 +4,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 
 import mlx.core as mx
 
 from flux2_mlx.weights import TensorInfo, Tensors, evaluated
+
+Shapes = Mapping[str, tuple[int, ...]]
+NO_SHAPES: Shapes = MappingProxyType({})
 
 
 @dataclass(frozen=True)
