@@ -1,6 +1,7 @@
 """MLX's own quantization: affine of any width, mxfp4, mxfp8 and nvfp4, of mlx-lm, mflux and others."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .packed import NO_SHAPES, Packed, Shapes
 
 SETTINGS = "quantization"  # the key of a config.json that says it, and of what is added to metadata from there
 _MFLUX = ("mflux_version", "quantization_level")
+_NOISY, _NOISE = "norm_out.linear.weight", "norm_out.linear.bias"
 _MFLUX_GROUP = 64  # in all of its versions
 _BITS, _GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 
@@ -55,7 +57,18 @@ def packed(
         layer = weight.removesuffix(".weight")
         if info.dtype == "U32" and layer != weight and not infos.keys().isdisjoint(_beside(layer)):
             weights[weight] = _weight(infos, layer, _settings(said, layer), shapes.get(weight))
-    return complete(infos, weights, ())
+    return complete(infos, _without_noise(infos, metadata, weights), ())
+
+
+def _without_noise(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], weights: dict[str, Packed]
+) -> dict[str, Packed]:
+    """These weights and the one beside which mflux 0.15 saved a bias of random numbers, which no FLUX.2 has."""
+    if not metadata.get(_MFLUX[0], "").startswith("0.15.") or not infos.keys() >= {_NOISE, _NOISY}:
+        return weights
+    plain = Packed(infos[_NOISY].dtype, (_NOISY,), infos[_NOISY], lambda array: array)
+    noisy = weights.get(_NOISY, plain)
+    return weights | {_NOISY: replace(noisy, unused=(*noisy.unused, _NOISE))}
 
 
 def _beside(layer: str) -> tuple[str, str]:
