@@ -5,14 +5,16 @@ from .assembly import PARTS, assembled, is_loose
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
+from .mflux import said_of
 from .requantize import requantize, requantized
-from .sources import LOOSE, Source, loose_files
+from .sources import LOOSE, TOKENIZER, Source, loose_files
 from .write import check_source, write_checkpoint
 
 __all__ = [
     "LAST_USED",
     "LOOSE",
     "PARTS",
+    "TOKENIZER",
     "Conversion",
     "Identity",
     "Source",
@@ -29,6 +31,7 @@ __all__ = [
     "loose_files",
     "requantize",
     "requantized",
+    "said_of",
     "titles",
     "write_checkpoint",
 ]

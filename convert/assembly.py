@@ -14,6 +14,7 @@ from flux2_mlx.errors import CheckpointError
 from .configs import SCHEDULE, packing
 from .formats import plain, usual_quant
 from .geometry import candidates, choose, geometry, titles
+from .mflux import part_folders, said_of
 from .naming import read
 from .parts import LAYOUT
 from .sources import LOOSE, TOKENIZER, Source, SourcePart, loose_files
@@ -23,8 +24,8 @@ _log = logging.getLogger(__name__)
 
 
 def is_loose(place: Path) -> bool:
-    """Whether `place` is a file of weights rather than a whole model folder."""
-    return place.suffix.lower() in LOOSE and place.is_file()
+    """Whether `place` is weights without configs, a file or what mflux saved, rather than a whole model folder."""
+    return (place.suffix.lower() in LOOSE and place.is_file()) or bool(part_folders(place))
 
 
 def assembled(
@@ -51,6 +52,8 @@ def assembled(
         CheckpointError: a part is missing, damaged, no part of FLUX.2, or of another model than the others.
     """
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
+    if (place / TOKENIZER).is_file() and part_folders(place):
+        given = {PARTS[-1]: place / TOKENIZER, **given}
     parts = _loose_parts(place) if is_loose(place) else {}
     for name in LAYOUT:
         if name in given:
@@ -140,7 +143,7 @@ def _loose_parts(place: Path) -> dict[str, SourcePart]:
     """The parts that weights of a file or a folder are of."""
     paths = loose_files(place)
     tensors, metadata = plain(paths, packing(paths[0].parent))
-    readings = read(tensors.infos, str(place))
+    metadata, readings = {**metadata, **said_of(place)}, read(tensors.infos, str(place))
     usual = usual_quant(tensors)
     return {
         name: SourcePart(name, place, paths, tensors, reading, metadata, usual) for name, reading in readings.items()

@@ -169,9 +169,6 @@ def _whereabouts(folder: Path) -> str:
     found = sorted((*folder.glob(f"*/{INDEX}"), *folder.glob("models--*--*/snapshots")))
     if found:
         return f"; give {' or '.join(str(path.parent) for path in found[:3])}"
-    index = folder / "transformer" / "model.safetensors.index.json"
-    if index.is_file() and "mflux_version" in str(read_json(index).get("metadata")):
-        return f", as mflux saves a model; {UNQUANTIZED}"
     if (folder / "transformer" / "config.json").is_file():
         return "; copy that of the model that it was made from into it"
     return ""

@@ -23,6 +23,7 @@ _MAX_NAME = 500
 _GIVE = "give a transformer, a text encoder, a VAE or the whole model"
 TEKKEN = "tekken_model"  # a tensor whose bytes are the tokenizer
 _EXTRAS = (TEKKEN, "logit_scale")
+_ANGLES = "rotary_emb.inv_freq"  # of positions, which the geometry gives
 _PREFIXES = {
     "transformer": re.compile(r"model\.diffusion_model\.|diffusion_model\.|transformer\.|model\."),
     "vae": re.compile(r"vae\.|first_stage_model\."),
@@ -197,7 +198,9 @@ def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:
 
 def is_extra(name: str) -> bool:
     """Whether a tensor beside a model's weights is none of them."""
-    return name.rpartition(".")[2] in _EXTRAS
+    prefix, _, last = name.rpartition(".")
+    is_top = not prefix or any(pattern.fullmatch(f"{prefix}.") for pattern in _PREFIXES.values())
+    return (last in _EXTRAS and is_top) or name.endswith(_ANGLES)
 
 
 def _recognised(names: list[str]) -> dict[str, tuple[Dialect, str]]:

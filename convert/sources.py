@@ -18,6 +18,7 @@ from flux2_mlx.weights import FLOATS, Renamed, TensorInfo, Tensors, read_json
 
 from . import formats
 from .configs import COMPLETE, SCHEDULE, UNQUANTIZED, describe, read_configs
+from .mflux import part_folders
 from .naming import Reading
 from .parts import LAYOUT
 from .rules import Rule, Shape
@@ -196,6 +197,8 @@ def loose_files(place: Path) -> list[Path]:
     for stem in ("model", "diffusion_pytorch_model"):
         if (place / f"{stem}.safetensors").is_file() or any(place.glob(f"{stem}*.safetensors*")):
             return _weight_files(place, stem)
+    if folders := part_folders(place):
+        return [path for folder in folders for path in loose_files(folder)]
     found = sorted(path for path in place.glob("*") if path.suffix.lower() in LOOSE)
     if len(found) == 1:
         return found

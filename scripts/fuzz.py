@@ -3,6 +3,7 @@
     python scripts/fuzz.py 10000 1
     python scripts/fuzz.py 1 1 --first 4711          # one case again
     python scripts/fuzz.py 500 1 --kinds header,cache
+    python scripts/fuzz.py 1000 1 --module fuzz_formats --kinds gguf
 
 Cases run in a process of their own, which is started again after a crash or a hang. Exit code 1 if there was any of
 what must never be: see BAD.
@@ -196,7 +197,7 @@ def main() -> int:
     parser.add_argument("seed", type=int)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--kinds", default="", help="only these, with commas between; the cases are then others")
-    parser.add_argument("--module", default="fuzz_cases", help=argparse.SUPPRESS)
+    parser.add_argument("--module", default="fuzz_cases", help="what cases are of: fuzz_cases or fuzz_formats")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="print every case")
     given = parser.parse_args()

@@ -265,3 +265,11 @@ def test_a_convolution_of_one_pixel_becomes_a_matrix():
     kernel = reading.composed(channels_last("decoder.up_blocks.0.resnets.2.conv1.weight"))
     assert kernel.sources == ("decoder.up.3.block.2.conv1.weight",)
     assert kernel.apply(mx.zeros((4, 3, 2, 1))).shape == (4, 2, 1, 3)
+
+
+def test_what_is_no_weight_stands_beside_the_model():
+    beside = ("tekken_model", "text_encoders.qwen3_8b.logit_scale", "text_encoder.tekken_model")
+    assert all(map(naming.is_extra, (*beside, "rotary_emb.inv_freq", "model.layers.3.self_attn.rotary_emb.inv_freq")))
+    assert not any(
+        map(naming.is_extra, ("double_blocks.0.img_attn.qkv.tekken_model", "img_in.logit_scale", "inv_freq"))
+    )

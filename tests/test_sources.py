@@ -119,12 +119,6 @@ def quantized(part: str, how: str) -> str:
     return f"{{folder}}/{part} holds weights that are {how}, which are not read; {UNQUANTIZED}"
 
 
-def saved_by_mflux(folder: Path) -> None:
-    (folder / "model_index.json").unlink()
-    values = {"metadata": {"mflux_version": "0.17.5"}, "weight_map": {}}
-    (folder / "transformer/model.safetensors.index.json").write_text(json.dumps(values))
-
-
 def pointer(folder: Path) -> None:
     (folder / TRANSFORMER).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 9\n")
 
@@ -177,11 +171,6 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "GGUF": (
         gguf,
         "{folder}/transformer has no .safetensors files; give one of its GGUF files instead of the folder",
-    ),
-    "mflux": (
-        saved_by_mflux,
-        f"{{folder}} is no model folder in the diffusers layout: it has no model_index.json, as mflux saves a model; "
-        f"{UNQUANTIZED}",
     ),
     "no index": (
         lambda folder: (folder / "model_index.json").unlink(),

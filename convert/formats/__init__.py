@@ -8,7 +8,7 @@ from flux2_mlx.weights import Files, Tensors, raise_problems
 
 from . import bitsandbytes, fp8, mlx, nvfp4, quanto, torchao
 from .gguf import Gguf, split_files
-from .packed import Packed, Unpacked
+from .packed import NO_SHAPES, Packed, Shapes, Unpacked
 from .unreadable import unreadable
 
 __all__ = [
@@ -28,12 +28,15 @@ _FULL, _FEW = 15, 5.1  # bits a weight; 4 of them take up to 5 with scales, and 
 SETTINGS, METHOD = mlx.SETTINGS, "quant_method"
 
 
-def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple[Tensors, Mapping[str, str]]:
+def plain(
+    paths: Sequence[Path], said: Mapping[str, str] | None = None, shapes: Shapes = NO_SHAPES
+) -> tuple[Tensors, Mapping[str, str]]:
     """The tensors of files of weights, packed ones as what they stand for, and what the files say of themselves.
 
     Args:
         paths: safetensors files that belong together, or one GGUF file, with which all of its set are read.
         said: what is said of them elsewhere, such as MLX's `SETTINGS` or a `METHOD` in a config.
+        shapes: of weights by their names there, as far as they are known; some formats do not store them.
 
     Raises:
         CheckpointError: a file is damaged, or a packed weight lacks something that it is made of.
@@ -45,7 +48,7 @@ def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple
     metadata = {**files.metadata, **(said or {})}
     _ = files.infos  # what is wrong with the files comes first
     try:
-        tensors = unpacked(files, metadata)
+        tensors = unpacked(files, metadata, shapes)
         if said and tensors is files:
             how = f"quantized by {said[METHOD]}" if METHOD in said else SETTINGS
             raise CheckpointError(f"its config.json says {how}, and no weight is packed; give a complete copy")
@@ -54,9 +57,10 @@ def plain(paths: Sequence[Path], said: Mapping[str, str] | None = None) -> tuple
     return tensors, metadata
 
 
-def unpacked(tensors: Tensors, metadata: Mapping[str, str]) -> Tensors:
-    """`tensors` as what they stand for, given what is said of them; of bitsandbytes' some small ones are read."""
-    packed = _packed(tensors, metadata)
+def unpacked(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes = NO_SHAPES) -> Tensors:
+    """`tensors` as what they stand for, given what is said of them and, as far as they are known, the shapes of weights
+    by their names; of bitsandbytes' some small ones are read."""
+    packed = _packed(tensors, metadata, shapes)
     return Unpacked(tensors, packed) if packed else tensors
 
 
@@ -71,7 +75,7 @@ def usual_quant(tensors: Tensors) -> str:
     return "bf16" if bits >= _FULL else "qint8" if bits > _FEW else "qint4"
 
 
-def _packed(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Packed]:
+def _packed(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes) -> dict[str, Packed]:
     """The packed weights of all families; none may be of two."""
     infos = tensors.infos
     found: dict[str, Packed] = {}
@@ -79,9 +83,9 @@ def _packed(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Packed]:
         fp8.packed(infos, metadata),
         nvfp4.packed(infos, metadata),
         bitsandbytes.packed(infos, metadata, tensors.read),
-        quanto.packed(infos, metadata),
+        quanto.packed(infos, metadata, shapes),
         torchao.packed(infos, metadata),
-        mlx.packed(infos, metadata),
+        mlx.packed(infos, metadata, shapes),
     ):
         twice = [f"{name} as {found[name].kind} and {family[name].kind}" for name in family if name in found]
         raise_problems("weights are packed in two ways", twice)

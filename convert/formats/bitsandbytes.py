@@ -12,7 +12,7 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
-from .checks import FLOAT_CODES, complete, finite, is_shape, json_object, require, require_json
+from .checks import FLOAT_CODES, complete, finite, is_shape, json_object, not_all_zero, require, require_json
 from .packed import Packed
 
 Read = Callable[[Iterable[str]], Iterator[mx.array]]
@@ -115,10 +115,8 @@ def _unpack_nibbles(
     values = np.array(finite(table, names[1]))
     if not np.allclose(values, _TABLES[state.kind], rtol=0, atol=1e-4):
         raise CheckpointError(f"{names[1]} is not the table of {state.kind}; fetch the file again")
-    if nested:
-        scales = _unnested(names[3:], state, absmax, *nested)
-    else:
-        scales = np.array(finite(absmax, names[2], least=0.0)).reshape(-1)
+    scales = _unnested(names[3:], state, absmax, *nested) if nested else finite(absmax, names[2], least=0.0)
+    scales = np.array(not_all_zero(finite(scales, names[2]), names[2], stored)).reshape(-1)
     with mx.stream(READER):
         data = stored.view(mx.uint8).reshape(-1)
         weight = mx.zeros(2 * data.size)
@@ -140,11 +138,11 @@ def _fill(out: np.ndarray, data: np.ndarray, pairs: np.ndarray, scales: np.ndarr
         part[whole * blocksize :] *= scales[min(first + whole, scales.size - 1)]
 
 
-def _unnested(names: tuple[str, ...], state: _State, absmax: mx.array, scales: mx.array, table: mx.array) -> np.ndarray:
+def _unnested(names: tuple[str, ...], state: _State, absmax: mx.array, scales: mx.array, table: mx.array) -> mx.array:
     """The scales of blocks, which are packed themselves."""
     codes = np.array(absmax).reshape(-1)
     outer = np.repeat(np.array(finite(scales, names[0], least=0.0)), state.nested_blocksize)[: codes.size]
-    return np.array(finite(table, names[1]))[codes] * outer + np.float32(state.offset)
+    return mx.array(np.array(finite(table, names[1]))[codes] * outer + np.float32(state.offset))
 
 
 def _rows(infos: Mapping[str, TensorInfo], layer: str) -> Packed:
@@ -165,6 +163,6 @@ def _unpack_rows(names: tuple[str, ...], stored: mx.array, scales: mx.array, *la
     if layout and (number := int(np.array(layout[0]).item())):
         what = _LAYOUTS[number] if number < len(_LAYOUTS) else str(number)
         raise CheckpointError(f"{names[2]} says {what}, an order for old GPUs; fetch a file that a newer version saved")
-    factors = finite(scales, names[1], least=0.0).reshape(-1, 1)
+    factors = not_all_zero(finite(scales, names[1], least=0.0), names[1], stored).reshape(-1, 1)
     with mx.stream(READER):
         return stored.astype(mx.float32) * factors * _BYTE

@@ -12,6 +12,8 @@ from flux2_mlx.weights import FLOATS, READER, TensorInfo, parse_json
 from .packed import Packed
 
 FLOAT_CODES = tuple(FLOATS.values())
+LEAST = 2.0**-126  # less has fewer digits in float32
+MOST = 2.0**20  # a weight that is so large overflows in float16, and only a broken scale makes it
 _MAX_JSON = 100_000  # several hundred times what says how one tensor is packed
 
 
@@ -44,15 +46,25 @@ def complete(
     return weights
 
 
-def finite(array: mx.array, name: str, *, least: float = -math.inf) -> mx.array:
-    """An array in float32; CheckpointError if a value is not finite or below `least`."""
+def finite(array: mx.array, name: str, *, least: float = -math.inf, largest: float = 1.0) -> mx.array:
+    """An array in float32; CheckpointError if a value is not finite, below `least`, or no scale of `largest` codes."""
     with mx.stream(READER):
         array = array.astype(mx.float32)
         if not mx.all(mx.isfinite(array)).item():
             raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
         if least > -math.inf and not mx.all(array >= least).item():
             raise CheckpointError(f"{name} has values below {least:g}; fetch the file again")
+        if array.size and (most := mx.max(mx.abs(array)).item() * largest) > MOST:
+            raise CheckpointError(f"{name} makes weights up to {most:.2g}, as no model has; fetch the file again")
     return array
+
+
+def not_all_zero(scales: mx.array, name: str, codes: mx.array) -> mx.array:
+    """These scales; CheckpointError if all are 0 or nearly so and the codes differ, whose scales were lost then."""
+    with mx.stream(READER):
+        if codes.size and not mx.any(mx.abs(scales) >= LEAST).item() and mx.any(codes != codes.reshape(-1)[0]).item():
+            raise CheckpointError(f"{name} is 0 throughout, for a weight that is not; fetch the file again")
+    return scales
 
 
 def require_json(infos: Mapping[str, TensorInfo], name: str) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from math import gcd
 
 import mlx.core as mx
@@ -10,12 +11,14 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
+from .checks import LEAST, MOST, not_all_zero
 from .comfy import MARKER, WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
 from .packed import Packed
+from .tables import numbers
 
 _NAMES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 # The largest finite number of each, and its byte: above it are infinity and what is no number.
-_LARGEST = {"F8_E4M3": (448.0, 0x7E), "F8_E5M2": (57344.0, 0x7B), "I8": (128.0, 0x7F)}
+LARGEST = {"F8_E4M3": (448.0, 0x7E), "F8_E5M2": (57344.0, 0x7B), "I8": (128.0, 0x7F)}
 _SCALES = (".weight_scale", ".weight_scale_inv", ".scale_weight")
 _SCALE_2 = ".weight_scale_2"  # of nvfp4
 _SET_MARKER = "scaled_fp8"
@@ -55,11 +58,6 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
     return found
 
 
-def e4m3(codes: mx.array) -> mx.array:
-    """Numbers of 8 bits as float32, exactly; 0x7f and 0xff are none."""
-    return mx.from_fp8(codes, mx.float32)
-
-
 def check_codes(name: str, codes: mx.array, largest: int) -> None:
     """CheckpointError if a byte stands for what is no finite number, which those above `largest` of each sign do."""
     values = np.asarray(codes)
@@ -68,11 +66,12 @@ def check_codes(name: str, codes: mx.array, largest: int) -> None:
 
 
 def check_scales(name: str, scales: mx.array, largest: float, *, zero: bool = False) -> None:
-    """CheckpointError unless scales in float32 are positive, or `zero`, and keep numbers up to `largest` finite."""
+    """CheckpointError unless scales in float32 are positive, or `zero`, and make weights of numbers up to `largest`."""
     values = np.asarray(scales)
     with np.errstate(over="ignore", invalid="ignore"):
-        if not ((values >= 0 if zero else values > 0) & np.isfinite(values * np.float32(largest))).all():
-            raise CheckpointError(f"{name} holds a scale that is no positive number; fetch or make the file again")
+        if not ((values >= (0 if zero else LEAST)) & (values * np.float32(largest) <= MOST)).all():
+            what = "a scale that is no positive number, or far too large"
+            raise CheckpointError(f"{name} holds {what}; fetch or make the file again")
 
 
 def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -104,12 +103,12 @@ def _cast(name: str, info: TensorInfo) -> Packed:
 
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
-            numbers = eight_bits(name, info.dtype, codes)
-            if (mx.abs(numbers) >= _MOST_UNSCALED).any().item():
+            found = eight_bits(name, info.dtype, codes)
+            if max(mx.max(found).item(), -mx.min(found).item()) >= _MOST_UNSCALED:
                 raise CheckpointError(
                     f"{name} holds numbers that only a scale makes weights, and has none; {_FORGOTTEN}"
                 )
-            return numbers
+            return found
 
     return Packed("fp8", (name,), TensorInfo("F32", info.shape), unpack)
 
@@ -137,10 +136,14 @@ def _layer(
         _check_shape(scale, shape, infos[scale])
 
     def unpack(codes: mx.array, scales: mx.array) -> mx.array:
-        numbers = eight_bits(layer + WEIGHT, weight.dtype, codes)
+        if format != "mxfp8":
+            scales = scales.astype(mx.float32)
+            check_scales(scale, scales, LARGEST[weight.dtype][0])
+        one = scales.item() if scales.size == 1 and format != "mxfp8" else 1.0
+        found = eight_bits(layer + WEIGHT, weight.dtype, codes, one)
         if format == "mxfp8":
-            return _by_groups(scale, numbers, scales)
-        return _scaled(scale, numbers, scales.astype(mx.float32), _LARGEST[weight.dtype][0])
+            return _by_groups(scale, found, scales)
+        return found if scales.size == 1 else _scaled(found, scales)
 
     return packed_layer(layer, format, declared.get(layer), infos, (scale,), shape, unpack, markers)
 
@@ -182,34 +185,42 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // _BLOCK) for size in shape)
 
 
-def eight_bits(name: str, dtype: str, codes: mx.array) -> mx.array:
-    """Numbers of `I8` or of a float of 8 bits as float32, exactly; CheckpointError if one of them is not finite."""
+def eight_bits(name: str, dtype: str, codes: mx.array, factor: float = 1.0) -> mx.array:
+    """Numbers of `I8` or of a float of 8 bits as float32, exactly, times a `factor` in float32, rounded once;
+    CheckpointError if one of them is not finite."""
+    if dtype != "I8":
+        check_codes(name, codes, LARGEST[dtype][1])
+    with np.errstate(invalid="ignore"):
+        return numbers(codes.view(mx.uint8, stream=READER), _table(dtype) * np.float32(factor))
+
+
+@cache
+def _table(dtype: str) -> np.ndarray:
+    """What each byte stands for."""
+    codes = np.arange(256, dtype=np.uint8)
     if dtype == "I8":
-        return codes.astype(mx.float32)
-    check_codes(name, codes, _LARGEST[dtype][1])
+        return codes.view(np.int8).astype(np.float32)
     if dtype == "F8_E4M3":
-        return e4m3(codes)
-    return (codes.astype(mx.uint16) << 8).view(mx.float16).astype(mx.float32)  # the upper half of a float16
+        return np.array(mx.from_fp8(mx.array(codes), mx.float32))
+    return (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float32)  # the upper half of a float16
 
 
-def _by_groups(name: str, numbers: mx.array, scales: mx.array) -> mx.array:
-    rows, columns = numbers.shape
+def _by_groups(name: str, found: mx.array, scales: mx.array) -> mx.array:
+    rows, columns = found.shape
     exponents = unswizzled(scales, rows, columns // _GROUP).astype(mx.uint32)
     powers = (exponents << 23).view(mx.float32)  # 0 for 0, as in comfy-kitchen, which means a group of zeros
-    check_scales(name, powers, _LARGEST["F8_E4M3"][0], zero=True)
-    return (numbers.reshape(rows, -1, _GROUP) * powers[..., None]).reshape(rows, columns)
+    check_scales(name, powers, LARGEST["F8_E4M3"][0], zero=True)
+    not_all_zero(powers, name, found)
+    return (found.reshape(rows, -1, _GROUP) * powers[..., None]).reshape(rows, columns)
 
 
-def _scaled(name: str, numbers: mx.array, scales: mx.array, largest: float) -> mx.array:
-    check_scales(name, scales, largest)
-    if scales.size == 1:
-        return numbers * scales.reshape(())
-    rows, columns = numbers.shape
+def _scaled(found: mx.array, scales: mx.array) -> mx.array:
+    rows, columns = found.shape
     if scales.shape in ((rows,), (rows, 1)):  # as many may be of blocks
-        return numbers * scales.reshape(rows, 1)
+        return found * scales.reshape(rows, 1)
     height = gcd(rows, _BLOCK)  # of the pieces of equal rows into which all blocks fall, the last one too
     spread = mx.repeat(mx.repeat(scales, _BLOCK // height, axis=0)[: rows // height], _BLOCK, axis=1)[:, :columns]
-    return (numbers.reshape(-1, height, columns) * spread[:, None]).reshape(rows, columns)
+    return (found.reshape(-1, height, columns) * spread[:, None]).reshape(rows, columns)
 
 
 def _check_left(

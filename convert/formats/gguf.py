@@ -26,6 +26,8 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import HEADER_LIMIT, POINTER, READER, TensorInfo, open_model_file, raise_problems
 
+from .checks import MOST
+
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 # Numbers in metadata, by the code of their type.
 _NUMBERS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
@@ -362,6 +364,6 @@ def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) 
     step = _STEP // kind.values * kind.nbytes
     for number, first in enumerate(range(0, len(data), step)):
         made = _dequantize(data[first : first + step], kind)
-        if not np.isfinite(made).all():
-            raise CheckpointError(f"{name} in {stored.path} has scales that are not finite; fetch the file again")
+        if not -MOST <= made.min() <= made.max() <= MOST:  # nor are these of what is no number
+            raise CheckpointError(f"{name} in {stored.path} has scales that no weight has; fetch the file again")
         values[number * _STEP :][: len(made)] = made

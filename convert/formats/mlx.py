@@ -1,8 +1,8 @@
 """MLX's own quantization: affine of any width, mxfp4, mxfp8 and nvfp4, of mlx-lm, mflux and others."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -10,14 +10,12 @@ import mlx.core as mx
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
-from .checks import FLOAT_CODES, complete, finite, json_object, require
-from .packed import Packed
-
-Shapes = Mapping[str, tuple[int, ...]]
+from .checks import FLOAT_CODES, complete, finite, json_object, not_all_zero, require
+from .packed import NO_SHAPES, Packed, Shapes
 
 SETTINGS = "quantization"  # the key of a config.json that says it, and of what is added to metadata from there
-_NONE: Shapes = MappingProxyType({})
 _MFLUX = ("mflux_version", "quantization_level")
+_NOISY, _NOISE = "norm_out.linear.weight", "norm_out.linear.bias"
 _MFLUX_GROUP = 64  # in all of its versions
 _BITS, _GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 
@@ -34,11 +32,13 @@ class _Form(NamedTuple):
 # Without biases, which only one mode has, the columns of scales tell the others apart.
 _MODES = (_Form(4, 32, "mxfp4"), _Form(8, 32, "mxfp8"), _Form(4, 16, "nvfp4"))
 
-# The last code of a scale that is a positive number.
-_LAST = {"mxfp4": 254, "mxfp8": 254, "nvfp4": 126}
+# The last code of a scale that is a positive number, and makes no larger weights than `MOST`.
+_LAST = {"mxfp4": 144, "mxfp8": 138, "nvfp4": 126}
 
 
-def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE) -> dict[str, Packed]:
+def packed(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = NO_SHAPES
+) -> dict[str, Packed]:
     """The weights that MLX packed, by their names.
 
     Args:
@@ -57,7 +57,18 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes:
         layer = weight.removesuffix(".weight")
         if info.dtype == "U32" and layer != weight and not infos.keys().isdisjoint(_beside(layer)):
             weights[weight] = _weight(infos, layer, _settings(said, layer), shapes.get(weight))
-    return complete(infos, weights, ())
+    return complete(infos, _without_noise(infos, metadata, weights), ())
+
+
+def _without_noise(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], weights: dict[str, Packed]
+) -> dict[str, Packed]:
+    """These weights and the one beside which mflux 0.15 saved a bias of random numbers, which no FLUX.2 has."""
+    if not metadata.get(_MFLUX[0], "").startswith("0.15.") or not infos.keys() >= {_NOISE, _NOISY}:
+        return weights
+    plain = Packed(infos[_NOISY].dtype, (_NOISY,), infos[_NOISY], lambda array: array)
+    noisy = weights.get(_NOISY, plain)
+    return weights | {_NOISY: replace(noisy, unused=(*noisy.unused, _NOISE))}
 
 
 def _beside(layer: str) -> tuple[str, str]:
@@ -132,5 +143,6 @@ def _unpack(
             if mx.any(scales > _LAST[form.mode]).item():
                 raise CheckpointError(f"{names[1]} has values that are no scales; fetch the file again")
             return mx.dequantize(stored, scales, None, form.group, form.bits, form.mode, dtype=mx.float32)
-        scales, biases = finite(scales, names[1]), finite(biases, names[2])
+        biases = finite(biases, names[2])
+        scales = not_all_zero(finite(scales, names[1], largest=2**form.bits), names[1], stored)
         return mx.dequantize(stored, scales, biases, form.group, form.bits)

@@ -8,18 +8,16 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo
 
+from .checks import not_all_zero
 from .comfy import WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
-from .fp8 import check_scales, e4m3
+from .fp8 import check_scales, eight_bits
 from .packed import Packed
+from .tables import pairs
 
 _FORMAT, _SCALE, _SCALE_2, _SMOOTHING = "nvfp4", ".weight_scale", ".weight_scale_2", ".pre_quant_scale"
 _GROUP = 16
-# A number of 4 bits (sign, two of exponent, one of mantissa) is 64 times the one of 8 bits, E4M3, with the same bits in
-# their places there, the smallest ones included. For each byte the two of 8 bits, the one of the upper half first.
-_FACTOR = 64
-_HALVES = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
-_PAIRS = ((_HALVES & 8) << 4 | (_HALVES & 7) << 2).astype(np.uint8).view(np.uint16)[:, 0]
-_LARGEST = 448.0 * _FACTOR  # what a scale of the whole is multiplied with
+_NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_LARGEST = 448.0 * 6  # what a scale of the whole is multiplied with
 
 
 def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, Packed]:
@@ -70,9 +68,12 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
     def unpack(codes: mx.array, scales: mx.array, whole: mx.array) -> mx.array:
         whole = whole.astype(mx.float32).reshape(())
         check_scales(scale_2, whole, _LARGEST)
-        groups = e4m3(unswizzled(scales, rows, columns // _GROUP))
+        groups = eight_bits(scale, "F8_E4M3", unswizzled(scales, rows, columns // _GROUP))
         check_scales(scale, groups, 1, zero=True)
-        return _numbers(codes, groups * whole)
+        not_all_zero(groups, scale, codes)
+        # Of each byte the upper half comes first.
+        found = pairs(np.asarray(codes).reshape(-1), np.repeat(_NUMBERS, 16), np.tile(_NUMBERS, 16))
+        return (found.reshape(rows, -1, _GROUP) * (groups * whole)[..., None]).reshape(rows, columns)
 
     shape = (rows, columns)
     return packed_layer(layer, _FORMAT, declared[layer], infos, (scale, scale_2), shape, unpack)
@@ -90,9 +91,3 @@ def _check_shapes(infos: Mapping[str, TensorInfo], weight: str, scale: str, scal
     if whole.dtype != "F32" or whole.shape not in ((), (1,)):
         raise CheckpointError(f"{scale_2} is {told(whole)} in place of one number in F32")
     return rows, columns
-
-
-def _numbers(codes: mx.array, scales: mx.array) -> mx.array:
-    """Weights from two of them a byte and the scales of their groups, each rounded once."""
-    numbers = e4m3(mx.array(_PAIRS[np.asarray(codes)]).view(mx.uint8)).reshape(codes.shape[0], -1, _GROUP)
-    return (numbers * (_FACTOR * scales)[..., None]).reshape(codes.shape[0], -1)

@@ -4,10 +4,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 
 import mlx.core as mx
 
 from flux2_mlx.weights import TensorInfo, Tensors, evaluated
+
+Shapes = Mapping[str, tuple[int, ...]]
+NO_SHAPES: Shapes = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,12 @@ class Unpacked:
         names = list(names)
         stored = self._tensors.read(source for name in names for source in self._sources(name))
         for name in names:
-            arrays = [*evaluated(islice(stored, len(self._sources(name))))]
-            weight = self._packed.get(name)
-            yield arrays.pop() if weight is None else weight.unpack(*arrays)
+            yield self._made(name, islice(stored, len(self._sources(name))))
+
+    def _made(self, name: str, stored: Iterable[mx.array]) -> mx.array:
+        """A tensor from those that are stored of it, of which none is kept."""
+        weight = self._packed.get(name)
+        return next(iter(stored)) if weight is None else weight.unpack(*evaluated(stored))
 
     def _sources(self, name: str) -> tuple[str, ...]:
         return self._packed[name].sources if name in self._packed else (name,)

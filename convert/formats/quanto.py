@@ -3,20 +3,16 @@
 import math
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 
 import mlx.core as mx
 
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
-from .checks import FLOAT_CODES, complete, finite, require
-from .fp8 import eight_bits
-from .packed import Packed
+from .checks import FLOAT_CODES, complete, finite, not_all_zero, require
+from .fp8 import LARGEST, eight_bits
+from .packed import NO_SHAPES, Packed, Shapes
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-_NONE: Shapes = MappingProxyType({})
 _BITS = "._data._data"
 _ENDINGS = ("._data", "._scale", "._shift")
 # Scales of what a layer takes and gives, for computing in 8 bits.
@@ -26,7 +22,9 @@ _ACTIVATIONS = (".input_scale", ".output_scale")
 _KINDS = {"I8": "qint8", "F8_E4M3": "qfloat8_e4m3fn", "F8_E5M2": "qfloat8_e5m2"}
 
 
-def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = _NONE) -> dict[str, Packed]:
+def packed(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], shapes: Shapes = NO_SHAPES
+) -> dict[str, Packed]:
     """The weights that quanto packed, by their names.
 
     Args:
@@ -67,7 +65,7 @@ def _rows(infos: Mapping[str, TensorInfo], weight: str) -> Packed:
 
 
 def _unpack_rows(names: tuple[str, ...], code: str, data: mx.array, scale: mx.array) -> mx.array:
-    factors = finite(scale, names[1], least=0.0)
+    factors = not_all_zero(finite(scale, names[1], least=0.0, largest=LARGEST[code][0]), names[1], data)
     with mx.stream(READER):
         return eight_bits(names[0], code, data) * factors
 
@@ -102,7 +100,7 @@ def _bits(name: str, rows: int, groups: int) -> int:
 def _unpack_groups(
     names: tuple[str, ...], bits: int, shape: tuple[int, ...], data: mx.array, scale: mx.array, shift: mx.array
 ) -> mx.array:
-    factors = finite(scale, names[1], least=0.0)
+    factors = not_all_zero(finite(scale, names[1], least=0.0, largest=2**bits), names[1], data)
     # A whole number is the code of zero, another one what is taken off in the end.
     before = not mx.issubdtype(shift.dtype, mx.floating)
     zero = finite(shift, names[2], least=0.0 if before else -math.inf)

@@ -10,8 +10,8 @@ import mlx.core as mx
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
-from .checks import FLOAT_CODES, complete, finite, is_shape, json_object, require
-from .fp8 import eight_bits
+from .checks import FLOAT_CODES, complete, finite, is_shape, json_object, not_all_zero, require
+from .fp8 import LARGEST, eight_bits
 from .packed import Packed
 
 # Until 0.14 `layer.weight:qdata`, since then `layer._weight_qdata`.
@@ -91,7 +91,7 @@ def _scales(shape: tuple[int, ...], blocks: list[int]) -> tuple[int, ...] | None
 def _unpack(
     names: tuple[str, ...], code: str, shape: tuple[int, ...], data: mx.array, scale: mx.array, *zero: mx.array
 ) -> mx.array:
-    factors = finite(scale, names[1], least=0.0)
+    factors = not_all_zero(finite(scale, names[1], least=0.0, largest=2 * LARGEST[code][0]), names[1], data)
     with mx.stream(READER):
         values = eight_bits(names[0], code, data)
         # A dimension becomes two, of blocks and of what is in them, so that scales fit by themselves.

@@ -2,11 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import hub
-from ..convert import LOOSE, Conversion, Identity, conversion, foreign, formats, identify, is_loose, loose_files, titles
+from ..convert import (
+    LOOSE,
+    TOKENIZER,
+    Conversion,
+    Identity,
+    conversion,
+    foreign,
+    formats,
+    identify,
+    is_loose,
+    loose_files,
+    said_of,
+    titles,
+)
 from ..errors import CheckpointError, InputError
 from ..layout import INDEX
 from ..weights import Files
@@ -27,7 +40,8 @@ class Found:
 def is_weights(place: Path) -> bool:
     """Whether `place` is a file of weights, or a folder of them that is no whole model."""
     if place.is_dir():
-        return not (place / INDEX).is_file() and any(path.suffix.lower() in LOOSE for path in place.glob("*"))
+        is_flat = not (place / INDEX).is_file() and any(path.suffix.lower() in LOOSE for path in place.glob("*"))
+        return is_flat or is_loose(place)
     return is_loose(place)
 
 
@@ -83,7 +97,10 @@ def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Id
         if place.suffix.lower() != formats.GGUF and (known := foreign(Files(paths), name)):
             return known
         raise
-    return identify(tensors, name, titles(metadata, place.name, repo), variant)
+    found = identify(tensors, name, titles({**metadata, **said_of(place)}, place.name, repo), variant)
+    if (place / TOKENIZER).is_file():
+        found = replace(found, missing=tuple(part for part in found.missing if part != "tokenizer"))
+    return found
 
 
 @contextmanager

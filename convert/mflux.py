@@ -1,0 +1,39 @@
+"""Folders that mflux saves: one of numbered files with an index for each part, one of the tokenizer, and no config.
+
+All versions that know FLUX.2, 0.15 to 0.24, write them so; the last ones also a record of what was saved.
+"""
+
+from pathlib import Path
+
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.hub_cache import INDEX
+from flux2_mlx.weights import read_json
+
+from .parts import LAYOUT
+
+_FILES, _RECORD = "model.safetensors.index.json", "mflux_model.json"
+_NAMES = ("base_model", "model_name")  # of the record, which `titles` knows
+
+
+def part_folders(place: Path) -> list[Path]:
+    """The folders of the parts of a model that mflux saved at `place`; none if it is no such folder."""
+    if (place / INDEX).is_file():
+        return []
+    return [place / name for name in LAYOUT if _is_saved(place / name)]
+
+
+def said_of(place: Path) -> dict[str, str]:
+    """What a folder says of the model in it beside its weights; nothing if it is none of mflux."""
+    if not (place / _RECORD).is_file():
+        return {}
+    values = read_json(place / _RECORD)
+    return {name: values[name] for name in _NAMES if isinstance(values.get(name), str)}
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether the files of a part are mflux's; an index that can't be read is none."""
+    try:
+        metadata = read_json(folder / _FILES).get("metadata")
+    except CheckpointError:
+        return False
+    return isinstance(metadata, dict) and "mflux_version" in metadata
