@@ -5,9 +5,9 @@ same methods: `delta(x)`, what the layer's output changes by, `[..., in]` to `[.
 `weight(rows)`, those rows of ΔW in float32; `shape`, `[out, in]`; and `nbytes`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -20,12 +20,26 @@ _SLICE = 4 * 1024 * 1024
 _SHORTEST = 1e-12  # row of a weight, which has no direction
 
 
+@dataclass(frozen=True, eq=False)
 class _Factors:
     """What all forms have; their fields are arrays, pairs of arrays, and `scale`."""
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in _arrays(self))
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def outputs(self) -> int:
+        return self.shape[0]  # type: ignore[attr-defined]  # of all but a bias, which has its own
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of them, those of pairs and of what it holds included."""
+        return _arrays(self)
+
+    def cast(self, dtype: mx.Dtype) -> Self:
+        """The same with arrays of `dtype`."""
+        return replace(self, **{field.name: _cast(getattr(self, field.name), dtype) for field in fields(self)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,16 +155,32 @@ class Decomposed(_Factors):
     def shape(self) -> tuple[int, int]:
         return self.change.shape
 
+    def cast(self, dtype: mx.Dtype) -> Self:
+        """The same with the factors of the change in `dtype`. What is rounded of a magnitude is an error of all of a
+        row, in proportion to the whole weight."""
+        return replace(self, change=self.change.cast(dtype))
+
+    @property
+    def by_row(self) -> bool:
+        return self.magnitude.shape[1] == 1
+
     def weight(self, base: mx.array) -> mx.array:
         """What it changes of the layer's own float32 weight `[out, in]`."""
-        changed = base + self.change.weight()
-        return self.magnitude / self.norm(base) * changed - base
+        return self.ratio(lambda rows: base[rows]) * (base + self.change.weight()) - base
 
-    def norm(self, base: mx.array) -> mx.array:
-        """The lengths of the rows, or columns, that `magnitude` takes the place of, of its shape."""
-        axis = 1 if self.magnitude.shape[1] == 1 else 0
-        changed = base + self.change.weight()
-        return mx.maximum(mx.linalg.norm(changed, axis=axis, keepdims=True), _SHORTEST)
+    def ratio(self, base: Callable[[slice], mx.array]) -> mx.array:
+        """What W + ΔW is multiplied by, float32 of the shape of `magnitude`, evaluated. `base` gives rows of W."""
+        outputs, inputs = self.shape
+        step, squares = max(1, _SLICE // inputs), []
+        for row in range(0, outputs, step):
+            rows = slice(row, row + step)
+            changed = mx.square(base(rows) + self.change.weight(rows))
+            squares.append(changed.sum(axis=int(self.by_row), keepdims=True))
+            mx.eval(squares[-1])  # or all rows would be made at one time
+        lengths = mx.sqrt(mx.concatenate(squares) if self.by_row else sum(squares[1:], squares[0]))
+        ratio = _float32(self.magnitude) / mx.maximum(lengths, _SHORTEST)
+        mx.eval(ratio)
+        return ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,13 +190,27 @@ class BiasDifference(_Factors):
     difference: mx.array
     scale: float = 1.0
 
+    @property
+    def outputs(self) -> int:
+        return len(self.difference)
 
-@dataclass(frozen=True)
+    def delta(self, x: mx.array) -> mx.array:
+        """`[out]`, whatever `x` is."""
+        return (self.scale * _float32(self.difference)).astype(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class Placed:
     """A change of the `rows` of a layer's weight; None: of all."""
 
     change: Delta | Decomposed | BiasDifference
     rows: slice | None = None
+
+    @property
+    def span(self) -> slice:
+        """The rows, from the first to behind the last."""
+        start = 0 if self.rows is None else self.rows.start or 0
+        return slice(start, start + self.change.outputs)
 
 
 Layers = Mapping[str, tuple[Placed, ...]]
@@ -189,6 +233,19 @@ class Adapter:
     source: str = ""
     sha256: str = ""
 
+    def cast(self, dtypes: Callable[[str], mx.Dtype]) -> "Adapter":
+        """The same as each network, by its name, computes."""
+        return replace(self, layers={name: _cast_layers(layers, dtypes(name)) for name, layers in self.layers.items()})
+
+    def misfits(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:
+        """What of it does not fit layers of these weight `shapes`, by network and layer, a line each."""
+        return [
+            f"{network}.{layer} {found}"
+            for network, layers in self.layers.items()
+            for layer, changes in layers.items()
+            if (found := _misfit(changes, shapes.get(network, {}).get(layer)))
+        ]
+
 
 def tucker(core: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
     """The pair of matrices for LyCORIS' `core` `[r, r]` between `a` `[r, out]` and `b` `[r, in]`: aᵀ @ core @ b."""
@@ -200,7 +257,7 @@ def folded(weight: mx.array, changes: Sequence[Placed], strength: float = 1.0) -
     base = _float32(weight)
     whole = mx.array(base)
     for placed in changes:
-        rows, change = placed.rows or ALL, placed.change
+        rows, change = placed.span, placed.change
         if isinstance(change, Decomposed):
             whole[rows] += strength * change.weight(base[rows])
         elif not isinstance(change, BiasDifference):
@@ -208,12 +265,41 @@ def folded(weight: mx.array, changes: Sequence[Placed], strength: float = 1.0) -
     return whole
 
 
+def _cast_layers(layers: Layers, dtype: mx.Dtype) -> Layers:
+    return {
+        name: tuple(replace(placed, change=placed.change.cast(dtype)) for placed in changes)
+        for name, changes in layers.items()
+    }
+
+
+def _misfit(changes: Sequence[Placed], shape: tuple[int, ...] | None) -> str:
+    """What is wrong with changes of a layer whose weight has this `shape`; None: there is none. Nothing: ''."""
+    if shape is None or len(shape) != 2:
+        return "is no linear layer of the model"
+    for placed in changes:
+        start, stop, _ = (placed.rows or ALL).indices(shape[0])
+        change, fitting = placed.change, (stop - start, shape[1])
+        found = (change.outputs, shape[1]) if isinstance(change, BiasDifference) else change.shape
+        if found != fitting:
+            return f"is {list(found)} in the adapter, {list(fitting)} in the model"
+        if isinstance(change, Decomposed) and change.magnitude.shape not in ((found[0], 1), (1, found[1])):
+            return f"has magnitudes {list(change.magnitude.shape)}, not {[found[0], 1]} or {[1, found[1]]}"
+    return ""
+
+
+def _cast(value: Any, dtype: mx.Dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(part, dtype) for part in value)
+    if isinstance(value, _Factors):
+        return value.cast(dtype)
+    return value.astype(dtype) if isinstance(value, mx.array) else value
+
+
 def _arrays(value: Any) -> list[mx.array]:
-    """All arrays of a form, those of pairs and of what it holds included."""
     if isinstance(value, mx.array):
         return [value]
     if isinstance(value, _Factors):
-        value = tuple(getattr(value, field.name) for field in fields(value))  # type: ignore[arg-type]
+        value = tuple(getattr(value, field.name) for field in fields(value))
     return [array for part in value for array in _arrays(part)] if isinstance(value, tuple) else []
 
 
