@@ -324,7 +324,8 @@ def _through(x: mx.array, factor: Factor) -> mx.array:
 
 
 def _project(x: mx.array, weight: mx.array) -> mx.array:
-    return x @ weight.astype(x.dtype).T
+    """What is beyond float16 is put at its end, as infinities would add up to what is no number."""
+    return cast(x @ weight.astype(x.dtype).T, x.dtype)
 
 
 def _times(x: mx.array, scale: float) -> mx.array:
