@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .config import VAEConfig
 from .errors import InputError
 from .images import flattened, open_hashed
 from .request import Request
@@ -223,9 +224,9 @@ def seeds(seed: Any, generator: Any, prompts: int, images_per_prompt: Any) -> An
     return [one.initial_seed() for one in generators]
 
 
-def draw(generator: Any, request: Request, channels: int, size: int) -> None:
+def draw(generator: Any, request: Request, vae: VAEConfig) -> None:
     """Draw an image's noise from each of PyTorch's generators."""
-    shape = (channels, request.height // size, request.width // size)
+    shape = (vae.token_channels, request.height // vae.token_size, request.width // vae.token_size)
     for one in generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]:
         sys.modules["torch"].randn(shape, generator=one)
 

@@ -2,15 +2,14 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from . import arguments
 from .advice import check_possible
 from .base_pipeline import BasePipeline
+from .calls import Pictures, Prompts, beyond, listener
 from .checkpoint import Checkpoint
 from .device import activation_dtype, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
@@ -22,7 +21,7 @@ from .progress_bar import acquisition_bars, progress_bar
 from .provenance import image_settings, sampled
 from .quantization import check_quant
 from .references import Edit
-from .request import Progress, Request, check_guided
+from .request import Request
 from .store import FirstUse, find_checkpoint, get_variant, models_folder
 from .unfinished import Unfinished
 
@@ -78,22 +77,10 @@ class Flux2Pipeline(BasePipeline):
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
         """
-        if not isinstance(models_dir, str | os.PathLike | None):
-            raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
-        computed_in = arguments.dtype_name(dtype, torch_dtype)
-        activation_dtype(computed_in), memory_bytes(memory_limit)  # InputError if there are none of these
         arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
         arguments.kinds(keep_source=(keep_source, bool), keep=(keep, bool))
-        for setting in (quant, text_quant):
-            if setting is not None:
-                arguments.kinds(quant=(setting, str))
-                check_quant(setting)
-        if variant in ("fp16", "bf16", "fp32"):
-            raise InputError(
-                f"leave out variant={variant!r}: here it names a model, and weights of any precision are read"
-            )
-        if variant is not None:
-            get_variant(variant)
+        computed_in = arguments.dtype_name(dtype, torch_dtype)
+        _check_opening(variant, quant, text_quant, computed_in, models_dir, memory_limit)
 
         def check(checkpoint: Checkpoint) -> None:
             networks = Networks.open(
@@ -235,105 +222,60 @@ class Flux2Pipeline(BasePipeline):
         until then as its attribute `partial_output`, a `Flux2Output`; without any there is no such attribute.
         """
         text = self.checkpoint.components["text_encoder"].config
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise InputError(f"callback_on_step_end must be a function, got {callback_on_step_end!r:.40}")
         arguments.kinds(return_dict=(return_dict, bool))
         arguments.check_diffusers(
             callback_on_step_end_tensor_inputs, attention_kwargs, text_encoder_out_layers, text.out_layers
         )
         prompt, image = arguments.in_order(prompt, image)
-        if (prompt is None) == (prompt_embeds is None):
-            raise InputError("give either prompt or prompt_embeds")
-        if prompt_embeds is None:
-            prompts = arguments.texts("prompt", prompt)
-        else:
-            prompt_embeds = arguments.embeds("prompt_embeds", prompt_embeds, text.output_size)
-            prompts = [""] * len(prompt_embeds)
-        if negative_prompt_embeds is not None:
-            if negative_prompt is not None:
-                raise InputError("give either negative_prompt or negative_prompt_embeds")
-            check_guided(self.variant, "negative prompt")
-            negatives = arguments.embeds("negative_prompt_embeds", negative_prompt_embeds, text.output_size)
-            negative_prompt_embeds = arguments.for_each(prompts, negatives)
-        images, origins = arguments.pictures("image", image)
-        masks, mask_origins = arguments.pictures("mask_image", mask_image, "black")
-        if len(masks) > 1:
-            raise InputError(f"{len(masks)} masks are too many; give one, of the size of the first image")
-        edit = self.edit(
-            images,
-            mask=masks[0] if masks else None,
-            on_canvas=strength is not None,
-            mask_crop=padding_mask_crop,
-            match_colors=match_colors,
-        )
-        if match_colors and output_type != "pil":
-            raise InputError(
-                f"colours are matched in finished images; write output_type='pil', not {output_type!r:.40}"
-            )
+        given = Prompts.checked(self.checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        pictures = Pictures.opened(image, mask_image)
+        edit = pictures.edit(self.token_size, strength, padding_mask_crop, match_colors, output_type)
         request = self.request(
-            prompts,
+            given.texts,
             edit=edit,
             height=height,
             width=width,
             strength=strength,
             steps=num_inference_steps,
             guidance=guidance_scale,
-            seed=arguments.seeds(seed, generator, len(prompts), num_images_per_prompt),
+            seed=arguments.seeds(seed, generator, len(given.texts), num_images_per_prompt),
             images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
             sigmas=sigmas,
             negative_prompt=negative_prompt,
         )
+        output = self._made(request, edit, given, latents, output_type, callback_on_step_end)
+        arguments.draw(generator, request, self.checkpoint.model.vae)
+        edited = pictures.settings(strength, padding_mask_crop, match_colors)
+        unsaid = beyond(
+            latents, prompt_embeds, negative_prompt_embeds, sigmas, max_sequence_length, callback_on_step_end
+        )
+        output.settings = [self._settings(request, edit, place, edited, unsaid) for place in range(len(request.seeds))]
+        return output if return_dict else (output.images,)
 
-        def on_progress(progress: Progress) -> mx.array | None:
-            if progress.step is None:
-                return None
-            show(progress.done, progress.total)
-            if callback_on_step_end is None:
-                return None
-            step = progress.step
-            returned = callback_on_step_end(self, step.number - 1, 1000 * step.from_sigma, {"latents": step.tokens})
-            if not isinstance(returned, Mapping | None):
-                raise InputError(f"a callback returned {type(returned).__name__}; give a dictionary of latents or None")
-            return (returned or {}).get("latents")
-
+    def _made(
+        self, request: Request, edit: Edit, given: Prompts, latents: Any, output_type: str, callback: Any
+    ) -> Flux2Output:
+        """The images of a call, under a bar of its steps."""
         with progress_bar(**self._bar) as show:
-            output = self.run(
+            return self.run(
                 request,
                 edit,
                 latents=latents,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
+                prompt_embeds=given.embeds,
+                negative_prompt_embeds=given.negative_embeds,
                 output_type=output_type,
-                on_progress=on_progress,
-                resume=callback_on_step_end is None,
+                on_progress=listener(self, callback, show),
+                resume=callback is None,
             )
-        arguments.draw(
-            generator, request, self.checkpoint.components["transformer"].config.in_channels, self.token_size
-        )
-        edited: dict[str, Any] | None = None
-        if images:
-            mask = mask_origins[0] if mask_origins else None
-            edited = {"images": origins, "strength": strength, "mask": mask, "mask_crop": padding_mask_crop}
-            edited |= {"extend": None, "match_colors": match_colors}
-        unsaid = {
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "sigmas": sigmas,
-            "max_sequence_length": max_sequence_length,
-            "callback_on_step_end": callback_on_step_end,
-        }
-        beyond = [name for name, value in unsaid.items() if value is not None]
-        output.settings = [
-            self._settings(request, edit, place, edited=edited, beyond=beyond) for place in range(len(request.seeds))
-        ]
-        return output if return_dict else (output.images,)
 
-    def _settings(self, request: Request, edit: Edit, place: int, **given: Any) -> dict[str, Any]:
-        """What the image at a `place` of a run remembers; `given` are `edited` and `beyond` of `image_settings`."""
+    def _settings(
+        self, request: Request, edit: Edit, place: int, edited: dict[str, Any] | None, unsaid: list[str]
+    ) -> dict[str, Any]:
+        """What the image at a `place` of a run remembers."""
         number = place // request.images_per_prompt
-        prompt, negative = request.prompts[number], "".join(request.negative_prompts[number:][:1])
+        prompt = request.prompts[number]
+        negative = "".join(request.negative_prompts[number:][:1])
         return image_settings(
             self.networks,
             model=Path(self.name).name if os.path.isdir(self.name) else self.name,
@@ -341,8 +283,27 @@ class Flux2Pipeline(BasePipeline):
             text=prompt,
             settings=sampled(request, edit) | ({"negative_prompt": negative} if negative else {}),
             seed=request.seeds[place],
-            **given,
+            edited=edited,
+            beyond=unsaid,
         )
+
+
+def _check_opening(
+    variant: str | None, quant: Any, text_quant: Any, dtype: str | None, models_dir: Any, memory_limit: Any
+) -> None:
+    """Raise InputError if a setting of `from_pretrained` is wrong, before anything is fetched."""
+    if not isinstance(models_dir, str | os.PathLike | None):
+        raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
+    activation_dtype(dtype)
+    memory_bytes(memory_limit)
+    for setting in (quant, text_quant):
+        if setting is not None:
+            arguments.kinds(quant=(setting, str))
+            check_quant(setting)
+    if variant in ("fp16", "bf16", "fp32"):
+        raise InputError(f"leave out variant={variant!r}: here it names a model, and weights of any precision are read")
+    if variant is not None:
+        get_variant(variant)
 
 
 def _announce(use: FirstUse) -> None:

@@ -65,7 +65,7 @@ class Run:
 
     def __post_init__(self) -> None:
         networks = self.networks
-        self._meter = Meter(self.output.timings, self.planned, networks.reading, networks.kept_bytes)
+        self._meter = Meter(self.output.timings, self.planned, networks.reading, networks.planned_bytes)
         self._components = self.networks.checkpoint.components
         self._variant = self.networks.checkpoint.variant
         self._denoised: dict[int, mx.array] = {}  # tokens `[L, C]` of images that wait for their decoding

@@ -166,7 +166,7 @@ class Writer:
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
         with turn(), failures(_SMALLER), self.networks.keeping(planned) as planned:
-            meter = Meter(self.timings, planned, self.networks.reading, self.networks.kept_bytes)
+            meter = Meter(self.timings, planned, self.networks.reading, self.networks.planned_bytes)
             features = {}
             if pictures:
                 with meter.phase("vision_tower"):

@@ -30,12 +30,12 @@ STOREYS = {
     ),
     "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "branches"),
     "models": (
-        "components", "quantization", "checkpoint", "memory", "streaming", "networks", "verification", "convert",
+        "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks", "verification", "convert",
         "embedding_cache", "store",
     ),
     "runs": (
         "request", "output", "sampling", "metering", "advice", "arguments", "latents", "unfinished", "upsampling",
-        "provenance", "run", "diffusers_methods", "progress_bar", "base_pipeline", "pipeline",
+        "provenance", "run", "diffusers_methods", "progress_bar", "base_pipeline", "calls", "pipeline",
     ),
     "faces": ("doctor", "cli", "__main__"),
 }  # fmt: skip

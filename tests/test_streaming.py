@@ -19,9 +19,9 @@ from flux2_mlx import Flux2Pipeline, InputError, streaming
 from flux2_mlx.advice import checked_plan, workload
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.footprints import footprint
 from flux2_mlx.loading import module_tensors
 from flux2_mlx.memory import Footprint
-from flux2_mlx.networks import footprint
 from flux2_mlx.streaming import Reading, load_streamed
 from flux2_mlx.weights import READER
 
@@ -341,7 +341,7 @@ def test_what_is_beside_layers_is_planned_to_stay(official, quant, tmp_path):
     component = replace(plain, adapters=Factors(plain))
     adapted = networks.checkpoint.components | {"transformer": component}
     bare, size = (
-        replace(networks, checkpoint=replace(networks.checkpoint, components=components))._footprint("transformer")
+        replace(networks, checkpoint=replace(networks.checkpoint, components=components))._footprints["transformer"]
         for components in (networks.checkpoint.components, adapted)
     )
     assert size == replace(bare, rest=bare.rest + component.adapters.nbytes)

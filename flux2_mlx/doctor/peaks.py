@@ -12,10 +12,10 @@ from .. import layers
 from ..checkpoint import Component
 from ..config import VARIANTS, TransformerConfig, VAEConfig
 from ..device import device_memory, on_gpu, on_metal
+from ..footprints import footprint
 from ..loading import in_memory
 from ..memory import PhasePlan, Plan
 from ..metering import limits
-from ..networks import footprint
 from ..transformer import TransformerCost, image_ids, rope_table, text_ids
 from ..vae import VAECost
 from . import speed

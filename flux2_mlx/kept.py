@@ -1,0 +1,124 @@
+"""Networks that stay in memory after their phase, and what the runs that are going on hold there."""
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .memory import Plan
+
+
+class Kept:
+    """The networks of one pipeline that stay in memory, as the plan of its run allows."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, nn.Module] = {}
+        self._allowed: tuple[str, ...] = ()  # by the plan of the run that is going on
+
+    def get(self, name: str) -> nn.Module | None:
+        return self._modules.get(name)
+
+    def offer(self, name: str, module: nn.Module) -> None:
+        if name in self._allowed:
+            self._modules[name] = module
+
+    def may_stay(self, name: str) -> bool:
+        """Whether a network may be kept by the next run. One within another, which a callback makes, keeps no more
+        than what that one has planned with."""
+        return not _RUNS.going_on or name in self._allowed or name in self._modules
+
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        """The networks that a run which is going on keeps, and another one within it uses with it."""
+        return self.names if self in _RUNS.going_on else ()
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether a run is going on within another one of the same pipeline."""
+        return _RUNS.going_on.count(self) > 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._modules)
+
+    @property
+    def nbytes(self) -> int:
+        modules = list(self._modules.values())
+        return sum(array.nbytes for module in modules for array in dict(tree_flatten(module.parameters())).values())
+
+    @contextmanager
+    def during(self, planned: Plan) -> Iterator[None]:
+        """A run in which nothing but what is planned to be kept is."""
+        self._make_room(planned)
+        _PIPELINES.add(self)
+        around = self._allowed
+        self._allowed = planned.kept
+        try:
+            with _RUNS.another(self):
+                yield
+        finally:
+            self._allowed = around
+
+    def _make_room(self, planned: Plan) -> None:
+        """Give back what does not fit beside a run, first of this pipeline and then of others, but nothing in use."""
+        if self not in _RUNS.going_on:
+            self._drop([name for name in self._modules if name not in planned.kept])
+        others = [kept for kept in idle() if kept is not self]
+        if planned.peak_memory + sum(kept.nbytes for kept in others) > planned.limit:
+            for kept in others:
+                kept.clear()
+
+    def clear(self) -> None:
+        self._allowed = ()
+        self._drop(list(self._modules))
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            self._modules.pop(name, None)
+        if names:
+            gc.collect()
+            mx.clear_cache()
+
+
+class _Runs(threading.local):
+    """The runs of a thread that are `going_on`, each within the one before. Only who has the turn has any."""
+
+    def __init__(self) -> None:
+        self.going_on: list[Kept] = []
+        self._before = 0  # bytes that were in memory when the first one began, but for what any pipeline kept
+
+    @contextmanager
+    def another(self, kept: Kept) -> Iterator[None]:
+        if not self.going_on:
+            self._before = mx.get_active_memory() - sum(kept.nbytes for kept in _PIPELINES)
+        self.going_on.append(kept)
+        try:
+            yield
+        finally:
+            self.going_on.pop()
+
+    @property
+    def nbytes(self) -> int:
+        """What they hold in memory."""
+        if not self.going_on:
+            return 0
+        return max(0, mx.get_active_memory() - self._before - sum(kept.nbytes for kept in idle()))
+
+
+_RUNS = _Runs()
+_PIPELINES: WeakSet[Kept] = WeakSet()  # whoever has the turn may look at what they keep
+
+
+def idle() -> list[Kept]:
+    """What is kept by pipelines that have no run going on."""
+    return [kept for kept in _PIPELINES if kept not in _RUNS.going_on]
+
+
+def held() -> int:
+    """Bytes of memory that the runs hold in which the next one of this thread is made, by a callback; 0 by itself."""
+    return _RUNS.nbytes
