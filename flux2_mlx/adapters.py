@@ -237,15 +237,6 @@ class Adapter:
         """The same as each network, by its name, computes."""
         return replace(self, layers={name: _cast_layers(layers, dtypes(name)) for name, layers in self.layers.items()})
 
-    def misfits(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:
-        """What of it does not fit layers of these weight `shapes`, by network and layer, a line each."""
-        return [
-            f"{network}.{layer} {found}"
-            for network, layers in self.layers.items()
-            for layer, changes in layers.items()
-            if (found := _misfit(changes, shapes.get(network, {}).get(layer)))
-        ]
-
 
 def tucker(core: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
     """The pair of matrices for LyCORIS' `core` `[r, r]` between `a` `[r, out]` and `b` `[r, in]`: aᵀ @ core @ b."""
@@ -270,21 +261,6 @@ def _cast_layers(layers: Layers, dtype: mx.Dtype) -> Layers:
         name: tuple(replace(placed, change=placed.change.cast(dtype)) for placed in changes)
         for name, changes in layers.items()
     }
-
-
-def _misfit(changes: Sequence[Placed], shape: tuple[int, ...] | None) -> str:
-    """What is wrong with changes of a layer whose weight has this `shape`; None: there is none. Nothing: ''."""
-    if shape is None or len(shape) != 2:
-        return "is no linear layer of the model"
-    for placed in changes:
-        start, stop, _ = (placed.rows or ALL).indices(shape[0])
-        change, fitting = placed.change, (stop - start, shape[1])
-        found = (change.outputs, shape[1]) if isinstance(change, BiasDifference) else change.shape
-        if found != fitting:
-            return f"is {list(found)} in the adapter, {list(fitting)} in the model"
-        if isinstance(change, Decomposed) and change.magnitude.shape not in ((found[0], 1), (1, found[1])):
-            return f"has magnitudes {list(change.magnitude.shape)}, not {[found[0], 1]} or {[1, found[1]]}"
-    return ""
 
 
 def _cast(value: Any, dtype: mx.Dtype) -> Any:

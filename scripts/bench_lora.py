@@ -3,9 +3,9 @@
     python scripts/bench_lora.py --ranks 16 32 --times 9
 
 Random weights at the width of klein-4b with fewer blocks. The steps take turns in one process, and ratios are taken
-turn by turn, so that a machine that slows down does not distort them; on a CPU of the process' own time. What is printed of each adapter: the median ratio
-and the quartiles, the bytes of its factors, and those that the peak of a step rises by. `+` adds one to those before:
-`--ranks 16 16+16` is one of rank 16, and two at once.
+turn by turn, so that a machine that slows down does not distort them; on a CPU of the process' own time. What is
+printed of each adapter: the median ratio and the quartiles, the bytes of its factors, and those that the peak of a step
+rises by. `--ranks 16 16+16` is one of rank 16, and two of them at once.
 """
 
 import argparse

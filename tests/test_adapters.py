@@ -1,6 +1,5 @@
 """Forms of adapters: what they add to a layer is what their definition says."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -145,26 +144,3 @@ def test_an_adapter_is_cast_as_its_networks_compute():
     assert cast.layers["transformer"]["img_in"][0].change.down.dtype == mx.float16
     assert cast.layers["text_encoder"]["x"][0].change.up.dtype == mx.bfloat16
     assert replace(cast, layers={}) == replace(adapter, layers={})
-
-
-@pytest.mark.parametrize(
-    ("changes", "wrong"),
-    [
-        ([Placed(LOW)], ""),
-        ([Placed(LOW, slice(0, 20)), Placed(BiasDifference(mx.ones(20)))], ""),
-        ([Placed(BiasDifference(mx.ones(19)))], "is [19, 12] in the adapter, [20, 12] in the model"),
-        ([Placed(LOW), Placed(LOW, slice(0, 10))], "is [20, 12] in the adapter, [10, 12] in the model"),
-        ([Placed(LOW, slice(10, 30))], "is [20, 12] in the adapter, [10, 12] in the model"),
-        ([Placed(LowRank(A, B))], "is [2, 2] in the adapter, [20, 12] in the model"),
-        ([Placed(Decomposed(LOW, mx.ones((12, 1))))], "has magnitudes [12, 1], not [20, 1] or [1, 12]"),
-    ],
-)
-def test_what_does_not_fit_is_told(changes: Sequence[Placed], wrong: str):
-    adapter = Adapter("a", {"transformer": {"img_in": tuple(changes)}})
-    assert adapter.misfits({"transformer": {"img_in": (20, 12)}}) == ([f"transformer.img_in {wrong}"] if wrong else [])
-
-
-@pytest.mark.parametrize("shapes", [{}, {"transformer": {"img_in": (20,)}}, {"transformer": {"txt_in": (20, 12)}}])
-def test_layers_that_there_are_none_of_are_told(shapes):
-    adapter = Adapter("a", {"transformer": {"img_in": (Placed(LOW),)}})
-    assert adapter.misfits(shapes) == ["transformer.img_in is no linear layer of the model"]

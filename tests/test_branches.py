@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.adapters import kronecker, linear_shapes, low_rank, merged, on_all
+from helpers.branches import kronecker, linear_shapes, low_rank, merged, on_all
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 from helpers.mlx_state import randomized
 from mlx.utils import tree_flatten, tree_map

@@ -30,8 +30,8 @@ STOREYS = {
     ),
     "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "branches"),
     "models": (
-        "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks", "verification", "convert",
-        "embedding_cache", "store",
+        "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks",
+        "verification", "convert", "embedding_cache", "store",
     ),
     "runs": (
         "request", "output", "sampling", "metering", "advice", "arguments", "latents", "unfinished", "upsampling",
