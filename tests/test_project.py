@@ -28,7 +28,7 @@ STOREYS = {
         "files", "exclusion", "settings", "weights", "staging", "images", "image_names", "colors", "references", "hub",
         "demo",
     ),
-    "networks": ("layers", "loading", "transformer", "vae", "text"),
+    "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "branches"),
     "models": (
         "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks",
         "verification", "convert", "embedding_cache", "store",

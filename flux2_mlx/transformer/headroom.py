@@ -20,6 +20,11 @@ def unit(dtype: mx.Dtype) -> int:
     return UNIT if dtype == mx.float16 else 1
 
 
+def output_unit(layer: str, dtype: mx.Dtype) -> int:
+    """What 1 stands for in the output of the layer of this name: those that add to the stream are given units."""
+    return unit(dtype) if layer.endswith((".proj", "_mlp.2", ".linear2")) else 1
+
+
 def clipped(x: mx.array) -> mx.array:
     """`x` without the infinities that a projection may give."""
     return clip_float16(x) if x.dtype == mx.float16 else x

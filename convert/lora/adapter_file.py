@@ -1,0 +1,270 @@
+"""An adapter's file as its header tells it: what it is, which model it is for, and what becomes of each tensor."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import file_digest
+from pathlib import Path
+
+from flux2_mlx.adapters import Adapter, Layers, Placed
+from flux2_mlx.config import VARIANTS, Config
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.hub_cache import PICKLES
+from flux2_mlx.weights import Files, TensorInfo, evaluated, open_model_file, raise_problems, read_json
+
+from ..geometry import choose, titles
+from ..naming import check_size
+from ..strangers import FLUX1, adapter
+from .changes import changes
+from .keys import Module, modules
+from .others import other_model
+from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
+from .settings import PEFT_CONFIG, Settings, settings
+from .shapes import Factors
+
+_USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_SUFFIX = ".safetensors"
+_NO_LAYER = "no layer that can be adapted"
+_UNREAD = "a layer of the text encoder whose states no image is made of"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file of an adapter is. Nothing but its header has been read.
+
+    Attributes:
+        path: the file.
+        said: what it says of itself.
+        modules: those that change a layer of FLUX.2, by their names there.
+        places: which layer of ours each of them is.
+        unknown: all other tensors.
+    """
+
+    path: Path
+    said: Settings
+    modules: Mapping[str, Module]
+    places: Mapping[str, Place]
+    unknown: tuple[str, ...]
+    files: Files
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`LoRA`, `LoKr`, `LoHa`, `full difference`, and `DoRA` where magnitudes are changed too; mostly one."""
+        kinds = dict.fromkeys(module.kind for module in self.modules.values() if module.kind)
+        return (*kinds, *(["DoRA"] if any("magnitude" in x.keys for x in self.modules.values()) else []))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Those of all modules, each once, the smallest first."""
+        return tuple(sorted({factors.rank for factors in self._factors.values() if factors.rank is not None}))
+
+    @cached_property
+    def naming(self) -> str:
+        """Who names layers so: `diffusers`, `the original release`, or `kohya`, which has underscores for dots."""
+        found = adapter(self.files.infos)
+        return "kohya" if all("." not in x for x in self.modules) else found.naming if found else "the original release"
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """The models of the table that have all of its layers."""
+        rows = VARIANTS.items()
+        geometries = {name: {TRANSFORMER: row.transformer, TEXT: row.text} for name, row in rows}
+        return tuple(name for name, configs in geometries.items() if not self._misfits(configs))
+
+    @cached_property
+    def trained_on(self) -> str | None:
+        """The model of the table that its trainer names, where that is one of `models`; None: it names none."""
+        hints = (*self.said.bases, *titles({}, self.path.name))
+        try:
+            return choose([VARIANTS[name] for name in self.models], hints, None, "").name
+        except CheckpointError:
+            return None
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the whole file."""
+        with open_model_file(self.path) as file:
+            return file_digest(file, "sha256").hexdigest()
+
+    def check(self, configs: Mapping[str, Config], model: str) -> None:
+        """CheckpointError unless every layer is one of networks of these geometries, which are those of `model`."""
+        if not (misfits := self._misfits(configs)):
+            return
+        is_flux1 = (found := adapter(self.files.infos)) is not None and FLUX1 in found.models
+        others = [name for name in self.models if name != model] or ([FLUX1] if is_flux1 else [])
+        if others:
+            raise CheckpointError(
+                f"{self.path} is a {self._kind} for {' or '.join(others)}, so it can't be used with {model}"
+            )
+        raise_problems(f"{self.path} is a {self._kind} of another model than {model}", misfits)
+
+    def fates(self, configs: Mapping[str, Config]) -> dict[str, str]:
+        """What becomes of each tensor: the layer of ours that it changes, or why it is not used, in brackets."""
+        fates = dict.fromkeys(self.files.infos, f"({_NO_LAYER})")
+        for name, module in self.modules.items():
+            told = str(self.places[name]) if self._is_used(name, configs) else f"({_UNREAD})"
+            fates |= dict.fromkeys(module.keys.values(), told)
+        return fates
+
+    def notes(self, configs: Mapping[str, Config], model: str) -> list[str]:
+        """What a user should know who uses it with `model`: a sentence each, without a full stop."""
+        unread = [module for name, module in self.modules.items() if not self._is_used(name, configs)]
+        notes = [f"it has {_listed(self.unknown)}, which belong to {_NO_LAYER}"] if self.unknown else []
+        if unread:
+            keys = [key for module in unread for key in module.keys.values()]
+            notes.append(f"it has {_listed(keys)}, of layers of the text encoder whose states no image is made of")
+        if self.trained_on and self.trained_on != model:
+            notes.append(f"it was trained on {self.trained_on}")
+        return notes
+
+    def load(self, configs: Mapping[str, Config], name: str, source: str = "") -> Adapter:
+        """Read it.
+
+        Args:
+            configs: the geometries of the networks that it is for, which `check` has seen.
+            name: what the adapter is to be called.
+            source: as it was asked for.
+
+        Raises:
+            CheckpointError: values that are not finite, a config that says another rank, or a file that has changed.
+        """
+        layers: dict[str, dict[str, tuple[Placed, ...]]] = {}
+        for module, found in self._read([name for name in self.modules if self._is_used(name, configs)]):
+            where = self.places[module]
+            placed = layers.setdefault(where.network, {}).setdefault(where.layer, ())
+            layers[where.network][where.layer] = (*placed, *found)
+        frozen: dict[str, Layers] = {**layers}
+        return Adapter(name, frozen, source or str(self.path), self.sha256)
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, list[Placed]]]:
+        """The changes of each of these modules."""
+        names = list(names)
+        arrays = evaluated(self.files.read([key for name in names for key in self.modules[name].keys.values()]))
+        for name in names:
+            factors, where = self._factors[name], self.places[name]
+            found = {role: next(arrays) for role in self.modules[name].keys}
+            try:
+                made = changes(factors, self.said.strengths[where.network], found, is_swapped=where.is_swapped)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.path}: {error}") from error
+            rows = where.rows(factors.outputs)
+            yield name, [Placed(x, rows) for x in made]
+
+    @cached_property
+    def _factors(self) -> dict[str, Factors]:
+        return {name: Factors(module, self.files.infos) for name, module in self.modules.items()}
+
+    @property
+    def _kind(self) -> str:
+        return " and ".join(self.kinds) or "change of biases"
+
+    def _is_used(self, name: str, configs: Mapping[str, Config]) -> bool:
+        where = self.places[name]
+        return where.network in configs and where.layer in layer_shapes(where.network, configs[where.network])
+
+    def _misfits(self, configs: Mapping[str, Config]) -> list[str]:
+        """A line for each module that networks of these geometries have no such layer for."""
+        lines = []
+        for name, where in self.places.items():
+            want = where.shape(configs)
+            have = self._factors[name].outputs, self._factors[name].inputs
+            if want is None and where.network == TEXT:  # which has been cut after the layers that are needed
+                want = _first(where).shape(configs) or have
+            if want is None:
+                lines.append(f"{name} is of no layer that it has")
+            elif have[0] != want[0] or have[1] not in (want[1], None):
+                lines.append(f"{name} is for a layer of {list(have)} instead of {list(want)}")
+        return lines
+
+
+def read_adapter(source: Path, weight_name: str | None = None) -> AdapterFile:
+    """What the adapter in a file, or in a folder that holds one, is. Nothing but headers is read.
+
+    Args:
+        source: a safetensors file, or a folder as PEFT and diffusers save adapters.
+        weight_name: the file's name in the folder, where it holds several.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is none for FLUX.2; what it is is said if it is known.
+    """
+    path = _file(source, weight_name)
+    files = Files([path])
+    check_size(files.infos, str(path))
+    beside = path.with_name(PEFT_CONFIG)
+    config = read_json(beside) if path.name == _USUAL[0] and beside.is_file() else None
+    try:
+        found, others = modules(files.infos)
+        places = {name: where for name in found if (where := place(name))}
+        _check_model(files.infos, found, places)
+        _check_understood(others, places)
+        said = settings(files.metadata, config)
+        factors = [Factors(found[name], files.infos) for name in places]
+        for one in factors:
+            one.module.check()
+            one.check()
+        _check_once(places)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    unplaced = [key for name in found if name not in places for key in found[name].keys.values()]
+    return AdapterFile(path, said, {name: found[name] for name in places}, places, (*unplaced, *others), files)
+
+
+def _file(source: Path, weight_name: str | None) -> Path:
+    if source.suffix.lower() in PICKLES or (weight_name or "").lower().endswith(PICKLES):
+        raise CheckpointError(f"{weight_name or source} is a pickle, which could run code; fetch it as {_SUFFIX}")
+    if not source.exists():
+        raise CheckpointError(f"there is no file or folder {source}")
+    if source.is_file():
+        return source
+    if weight_name is not None:
+        if Path(weight_name).is_absolute() or ".." in Path(weight_name).parts or not (source / weight_name).is_file():
+            raise CheckpointError(f"{source} holds no file {weight_name!r}")
+        return source / weight_name
+    found = sorted(path for path in source.glob("*") if path.suffix.lower() == _SUFFIX)
+    usual = [path for path in found if path.name in _USUAL] or found
+    if len(usual) == 1:
+        return usual[0]
+    if not found:
+        pickles = any(path.suffix.lower() in PICKLES for path in source.glob("*"))
+        more = ", only pickles, which could run code" if pickles else ""
+        raise CheckpointError(f"{source} holds no {_SUFFIX} file{more}; give an adapter's file")
+    raise CheckpointError(f"{source} holds several files: {', '.join(x.name for x in found[:4])}; give one of them")
+
+
+def _check_model(infos: Mapping[str, TensorInfo], found: Mapping[str, Module], places: Mapping[str, Place]) -> None:
+    """CheckpointError if modules are of another model, or none is of FLUX.2."""
+    if other := other_model(infos if not found else [name for name in found if name not in places]):
+        raise CheckpointError(f"it is an adapter for {other}; give one for FLUX.2")
+    if not places:
+        first = ", ".join(f"{name:.80}" for name in sorted(infos)[:3])
+        raise CheckpointError(f"it holds no change of a layer of FLUX.2, but {first or 'no tensors'}; give an adapter")
+
+
+def _check_understood(others: Iterable[str], places: Mapping[str, Place]) -> None:
+    """CheckpointError if a tensor whose meaning is not known belongs to a layer that is changed."""
+    for key in others:
+        parts = key.split(".")
+        if any(".".join(parts[:end]) in places for end in range(1, len(parts))):
+            raise CheckpointError(f"{key} is not understood, and belongs to a layer that is changed")
+
+
+def _check_once(places: Mapping[str, Place]) -> None:
+    """CheckpointError if two modules change the same outputs."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name, where in places.items():
+        for other in layers.setdefault((where.network, where.layer), []):
+            if where.overlaps(places[other]):
+                raise CheckpointError(f"{other} and {name} are the same layer in two spellings; remove one of them")
+        layers[where.network, where.layer].append(name)
+
+
+def _first(where: Place) -> Place:
+    """The same of the first layer."""
+    _, _, rest = where.layer.split(".", 2)
+    return Place(where.network, f"layers.0.{rest}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [f"{name:.80}" for name in names]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

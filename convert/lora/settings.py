@@ -1,0 +1,204 @@
+"""What an adapter says of itself beside its tensors: how strong its changes are, who trained it, and on what."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import parse_json
+
+PEFT_CONFIG = "adapter_config.json"
+_DIFFUSERS = "lora_adapter_metadata"
+# Several times what all layers of a model take, and the dataset's tags.
+_MAX_JSON, _MAX_TEXT, _MAX_WORDS = 1_000_000, 500, 20
+_TYPES = ("LORA", "LOKR", "LOHA")
+_TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words", "trigger_phrase", "instance_prompt")
+_TITLES = ("modelspec.title", "ss_output_name", "name")
+# Not `ss_base_model_version`: ai-toolkit calls a base model as its distilled one is called.
+_BASES = ("modelspec.architecture", "base_model", "base_model_name_or_path", "ss_sd_model_name")
+
+
+@dataclass(frozen=True)
+class Strength:
+    """By what the changes of a network are multiplied, as a config of PEFT says it.
+
+    Attributes:
+        rank, alpha: those of all layers but the following; None: not said.
+        ranks, alphas: those of layers whose names end with a pattern.
+        is_root: whether alpha is divided by the root of the rank.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    is_root: bool = False
+
+    def scale(self, module: str, rank: int | None) -> float:
+        """The factor of a module whose factors are of such a rank; None: they are whole matrices.
+
+        Raises:
+            CheckpointError: another rank is said.
+        """
+        said = _matching(self.ranks, module, self.rank)
+        if None not in (said, rank) and said != rank:
+            raise CheckpointError(f"{module} is of rank {rank}, but its config says {said:g}; fetch the adapter again")
+        alpha, rank = _matching(self.alphas, module, self.alpha), rank if rank is not None else said
+        if alpha is None or not rank:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.is_root else rank)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the header of a file, and a config beside it, say.
+
+    Attributes:
+        strengths: by the network.
+        trainer: which program made it, as far as that is known.
+        title: what it is called, or None.
+        trigger_words: what a prompt needs for it, as far as its trainer wrote it.
+        bases: what it was trained on, in the words of its trainer; empty if not said.
+    """
+
+    strengths: Mapping[str, Strength]
+    trainer: str | None
+    title: str | None
+    trigger_words: tuple[str, ...]
+    bases: tuple[str, ...]
+
+
+def settings(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> Settings:
+    """What is said.
+
+    Args:
+        metadata: the texts of the file's header.
+        config: what `adapter_config.json` holds, or None.
+
+    Raises:
+        CheckpointError: ranks or factors are said that are no such numbers, or the file is of a kind that is not run.
+    """
+    said = dict(config) if config is not None else _object(metadata, _DIFFUSERS)
+    strengths = {name: _strength(_of_network(said, name)) for name in ("transformer", "text_encoder")}
+    if not said and "lora_alpha" in metadata:
+        plain = Strength(_rank(metadata.get("lora_rank")), _number("lora_alpha", metadata["lora_alpha"]))
+        strengths = dict.fromkeys(strengths, plain)
+    texts = {key: text[:_MAX_TEXT] for key, text in metadata.items()}
+    base = [texts.get(key) or said.get(key) for key in _BASES]
+    return Settings(
+        strengths,
+        _trainer(metadata, said, config),
+        next((texts[key] for key in _TITLES if texts.get(key)), None),
+        tuple(dict.fromkeys(_triggers(metadata)))[:_MAX_WORDS],
+        tuple(text[:_MAX_TEXT] for text in base if isinstance(text, str)),
+    )
+
+
+def _of_network(said: Mapping[str, Any], network: str) -> dict[str, Any]:
+    """The config of one network: its keys begin with its name, or with no name at all."""
+    start = f"{network}."
+    own = {key.removeprefix(start): value for key, value in said.items() if key.startswith(start)}
+    return own or {key: value for key, value in said.items() if "." not in key}
+
+
+def _strength(said: Mapping[str, Any]) -> Strength:
+    kind = said.get("peft_type", _TYPES[0])
+    if kind not in _TYPES:
+        raise CheckpointError(f"it is an adapter of the kind {kind!s:.40}; only LoRA, LoKr and LoHa are run")
+    if said.get("fan_in_fan_out") not in (None, False):
+        raise CheckpointError("its config says fan_in_fan_out, which no layer of FLUX.2 is")
+    alpha = said.get("lora_alpha", said.get("alpha"))
+    return Strength(
+        _rank(said.get("r")),
+        None if alpha is None else _number("lora_alpha", alpha),
+        {pattern: _rank(value) or 0 for pattern, value in _table(said, "rank_pattern").items()},
+        {pattern: _number("alpha_pattern", value) for pattern, value in _table(said, "alpha_pattern").items()},
+        said.get("use_rslora") is True,
+    )
+
+
+def _table(said: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = said.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"its {key} is no table of layers")
+    return {_pieces(pattern, key): x for pattern, x in value.items()}
+
+
+def _pieces(pattern: str, key: str) -> str:
+    """The end of a name that a pattern of PEFT asks for; of its expressions only names are understood."""
+    plain = pattern.removeprefix("^").removesuffix("$").removeprefix(".*").removeprefix("\\.").replace("\\.", ".")
+    if not plain or not all(c.isalnum() or c in "._-" for c in plain):
+        raise CheckpointError(f"its {key} has {pattern[:60]!r}, which is no name of a layer; write each layer's name")
+    return plain.removeprefix(".")
+
+
+def _matching(patterns: Mapping[str, float], module: str, usual: float | None) -> float | None:
+    """The value of the first pattern that a module's name ends with."""
+    if not patterns:
+        return usual
+    parts = module.split(".")
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    found = {end for end in ends if end in patterns}
+    return next((value for pattern, value in patterns.items() if pattern in found), usual) if found else usual
+
+
+def _rank(value: Any) -> int | None:
+    number = None if value is None else _number("rank", value)
+    if number is not None and (number != int(number) or number < 1):
+        raise CheckpointError(f"its config says a rank of {number:g}, which is none")
+    return number if number is None else int(number)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise CheckpointError(f"its {name} is {value!s:.40}, which is no finite number")
+    return number
+
+
+def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """What the JSON of an entry says; CheckpointError if it is no object."""
+    text = metadata.get(key, "{}")
+    try:
+        if len(text) > _MAX_JSON:
+            raise ValueError(f"it has more than {_MAX_JSON} characters")
+        value = parse_json(text.encode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {key} can't be read: {error!s:.200}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"its {key} holds no JSON object")
+    return value
+
+
+def _said(metadata: Mapping[str, str], key: str) -> Any:
+    """What an entry says that nothing depends on; nothing if it can't be read."""
+    try:
+        return _object(metadata, key)
+    except CheckpointError:
+        return {}
+
+
+def _trainer(metadata: Mapping[str, str], said: Mapping[str, Any], config: object) -> str | None:
+    if isinstance(name := _said(metadata, "software").get("name"), str):
+        return name[:_MAX_TEXT]
+    module = metadata.get("ss_network_module", "")
+    for start, name in (("lycoris", "LyCORIS"), ("networks.lora_flux_2", "musubi-tuner"), ("networks.", "kohya")):
+        if module.startswith(start):
+            return name
+    if "ot_branch" in metadata:
+        return "OneTrainer"
+    return "PEFT" if config is not None else "diffusers" if said else None
+
+
+def _triggers(metadata: Mapping[str, str]) -> Iterator[str]:
+    """Words that a prompt needs. Of the tags of pictures they are, where all pictures have the same one."""
+    for key in _TRIGGERS:
+        if word := metadata.get(key, "").strip():
+            yield word[:_MAX_TEXT]
+    tables = [table for table in _said(metadata, "ss_tag_frequency").values() if isinstance(table, dict)]
+    if len(tags := {tag.strip() for table in tables for tag in table}) == 1:
+        yield tags.pop()[:_MAX_TEXT]

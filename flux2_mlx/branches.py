@@ -1,0 +1,220 @@
+"""Adapters at work: side branches of the layers of a network, whose weights stay as they are."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import Generic, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .adapters import BiasDifference, Decomposed, Difference, Hadamard, Kronecker, Layers, LowRank, Placed
+from .layers import cast
+from .transformer.headroom import output_unit
+
+_Form = TypeVar("_Form")
+_Other = Kronecker | Hadamard | Difference | Decomposed | BiasDifference
+
+
+class Branches:
+    """What adapters change of one network, each times its strength.
+
+    Args:
+        adapters: what each of them changes, by our names of the layers.
+        strengths: of each; with 0 it does nothing. DoRA's is how far a weight goes from its own to the adapter's.
+    """
+
+    def __init__(self, adapters: Sequence[Layers], strengths: Sequence[float]):
+        names = dict.fromkeys(name for layers in adapters for name in layers)
+        self._branches = {name: _Branch(name, [layers.get(name, ()) for layers in adapters]) for name in names}
+        self.weigh(strengths)
+
+    def weigh(self, strengths: Sequence[float]) -> None:
+        """Have other strengths from now on, in a network that is in memory too."""
+        for branch in self._branches.values():
+            branch.weigh(strengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, those of the adapters themselves included."""
+        arrays = {id(array): array.nbytes for branch in self._branches.values() for array in branch.arrays}
+        return sum(arrays.values())
+
+    def beside(self, name: str, layer: nn.Module) -> nn.Module:
+        """The layer of this name with its branch; itself if no adapter changes it."""
+        if name not in self._branches:
+            return layer
+        self._branches[name].measure(layer)
+        return _Branched(layer, self._branches[name])
+
+
+class _Branched(nn.Module):
+    """A layer with a branch."""
+
+    def __init__(self, layer: nn.Module, branch: "_Branch"):
+        super().__init__()
+        self.layer, self._branch = layer, branch
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._branch(x, self.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Change(Generic[_Form]):
+    """A change of outputs of a `span` that the adapter of this number makes."""
+
+    adapter: int
+    span: slice
+    form: _Form
+
+
+class _Branch:
+    """All changes of one layer: those of low rank together, and each of the others by itself."""
+
+    def __init__(self, name: str, adapters: Sequence[Sequence[Placed]]):
+        self._name = name
+        placed = [(number, x.span, x.change) for number, some in enumerate(adapters) for x in some]
+        low = [_Change(number, span, form) for number, span, form in placed if isinstance(form, LowRank)]
+        self._low = _LowRanks(low) if low else None
+        self._others = [_Change(number, span, form) for number, span, form in placed if not isinstance(form, LowRank)]
+        self._strengths: Sequence[float] = ()
+        self._ratios: dict[_Change[_Other], mx.array] = {}
+
+    def weigh(self, strengths: Sequence[float]) -> None:
+        self._strengths = strengths
+        if self._low is not None:
+            self._low.weigh(strengths)
+
+    @property
+    def arrays(self) -> Iterator[mx.array]:
+        for other in self._others:
+            yield from other.form.arrays
+        if self._low is not None:
+            yield from self._low.arrays
+
+    def measure(self, layer: nn.Module) -> None:
+        """Work out what needs the weight of the layer, the first time that it is in memory."""
+        for other in self._others:
+            if isinstance(other.form, Decomposed) and other not in self._ratios:
+                self._ratios[other] = other.form.ratio(partial(_weight, layer, other.span))
+
+    def __call__(self, x: mx.array, layer: nn.Module) -> mx.array:
+        own = y = layer(x)
+        if self._low is not None:
+            y = self._low.added(y, x)
+        for other in self._others:
+            if self._strengths[other.adapter]:
+                addition = cast(self._addition(other, x, own, layer), x.dtype)
+                y = _changed(y, [(other.span, partial(mx.add, addition))])
+        return y
+
+    def _addition(self, other: _Change[_Other], x: mx.array, own: mx.array, layer: nn.Module) -> mx.array:
+        """To the output of the rows of a change, which is `own` without any."""
+        form, span, strength = other.form, other.span, self._strengths[other.adapter]
+        if not isinstance(form, Decomposed):
+            addition = replace(form, scale=strength * form.scale).delta(x)
+            return addition / output_unit(self._name, x.dtype) if isinstance(form, BiasDifference) else addition
+        ratio = self._ratios[other].flatten()
+        if form.by_row:
+            more = (strength * (ratio - 1)).astype(x.dtype) * _without_bias(own, layer)[..., span]
+            return more + (strength * ratio).astype(x.dtype) * form.change.delta(x)
+        longer, whole = (cast(strength * factor * x.astype(mx.float32), x.dtype) for factor in (ratio - 1, ratio))
+        return _without_bias(layer(longer), layer)[..., span] + form.change.delta(whole)
+
+
+@dataclass(frozen=True, eq=False)
+class _Up:
+    """The product up from some `ranks` to the outputs of a `span`."""
+
+    matrix: mx.array
+    ranks: slice
+    span: slice
+
+    @classmethod
+    def of(cls, changes: Sequence[_Change[LowRank]], rank: int) -> "_Up":
+        """That of changes of the same outputs, from this rank on."""
+        matrix = _joined([change.form.up for change in changes], axis=1)
+        return cls(matrix, slice(rank, rank + matrix.shape[1]), changes[0].span)
+
+    def added(self, inner: mx.array, y: mx.array) -> mx.array:
+        return mx.addmm(y, inner[..., self.ranks], self.matrix.astype(y.dtype).T)
+
+
+class _LowRanks:
+    """Changes of low rank as one product down, and one up for each part of the outputs that there is one for."""
+
+    def __init__(self, changes: Sequence[_Change[LowRank]]):
+        self._changes = sorted(changes, key=_span)
+        self._down = _joined([change.form.down for change in self._changes], axis=0)
+        self._ups: list[_Up] = []
+        for _, group in groupby(self._changes, key=_span):
+            self._ups.append(_Up.of([*group], self._ups[-1].ranks.stop if self._ups else 0))
+        self._rows = _side_by_side(self._ups)
+        mx.eval(*self.arrays)
+        self._scales: mx.array | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Those at work, and those that they are made of, which are the same for one alone."""
+        own = [array for change in self._changes for array in change.form.arrays]
+        return [self._down, *(up.matrix for up in self._ups), *own]
+
+    def weigh(self, strengths: Sequence[float]) -> None:
+        low = [(strengths[change.adapter] * change.form.scale, change) for change in self._changes]
+        scales = [scale for scale, change in low for _ in change.form.down]
+        self._at_work, self._scales = any(scales), None if {*scales} == {1} else mx.array(scales)
+
+    def added(self, y: mx.array, x: mx.array) -> mx.array:
+        """The output `y` for `x` and what is added to it."""
+        if not self._at_work:
+            return y
+        inner = cast(x @ self._down.astype(x.dtype).T, x.dtype)
+        if self._scales is not None:
+            inner = cast(self._scales * inner.astype(mx.float32), x.dtype)
+        for row in self._rows:
+            y = _changed(y, [(up.span, partial(up.added, inner)) for up in row])
+        return y
+
+
+def _span(change: _Change[LowRank]) -> tuple[int, int]:
+    return change.span.start, change.span.stop
+
+
+def _side_by_side(ups: Sequence[_Up]) -> list[list[_Up]]:
+    """In as few lists as may be, in which no two have outputs in common, from the first output to the last."""
+    lists: list[list[_Up]] = []
+    for up in ups:
+        free = next((some for some in lists if some[-1].span.stop <= up.span.start), None)
+        if free is None:
+            lists.append(free := [])
+        free.append(up)
+    return lists
+
+
+def _joined(arrays: Sequence[mx.array], axis: int) -> mx.array:
+    return mx.concatenate(list(arrays), axis) if len(arrays) > 1 else arrays[0]
+
+
+def _changed(y: mx.array, changes: Sequence[tuple[slice, Callable[[mx.array], mx.array]]]) -> mx.array:
+    """`y` with what becomes of some of its outputs, from the first to the last."""
+    parts, end = [], 0
+    for span, change in changes:
+        parts += [y[..., end : span.start], change(y[..., span])]
+        end = span.stop
+    parts = [part for part in [*parts, y[..., end:]] if part.shape[-1]]
+    return _joined(parts, axis=-1)
+
+
+def _without_bias(y: mx.array, layer: nn.Module) -> mx.array:
+    return y - layer.bias if "bias" in layer else y
+
+
+def _weight(layer: nn.Module, span: slice, rows: slice) -> mx.array:
+    """Those `rows` of a `span` of a layer's weight, in float32."""
+    chosen = slice(span.start + rows.start, min(span.stop, span.start + rows.stop))
+    weight = layer.weight[chosen]
+    if isinstance(layer, nn.QuantizedLinear):
+        scales, biases = (layer[name][chosen].astype(mx.float32) for name in ("scales", "biases"))
+        return mx.dequantize(weight, scales, biases, layer.group_size, layer.bits, mode=layer.mode)
+    return weight.astype(mx.float32)
