@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import file_digest
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 from flux2_mlx.adapters import Adapter, Layers, Placed
 from flux2_mlx.config import VARIANTS, Config
@@ -15,7 +17,7 @@ from flux2_mlx.weights import Files, TensorInfo, evaluated, open_model_file, rai
 from ..geometry import choose, titles
 from ..naming import check_size
 from ..strangers import FLUX1, adapter
-from .changes import changes
+from .changes import changes, scale
 from .keys import Module, modules
 from .others import other_model
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
@@ -84,17 +86,26 @@ class AdapterFile:
     def sha256(self) -> str:
         """The hash of the whole file."""
         with open_model_file(self.path) as file:
-            return file_digest(file, "sha256").hexdigest()
+            return file_digest(cast("BufferedReader", file), "sha256").hexdigest()
+
+    def scales(self) -> dict[str, float]:
+        """What the changes of each module are multiplied by, alpha over rank mostly. Only these numbers are read."""
+        named = {name: module.keys["alpha"] for name, module in self.modules.items() if "alpha" in module.keys}
+        alphas = dict(zip(named, evaluated(self.files.read(named.values())), strict=True))
+        strengths = {name: self.said.strengths[where.network] for name, where in self.places.items()}
+        return {name: scale(x, strengths[name], alphas.get(name)) for name, x in self._factors.items()}
 
     def check(self, configs: Mapping[str, Config], model: str) -> None:
-        """CheckpointError unless every layer is one of networks of these geometries, which are those of `model`."""
+        """CheckpointError unless networks of these geometries, those of `model`, have all layers, and use some."""
         if not (misfits := self._misfits(configs)):
+            if not any(self._is_used(name, configs) for name in self.modules):
+                raise CheckpointError(f"{self.path} changes no layer that images are made with")
             return
-        is_flux1 = (found := adapter(self.files.infos)) is not None and FLUX1 in found.models
-        others = [name for name in self.models if name != model] or ([FLUX1] if is_flux1 else [])
+        others = [name for name in self.models if name != model] or ([FLUX1] if self._may_be_flux1 else [])
         if others:
+            fits = " or ".join(others)
             raise CheckpointError(
-                f"{self.path} is a {self._kind} for {' or '.join(others)}, so it can't be used with {model}"
+                f"{self.path} is a {self._kind} for {fits}, which can't be used with {model}; give another"
             )
         raise_problems(f"{self.path} is a {self._kind} of another model than {model}", misfits)
 
@@ -113,6 +124,8 @@ class AdapterFile:
         if unread:
             keys = [key for module in unread for key in module.keys.values()]
             notes.append(f"it has {_listed(keys)}, of layers of the text encoder whose states no image is made of")
+        if self.models and self._may_be_flux1:
+            notes.append(f"it may be for {FLUX1}, which has layers of the same sizes")
         if self.trained_on and self.trained_on != model:
             notes.append(f"it was trained on {self.trained_on}")
         return notes
@@ -155,6 +168,11 @@ class AdapterFile:
         return {name: Factors(module, self.files.infos) for name, module in self.modules.items()}
 
     @property
+    def _may_be_flux1(self) -> bool:
+        found = adapter(self.files.infos)
+        return found is not None and FLUX1 in found.models
+
+    @property
     def _kind(self) -> str:
         return " and ".join(self.kinds) or "change of biases"
 
@@ -167,13 +185,13 @@ class AdapterFile:
         lines = []
         for name, where in self.places.items():
             want = where.shape(configs)
-            have = self._factors[name].outputs, self._factors[name].inputs
             if want is None and where.network == TEXT:  # which has been cut after the layers that are needed
-                want = _first(where).shape(configs) or have
-            if want is None:
+                want = _first(where).shape(configs)
+            elif want is None:
                 lines.append(f"{name} is of no layer that it has")
-            elif have[0] != want[0] or have[1] not in (want[1], None):
-                lines.append(f"{name} is for a layer of {list(have)} instead of {list(want)}")
+            outputs, inputs = self._factors[name].outputs, self._factors[name].inputs
+            if want is not None and (outputs != want[0] or inputs not in (want[1], None)):
+                lines.append(f"{name} is for a layer of {[outputs, inputs]} instead of {list(want)}")
         return lines
 
 

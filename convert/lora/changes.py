@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -39,13 +39,13 @@ def changes(
         for role, array in values.items():
             if not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{module.keys[role]} has values that are not finite; fetch the adapter again")
-        scale = _scale(factors, strength, values)
+        factor = scale(factors, strength, values.get("alpha"))
         found: list[Change] = []
         if module.kind is not None:
-            delta = _DELTAS[module.kind](values, scale)
+            delta = _DELTAS[module.kind](values, factor)
             found.append(Decomposed(delta, _magnitude(factors, values)) if "magnitude" in values else delta)
         if "bias" in values:
-            found.append(BiasDifference(values["bias"], scale))
+            found.append(BiasDifference(values["bias"], factor))
         if "diff_b" in values:
             found.append(BiasDifference(values["diff_b"]))
         found = [_swapped(change) for change in found] if is_swapped else found
@@ -54,17 +54,21 @@ def changes(
     return found
 
 
+def scale(factors: Factors, strength: Strength, alpha: mx.array | None) -> float:
+    """What the product of factors is multiplied by, where `alpha` is the tensor beside them, or None.
+
+    LyCORIS multiplies whole matrices by nothing, whatever alpha says then: 10¹⁰ in files of ai-toolkit.
+    """
+    if factors.module.kind == FULL:
+        return 1.0
+    if alpha is None:
+        return strength.scale(factors.module.name, factors.rank)
+    return 1.0 if factors.rank is None else cast("float", alpha.astype(mx.float32).item()) / factors.rank
+
+
 def _plain(array: mx.array) -> mx.array:
     array = array.astype(mx.float32) if array.dtype == mx.float64 else array
     return array.reshape(matrix(array.shape))
-
-
-def _scale(factors: Factors, strength: Strength, values: Mapping[str, mx.array]) -> float:
-    rank, kind = factors.rank, factors.module.kind
-    if "alpha" not in values:
-        return strength.scale(factors.module.name, rank) if kind != FULL else 1.0
-    # LyCORIS multiplies whole matrices by nothing, whatever alpha says then: 10¹⁰ in files of ai-toolkit.
-    return 1.0 if rank is None else float(values["alpha"].item()) / rank
 
 
 def _magnitude(factors: Factors, values: Mapping[str, mx.array]) -> mx.array:
@@ -107,6 +111,15 @@ _DELTAS: dict[str, Callable[[Mapping[str, mx.array], float], Delta]] = {
 def _swapped(change: Change) -> Change:
     """The same with the halves of its outputs exchanged."""
     match change:
+        case Decomposed(inner, magnitude):
+            return Decomposed(_swapped_weight(inner), _halves(magnitude) if magnitude.shape[1] == 1 else magnitude)
+        case BiasDifference():
+            return replace(change, difference=_halves(change.difference))
+    return _swapped_weight(change)
+
+
+def _swapped_weight(change: Delta) -> Delta:
+    match change:
         case LowRank():
             return replace(change, up=_halves(change.up))
         case Hadamard():
@@ -115,9 +128,4 @@ def _swapped(change: Change) -> Change:
             return replace(change, w1=(_halves(a), b))
         case Kronecker(w1=mx.array() as w1) if len(w1) % 2 == 0:
             return replace(change, w1=_halves(w1))
-        case Kronecker():
-            return Difference(_halves(change.weight()))
-        case Difference() | BiasDifference():
-            return replace(change, difference=_halves(change.difference))
-    is_by_row = change.magnitude.shape[1] == 1
-    return Decomposed(_swapped(change.change), _halves(change.magnitude) if is_by_row else change.magnitude)
+    return Difference(_halves(change.weight()))

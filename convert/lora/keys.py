@@ -19,19 +19,17 @@ _KEY = re.compile(
 )
 _ROLES = {"A": "down", "B": "up", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}
 LORA, LOKR, LOHA, FULL = "LoRA", "LoKr", "LoHa", "full difference"
-# By the factors that a module has: the kind of its change, those that it needs (one of each), and those it may have.
-KINDS: dict[str, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = {
-    LORA: ((("down",), ("up",)), ("mid", "bias")),
-    LOKR: (
-        (("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")),
-        ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    ),
-    LOHA: ((("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)), ("hada_t1", "hada_t2")),
-    FULL: ((("diff",),), ()),
+_PAIR = {number: frozenset({f"lokr_w{number}_a", f"lokr_w{number}_b"}) for number in (1, 2)}
+_HADAMARD = frozenset(f"hada_w{number}_{half}" for number in (1, 2) for half in "ab")
+# The kind of a change by the factors that it consists of, all of which are needed.
+_FORMS = {frozenset({"down", "up", *more}): LORA for more in ((), ("mid",), ("bias",), ("mid", "bias"))}
+_FORMS |= {
+    outer | inner: LOKR
+    for outer in (frozenset({"lokr_w1"}), _PAIR[1])
+    for inner in (frozenset({"lokr_w2"}), _PAIR[2], _PAIR[2] | {"lokr_t2"})
 }
-_PAIRS = (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"), ("hada_t1", "hada_t2"))
-_SIGNS = {kind: {*more, *(name for names in needs for name in names)} for kind, (needs, more) in KINDS.items()}
-_ANY = ("alpha", "magnitude", "diff_b")  # beside a change of whatever kind
+_FORMS |= {_HADAMARD: LOHA, _HADAMARD | {"hada_t1", "hada_t2"}: LOHA, frozenset({"diff"}): FULL}
+_BESIDE = {"alpha", "magnitude", "diff_b"}  # a change of whatever kind
 
 
 @dataclass(frozen=True)
@@ -43,33 +41,24 @@ class Module:
 
     @property
     def kind(self) -> str | None:
-        """The kind of the change to its weights; None if nothing but a bias changes."""
-        return next((kind for kind, signs in _SIGNS.items() if not signs.isdisjoint(self.keys)), None)
+        """The kind of the change to its weights; None: nothing but its bias changes."""
+        return _FORMS.get(self._factors)
+
+    @property
+    def _factors(self) -> frozenset[str]:
+        return frozenset(self.keys.keys() - _BESIDE)
 
     def check(self) -> None:
         """CheckpointError unless the factors are those of one change, and all of them."""
-        if self.kind is None:
-            if alone := next((key for role, key in self.keys.items() if role != "diff_b"), None):
-                raise CheckpointError(f"{alone} belongs to no change of a layer; fetch the adapter again")
+        factors = self._factors
+        if factors in _FORMS or [*self.keys] == ["diff_b"]:
             return
-        needs, _ = KINDS[self.kind]
-        for names in needs:
-            if not any(name in self.keys for name in names):
-                raise CheckpointError(f"{self._first} has no {names[0]} beside it; fetch the adapter again")
-        for pair in _PAIRS:
-            if (halves := [x for x in pair if x in self.keys]) and len(halves) == 1:
-                missing = next(x for x in pair if x not in halves)
-                raise CheckpointError(f"{self.keys[halves[0]]} has no {missing} beside it; fetch the adapter again")
-        allowed = {*_SIGNS[self.kind], *_ANY}
-        if other := next((key for role, key in self.keys.items() if role not in allowed), None):
-            raise CheckpointError(f"{other} and {self._first} are two kinds of change of one layer; remove one of them")
-        for number in "12":
-            if f"lokr_w{number}" in self.keys and f"lokr_w{number}_a" in self.keys:
-                raise CheckpointError(f"{self.keys[f'lokr_w{number}']} is there twice, whole and in factors")
-
-    @property
-    def _first(self) -> str:
-        return next(iter(self.keys.values()))
+        if not factors:
+            raise CheckpointError(f"{min(self.keys.values())} belongs to no change of a layer; fetch the adapter again")
+        names = sorted(self.keys[role] for role in factors)
+        if missing := next((sorted(form - factors) for form in _FORMS if factors < form), None):
+            raise CheckpointError(f"{names[0]} has no {' and '.join(missing)} beside it; fetch the adapter again")
+        raise CheckpointError(f"{', '.join(names)} are no factors of one change of a layer; fetch the adapter again")
 
 
 def modules(names: Iterable[str]) -> tuple[dict[str, Module], list[str]]:
@@ -79,21 +68,23 @@ def modules(names: Iterable[str]) -> tuple[dict[str, Module], list[str]]:
         CheckpointError: a factor is there twice, or factors are of several adapters.
     """
     found: dict[str, Module] = {}
-    others, adapters = [], {}
+    others, twice = [], []
+    adapters: set[str] = set()
     for key in names:
         match = _KEY.search(key)
         if match is None or not match.start():
             others.append(key)
             continue
-        role, adapter = _role(match), match["a"] or match["b"] or match["c"] or match["d"]
-        if adapter is not None:
-            adapters.setdefault(adapter, key)
-        keys = found.setdefault(key[: match.start()], Module(key[: match.start()])).keys
-        if role in keys:
-            raise CheckpointError(_twice(keys[role], key, list(adapters)))
-        keys[role] = key
+        adapters |= {match[group] for group in "abcd" if match[group] is not None}
+        module = found.setdefault(key[: match.start()], Module(key[: match.start()]))
+        first = module.keys.setdefault(_role(match), key)
+        twice += [f"{first} and {key}"] if first != key else []
     if len(adapters) > 1:
-        raise CheckpointError(_twice(*list(adapters.values())[:2], list(adapters)))
+        raise CheckpointError(
+            f"it holds several adapters, {', '.join(sorted(adapters)[:3])}; give a file of one of them"
+        )
+    if twice:
+        raise CheckpointError(f"{twice[0]} are the same factor of a layer; remove one of them")
     return found, others
 
 
@@ -102,9 +93,3 @@ def _role(match: re.Match[str]) -> str:
         return "bias"
     word = match["half"] or match["magnitude"] or match["factor"] or match["old"] or match["plain"]
     return _ROLES.get(word, word)
-
-
-def _twice(first: str, second: str, adapters: list[str]) -> str:
-    if len(adapters) > 1:
-        return f"there are several adapters, {' and '.join(adapters[:3])}; give a file of one of them"
-    return f"{first} and {second} are the same factor; remove one of them"

@@ -14,7 +14,7 @@ from ..rules import Shape, swap_halves
 TRANSFORMER, TEXT = "transformer", "text_encoder"
 _WEIGHT = ".weight"
 _PREFIX = re.compile(
-    r"(?:base_model_model_|model_diffusion_model_|diffusion_model_|lora_unet_|lora_transformer_|lycoris_|"
+    r"^(?:base_model_model_|model_diffusion_model_|diffusion_model_|lora_unet_|lora_transformer_|lycoris_|"
     r"transformer_(?!blocks_)|model_)*"
 )
 _BLOCK = re.compile(r"((?:double|single|transformer|single_transformer|sformer)_blocks)_(0|[1-9]\d{0,2})_(.+)")
@@ -70,7 +70,8 @@ class Place:
         return f"{self.network}.{self.layer}{part}"
 
 
-def layer_shapes(network: str, config: Config) -> dict[str, Shape]:
+@cache
+def layer_shapes(network: str, config: Config) -> Mapping[str, Shape]:
     """The shapes of the weights of a network's linear layers, by the names of these."""
     infos = Component(network, config, None, ()).infos
     return {
@@ -87,7 +88,7 @@ def place(module: str) -> Place | None:
     flat = module.replace(".", "_")
     if match := _LAYER.fullmatch(flat):
         return Place(TEXT, f"layers.{match[1]}.{re.sub('^(self_attn|mlp)_', lambda x: f'{x[1]}.', match[2])}")
-    flat = flat[_PREFIX.match(flat).end() :]
+    flat = _PREFIX.sub("", flat, count=1)
     block = _BLOCK.fullmatch(flat)
     known = _table().get(f"{_CUT.get(block[1], block[1])}_*_{block[3]}" if block else flat)
     return known and replace(known, layer=known.layer.replace("*", block[2] if block else ""))

@@ -44,10 +44,10 @@ class Strength:
         said = _matching(self.ranks, module, self.rank)
         if None not in (said, rank) and said != rank:
             raise CheckpointError(f"{module} is of rank {rank}, but its config says {said:g}; fetch the adapter again")
-        alpha, rank = _matching(self.alphas, module, self.alpha), rank if rank is not None else said
-        if alpha is None or not rank:
+        alpha, divisor = _matching(self.alphas, module, self.alpha), said if rank is None else rank
+        if alpha is None or not divisor:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.is_root else rank)
+        return alpha / (math.sqrt(divisor) if self.is_root else divisor)
 
 
 @dataclass(frozen=True)
