@@ -11,7 +11,7 @@ from typing import cast
 from flux2_mlx.adapters import Adapter, Layers, Placed
 from flux2_mlx.config import VARIANTS, Config
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.hub_cache import PICKLES
+from flux2_mlx.layout import PICKLES
 from flux2_mlx.weights import Files, TensorInfo, evaluated, open_model_file, raise_problems, read_json
 
 from ..geometry import choose, titles
