@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,21 @@ def folder(tmp_path, monkeypatch):
     mask[30:, 40:] = 255
     Image.fromarray(mask).save("mask.png")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made_before(tmp_path_factory):
+    """Copies an image that was made with these arguments, once for all tests, into the working folder."""
+    made = {}
+
+    def copy(*arguments):
+        if arguments not in made:
+            made[arguments] = tmp_path_factory.mktemp("made") / "first.png"
+            edit(*arguments, "-o", "first.png")
+            shutil.copyfile("first.png", made[arguments])
+        shutil.copyfile(made[arguments], "first.png")
+
+    return copy
 
 
 def edit(*arguments):
@@ -114,8 +130,8 @@ def test_seams_fade():
         ("-i", "a.png", "--mask", "mask.png", "--mask-crop", "8"),
     ],
 )
-def test_replay(arguments):
-    edit(*arguments, "-o", "first.png")
+def test_replay(arguments, made_before):
+    made_before(*arguments)
     done("i2i", "--replay", "first.png", "-o", "again.png")
     assert np.array_equal(pixels("first.png"), pixels("again.png"))
     assert read_settings("first.png")["edit"] == read_settings("again.png")["edit"]
@@ -198,10 +214,10 @@ def test_the_bytes_that_were_read_are_remembered(monkeypatch):
         (("-i", "c.png"), "images", "c.png"),
     ],
 )
-def test_what_is_given_of_an_edit_wins_and_the_rest_stays(arguments, name, value):
+def test_what_is_given_of_an_edit_wins_and_the_rest_stays(arguments, name, value, made_before):
     Image.new("L", (96, 80), "white").save("other.png")
     Image.new("RGB", (96, 80), "red").save("c.png")
-    edit("-i", "a.png", "--mask", "mask.png", "--mask-crop", "8", "--strength", "0.6", "-o", "first.png")
+    made_before("-i", "a.png", "--mask", "mask.png", "--mask-crop", "8", "--strength", "0.6")
     done("i2i", "--replay", "first.png", *arguments, "-o", "again.png")
     first, again = (read_settings(path) for path in ("first.png", "again.png"))
     changed = again["edit"].pop(name)
@@ -238,8 +254,8 @@ SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 16}
         ({"strength": float("nan")}, "strength must be above 0 and at most 1, got nan"),
     ],
 )
-def test_a_damaged_edit(changes, message):
-    edit("-i", "a.png", "-o", "first.png")
+def test_a_damaged_edit(changes, message, made_before):
+    made_before("-i", "a.png")
     remember("b.png", **changes)
     assert refusal("i2i", "--replay", "b.png", "-o", "c.png") == message
 

@@ -1,5 +1,6 @@
 """Runs that are cut short: what was finished goes to the caller, whatever ends the run and however it was planned."""
 
+import functools
 import os
 import shutil
 from dataclasses import replace
@@ -34,6 +35,19 @@ def pipe(request, tmp_path) -> Flux2Pipeline:
     several = pipe.plan(pipe.request([PROMPT], images_per_prompt=5, **RUN))
     assert several.beside == (request.param == "beside")
     return pipe
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the first three images are, by the type of output, where nothing stops them."""
+
+    @functools.cache
+    def made(output_type: str) -> Flux2Output:
+        pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", models_dir=tmp_path_factory.mktemp("whole"))
+        settings = {"num_inference_steps": 2, "num_images_per_prompt": 3, "seed": 1, "output_type": output_type}
+        return pipe(PROMPT, **SIZE, **settings)
+
+    return made
 
 
 class FullError(OSError):
@@ -72,12 +86,11 @@ def same(images, others) -> bool:
 
 @pytest.mark.parametrize("kind", [FullError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
-def test_an_exception_takes_along_what_is_finished(kind, output_type, pipe):
+def test_an_exception_takes_along_what_is_finished(kind, output_type, pipe, whole):
     error = kind()
-    whole = pipe(PROMPT, **SIZE, num_inference_steps=2, num_images_per_prompt=3, seed=1, output_type=output_type)
     partial = stopped(pipe, error, output_type=output_type).partial_output
-    assert same(partial.images, whole.images)
-    assert partial.seeds == whole.seeds == [1, 2, 3]
+    assert same(partial.images, whole(output_type).images)
+    assert partial.seeds == whole(output_type).seeds == [1, 2, 3]
     assert [phase.name for phase in partial.timings] == ["text_encoder", "transformer", "vae"]
     assert any("3 finished images" in note for note in getattr(error, "__notes__", ["3 finished images"]))
 

@@ -18,7 +18,7 @@ from flux2_mlx.store import find_checkpoint
 from flux2_mlx.text.generation import generate
 from flux2_mlx.upsampling import Writer
 
-SHORT = {"max_new_tokens": 12, "temperature": 1.0}
+SHORT = {"max_new_tokens": 6, "temperature": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def writer(official: Path) -> Writer:
-    return Writer.from_pretrained(convert(official, official.with_name("dev-mlx"), variant="dev"), dtype="float32")
+    return Writer.from_pretrained(convert(official, official.with_name("dev-mlx"), variant="dev"), dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_a_language_model_alone(official, tmp_path, writer):
     for name in ("transformer", "vae"):
         (source / WEIGHTS[name]).unlink()
     settings = {"variant": "dev", "models_dir": tmp_path / "models"}
-    ours = Writer.from_pretrained(source, text_quant="bf16", dtype="float32", **settings)
+    ours = Writer.from_pretrained(source, text_quant="bf16", dtype="bfloat16", **settings)
     folder = ours.checkpoint.folder
     assert set(ours.checkpoint.components) == {"text_encoder", "language_model", "vision"}
     assert folder.parent == tmp_path / "models"
