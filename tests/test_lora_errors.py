@@ -145,7 +145,8 @@ def test_files_and_folders(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds several files: a\.safetensors, b\.safetensors; give one of them"):
         read_adapter(folder)
     assert read_adapter(folder, "b.safetensors").path.name == "b.safetensors"
-    for name in ("../x", "/etc/passwd", "c.safetensors", ""):
+    outside = save(tmp_path / "x.safetensors", LORA)
+    for name in ("../x.safetensors", str(outside), "c.safetensors", ""):
         with pytest.raises(CheckpointError, match="holds no file"):
             read_adapter(folder, name)
     save(folder / "pytorch_lora_weights.safetensors", LORA)
