@@ -207,6 +207,8 @@ def test_differences_and_biases(tmp_path):
         changed(save(tmp_path / "x.safetensors", tensors)),
         dict(zip((layer, f"{layer}+b"), tensors.values(), strict=True)),
     )
+    said_too = read_adapter(save(tmp_path / "x.safetensors", tensors, {"lora_alpha": "8", "lora_rank": "2"}))
+    assert said_too.scales() == {start: 1}
     alone = {name: x for name, x in tensors.items() if name.endswith("diff_b")}
     close(changed(save(tmp_path / "x.safetensors", alone)), {f"{layer}+b": alone[f"{start}.diff_b"]})
     bias = lora(start, D, 4 * D) | factors(start, lora_B__bias=(D,))

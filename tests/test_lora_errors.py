@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flux2_mlx.convert.lora import read_adapter
 from helpers.adapters import CONFIGS, D, factors, lora, save
+from helpers.headers import write
 
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import TensorInfo
 
 MODULE = "diffusion_model.double_blocks.0.img_attn.proj"
 DOWN, UP = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
@@ -145,7 +147,8 @@ def test_files_and_folders(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds several files: a\.safetensors, b\.safetensors; give one of them"):
         read_adapter(folder)
     assert read_adapter(folder, "b.safetensors").path.name == "b.safetensors"
-    for name in ("../x", "/etc/passwd", "c.safetensors", ""):
+    outside = save(tmp_path / "x.safetensors", LORA)
+    for name in ("../x.safetensors", str(outside), "c.safetensors", ""):
         with pytest.raises(CheckpointError, match="holds no file"):
             read_adapter(folder, name)
     save(folder / "pytorch_lora_weights.safetensors", LORA)
@@ -161,6 +164,12 @@ def test_a_config_beside_other_files_says_nothing_of_them(tmp_path):
     found = read_adapter(save(tmp_path / "adapter_model.safetensors", LORA))
     with pytest.raises(CheckpointError, match="is of rank 3, but its config says 7"):
         found.load(CONFIGS, "x")
+
+
+def test_there_are_not_too_many_tensors(tmp_path):
+    infos = {f"a.{number}": TensorInfo("U8", ()) for number in range(10_001)}
+    with pytest.raises(CheckpointError, match="holds 10001 tensors, more than any adapter has"):
+        read_adapter(write(tmp_path / "x.safetensors", infos))
 
 
 def test_nothing_but_the_header_is_read(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """An adapter's file as its header tells it: what it is, which model it is for, and what becomes of each tensor."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from .shapes import Factors
 
 _USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _SUFFIX = ".safetensors"
+_MAX_TENSORS = 10_000  # several times what all layers of the largest model take, in the most factors
 _NO_LAYER = "no layer that can be adapted"
 _UNREAD = "a layer of the text encoder whose states no image is made of"
 
@@ -167,7 +169,7 @@ class AdapterFile:
     def _factors(self) -> dict[str, Factors]:
         return {name: Factors(module, self.files.infos) for name, module in self.modules.items()}
 
-    @property
+    @cached_property
     def _may_be_flux1(self) -> bool:
         found = adapter(self.files.infos)
         return found is not None and FLUX1 in found.models
@@ -208,6 +210,8 @@ def read_adapter(source: Path, weight_name: str | None = None) -> AdapterFile:
     path = _file(source, weight_name)
     files = Files([path])
     check_size(files.infos, str(path))
+    if len(files.infos) > _MAX_TENSORS:
+        raise CheckpointError(f"{path} holds {len(files.infos)} tensors, more than any adapter has")
     beside = path.with_name(PEFT_CONFIG)
     config = read_json(beside) if path.name == _USUAL[0] and beside.is_file() else None
     try:
@@ -261,8 +265,7 @@ def _check_model(infos: Mapping[str, TensorInfo], found: Mapping[str, Module], p
 def _check_understood(others: Iterable[str], places: Mapping[str, Place]) -> None:
     """CheckpointError if a tensor whose meaning is not known belongs to a layer that is changed."""
     for key in others:
-        parts = key.split(".")
-        if any(".".join(parts[:end]) in places for end in range(1, len(parts))):
+        if any(key[: dot.start()] in places for dot in re.finditer(r"\.", key)):
             raise CheckpointError(f"{key} is not understood, and belongs to a layer that is changed")
 
 
