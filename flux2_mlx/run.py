@@ -128,9 +128,8 @@ class Run:
                 self._make_tokens(missing, latents, *embeds)
             self._finish()
         except BaseException as error:
-            if self._denoised:
-                _empty(error)
-                self._finish()
+            _empty(error)
+            self._finish()
             raise
 
     def _make_tokens(self, images: list[int], latents: mx.array | None, *embeds: mx.array | None) -> None:
@@ -374,8 +373,9 @@ class Run:
 
 
 def _empty(error: BaseException) -> None:
-    """Give back what the frames hold that `error` has left: the transformer, its blocks, and what these were computing.
-    Those of a caller's function, which come last, are the caller's."""
+    """Give back what the frames hold that `error` has left: the transformer, its blocks, and what these were computing,
+    or it would stay in memory for as long as the error is handled. A caller's function, which comes last, keeps its
+    own."""
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_code is Run._tell.__code__:
             break
