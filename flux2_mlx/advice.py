@@ -50,7 +50,7 @@ def checked_plan(networks: Networks, work: Workload) -> Plan:
     """The plan of a run; InputError that says what would fit if that does not."""
     planned = networks.plan(work)
     if not planned.fits:
-        raise _refusal(planned, advice(networks, work))
+        raise _refusal(networks, planned, advice(networks, work))
     return planned
 
 
@@ -58,7 +58,8 @@ def checked_phase_plan(networks: Networks, work: Workload, name: str) -> Plan:
     """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
     planned = networks.plan(work).only(name)
     if not planned.fits:
-        raise _refusal(planned, "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT)
+        way = "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT
+        raise _refusal(networks, planned, way)
     return planned
 
 
@@ -66,7 +67,7 @@ def checked_writing_plan(networks: Networks, writing: Writing) -> Plan:
     """What writing text holds in memory; InputError if that does not fit."""
     planned = networks.writing_plan(writing)
     if not planned.fits:
-        raise _refusal(planned, _SMALLER_TEXT)
+        raise _refusal(networks, planned, _SMALLER_TEXT)
     return planned
 
 
@@ -111,7 +112,8 @@ def _smaller_pictures(networks: Networks, work: Workload) -> str | None:
 
 
 def _smaller_references(networks: Networks, work: Workload) -> str | None:
-    count, most = len(work.references), max((max(size) for size in work.references), default=0)
+    count = len(work.references)
+    most = max((max(size) for size in work.references), default=0)
 
     def smaller(side: int) -> Workload:
         return replace(work, references=((side, side),) * count)
@@ -131,7 +133,8 @@ def _smaller_image(networks: Networks, work: Workload) -> str | None:
 
 
 def _smaller_all(networks: Networks, work: Workload) -> str | None:
-    token, most = _token(networks), max(max(size) for size in work.references)
+    token = _token(networks)
+    most = max(max(size) for size in work.references)
     # No reference may be narrower than the least that there may be.
     least = max(math.ceil(MIN_SIDE * max(size) / min(size)) for size in work.references)
 
@@ -190,9 +193,11 @@ def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
     return width, height
 
 
-def _refusal(planned: Plan, advice: str) -> InputError:
+def _refusal(networks: Networks, planned: Plan, advice: str) -> InputError:
     name = planned.worst.name.replace("_", " ").replace("vae", "VAE")
     needed, limit = (_shown(x, planned.peak_memory - planned.limit) for x in (planned.peak_memory, planned.limit))
+    if planned.limit < networks.memory_limit:
+        return InputError(f"the {name} needs {needed}, and the run that is going on leaves {limit}; {advice}")
     return InputError(f"the {name} needs {needed}, the limit is {limit}; {advice}")
 
 

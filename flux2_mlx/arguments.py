@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .config import VAEConfig
+from .device import check_process
 from .errors import InputError
 from .images import flattened, open_hashed
 from .request import Request
@@ -248,6 +249,7 @@ def array(name: str, values: Any) -> mx.array:
     if _is_torch(values) and hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float().numpy() if values.is_floating_point() else values.numpy()
+    check_process()
     if isinstance(values, str | bytes | dict | None):
         raise InputError(f"{name} must be an array, got {_kind(values)}")
     try:

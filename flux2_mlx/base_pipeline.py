@@ -15,7 +15,6 @@ from .diffusers_methods import DiffusersMethods
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
 from .images import to_pil
-from .latents import decode_tokens, finished_image
 from .memory import Plan
 from .metering import turn
 from .networks import Networks
@@ -116,7 +115,8 @@ class BasePipeline(WritingMethods, DiffusersMethods):
     ) -> Plan:
         """What a `run` will hold in memory, phase by phase, and what it will read from disk.
 
-        Networks that are kept from a call before come on top, as far as they fit beside each phase.
+        Networks that are kept from a call before come on top, as far as they fit beside each phase. A run that a
+        callback makes has what the one that is going on leaves of the memory limit.
 
         Raises:
             InputError: it does not fit into memory; what would is in the message.
@@ -164,28 +164,29 @@ class BasePipeline(WritingMethods, DiffusersMethods):
             texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
             planned = checked_plan(self.networks, workload(request, edit, previews=previews, texts=texts))
         if latents is not None:
-            channels, size = self.checkpoint.components["transformer"].config.in_channels, self.token_size
-            grid = request.height // size, request.width // size
-            latents = arguments.latents(latents, (len(request.seeds), channels, *grid))
-        given = any(values is not None for values in (latents, prompt_embeds, negative_prompt_embeds))
-        unfinished, output = None, Flux2Output() if output is None else output
-        if resume and self.unfinished is not None and not given:
-            unfinished = self.unfinished.of(self.networks, request, edit)
+            latents = self._noise(request, latents)
+        given = [values for values in (latents, prompt_embeds, negative_prompt_embeds) if values is not None]
+        waiting = self.unfinished if resume and not given else None
+        output = Flux2Output() if output is None else output
+        settings = {
+            "edit": edit,
+            "output_type": "np" if output_type == "pt" else output_type,
+            "on_progress": on_progress,
+            "unfinished": None if waiting is None else waiting.of(self.networks, request, edit),
+            "output": output,
+        }
         try:
             with turn(), self.networks.keeping(planned) as planned:
-                run = self._run(
-                    request,
-                    planned,
-                    edit=edit,
-                    output_type="np" if output_type == "pt" else output_type,
-                    on_progress=on_progress,
-                    unfinished=unfinished,
-                    output=output,
-                )
-                return run.make(latents, prompt_embeds, negative_prompt_embeds)
+                return self._run(request, planned, **settings).make(latents, prompt_embeds, negative_prompt_embeds)
         finally:
             if output_type == "pt" and output.images is not None:
                 output.images = to_torch(output.images)
+
+    def _noise(self, request: Request, latents: Any) -> mx.array:
+        """The noise of a run that a caller has given; InputError if it can't be that."""
+        vae = self.checkpoint.model.vae
+        grid = request.height // vae.token_size, request.width // vae.token_size
+        return arguments.latents(latents, (len(request.seeds), vae.token_channels, *grid))
 
     def _run(self, request: Request, planned: Plan, **settings: Any) -> Run:
         return Run(self.networks, request, planned, prompt_cache=self.prompt_cache, **settings)
@@ -234,11 +235,13 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         """Images from the tokens of a step, such as its `estimate`, of a run with the pictures of `edit`.
 
         A callback can ask for them while the run goes on; other threads wait for its end.
+
+        Raises:
+            InputError: the VAE does not fit into the memory limit, or into what a run leaves of it that is going on.
         """
-        grid = request.height // self.token_size, request.width // self.token_size
-        with turn():
-            vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
-            return [finished_image(decode_tokens(vae, image, grid, dtype), edit or Edit()) for image in tokens]
+        planned = checked_phase_plan(self.networks, workload(request), "vae")
+        with turn(), self.networks.keeping(planned) as planned:
+            return self._run(request, planned, edit=edit or Edit()).preview(tokens)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -22,7 +22,8 @@ _DTYPES = {name: getattr(mx, name) for name in DTYPES}
 # Chips whose GPU has no bfloat16, so that Metal makes do with float32 and conversions.
 _WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
 # Metal's attention kernel has these head sizes, cuDNN's those up to 128 that are multiples of 8, in 16 bits.
-_FUSED_ON_METAL, _FUSED_ON_CUDA = (64, 80, 128), tuple(range(8, 129, 8))
+_FUSED_ON_METAL = (64, 80, 128)
+_FUSED_ON_CUDA = tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
 _CARD_SHARE = 0.9
 # What Apple's GPUs are said to do at most, in 1e12 operations a second in 32 bits; up to the M4 they do about as many
@@ -67,6 +68,7 @@ _FAILURES = (
 )
 _ON_CPU = "close other programs, or set FLUX2_MLX_DEVICE=cpu in the environment, which takes longer"
 _FOREIGN = "_of_a_caller"  # an attribute of exceptions
+_COMPUTED_IN: set[int] = set()  # the process that MLX has computed in, which one that is forked from it inherits
 _log = logging.getLogger(__name__)
 
 
@@ -80,6 +82,22 @@ def _choose() -> None:
 
 
 _choose()
+
+
+def check_process() -> None:
+    """Raise DeviceError if MLX can't compute in this process: one that was forked after MLX had computed has none of
+    its threads, and would wait for them for ever."""
+    if _COMPUTED_IN - {os.getpid()}:
+        raise DeviceError(
+            "this process was forked from one in which MLX had computed, and can't compute itself; start it with "
+            "multiprocessing.get_context('spawn'), or fork before the first image is made"
+        )
+
+
+def begin_computing() -> None:
+    """To be called before MLX computes; DeviceError as of `check_process`."""
+    check_process()
+    _COMPUTED_IN.add(os.getpid())
 
 
 def on_gpu() -> bool:
@@ -210,7 +228,7 @@ def chip_class() -> str:
 
 
 def _generation() -> tuple[str, str]:
-    """That of `chip_class` and its kind, as the table has them."""
+    """The generation and the kind of `chip_class`, as the table has them."""
     match = re.fullmatch(r"Apple M(\d+) ?(Pro|Max|Ultra|)", chip())
     if not match:
         return "M1", ""
@@ -256,7 +274,7 @@ def mac_limit(whole: int, recommended: int) -> int:
 
 
 def _mac_memory() -> tuple[int, int]:
-    """That of the Mac, and what of it Metal recommends; all where it does not say."""
+    """Bytes of memory that the Mac has, and those that Metal recommends: all where it does not say."""
     info = mx.device_info(mx.gpu)
     whole = min(int(info.get("memory_size") or _host_memory()), _MOST_BYTES - 1)
     return whole, int(info.get("max_recommended_working_set_size") or whole)

@@ -30,7 +30,9 @@ def loaded_footprint(stored: Component, quant: str, dtype: mx.Dtype) -> Footprin
 
 def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
     """What quantizing at loading takes above the `whole` network that it ends with."""
-    packed, held, peak = wanted.infos, 0, 0
+    packed = wanted.infos
+    held = 0
+    peak = 0
     weights = stored.infos.items()
     for name, tensor in sorted(weights, key=lambda weight: -weight[1].nbytes):  # the order that they are quantized in
         parts = stored_names(name, packed)
@@ -43,7 +45,10 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
 
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
     """What `component` takes in memory while activations are in `dtype`."""
-    sizes, cast, widened, loading = Counter[str](), Counter[str](), Counter[str](), 0
+    sizes = Counter[str]()
+    cast = Counter[str]()
+    widened = Counter[str]()
+    loading = 0
     for name, tensor in component.infos.items():
         block = _block_of(component.name, name) or ""
         sizes[block] += tensor_bytes(name, tensor, dtype)
@@ -60,7 +65,8 @@ def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
                 widened[_evaluated_with(name)] += dtype.size * count
             else:
                 widened[name] = dtype.size * min(WIDENED, count)
-    rest, _ = sizes.pop("", 0), cast.pop("", 0)
+    rest = sizes.pop("", 0)
+    _ = cast.pop("", 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
     return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0), loading)
 

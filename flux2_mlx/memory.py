@@ -159,11 +159,11 @@ class Plan:
         return replace(self, phases=(self.phase(name),))
 
     def networks(self, name: str) -> tuple[str, ...]:
-        """Those that a phase is about."""
+        """The names of the networks that are in memory for a phase."""
         return _BESIDE if self.beside and name in _BESIDE else _NETWORKS.get(name, (name,))
 
     def keeping(self, weights: Mapping[str, int]) -> "Plan":
-        """The same where networks stay in memory after their phases, as many as fit beside every phase.
+        """The plan where networks stay in memory after their phases, as many as fit beside every phase.
 
         Args:
             weights: bytes of networks by their names, those first that are worth most. One that is streamed can't stay.
@@ -223,10 +223,14 @@ def writing_plan(
         work: what is read and written.
         limit: bytes that there are.
     """
-    features, embeddings, activations, longest = 0, 0, {}, text.longest_read(work.tokens)
+    features = 0
+    embeddings = 0
+    activations = {}
+    longest = text.longest_read(work.tokens)
     if vision is not None:
         longest = max(longest, vision.longest(max(work.pixels)))
-        features, embeddings = vision.features(sum(work.pixels)), text.embeddings(work.tokens)
+        features = vision.features(sum(work.pixels))
+        embeddings = text.embeddings(work.tokens)
         activations["vision_tower"] = vision.seeing(max(work.pixels), networks["vision_tower"].widened) + features
     model = networks["language_model"]
     reading = max(text.reading(work.tokens, model.widened), model.loading)
@@ -275,7 +279,8 @@ class _Needs:
     def longest(self) -> int:
         """Operations of the longest product or attention of the text encoder and the transformer; the VAE's are
         shorter."""
-        text, others = self.work.length, self._image + self._references
+        text = self.work.length
+        others = self._image + self._references
         return max(self.costs.transformer.longest(text, others, self._together), self.costs.text_encoder.longest(text))
 
     @cached_property
@@ -285,7 +290,8 @@ class _Needs:
     @cached_property
     def _passing(self) -> tuple[int, int]:
         """What stays from the first pass of a run to its last, and the peak of a pass above that and the weights."""
-        widened, kv_cache = self.networks["transformer"].widened, self.variant.kv_cache
+        widened = self.networks["transformer"].widened
+        kv_cache = self.variant.kv_cache
         tokens = self.work.length, self._image, self._references
         return self.costs.transformer.denoising(*tokens, self._together, widened, kv_cache=kv_cache)
 
@@ -356,7 +362,7 @@ def _passes(variant: Variant, work: Workload) -> list[Sequence[int]]:
 
 
 def passes(images: Sequence[int], tokens: int) -> list[Sequence[int]]:
-    """Those of `images` that go through the transformer together, given how many tokens each one is, references
-    included."""
+    """`images` divided into those that go through the transformer together, given how many tokens each one is,
+    references included."""
     per_pass = max(1, _TOKENS_PER_PASS // tokens)
     return [images[start : start + per_pass] for start in range(0, len(images), per_pass)]

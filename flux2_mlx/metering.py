@@ -6,12 +6,24 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from .device import MOST_DISPATCH, chip, chip_class, device_memory, dispatch_seconds, failures, on_gpu, on_metal
+from .device import (
+    MOST_DISPATCH,
+    begin_computing,
+    check_process,
+    chip,
+    chip_class,
+    device_memory,
+    dispatch_seconds,
+    failures,
+    on_gpu,
+    on_metal,
+)
+from .errors import DeviceError
 from .memory import Plan
 from .output import Phase
 from .streaming import Reading
@@ -27,7 +39,12 @@ _AHEAD = 0.9
 
 @contextmanager
 def turn() -> Iterator[None]:
-    """Runs of several threads take turns, since MLX counts memory, and limits it, for the process as a whole."""
+    """Runs of several threads take turns, since MLX counts memory, and limits it, for the process as a whole.
+
+    Raises:
+        DeviceError: MLX can't compute in this process.
+    """
+    begin_computing()  # before the lock, which a process that was forked may have inherited locked
     with _TURN:
         end_with_process()
         if threading.current_thread() is not threading.main_thread() and not hasattr(_THREAD, "streams"):
@@ -50,7 +67,9 @@ def end_with_process() -> None:
 def _end_runs() -> None:
     """Let the run of a daemon thread end at its next step: MLX aborts a process that exits while it computes."""
     _ENDING.set()
-    _TURN.acquire()
+    with suppress(DeviceError):
+        check_process()  # there is no other thread in one that was forked, which may have left the lock locked
+        _TURN.acquire()
 
 
 class _Streams:
@@ -66,16 +85,18 @@ class _Span:
 
     name: str
     place: int
+    reading: Reading  # of the whole run
     seconds: float = 0.0
     peak: int = 0
     read: Reading = field(default_factory=Reading)
 
-    def start(self, reading: Reading) -> None:
+    def start(self) -> None:
         mx.reset_peak_memory()
-        self._start, self._before = time.perf_counter(), replace(reading)
+        self._before = replace(self.reading)
+        self._start = time.perf_counter()
 
-    def stop(self, reading: Reading) -> None:
-        read = reading.since(self._before)
+    def stop(self) -> None:
+        read = self.reading.since(self._before)
         self.read.add(read.nbytes, read.beside)
         self.seconds += time.perf_counter() - self._start
         self.peak = max(self.peak, mx.get_peak_memory())
@@ -85,11 +106,14 @@ class _Span:
         return Phase(self.name, self.seconds, self.peak, self.read.nbytes, streamed, self.read.overlap)
 
 
+_OPEN: list[_Span] = []  # the phases that whoever has the turn is in, each within the one before
+
+
 class Meter:
     """Measures the phases of a run that starts now, and keeps each within what is planned.
 
-    What is in memory already does not belong to the run, but for what is kept. A phase that is entered within another
-    interrupts that.
+    What is in memory already does not belong to the run, but for what is kept. A phase that is entered within another,
+    be it of the same run or of one that a callback makes, interrupts that.
 
     Args:
         timings: gets a `Phase` for each phase.
@@ -99,35 +123,36 @@ class Meter:
     """
 
     def __init__(self, timings: list[Phase], planned: Plan, reading: Reading, kept: int = 0):
-        self._timings, self._planned, self._reading = timings, planned, reading
+        self._timings = timings
+        self._planned = planned
+        self._reading = reading
         self._others = max(0, mx.get_active_memory() - kept)
         self._spans: dict[str, _Span] = {}
-        self._open: list[_Span] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what is done inside as phase `name`, and give its memory back at the end."""
         span = self._span(name)
-        for outer in self._open[-1:]:
-            outer.stop(self._reading)
-        self._open.append(span)
+        for outer in _OPEN[-1:]:
+            outer.stop()
+        _OPEN.append(span)
         mx.clear_cache()
-        span.start(self._reading)
+        span.start()
         try:
             with limits(self._planned, name, self._others):
                 yield
         finally:
-            span.stop(self._reading)
+            span.stop()
             self._timings[span.place] = span.phase(self._planned)
-            self._open.pop()
+            _OPEN.pop()
             gc.collect()
             mx.clear_cache()
-            for outer in self._open[-1:]:
-                outer.start(self._reading)
+            for outer in _OPEN[-1:]:
+                outer.start()
 
     def _span(self, name: str) -> _Span:
         if name not in self._spans:
-            self._spans[name] = _Span(name, len(self._timings))
+            self._spans[name] = _Span(name, len(self._timings), self._reading)
             self._timings.append(Phase(name, 0.0, 0))
         return self._spans[name]
 
@@ -147,7 +172,8 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
         others: bytes that are in memory besides the run.
     """
     phase = planned.phase(name)
-    peak, ahead = phase.peak_memory, int(_AHEAD * phase.activations)
+    peak = phase.peak_memory
+    ahead = int(_AHEAD * phase.activations)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
         if on_metal():  # or it may be more than a Mac's GPU can have wired

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from .checkpoint import Checkpoint
 from .components import COMPONENTS, PAINTING, network_dtype, quantizations
 from .config import Variant
-from .device import computing_dtype, memory_bytes
+from .device import begin_computing, computing_dtype, memory_bytes
 from .errors import CheckpointError, DeviceError
 from .footprints import loaded_footprint
 from .kept import Kept, held
@@ -89,13 +89,15 @@ class Networks:
     def load(self, name: Literal["vae"], planned: Plan | None = None) -> VAE: ...
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
         """A network in memory, as far as the plan says so; one that was kept is there already."""
+        begin_computing()
         if planned is not None and planned.phase(name).streamed:
             return self._load_streamed(name, planned.phase(name).resident)
         return self._load(name)
 
     def load_language_model(self, planned: Plan) -> LanguageModel:
         """The text encoder with the layers after its own, in memory as far as the plan says so."""
-        phase, own = planned.phase("language_model"), self.checkpoint.components["text_encoder"].config
+        phase = planned.phase("language_model")
+        own = self.checkpoint.components["text_encoder"].config
         if not phase.streamed:
             return LanguageModel(self._load("text_encoder"), self._load("language_model"))
         later = max(0, phase.resident - own.num_hidden_layers)
@@ -144,7 +146,7 @@ class Networks:
 
     @property
     def planned_bytes(self) -> int:
-        """Those of them that the plan of the run counts which is going on: none if it was made within another one."""
+        """Bytes of the kept networks that the plan of the current run counts: none in a run within another one."""
         return 0 if self._kept.is_nested else self._kept.nbytes
 
     def release(self) -> None:
@@ -180,7 +182,7 @@ class Networks:
         return self.checkpoint.components.keys() >= set(PAINTING)
 
     def stored_as(self, quant: str, text_quant: str) -> "Networks":
-        """Those of the checkpoint converted to other quantizations, with nothing to quantize at loading."""
+        """The networks of the checkpoint converted to other quantizations, with nothing to quantize at loading."""
         wanted = replace(self, quant=quant, text_quant=text_quant)
         stored = {name: part.quantized(wanted._quants[name]) for name, part in self.checkpoint.components.items()}
         return replace(wanted, checkpoint=replace(self.checkpoint, components=stored))

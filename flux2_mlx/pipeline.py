@@ -11,7 +11,7 @@ from .advice import check_possible
 from .base_pipeline import BasePipeline
 from .calls import Pictures, Prompts, beyond, listener
 from .checkpoint import Checkpoint
-from .device import activation_dtype, memory_bytes
+from .device import activation_dtype, check_process, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import UNFINISHED, EmbeddingCache
 from .errors import InputError
@@ -76,6 +76,7 @@ class Flux2Pipeline(BasePipeline):
 
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
+            DeviceError: this process was forked from one that had computed.
         """
         arguments.kinds(variant=(variant, str), prompt_cache=(prompt_cache, bool), progress=(progress, bool))
         arguments.kinds(keep_source=(keep_source, bool), keep=(keep, bool))
@@ -209,7 +210,7 @@ class Flux2Pipeline(BasePipeline):
                 `[B, L, 4c]`; `decode` makes images of them.
             callback_on_step_end: called as `(pipe, step, timestep, {"latents": tokens})` after every step, with
                 the timestep that it started from, in 0..1000, and tokens `[b, L, 4c]`; `latents` of the dict it
-                returns are gone on with.
+                returns are gone on with. Runs and previews that it makes have what this run leaves of the memory limit.
             return_dict: False: a tuple with the images only.
             callback_on_step_end_tensor_inputs: `["latents"]`, as nothing else changes.
             attention_kwargs: of diffusers; none.
@@ -291,9 +292,11 @@ class Flux2Pipeline(BasePipeline):
 def _check_opening(
     variant: str | None, quant: Any, text_quant: Any, dtype: str | None, models_dir: Any, memory_limit: Any
 ) -> None:
-    """Raise InputError if a setting of `from_pretrained` is wrong, before anything is fetched."""
+    """Raise InputError if a setting of `from_pretrained` is wrong, and DeviceError if nothing can be computed here,
+    before anything is fetched."""
     if not isinstance(models_dir, str | os.PathLike | None):
         raise InputError(f"models_dir must be a folder, got {type(models_dir).__name__}")
+    check_process()
     activation_dtype(dtype)
     memory_bytes(memory_limit)
     for setting in (quant, text_quant):
@@ -310,7 +313,8 @@ def _announce(use: FirstUse) -> None:
     """Say on stderr what is about to be fetched, where it goes, and what stays."""
     from tqdm import tqdm
 
-    download, licence = use.download, use.licence or "licence: see its page"
+    download = use.download
+    licence = use.licence or "licence: see its page"
     whole, present, converted = (f"{nbytes / 1e9:.3g} GB" for nbytes in (download.size, use.present, use.converted))
     tqdm.write(
         f"{download.repo_id} ({licence}) is fetched from {download.page}: {whole}, of which {present} are there, to "

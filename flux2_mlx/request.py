@@ -68,43 +68,32 @@ class Request:
         `negative_prompt` is one for all prompts or one for each; None: empty ones. Like all of guidance it has no
         effect up to a guidance of 1.
         """
-        height, width, steps = (
-            _integer_or_none("height", height),
-            _integer_or_none("width", width),
-            _integer_or_none("steps", steps),
-        )
+        height = _integer("height", height, variant.size)
+        width = _integer("width", width, variant.size)
+        steps = None if steps is None else _integer("steps", steps)
         images_per_prompt = _integer("images per prompt", images_per_prompt)
-        max_sequence_length = _integer_or_none("max_sequence_length", max_sequence_length)
-        guidance = None if guidance is None else _number("guidance", guidance)
-        strength = None if strength is None else _number("strength", strength)
+        max_sequence_length = _integer("max_sequence_length", max_sequence_length, variant.max_sequence_length)
+        guidance = _number("guidance", guidance, variant.guidance)
+        strength = _number("strength", strength, 1.0)
         for prompt in prompts:
             _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
-        shift_steps = None
+        levels, shift_steps = None, None
         if sigmas is not None:
-            _require(
-                isinstance(sigmas, Iterable) and getattr(sigmas, "ndim", 1) == 1,
-                f"sigmas must be a list of numbers, got {sigmas!r:.40}",
-            )
-            sigmas = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in sigmas)
-            _require(len(sigmas) > 0, "there are no sigmas; give one for each step")
-            _require(strength in (None, 1), f"sigmas don't go with a strength of {strength}")
+            levels = _sigmas(sigmas)
+            _require(strength == 1, f"sigmas don't go with a strength of {strength}")
             shift_steps = _SHIFT_STEPS if steps is None else steps
             _require(1 <= shift_steps <= MAX_STEPS, f"steps must be 1 to {MAX_STEPS}, got {shift_steps}")
-            steps = len(sigmas)
-        count = len(prompts) * images_per_prompt
-        _require(len(prompts) > 0, "there is no prompt")
-        limit = f"the number of images must be 1 to {MAX_IMAGES}"
-        _require(0 < count <= MAX_IMAGES, f"{limit}, got {count}; make them in parts")
+            steps = len(levels)
         request = cls(
             tuple(prompts),
-            variant.size if height is None else height,
-            variant.size if width is None else width,
+            height,
+            width,
             variant.steps if steps is None else steps,
-            variant.guidance if guidance is None else guidance,
-            _seeds(seed, count),
-            variant.max_sequence_length if max_sequence_length is None else max_sequence_length,
-            sigmas,
-            1.0 if strength is None else strength,
+            guidance,
+            _seeds(seed, _count(prompts, images_per_prompt)),
+            max_sequence_length,
+            levels,
+            strength,
             shift_steps,
             _negative_prompts(variant, negative_prompt, len(prompts)),
         )
@@ -184,13 +173,28 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _integer_or_none(name: str, value: Any) -> int | None:
-    """A whole number of any type, or None."""
-    return None if value is None else _integer(name, value)
+def _count(prompts: Sequence[str], images_per_prompt: int) -> int:
+    """How many images there are; InputError if those are none or too many."""
+    _require(len(prompts) > 0, "there is no prompt")
+    count = len(prompts) * images_per_prompt
+    limit = f"the number of images must be 1 to {MAX_IMAGES}"
+    _require(0 < count <= MAX_IMAGES, f"{limit}, got {count}; make them in parts")
+    return count
 
 
-def _integer(name: str, value: Any) -> int:
-    """A whole number of any type."""
+def _sigmas(given: Any) -> tuple[float, ...]:
+    """Noise levels of any type, at least one."""
+    is_list = isinstance(given, Iterable) and getattr(given, "ndim", 1) == 1
+    _require(is_list, f"sigmas must be a list of numbers, got {given!r:.40}")
+    levels = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in given)
+    _require(len(levels) > 0, "there are no sigmas; give one for each step")
+    return levels
+
+
+def _integer(name: str, value: Any, default: int | None = None) -> int:
+    """A whole number of any type; None is the default if there is one."""
+    if value is None and default is not None:
+        return default
     given: Any = None if isinstance(value, bool) else value
     try:
         return operator.index(given)
@@ -198,8 +202,10 @@ def _integer(name: str, value: Any) -> int:
         raise InputError(f"{name} must be a whole number, got {value!r:.40}") from error
 
 
-def _number(name: str, value: Any) -> float:
-    """A number of any type."""
+def _number(name: str, value: Any, default: float | None = None) -> float:
+    """A number of any type; None is the default if there is one."""
+    if value is None and default is not None:
+        return default
     given: Any = None if isinstance(value, str | bytes) else value
     try:
         return float(given)

@@ -1,10 +1,11 @@
 """One run: from prompts and pictures to images, phase by phase."""
 
 import logging
-import traceback
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from traceback import walk_tb
 from typing import Any
 
 import mlx.core as mx
@@ -23,9 +24,9 @@ from .noise import initial_noise
 from .output import Flux2Output
 from .references import Edit
 from .request import OnProgress, Progress, Request, Step
-from .sampling import Conditions, Denoiser, Painting, denoise, guided
+from .sampling import Conditions, Denoiser, Painting, beside, denoise, guided, read
 from .scheduler import noise_levels
-from .transformer import Flux2Transformer
+from .transformer import Flux2Transformer, image_ids
 from .unfinished import Waiting
 from .vae import VAE
 
@@ -109,8 +110,14 @@ class Run:
     def decode(self, latents: mx.array) -> np.ndarray:
         """Images `[B, H, W, 3]` in 0..1 of un-normalised latents `[B, H/8, W/8, c]`, in a phase of their own."""
         with self._meter.phase("vae"):
-            vae, dtype = self._decoder(), self.networks.dtype_of("vae")
+            vae = self._decoder()
+            dtype = self.networks.dtype_of("vae")
             return np.concatenate([to_unit(decode_latents(vae, image[None].astype(dtype))) for image in latents])
+
+    def preview(self, tokens: mx.array) -> list[Image.Image]:
+        """Images of the tokens `[B, L, C]` of a step, in a phase of their own, which may interrupt another."""
+        with failures(), self._meter.phase("vae"):
+            return [self._decoded(image, self._decoder()) for image in tokens]
 
     def _make(self, latents: mx.array | None, *embeds: mx.array | None) -> None:
         if self.unfinished is not None:
@@ -121,7 +128,7 @@ class Run:
                 self._make_tokens(missing, latents, *embeds)
             self._finish()
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # or the transformer would stay in memory
+            _empty(error)
             self._finish()
             raise
 
@@ -174,7 +181,8 @@ class Run:
         return states
 
     def _encoded_prompt(self, encoder: CachedEncoder, prompt: str) -> mx.array:
-        tokenizer, length = self.networks.checkpoint.tokenizer, self.request.max_sequence_length
+        tokenizer = self.networks.checkpoint.tokenizer
+        length = self.request.max_sequence_length
         count = tokenizer.count(prompt)
         if count > length:
             _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", count, length, prompt)
@@ -201,7 +209,8 @@ class Run:
     def _encoded(self) -> EncodedEdit:
         count = len(self.edit.references)
         self._tell("vae_encoder", 0, count)
-        vae, dtype = self.networks.load("vae"), self.networks.dtype_of("vae")
+        vae = self.networks.load("vae")
+        dtype = self.networks.dtype_of("vae")
         return encode_edit(vae, self.edit, dtype, lambda done: self._tell("vae_encoder", done, count))
 
     def _denoise(
@@ -219,7 +228,8 @@ class Run:
         transformer = self.networks.load("transformer", self.planned)
         conditions = self._conditions(transformer, [*texts.values(), *negatives.values()], encoded)
         for done, batch in enumerate(batches):
-            steps = self._steps(batch, self._denoiser(conditions, batch, texts, negatives), latents, encoded)
+            denoiser = self._denoiser(conditions, batch, texts, negatives, encoded)
+            steps = self._steps(batch, denoiser, latents, encoded)
             tokens = dict(zip(batch, self._stepped(steps, batch, done * self.request.steps, total), strict=True))
             self._denoised |= tokens
             if self.planned.beside:
@@ -230,33 +240,43 @@ class Run:
     def _conditions(
         self, transformer: Flux2Transformer, texts: Sequence[mx.array], encoded: EncodedEdit | None
     ) -> Conditions:
-        return Conditions(
-            transformer,
-            self.networks.dtype,
-            self._grid,
-            texts,
-            guidance=self.request.guidance if transformer.config.guidance_embeds else None,
-            references=None if encoded is None else encoded.references,
-            kv_cache=self._variant.kv_cache,
-        )
+        dtype = self.networks.dtype
+        guidance = mx.array([self.request.guidance]) if transformer.config.guidance_embeds else None
+        ids = image_ids(*self._grid)
+        past = None
+        if encoded is not None and self._variant.kv_cache:
+            past = read(transformer, encoded.references, dtype, guidance)
+        elif encoded is not None:
+            ids = np.concatenate([ids, encoded.references.ids])
+        return Conditions(transformer, dtype, ids, texts, guidance=guidance, past=past)
 
-    def _denoiser(self, conditions: Conditions, images: Sequence[int], texts: Texts, negatives: Texts) -> Denoiser:
+    def _denoiser(
+        self,
+        conditions: Conditions,
+        images: Sequence[int],
+        texts: Texts,
+        negatives: Texts,
+        encoded: EncodedEdit | None,
+    ) -> Denoiser:
         """What the steps of `images` go by."""
-        denoiser = conditions.denoiser([texts[self._number(image)] for image in images])
-        if not negatives:
-            return denoiser
-        negative = conditions.denoiser([negatives[self._number(image)] for image in images])
-        return guided(denoiser, negative, self.request.guidance)
+
+        def of(texts: Texts) -> Denoiser:
+            denoiser = conditions.denoiser([texts[self._number(image)] for image in images])
+            if encoded is None or self._variant.kv_cache:
+                return denoiser
+            return beside(denoiser, encoded.references.tokens)
+
+        return guided(of(texts), of(negatives), self.request.guidance) if negatives else of(texts)
 
     def _steps(
         self, images: Sequence[int], denoiser: Denoiser, latents: mx.array | None, encoded: EncodedEdit | None
     ) -> Generator[Step, Any, mx.array]:
-        """Those of `images`, from the noise of their seeds or from `latents`."""
+        """The steps of `images`, from the noise of their seeds or from `latents`."""
         noise = self._noise(images, latents)
         if encoded is None or encoded.source is None:
             return denoise(denoiser, noise, self._sigmas)
         painting = Painting(encoded.source, noise, encoded.mask)
-        return denoise(denoiser, painting.at(float(self._sigmas[0])), self._sigmas, painting)
+        return denoise(denoiser, painting.at(float(self._sigmas[0])), self._sigmas, painting.kept)
 
     def _stepped(
         self, steps: Generator[Step, Any, mx.array], images: Sequence[int], before: int, total: int
@@ -265,7 +285,7 @@ class Run:
         step = next(steps)
         while True:
             end_with_process()
-            preview = partial(self._preview, step) if self.planned.beside else None
+            preview = partial(self.preview, step.estimate) if self.planned.beside else None
             replaced = self._tell("transformer", before + step.number, total, step, images, preview=preview)
             try:
                 step = steps.send(replaced)
@@ -280,10 +300,6 @@ class Run:
         else:
             noise = latents[mx.array(list(images))].astype(mx.float32)
         return noise.reshape(len(images), channels, -1).transpose(0, 2, 1)
-
-    def _preview(self, step: Step) -> list[Image.Image]:
-        with failures(), self._meter.phase("vae"):
-            return [self._decoded(tokens, self._decoder()) for tokens in step.estimate]
 
     def _decoder(self) -> VAE:
         if self._vae is None:
@@ -308,7 +324,8 @@ class Run:
             raise failure
 
     def _finish_one(self, place: int, vae: VAE) -> None:
-        tokens, image = self._denoised[place], None
+        tokens = self._denoised[place]
+        image = None
         if self.output_type == "latent":
             self._images[place] = latents_of(vae, tokens, self._grid)
         elif self.output_type == "np":
@@ -335,12 +352,13 @@ class Run:
             return self.on_progress(Progress(*progress, **more))
 
     def _number(self, image: int) -> int:
-        """That of the prompt of an image."""
+        """The number of the prompt of an image."""
         return image // self.request.images_per_prompt
 
     @cached_property
     def _sigmas(self) -> np.ndarray:
-        request, length = self.request, self._grid[0] * self._grid[1]
+        request = self.request
+        length = self._grid[0] * self._grid[1]
         levels = noise_levels(request.schedule_steps, length, request.sigmas, request.shift_steps)
         return levels[-request.steps - 1 :]
 
@@ -352,3 +370,14 @@ class Run:
     def _grid(self) -> tuple[int, int]:
         """Height and width of the image in tokens."""
         return self.request.height // self._token_size, self.request.width // self._token_size
+
+
+def _empty(error: BaseException) -> None:
+    """Give back what the frames hold that `error` has left: the transformer, its blocks, and what these were computing,
+    or it would stay in memory for as long as the error is handled. A caller's function, which comes last, keeps its
+    own."""
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code is Run._tell.__code__:
+            break
+        with suppress(RuntimeError):  # the first one is still running
+            frame.clear()

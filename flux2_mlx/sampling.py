@@ -12,10 +12,12 @@ from .errors import InputError
 from .layers import check_finite
 from .request import Step
 from .scheduler import euler_step
-from .transformer import Flux2Transformer, image_ids, rope_table, text_ids
+from .transformer import Flux2Transformer, KeysValues, rope_table, text_ids
 
 # Gives the velocity `[B, L, C]` of float32 tokens `[B, L, C]` at a noise level σ in 0..1.
 Denoiser = Callable[[mx.array, float], mx.array]
+# Gives what float32 tokens `[B, L, C]` of a noise level become after a step.
+Correction = Callable[[mx.array, float], mx.array]
 
 
 @dataclass(frozen=True)
@@ -27,52 +29,55 @@ class References:
 
 
 class Conditions:
-    """What no step of a run changes, worked out once: projected texts, rotations, and references.
+    """What no step of a run changes, worked out once: projected texts and rotations.
 
     Args:
         transformer: the network.
         dtype: what it computes in.
-        grid: height and width of an image in tokens.
+        ids: positions `[L, 4]` of the tokens of a pass: an image's, then those that go along with it (see `beside`).
         texts: states `[Lt, F]` of all prompts of the run, negative ones included; the same array may come repeatedly.
-        guidance: the embedded scale; only for models that were trained with one.
-        references: the pictures that the model sees.
-        kv_cache: whether it was trained to see them through their keys and values only.
+        guidance: the embedded scale `[1]`; only for models that were trained with one.
+        past: keys and values that all tokens see besides (see `read`).
     """
 
     def __init__(
         self,
         transformer: Flux2Transformer,
         dtype: mx.Dtype,
-        grid: tuple[int, int],
+        ids: np.ndarray,
         texts: Sequence[mx.array],
         *,
-        guidance: float | None = None,
-        references: References | None = None,
-        kv_cache: bool = False,
+        guidance: mx.array | None = None,
+        past: list[KeysValues] | None = None,
     ):
-        self._transformer, self._dtype, self._references, self._past = transformer, dtype, None, None
-        self._guidance = None if guidance is None else mx.array([guidance])
-        ids = image_ids(*grid)
-        if references is not None and kv_cache:
-            rope = rope_table(references.ids, transformer.config)
-            self._past = transformer.read(references.tokens.astype(dtype), rope, self._guidance)
-        elif references is not None:
-            self._references, ids = references.tokens, np.concatenate([ids, references.ids])
+        self._transformer = transformer
+        self._dtype = dtype
+        self._guidance = guidance
+        self._past = past
         distinct = {id(states): states for states in texts}
         self._projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
         lengths = {len(states) for states in texts}
         self._ropes = {n: rope_table(np.concatenate([text_ids(n), ids]), transformer.config) for n in lengths}
 
     def denoiser(self, texts: Sequence[mx.array]) -> Denoiser:
-        """That of images with these `texts`, which have one length."""
+        """The denoiser of images with these `texts`, which have one length."""
         states = mx.stack([self._projected[id(text)] for text in texts])
         rope = self._ropes[len(texts[0])]
 
         def velocity(tokens: mx.array, sigma: float) -> mx.array:
-            tokens, timestep = tokens.astype(self._dtype), mx.array([sigma])
+            tokens = tokens.astype(self._dtype)
+            timestep = mx.array([sigma])
             return self._transformer(tokens, states, timestep, rope, self._guidance, self._past)
 
-        return velocity if self._references is None else beside(velocity, self._references)
+        return velocity
+
+
+def read(
+    transformer: Flux2Transformer, references: References, dtype: mx.Dtype, guidance: mx.array | None
+) -> list[KeysValues]:
+    """Keys and values of `references`, for a model that was trained to see them through these only."""
+    rope = rope_table(references.ids, transformer.config)
+    return transformer.read(references.tokens.astype(dtype), rope, guidance)
 
 
 def beside(denoiser: Denoiser, references: mx.array) -> Denoiser:
@@ -118,8 +123,13 @@ class Painting:
         return tokens if self.mask is None else (1 - self.mask) * self.at(sigma) + self.mask * tokens
 
 
+def unchanged(tokens: mx.array, sigma: float) -> mx.array:
+    """The correction that corrects nothing."""
+    return tokens
+
+
 def denoise(
-    denoiser: Denoiser, tokens: mx.array, sigmas: np.ndarray, painting: Painting | None = None
+    denoiser: Denoiser, tokens: mx.array, sigmas: np.ndarray, correction: Correction = unchanged
 ) -> Generator[Step, Any, mx.array]:
     """Integrate from noise to an image, yielding after every step, and return the last tokens.
 
@@ -127,7 +137,7 @@ def denoise(
         denoiser: gives the velocity.
         tokens: noise, or a noisy picture, at the first noise level: float32 `[B, L, C]`, as they stay.
         sigmas: noise levels with the final 0, `[steps + 1]`.
-        painting: a picture that is kept outside its mask.
+        correction: what becomes of the tokens after every step, and of its estimate at noise level 0.
 
     A caller may `send` tokens to go on from in place of those that were yielded.
 
@@ -137,10 +147,8 @@ def denoise(
     """
     for number, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist()), 1):
         velocity = denoiser(tokens, sigma)
-        estimate = euler_step(tokens, velocity, sigma, 0.0)
-        tokens = euler_step(tokens, velocity, sigma, next_sigma)
-        if painting is not None:
-            estimate, tokens = painting.kept(estimate, 0.0), painting.kept(tokens, next_sigma)
+        estimate = correction(euler_step(tokens, velocity, sigma, 0.0), 0.0)
+        tokens = correction(euler_step(tokens, velocity, sigma, next_sigma), next_sigma)
         mx.eval(tokens)
         check_finite(velocity, "transformer")
         replaced = yield Step(number, sigma, next_sigma, tokens, estimate)

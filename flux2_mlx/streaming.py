@@ -31,7 +31,8 @@ class Reading:
     beside: float = 0.0
 
     def add(self, nbytes: int, beside: float) -> None:
-        self.nbytes, self.beside = self.nbytes + nbytes, self.beside + beside
+        self.nbytes += nbytes
+        self.beside += beside
 
     def since(self, before: "Reading") -> "Reading":
         return Reading(self.nbytes - before.nbytes, self.beside - before.beside)
@@ -68,11 +69,15 @@ class Blocks:
         adapters: Adapters | None,
         reading: Reading,
     ):
-        self._name, self._tensors, self._adapters, self._reading = name, tensors, adapters, reading
+        self._name = name
+        self._tensors = tensors
+        self._adapters = adapters
+        self._reading = reading
         for number, block in enumerate(blocks[:resident]):
             fill(block, self._part(number))
         self._resident = [self._adapted(number, block) for number, block in enumerate(blocks[:resident])]
-        self._template, self._count = blocks[resident] if resident < len(blocks) else nn.Module(), len(blocks)
+        self._template = blocks[resident] if resident < len(blocks) else nn.Module()
+        self._count = len(blocks)
         self._coming: _Coming | None = None
         weights = dict(tree_flatten(self._template.parameters()))
         # Never evaluated, so without memory: what the template holds between two uses.
@@ -121,11 +126,13 @@ class Blocks:
     def _take(self, number: int) -> None:
         """Put a block's weights into the template when all are there."""
         needed = time.perf_counter()
-        coming, self._coming = self._asked(number), None
+        coming = self._asked(number)
+        self._coming = None
         self._template.load_weights(coming.weights)
         with _readable():
             mx.eval(self._template.parameters())  # or two blocks would be on their way at once
-        there, nbytes = time.perf_counter(), sum(x.nbytes for _, x in coming.weights)
+        there = time.perf_counter()
+        nbytes = sum(x.nbytes for _, x in coming.weights)
         self._reading.add(nbytes, nbytes * max(0.0, needed - coming.asked) / (there - coming.asked))
 
 
@@ -133,7 +140,9 @@ class _Coming:
     """The weights of a block on their way into memory, and since when."""
 
     def __init__(self, number: int, weights: Weights):
-        self.number, self.weights, self.asked = number, weights, time.perf_counter()
+        self.number = number
+        self.weights = weights
+        self.asked = time.perf_counter()
         # One at a time, so that a tensor and its cast never wait beside all others.
         for _, array in weights:
             mx.async_eval(array)
@@ -144,7 +153,9 @@ def load_streamed(component: Component, dtype: mx.Dtype, resident: int, reading:
 
     It computes bit for bit what the one in memory does. Its files must stay where they are.
     """
-    module, tensors, before = component.build(), InMemory(component.tensors, dtype), None
+    module = component.build()
+    tensors = InMemory(component.tensors, dtype)
+    before = None
     for name in COMPONENTS[component.name].streamed:
         blocks = module.pop(name)
         stay = min(resident, len(blocks))

@@ -13,7 +13,7 @@ from PIL import Image
 from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
-from .device import activation_dtype, failures, foreign, memory_bytes
+from .device import activation_dtype, check_process, failures, foreign, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
 from .layers import check_finite
@@ -82,8 +82,9 @@ class Writer:
                 checkpoint, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit, text_only=True
             )
 
-        activation_dtype(dtype), memory_bytes(memory_limit)  # InputError if there are none of these
-
+        check_process()
+        activation_dtype(dtype)  # InputError if there is none of that name
+        memory_bytes(memory_limit)
         folder = find_checkpoint(
             source,
             variant=variant,
@@ -121,7 +122,8 @@ class Writer:
         """
         check_prompts(prompts)
         images = [shown(images)] if images else []
-        system, questions = UPSAMPLE_I2I if images else UPSAMPLE_T2I, [(prompt, images) for prompt in prompts]
+        system = UPSAMPLE_I2I if images else UPSAMPLE_T2I
+        questions = [(prompt, images) for prompt in prompts]
         return self.write(
             questions, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, on_text=on_text
         )
@@ -212,7 +214,9 @@ class Writer:
 
     def _look(self, images: dict[int, np.ndarray]) -> dict[int, mx.array]:
         """The embeddings `[cells, D]` of each preprocessed image."""
-        vision, dtype, features = self.networks.load("vision"), self.networks.dtype_of("vision"), {}
+        vision = self.networks.load("vision")
+        dtype = self.networks.dtype_of("vision")
+        features = {}
         for key, pixels in images.items():
             features[key] = vision(mx.array(pixels).astype(dtype))
             check_finite(features[key], "vision tower")
@@ -228,7 +232,8 @@ class Writer:
         max_tokens: int,
     ) -> list[str]:
         """Answers to token ids with embeddings of images."""
-        model, answers = self.networks.load_language_model(planned), []
+        model = self.networks.load_language_model(planned)
+        answers = []
         for number, (ids, features) in enumerate(questions):
             embeddings = self._embeddings(model, ids, features)
             tokens = generate(
@@ -309,7 +314,8 @@ class WritingMethods:
         `vision` looks at images where this model can't (see `Writer.from_pretrained`); the other settings are those of
         `Writer.write`.
         """
-        prompts, images = texts("prompt", prompt), [flattened(image) for image in pictures("images", images)[0]]
+        prompts = texts("prompt", prompt)
+        images = [flattened(image) for image in pictures("images", images)[0]]
         kinds(vision=(vision, Writer))
         writer = vision if images and vision is not None else self.writer()
         return writer.upsample(prompts, images, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)

@@ -1,10 +1,12 @@
 """Runs that are cut short: what was finished goes to the caller, whatever ends the run and however it was planned."""
 
 import functools
+import gc
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from traceback import walk_tb
 
 import mlx.core as mx
 import numpy as np
@@ -93,6 +95,28 @@ def test_an_exception_takes_along_what_is_finished(kind, output_type, pipe, whol
     assert partial.seeds == whole(output_type).seeds == [1, 2, 3]
     assert [phase.name for phase in partial.timings] == ["text_encoder", "transformer", "vae"]
     assert any("3 finished images" in note for note in getattr(error, "__notes__", ["3 finished images"]))
+
+
+def test_a_debugger_still_sees_what_a_callback_held(pipe):
+    error = stopped(pipe, FullError())
+    frames = {frame.f_code.co_name: frame.f_locals for frame, _ in walk_tb(error.__traceback__)}
+    assert (frames["callback"]["step"], frames["on_progress"]["callback"]) == (0, frames["stopped"]["callback"])
+
+
+def test_while_an_error_is_handled_nothing_of_its_run_is_in_memory(pipe):
+    pipe.networks = replace(pipe.networks, keep=False)
+    pipe(PROMPT, **SIZE, num_inference_steps=1)
+    gc.collect()
+    before = mx.get_active_memory()
+    with pytest.raises(FullError) as caught:
+        pipe(PROMPT, **SIZE, num_inference_steps=1, callback_on_step_end=fail)
+    gc.collect()
+    assert mx.get_active_memory() <= before + 2**16
+    del caught
+
+
+def fail(*step):
+    raise FullError
 
 
 def test_an_output_that_is_given_is_filled_in(pipe):

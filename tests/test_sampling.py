@@ -8,7 +8,7 @@ import pytest
 
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.errors import InputError
-from flux2_mlx.sampling import Conditions, References, beside, denoise, guided
+from flux2_mlx.sampling import Conditions, Painting, References, beside, denoise, guided, read
 from flux2_mlx.transformer import image_ids, rope_table, text_ids
 
 SIGMAS = np.array([1, 0.75, 0.5, 0], dtype=np.float32)
@@ -160,7 +160,7 @@ def assert_rope(rope: mx.array, *ids: np.ndarray) -> None:
 
 def test_the_texts_of_a_pass(noise):
     network = Network()
-    conditions = Conditions(network, mx.bfloat16, (1, 3), TEXTS)
+    conditions = Conditions(network, mx.bfloat16, image_ids(1, 3), TEXTS)
     velocity = conditions.denoiser([TEXTS[1], TEXTS[0]])(noise, 0.5)
     conditions.denoiser([TEXTS[2], TEXTS[2]])(noise, 0.25)
     first, second = network.calls
@@ -174,23 +174,39 @@ def test_the_texts_of_a_pass(noise):
 
 def test_embedded_guidance(noise):
     network = Network()
-    denoiser = Conditions(network, mx.float32, (1, 3), TEXTS, guidance=2.5).denoiser(TEXTS[:2])
+    denoiser = Conditions(network, mx.float32, image_ids(1, 3), TEXTS, guidance=mx.array([2.5])).denoiser(TEXTS[:2])
     list(denoise(denoiser, noise, SIGMAS))
     assert [call.guidance.item() for call in network.calls] == [2.5] * 3
 
 
-@pytest.mark.parametrize("kv_cache", [False, True])
-def test_references_are_tokens_or_keys_and_values(kv_cache, noise):
-    network = Network()
-    conditions = Conditions(network, mx.float32, (1, 3), TEXTS, guidance=2.5, references=REFERENCES, kv_cache=kv_cache)
+def test_references_as_keys_and_values(noise):
+    network, guidance = Network(), mx.array([2.5])
+    past = read(network, REFERENCES, mx.float32, guidance)
+    conditions = Conditions(network, mx.float32, image_ids(1, 3), TEXTS, guidance=guidance, past=past)
     assert conditions.denoiser(TEXTS[:2])(noise, 0.5).shape == noise.shape
     (call,) = network.calls
-    if kv_cache:
-        ((tokens, rope, guidance),) = network.was_read
-        assert (call.past, call.tokens.shape, guidance.item()) == ("past", noise.shape, 2.5)
-        assert mx.array_equal(tokens, REFERENCES.tokens)
-        assert_rope(rope, REFERENCES.ids)
-        assert_rope(call.rope, text_ids(6), image_ids(1, 3))
-    else:
-        assert (call.past, call.tokens.shape, network.was_read) == (None, (2, 7, 4), [])
-        assert_rope(call.rope, text_ids(6), image_ids(1, 3), REFERENCES.ids)
+    ((tokens, rope, seen),) = network.was_read
+    assert (call.past, call.tokens.shape, seen.item()) == ("past", noise.shape, 2.5)
+    assert mx.array_equal(tokens, REFERENCES.tokens)
+    assert_rope(rope, REFERENCES.ids)
+    assert_rope(call.rope, text_ids(6), image_ids(1, 3))
+
+
+def test_references_as_tokens(noise):
+    network = Network()
+    conditions = Conditions(network, mx.float32, np.concatenate([image_ids(1, 3), REFERENCES.ids]), TEXTS)
+    assert beside(conditions.denoiser(TEXTS[:2]), REFERENCES.tokens)(noise, 0.5).shape == noise.shape
+    (call,) = network.calls
+    assert (call.past, call.tokens.shape, network.was_read) == (None, (2, 7, 4), [])
+    assert_rope(call.rope, text_ids(6), image_ids(1, 3), REFERENCES.ids)
+
+
+def test_what_is_not_painted_over_is_kept(denoiser, noise, image):
+    mask = mx.array([1.0, 0.0, 0.25])[None, :, None]
+    painting = Painting(mx.ones((1, 3, 4)), noise, mask)
+    steps = list(denoise(denoiser, noise, SIGMAS, painting.kept))
+    for step in steps:
+        assert mx.array_equal(step.tokens[:, 1], step.sigma * noise[:, 1] + (1 - step.sigma))
+        assert mx.array_equal(step.estimate[:, 1], mx.ones((2, 4)))
+    assert_close(steps[0].tokens[:, 2], 0.75 * painting.at(0.75)[:, 2] + 0.25 * (image + 0.75 * (noise - image))[:, 2])
+    assert_close(steps[-1].tokens[:, 0], image[:, 0])
