@@ -12,12 +12,7 @@ from flux2_mlx import networks, store
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.request import Request
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
