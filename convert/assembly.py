@@ -1,26 +1,22 @@
 """A model put together from parts: single files and folders, and for the rest a whole model."""
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from flux2_mlx.checkpoint import Checkpoint, check_fit, is_checkpoint
-from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS
-from flux2_mlx.config import Geometries, Variant
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.checkpoint import MANIFEST, Checkpoint, check_fit, is_checkpoint
+from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS, geometries
+from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
+from flux2_mlx.errors import CheckpointError, told
 
-from .configs import SCHEDULE, packing
-from .formats import plain, usual_quant
-from .geometry import candidates, choose, geometry, titles
+from .configs import SCHEDULE, stated
+from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
-from .naming import read
 from .parts import LAYOUT
-from .sources import LOOSE, TOKENIZER, Source, SourcePart, loose_files
+from .sources import LOOSE, TOKENIZER, Source, SourcePart, loose_files, parts_of, the_part
 
 PARTS = (*LAYOUT, "tokenizer")  # what a model needs
-_log = logging.getLogger(__name__)
 
 
 def is_loose(place: Path) -> bool:
@@ -54,13 +50,15 @@ def assembled(
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
     if (place / TOKENIZER).is_file() and part_folders(place):
         given = {PARTS[-1]: place / TOKENIZER, **given}
-    parts = _loose_parts(place) if is_loose(place) else {}
-    for name in LAYOUT:
-        if name in given:
-            parts |= {name: _part(given[name], name)}
+    own = _loose_parts(place, variant) if is_loose(place) else {}
+    base = None if is_loose(place) else _base(place, variant, text_only=text_only)
+    replaced = [name for name in LAYOUT if name in given and name in (own if base is None else LAYOUT)]
+    notes = [f"the {told([name])} of {place} is not used; taken from {given[name]}" for name in replaced]
+    parts = own | {
+        name: the_part(_loose_parts(given[name], variant), name, given[name]) for name in LAYOUT if name in given
+    }
     parts = {name: part for name, part in parts.items() if name in wanted}
     configs = _geometries(parts)
-    base = None if is_loose(place) else _base(place, variant, text_only=text_only)
     hints = [hint for part in parts.values() for hint in titles(part.metadata, part.place.name)]
     if base is not None:
         hints.append(base.variant.name)
@@ -68,13 +66,14 @@ def assembled(
     row = choose(rows, hints, variant, str(place))
     if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in {**parts, **given}]):
         base = _completion(place, row, parts, missing, others, text_quant)
-    return _joined(place, row, parts, configs, given.get(PARTS[-1]), base)
+    joined = _joined(place, row, parts, configs, given.get(PARTS[-1]), base)
+    return replace(joined, notes=(*notes, *joined.notes))
 
 
 def _base(place: Path, variant: str | None, *, text_only: bool) -> Source:
     """The whole model that gives what is not given."""
     if is_checkpoint(place):
-        return _of_checkpoint(Checkpoint.open(place))
+        return replace(_of_checkpoint(Checkpoint.open(place)), beside=(place / MANIFEST,))
     return Source.open(place, variant, text_only=text_only)
 
 
@@ -99,11 +98,11 @@ def _completion(
     fitting = [x for x in others if _fits(x, row, networks)] if "transformer" in parts else []
     fitting.sort(key=lambda checkpoint: (checkpoint.text_quant != text_quant, checkpoint.text_quant != "bf16"))
     if fitting:
-        _log.warning("%s has no %s; taken from %s", place, _and(missing), fitting[0].folder)
-        return _of_checkpoint(fitting[0])
-    has = f"holds only the {_and(list(parts))} of a {row.name}" if parts else f"is taken for a {row.name}"
+        note = f"{place} has no {told(missing)}; taken from {fitting[0].folder}"
+        return replace(_of_checkpoint(fitting[0]), notes=(note,))
+    has = f"holds only the {told(parts)} of a {row.name}" if parts else f"is taken for a {row.name}"
     where = f", or convert {row.repo} first, from which they are taken then" if row.repo else ""
-    raise CheckpointError(f"{place} {has}; say where its {_and(missing)} are{where}")
+    raise CheckpointError(f"{place} {has}; say where its {told(missing)} are{where}")
 
 
 def _fits(checkpoint: Checkpoint, row: Variant, networks: Iterable[str]) -> bool:
@@ -134,38 +133,30 @@ def _joined(
             stored={name: part for name, part in base.stored.items() if COMPONENTS[name].part not in parts},
         )
     if tokenizer is not None:
-        source = replace(source, tokenizer=_tokenizer(tokenizer))
+        folder = _tokenizer(tokenizer)
+        source = replace(source, tokenizer=folder, beside=(*source.beside, folder / Path(TOKENIZER).name))
     check_fit(source.variant, source.configs)
     return source
 
 
-def _loose_parts(place: Path) -> dict[str, SourcePart]:
+def _loose_parts(place: Path, variant: str | None) -> dict[str, SourcePart]:
     """The parts that weights of a file or a folder are of."""
     paths = loose_files(place)
-    tensors, metadata = plain(paths, packing(paths[0].parent))
-    metadata, readings = {**metadata, **said_of(place)}, read(tensors.infos, str(place))
-    usual = usual_quant(tensors)
-    return {
-        name: SourcePart(name, place, paths, tensors, reading, metadata, usual) for name, reading in readings.items()
-    }
-
-
-def _part(place: Path, name: str) -> SourcePart:
-    """The part `name` at `place`, which may hold others."""
-    parts = _loose_parts(place)
-    if name not in parts:
-        raise CheckpointError(f"{place} holds the {_and(list(parts))} of a model, not its {name.replace('_', ' ')}")
-    return parts[name]
+    rows = VARIANTS.values() if variant is None else [variant_named(variant)]
+    parts = parts_of(place, paths, stated(paths[0].parent), lambda: [geometries(row) for row in rows])
+    return {name: replace(part, metadata={**part.metadata, **said_of(place)}) for name, part in parts.items()}
 
 
 def _geometries(parts: Mapping[str, SourcePart]) -> Geometries:
     """The geometries of the networks that are made from `parts`, whose tensors all have a place in them."""
     found: Geometries = {}
     for name, part in parts.items():
-        if part.reading is not None:
-            configs = geometry(name, part.reading.infos, str(part.place))
-            part.reading.check(configs, f"{part.place} is not the {name.replace('_', ' ')} of a FLUX.2 model")
-            found |= configs
+        configs, problem = understood(
+            part.reading, str(part.place), f"{part.place} is not the {told([name])} of a FLUX.2 model"
+        )
+        if problem:
+            raise problem
+        found |= configs
     return found
 
 
@@ -176,8 +167,3 @@ def _tokenizer(place: Path) -> Path:
         if (candidate / Path(TOKENIZER).name).is_file():
             return candidate
     raise CheckpointError(f"{place} holds no {Path(TOKENIZER).name}; give a folder with that file")
-
-
-def _and(names: Sequence[str]) -> str:
-    *most, last = [name.replace("_", " ") for name in names]
-    return f"{', '.join(most)} and {last}" if most else last

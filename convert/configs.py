@@ -4,7 +4,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,19 @@ UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint
 _PACKING = (SETTINGS, "quantization_config", "compression_config")
 _METHODS = ("bitsandbytes", "quanto", "torchao", "fp8", "comfy")
 COMPLETE = "fetch it again, or give a complete copy"
-SCHEDULE = "scheduler/scheduler_config.json"
+CONFIG, SCHEDULE = "config.json", "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
 _CLASSES = {name: part.kind for name, part in LAYOUT.items() if part.kind} | {
     "scheduler": "FlowMatchEulerDiscreteScheduler"
 }
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the `config.json` beside the files of a part says: of its geometry, and of how its weights are packed."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    packing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,8 @@ class Description:
 
     folder: Path
     index: dict[str, Any]
-    values: dict[str, dict[str, Any]]
+    parts: dict[str, Stated]
     scheduler: dict[str, Any]
-    packing: dict[str, dict[str, str]]
 
 
 def describe(folder: Path) -> Description:
@@ -61,20 +68,20 @@ def describe(folder: Path) -> Description:
         CheckpointError: another family of models, a file that is missing or damaged, quantized weights.
     """
     index = read_index(folder)
-    paths = {name: folder / name / "config.json" for name in LAYOUT}
-    for path in (*paths.values(), folder / SCHEDULE):
+    for path in (*(folder / name / CONFIG for name in LAYOUT), folder / SCHEDULE):
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
-    values = {name: read_json(path) for name, path in paths.items()}
-    packing = {name: _packing(folder / name, config) for name, config in values.items()}
-    plain = {name: {k: x for k, x in config.items() if k not in _PACKING} for name, config in values.items()}
-    return Description(folder, index, plain, read_json(folder / SCHEDULE), packing)
+    parts = {name: stated(folder / name) for name in LAYOUT}
+    return Description(folder, index, parts, read_json(folder / SCHEDULE))
 
 
-def packing(folder: Path) -> dict[str, str]:
-    """What the `config.json` of a folder says of how weights are packed; nothing if there is none."""
-    path = folder / "config.json"
-    return _packing(folder, read_json(path)) if path.is_file() else {}
+def stated(folder: Path) -> Stated:
+    """What the `config.json` of a folder says; nothing if there is none. CheckpointError for weights that are packed as
+    none that are read."""
+    if not os.path.lexists(path := folder / CONFIG):
+        return Stated()
+    config = read_json(path)
+    return Stated({key: x for key, x in config.items() if key not in _PACKING}, _packing(folder, config))
 
 
 def _packing(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -90,8 +97,8 @@ def _packing(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return {SETTINGS: json.dumps(stated)} if stated else {METHOD: str(method)} if stored else {}
 
 
-def read_configs(description: Description, variant: str | None) -> tuple[Variant, Geometries]:
-    """The model's row of the table, and the geometry of each of its networks.
+def read_configs(description: Description, variant: str | None) -> tuple[Variant, Geometries, list[str]]:
+    """The model's row of the table, the geometry of each of its networks, and what a user should know of the configs.
 
     Args:
         description: what `describe` has read.
@@ -100,19 +107,19 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     Raises:
         CheckpointError: another model, or one that asks for what is not implemented.
     """
-    folder = description.folder
-    configs = _configs(description, _TELLING, None)
+    folder, notes = description.folder, []
+    configs = _configs(description, _TELLING, None, notes)
     row = _choose_variant(folder, description.index, configs[_TELLING], variant)
     for name in [name for name in LAYOUT if name != _TELLING]:
-        configs |= _configs(description, name, row)
+        configs |= _configs(description, name, row, notes)
     check_fit(row, configs)
-    checked(description.scheduler, SCHEDULER, folder / SCHEDULE)
-    return row, configs
+    checked(description.scheduler, SCHEDULER, folder / SCHEDULE, notes)
+    return row, configs, notes
 
 
-def _configs(description: Description, part: str, variant: Variant | None) -> Geometries:
+def _configs(description: Description, part: str, variant: Variant | None, notes: list[str]) -> Geometries:
     """The geometries of the networks that are made from a part."""
-    return LAYOUT[part].configs(description.values[part], variant, description.folder / part / "config.json")
+    return LAYOUT[part].configs(description.parts[part].values, variant, description.folder / part / CONFIG, notes)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -79,12 +79,6 @@ class Dialect:
         """By the templates of the source those of canonical names."""
         return {theirs: ours for ours, all_ in self.table.items() for one in all_ for theirs in one.templates}
 
-    def rule(self, canonical: str) -> Rule:
-        """How a tensor of the canonical name is usually made, where no block counts from the other end."""
-        template, numbers = templated(canonical)
-        usual = self.table[template][0]
-        return usual.rule(*(filled(theirs, numbers) for theirs in usual.templates))
-
 
 def templated(name: str) -> tuple[str, list[int]]:
     """A name with stars for the numbers of its blocks, and these; nothing for a name that has stars itself."""

@@ -21,11 +21,12 @@ from flux2_mlx.checkpoint import (
     sealed,
 )
 from flux2_mlx.components import COMPONENTS
-from flux2_mlx.device import failures, foreign
+from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZER_FILES
+from flux2_mlx.verification import Meter
 from flux2_mlx.weights import TensorInfo, Tensors, Written, read_json, write_bytes, write_safetensors
 
 _SHARD_BYTES = 4 << 30
@@ -94,7 +95,7 @@ def write_folder(
     check_target(target, force)
     place = Path(os.path.realpath(target))  # where a link leads to
     needed = sum(part.component.nbytes for part in parts)
-    meter = _Progress(needed + inspection.nbytes, progress)
+    meter = Meter(needed + inspection.nbytes, progress)
     try:
         remove_leftovers(place.parent)
         _check_space(place.parent, needed)
@@ -156,17 +157,6 @@ def _check_space(folder: Path, needed: int) -> None:
         raise InputError(f"no space: the model takes {needed / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
 
 
-class _Progress:
-    def __init__(self, total: int, report: Callable[[int, int], object] | None):
-        self._done, self._total, self._report = 0, total, report
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if self._report:
-            with foreign():
-                self._report(self._done, self._total)
-
-
 class _Folder:
     """Writes the files of a checkpoint and records what they hold, as it is written."""
 
@@ -196,7 +186,7 @@ class _Folder:
         return path
 
 
-def _write_part(folder: _Folder, part: Part, progress: _Progress) -> None:
+def _write_part(folder: _Folder, part: Part, progress: Meter) -> None:
     config, place = part.component.config.to_dict(), part.component.name
     if part.component.quantization:
         config["quantization"] = part.component.quantization

@@ -13,6 +13,7 @@ from flux2_mlx.config import VARIANTS, Config, TextConfig, VAEConfig, Variant, V
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import NONSENSE, TensorInfo
 
+from .naming import Reading
 from .rules import Shape
 
 _Infos = Mapping[str, TensorInfo]
@@ -63,6 +64,24 @@ def geometry(part: str, infos: _Infos, what: str) -> dict[str, Config]:
         raise CheckpointError(f"{what}: {error}") from error
     except NONSENSE as error:
         raise CheckpointError(f"{what} describes no {part} ({type(error).__name__}: {error})") from error
+
+
+def understood(reading: Reading, what: str, wrong: str) -> tuple[dict[str, Config], CheckpointError | None]:
+    """The geometries of the networks that are made of a part, as far as they are known, and what is wrong with it: all
+    its tensors should have a place in them.
+
+    Args:
+        reading: the part as it was found.
+        what: the source, for errors.
+        wrong: what is said of it if tensors are missing, left over or of other shapes.
+    """
+    configs: dict[str, Config] = {}
+    try:
+        configs = geometry(reading.part, reading.infos, what)
+        reading.check(configs, wrong)
+    except CheckpointError as error:
+        return configs, error
+    return configs, None
 
 
 def candidates(configs: Mapping[str, Config]) -> list[Variant]:

@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux2_mlx.checkpoint import Checkpoint, Component
-from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.errors import CheckpointError, told
 from flux2_mlx.weights import TensorInfo, Tensors
 
 from .assembly import PARTS, assembled
 from .formats import Gguf, Unpacked, unreadable, usual_quant
-from .geometry import candidates, choose, geometry
+from .geometry import candidates, choose, understood
 from .naming import TEKKEN, Reading, check_size, is_extra, read
-from .sources import Source
 from .strangers import adapter, stranger
 from .write import check_source
 
@@ -185,17 +183,19 @@ def _model(
 ) -> Identity:
     """What tensors are that are named as parts of FLUX.2."""
     stored = _Stored.of(tensors)
-    configs, problems = _geometries(readings)
+    found = {name: _understood(reading) for name, reading in readings.items()}
+    configs = {name: part for name, (part, _) in found.items()}
+    problems = {name: str(problem) for name, (_, problem) in found.items() if problem}
     parts = tuple(_part(reading, stored, configs[name], problems.get(name)) for name, reading in readings.items())
     advice = "; ".join(problems.values()) or None
     if not any(configs.values()):
-        name = f"{_and(readings)} of another model"
+        name = f"{told(readings)} of another model"
         return Identity(OTHER, name, stored.shares, stored.nbytes, parts=parts, advice=advice)
     rows = candidates({network: config for part in configs.values() for network, config in part.items()})
     row = _chosen(rows, hints, variant, what)
     return Identity(
         MODEL,
-        f"{_and(readings)} of {FAMILY}{'' if row is None else f' {row.name}'}",
+        f"{told(readings)} of {FAMILY}{'' if row is None else f' {row.name}'}",
         stored.shares,
         stored.nbytes,
         tuple(row.name for row in rows),
@@ -222,12 +222,7 @@ def conversion(place: Path, variant: str | None, others: Iterable[Checkpoint]) -
         check_source(source, quant, text_quant)
     except CheckpointError as error:
         return Conversion(refusal=str(error))
-    return Conversion(_places(source), quant, text_quant)
-
-
-def _places(source: Source) -> dict[str, Path]:
-    taken = {COMPONENTS[name].part: component.files[0].parent for name, component in source.stored.items()}
-    return taken | {name: part.place for name, part in source.parts.items()} | {PARTS[-1]: source.tokenizer}
+    return Conversion(source.places, quant, text_quant)
 
 
 def _chosen(rows: list[Variant], hints: Iterable[str], variant: str | None, what: str) -> Variant | None:
@@ -239,19 +234,9 @@ def _chosen(rows: list[Variant], hints: Iterable[str], variant: str | None, what
         return None
 
 
-def _geometries(readings: Mapping[str, Reading]) -> tuple[dict[str, Geometries], dict[str, str]]:
-    """The geometries of each part as far as they are known, and what is wrong with parts."""
-    configs: dict[str, Geometries] = {}
-    problems: dict[str, str] = {}
-    for name, reading in readings.items():
-        what = f"the {name.replace('_', ' ')}"
-        configs[name] = {}
-        try:
-            configs[name] = geometry(name, reading.infos, what)
-            reading.check(configs[name], f"{what} is damaged or was changed")
-        except CheckpointError as error:
-            problems[name] = str(error)
-    return configs, problems
+def _understood(reading: Reading) -> tuple[Geometries, CheckpointError | None]:
+    what = f"the {told([reading.part])}"
+    return understood(reading, what, f"{what} is damaged or was changed")
 
 
 def _part(reading: Reading, stored: _Stored, configs: Geometries, problem: str | None) -> Part:
@@ -281,12 +266,3 @@ def _group(part: str, canonical: str, info: TensorInfo) -> str:
     if len(info.shape) == 1:
         return _SMALL
     return next(group for start, group in _GROUPS[part].items() if canonical.startswith(start))
-
-
-def _and(names: Iterable[str]) -> str:
-    *most, last = [_told(name) for name in names]
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _told(part: str) -> str:
-    return "VAE" if part == "vae" else part.replace("_", " ")

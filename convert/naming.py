@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import mlx.core as mx
+
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.loading import module_tensors
-from flux2_mlx.weights import TensorInfo, mismatches, raise_problems
+from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
 
 from .dialects import AFTER, DIALECTS, Dialect, Spelling, filled, matrix, templated, unpermute
+from .formats import unreadable
 from .parts import LAYOUT
 from .rules import Rule, Shape, copy
 from .strangers import refusal
@@ -42,9 +44,6 @@ _UNDERSTOOD = {
     }
     for part in _PREFIXES
 }
-# For each network, given its geometry, how our tensors are made of canonical ones, which the transformer's are.
-_RULES = {network: rules for layout in LAYOUT.values() for network, rules in layout.rules.items()}
-_RULES["transformer"] = lambda config: lambda name, shape: copy(name)
 
 
 @dataclass(frozen=True)
@@ -96,26 +95,36 @@ class Reading:
 
     def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
         """How our tensor of a name and a shape is made of the source's, for a network of the part and its geometry."""
-        canonical, head_dim = _RULES[network](config), getattr(config, "head_dim", 128)
+        canonical, head_dim = LAYOUT[self.part].rules[network](config), getattr(config, "head_dim", 128)
         return lambda name, shape: self.composed(canonical(name, shape), head_dim)
 
     def check(self, configs: Mapping[str, Any], what: str) -> None:
         """Compare all tensors with those that networks of these geometries are made of.
 
         Raises:
-            CheckpointError: some are missing, left over or of another shape; `what` is said to be wrong.
+            CheckpointError: some are missing, left over, of another shape or of a dtype that is not read; `what` is
+                said to be wrong.
         """
-        expected: dict[str, TensorInfo] = {}
+        shapes = self.shapes(configs)
+        expected = {name: TensorInfo(self._read_as(name), shape) for name, shape in shapes.items()}
+        raise_problems(what, mismatches(expected, self._kept(configs)))
+
+    def shapes(self, configs: Mapping[str, Any]) -> dict[str, Shape]:
+        """The tensors that networks of these geometries are made of, by their full names."""
+        shapes: dict[str, Shape] = {}
         for network, config in configs.items():
             rule_for = self.rules_for(network, config)
-            for name, tensor in module_tensors(Component(network, config, None, ()).build()).items():
+            for name, tensor in Component(network, config, None, ()).infos.items():
                 rule = rule_for(name, tensor.shape)
-                shape = rule.source_shape(tensor.shape)
-                # What dtypes are read is not the naming's to say.
-                expected |= {x: replace(self.sources.get(x, tensor), shape=shape) for x in rule.sources}
-        raise_problems(what, mismatches(expected, self.kept(configs)))
+                shapes |= dict.fromkeys(rule.sources, rule.source_shape(tensor.shape))
+        return shapes
 
-    def kept(self, configs: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def _read_as(self, name: str) -> str:
+        """The dtype that a tensor should have: its own, if that is read."""
+        own = self.sources[name].dtype if name in self.sources else ""
+        return own if own in FLOATS.values() else FLOATS[mx.bfloat16]
+
+    def _kept(self, configs: Mapping[str, Any]) -> dict[str, TensorInfo]:
         """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
         is_dropped, config = LAYOUT[self.part].is_dropped, configs[self.part]
         names = {name: self.canonical(name) for name in self.sources}
@@ -177,6 +186,8 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
     check_size(infos, what)
     if known := refusal(infos):
         raise CheckpointError(f"{what} is {known}")
+    if how := unreadable(infos, {}):
+        raise CheckpointError(f"{what} is {how}")
     names = [name for name in infos if not is_extra(name)]
     found = _recognised(names)
     if not found:

@@ -6,7 +6,6 @@ Sources: the signatures and code of diffusers' `Flux2Transformer2DModel`, `Autoe
 """
 
 import dataclasses
-import logging
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 from flux2_mlx.config import TransformerConfig, VAEConfig
 from flux2_mlx.errors import CheckpointError
 
-_log = logging.getLogger(__name__)
 _OFF = (False, None)
 _ONE = (1, None)
 _ROPE_THETA = 1e4  # of every transformers config that states none
@@ -186,10 +184,12 @@ MISTRAL3 = Options(
 )
 
 
-def checked(values: dict[str, Any], options: Options, path: Path, section: str = "") -> dict[str, Any]:
+def checked(
+    values: dict[str, Any], options: Options, path: Path, notes: list[str], section: str = ""
+) -> dict[str, Any]:
     """`values` of a section (`text_config.`) of `path`, with what the reference takes for keys that are left out.
 
-    A key that neither we nor the reference know is logged, as the reference does.
+    A key that neither we nor the reference know is added to `notes`; the reference logs it.
 
     Raises:
         CheckpointError: a key asks for what is not implemented.
@@ -203,7 +203,7 @@ def checked(values: dict[str, Any], options: Options, path: Path, section: str =
     unknown = [key for key, value in values.items() if key not in known and key[:1] != "_" and value is not None]
     if unknown:
         names = ", ".join(reprlib.repr(f"{section}{key}") for key in unknown[:8])
-        _log.warning("%s: unknown keys are ignored, as the reference does: %s", path, names)
+        notes.append(f"{path}: unknown keys are ignored, as the reference does: {names}")
     return values
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -46,6 +47,16 @@ def channels_last(source: str) -> Rule:
     return Rule((source,), lambda x: x.transpose(0, 2, 3, 1), lambda shape: (shape[0], shape[3], shape[1], shape[2]))
 
 
+def same(name: str, shape: Shape) -> Rule:
+    """The rule for our tensor of a name and a shape where the source's is the same."""
+    return copy(name)
+
+
+def kernels_last(name: str, shape: Shape) -> Rule:
+    """The rule for our tensor of a name and a shape where nothing but the order of a kernel's axes differs."""
+    return channels_last(name) if len(shape) == 4 else copy(name)
+
+
 class Converted:
     """Our tensors, in bfloat16, made by `rules` from those of a source; `infos` says what they are to be."""
 
@@ -57,6 +68,21 @@ class Converted:
         theirs = self._source.read(source for rule in rules for source in rule.sources)
         for rule in rules:
             yield rule.apply(*evaluated(islice(theirs, len(rule.sources)))).astype(mx.bfloat16)
+
+
+class Placed:
+    """Tensors of a file or folder `place`, which errors name when they are read."""
+
+    def __init__(self, tensors: Tensors, place: Path):
+        self._tensors, self._place, self.infos = tensors, place, tensors.infos
+
+    def read(self, names: Iterable[str]) -> Iterator[mx.array]:
+        try:
+            yield from self._tensors.read(names)
+        except CheckpointError as error:
+            if str(self._place) in str(error):
+                raise
+            raise CheckpointError(f"{self._place}: {error}") from error
 
 
 class Finite:

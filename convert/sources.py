@@ -1,33 +1,31 @@
-"""Where weights come from: a folder in the diffusers layout."""
+"""Where weights come from: files of parts of a model, and folders of such parts in the layout of diffusers."""
 
 import hashlib
-import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from flux2_mlx.checkpoint import Component, check_counts, is_checkpoint
-from flux2_mlx.components import WRITING_PARTS
+from flux2_mlx.components import COMPONENTS, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.errors import CheckpointError, told
 from flux2_mlx.layout import INDEX, PICKLES
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
-from flux2_mlx.weights import FLOATS, Renamed, TensorInfo, Tensors, read_json
+from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors, read_json
 
 from . import formats
-from .configs import COMPLETE, SCHEDULE, UNQUANTIZED, describe, read_configs
+from .configs import COMPLETE, CONFIG, SCHEDULE, UNQUANTIZED, Description, Stated, describe, read_configs
 from .mflux import part_folders
-from .naming import Reading
+from .naming import Reading, read
 from .parts import LAYOUT
-from .rules import Rule, Shape
+from .rules import Shape
 
-_log = logging.getLogger(__name__)
 TOKENIZER = "tokenizer/tokenizer.json"
 LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")  # one file of a set
-# The fingerprint reads this many pieces of this many bytes from each file, at even distances.
+# The fingerprint reads this many pieces of this many bytes from each file at even distances, and one of each tensor.
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 
 
@@ -35,36 +33,26 @@ _SAMPLES, _SAMPLE_BYTES = 1024, 4096
 class SourcePart:
     """A part of a source: where it is, and the tensors in its files, unread.
 
-    `reading` says how they are named where that is not as in the layout of diffusers, `metadata` is what the files say
-    of themselves, and `usual_quant` keeps what is stored of the weights.
+    `reading` says how they are named, `metadata` is what the files say of themselves, and `config` is the file that
+    states their geometry, where it is not told by shapes.
     """
 
-    name: str
     place: Path
     files: list[Path]
     tensors: Tensors
-    reading: Reading | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    usual_quant: str = "bf16"
+    reading: Reading
+    metadata: Mapping[str, str]
+    config: Path | None = None
 
-    def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
-        """How our tensor of a name and a shape is made, for a network of the part and its geometry."""
-        if self.reading is not None:
-            return self.reading.rules_for(network, config)
-        return LAYOUT[self.name].rules[network](config)
-
-    def kept(self, configs: Geometries) -> dict[str, TensorInfo]:
-        """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
-        if self.reading is not None:
-            return self.reading.kept(configs)
-        is_dropped, config = LAYOUT[self.name].is_dropped, configs[self.name]
-        return {name: tensor for name, tensor in self.tensors.infos.items() if not is_dropped(name, config)}
+    @property
+    def usual_quant(self) -> str:
+        """The quantization that keeps what is stored of the weights."""
+        return formats.usual_quant(self.tensors)
 
     def check(self, configs: Geometries) -> None:
         """CheckpointError if the geometries ask for more than the files hold, or for networks that can't be built."""
-        path = self.place / "config.json" if self.reading is None else self.place
-        if self.reading is None:
-            check_counts(LAYOUT[self.name].counts(configs), self.tensors.infos, path)
+        path = self.config or self.place
+        check_counts(LAYOUT[self.reading.part].counts(configs), self.reading.infos, path)
         for name, config in configs.items():
             Component(name, config, None, ()).check(path)
 
@@ -74,8 +62,8 @@ class Source:
     """An opened source: geometries of its networks and, part by part, its weight files and the tensors in them, unread.
 
     `place` is the folder or file that it is, `tokenizer` the folder of its tokenizer, `schedule` the file of its
-    schedule, and `stored` are networks that are taken from a checkpoint of ours. Build it with `Source.open` or
-    `assembled`.
+    schedule, `stored` are networks that are taken from a checkpoint of ours, `beside` small files that stand for parts
+    in its fingerprint, and `notes` say what a user should know of it. Build it with `Source.open` or `assembled`.
     """
 
     place: Path
@@ -85,6 +73,8 @@ class Source:
     tokenizer: Path
     schedule: Path
     stored: dict[str, Component] = field(default_factory=dict)
+    beside: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
@@ -99,19 +89,16 @@ class Source:
             CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
         """
         description = describe(folder)
-        parts = {
-            name: layout_part(folder, name, description.packing[name])
-            for name in (WRITING_PARTS if text_only else LAYOUT)
-        }
+        wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
+        parts = {name: _layout_part(description, name, variant) for name in wanted}
         if not (folder / TOKENIZER).is_file():
             advice = "add that of the model that it was made from, in a local copy of a repo"
             raise CheckpointError(f"{folder} is incomplete: there is no {TOKENIZER}; {advice}")
-        for part in parts.values():
-            _refuse_packed(part)
-        row, configs = read_configs(description, variant)
+        row, configs, notes = read_configs(description, variant)
         kept = {network for name in parts for network in LAYOUT[name].rules}
         configs = {name: config for name, config in configs.items() if name in kept}
-        return cls(folder, row, configs, parts, folder / "tokenizer", folder / SCHEDULE)
+        tokenizer, schedule = folder / "tokenizer", folder / SCHEDULE
+        return cls(folder, row, configs, parts, tokenizer, schedule, notes=tuple(notes))
 
     def configs_of(self, part: str) -> Geometries:
         """The geometries of the networks that are made from a part."""
@@ -119,23 +106,31 @@ class Source:
 
     def check(self) -> None:
         """CheckpointError if the configs ask for more than the files hold, or for networks that can't be built."""
-        for part in self.parts.values():
-            part.check(self.configs_of(part.name))
+        for name, part in self.parts.items():
+            part.check(self.configs_of(name))
 
     def quants(self, quant: str | None, text_quant: str | None) -> tuple[str, str]:
         """How the transformer and the text encoder are to be stored, None being what keeps of their weights what there
         is; of the text encoder's that are at most 8 bits."""
-        usual = self._usual_quant("transformer")
-        if quant is None and usual != "bf16":
-            _log.warning("%s holds the transformer in few bits, which becomes %s", self._place_of("transformer"), usual)
-        quant = check_quant(quant or usual)
+        quant = check_quant(quant or self._usual_quant("transformer"))
         if text_quant is None and "text_encoder" in self.stored:
             text_quant = self._usual_quant("text_encoder")
         default = max(DEFAULT_TEXT_QUANT[quant], self._usual_quant("text_encoder"), key=QUANTIZATIONS.index)
         return quant, check_quant(text_quant or default)
 
-    def _place_of(self, part: str) -> Path:
-        return self.parts[part].place if part in self.parts else self.place
+    def notices(self, quant: str | None) -> list[str]:
+        """What a user should know of a conversion to the `quant` that was asked for."""
+        usual = self._usual_quant("transformer")
+        if quant is not None or usual == "bf16":
+            return [*self.notes]
+        place = self.places["transformer"]
+        return [*self.notes, f"{place} holds the transformer in few bits, which becomes {usual}"]
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """Where each part is taken from, and the tokenizer."""
+        taken = {name: part.files[0].parent for name, part in self.stored.items() if COMPONENTS[name].part == name}
+        return taken | {name: part.place for name, part in self.parts.items()} | {"tokenizer": self.tokenizer}
 
     def _usual_quant(self, name: str) -> str:
         """The quantization that keeps what is stored of a network."""
@@ -159,29 +154,96 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and sizes of its own weight files and pieces of their content, headers included.
+        """SHA-256 over the names and sizes of weight files and pieces of their content: their headers, the beginning of
+        every tensor, and more at even distances.
 
-        Two fine-tunes of a model differ in nearly every tensor, so pieces tell them apart as well as all bytes would.
+        Where a model was trained further, values differ all over a tensor. A change of some values only, between the
+        pieces, is not seen, nor one of what a model that is converted already gives to a file that lacks it.
         """
         digest = hashlib.sha256()
+        for path in self.beside:
+            digest.update(path.read_bytes())
         for component, paths in self.files.items():
             for path in paths:
                 size = path.stat().st_size
                 digest.update(f"{component}/{path.name}:{size}\n".encode())
                 with path.open("rb") as file:
-                    for start in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
+                    evenly = range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES))
+                    for start in sorted({*evenly, *formats.starts(path)}):
                         file.seek(start)
                         digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
 
-def layout_part(folder: Path, part: str, said: Mapping[str, str]) -> SourcePart:
-    """A part of a folder in the diffusers layout, with its tensors by the names that its rules have for them; `said` is
-    what its config says of how they are packed."""
-    paths = _weight_files(folder / part, LAYOUT[part].stem)
-    plain, metadata = formats.plain(paths, said)
-    tensors = Renamed(plain, {LAYOUT[part].canonical(name): name for name in plain.infos})
-    return SourcePart(part, folder / part, paths, tensors, None, metadata, formats.usual_quant(plain))
+def parts_of(
+    place: Path, paths: list[Path], stated: Stated, geometries: Callable[[], Sequence[Geometries]]
+) -> dict[str, SourcePart]:
+    """The parts of a model that files of weights are of.
+
+    Args:
+        place: what a user knows them as.
+        paths: the files, which belong together.
+        stated: what the config beside them says.
+        geometries: what their networks may be; asked for where packed weights don't say what shapes they have.
+
+    Raises:
+        CheckpointError: they are damaged, of no FLUX.2 model, or stored as what is not read.
+    """
+    tensors, metadata = formats.plain(paths, stated.packing, _Expected(place, paths, geometries))
+    readings = read(tensors.infos, str(place))
+    for reading in readings.values():
+        _refuse_integers(place, reading.sources)
+    return {name: SourcePart(place, paths, tensors, reading, metadata) for name, reading in readings.items()}
+
+
+def the_part(parts: Mapping[str, SourcePart], name: str, place: Path) -> SourcePart:
+    """The part `name` of those at `place`, which may hold others; CheckpointError if it is not there."""
+    if name not in parts:
+        raise CheckpointError(f"{place} holds the {told(parts)} of a model, not its {told([name])}")
+    return parts[name]
+
+
+def _layout_part(description: Description, name: str, variant: str | None) -> SourcePart:
+    """A part of a folder in the diffusers layout, whose config says what its geometry is."""
+    place = description.folder / name
+    files = _weight_files(place, LAYOUT[name].stem)
+    parts = parts_of(place, files, description.parts[name], lambda: [read_configs(description, variant)[1]])
+    return replace(the_part(parts, name, place), config=place / CONFIG)
+
+
+class _Expected(Mapping[str, Shape]):
+    """The shapes that weights of these files have by the first of the geometries that agrees with what is stored
+    plainly, or by the only one; found out where one is asked for."""
+
+    def __init__(self, place: Path, paths: list[Path], geometries: Callable[[], Sequence[Geometries]]):
+        self._place, self._paths, self._geometries = place, paths, geometries
+
+    @cached_property
+    def _shapes(self) -> Mapping[str, Shape]:
+        infos = Files(self._paths).infos
+        whole = {name.partition("._")[0]: info for name, info in infos.items()}  # a packed weight's has such an ending
+        plain = {name: info.shape for name, info in infos.items() if info.dtype in FLOATS.values()}
+        readings = read(whole, str(self._place))
+        found = [_shapes(readings, configs) for configs in self._geometries()]
+        agreeing = (x for x in found if all(x.get(name, shape) == shape for name, shape in plain.items()))
+        return next(agreeing, found[0] if len(found) == 1 else {})
+
+    def __getitem__(self, name: str) -> Shape:
+        return self._shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _shapes(readings: Mapping[str, Reading], configs: Geometries) -> dict[str, Shape]:
+    """The shapes of the tensors that networks of these geometries are made of."""
+    shapes: dict[str, Shape] = {}
+    for name, reading in readings.items():
+        shapes |= reading.shapes({network: x for network, x in configs.items() if COMPONENTS[network].part == name})
+    return shapes
 
 
 def loose_files(place: Path) -> list[Path]:
@@ -189,6 +251,8 @@ def loose_files(place: Path) -> list[Path]:
     if place.is_file():
         if place.suffix.lower() in PICKLES:
             raise CheckpointError(f"{place} is a pickle, which could run code; fetch it as .safetensors")
+        if place.suffix.lower() not in LOOSE:
+            raise CheckpointError(f"{place} is named neither .safetensors nor .gguf; give such a file, or rename it")
         if match := _SHARD.fullmatch(place.name):
             return _present(place.parent, _numbered(place.parent, match[1], ""))
         return [place]
@@ -261,12 +325,8 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
     )
 
 
-def _refuse_packed(part: SourcePart) -> None:
-    """CheckpointError for weights that are still no numbers of floating point."""
-    if how := formats.unreadable(part.tensors.infos, {}):
-        raise CheckpointError(f"{part.place} is {how}")
-    matrices = [x for name, x in part.tensors.infos.items() if name.endswith("weight") and len(x.shape) > 1]
+def _refuse_integers(place: Path, infos: Mapping[str, TensorInfo]) -> None:
+    """CheckpointError for weights that are no numbers of floating point, of whatever shape."""
+    matrices = [x for name, x in infos.items() if name.endswith("weight") and len(x.shape) > 1]
     if other := sorted({x.dtype for x in matrices} - set(FLOATS.values())):
-        raise CheckpointError(
-            f"{part.place} holds weights that are stored as {other[0]}, which are not read; {UNQUANTIZED}"
-        )
+        raise CheckpointError(f"{place} holds weights that are stored as {other[0]}, which are not read; {UNQUANTIZED}")

@@ -11,32 +11,12 @@ from flux2_mlx.config import MAX_LAYERS, Geometries, TextConfig, Variant, Vision
 from flux2_mlx.errors import CheckpointError
 
 from .options import MISTRAL, MISTRAL3, PIXTRAL, QWEN3, check_alike, checked, refuse, rope_theta
-from .rules import Rule, Shape, channels_last, copy
+from .rules import Rule, Shape, copy
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 # Where in the config the geometry of each kind of text model stands.
 _SECTIONS = {"qwen3": "", "mistral3": "text_config."}
 _VISION_SECTION = "vision_config."
-# Mistral's names on disk and as transformers saves them since 4.52, and what both become.
-_PREFIXES = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    # Of a decoder that was saved without its head.
-    ("layers.", "model.layers."),
-    ("embed_tokens.", "model.embed_tokens."),
-    ("norm.", "model.norm."),
-)
-
-
-def canonical(name: str) -> str:
-    """A source tensor's name in the naming that the rules read: Qwen3's, with Mistral's vision parts on top."""
-    for prefix, ours in _PREFIXES:
-        if name.startswith(prefix):
-            return ours + name[len(prefix) :]
-    return name
 
 
 def rule_for(name: str, shape: Shape) -> Rule:
@@ -52,13 +32,8 @@ def later_rule_for(name: str, shape: Shape, first: int) -> Rule:
     return copy(name if name.startswith("lm_head.") else f"model.{name}")
 
 
-def vision_rule_for(name: str, shape: Shape) -> Rule:
-    """The rule for tensor `name` of the vision tower and projector."""
-    return channels_last(name) if len(shape) == 4 else copy(name)
-
-
 def is_dropped(name: str, config: TextConfig) -> bool:
-    """Whether a source tensor has no place in our checkpoint: what generates text, where that is not kept, and a
+    """Whether a canonical tensor has no place in our checkpoint: what generates text, where that is not kept, and a
     head that repeats the embedding."""
     if name == "model.norm.weight":
         return not config.num_later_layers and not config.final_norm
@@ -68,26 +43,26 @@ def is_dropped(name: str, config: TextConfig) -> bool:
     return layer is not None and int(layer[1]) >= config.num_hidden_layers and not config.num_later_layers
 
 
-def configs(values: dict[str, Any], variant: Variant, path: Path) -> Geometries:
+def configs(values: dict[str, Any], variant: Variant, path: Path, notes: list[str]) -> Geometries:
     """The geometries of what is made of the text model of `variant`, whose config is at `path`."""
-    text = _text_values(values, variant, path)
+    text = _text_values(values, variant, path, notes)
     section = _SECTIONS[text["model_type"]]
     configs: Geometries = {"text_encoder": described("text_encoder", text, path, section)}
     if text["num_later_layers"]:
         configs["language_model"] = configs["text_encoder"]
     if section and "vision_config" in values:
-        configs["vision"] = described("vision", _vision_values(values, text, path), path, _VISION_SECTION)
+        configs["vision"] = described("vision", _vision_values(values, text, path, notes), path, _VISION_SECTION)
     return configs
 
 
 def counts(configs: Geometries) -> dict[str, tuple[str, int]]:
-    """How many layers of each kind the source has, and the key that says so."""
+    """How many layers of each kind the part has, by what their canonical names begin with, and the key that says so."""
     text = configs["text_encoder"]
     layers = {"model.layers.": ("num_hidden_layers", text.num_hidden_layers + text.num_later_layers)}
     return layers | (COMPONENTS["vision"].counts(configs["vision"]) if "vision" in configs else {})
 
 
-def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
+def _text_values(values: dict[str, Any], variant: Variant, path: Path, notes: list[str]) -> dict[str, Any]:
     """The geometry with the layers that are needed, in our terms."""
     model_type = values.get("model_type")
     if model_type != variant.text.model_type:
@@ -97,10 +72,10 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
         )
     tied, section = values.get("tie_word_embeddings", False), _SECTIONS[model_type]
     if section:
-        checked(values, MISTRAL3, path)
-        inner = checked(_section(values, "text_config", path), MISTRAL, path, section)
+        checked(values, MISTRAL3, path, notes)
+        inner = checked(_section(values, "text_config", path), MISTRAL, path, notes, section)
     else:
-        inner = checked(values, QWEN3, path)
+        inner = checked(values, QWEN3, path, notes)
     check_alike(inner, "layer_types", "full_attention", None, path, section)
     heads = inner["num_attention_heads"]
     if inner.get("num_key_value_heads") is None:
@@ -133,9 +108,9 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path) -> dict[s
     }
 
 
-def _vision_values(values: dict[str, Any], text: dict[str, Any], path: Path) -> dict[str, Any]:
+def _vision_values(values: dict[str, Any], text: dict[str, Any], path: Path, notes: list[str]) -> dict[str, Any]:
     """The vision tower's geometry in our terms; `text` is that of the text model."""
-    inner = checked(_section(values, "vision_config", path), PIXTRAL, path, _VISION_SECTION)
+    inner = checked(_section(values, "vision_config", path), PIXTRAL, path, notes, _VISION_SECTION)
     width, heads = (inner.get(key, getattr(VisionConfig, key)) for key in ("hidden_size", "num_attention_heads"))
     if inner.get("head_dim", _divided(width, heads)) not in (None, _divided(width, heads)):
         refuse(f"{_VISION_SECTION}head_dim", inner["head_dim"], _divided(width, heads), path)

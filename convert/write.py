@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-
-import mlx.core as mx
+from typing import Any
 
 from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
@@ -14,12 +13,12 @@ from flux2_mlx.errors import InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
 from flux2_mlx.verification import check_hashes, hashed_bytes
-from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
+from flux2_mlx.weights import TensorInfo
 
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
 from .requantize import stored_part
-from .rules import Converted, Finite, Rule
+from .rules import Converted, Finite, Placed, Rule
 from .sources import Source
 
 
@@ -83,7 +82,7 @@ def write_checkpoint(
         "variant": source.variant.name,
         "components": [name for name in COMPONENTS if name in source.configs],
         "quantization": by_group(quant, text_quant),
-        "source": {"name": name or source.place.name, "fingerprint": source.fingerprint},
+        "source": _origin(source, name),
         "version": version("flux2-mlx"),
     }
     present = [file for file in TOKENIZER_FILES if (source.tokenizer / file).is_file()]
@@ -97,6 +96,13 @@ def write_checkpoint(
         force=force,
         progress=progress,
     )
+
+
+def _origin(source: Source, name: str | None) -> dict[str, Any]:
+    """What a checkpoint says of what it was made from: `parts` are those that were elsewhere."""
+    elsewhere = {part: str(x) for part, x in source.places.items() if source.place not in (x, *x.parents)}
+    stamp = {"name": name or source.place.name, "fingerprint": source.fingerprint}
+    return stamp | ({"parts": elsewhere} if elsewhere else {})
 
 
 def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Component]:
@@ -113,36 +119,17 @@ def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Compo
 def _checked_plans(source: Source, quant: str, text_quant: str) -> list[_Plan]:
     quants = quantizations(check_quant(quant), check_quant(text_quant))
     source.check()
-    plans = [_plan(source, name, quants[name]) for name in COMPONENTS if name in source.configs.keys() - source.stored]
-    _check_tensors(source, plans)
+    for name, part in source.parts.items():
+        part.reading.check(source.configs_of(name), f"{part.place} is not a {source.variant.name} {name}")
     _check_tokenizer(source)
-    return plans
+    return [_plan(source, name, quants[name]) for name in COMPONENTS if name in source.configs.keys() - source.stored]
 
 
 def _plan(source: Source, name: str, quant: str) -> _Plan:
     bare = Component(name, source.configs[name], None, ())
-    plain, rule_for = bare.infos, source.parts[COMPONENTS[name].part].rules_for(name, bare.config)
+    plain, rule_for = bare.infos, source.parts[COMPONENTS[name].part].reading.rules_for(name, bare.config)
     rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
     return _Plan(bare.quantized(quant), plain, rules)
-
-
-def _check_tensors(source: Source, plans: list[_Plan]) -> None:
-    """Compare the source with what the rules read, before anything is written."""
-    for name, part in source.parts.items():
-        found = part.kept(source.configs_of(name))
-        expected = {
-            key: TensorInfo(_float_of(found.get(key)), rule.source_shape(plan.plain[ours].shape))
-            for plan in plans
-            if plan.part == name
-            for ours, rule in plan.rules.items()
-            for key in rule.sources
-        }
-        raise_problems(f"{part.place} is not a {source.variant.name} {name}", mismatches(expected, found))
-
-
-def _float_of(found: TensorInfo | None) -> str:
-    """The dtype that a tensor should have: its own, if that is read."""
-    return found.dtype if found is not None and found.dtype in FLOATS.values() else FLOATS[mx.bfloat16]
 
 
 def _check_tokenizer(source: Source) -> None:
@@ -169,5 +156,5 @@ def _part(source: Source, plan: _Plan) -> Part:
         what = f"{part.place}: {', '.join(plan.rules[name].sources)} is not finite"
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
-    converted = Finite(Converted(part.tensors, plan.rules, plan.plain), complaint)
+    converted = Finite(Converted(Placed(part.tensors, part.place), plan.rules, plan.plain), complaint)
     return Part(plan.component, as_stored(converted, plan.component))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 from .config import QUANTIZATIONS
-from .errors import InputError
+from .errors import InputError, told
 from .memory import Plan, Workload, Writing
 from .networks import Networks
 from .references import MIN_SIDE, Edit
@@ -194,7 +194,7 @@ def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
 
 
 def _refusal(networks: Networks, planned: Plan, advice: str) -> InputError:
-    name = planned.worst.name.replace("_", " ").replace("vae", "VAE")
+    name = told([planned.worst.name])
     needed, limit = (_shown(x, planned.peak_memory - planned.limit) for x in (planned.peak_memory, planned.limit))
     if planned.limit < networks.memory_limit:
         return InputError(f"the {name} needs {needed}, and the run that is going on leaves {limit}; {advice}")

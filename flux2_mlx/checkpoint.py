@@ -167,7 +167,7 @@ class Checkpoint:
     variant: Variant
     quant: str
     text_quant: str
-    source: dict[str, str]
+    source: dict[str, Any]
     components: dict[str, Component]
     claim: Claim | None = field(default=None, compare=False, repr=False)
 
@@ -257,6 +257,12 @@ class Checkpoint:
         for path in self.tokenizer_files if records else ():
             if path.relative_to(self.folder).as_posix() not in records:
                 raise CheckpointError(f"{path} was not there after the conversion; remove it, or {again}")
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each part came from that was not in the source itself, as far as that was recorded."""
+        parts = self.source.get("parts")
+        return {str(part): str(place) for part, place in parts.items()} if isinstance(parts, dict) else {}
 
     @property
     def model(self) -> Variant:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from .checkpoint import DIGEST, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint, recorded
+from .device import foreign
 from .errors import CheckpointError, Flux2Error, InputError, one_line
 from .files import write
 from .weights import NONSENSE, TensorInfo, open_model_file, raise_problems, read_header, read_json
@@ -20,7 +21,7 @@ from .weights import NONSENSE, TensorInfo, open_model_file, raise_problems, read
 _MEMORY = "verified.json"
 _CHUNK = 1 << 24
 _CHANGED = "is not what was converted"
-_Progress = Callable[[int, int], None]
+_Progress = Callable[[int, int], object]
 
 
 class _Float(NamedTuple):
@@ -118,7 +119,7 @@ def verify(folder: Path, progress: _Progress | None = None) -> Report:
     records = _records(manifest, problems)
     hashes = _tensor_hashes(folder) if TENSOR_HASHES in records else {}
     weights = {name for name in states if name.endswith(".safetensors")}
-    meter = _Meter(sum(states[name][0] for name in {*records, *weights} if name in states), progress)
+    meter = Meter(sum(states[name][0] for name in {*records, *weights} if name in states), progress)
     for name in sorted({*records, *weights}):
         if name not in records and records:
             problems.append(Problem(name, None, "was not there after the conversion"))
@@ -167,14 +168,17 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-class _Meter:
+class Meter:
+    """Adds up the bytes that are done; `report` is called with them and those in all."""
+
     def __init__(self, total: int, report: _Progress | None):
         self._done, self._total, self._report = 0, total, report
 
     def add(self, count: int) -> None:
         self._done += count
         if self._report:
-            self._report(self._done, self._total)
+            with foreign():
+                self._report(self._done, self._total)
 
 
 def _states(folder: Path) -> dict[str, list[int]]:
@@ -214,7 +218,7 @@ def _tensor_hashes(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _check_file(
-    folder: Path, name: str, record: dict[str, Any] | None, hashes: dict[str, str], meter: _Meter
+    folder: Path, name: str, record: dict[str, Any] | None, hashes: dict[str, str], meter: Meter
 ) -> list[Problem]:
     if not os.path.lexists(folder / name):
         return [Problem(name, None, "is missing")]
@@ -244,7 +248,7 @@ def _check_file(
     return problems
 
 
-def _read_tensor(file: BinaryIO, name: str, tensor: TensorInfo, whole: Any, meter: _Meter) -> tuple[str, set[str]]:
+def _read_tensor(file: BinaryIO, name: str, tensor: TensorInfo, whole: Any, meter: Meter) -> tuple[str, set[str]]:
     """SHA-256 of the tensor that comes next in `file`, and what is wrong with its values."""
     own, flaws, kind = hashlib.sha256(), set(), _FLOATS.get(tensor.dtype)
     for data in _pieces(file, tensor.nbytes, [whole, own], meter):
@@ -257,12 +261,12 @@ def _read_tensor(file: BinaryIO, name: str, tensor: TensorInfo, whole: Any, mete
     return own.hexdigest(), flaws
 
 
-def _read(file: BinaryIO, count: int, digests: list[Any], meter: _Meter) -> None:
+def _read(file: BinaryIO, count: int, digests: list[Any], meter: Meter) -> None:
     for _ in _pieces(file, count, digests, meter):
         pass
 
 
-def _pieces(file: BinaryIO, count: int, digests: list[Any], meter: _Meter) -> Iterator[bytes]:
+def _pieces(file: BinaryIO, count: int, digests: list[Any], meter: Meter) -> Iterator[bytes]:
     """The next `count` bytes of `file`, a few megabytes at a time; all `digests` see them."""
     while count:
         data = file.read(min(count, _CHUNK))

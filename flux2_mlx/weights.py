@@ -32,6 +32,7 @@ _DTYPES = (
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}  # it refuses a whole file for one of them
 _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater ones
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
+_MAX_TENSORS = 100_000  # of a file; models have a few thousand
 _MAX_JSON = 10_000_000  # the largest JSON file that belongs to a model, an index of its tensors, takes less than 1 MB
 _MAX_PROBLEMS = 8
 # Files are read, and what they hold is cast, on a stream of the CPU of its own: a computation would queue behind it.
@@ -111,6 +112,8 @@ def _parse_header(data: bytes, start: int) -> _Header:
     """The header of a file whose tensors begin at byte `start`; ValueError if it is none."""
     if data[:1] != b"{":
         raise ValueError("the header does not begin with {")
+    if (count := data.count(b'"data_offsets"')) > _MAX_TENSORS:  # before each of them takes time and memory
+        raise ValueError(f"it lists {count:,} tensors, of which at most {_MAX_TENSORS:,} are read")
     header = parse_json(data, unique=True)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not _is_table_of_texts(metadata):

@@ -6,7 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import mlx.core as mx
-from flux2_mlx.convert import text, transformer, vae
+from flux2_mlx.convert.dialects import DIFFUSERS
+from flux2_mlx.convert.naming import Reading
+from flux2_mlx.convert.parts import LAYOUT
 from flux2_mlx.convert.rules import Rule
 from mlx.utils import tree_flatten
 
@@ -21,7 +23,11 @@ _CONFIGS = {
     "text_encoder": TextConfig("qwen3", 64, 128, 3, 480, (1, 2, 3), 4, 2, 16, final_norm=True),
     "vae": VAEConfig((8, 16, 16, 24), None, 1, 4, 4),
 }
-_RULES = {"transformer": transformer.rule_for, "text_encoder": text.rule_for, "vae": vae.rule_for}
+# How our tensors are made of those of the layout, whose names are the canonical ones but for the transformer's.
+_RULES = {
+    "transformer": Reading(DIFFUSERS, "", {}).rules_for("transformer", None),
+    **{name: LAYOUT[name].rules[name](_CONFIGS[name]) for name in ("text_encoder", "vae")},
+}
 _FILES = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",

@@ -193,6 +193,14 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, in which converted models are kept in `models`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
+    return tmp_path
+
+
+@pytest.fixture
 def cache(models: Path) -> EmbeddingCache:
     """The cache of encoded prompts in that models folder."""
     return EmbeddingCache(models / "prompts")

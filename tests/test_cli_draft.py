@@ -12,12 +12,7 @@ from flux2_mlx import networks, store
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.request import Request
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
@@ -80,7 +75,7 @@ def test_what_is_there_already_is_not_planned(calls, folder):
 
 
 def test_a_folder_that_would_not_fit_is_not_converted(folder, official, monkeypatch):
-    monkeypatch.setattr("flux2_mlx.store.checkpoints.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
+    monkeypatch.setattr("flux2_mlx.store.acquisition.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
     arguments = ("-m", official, "--variant", VARIANT, "-W", "64", "-H", "64", "--memory-limit", "1MB")
     assert " needs " in refusal("t2i", PROMPT, *arguments)
     assert not (folder / "models").exists()

@@ -235,7 +235,7 @@ def test_a_stranger_s_picture_has_nothing_fetched_or_converted(folder, monkeypat
     quants = lambda *_: ("bf16", "qint8")  # noqa: E731
     opened = SimpleNamespace(variant=VARIANTS["klein-4b"], fingerprint="0" * 64, quants=quants)
     monkeypatch.setattr("flux2_mlx.convert.Source.open", lambda *_, **__: opened)
-    monkeypatch.setattr("flux2_mlx.store.checkpoints.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
+    monkeypatch.setattr("flux2_mlx.store.acquisition.write_checkpoint", lambda *_, **__: pytest.fail("converted"))
     remember(model=model, variant="klein-4b")
     message = refusal("t2i", "--replay", "a.png")
     assert message == f"{model} is not converted yet; name it with -m to have it fetched and converted"

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from flux2_mlx.convert import Source, write
+from flux2_mlx.convert import Source, assembled, write
 from flux2_mlx.convert import folder as written
 from helpers.checkpoints import (
     LARGE_TRANSFORMER,
@@ -270,6 +270,25 @@ def test_fingerprints(official, source, tmp_path):
     changed = "model.layers.20.mlp.up_proj.weight"
     edit_weights(source / WEIGHTS["text_encoder"], lambda x: x.update({changed: x[changed] * 1.01}))
     assert fingerprint(source) != fingerprint(official)
+
+
+def test_a_fingerprint_has_something_of_every_tensor(source, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.convert.sources._SAMPLES", 1)
+    monkeypatch.setattr("flux2_mlx.convert.sources._SAMPLE_BYTES", 64)
+    before = Source.open(source, VARIANT).fingerprint
+    for name in list(mx.load(str(source / WEIGHTS["vae"])))[::20]:
+        edit_weights(source / WEIGHTS["vae"], lambda x, name=name: x.update({name: x[name] + 1}))
+        after = Source.open(source, VARIANT).fingerprint
+        assert after != before, name
+        before = after
+
+
+def test_parts_that_are_given_count_in_a_fingerprint(official, source):
+    edit_weights(source / WEIGHTS["vae"], lambda x: x.update({"quant_conv.bias": x["quant_conv.bias"] + 1}))
+    (source / "tokenizer/tokenizer.json").write_text((source / "tokenizer/tokenizer.json").read_text() + " ")
+    ways = ({}, {"tokenizer": source / "tokenizer"}, {"tokenizer": official / "tokenizer"})
+    found = [assembled(official, way, VARIANT).fingerprint for way in ways]
+    assert len({*found}) == len(ways)
 
 
 def test_progress(official, tmp_path):

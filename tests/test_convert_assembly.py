@@ -9,12 +9,15 @@ import mlx.core as mx
 import pytest
 from flux2_mlx.convert import assembled, write_checkpoint
 from helpers.cli_runner import PROMPT, SMALL, done, refusal
+from helpers.stored import in_groups
 from PIL import Image
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.store import checkpoints
 from flux2_mlx.store.names import demo_folder
 
+pytestmark = pytest.mark.usefixtures("folder")
 DEMO = demo_folder()
 PREFIX = "model.diffusion_model."
 
@@ -39,13 +42,6 @@ def first(vae: dict[str, mx.array]) -> dict[str, mx.array]:
 
 def text(encoder: dict[str, mx.array]) -> dict[str, mx.array]:
     return {f"model.{name}": array for name, array in encoder.items()}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FLUX2_MLX_HOME", str(tmp_path / "models"))
-    return tmp_path
 
 
 @pytest.fixture
@@ -90,12 +86,26 @@ def test_a_file_takes_the_place_of_a_part(transformer, folder):
 
 def test_a_file_alone_is_completed_by_a_converted_model(transformer, converted, folder, caplog):
     done("convert", transformer, "made", "--text-quant", "bf16")
-    assert caplog.messages == [f"{transformer} has no text encoder, vae and tokenizer; taken from {converted}"]
+    assert caplog.messages == [f"{transformer} has no text encoder, VAE and tokenizer; taken from {converted}"]
     assert same_weights(folder / "made")
 
 
-def test_a_file_is_a_model_for_all_commands(transformer, converted, folder):
-    done("t2i", PROMPT, "-m", transformer, "--text-quant", "bf16", *SMALL, "--seed", "1", "-o", "a.png")
+def test_where_parts_were_taken_from_is_kept(transformer, converted, folder):
+    vae = saved(folder / "vae.safetensors", **{"": first(stored("vae"))})
+    done("convert", transformer, "made", "--text-quant", "bf16", "--vae", vae)
+    stamp = json.loads((folder / "made" / "flux2.json").read_text())["source"]
+    places = {name: str(converted / name) for name in ("text_encoder", "tokenizer")}
+    assert stamp["parts"] == {"vae": str(vae), **places}
+    shown = done("info", "made").stdout
+    assert f"its text encoder from {converted / 'text_encoder'}\n" in shown
+    assert f"its VAE from {vae}\n" in shown
+
+
+def test_a_file_is_a_model_for_all_commands(transformer, converted, folder, caplog, monkeypatch):
+    opened, open_source = [], checkpoints.open_source
+    monkeypatch.setattr(checkpoints, "open_source", lambda *a, **k: opened.append(a) or open_source(*a, **k))
+    done("t2i", PROMPT, *SMALL, "-m", transformer, "--text-quant", "bf16", "--seed", "1", "-o", "a.png")
+    assert len(opened) == len(caplog.messages) == 1
     done("t2i", PROMPT, "-m", "demo", *SMALL, "--seed", "1", "-o", "b.png")
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
     assert "demo" in done("info", transformer).stdout
@@ -104,7 +114,7 @@ def test_a_file_is_a_model_for_all_commands(transformer, converted, folder):
 def test_what_a_file_lacks_is_said(transformer):
     message = refusal("convert", transformer, "made")
     assert message.startswith(
-        f"{transformer} holds only the transformer of a demo; say where its text encoder, vae and "
+        f"{transformer} holds only the transformer of a demo; say where its text encoder, VAE and "
     )
 
 
@@ -158,14 +168,24 @@ def test_blocks_in_fp8(folder):
     assert all(mx.array_equal(made[name], plain[name]).item() for name in made)
 
 
+def test_shapes_that_weights_do_not_have_are_those_of_the_model_that_fits(folder):
+    weights, name = dict(stored("transformer")), "double_blocks.0.img_attn.proj.weight"
+    groups, weight = in_groups(weights[name].shape)
+    packed = {key: x for key, x in weights.items() if key != name} | {f"{name}.{end}": x for end, x in groups.items()}
+    path = saved(folder / "quanto.safetensors", **{"": packed})
+    done("convert", "demo", "made", "--transformer", path, "-q", "bf16", "--text-quant", "bf16")
+    made = mx.load(str(folder / "made" / "transformer" / "model.safetensors"))
+    assert mx.array_equal(made[name], weight.astype(mx.bfloat16)).item()
+
+
 @pytest.mark.parametrize(("asked", "stored_as"), [((), "qint8"), (("-q", "bf16"), "bf16"), (("-q", "qint4"), "qint4")])
 def test_fewer_bits_stay_fewer(asked, stored_as, folder, caplog):
     weights = dict(stored("transformer"))
     path, _ = in_fp8(folder, weights)
     done("convert", "demo", "made", "--transformer", path, "--text-quant", "bf16", *asked)
     assert Checkpoint.open(folder / "made").quant == stored_as
-    told = [f"{path} holds the transformer in few bits, which becomes qint8"]
-    assert caplog.messages == ([] if asked else told)
+    own = f"the transformer of {DEMO} is not used; taken from {path}"
+    assert caplog.messages == [own] + [f"{path} holds the transformer in few bits, which becomes qint8"] * (not asked)
 
 
 def test_what_is_taken_stays_as_it_is_stored(transformer, folder):
@@ -179,7 +199,7 @@ def test_a_transformer_is_never_another_model_s(converted, folder):
     vae = saved(folder / "vae.safetensors", **{"": first(stored("vae"))})
     message = refusal("convert", vae, "made", "--variant", "demo")
     assert message.startswith(
-        f"{vae} holds only the vae of a demo; say where its transformer, text encoder and tokenizer"
+        f"{vae} holds only the VAE of a demo; say where its transformer, text encoder and tokenizer"
     )
 
 
@@ -187,11 +207,11 @@ def test_a_file_is_converted_once_whatever_else_is(transformer, converted, folde
     arguments = (
         "t2i",
         PROMPT,
+        *SMALL,
         "-m",
         transformer,
         "--text-quant",
         "bf16",
-        *SMALL,
         "--seed",
         "1",
         "--force",
@@ -241,10 +261,16 @@ def test_a_whole_model_is_no_part(folder):
     assert refusal("convert", "demo", "made", "--transformer", DEMO).startswith(f"{DEMO} is a whole model; give a file")
 
 
+def test_a_file_of_weights_has_the_name_of_one(transformer, folder):
+    transformer.rename("noext")
+    message = refusal("convert", "demo", "made", "--transformer", "noext")
+    assert message == "noext is named neither .safetensors nor .gguf; give such a file, or rename it"
+
+
 def test_the_wrong_part_is_told(transformer, folder):
     vae = saved(folder / "vae.safetensors", **{"": first(stored("vae"))})
     message = refusal("convert", "demo", "made", "--transformer", vae)
-    assert message == f"{vae} holds the vae of a model, not its transformer"
+    assert message == f"{vae} holds the VAE of a model, not its transformer"
 
 
 @pytest.mark.parametrize("name", ["img_in.weight", "double_blocks.0.img_attn.qkv.weight", "final_layer.linear.weight"])

@@ -302,5 +302,5 @@ def test_why_it_can_not_be_converted(tmp_path):
     path = write(tmp_path / "klein-4b.safetensors", transformer("klein-4b"))
     refusal = conversion(path, None, []).refusal
     assert refusal.startswith(
-        f"{path} holds only the transformer of a klein-4b; say where its text encoder, vae and tok"
+        f"{path} holds only the transformer of a klein-4b; say where its text encoder, VAE and tok"
     )

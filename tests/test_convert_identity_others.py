@@ -6,7 +6,7 @@ import pytest
 from flux2_mlx.convert import identify
 from flux2_mlx.convert.identity import ADAPTER, MODEL, OTHER
 from helpers.headers import NUMBER, lora, plain
-from helpers.listings import listing
+from helpers.listings import FLUX1, SDXL, listing, named
 
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.weights import TensorInfo
@@ -14,14 +14,6 @@ from flux2_mlx.weights import TensorInfo
 FOUR, NINE, DEV = ("klein-4b", "klein-base-4b"), ("klein-9b", "klein-base-9b", "klein-9b-kv"), ("dev",)
 COMFY, ORIGINAL = "model.diffusion_model.", "the original release"
 QWEN, KLEIN = listing("qwen3-4b"), listing("transformer_klein-4b_bfl")
-
-
-def named(*names):
-    return {name: TensorInfo("F16", (1, 1)) for name in names}
-
-
-FLUX1 = ("double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight")
-SDXL = (f"{COMFY}input_blocks.0.0.weight", f"{COMFY}label_emb.0.0.weight", f"{COMFY}middle_block.1.norm.weight")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from flux2_mlx.convert import geometry, naming
 from flux2_mlx.convert.rules import channels_last, copy
 from helpers.listings import listing, prefixed, renamed, text_only
+from helpers.mlx_state import nothing_allocated
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import VARIANTS, VAEConfig
@@ -58,12 +59,8 @@ LLAMA = (
 
 @pytest.fixture(autouse=True)
 def _nothing_allocated():
-    """Fail if the test put more than a few small arrays into memory."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    yield
-    assert mx.get_peak_memory() - before < 200_000
+    with nothing_allocated():
+        yield
 
 
 def understood(tensors, part):

@@ -2,7 +2,7 @@
 
 import pytest
 from flux2_mlx.convert import naming, strangers
-from helpers.listings import listing
+from helpers.listings import FLUX1, SDXL, listing, named
 
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo
@@ -14,14 +14,6 @@ PREFIX = "model.diffusion_model."
 def tensors(**shapes):
     """Tensors of these shapes; `__` stands for dots."""
     return {name.replace("__", "."): TensorInfo("F16", shape) for name, shape in shapes.items()}
-
-
-def named(*names):
-    return {name: TensorInfo("F16", (1, 1)) for name in names}
-
-
-FLUX1 = ("double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight")
-SDXL = (f"{PREFIX}input_blocks.0.0.weight", f"{PREFIX}label_emb.0.0.weight", f"{PREFIX}middle_block.1.norm.weight")
 
 
 @pytest.mark.parametrize(

@@ -3,24 +3,18 @@
 import math
 from dataclasses import replace
 
-import mlx.core as mx
 import pytest
-from flux2_mlx.convert import text, transformer, vae
-from flux2_mlx.convert.rules import Rule
+from flux2_mlx.convert.naming import read
+from flux2_mlx.convert.parts import LAYOUT
 from helpers import listings
+from helpers.mlx_state import nothing_allocated
+from helpers.source_rules import rules_for
 
 from flux2_mlx.checkpoint import Component, variant_sizes
 from flux2_mlx.config import VARIANTS, Config, VAEConfig, Variant
 from flux2_mlx.loading import module_tensors
 from flux2_mlx.weights import TensorInfo
 
-RULES = {
-    "transformer": transformer.rule_for,
-    "text_encoder": text.rule_for,
-    "vision": text.vision_rule_for,
-    "vae": vae.rule_for,
-}
-DROPPED = {"transformer": transformer.is_dropped, "text_encoder": text.is_dropped, "vae": vae.is_dropped}
 DEV, KLEIN_4B, KLEIN_9B = (VARIANTS[name] for name in ("dev", "klein-4b", "klein-9b"))
 SMALL_DECODER = VAEConfig(decoder_block_out_channels=(96, 192, 384, 384))
 
@@ -71,34 +65,25 @@ QUANTS = ("bf16", "qint8", "qint4")
 
 @pytest.fixture(autouse=True)
 def _nothing_allocated():
-    """Fail if the test put more than a few random keys into memory."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    yield
-    assert mx.get_peak_memory() - before < 100_000
+    with nothing_allocated():
+        yield
 
 
 def listing(name: str) -> dict[str, TensorInfo]:
-    """The tensors of a listing by the names that the rules read."""
+    """The tensors of a listing; those of a text encoder by the names that Qwen3 has and rules read."""
     tensors = listings.listing(name)
-    return {text.canonical(key): tensor for key, tensor in tensors.items()}
+    (reading,) = read(tensors, name).values()
+    return reading.infos if reading.part == "text_encoder" else tensors
 
 
 def kept(source: str) -> dict[str, TensorInfo]:
     """The tensors of a listing that have a place in our checkpoint."""
     component, config = next(iter(SOURCES[source][0].items()))
-    return {name: tensor for name, tensor in listing(source).items() if not DROPPED[component](name, config)}
+    return {name: tensor for name, tensor in listing(source).items() if not LAYOUT[component].is_dropped(name, config)}
 
 
 def build(component: str, config: Config, quant: str = "bf16") -> Component:
     return Component(component, config, None, ()).quantized(quant)
-
-
-def rule_for(component: str, name: str, shape: tuple[int, ...], config: Config) -> Rule:
-    if component == "language_model":
-        return text.later_rule_for(name, shape, config.num_hidden_layers)
-    return RULES[component](name, shape)
 
 
 def what_rules_read(parts: dict[str, Config]) -> dict[str, TensorInfo]:
@@ -106,7 +91,7 @@ def what_rules_read(parts: dict[str, Config]) -> dict[str, TensorInfo]:
     read: dict[str, TensorInfo] = {}
     for component, config in parts.items():
         for name, tensor in module_tensors(build(component, config).build()).items():
-            rule = rule_for(component, name, tensor.shape, config)
+            rule = rules_for(component, config)(name, tensor.shape)
             for source in rule.sources:
                 assert source not in read, f"{source} is read twice"
                 read[source] = TensorInfo("BF16", rule.source_shape(tensor.shape))
@@ -139,7 +124,7 @@ def test_the_encoder_and_the_later_layers_meet(source, row, first, last):
 def test_what_only_generates_text_is_dropped_where_it_is_not_kept(source):
     config = replace(SOURCES[source][0]["text_encoder"], num_later_layers=0)
     names = {name for name in listing(source) if name.startswith(("model.", "lm_head."))}
-    left = {name for name in names if not text.is_dropped(name, config)}
+    left = {name for name in names if not LAYOUT["text_encoder"].is_dropped(name, config)}
     assert left == set(what_rules_read({"text_encoder": config}))
     others = {name for name in names - left if ".layers." not in name}
     assert others == {"model.norm.weight"} | (names & {"lm_head.weight"})
@@ -148,13 +133,16 @@ def test_what_only_generates_text_is_dropped_where_it_is_not_kept(source):
 @pytest.mark.parametrize("later", [0, 9])
 def test_a_head_that_repeats_the_embedding_is_dropped(later):
     tied, untied = (replace(row.text, num_later_layers=later) for row in (KLEIN_4B, KLEIN_9B))
-    assert text.is_dropped("lm_head.weight", tied)
-    assert text.is_dropped("lm_head.weight", untied) == (later == 0)
+    is_dropped = LAYOUT["text_encoder"].is_dropped
+    assert is_dropped("lm_head.weight", tied)
+    assert is_dropped("lm_head.weight", untied) == (later == 0)
 
 
 @pytest.mark.parametrize("source", ["vae_diffusers", "vae_small_decoder_diffusers"])
 def test_dropped_vae_tensors(source):
-    assert [name for name in listing(source) if vae.is_dropped(name, VAEConfig())] == ["bn.num_batches_tracked"]
+    assert [name for name in listing(source) if LAYOUT["vae"].is_dropped(name, VAEConfig())] == [
+        "bn.num_batches_tracked"
+    ]
 
 
 @pytest.mark.parametrize("variant", ["dev", "klein-4b", "klein-9b"])

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from flux2_mlx.convert import Source, write_checkpoint
 from helpers.checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, read_tensors, save_dev, save_tensors
+from helpers.stored import in_groups
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError
@@ -29,11 +30,15 @@ def fingerprinted(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("model*.safetensors")}
 
 
-def convert(source: Path, target: Path) -> dict[str, bytes]:
-    """The weights of what `source` is converted to."""
+def convert_folder(source: Path, target: Path) -> Path:
     write_checkpoint(Source.open(source, "demo"), target, "bf16", "bf16")
     Checkpoint.open(target)
-    return fingerprinted(target)
+    return target
+
+
+def convert(source: Path, target: Path) -> dict[str, bytes]:
+    """The weights of what `source` is converted to."""
+    return fingerprinted(convert_folder(source, target))
 
 
 def renamed(variant: str) -> Change:
@@ -100,6 +105,33 @@ READ: dict[str, Change] = {
 def test_a_folder_that_is_read_gives_the_same_weights(case, official, source, tmp_path):
     READ[case](source)
     assert convert(source, tmp_path / "changed") == convert(official, tmp_path / "plain")
+
+
+def test_the_naming_of_the_original_release_in_a_folder(official, source, tmp_path):
+    release = mx.load(str(convert_folder(source, tmp_path / "release") / "transformer/model.safetensors"))
+    save_tensors(source / TRANSFORMER, release)
+    assert convert(source, tmp_path / "changed") == convert(official, tmp_path / "plain")
+
+
+def test_shapes_that_weights_do_not_have_are_those_of_the_config(official, source, tmp_path):
+    stored, weight = in_groups((64, 64))
+    plain = Path(shutil.copytree(official, tmp_path / "model in 16 bits"))
+    edit_weights(plain / TRANSFORMER, lambda x: x.update({LINEAR: weight}))
+    packed = {f"{LINEAR}.{end}": x for end, x in stored.items()}
+    edit_weights(source / TRANSFORMER, lambda x: (x.pop(LINEAR), x.update(packed)))
+    assert convert(source, tmp_path / "packed") == convert(plain, tmp_path / "plain")
+    edit_json(source / "transformer/config.json", num_attention_heads=3)
+    with pytest.raises(CheckpointError, match="groups of 32 values, which"):
+        Source.open(source, "demo")
+
+
+def test_what_is_wrong_with_packed_weights_is_said_with_their_file(source, tmp_path):
+    stored, _ = in_groups((64, 64))
+    packed = {f"{LINEAR}.{end}": x for end, x in stored.items()} | {f"{LINEAR}._scale": mx.full((128, 1), mx.nan)}
+    edit_weights(source / TRANSFORMER, lambda x: (x.pop(LINEAR), x.update(packed)))
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "packed")
+    assert str(caught.value).startswith(f"{source / 'transformer'}: {LINEAR}._scale has values that are not finite")
 
 
 def test_full_precision_comes_before_half(source):

@@ -149,6 +149,13 @@ def test_no_mutated_header_is_taken_that_the_library_refuses(tmp_path):
     assert {(False, False), (True, True)} <= outcomes
 
 
+def test_a_header_of_more_tensors_than_any_model_has_is_not_parsed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(b"{" + b'"data_offsets" ' * 100_001))
+    with pytest.raises(CheckpointError, match="it lists 100,001 tensors, of which at most 100,000 are read"):
+        read_header(path)
+
+
 def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
     (tmp_path / "x").write_bytes(file_of({"y": placed(4, 8), "x": X}, bytes(8)))
     assert list(read_header(tmp_path / "x").items()) == [("x", TensorInfo("F32", (1,))), ("y", TensorInfo("F32", (1,)))]

@@ -1,13 +1,15 @@
 """From the bytes of a format to plain weights: a file for each family of formats."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import Files, Tensors, raise_problems
+from flux2_mlx.weights import Files, Tensors, raise_problems, read_header
 
 from . import bitsandbytes, fp8, mlx, nvfp4, quanto, torchao
 from .gguf import Gguf, split_files
+from .gguf import read_header as read_gguf_header
 from .packed import NO_SHAPES, Packed, Shapes, Unpacked
 from .unreadable import unreadable
 
@@ -19,6 +21,7 @@ __all__ = [
     "Unpacked",
     "needs_payload",
     "plain",
+    "starts",
     "unpacked",
     "unreadable",
     "usual_quant",
@@ -62,6 +65,14 @@ def unpacked(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes = NO_
     by their names; of bitsandbytes' some small ones are read."""
     packed = _packed(tensors, metadata, shapes)
     return Unpacked(tensors, packed) if packed else tensors
+
+
+def starts(path: Path) -> list[int]:
+    """Where in a file of weights the bytes of its tensors begin."""
+    if path.suffix.lower() == GGUF:
+        return [stored.offset for stored in read_gguf_header(path)[1].values()]
+    sizes = [info.nbytes for info in read_header(path).values()]
+    return [*accumulate(sizes[:-1], initial=path.stat().st_size - sum(sizes))]
 
 
 def needs_payload(paths: Sequence[Path]) -> bool:

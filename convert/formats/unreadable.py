@@ -44,6 +44,6 @@ def _by_names(names: Iterable[str]) -> str | None:
     for family, (endings, _) in _FAMILIES.items():
         if any(name.endswith(endings) for name in names):
             return family
-    # A norm has one of the two.
+    # The scale of a norm is its weight.
     layers = (name.removesuffix(".scale") for name in names if name.endswith(".scale"))
-    return "SDNQ" if any(f"{layer}.weight" in names for layer in layers) else None
+    return "SDNQ" if any(f"{x}.weight" in names and not x.endswith("norm") for x in layers) else None

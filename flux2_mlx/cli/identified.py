@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..config import QUANTIZATIONS
+from ..errors import told
 from .terminal import in_flags, print_result, printable
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ def _print_parts(identity: "Identity") -> None:
         sizes = "".join(f"{nbytes / 1e9:9.3f}" for nbytes in part.converted.values())
         sizes = sizes or "".join(f"{'?':>9}" for _ in QUANTIZATIONS)
         naming = f"{part.naming}{f', after {part.prefix}' if part.prefix else ''}"
-        _line(f"{_name(part.name):15}{part.tensors:8}{part.nbytes / 1e9:9.3f}{sizes}  {naming}")
+        _line(f"{told([part.name]):15}{part.tensors:8}{part.nbytes / 1e9:9.3f}{sizes}  {naming}")
     for part in identity.parts:
         for group, formats in part.precision.items():
             counts = ", ".join(f"{count} {kind}" for kind, count in formats.items())
-            _line(f"{_name(part.name):15}{group}: {counts}")
+            _line(f"{told([part.name]):15}{group}: {counts}")
 
 
 def _converting(identity: "Identity", conversion: "Conversion | None") -> str:
@@ -90,11 +91,7 @@ def _line(text: str) -> None:
 
 
 def _names(parts: Any) -> str:
-    return ", ".join(map(_name, parts))
-
-
-def _name(part: str) -> str:
-    return "VAE" if part == "vae" else part.replace("_", " ")
+    return ", ".join(told([part]) for part in parts)
 
 
 def _gb(nbytes: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..config import DTYPES, QUANTIZATIONS, VARIANTS, Variant
-from ..errors import InputError
+from ..errors import InputError, told
 from .identified import found_values, print_found
 from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
 from .progress import notice
@@ -181,6 +181,7 @@ def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[
         "variant": checkpoint.variant.name,
         "official": official,
         "source": checkpoint.source.get("name"),
+        "parts": checkpoint.origins,
         "repo": checkpoint.variant.repo if official else model.repo,
         **_row(checkpoint.model),
         "folders": [str(folder) for folder in folders],
@@ -197,6 +198,8 @@ def _described(model: "Model", folders: list[Path], variant: str | None, quant: 
     said = checked_variant(model, variant)
     if model.kind == SOURCE:
         source = open_source(model, said)
+        for note in source.notes:
+            notice(note, quiet=False)
         return fitted(source.variant, source.configs)
     if model.kind == VARIANT and model.variant:
         return model.variant
@@ -290,6 +293,8 @@ def _print_one(row: dict[str, Any]) -> None:
         print_result(f"https://huggingface.co/{row['repo']}{' (gated)' if row['gated'] else ''}")
     elif row["source"] and not row["official"]:
         print_result(f"converted from {row['source']}")
+    for part, place in row["parts"].items():
+        print_result(f"its {told([part])} from {place}")
     components = list(row["bytes"]["bf16"])
     click.echo(f"{'GB':8}{''.join(f'{name:>16}' for name in components)}{'all':>10}")
     for quant, parts in row["bytes"].items():

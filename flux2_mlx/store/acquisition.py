@@ -3,8 +3,8 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +97,7 @@ def acquire(
     def look(outline: Path, download: Download) -> Download:
         nonlocal fetched
         claims.enter_context(Claim(download.storage))
-        with unheard():  # it is given again of the files themselves
-            source = Source.open(outline, variant, text_only=text_only)
+        source = Source.open(outline, variant, text_only=text_only)
         components = check_source(source, quant, text_quant)
         download = download.without_weights(_unread(source, download))
         converted = sum(component.nbytes for component in components.values())
@@ -115,11 +114,37 @@ def acquire(
         folder = hub.fetch(repo, text_only=text_only, check=look, progress=labelled(progress, "download"))
         claims.enter_context(Claim(folder.parent.parent))
         source = Source.open(folder, variant, text_only=text_only)
-        target.parent.mkdir(parents=True, exist_ok=True)
         converting = labelled(progress, "convert")
-        write_checkpoint(source, target, quant, text_quant, name=repo, force=force, progress=converting)
+        convert_source(source, target, quant, text_quant, name=repo, force=force, progress=converting)
     if fetched and not keep_source:
         _discard(fetched)
+
+
+def convert_source(
+    source: Source,
+    target: Path,
+    quant: str | None,
+    text_quant: str | None,
+    *,
+    name: str,
+    force: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Convert an opened source, and say what a user should know of it.
+
+    Args:
+        source: the opened source.
+        target: the folder to make, with those that it is in.
+        quant: `bf16`, `qint8` or `qint4`; None: as stored.
+        text_quant: the same for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
+        name: what the checkpoint says that it was made from.
+        force: replace an MLX checkpoint at `target`.
+        progress: called with bytes done and bytes in all.
+    """
+    for notice in source.notices(quant):
+        _log.warning("%s", notice)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(source, target, *source.quants(quant, text_quant), name=name, force=force, progress=progress)
 
 
 def _discard(download: Download) -> None:
@@ -129,18 +154,6 @@ def _discard(download: Download) -> None:
             download.discard()
     except InputError as error:
         _log.warning("the download stays: %s", error)
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Drop warnings about a source."""
-    logger = logging.getLogger("flux2_mlx.convert")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def labelled(progress: Progress | None, what: str) -> Callable[[int, int], object] | None:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,14 +19,13 @@ from ..convert import (
     check_writable,
     is_loose,
     requantize,
-    write_checkpoint,
 )
 from ..errors import CheckpointError, DownloadError, InputError
 from ..exclusion import exclude
 from ..files import Claim
 from ..quantization import DEFAULT_TEXT_QUANT, check_quant
 from ..weights import read_json
-from .acquisition import Announce, Progress, acquire, labelled, unheard
+from .acquisition import Announce, Progress, acquire, convert_source, labelled
 from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
 
 _log = logging.getLogger(__name__)
@@ -74,44 +73,48 @@ def find_checkpoint(
     variant = checked_variant(model, variant)
     if model.is_checkpoint:
         return _holding(model.place, variant)
-    opened = None
-    if model.kind == SOURCE:
-        opened = open_source(model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only)
-    quant, text_quant = _quants(opened, quant, text_quant)
-    name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
-    targets = [models_folder(models_dir) / x for x in _sufficient(name, quant, text_quant, text_only)]
-    if found := next(filter(is_checkpoint, targets), None):
-        return _used(_holding(found, variant))
-    if only_converted:
-        raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
-    outline = _outline(model, opened, quant, text_quant, text_only) if check else None
-    if check is not None and outline is not None:
-        check(outline)
-    check_writable(targets[0])
-    made_from = model
-    if not text_only and (stored := _unquantized(targets[0].parent, name, quant, text_quant)):
-        made_from = resolve(stored)
-    with _unless_made(targets[0]):
-        make_checkpoint(
-            made_from,
-            targets[0],
-            quant,
-            text_quant,
-            variant=variant,
-            models_dir=models_dir,
-            text_only=text_only,
-            keep_source=keep_source,
-            check=check and partial(_check_again, check, outline),
-            announce=announce,
-            progress=progress,
-        )
+    with _claim(model):
+        opened = None
+        if model.kind == SOURCE:
+            opened = open_source(model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only)
+        quants = opened.quants(quant, text_quant) if opened else _in_full(quant, text_quant)
+        name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
+        targets = [models_folder(models_dir) / x for x in _sufficient(name, *quants, text_only)]
+        if found := next(filter(is_checkpoint, targets), None):
+            return _used(_holding(found, variant))
+        if only_converted:
+            raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
+        outline = _outline(model, opened, *quants, text_only) if check else None
+        if check is not None and outline is not None:
+            check(outline)
+        check_writable(targets[0])
+        stored = None if text_only else _unquantized(targets[0].parent, name, *quants)
+        with _unless_made(targets[0]):
+            if opened is not None and stored is None:
+                converting = labelled(progress, "convert")
+                convert_source(opened, targets[0], quant, text_quant, name=model.origin, progress=converting)
+            else:
+                make_checkpoint(
+                    model if stored is None else resolve(stored),
+                    targets[0],
+                    *quants,
+                    variant=variant,
+                    text_only=text_only,
+                    keep_source=keep_source,
+                    check=check and partial(_check_again, check, outline),
+                    announce=announce,
+                    progress=progress,
+                )
     return _used(targets[0])
 
 
-def _quants(source: Source | None, quant: str | None, text_quant: str | None) -> tuple[str, str]:
-    """How a model is to be stored; without a `source` that is here it is in 16 bits."""
-    if source is not None:
-        return source.quants(quant, text_quant)
+def _claim(model: Model) -> AbstractContextManager[object]:
+    """A hold on the files of `model` that are in the Hub's cache already."""
+    return Claim(model.path.absolute().parent.parent) if model.path and model.repo else nullcontext()
+
+
+def _in_full(quant: str | None, text_quant: str | None) -> tuple[str, str]:
+    """How a model is to be stored that is in 16 bits, as those on the Hub are."""
     quant = check_quant(quant or "bf16")
     return quant, check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
 
@@ -119,8 +122,7 @@ def _quants(source: Source | None, quant: str | None, text_quant: str | None) ->
 def _outline(model: Model, source: Source | None, quant: str, text_quant: str, text_only: bool) -> Checkpoint | None:
     """What `model`, whose `source` is open if it is here, will be when it is converted; None: its files must tell."""
     if source is not None:
-        with unheard():  # it is given again by the conversion
-            components = check_source(source, quant, text_quant)
+        components = check_source(source, quant, text_quant)
         return Checkpoint.outline(source.variant, quant, text_quant, components)
     if model.variant is None:
         return None
@@ -187,7 +189,7 @@ def make_checkpoint(
         requantize(stored, target, quant, text_quant, force=force, progress=converting)
         return
     if model.path is None:
-        quant, text_quant = _quants(None, quant, text_quant)
+        quant, text_quant = _in_full(quant, text_quant)
         with _suggesting(model.origin):
             acquire(
                 model.origin,
@@ -204,13 +206,11 @@ def make_checkpoint(
                 progress=progress,
             )
     else:
-        with Claim(model.path.absolute().parent.parent) if model.repo else nullcontext():  # of the Hub's cache
+        with _claim(model):
             source = open_source(
                 model, variant, parts=parts, text_quant=text_quant, models_dir=models_dir, text_only=text_only
             )
-            quant, text_quant = _quants(source, quant, text_quant)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
+            convert_source(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
 
 
 def open_source(

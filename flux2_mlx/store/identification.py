@@ -23,7 +23,6 @@ from ..convert import (
 from ..errors import CheckpointError, InputError
 from ..layout import INDEX
 from ..weights import Files
-from .acquisition import unheard
 from .checkpoints import whole_checkpoints
 from .names import get_variant, models_folder
 
@@ -65,8 +64,7 @@ def identify_files(place: Path, name: str, variant: str | None = None, models_di
     """
     said = None if variant is None else get_variant(variant).name
     identity = _identity(place, name, said)
-    with unheard():  # which other model it would be completed from is told here
-        return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
+    return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
 
 
 def identify_repo(repo: str, file: str | None = None, variant: str | None = None) -> Found:

@@ -11,8 +11,10 @@ import mlx.core as mx
 import numpy as np
 import torch
 from flow_stage import TextToVelocity, load_tokenizer
-from flux2_mlx.convert import text, transformer, vae
-from flux2_mlx.convert.rules import Rule
+from flux2_mlx.convert import text
+from flux2_mlx.convert.dialects import DIFFUSERS
+from flux2_mlx.convert.naming import Reading
+from flux2_mlx.convert.rules import Rule, kernels_last
 from geometry import build_vae
 from torch import Tensor, nn
 
@@ -23,9 +25,9 @@ def restore(work: Path) -> None:
     shutil.copytree(shipped / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     torch.manual_seed(0)
     flow, autoencoder = TextToVelocity(load_tokenizer(work)), build_vae()
-    _load(flow.transformer, shipped / "transformer", transformer.rule_for)
+    _load(flow.transformer, shipped / "transformer", Reading(DIFFUSERS, "", {}).rules_for("transformer", None))
     _load(flow.text_encoder, shipped / "text_encoder", text.rule_for)
-    _load(autoencoder, shipped / "vae", vae.rule_for)
+    _load(autoencoder, shipped / "vae", kernels_last)
     for name, module in (("flow", flow), ("vae", autoencoder)):
         state = {"module": module.state_dict(), "average": dict(module.named_parameters())}
         torch.save(state, work / f"{name}.pt")

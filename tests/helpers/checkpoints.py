@@ -11,10 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from flux2_mlx.convert import Source, write_checkpoint
-from flux2_mlx.convert import text as text_rules
-from flux2_mlx.convert import transformer as transformer_rules
-from flux2_mlx.convert import vae as vae_rules
-from flux2_mlx.convert.rules import Rule
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -25,6 +21,7 @@ from flux2_mlx.text import LaterLayers, PixtralVision, TextEncoder
 from flux2_mlx.transformer import Flux2Transformer
 
 from .official_configs import autoencoder, mistral3, pipeline, qwen3, scheduler, transformer_2d
+from .source_rules import rules_for
 from .tekken import special_tokens
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors of a source
@@ -102,7 +99,7 @@ def save_dev(folder: Path) -> Path:
     """Save a small dev with random weights in bfloat16; gives `folder`."""
     text = {name.replace("model.", "language_model.model.", 1): x for name, x in _text_shapes(DEV_TEXT).items()}
     text["language_model.lm_head.weight"] = text.pop("lm_head.weight")
-    text |= _shapes(PixtralVision(DEV_VISION), text_rules.vision_rule_for)
+    text |= _shapes("vision", PixtralVision(DEV_VISION), DEV_VISION)
     _save(folder, "transformer", transformer_2d(DEV_TRANSFORMER), _transformer_shapes(DEV_TRANSFORMER), 0)
     _save(folder, "text_encoder", mistral3(DEV_TEXT, DEV_VISION), text, 1)
     _save(folder, "vae", autoencoder(VAE), _vae_shapes(VAE), 2)
@@ -111,24 +108,25 @@ def save_dev(folder: Path) -> Path:
     return folder
 
 
-def _shapes(module: nn.Module, rule_for: Callable[..., Rule], *more: Any) -> Shapes:
+def _shapes(network: str, module: nn.Module, config: Any) -> Shapes:
     """The tensors that a converter's rules make a network from."""
+    rule_for = rules_for(network, config)
     ours = ((name, x.shape) for name, x in tree_flatten(module.parameters()))
-    rules = [(rule_for(name, shape, *more), shape) for name, shape in ours]
+    rules = [(rule_for(name, shape), shape) for name, shape in ours]
     return {source: rule.source_shape(shape) for rule, shape in rules for source in rule.sources}
 
 
 def _transformer_shapes(config: TransformerConfig) -> Shapes:
-    return _shapes(Flux2Transformer(config), transformer_rules.rule_for)
+    return _shapes("transformer", Flux2Transformer(config), config)
 
 
 def _text_shapes(config: TextConfig) -> Shapes:
-    encoder = _shapes(TextEncoder(config), text_rules.rule_for)
-    return encoder | _shapes(LaterLayers(config), text_rules.later_rule_for, config.num_hidden_layers)
+    encoder = _shapes("text_encoder", TextEncoder(config), config)
+    return encoder | _shapes("language_model", LaterLayers(config), config)
 
 
 def _vae_shapes(config: VAEConfig) -> Shapes:
-    return {**_shapes(flux2_mlx.vae.VAE(config), vae_rules.rule_for), "bn.num_batches_tracked": ()}
+    return {**_shapes("vae", flux2_mlx.vae.VAE(config), config), "bn.num_batches_tracked": ()}
 
 
 def _save(folder: Path, name: str, config: dict[str, Any], shapes: Shapes, seed: int, shards: int = 1) -> None:

@@ -12,6 +12,19 @@ from flux2_mlx.weights import TensorInfo
 KEYS = Path(__file__).parent.parent / "keys"
 
 
+# Names of tensors by which other models are told.
+FLUX1 = ("double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight")
+SDXL = tuple(
+    f"model.diffusion_model.{name}"
+    for name in ("input_blocks.0.0.weight", "label_emb.0.0.weight", "middle_block.1.norm.weight")
+)
+
+
+def named(*names: str) -> dict[str, TensorInfo]:
+    """Small tensors of these names."""
+    return {name: TensorInfo("F16", (1, 1)) for name in names}
+
+
 def listing(name: str) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for line in (KEYS / f"{name}.tsv").read_text().splitlines():

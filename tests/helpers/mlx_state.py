@@ -1,7 +1,8 @@
 """What MLX keeps for the whole process: its limits, and the memory that it takes. Random weights."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,16 @@ def mlx_limits() -> tuple[int, int]:
     mx.set_memory_limit(limits[0])
     mx.set_cache_limit(limits[1])
     return limits
+
+
+@contextmanager
+def nothing_allocated() -> Iterator[None]:
+    """Fail if more than a few random keys are put into memory inside."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    yield
+    assert mx.get_peak_memory() - before < 100_000
 
 
 def plan_ratios(planned: Plan, run: Callable[[], list[Phase]], most: float, attempts: int) -> dict[str, float]:

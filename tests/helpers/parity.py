@@ -1,13 +1,15 @@
 """A PyTorch reference and our network with the same random weights, handed over by our conversion rules."""
 
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import torch
+from flux2_mlx.convert.parts import LAYOUT
 from mlx.utils import tree_flatten
+
+from .source_rules import rules_for
 
 # Limits of ‖a − b‖ / ‖b‖ in float32 for a block and for a whole network.
 BLOCK, NETWORK = 1e-5, 1e-4
@@ -33,23 +35,23 @@ def randomize(reference: torch.nn.Module, seed: int = 0, dtype: torch.dtype = to
 def transfer(
     reference: torch.nn.Module,
     module: nn.Module,
-    rules: ModuleType,
+    network: str,
     config: Any = None,
     prefix: str = "",
     source_prefix: str = "",
 ) -> nn.Module:
-    """Load the weights of `reference` into `module` by `rules`, a module of `flux2_mlx.convert`.
+    """Load the weights of `reference` into `module`, the `network` or a part of it, by the converter's rules.
 
     `prefix` and `source_prefix` say where a part sits in the whole network, under our names and the reference's.
     """
-    state = reference.state_dict()
+    state, rule_for = reference.state_dict(), rules_for(network, config)
     weights = []
     for name, ours in tree_flatten(module.parameters()):
-        rule = rules.rule_for(prefix + name, ours.shape)
+        rule = rule_for(prefix + name, ours.shape)
         parts = [to_mx(state.pop(source.removeprefix(source_prefix))) for source in rule.sources]
         assert [part.shape for part in parts] == [rule.source_shape(ours.shape)] * len(parts), name
         weights.append((name, rule.apply(*parts)))
-    left = [name for name in state if not rules.is_dropped(source_prefix + name, config)]
+    left = [name for name in state if not LAYOUT[network].is_dropped(source_prefix + name, config)]
     assert not left, f"not converted: {left}"
     return module.load_weights(weights).eval()
 

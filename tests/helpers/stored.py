@@ -42,3 +42,11 @@ def said_of(layers: object, version: object = "1.0") -> dict[str, str]:
 def marker(**values: object) -> tuple[str, np.ndarray]:
     """A tensor that says what a layer is."""
     return "U8", np.frombuffer(json.dumps(values).encode(), np.uint8)
+
+
+def in_groups(shape: tuple[int, int], size: int = 32) -> tuple[dict[str, mx.array], mx.array]:
+    """What quanto stores of a weight in 4 bits, which is no shape, and the weight."""
+    data = mx.random.randint(0, 256, (shape[0] * shape[1] // size // 2, size), key=mx.random.key(3)).astype(mx.uint8)
+    codes = mx.concatenate([data & 15, data >> 4]).astype(mx.float32)
+    scale = mx.full((len(codes), 1), 0.125)
+    return {"_data._data": data, "_scale": scale, "_shift": 8 * scale}, ((codes - 8) * scale).reshape(shape)

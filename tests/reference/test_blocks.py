@@ -13,7 +13,6 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TimestepGuidanceEmbeddings,
     Flux2TransformerBlock,
 )
-from flux2_mlx.convert import transformer as rules
 from helpers.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
 
 from flux2_mlx.config import VARIANTS, TransformerConfig
@@ -88,7 +87,7 @@ def test_timestep_embedding_of_large_angles_is_nearer_the_truth():
 @pytest.mark.parametrize(("name", "source"), [("time_in", "timestep_embedder"), ("guidance_in", "guidance_embedder")])
 def test_time_and_guidance_embedders(name, source):
     reference = randomize(Flux2TimestepGuidanceEmbeddings(256, 48)).get_submodule(source)
-    ours = transfer(reference, MLPEmbedder(256, 48), rules, None, f"{name}.", f"time_guidance_embed.{source}.")
+    ours = transfer(reference, MLPEmbedder(256, 48), "transformer", None, f"{name}.", f"time_guidance_embed.{source}.")
     x = random_tensor(2, 256)
     assert relative_error(ours(to_mx(x)), reference(x)) <= BLOCK
 
@@ -138,7 +137,7 @@ def test_head_norm_in_bfloat16():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_modulation(name, count, batch):
     reference = randomize(Flux2Modulation(48, count // 3))
-    ours = transfer(reference, Modulation(48, count), rules, None, f"{name}.", f"{name}.")
+    ours = transfer(reference, Modulation(48, count), "transformer", None, f"{name}.", f"{name}.")
     vec = random_tensor(batch, 48)
     expected = [part for triple in Flux2Modulation.split(reference(vec), count // 3) for part in triple]
     for mine, theirs in zip(ours(to_mx(vec)), expected, strict=True):
@@ -147,7 +146,7 @@ def test_modulation(name, count, batch):
 
 def double_block_errors(config: TransformerConfig, batch: int, text: int, height: int, width: int) -> tuple[float, ...]:
     reference = randomize(Flux2TransformerBlock(**block_arguments(config)))
-    ours = transfer(reference, DoubleBlock(config), rules, config, "double_blocks.3.", "transformer_blocks.3.")
+    ours = transfer(reference, DoubleBlock(config), "transformer", config, "double_blocks.3.", "transformer_blocks.3.")
     ids, D = positions(text, height, width), config.hidden_size
     img, txt = random_tensor(batch, len(ids) - text, D, seed=1), random_tensor(batch, text, D, seed=2)
     img_mod, txt_mod = random_tensor(batch, 6 * D, seed=3), random_tensor(batch, 6 * D, seed=4)
@@ -159,7 +158,9 @@ def double_block_errors(config: TransformerConfig, batch: int, text: int, height
 
 def single_block_error(config: TransformerConfig, batch: int, text: int, height: int, width: int) -> float:
     reference = randomize(Flux2SingleTransformerBlock(**block_arguments(config)))
-    ours = transfer(reference, SingleBlock(config), rules, config, "single_blocks.3.", "single_transformer_blocks.3.")
+    ours = transfer(
+        reference, SingleBlock(config), "transformer", config, "single_blocks.3.", "single_transformer_blocks.3."
+    )
     ids, D = positions(text, height, width), config.hidden_size
     x, mod = random_tensor(batch, len(ids), D, seed=1), random_tensor(batch, 3 * D, seed=2)
     expected = reference(x, None, mod, reference_rope(config, ids))
@@ -192,7 +193,7 @@ def test_last_layer(batch):
         "proj_out": torch.nn.Linear(D, TINY.in_channels, bias=False),
     }
     reference = randomize(torch.nn.ModuleDict(parts))
-    ours = transfer(reference, LastLayer(TINY), rules, TINY, "final_layer.")
+    ours = transfer(reference, LastLayer(TINY), "transformer", TINY, "final_layer.")
     x, vec = random_tensor(batch, 6, D, seed=1), random_tensor(batch, D, seed=2)
     expected = reference["proj_out"](reference["norm_out"](x, vec))
     assert relative_error(ours(to_mx(x), to_mx(vec)), expected) <= BLOCK

@@ -13,8 +13,8 @@ import mlx.nn as nn
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
-from flux2_mlx.convert import transformer as rules
 from helpers.parity import BLOCK, random_tensor, randomize, relative_error, to_mx, transfer
+from helpers.source_rules import rules_for
 from mlx.utils import tree_flatten, tree_map
 
 from flux2_mlx.transformer import blocks, rope_table
@@ -87,7 +87,7 @@ def split(modulation: mx.array, count: int) -> list[mx.array]:
 @pytest.fixture(params=[double_case, single_case], ids=["double", "single"])
 def case(request, _no_gradients) -> Iterator[Case]:
     made = request.param()
-    transfer(made.reference, made.ours, rules, TINY, *made.prefixes)
+    transfer(made.reference, made.ours, "transformer", TINY, *made.prefixes)
     with torch.enable_grad():
         yield made
 
@@ -111,7 +111,7 @@ def test_gradients_match_diffusers(case):
         assert relative_error(mine, x.grad) <= BLOCK
     ours, source = case.prefixes
     for name, mine in tree_flatten(by_weights):
-        rule = rules.rule_for(ours + name, mine.shape)
+        rule = rules_for("transformer", TINY)(ours + name, mine.shape)
         # What joins and moves weights does the same to their gradients.
         expected = rule.apply(*(theirs.pop(part.removeprefix(source)) for part in rule.sources))
         assert relative_error(mine, expected) <= BLOCK, name

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from flux2_mlx.convert import text as rules
+from flux2_mlx.convert.naming import read
+from flux2_mlx.convert.rules import kernels_last
 from helpers.checkpoints import DEV_TEXT, DEV_VISION
 from helpers.parity import NETWORK, random_tensor, randomize, relative_error, to_mx
 from helpers.references import mistral
@@ -18,6 +19,7 @@ from flux2_mlx.config import VisionConfig
 from flux2_mlx.text import PixtralVision
 from flux2_mlx.text.pixtral import preprocess
 from flux2_mlx.upsampling import shown
+from flux2_mlx.weights import TensorInfo
 
 RELEASED = VisionConfig(5120)
 
@@ -61,10 +63,12 @@ def test_preprocess_at_the_released_size(size):
 @pytest.fixture(scope="module")
 def networks() -> tuple[Mistral3ForConditionalGeneration, PixtralVision]:
     reference, ours = randomize(mistral(DEV_TEXT, DEV_VISION)), PixtralVision(DEV_VISION)
-    state = {rules.canonical(name): x for name, x in reference.state_dict().items()}
+    state = reference.state_dict()
+    reading = read({name: TensorInfo("F32", tuple(x.shape)) for name, x in state.items()}, "x")["text_encoder"]
+    state = {reading.canonical(name): x for name, x in state.items()}
     weights = []
     for name, array in tree_flatten(ours.parameters()):
-        rule = rules.vision_rule_for(name, array.shape)
+        rule = kernels_last(name, array.shape)
         weights.append((name, rule.apply(*(to_mx(state[source]) for source in rule.sources))))
     return reference, ours.load_weights(weights).eval()
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
-from flux2_mlx.convert import text as rules
 from helpers.parity import NETWORK, randomize, relative_error, transfer
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -27,7 +26,7 @@ def networks(config: TextConfig, dtype=torch.float32, tied: bool = True) -> tupl
     values |= {"num_hidden_layers": LAYERS, "max_position_embeddings": 512, "tie_word_embeddings": tied}
     source = Qwen3Config(**values, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
     reference = randomize(Qwen3ForCausalLM(source), dtype=dtype)
-    return reference, transfer(reference, TextEncoder(config), rules, config)
+    return reference, transfer(reference, TextEncoder(config), "text_encoder", config)
 
 
 def token_ids(*real: int) -> tuple[np.ndarray, np.ndarray]:

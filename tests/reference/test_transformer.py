@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from flux2_mlx.convert import transformer as rules
 from helpers.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 from flux2_mlx.config import TransformerConfig
@@ -29,7 +28,7 @@ CASES = {
 
 def networks(config: TransformerConfig, dtype=torch.float32) -> tuple[Flux2Transformer2DModel, Flux2Transformer]:
     reference = randomize(Flux2Transformer2DModel(**config.to_dict()), dtype=dtype)
-    return reference, transfer(reference, Flux2Transformer(config), rules, config)
+    return reference, transfer(reference, Flux2Transformer(config), "transformer", config)
 
 
 def inputs(config: TransformerConfig, batch: int, references, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,6 @@ import mlx.core as mx
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
-from flux2_mlx.convert import vae as rules
 from helpers.parity import NETWORK, random_tensor, randomize, relative_error, to_mx, transfer
 
 from flux2_mlx.config import VAEConfig
@@ -20,7 +19,7 @@ def networks(config: VAEConfig, dtype=torch.float32) -> tuple[AutoencoderKLFlux2
     blocks = len(config.block_out_channels)
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
     reference = randomize(AutoencoderKLFlux2(**config.to_dict(), **kinds), dtype=dtype)
-    return reference, transfer(reference, VAE(config), rules, config)
+    return reference, transfer(reference, VAE(config), "vae", config)
 
 
 def channels_last(x: torch.Tensor) -> mx.array:
