@@ -1,23 +1,29 @@
-"""From an MLX checkpoint in bfloat16 to one with fewer bits, without the source that it was made from."""
+"""From an MLX checkpoint to one with fewer bits, without the source that it was made from."""
 
+import json
 import logging
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import mlx.core as mx
+
 from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, as_stored
 from flux2_mlx.components import by_group, quantizations
+from flux2_mlx.config import QUANTIZATIONS
 from flux2_mlx.errors import InputError
-from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, GROUP_SIZE, check_quant, quantize_array, stored_names
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
-from flux2_mlx.weights import read_json
+from flux2_mlx.weights import Tensors, read_json
 
 from .folder import Inspection, Part, check_target, write_folder
+from .formats import SETTINGS, unpacked
 from .rules import Finite
 
 _log = logging.getLogger(__name__)
+_LAYERS, _ROWS = 8, 256  # of which the loss is measured
 
 
 def requantize(
@@ -29,7 +35,9 @@ def requantize(
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Write a checkpoint as its source would have been converted with other quantizations, bit for bit.
+    """Write a checkpoint as its source would have been converted with other quantizations, bit for bit from bfloat16.
+
+    From 8 bits 4 can be made, which are worse than those made of the source: a warning says by how much.
 
     Args:
         checkpoint: the opened checkpoint.
@@ -42,7 +50,7 @@ def requantize(
             that are written.
 
     Raises:
-        InputError: nothing would change, what is quantized already can't become that, or `target` can't be written.
+        InputError: nothing would change, what is quantized already would gain nothing, or `target` can't be written.
         CheckpointError: the checkpoint is not what was converted.
     """
     usual = None if quant is None or text_quant else DEFAULT_TEXT_QUANT[check_quant(quant)]
@@ -54,11 +62,12 @@ def requantize(
         )
     check_target(target, force)
     if usual not in (None, text_quant):
-        stays = f"the text encoder of {checkpoint.folder} stays {text_quant}, which can't become {usual}"
-        _log.warning("%s; for that convert the original", stays)
+        stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"
+        _log.warning("%s; %s of the original is better than what could be made of that", stays, usual)
     wanted, parts = quantizations(quant, text_quant), []
     for name, component in checkpoint.components.items():
         parts.append(stored_part(component, component.quantized(wanted[name])))
+        warn_of_loss(component, parts[-1].component)
     former = read_json(checkpoint.folder / MANIFEST)
     manifest = {key: value for key, value in former.items() if key not in (FILES, DIGEST)}
     manifest["quantization"] = by_group(quant, text_quant)
@@ -86,20 +95,63 @@ def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | Non
         ("transformer", checkpoint.quant, quant),
         ("text encoder", checkpoint.text_quant, check_quant(text_quant)),
     ):
-        if stored not in ("bf16", wanted):
+        if QUANTIZATIONS.index(wanted) < QUANTIZATIONS.index(stored):
             raise InputError(
-                f"the {what} of {checkpoint.folder} is stored as {stored}, which can't become {wanted}; convert the "
-                "original, or a checkpoint in bf16"
+                f"the {what} of {checkpoint.folder} is stored as {stored}, and would gain nothing as {wanted}; convert "
+                "the original, or a checkpoint in bf16"
             )
     return quant, text_quant
 
 
 def stored_part(stored: Component, wanted: Component) -> Part:
-    """A network of a checkpoint as it is to be written, in as many bits or fewer."""
+    """A network of a checkpoint as it is to be written, in as many bits or fewer.
+
+    Raises:
+        InputError: it has fewer bits already.
+    """
     if stored.quantization == wanted.quantization:
         return Part(wanted, stored.tensors)
+    place = stored.files[0].parent
+    before, after = _bits(stored), _bits(wanted)
+    if after > before:
+        raise InputError(f"{place} is stored in {before} bits, which gain nothing as {after}; ask for the same")
 
     def complaint(name: str) -> str:
-        return f"{stored.files[0].parent}: {name} is not finite; convert the model again"
+        return f"{place}: {name} is not finite; convert the model again"
 
-    return Part(wanted, as_stored(Finite(stored.tensors, complaint), wanted))
+    return Part(wanted, as_stored(Finite(_plain(stored), complaint), wanted))
+
+
+def warn_of_loss(stored: Component, wanted: Component) -> None:
+    """Say what is lost where a quantized network gets fewer bits still."""
+    if stored.quantization in (None, wanted.quantization):
+        return
+    change = f"{_loss(_plain(stored), wanted):.1%}"
+    told = f"in {_bits(wanted)} its weights change by {change} of their size; of the original they would be better"
+    _log.warning("%s is stored in %d bits already: %s", stored.files[0].parent, _bits(stored), told)
+
+
+def _bits(component: Component) -> int:
+    return (component.quantization or {"bits": 16})["bits"]
+
+
+def _plain(component: Component) -> Tensors:
+    """The weights of a network as numbers, whatever they are stored as."""
+    if component.quantization is None:
+        return component.tensors
+    return unpacked(component.tensors, {SETTINGS: json.dumps(component.quantization)})
+
+
+def _loss(tensors: Tensors, wanted: Component) -> float:
+    """How far weights will be from what they are made of, relative to these: root mean squares over some rows of some
+    layers."""
+    bits, group = _bits(wanted), GROUP_SIZE
+    names = [name for name in tensors.infos if stored_names(name, wanted.infos) != [name]]
+    change = size = 0.0
+    for array in tensors.read(names[:: -(-len(names) // _LAYERS)]):
+        rows = array[:_ROWS].astype(mx.float32)
+        codes, *scales = quantize_array(rows, bits).values()
+        again = mx.dequantize(codes, *(x.astype(mx.float32) for x in scales), group, bits)
+        change += mx.square(again - rows).sum().item()
+        size += mx.square(rows).sum().item()
+    return (change / size) ** 0.5 if size else 0.0

@@ -6,9 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import TensorInfo, Tensors, evaluated
+from flux2_mlx.weights import READER, TensorInfo, Tensors, evaluated
 
 Shape = tuple[int, ...]
 
@@ -95,6 +96,14 @@ class Finite:
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
         for name, array in zip(names, evaluated(self._tensors.read(names)), strict=True):
-            if not mx.isfinite(array).all():
+            if not _is_finite(array):
                 raise CheckpointError(self._complaint(name))
             yield array
+
+
+def _is_finite(array: mx.array) -> bool:
+    """Whether all numbers are finite. Of bfloat16 the bits tell, by far the fastest: of both signs those above."""
+    if array.dtype != mx.bfloat16 or not array.size:
+        return bool(mx.isfinite(array).all().item())
+    bits = np.asarray(array.view(mx.uint16, stream=READER))
+    return bool(bits.max() < 0xFF80 and bits.view(np.int16).max() < 0x7F80)

@@ -9,7 +9,6 @@ from typing import Any
 
 from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
-from flux2_mlx.errors import InputError
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
 from flux2_mlx.verification import check_hashes, hashed_bytes
@@ -17,7 +16,7 @@ from flux2_mlx.weights import TensorInfo
 
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
-from .requantize import stored_part
+from .requantize import stored_part, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule
 from .sources import Source
 
@@ -68,6 +67,9 @@ def write_checkpoint(
     check_target(target, force)
     stated = blobs([*source.small_files, *chain(*source.files.values())])
 
+    taken = _taken(source, quant, text_quant)
+    for part in taken:
+        warn_of_loss(source.stored[part.component.name], part.component)
     kept = [(next(iter(part.files)).parent.parent, name) for name, part in source.stored.items()]
     hashed = sum(hashed_bytes(folder, [name]) for folder, name in kept)
 
@@ -89,7 +91,7 @@ def write_checkpoint(
     copies = {f"tokenizer/{file}": source.tokenizer / file for file in present}
     write_folder(
         target,
-        [*(_part(source, plan) for plan in plans), *_taken(source, quant, text_quant)],
+        [*(_part(source, plan) for plan in plans), *taken],
         {**copies, "scheduler/scheduler_config.json": source.schedule},
         manifest,
         inspection=Inspection(hashed + sum(blob.stat().st_size for blob in stated.values()), inspect),
@@ -141,11 +143,7 @@ def _taken(source: Source, quant: str, text_quant: str) -> list[Part]:
     """The networks that are taken from a checkpoint of ours, in these quantizations; InputError if they can't be."""
     quants, parts = quantizations(quant, text_quant), []
     for name, stored in source.stored.items():
-        wanted = stored.quantized(quants[name])
-        if stored.quantization not in (None, wanted.quantization):
-            folder = stored.files[0].parent
-            raise InputError(f"{folder} is stored in other bits, which can't become {quants[name]}; ask for the same")
-        parts.append(stored_part(stored, wanted))
+        parts.append(stored_part(stored, stored.quantized(quants[name])))
     return parts
 
 

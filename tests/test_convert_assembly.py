@@ -285,7 +285,7 @@ def test_a_text_encoder_in_other_bits_is_not_taken(transformer, folder):
     quantized = folder / "models" / "q"
     write_checkpoint(assembled(DEMO, {}), quantized, "bf16", "qint4")
     message = refusal("convert", transformer, "made", "--text-quant", "qint8")
-    assert message.startswith(f"{quantized / 'text_encoder'} is stored in other bits, which can't become qint8")
+    assert message.startswith(f"{quantized / 'text_encoder'} is stored in 4 bits, which gain nothing as 8")
 
 
 def test_damage_to_what_is_taken_is_seen(transformer, folder):

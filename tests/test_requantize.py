@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from helpers.cli_runner import done, refusal, run
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
 
-from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.quantization import quantize_array
 from flux2_mlx.store import find_checkpoint
 
 PAIRS = [("qint8", "qint8"), ("qint4", "qint4"), ("qint4", "bf16"), ("bf16", "qint8")]
@@ -67,17 +69,55 @@ def test_what_has_the_bits_already_is_copied(official, folder):
 @pytest.mark.parametrize(
     ("stored", "wanted", "what"),
     [
-        (("qint8", "qint8"), ("qint4", None), "the transformer of {} is stored as qint8, which can't become qint4"),
-        (("qint4", "qint4"), ("bf16", None), "the transformer of {} is stored as qint4, which can't become bf16"),
-        (("bf16", "qint8"), ("qint8", "bf16"), "the text encoder of {} is stored as qint8, which can't become bf16"),
+        (
+            ("qint4", "qint4"),
+            ("qint8", None),
+            "transformer of {} is stored as qint4, and would gain nothing as qint8",
+        ),
+        (
+            ("qint4", "qint4"),
+            ("bf16", None),
+            "transformer of {} is stored as qint4, and would gain nothing as bf16",
+        ),
+        (
+            ("bf16", "qint8"),
+            ("qint8", "bf16"),
+            "text encoder of {} is stored as qint8, and would gain nothing as bf16",
+        ),
     ],
 )
-def test_what_is_quantized_can_not_become_another(stored, wanted, what, official, folder):
+def test_what_is_quantized_gains_nothing_from_more_bits(stored, wanted, what, official, folder):
     base = convert(official, folder / "base", *stored)
     options = ["-q", wanted[0], *(["--text-quant", wanted[1]] if wanted[1] else [])]
     message = refusal("convert", base, "mine", *options, "--quiet")
-    assert message == f"{what.format(base)}; convert the original, or a checkpoint in bf16"
+    assert message == f"the {what.format(base)}; convert the original, or a checkpoint in bf16"
     assert not Path("mine").exists()
+
+
+def test_fewer_bits_of_what_is_quantized_and_what_is_lost(small_model, folder, caplog):
+    official = small_model()
+    base = convert(official, folder / "base", "qint8", "qint8")
+    caplog.clear()
+    requantize(Checkpoint.open(base), folder / "made", "qint4", "qint4")
+    told = r"/{} is stored in 8 bits already: in 4 its weights change by (\d+\.\d)% of their size; of the original"
+    for part, message in zip(("transformer", "text_encoder", "language_model"), caplog.messages, strict=True):
+        assert 5 < float(re.search(told.format(part), message)[1]) < 15  # of normal random numbers 4 bits change 9
+    made, direct = Checkpoint.open(folder / "made"), Checkpoint.open(convert(official, folder / "b", "qint4", "qint4"))
+    assert (made.quant, made.text_quant) == ("qint4", "qint4")
+    for name, component in made.components.items():
+        assert component.infos == direct.components[name].infos
+    weight = "double_blocks.0.img_mlp.0.weight"
+    eight, four = (plainly(x.components["transformer"], weight) for x in (Checkpoint.open(base), made))
+    codes, *rest = quantize_array(eight, 4).values()
+    assert mx.array_equal(four, mx.dequantize(codes, *(x.astype(mx.float32) for x in rest), 64, 4))
+
+
+def plainly(component: Component, name: str) -> mx.array:
+    """A quantized weight as it counts."""
+    layer, tensors = name.removesuffix(".weight"), component.tensors
+    codes, *rest = tensors.read([f"{layer}.{end}" for end in ("weight", "scales", "biases")])
+    bits = component.quantization["bits"]
+    return mx.dequantize(codes, *(x.astype(mx.float32) for x in rest), 64, bits)
 
 
 def test_nothing_to_do(plain):
@@ -97,7 +137,7 @@ def test_a_text_encoder_that_stays_is_spoken_of(official, folder, caplog):
     requantize(Checkpoint.open(half), folder / "a", "qint4")
     (message,) = caplog.messages
     assert message == (
-        f"the text encoder of {half} stays qint8, which can't become qint4; for that convert the original"
+        f"the text encoder of {half} stays qint8; qint4 of the original is better than what could be made of that"
     )
     caplog.clear()
     requantize(Checkpoint.open(half), folder / "b", "qint4", "qint8")

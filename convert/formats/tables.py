@@ -8,7 +8,7 @@ import numpy as np
 
 from flux2_mlx.weights import READER
 
-_CHUNK = 2**18  # pairs that a thread looks up at once, in the cache of its core
+_CHUNK = 2**16  # pairs that a thread looks up at once, in the cache of its core
 _THREADS = min(8, os.cpu_count() or 1)
 
 
