@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, as_stored
 from flux2_mlx.components import by_group, quantizations
@@ -132,7 +134,7 @@ def warn_of_loss(stored: Component, wanted: Component) -> None:
 
 
 def _bits(component: Component) -> int:
-    return (component.quantization or {"bits": 16})["bits"]
+    return int((component.quantization or {"bits": 16})["bits"])
 
 
 def _plain(component: Component) -> Tensors:
@@ -145,13 +147,17 @@ def _plain(component: Component) -> Tensors:
 def _loss(tensors: Tensors, wanted: Component) -> float:
     """How far weights will be from what they are made of, relative to these: root mean squares over some rows of some
     layers."""
-    bits, group = _bits(wanted), GROUP_SIZE
     names = [name for name in tensors.infos if stored_names(name, wanted.infos) != [name]]
     change = size = 0.0
     for array in tensors.read(names[:: -(-len(names) // _LAYERS)]):
         rows = array[:_ROWS].astype(mx.float32)
-        codes, *scales = quantize_array(rows, bits).values()
-        again = mx.dequantize(codes, *(x.astype(mx.float32) for x in scales), group, bits)
-        change += mx.square(again - rows).sum().item()
-        size += mx.square(rows).sum().item()
-    return (change / size) ** 0.5 if size else 0.0
+        codes, scales, biases = quantize_array(rows, _bits(wanted)).values()
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        again = mx.dequantize(codes, scales, biases, GROUP_SIZE, _bits(wanted))
+        change += _squares(again - rows)
+        size += _squares(rows)
+    return math.sqrt(change / size) if size else 0.0
+
+
+def _squares(array: mx.array) -> float:
+    return float(np.asarray(mx.square(array).sum()))

@@ -115,8 +115,8 @@ def _unpack_nibbles(
     values = np.array(finite(table, names[1]))
     if not np.allclose(values, _TABLES[state.kind], rtol=0, atol=1e-4):
         raise CheckpointError(f"{names[1]} is not the table of {state.kind}; fetch the file again")
-    scales = _unnested(names[3:], state, absmax, *nested) if nested else finite(absmax, names[2], least=0.0)
-    scales = np.array(not_all_zero(finite(scales, names[2]), names[2], stored)).reshape(-1)
+    factors = _unnested(names[3:], state, absmax, *nested) if nested else finite(absmax, names[2], least=0.0)
+    scales = np.array(not_all_zero(finite(factors, names[2]), names[2], stored)).reshape(-1)
     with mx.stream(READER):
         data = stored.view(mx.uint8).reshape(-1)
         weight = mx.zeros(2 * data.size)

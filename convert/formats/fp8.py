@@ -104,7 +104,7 @@ def _cast(name: str, info: TensorInfo) -> Packed:
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
             found = eight_bits(name, info.dtype, codes)
-            if max(mx.max(found).item(), -mx.min(found).item()) >= _MOST_UNSCALED:
+            if found.size and (mx.maximum(mx.max(found), -mx.min(found)) >= _MOST_UNSCALED).item():
                 raise CheckpointError(
                     f"{name} holds numbers that only a scale makes weights, and has none; {_FORGOTTEN}"
                 )
@@ -139,7 +139,7 @@ def _layer(
         if format != "mxfp8":
             scales = scales.astype(mx.float32)
             check_scales(scale, scales, LARGEST[weight.dtype][0])
-        one = scales.item() if scales.size == 1 and format != "mxfp8" else 1.0
+        one = float(np.asarray(scales).item()) if scales.size == 1 and format != "mxfp8" else 1.0
         found = eight_bits(layer + WEIGHT, weight.dtype, codes, one)
         if format == "mxfp8":
             return _by_groups(scale, found, scales)

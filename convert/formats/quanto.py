@@ -82,7 +82,7 @@ def _groups(infos: Mapping[str, TensorInfo], weight: str, shape: tuple[int, ...]
     require(infos, names[2], (*FLOAT_CODES, "I8", "U8"), [scale])
     bits = _bits(names[0], stored[0], scale[0])
     if shape is None:
-        raise CheckpointError(f"{names[0]} does not say what shape {weight} has; name the variant that it is of")
+        raise CheckpointError(f"{names[0]} does not say what shape {weight} has; give a whole model with configs")
     if math.prod(shape) != scale[0] * stored[1] or shape[-1] % stored[1]:
         raise CheckpointError(f"{names[0]} has {scale[0]} groups of {stored[1]} values, which {list(shape)} does not")
     unpack = partial(_unpack_groups, names, bits, shape)
