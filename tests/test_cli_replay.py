@@ -1,6 +1,7 @@
 """`t2i --replay`: an image made again from what its file remembers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,19 @@ BIG_SEED = 2**64 - 1
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """An image of seed 7, made once."""
+    (path,) = make("--seed", "7", "-o", tmp_path_factory.mktemp("made") / "a.png")
+    return path
+
+
+@pytest.fixture
+def a_png(folder, seven):
+    """The same as `a.png` in the working folder."""
+    return shutil.copyfile(seven, folder / "a.png")
 
 
 def replay(*arguments):
@@ -71,8 +85,7 @@ def test_a_replay_without_a_seed_given_still_has_one():
         (["a large blue square"], "prompt", "a large blue square"),
     ],
 )
-def test_a_setting_given_wins_and_the_others_stay(arguments, name, value):
-    make("--seed", "7", "-o", "a.png")
+def test_a_setting_given_wins_and_the_others_stay(arguments, name, value, a_png):
     replay("a.png", "-o", "b.png", *arguments)
     assert read_settings("b.png") == read_settings("a.png") | {name: value}
 
@@ -84,15 +97,13 @@ def test_a_replay_computes_in_what_the_image_was_computed_in(folder, dtype):
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
 
 
-def test_an_image_that_does_not_say_its_dtype_gets_the_usual_one(folder):
-    make("--seed", "7", "-o", "a.png")
+def test_an_image_that_does_not_say_its_dtype_gets_the_usual_one(folder, a_png):
     remember("b.png", dtype=None)
     replay("b.png", "-o", "c.png")
     assert (folder / "a.png").read_bytes() == (folder / "c.png").read_bytes()
 
 
-def test_other_weights_than_those_of_the_image_are_noticed():
-    make("--seed", "7", "-o", "a.png")
+def test_other_weights_than_those_of_the_image_are_noticed(a_png):
     remember("b.png", fingerprint="0" * 64)
     message = "demo has other weights than when the image was made, so the new one will differ\n"
     assert message in replay("b.png", "-o", "c.png").stderr
@@ -103,8 +114,7 @@ def test_other_weights_than_those_of_the_image_are_noticed():
     assert message not in replay("b.png", "-o", "c.png", "--force").stderr
 
 
-def test_replay_goes_with_several_seeds_and_prompts():
-    make("--seed", "7", "-o", "a.png")
+def test_replay_goes_with_several_seeds_and_prompts(a_png):
     assert replay("a.png", "-n", "2", "-o", "b.png").stdout == "b-7.png\nb-8.png\n"
     assert difference("a.png", "b-7.png") < 0.5
     done("t2i", "--replay", "a.png", "--prompts-file", "-", "-o", "c.png", stdin="a large blue square\n")
@@ -135,8 +145,7 @@ def test_no_picture(folder):
     assert refusal("t2i", "--replay", folder) == f"can't read {folder}: Is a directory"
 
 
-def test_a_picture_cut_short_gives_one_line(folder):
-    make("--seed", "7", "-o", "a.png")
+def test_a_picture_cut_short_gives_one_line(folder, a_png):
     data = (folder / "a.png").read_bytes()
     for length in range(0, 1200, 37):
         (folder / "cut.png").write_bytes(data[:length])
@@ -164,7 +173,6 @@ def test_a_picture_cut_short_gives_one_line(folder):
         ({"seed": -1}, f"seeds must be 0 to {BIG_SEED}, got -1"),
     ],
 )
-def test_wrong_settings_in_a_picture(changes, message):
-    make("--seed", "7", "-o", "a.png")
+def test_wrong_settings_in_a_picture(changes, message, a_png):
     remember("b.png", **changes)
     assert refusal("t2i", "--replay", "b.png", "-o", "c.png") == message
