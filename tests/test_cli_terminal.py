@@ -134,7 +134,7 @@ def test_errors_do_not_drive_the_terminal(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("flux2_mlx.text.prompts.check_words", fail)
+    monkeypatch.setattr("flux2_mlx.request.check_words", fail)
     assert not UNSAFE.search(error_line(run("t2i", PROMPT).stderr))
 
 
