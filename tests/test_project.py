@@ -143,6 +143,22 @@ def test_what_generates_text_is_imported_only_where_it_is_used(module):
     assert "mlx_lm" not in {name.split(".")[0] for name in imported(module, eager)}
 
 
+def sentences(tree: ast.Module) -> Iterator[str]:
+    """The texts in a module that are more than a word and no docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and node.body]
+    docstrings = {body.value for body in bodies if isinstance(body, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            yield from [node.value] if " " in node.value else []
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[1] != "cli"])
+def test_messages_of_the_library_name_settings_and_no_flags(module):
+    flag = re.compile(r"(?<![\w-])(--[a-z]|-[a-zA-Z]\b)|flux2-mlx models")
+    assert [text for text in sentences(parse(FILES[module])) if flag.search(text)] == []
+
+
 def test_a_run_imports_no_torch(tmp_path):
     script = """
 import sys

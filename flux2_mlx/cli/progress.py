@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .terminal import line, printable
+from .terminal import line, printable, said
 
 if TYPE_CHECKING:
     from ..store import FirstUse, Model
@@ -33,7 +33,7 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(line(self.format(record)), file=sys.stderr)
+        tqdm.write(said(self.format(record)), file=sys.stderr)
 
 
 class Bars:

@@ -74,7 +74,8 @@ def find_checkpoint(
         if found := next(filter(is_checkpoint, targets), None):
             return _used(_holding(found, variant))
         if only_converted:
-            raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
+            way_out = "name it with model=NAME to have it fetched and converted"
+            raise InputError(f"{model.name} is not converted yet; {way_out}")
         outline = _outline(model, opened, *quants, text_only) if check else None
         if check is not None and outline is not None:
             check(outline)
