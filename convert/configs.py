@@ -154,7 +154,7 @@ def _choose_variant(folder: Path, index: dict[str, Any], transformer: Transforme
     rows = same if len(same) == 1 else [v for v in same or VARIANTS.values() if _is_like(v, index)]
     if len(rows) != 1:
         raise CheckpointError(
-            f"can't tell which model {folder} is; name it with --variant ({_names(same or VARIANTS.values())})"
+            f"can't tell which model {folder} is; name it with variant=NAME ({_names(same or VARIANTS.values())})"
         )
     return rows[0]
 

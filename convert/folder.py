@@ -115,7 +115,7 @@ def check_target(target: Path, force: bool) -> None:
     """Raise InputError if a checkpoint can't be written at `target`."""
     bring_back(target)
     if target.exists() and not force:
-        raise InputError(f"{target} exists; choose another folder or pass --force to replace it")
+        raise InputError(f"{target} exists; choose another folder or pass force=True to replace it")
     if target.exists():
         _check_replaceable(target)
     if not target.parent.is_dir():
@@ -130,9 +130,11 @@ def _check_replaceable(target: Path) -> None:
     except CheckpointError:
         ours = False
     if not ours:
-        raise InputError(f"{target} is not an MLX checkpoint, so --force does not replace it; remove it yourself")
+        raise InputError(f"{target} is not an MLX checkpoint, so force=True does not replace it; remove it yourself")
     if foreign := next((path for path in sorted(target.rglob("*")) if not is_own(path.relative_to(target))), None):
-        raise InputError(f"{target} also holds {foreign.relative_to(target)}, which --force would remove; move it away")
+        raise InputError(
+            f"{target} also holds {foreign.relative_to(target)}, which force=True would remove; move it away"
+        )
 
 
 def is_own(path: Path) -> bool:

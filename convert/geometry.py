@@ -122,7 +122,7 @@ def choose(rows: list[Variant], hints: Iterable[str], name: str | None, what: st
         raise CheckpointError(f"{what} has parts of different models; give those of one")
     left = rows if len(rows) == 1 else next(filter(None, (_told(rows, hint) for hint in hints)), rows)
     if len(left) != 1:
-        raise CheckpointError(f"can't tell which model {what} is; name it with --variant ({names})")
+        raise CheckpointError(f"can't tell which model {what} is; name it with variant=NAME ({names})")
     return left[0]
 
 

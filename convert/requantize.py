@@ -13,9 +13,9 @@ import numpy as np
 
 from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, as_stored
 from flux2_mlx.components import by_group, quantizations
-from flux2_mlx.config import QUANTIZATIONS
+from flux2_mlx.config import QUANTIZATIONS, check_quant
 from flux2_mlx.errors import InputError
-from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, GROUP_SIZE, check_quant, quantize_array, stored_names
+from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, GROUP_SIZE, quantize_array, stored_names
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
 from flux2_mlx.weights import Tensors, read_json

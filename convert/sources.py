@@ -9,10 +9,10 @@ from pathlib import Path
 
 from flux2_mlx.checkpoint import Component, check_counts, is_checkpoint
 from flux2_mlx.components import COMPONENTS, WRITING_PARTS
-from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
+from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
 from flux2_mlx.errors import CheckpointError, told
 from flux2_mlx.layout import INDEX, PICKLES
-from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT
 from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors, read_json
 
 from . import formats

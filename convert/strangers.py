@@ -10,7 +10,7 @@ from flux2_mlx.weights import TensorInfo
 _Infos = Mapping[str, TensorInfo]
 _ONLY = "only FLUX.2 is run here; give one of its models"
 _ENCODER = "FLUX.2 reads prompts with Qwen3 (klein) or Mistral Small 3.2 (dev); give that"
-_CONTROL = "ControlNets can't be used; give references with -i"
+_CONTROL = "ControlNets can't be used; give references in their place"
 # What may stand before the names of a model.
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "unet.", "control_model.")
 # What it is, what to do, and sets of names each of which proves it. The first that fits counts.

@@ -9,7 +9,8 @@ from typing import Any
 
 from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
-from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, check_quant
+from flux2_mlx.config import check_quant
+from flux2_mlx.quantization import DEFAULT_TEXT_QUANT
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
 from flux2_mlx.verification import check_hashes, hashed_bytes
 from flux2_mlx.weights import TensorInfo

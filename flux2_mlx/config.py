@@ -376,3 +376,10 @@ def variant_named(name: str) -> Variant:
     if name not in VARIANTS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
+
+
+def check_quant(quant: str) -> str:
+    """`quant` itself; InputError if it is not one of `bf16`, `qint8`, `qint4`."""
+    if quant not in QUANTIZATIONS:
+        raise InputError(f"unknown quantization {quant!r}; choose one of {', '.join(QUANTIZATIONS)}")
+    return quant

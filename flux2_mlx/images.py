@@ -165,7 +165,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return converted if differs.getbbox() else plain
 
 
-def check_output(path: Path, force: bool = False) -> None:
+def check_output(path: Path, replace: bool = False) -> None:
     """Raise InputError if an image can't be written to `path`: its type, an existing file, its folder.
 
     A folder that is not there yet must be one that can be made.
@@ -174,8 +174,8 @@ def check_output(path: Path, force: bool = False) -> None:
         raise InputError(f"can't write {path}: the name must end in {', '.join(FORMATS)}, or in / to be a folder")
     if path.is_dir():
         raise InputError(f"can't write {path}: it is a folder")
-    if os.path.lexists(path) and not force:
-        raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+    if os.path.lexists(path) and not replace:
+        raise InputError(f"{path} exists; choose another name or pass replace=True to replace it")
     folder = next(folder for folder in path.parents if os.path.lexists(folder) or folder == folder.parent)
     if not folder.is_dir():
         raise InputError(f"can't write {path}: {folder} is not a folder")

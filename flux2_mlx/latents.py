@@ -70,8 +70,8 @@ def decode_latents(vae: VAE, latents: mx.array) -> np.ndarray:
     pixels = np.array(decoded.astype(mx.float32))
     if np.abs(pixels).max() > _MOST_INTENSITY:
         raise RangeError(
-            f"the VAE gave pixels of {np.abs(pixels).max():.3g} where −1 to 1 is black to white; `flux2-mlx models "
-            "verify` tells whether the weights are damaged"
+            f"the VAE gave pixels of {np.abs(pixels).max():.3g} where −1 to 1 is black to white; "
+            "`flux2_mlx.verification.verify` tells whether the weights are damaged"
         )
     return pixels
 

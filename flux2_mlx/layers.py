@@ -156,8 +156,8 @@ def check_finite(x: mx.array, network: str) -> None:
     if x.dtype == mx.float16:
         raise RangeError("the computation overflowed float16; use dtype='bfloat16'")
     raise RangeError(
-        f"the {network} gave values that are not finite numbers; `flux2-mlx models verify` tells whether its weights "
-        "are damaged"
+        f"the {network} gave values that are not finite numbers; `flux2_mlx.verification.verify` tells whether its "
+        "weights are damaged"
     )
 
 

@@ -7,28 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from . import arguments
-from .advice import check_possible
-from .base_pipeline import BasePipeline
 from .calls import Pictures, Prompts, beyond, listener
 from .checkpoint import Checkpoint
+from .config import check_quant
 from .device import activation_dtype, check_process, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import UNFINISHED, EmbeddingCache
 from .errors import InputError
 from .networks import Networks
 from .output import Flux2Output
+from .preparation import PreparedPipeline
 from .progress_bar import acquisition_bars, progress_bar
 from .provenance import image_settings, sampled
-from .quantization import check_quant
 from .references import Edit
 from .request import Request
-from .store import FirstUse, find_checkpoint, get_variant, models_folder
+from .store import FirstUse, get_variant, models_folder
 from .unfinished import Unfinished
 
 __all__ = ["Flux2Output", "Flux2Pipeline"]
 
 
-class Flux2Pipeline(BasePipeline):
+class Flux2Pipeline(PreparedPipeline):
     """Text and images to image with FLUX.2. Networks are loaded for their phase of a run, and released after it where
     there is no room to keep them."""
 
@@ -83,21 +82,16 @@ class Flux2Pipeline(BasePipeline):
         computed_in = arguments.dtype_name(dtype, torch_dtype)
         _check_opening(variant, quant, text_quant, computed_in, models_dir, memory_limit)
 
-        def check(checkpoint: Checkpoint) -> None:
-            networks = Networks.open(
-                checkpoint, quant=quant, text_quant=text_quant, dtype=computed_in, memory_limit=memory_limit
-            )
-            check_possible(networks)
-
         with acquisition_bars(disable=not progress) as show:
-            opened = find_checkpoint(
+            opened = cls.prepare(
                 source,
                 variant=variant,
                 quant=quant,
                 text_quant=text_quant,
+                dtype=computed_in,
                 models_dir=models_dir,
+                memory_limit=memory_limit,
                 keep_source=keep_source,
-                check=check,
                 announce=_announce if progress else None,
                 progress=show,
             )

@@ -22,13 +22,6 @@ BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True)
 DEFAULT_TEXT_QUANT = {"bf16": "qint8", "qint8": "qint8", "qint4": "qint4"}
 
 
-def check_quant(quant: str) -> str:
-    """`quant` itself; InputError if it is not one of `bf16`, `qint8`, `qint4`."""
-    if quant not in BITS:
-        raise InputError(f"unknown quantization {quant!r}; choose one of {', '.join(BITS)}")
-    return quant
-
-
 def is_quantizable(component: str, shape: tuple[int, ...]) -> bool:
     """Whether a weight of this shape is quantized when its component is."""
     if COMPONENTS[component].group is None:

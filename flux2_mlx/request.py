@@ -13,11 +13,11 @@ from PIL import Image
 
 from .config import VARIANTS, Variant
 from .errors import InputError
-from .text.prompts import check_prompt
 
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
+MAX_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
 _SHIFT_STEPS = 50  # the default of diffusers' pipelines, whose shift of given sigmas follows from it
 
@@ -243,6 +243,22 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     wrong = next((one for one in seeds if not 0 <= one <= MAX_SEED), None)
     _require(wrong is None, f"seeds must be 0 to {MAX_SEED}, got {wrong}")
     return seeds
+
+
+def check_prompt(prompt: str, tokens: int | None = None) -> None:
+    """Raise InputError if `prompt` can't be read: too long, or no text. A model reads its first `tokens`; None: all."""
+    if len(prompt) > MAX_CHARACTERS:
+        read = "" if tokens is None else f", and the model reads its first {tokens} tokens"
+        raise InputError(f"a prompt of {len(prompt)} characters is too long; the limit is {MAX_CHARACTERS}{read}")
+    # Lone surrogates stand for undecodable bytes of a command line.
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise InputError(f"the prompt is not valid text: {prompt[:80]!a}")
+
+
+def check_words(prompt: str) -> None:
+    """Raise InputError if there is nothing to read in `prompt`."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty; describe the image in words")
 
 
 @dataclass(frozen=True)

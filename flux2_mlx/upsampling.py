@@ -21,11 +21,12 @@ from .memory import Plan, Writing
 from .metering import Meter, turn, warn_of_long_operations
 from .networks import Networks
 from .output import Phase
+from .request import check_prompt, check_words
 from .store import Announce, Model, Progress, find_checkpoint
 from .text import LanguageModel
 from .text.generation import embed, generate, image_placeholder
 from .text.pixtral import preprocess
-from .text.prompts import DESCRIBE, UPSAMPLE_I2I, UPSAMPLE_T2I, check_prompt, check_words, mistral_image_chat
+from .text.prompts import DESCRIBE, UPSAMPLE_I2I, UPSAMPLE_T2I, mistral_image_chat
 
 TEMPERATURE = 0.15
 MAX_NEW_TOKENS = 512

@@ -8,7 +8,7 @@ from helpers.cli_runner import PROMPT, SMALL, done, refusal
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
 
-from flux2_mlx import networks, store
+from flux2_mlx import networks, preparation
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.request import Request
 
@@ -29,7 +29,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(Request, "checked", counted("checked", Request.checked))
     monkeypatch.setattr(networks, "plan", counted("planned", networks.plan))
-    monkeypatch.setattr(store, "find_checkpoint", counted("opened", store.find_checkpoint))
+    monkeypatch.setattr(preparation, "find_checkpoint", counted("opened", preparation.find_checkpoint))
     return counts
 
 

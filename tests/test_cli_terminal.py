@@ -35,6 +35,10 @@ def folder(tmp_path, monkeypatch):
         ),
         ("one with text_quant='qint4', or", "one with --text-quant qint4, or"),
         ("use dtype='bfloat16'; memory_limit='7.5GiB'", "use --dtype bfloat16; --memory-limit 7.5GiB"),
+        ("pass force=True, or replace=True to replace it", "pass --force, or --force to replace it"),
+        ("name it with variant=NAME (a, b), or model=NAME", "name it with --variant (a, b), or -m"),
+        ("use Enforce=True, or variant=NAMES", "use Enforce=True, or variant=NAMES"),
+        ("with models_dir; `flux2_mlx.verification.verify`", "with --models-dir; `flux2-mlx models verify`"),
         ("choose a lower memory_limit, or text_quant", "choose a lower --memory-limit, or --text-quant"),
         ("can't read memory_limit.png, ./memory_limit or my_memory_limit", None),
         ("my_quant='qint8' and quant=8 stay", "my_quant='qint8' and quant=8 stay"),
@@ -134,7 +138,7 @@ def test_errors_do_not_drive_the_terminal(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("flux2_mlx.text.prompts.check_words", fail)
+    monkeypatch.setattr("flux2_mlx.request.check_words", fail)
     assert not UNSAFE.search(error_line(run("t2i", PROMPT).stderr))
 
 

@@ -357,12 +357,12 @@ def test_a_named_variant_overrules_the_index(source):
 
 def test_an_ambiguous_variant_must_be_named(source):
     with pytest.raises(
-        CheckpointError, match=r"can't tell which model .*/source is; name it with --variant \(.*klein-4b"
+        CheckpointError, match=r"can't tell which model .*/source is; name it with variant=NAME \(.*klein-4b"
     ):
         Source.open(source)
     official_config(source, VARIANTS["klein-4b"])
     edit_json(source / "model_index.json", _class_name="Flux2KleinKVPipeline")
-    with pytest.raises(CheckpointError, match=r"name it with --variant \(klein-4b, klein-base-4b\)"):
+    with pytest.raises(CheckpointError, match=r"name it with variant=NAME \(klein-4b, klein-base-4b\)"):
         Source.open(source)
 
 

@@ -202,7 +202,7 @@ def test_unknown_settings_are_refused(options, match, official, target):
 def test_an_existing_target_is_replaced_only_with_force(official, source, target):
     convert(official, target)
     edit_weights(source / TRANSFORMER, lambda x: x.update({"proj_out.weight": mx.zeros_like(x["proj_out.weight"])}))
-    assert_refused(source, target, "exists; choose another folder or pass --force", InputError)
+    assert_refused(source, target, "exists; choose another folder or pass force=True", InputError)
     convert(source, target, force=True)
     assert not read_tensors(target / "transformer/model.safetensors")["final_layer.linear.weight"].any()
     assert [path.name for path in target.parent.iterdir()] == ["converted"]
@@ -210,11 +210,11 @@ def test_an_existing_target_is_replaced_only_with_force(official, source, target
 
 def test_force_replaces_nothing_but_checkpoints(official, target):
     target.write_text("a letter")
-    assert_refused(official, target, "is not an MLX checkpoint, so --force does not replace it", InputError, force=True)
+    assert_refused(official, target, "not an MLX checkpoint, so force=True does not", InputError, force=True)
     target.unlink()
     target.mkdir()
     (target / "letter.txt").write_text("a letter")
-    assert_refused(official, target, "is not an MLX checkpoint, so --force does not replace it", InputError, force=True)
+    assert_refused(official, target, "not an MLX checkpoint, so force=True does not", InputError, force=True)
     assert_refused(official, target, "exists; choose another folder", InputError)
 
 
@@ -223,7 +223,7 @@ def test_a_folder_with_a_file_of_the_manifest_s_name_is_no_checkpoint(manifest, 
     target.mkdir()
     (target / "flux2.json").write_text(manifest)
     (target / "thesis.txt").write_text("mine")
-    assert_refused(official, target, "is not an MLX checkpoint, so --force does not replace it", InputError, force=True)
+    assert_refused(official, target, "not an MLX checkpoint, so force=True does not", InputError, force=True)
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "images/a.png", "transformer/notes.md", "vae/model/a.safetensors"])
@@ -232,14 +232,14 @@ def test_what_someone_keeps_in_a_checkpoint_is_not_replaced_with_it(name, offici
     (target / name).parent.mkdir(exist_ok=True)
     (target / name).write_text("mine")
     assert_refused(
-        official, target, f"also holds {name.split('/a')[0]}.*, which --force would remove", InputError, force=True
+        official, target, f"also holds {name.split('/a')[0]}.*, which force=True would remove", InputError, force=True
     )
 
 
 def test_a_source_inside_the_target_is_kept(official, target):
     convert(official, target)
     shutil.copytree(official, target / "source")
-    assert_refused(target / "source", target, "also holds source, which --force would remove", InputError, force=True)
+    assert_refused(target / "source", target, "also holds source, which force=True would", InputError, force=True)
 
 
 def test_a_failed_conversion_keeps_the_old_checkpoint(official, source, target):
@@ -353,7 +353,7 @@ def test_an_old_checkpoint_that_was_moved_aside_comes_back(start, official, targ
     before = contents(target)
     half_replaced(target)
     if start == "convert":
-        with pytest.raises(InputError, match="exists; choose another folder or pass --force"):
+        with pytest.raises(InputError, match="exists; choose another folder or pass force=True"):
             convert(official, target)
     elif start == "force":
         with pytest.raises(InputError, match="unknown quantization"):

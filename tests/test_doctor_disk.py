@@ -54,7 +54,7 @@ def test_a_full_disk_is_left_alone(tmp_path, monkeypatch):
     reason, same = lines(tmp_path, 2**60, monkeypatch)
     assert reason == same
     assert reason.startswith(f"{tmp_path} has ")
-    assert reason.endswith("; make room, or name another folder with --models-dir")
+    assert reason.endswith("; make room, or name another folder with models_dir")
     assert list(tmp_path.iterdir()) == []
 
 

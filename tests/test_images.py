@@ -180,7 +180,7 @@ def test_outputs_that_can_be_written(tmp_path):
     (tmp_path / "old.png").touch()
     for name in ("a.png", "a.jpg", "a.jpeg", "a.webp", "A.PNG", "a.b.WebP", "狐.png", "new/newer/a.png"):
         check_output(tmp_path / name)
-    check_output(tmp_path / "old.png", force=True)
+    check_output(tmp_path / "old.png", replace=True)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_outputs_that_can_be_written(tmp_path):
         ("a.gif", r"a\.gif: the name must end in "),
         (".png", r"\.png: the name must end in "),
         ("folder.png", r"folder\.png: it is a folder$"),
-        ("old.png", r"old\.png exists; choose another name or pass --force to replace it$"),
+        ("old.png", r"old\.png exists; choose another name or pass replace=True to replace it$"),
         ("old.png/a.png", r"a\.png: .*old\.png is not a folder$"),
         ("old.png/new/a.png", r"a\.png: .*old\.png is not a folder$"),
     ],
@@ -202,7 +202,7 @@ def test_outputs_that_can_not_be_written(tmp_path, name, match):
         check_output(tmp_path / name)
     if name != "old.png":
         with pytest.raises(InputError, match=match):
-            check_output(tmp_path / name, force=True)
+            check_output(tmp_path / name, replace=True)
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from helpers.cli_runner import PROMPT, done, make, refusal, run
 from test_cli_replay import remember
 from test_device import OUT_OF_MEMORY
 
-from flux2_mlx import Flux2Pipeline, device
+from flux2_mlx import Flux2Pipeline, device, preparation
 from flux2_mlx.device import GIB, computing_dtype, cuts_float32, machine, memory_reason
 from flux2_mlx.errors import InputError
 from flux2_mlx.images import read_settings
@@ -241,7 +241,7 @@ def test_a_machine_that_is_none_is_damage():
 )
 def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypatch):
     # The pictures are a CPU's, so only what is said is another chip's.
-    monkeypatch.setattr(device, "is_slow_with_qint4", lambda: device._WITHOUT_BFLOAT16.match(chip) is not None)
+    monkeypatch.setattr(preparation, "is_slow_with_qint4", lambda: device._WITHOUT_BFLOAT16.match(chip) is not None)
     monkeypatch.setattr(device, "chip", lambda: chip)
     if not enough:
         opened = Networks.open
@@ -259,7 +259,7 @@ def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypa
 @pytest.mark.parametrize("stored", ["bf16", "qint4"])
 def test_what_is_said_of_4_bits_can_be_done(stored, small_model, tmp_path, monkeypatch):
     """A folder has the bits that it has."""
-    monkeypatch.setattr(device, "is_slow_with_qint4", lambda: True)
+    monkeypatch.setattr(preparation, "is_slow_with_qint4", lambda: True)
     convert(small_model(text=SHALLOW_TEXT), tmp_path / "model", stored, stored, variant=SHALLOW_VARIANT)
     arguments = ("t2i", PROMPT, "-m", "./model", "-W", "64", "-H", "64", "-s", "1", "-o", "a.png", "--force")
     line = f"on {device.chip()} -q bf16 is faster than qint4, and there is memory enough for it"

@@ -35,11 +35,17 @@ STOREYS = {
     ),
     "runs": (
         "request", "output", "sampling", "metering", "advice", "arguments", "latents", "unfinished", "upsampling",
-        "provenance", "run", "diffusers_methods", "progress_bar", "base_pipeline", "calls", "pipeline",
+        "provenance", "run", "diffusers_methods", "progress_bar", "base_pipeline", "calls", "preparation", "pipeline",
     ),
     "faces": ("doctor", "cli", "__main__"),
 }  # fmt: skip
 ROOMS = {room: place for place, room in enumerate(itertools.chain.from_iterable(STOREYS.values()))}
+# What the command line may know beside facts: the public face and the values that go in and out of it, the store, and
+# what a command is about: files of images and prompts, a check-up, encoded prompts, the proof of a checkpoint.
+OF_THE_CLI = {
+    *STOREYS["facts"], "pipeline", "upsampling", "store", "request", "output", "provenance", "references", "images",
+    "image_names", "files", "doctor", "embedding_cache", "verification",
+}  # fmt: skip
 MAX_LINES = 400
 
 
@@ -74,10 +80,15 @@ def test_there_are_files_to_check():
     assert {"flux2_mlx.__init__", "flux2_mlx.pipeline", "flux2_mlx.cli.main", "flux2_mlx.convert.rules"} <= set(FILES)
 
 
-def rooms(module: str) -> set[str]:
-    """The rooms that `module` imports from; a public name of the package counts as the room that it comes from."""
+def own_names(module: str) -> set[str]:
+    """The rooms of ours that `module` imports from, but for its own, and the public names of the package."""
     names = {name.split(".")[1] for name in imported(module, parse(FILES[module])) if name.startswith("flux2_mlx.")}
-    return {flux2_mlx._LAZY.get(name, name) for name in names} - {module.split(".")[1], "__version__"}
+    return names - {module.split(".")[1], "__version__"}
+
+
+def rooms(module: str) -> set[str]:
+    """The rooms that `module` imports from; a public name counts as the room that it comes from."""
+    return {flux2_mlx._LAZY.get(name, name) for name in own_names(module)}
 
 
 def test_every_module_has_a_room():
@@ -97,6 +108,17 @@ def test_facts_know_no_files_and_no_network(module):
     names = {name.split(".")[0] for name in imported(module, parse(FILES[module]))}
     assert not names & {"PIL", "gguf", "huggingface_hub", "http", "io", "safetensors", "shutil", "socket", "tokenizers"}
     assert rooms(module) <= set(STOREYS["facts"])
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[1] not in ("store", "hub", "convert")])
+def test_only_the_store_calls_the_hub_and_the_converter(module):
+    assert not rooms(module) & {"hub", "convert"}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[1] == "cli"])
+def test_the_command_line_knows_the_public_face_only(module):
+    """Types count, too: who names a room's class depends on what that room looks like. Public names are free."""
+    assert own_names(module) <= OF_THE_CLI | set(flux2_mlx.__all__)
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -119,6 +141,22 @@ def test_what_generates_text_is_imported_only_where_it_is_used(module):
     lazy = {node for function in functions for node in ast.walk(function)}
     eager = ast.Module([n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and n not in lazy], [])
     assert "mlx_lm" not in {name.split(".")[0] for name in imported(module, eager)}
+
+
+def sentences(tree: ast.Module) -> Iterator[str]:
+    """The texts in a module that are more than a word and no docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and node.body]
+    docstrings = {body.value for body in bodies if isinstance(body, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            yield from [node.value] if " " in node.value else []
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[1] != "cli"])
+def test_messages_of_the_library_name_settings_and_no_flags(module):
+    flag = re.compile(r"(?<![\w-])(--[a-z]|-[a-zA-Z]\b)|flux2-mlx models")
+    assert [text for text in sentences(parse(FILES[module])) if flag.search(text)] == []
 
 
 def test_a_run_imports_no_torch(tmp_path):

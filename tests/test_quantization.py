@@ -9,13 +9,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux2_mlx.checkpoint import Component
-from flux2_mlx.config import VARIANTS, TransformerConfig
+from flux2_mlx.config import VARIANTS, TransformerConfig, check_quant
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.loading import module_tensors
 from flux2_mlx.quantization import (
     BITS,
     GROUP_SIZE,
-    check_quant,
     is_quantizable,
     quantize_array,
     quantize_module,

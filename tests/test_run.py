@@ -218,7 +218,7 @@ def one_weight(path: str, value: float):
 @pytest.mark.parametrize("weight", ["decoder.conv_in.weight", "decoder.conv_out.bias", "bn.running_mean"])
 def test_one_damaged_weight_of_the_decoder_is_told(weight, value, pipe, monkeypatch):
     spoil(monkeypatch, "vae", one_weight(weight, value))
-    with pytest.raises(RangeError, match=r"the VAE gave .*`flux2-mlx models verify` tells whether"):
+    with pytest.raises(RangeError, match=r"the VAE gave .*`flux2_mlx.verification.verify` tells whether"):
         pipe.run(pipe.request([PROMPT], **SIZE))
 
 

@@ -140,10 +140,10 @@ def place(models, monkeypatch):
 
     monkeypatch.setattr("flux2_mlx.hub.fetch", door("repo"))
     monkeypatch.setattr(Source, "open", door("source"))
-    monkeypatch.setattr("flux2_mlx.store.checkpoints.assembled", door("source"))
+    monkeypatch.setattr("flux2_mlx.store.stock.assembled", door("source"))
     monkeypatch.setattr("flux2_mlx.store.identification.identify_files", door("source"))
     monkeypatch.setattr(Checkpoint, "open", door("checkpoint"))
-    for room in ("flux2_mlx.store", "flux2_mlx.store.checkpoints"):
+    for room in ("flux2_mlx.store", "flux2_mlx.store.stock"):
         monkeypatch.setattr(f"{room}.conversions", conversions)
     for command in ("describe", "upsample"):  # which models see images is another question
         monkeypatch.setattr(f"flux2_mlx.cli.{command}.check_sight", lambda model: None)
@@ -299,7 +299,7 @@ def test_a_run_looks_its_model_up_once(models, monkeypatch):
         found.append(source)
         return find_checkpoint(source, **options)
 
-    for module in ("store", "pipeline", "upsampling"):
+    for module in ("store", "preparation", "upsampling"):
         monkeypatch.setattr(f"flux2_mlx.{module}.find_checkpoint", find)
     done("t2i", "a red circle", "-m", "demo", "-W", "32", "-H", "32", "-s", "1", "--no-cache", "-o", "a.png")
     assert found == [resolve("demo")]

@@ -70,7 +70,7 @@ def test_a_tokenizer_of_another_model(source, home):
 
 
 def test_an_unknown_variant(source, home):
-    assert refused(source, home).startswith(f"can't tell which model {REPO} is; name it with --variant (")
+    assert refused(source, home).startswith(f"can't tell which model {REPO} is; name it with variant=NAME (")
 
 
 def test_other_tensors_than_the_config_asks_for(source, home):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from ..errors import InputError
 from .options import keep_source_option, quiet_option, variant_option, weight_options
 from .progress import Bars, source_notice
 from .terminal import print_result
@@ -32,13 +31,10 @@ def convert(
     quant: str | None,
     text_quant: str | None,
     variant: str | None,
-    transformer: Path | None,
-    text_encoder: Path | None,
-    vae: Path | None,
-    tokenizer: Path | None,
     keep_source: bool,
     force: bool,
     quiet: bool,
+    **places: Path | None,
 ) -> None:
     """Convert SOURCE into an MLX checkpoint folder TARGET.
 
@@ -53,22 +49,15 @@ def convert(
       flux2-mlx convert klein-4b-bf16 klein-4b-q4 -q qint4
       flux2-mlx convert finetune.safetensors mine -q qint8
     """
-    from ..convert import PARTS, check_target
-    from ..store import BUILT_IN, checked_variant, make_checkpoint, resolve
+    from ..store import convert_model
 
-    places = dict(zip(PARTS, (transformer, text_encoder, vae, tokenizer), strict=True))
-    model = resolve(source)
-    variant = checked_variant(model, variant)
-    check_target(target, force)
-    if model.kind == BUILT_IN and not any(places.values()):
-        raise InputError(f"{source} is built in and needs no conversion")
     with Bars(quiet) as bars:
-        make_checkpoint(
-            model,
+        model = convert_model(
+            source,
             target,
-            quant,
-            text_quant,
             variant=variant,
+            quant=quant,
+            text_quant=text_quant,
             parts={name: path for name, path in places.items() if path is not None},
             force=force,
             keep_source=keep_source,

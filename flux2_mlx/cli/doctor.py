@@ -1,7 +1,7 @@
 """`flux2-mlx doctor`."""
 
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import click
 
 from .options import json_option, models_dir_option, quiet_option
 from .progress import notice
-from .terminal import line, print_result, to_json
+from .terminal import in_flags, line, print_result, to_json
 from .wakefulness import caffeinate_option
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _examine(report: _Report, models_dir: Path | None, as_json: bool, quiet: boo
     check_up = CheckUp(models, partial(_begin, quiet=quiet))
     with closing(iter(check_up)) as findings:
         for finding in findings:
+            finding = replace(finding, advice=in_flags(finding.advice))
             report.findings.append(finding)
             if not as_json:
                 _print_finding(finding)

@@ -1,7 +1,6 @@
 """`flux2-mlx download`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -10,9 +9,6 @@ from .options import keep_source_option, models_dir_option, quiet_option, varian
 from .progress import Bars, source_notice
 from .terminal import print_result
 from .wakefulness import caffeinate_option
-
-if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
 
 
 @click.command()
@@ -45,23 +41,18 @@ def download(
       flux2-mlx download klein-4b
       flux2-mlx download klein-9b -q qint8 --no-keep-source
     """
-    from ..advice import check_possible
-    from ..networks import Networks
-    from ..store import find_checkpoint, resolve
-
-    def check(checkpoint: "Checkpoint") -> None:
-        check_possible(Networks.open(checkpoint))
+    from ..pipeline import Flux2Pipeline
+    from ..store import resolve
 
     resolved = resolve(model, models_dir)
     with Bars(quiet) as bars:
-        folder = find_checkpoint(
+        folder = Flux2Pipeline.prepare(
             resolved,
             variant=variant,
             quant=quant,
             text_quant=text_quant,
             models_dir=models_dir,
             keep_source=keep_source,
-            check=check,
             announce=bars.announce,
             progress=bars,
         )
@@ -73,10 +64,9 @@ def download(
 
 def _check_quants(folder: Path, quant: str | None, text_quant: str | None) -> None:
     """Raise InputError if an MLX checkpoint that MODEL is itself is stored in another quantization than asked for."""
-    from ..checkpoint import Checkpoint
+    from ..store import stored_quants
 
-    checkpoint = Checkpoint.open(folder)
-    stored = (checkpoint.quant, checkpoint.text_quant)
+    stored = stored_quants(folder)
     if quant not in (None, stored[0]) or text_quant not in (None, stored[1]):
         raise InputError(
             f"{folder} is an MLX checkpoint already, stored as {stored[0]} with the text encoder as {stored[1]}; "

@@ -11,11 +11,8 @@ from .job import Job
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..checkpoint import Checkpoint
-    from ..memory import Plan
-    from ..networks import Networks
+    from .. import Flux2Pipeline, Plan, Request
     from ..references import Edit
-    from ..request import Request
 
 
 @dataclass(frozen=True)
@@ -59,28 +56,19 @@ class Drafts:
         self._job, self._images, self._settings = job, images, settings
         self._known: tuple[Any, Draft] | None = None
 
-    def check(self, outline: "Checkpoint") -> None:
-        """Raise InputError for what can be known to be wrong from what the model will be when it is fetched."""
-        from ..networks import Networks
+    def of(self, pipe: "Flux2Pipeline") -> Draft:
+        """The draft for a model, of which there may be no more than the outline yet.
 
-        job = self._job
-        networks = Networks.open(
-            outline, quant=job.quant, text_quant=job.text_quant, dtype=job.dtype, memory_limit=job.memory_limit
-        )
-        self.of(networks)
-
-    def of(self, networks: "Networks") -> Draft:
-        """The draft for a model, which need not be here yet."""
-        model = networks.checkpoint.model
+        Raises:
+            InputError: what can be known to be wrong with the job.
+        """
+        model = pipe.checkpoint.model
         if self._known is None or self._known[0] != model:
-            self._known = model, self._draft(networks)
+            self._known = model, self._draft(pipe)
         return self._known[1]
 
-    def _draft(self, networks: "Networks") -> Draft:
-        from ..pipeline import Flux2Pipeline
-
-        job, pipe = self._job, Flux2Pipeline(networks)
-        edit = pipe.edit(self._images, **self._settings)
+    def _draft(self, pipe: "Flux2Pipeline") -> Draft:
+        job, edit = self._job, pipe.edit(self._images, **self._settings)
         whole = _batches(job, lambda prompts, **settings: pipe.request(prompts, edit=edit, **settings))
         request_of = {place: batch.request for batch in whole for place in batch.places}
         requests = [request_of[place] for place in range(len(job.frames))]

@@ -22,7 +22,7 @@ from .outpaint import outpaint
 from .progress import Warnings
 from .stopping import report
 from .t2i import t2i
-from .terminal import in_flags, line
+from .terminal import line, said
 from .upsample import upsample
 
 
@@ -36,7 +36,7 @@ def _reported() -> Iterator[None]:
         error.message = line(error.message)  # type: ignore[misc]  # click calls it final, but it may hold escapes
         raise
     except Flux2Error as error:
-        raise click.ClickException(line(in_flags(str(error)))) from error
+        raise click.ClickException(said(str(error))) from error
     except OSError as error:
         if error.errno == errno.EPIPE:  # click ends quietly when a pipe closes
             raise

@@ -8,7 +8,6 @@ from ..errors import told
 from .terminal import in_flags, print_result, printable
 
 if TYPE_CHECKING:
-    from ..convert import Conversion, Identity
     from ..store.identification import Found
 
 _LABEL = 11
@@ -32,20 +31,21 @@ def print_found(found: "Found") -> None:
     """Show what is found."""
     identity = found.identity
     _line(f"{found.name}: {identity.name}")
-    _labelled("stored", f"{_gb(identity.nbytes)}; {_formats(identity)}")
+    _labelled("stored", f"{_gb(identity.nbytes)}; {_formats(found)}")
     if identity.variant is None and identity.variants:
         _labelled("for", " or ".join(identity.variants))
     if identity.parts:
-        _print_parts(identity)
+        _print_parts(found)
     if identity.missing:
         _labelled("missing", _names(identity.missing))
     if identity.advice:
         _labelled("note", identity.advice)
     if identity.quant:
-        _labelled("convert", _converting(identity, found.conversion))
+        _labelled("convert", _converting(found))
 
 
-def _print_parts(identity: "Identity") -> None:
+def _print_parts(found: "Found") -> None:
+    identity = found.identity
     quants = "".join(f"{quant:>9}" for quant in QUANTIZATIONS)
     _line(f"{'GB':15}{'tensors':>8}{'stored':>9}{quants}  names as of")
     for part in identity.parts:
@@ -59,7 +59,8 @@ def _print_parts(identity: "Identity") -> None:
             _line(f"{told([part.name]):15}{group}: {counts}")
 
 
-def _converting(identity: "Identity", conversion: "Conversion | None") -> str:
+def _converting(found: "Found") -> str:
+    identity, conversion = found.identity, found.conversion
     if _TRANSFORMER in identity.missing:
         options = " ".join(f"--{part.name.replace('_', '-')} FILE" for part in identity.parts)
         return f"give it beside a transformer: flux2-mlx convert MODEL TARGET {options}"
@@ -75,9 +76,9 @@ def _converting(identity: "Identity", conversion: "Conversion | None") -> str:
     return "; ".join([*taken, stored])
 
 
-def _formats(identity: "Identity") -> str:
+def _formats(found: "Found") -> str:
     """The formats of all numbers but for the odd ones."""
-    shares = {kind: f"{share:.0%}" for kind, share in identity.formats.items()}
+    shares = {kind: f"{share:.0%}" for kind, share in found.identity.formats.items()}
     shown = {kind: share for kind, share in shares.items() if share != "0%"}
     return ", ".join(f"{share} {kind}" for kind, share in shown.items()) if len(shown) > 1 else "".join(shown)
 

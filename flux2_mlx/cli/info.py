@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..config import DTYPES, QUANTIZATIONS, VARIANTS, Variant
-from ..errors import InputError, told
+from ..errors import told
 from .identified import found_values, print_found
 from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
 from .progress import notice
@@ -17,8 +18,7 @@ from .report import is_image, print_settings
 from .terminal import in_flags, print_result, to_json
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
-    from ..networks import Networks
+    from .. import Flux2Pipeline
     from ..store import Model
     from ..store.identification import Found
 
@@ -85,19 +85,19 @@ def info(
             print_found(found)
     else:
         from ..device import memory_reason
-        from ..networks import Networks
-        from ..store import conversions, resolve
+        from ..pipeline import Flux2Pipeline
+        from ..store import conversions, described, resolve
 
         resolved = resolve(model, models_dir)
         folders = conversions(resolved, models_dir, variant=variant, painting=True)
-        networks = Networks.open(
-            _described(resolved, folders, variant, quant),
+        pipe = Flux2Pipeline.outline(
+            described(resolved, folders, variant, quant, partial(notice, quiet=False)),
             quant=quant,
             text_quant=text_quant,
             dtype=dtype,
             memory_limit=memory_limit,
         )
-        row = _one_row(resolved, networks, folders) | _plan(networks, width, height)
+        row = _one_row(resolved, pipe, folders) | _plan(pipe, width, height)
         _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
 
 
@@ -157,7 +157,7 @@ def _all_rows(models_dir: Path | None) -> list[dict[str, Any]]:
 
 
 def _row(variant: Variant) -> dict[str, Any]:
-    from ..checkpoint import variant_sizes
+    from ..store import sizes
 
     return {
         "licence": variant.licence,
@@ -165,15 +165,15 @@ def _row(variant: Variant) -> dict[str, Any]:
         "steps": variant.steps,
         "guidance": variant.guidance,
         "size": variant.size,
-        "bytes": {quant: variant_sizes(variant, quant) for quant in QUANTIZATIONS},
+        "bytes": sizes(variant),
     }
 
 
-def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[str, Any]:
+def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict[str, Any]:
     """What is known of `model`. A fine-tune is not shown as the model that it was made from."""
     from ..store import BUILT_IN, is_official
 
-    checkpoint, folders = networks.checkpoint, [] if model.kind == BUILT_IN else folders
+    checkpoint, folders = pipe.checkpoint, [] if model.kind == BUILT_IN else folders
     official = model.variant is not None or is_official(checkpoint)
     row = {
         "model": checkpoint.variant.name if official else model.name,
@@ -190,39 +190,16 @@ def _one_row(model: "Model", networks: "Networks", folders: list[Path]) -> dict[
     return row if official else row | {"licence": None, "gated": None}
 
 
-def _described(model: "Model", folders: list[Path], variant: str | None, quant: str | None) -> "Checkpoint | Variant":
-    """What a run of `model` would use: the checkpoint that it is, or else what it would be converted to."""
-    from ..checkpoint import Checkpoint, fitted
-    from ..store import SOURCE, VARIANT, checked_variant, open_source
-
-    said = checked_variant(model, variant)
-    if model.kind == SOURCE:
-        source = open_source(model, said)
-        for note in source.notes:
-            notice(note, quiet=False)
-        return fitted(source.variant, source.configs)
-    if model.kind == VARIANT and model.variant:
-        return model.variant
-    if not folders:
-        raise InputError(f"{model.name} is not converted yet, so nothing is known of it; download it first")
-    checkpoints = [Checkpoint.open(folder) for folder in folders]
-    return next((x for x in checkpoints if x.quant == quant), checkpoints[0])
-
-
-def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[str, Any]:
-    from ..advice import advice, workload
+def _plan(pipe: "Flux2Pipeline", width: int | None, height: int | None) -> dict[str, Any]:
     from ..device import dtype_name
-    from ..request import Request
 
-    variant = networks.checkpoint.model
-    request = Request.checked(variant, variant.vae.token_size, [""], width=width, height=height)
-    work = workload(request)
-    planned = networks.plan(work)
-    passes = 2 if variant.uses_cfg and request.guidance > 1 else 1
+    request = pipe.request([""], width=width, height=height)
+    planned, advice = pipe.expected(request)
+    passes = 2 if pipe.variant.uses_cfg and request.guidance > 1 else 1
     return {
-        "quant": networks.quant,
-        "text_quant": networks.text_quant,
-        "dtype": dtype_name(networks.dtype),
+        "quant": pipe.quant,
+        "text_quant": pipe.text_quant,
+        "dtype": dtype_name(pipe.dtype),
         "width": request.width,
         "height": request.height,
         "phases": [asdict(phase) | {"peak_memory": phase.peak_memory} for phase in planned.phases],
@@ -230,7 +207,7 @@ def _plan(networks: "Networks", width: int | None, height: int | None) -> dict[s
         "peak_memory": planned.peak_memory,
         "limit": planned.limit,
         "fits": planned.fits,
-        "advice": None if planned.fits else in_flags(advice(networks, work)),
+        "advice": advice and in_flags(advice),
     }
 
 

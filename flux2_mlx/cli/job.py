@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import image_names
+from ..config import check_quant
 from ..errors import InputError
 from . import replay
 from .options import DEFAULT_MODEL
@@ -202,7 +203,7 @@ def _number(seeds: tuple[int, ...], given: int | None) -> int:
 
 def _check_prompts(prompts: Sequence[Prompt], seeds: tuple[int, ...], num_images: int) -> None:
     """Raise InputError if a prompt can't be used, or there are too many images."""
-    from ..text.prompts import check_prompt, check_words
+    from ..request import check_prompt, check_words
 
     count = sum(_count(prompt, num_images) for prompt in prompts)
     if not 1 <= count <= _MAX_IMAGES:
@@ -230,7 +231,6 @@ def _check_seeds(frames: Sequence[Frame]) -> None:
 
 def _check_weights(given: dict[str, Any]) -> None:
     """Raise InputError if the weights can't be used."""
-    from ..quantization import check_quant
     from ..store import get_variant
 
     for name, check in (("variant", get_variant), ("quant", check_quant), ("text_quant", check_quant)):

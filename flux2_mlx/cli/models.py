@@ -47,12 +47,11 @@ def models(ctx: click.Context, models_dir: Path | None, as_json: bool) -> None:
 
 
 def _inventory(models_dir: Path | None) -> "tuple[Path, list[Item]]":
-    from ..hub import cache_folder
     from ..store import models_folder
     from ..store.inventory import inventory
 
     folder = models_folder(models_dir)
-    return folder, inventory(folder, cache_folder())
+    return folder, inventory(folder)
 
 
 def _values(item: "Item") -> dict[str, Any]:

@@ -18,13 +18,9 @@ from .writing import check_sight, is_blind, open_writer
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..checkpoint import Checkpoint
-    from ..memory import Plan
+    from .. import Flux2Pipeline, Plan, Progress, Request, Writer
     from ..output import Phase
-    from ..pipeline import Flux2Pipeline
     from ..references import Edit
-    from ..request import Progress, Request
-    from ..upsampling import Writer
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +33,8 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
     _check(job, images)
     drafts = Drafts(job, images, settings)
     with Bars(job.quiet) as bars:
-        pipe = _open(job, bars, drafts.check)
-        record = Record(job, pipe, drafts.of(pipe.networks), job.pictures.settings(hashes))
+        pipe = _open(job, bars, drafts.of)
+        record = Record(job, pipe, drafts.of(pipe), job.pictures.settings(hashes))
         _notices(record)
         _skip(record)
         try:
@@ -172,16 +168,17 @@ def _check(job: Job, images: "list[Image.Image]") -> None:
         default_limit()  # InputError if there is none
 
 
-def _open(job: Job, bars: Bars, check: Callable[["Checkpoint"], object]) -> "Flux2Pipeline":
+def _open(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "Flux2Pipeline":
     from ..pipeline import Flux2Pipeline
-    from ..store import find_checkpoint
 
-    folder = find_checkpoint(
+    folder = Flux2Pipeline.prepare(
         job.resolved,
         variant=job.variant,
         quant=job.quant,
         text_quant=job.text_quant,
+        dtype=job.dtype,
         models_dir=job.models_dir,
+        memory_limit=job.memory_limit,
         keep_source=job.keep_source,
         check=check,
         announce=bars.announce,
@@ -216,20 +213,12 @@ def _notices(record: Record) -> None:
 
 def _hint(record: Record) -> None:
     """Say where 4 bits take longer than the 16 for which there is memory."""
-    from ..advice import workload
-    from ..device import chip, is_slow_with_qint4
-    from ..networks import Networks
+    from ..device import chip
     from ..store import CHECKPOINT
 
-    job, own = record.job, record.pipe.networks
-    if job.quant != "qint4" or not is_slow_with_qint4():
-        return
-    plain = Networks.open(
-        own.checkpoint.model, text_quant=job.text_quant, dtype=job.dtype, memory_limit=own.memory_limit
-    )
-    planned = plain.plan(workload(record.draft.requests[0], record.draft.edit))
-    if planned.fits and not planned.phase("transformer").streamed:
-        stays = job.resolved.kind == CHECKPOINT and own.checkpoint.quant != "bf16"
+    job, pipe, draft = record.job, record.pipe, record.draft
+    if job.quant is not None and pipe.is_faster_in_bf16(draft.requests[0], draft.edit, job.text_quant):
+        stays = job.resolved.kind == CHECKPOINT and pipe.checkpoint.quant != "bf16"
         way = "; download or convert the model with that" if stays else ""
         notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it{way}", job.quiet)
 

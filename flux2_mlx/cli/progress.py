@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .terminal import line, printable
+from .terminal import line, printable, said
 
 if TYPE_CHECKING:
     from ..store import FirstUse, Model
@@ -33,7 +33,7 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(line(self.format(record)), file=sys.stderr)
+        tqdm.write(said(self.format(record)), file=sys.stderr)
 
 
 class Bars:
@@ -176,11 +176,11 @@ def notice(message: str, quiet: bool) -> None:
 
 def source_notice(model: "Model", keep_source: bool, quiet: bool) -> None:
     """Say where a download stays though it was not to be kept: this run has not fetched it, or not alone."""
-    from ..hub import cache_folder, snapshot_files, storage_of
+    from ..store.inventory import is_downloaded
 
     if keep_source or model.path is not None or model.repo is None:
         return
-    if any(snapshot_files(storage_of(cache_folder(), model.repo))):
+    if is_downloaded(model.repo):
         way_out = f"`flux2-mlx models rm {model.repo} --only source` removes it"
         notice(f"a download of {model.repo} was there before and stays; {way_out}", quiet)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, InputError
+from ..errors import InputError
 from ..files import opened
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ def find_model(name: str, fingerprint: str | None, image: Path, *, models_dir: P
     Raises:
         InputError: it is none of the table, and not here.
     """
-    from ..store import find_checkpoint, find_variant, resolve
+    from ..store import find_checkpoint, find_conversion, find_variant, resolve
 
-    if find_variant(name) is None and (found := _converted(fingerprint, models_dir, **weights)):
+    if find_variant(name) is None and (found := find_conversion(fingerprint, models_dir=models_dir, **weights)):
         return resolve(found)
     try:
         model = resolve(name, models_dir)
@@ -136,30 +136,6 @@ def find_model(name: str, fingerprint: str | None, image: Path, *, models_dir: P
     if model.variant is None:
         find_checkpoint(model, models_dir=models_dir, **weights, only_converted=True)
     return model
-
-
-def _converted(
-    fingerprint: str | None, models_dir: Path | None, variant: str, quant: str, text_quant: str
-) -> Path | None:
-    """The folder in the models folder that these weights were converted to."""
-    from ..checkpoint import MANIFEST
-    from ..store import models_folder, stored_checkpoints
-    from ..weights import read_json
-
-    wanted = (variant, fingerprint, {"transformer": quant, "text_encoder": text_quant})
-    for folder in stored_checkpoints(models_folder(models_dir)) if fingerprint else ():
-        try:
-            manifest = read_json(folder / MANIFEST)
-        except CheckpointError:
-            continue
-        source = manifest.get("source")
-        if isinstance(source, dict) and wanted == (
-            manifest.get("variant"),
-            source.get("fingerprint"),
-            manifest.get("quantization"),
-        ):
-            return folder
-    return None
 
 
 def label(model: "Model") -> str:

@@ -12,15 +12,20 @@ import click
 _MAX_LINE = 1000
 # Settings as the library's messages write them, and the flags that say the same. Several stand one after the other.
 _FLAGS = {
+    "model": "-m",
     "quant": "-q",
     "text_quant": "--text-quant",
     "dtype": "--dtype",
     "memory_limit": "--memory-limit",
+    "models_dir": "--models-dir",
     "variant": "--variant",
+    "force": "--force",
+    "replace": "--force",
 }
 # Those whose names are no words of a sentence may stand without a value.
-_NAMES = re.compile(r"(?<![\w/.'-])(memory_limit|text_quant)(?![\w/.='-])")
-_SETTING = re.compile(rf"((?<='), )?\b({'|'.join(_FLAGS)})='([\w.-]+)'")
+_NAMES = re.compile(r"(?<![\w/.'-])(memory_limit|text_quant|models_dir)(?![\w/.='-])")
+_SETTING = re.compile(rf"((?<='), )?\b({'|'.join(_FLAGS)})=(?:'([\w.-]+)'|True\b|NAME\b)")
+_VERIFY = "`flux2_mlx.verification.verify`", "`flux2-mlx models verify`"
 # Control characters but for tab and line feed, what changes the direction of text, ends of lines that are not shown as
 # such, and bytes that are no text.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -39,9 +44,15 @@ def line(text: str) -> str:
 
 
 def in_flags(message: str) -> str:
-    """A message of the library, which says `quant='qint4'`, in the words of the command line: `-q qint4`."""
-    message = _SETTING.sub(lambda found: f"{' ' if found[1] else ''}{_FLAGS[found[2]]} {found[3]}", message)
-    return _NAMES.sub(lambda found: _FLAGS[found[1]], message)
+    """A message of the library, which says `quant='qint4'`, `force=True` or `variant=NAME`, in the words of the command
+    line: `-q qint4`, `--force`, `--variant`."""
+    message = _SETTING.sub(lambda x: f"{' ' if x[1] else ''}{_FLAGS[x[2]]}{f' {x[3]}' if x[3] else ''}", message)
+    return _NAMES.sub(lambda found: _FLAGS[found[1]], message.replace(*_VERIFY))
+
+
+def said(message: str) -> str:
+    """What the library says, an error, warning or advice, as the command line shows it: in flags, and in one line."""
+    return line(in_flags(message))
 
 
 def to_json(value: Any) -> str:

@@ -19,7 +19,7 @@ from .finding import Finding, UnmeasurableError, judged
 _SLOW = 0.3e9  # bytes a second
 _ROOM = 4  # times the size of the file must be free, so that no disk is filled to the brim
 _CHUNK = 2**23
-_ELSEWHERE = "make room, or name another folder with --models-dir"
+_ELSEWHERE = "make room, or name another folder with models_dir"
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def check_reading(file: Callable[[], Path]) -> Finding:
     weight = next(Files([path]).read(["weight"]))
     mx.eval(weight)
     rate = weight.nbytes / (time.perf_counter() - start)
-    advice = "loading and streaming models will be slow; keep them on a faster disk with --models-dir"
+    advice = "loading and streaming models will be slow; keep them on a faster disk with models_dir"
     return judged("reading from disk", f"{rate / 1e9:.2f} GB/s", "> 0.3 GB/s", rate > _SLOW, advice, "warn")
 
 

@@ -86,5 +86,5 @@ def check_swap(before: int | None) -> Finding:
     if before is None or now is None:
         return skipped("swap", "the system does not say")
     grown = max(0, now - before)
-    advice = "the memory is full; close other programs, or choose a lower --memory-limit"
+    advice = "the memory is full; close other programs, or choose a lower memory_limit"
     return judged("swap", f"{grown / 2**20:.0f} MiB more", "< 512 MiB", grown < _MORE_SWAP, advice, "warn")

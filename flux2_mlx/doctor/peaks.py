@@ -28,7 +28,7 @@ _STEP = VARIANTS["klein-4b"].transformer
 _TOKENS, _TEXT = 4608, 512  # of an image of 1024×1024 and its text, and of the text
 # Tokens on a side of the image of a step, and pixels on a side of the one that is decoded, on a GPU and on a CPU.
 _STEP_SIDE, _DECODED_SIDE = (32, 8), (1024, 256)
-_OVER = "runs take more memory than is planned; choose a lower --memory-limit, and please report this output"
+_OVER = "runs take more memory than is planned; choose a lower memory_limit, and please report this output"
 _UNDER = "runs take far less memory than is planned, or it is not counted; please report this output"
 _PER_PIXEL = 9.5e6  # operations of the convolutions that decode one
 

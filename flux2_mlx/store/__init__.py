@@ -2,16 +2,7 @@
 and the converter."""
 
 from .acquisition import Announce, FirstUse, Progress
-from .checkpoints import (
-    checked_variant,
-    conversions,
-    converted_folders,
-    find_checkpoint,
-    is_official,
-    make_checkpoint,
-    named_checkpoints,
-    open_source,
-)
+from .checkpoints import convert_model, find_checkpoint, make_checkpoint
 from .names import (
     BUILT_IN,
     CHECKPOINT,
@@ -26,6 +17,18 @@ from .names import (
     resolve,
     stored_checkpoints,
 )
+from .stock import (
+    checked_variant,
+    conversions,
+    converted_folders,
+    described,
+    find_conversion,
+    is_official,
+    named_checkpoints,
+    open_source,
+    sizes,
+    stored_quants,
+)
 
 __all__ = [
     "BUILT_IN",
@@ -39,9 +42,12 @@ __all__ = [
     "Progress",
     "checked_variant",
     "conversions",
+    "convert_model",
     "converted_folders",
     "demo_folder",
+    "described",
     "find_checkpoint",
+    "find_conversion",
     "find_variant",
     "get_variant",
     "is_official",
@@ -50,5 +56,7 @@ __all__ = [
     "named_checkpoints",
     "open_source",
     "resolve",
+    "sizes",
     "stored_checkpoints",
+    "stored_quants",
 ]

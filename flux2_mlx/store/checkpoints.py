@@ -1,6 +1,5 @@
 """The store of models: from a name to a converted MLX checkpoint, fetched and converted first if need be."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -9,32 +8,24 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..checkpoint import MANIFEST, Checkpoint, is_checkpoint, variant_components
-from ..components import COMPONENTS, PAINTING
-from ..config import QUANTIZATIONS, VARIANTS
+from ..components import COMPONENTS
+from ..config import QUANTIZATIONS, check_quant
 from ..convert import (
     LAST_USED,
     Source,
-    assembled,
     check_source,
+    check_target,
     check_writable,
-    is_loose,
     requantize,
 )
 from ..errors import CheckpointError, DownloadError, InputError
 from ..exclusion import exclude
 from ..files import Claim
-from ..quantization import DEFAULT_TEXT_QUANT, check_quant
+from ..quantization import DEFAULT_TEXT_QUANT
 from ..weights import read_json
 from .acquisition import Announce, Progress, acquire, convert_source, labelled
-from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, similar_repo, stored_checkpoints
-
-_log = logging.getLogger(__name__)
-
-
-def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
-    """The folder of a converted model: its name and quantization, the text encoder's where it is not the default."""
-    text = "" if text_quant == DEFAULT_TEXT_QUANT[quant] else f"-text-{text_quant}"
-    return f"{model}-{quant}{text}"
+from .names import BUILT_IN, SOURCE, Model, models_folder, resolve, similar_repo
+from .stock import checked_variant, checkpoint_name, folder_name, open_source
 
 
 def find_checkpoint(
@@ -78,12 +69,13 @@ def find_checkpoint(
         if model.kind == SOURCE:
             opened = open_source(model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only)
         quants = opened.quants(quant, text_quant) if opened else _in_full(quant, text_quant)
-        name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else _folder_name(model)
+        name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else folder_name(model)
         targets = [models_folder(models_dir) / x for x in _sufficient(name, *quants, text_only)]
         if found := next(filter(is_checkpoint, targets), None):
             return _used(_holding(found, variant))
         if only_converted:
-            raise InputError(f"{model.name} is not converted yet; name it with -m to have it fetched and converted")
+            way_out = "name it with model=NAME to have it fetched and converted"
+            raise InputError(f"{model.name} is not converted yet; {way_out}")
         outline = _outline(model, opened, *quants, text_only) if check else None
         if check is not None and outline is not None:
             check(outline)
@@ -138,16 +130,44 @@ def _check_again(check: Callable[[Checkpoint], object], outline: Checkpoint | No
         check(found)
 
 
-def checked_variant(model: Model, variant: str | None) -> str | None:
-    """The name of the row of the table that `model` is, or that it is said to be; None: its files must tell.
+def convert_model(
+    name: str | os.PathLike[str] | Model,
+    target: Path,
+    *,
+    variant: str | None = None,
+    quant: str | None = None,
+    text_quant: str | None = None,
+    parts: Mapping[str, Path] = MappingProxyType({}),
+    force: bool = False,
+    keep_source: bool = True,
+    announce: Announce | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Convert what `name` means into the folder `target`, once it is known that it can be; gives what it means.
+
+    The settings are those of `make_checkpoint`.
 
     Raises:
-        InputError: the `variant` that it is said to be is unknown, or another than the model is.
+        InputError: the target can't be made or replaced, or the model is built in.
     """
-    said = get_variant(variant) if variant is not None else model.variant
-    if said and model.variant and said != model.variant and not model.is_checkpoint:
-        raise InputError(f"{model.name} is not {said.name}; leave the variant out, or choose another model")
-    return said.name if said else None
+    model = resolve(name)
+    variant = checked_variant(model, variant)
+    check_target(target, force)
+    if model.kind == BUILT_IN and not parts:
+        raise InputError(f"{model.name} is built in and needs no conversion")
+    make_checkpoint(
+        model,
+        target,
+        quant,
+        text_quant,
+        variant=variant,
+        parts=parts,
+        force=force,
+        keep_source=keep_source,
+        announce=announce,
+        progress=progress,
+    )
+    return model
 
 
 def make_checkpoint(
@@ -213,43 +233,6 @@ def make_checkpoint(
             convert_source(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
 
 
-def open_source(
-    model: Model,
-    variant: str | None,
-    *,
-    parts: Mapping[str, Path] = MappingProxyType({}),
-    text_quant: str | None = None,
-    models_dir: str | os.PathLike[str] | None = None,
-    text_only: bool = False,
-) -> Source:
-    """The files of `model`, which is a folder or a file.
-
-    Args:
-        model: see `resolve`.
-        variant: what `checked_variant` gives.
-        parts: where other parts are than its own; see `assembled`.
-        text_quant: how the text encoder is to be stored, where a converted model gives it.
-        models_dir: where converted models are that give what is missing; see `models_folder`.
-        text_only: leave out the transformer and the VAE.
-    """
-    if parts or is_loose(model.place):
-        others = _official_first(models_folder(models_dir))
-        return assembled(model.place, parts, variant, others=others, text_quant=text_quant, text_only=text_only)
-    return Source.open(model.place, variant, text_only=text_only)
-
-
-def _official_first(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoints in a models folder, looked for when one is asked for."""
-    yield from sorted(whole_checkpoints(folder), key=lambda checkpoint: not is_official(checkpoint))
-
-
-def whole_checkpoints(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoints in a models folder that are not damaged."""
-    for path in stored_checkpoints(folder):
-        with suppress(CheckpointError):
-            yield Checkpoint.open(path)
-
-
 @contextmanager
 def _suggesting(repo: str) -> Iterator[None]:
     """Add a known repo to what is wrong with one whose name is like it."""
@@ -259,11 +242,6 @@ def _suggesting(repo: str) -> Iterator[None]:
         if similar := similar_repo(repo):
             raise DownloadError(f"{error}; did you mean {similar}?") from error
         raise
-
-
-def _folder_name(model: Model) -> str:
-    """How the checkpoints begin that are converted from a model of the table or a repo."""
-    return model.variant.name if model.variant else model.origin.replace("/", "--")
 
 
 def _holding(folder: Path, variant: str | None) -> Path:
@@ -298,87 +276,7 @@ def _unless_made(target: Path) -> Iterator[None]:
             raise
 
 
-def conversions(
-    model: Model,
-    models_dir: str | os.PathLike[str] | None = None,
-    *,
-    variant: str | None = None,
-    painting: bool = False,
-) -> list[Path]:
-    """The checkpoints in the models folder that were converted from `model` itself, or the one that it is.
-
-    Those of a fine-tune are its own, not those of the model that it was made from.
-
-    Args:
-        model: see `resolve`.
-        models_dir: see `models_folder`.
-        variant: the model's name where the source can't tell.
-        painting: leave out those that can't make images or are damaged.
-    """
-    if model.is_checkpoint:
-        return [model.place]
-    digest = open_source(model, checked_variant(model, variant)).fingerprint if model.kind == SOURCE else None
-    found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
-    return [path for path in found if not painting or _can_paint(path)]
-
-
-def is_official(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are those of the table's repo, as far as the checkpoint's source is known by name."""
-    name, variant = checkpoint.source.get("name"), checkpoint.variant
-    return isinstance(name, str) and name.lower() in (variant.name, variant.repo and variant.repo.lower())
-
-
 def _unquantized(folder: Path, model: str, quant: str, text_quant: str) -> Path | None:
     """A converted checkpoint that the one asked for can be made from."""
     names = [checkpoint_name(model, q, t) for q in {quant, "bf16"} for t in {text_quant, "bf16"}]
     return next((folder / name for name in sorted(names) if is_checkpoint(folder / name)), None)
-
-
-def converted_folders(models_dir: str | os.PathLike[str] | None = None) -> dict[str, list[Path]]:
-    """The checkpoints that were converted from the models of the table and can make images, by the models' names."""
-    paths = [path for path in stored_checkpoints(models_folder(models_dir)) if _can_paint(path)]
-    models = {name: Model(VARIANT, name, variant, variant.repo) for name, variant in VARIANTS.items()}
-    return {name: [path for path in paths if model.repo and _is_of(path, model)] for name, model in models.items()}
-
-
-def named_checkpoints(name: str, models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """The checkpoint that `name` stands for, or those that were converted from what it stands for.
-
-    Args:
-        name: see `resolve`.
-        models_dir: see `models_folder`.
-
-    Raises:
-        InputError: there are none.
-    """
-    if found := conversions(resolve(name, models_dir), models_dir):
-        return found
-    folder = models_folder(models_dir)
-    choices = ", ".join([DEMO, *(path.name for path in stored_checkpoints(folder))])
-    raise InputError(f"there is no converted model {name!r} in {folder}; choose one of {choices}, or a folder")
-
-
-def _is_of(folder: Path, model: Model, fingerprint: str | None = None) -> bool:
-    """Whether a checkpoint was converted from `model`; one that can't tell is judged by its folder's name."""
-    try:
-        source = read_json(folder / MANIFEST).get("source")
-    except CheckpointError:
-        if model.kind == SOURCE:
-            return False
-        return folder.name.startswith(tuple(f"{_folder_name(model)}-{x}" for x in (*QUANTIZATIONS, "text-only")))
-    if not isinstance(source, dict):
-        return False
-    if model.kind == SOURCE:
-        return source.get("fingerprint") == fingerprint
-    name = source.get("name")
-    return isinstance(name, str) and name.lower() in (model.origin.lower(), model.variant and model.variant.name)
-
-
-def _can_paint(folder: Path) -> bool:
-    """Whether a checkpoint is more than a language model; no, with a warning, if it is damaged."""
-    try:
-        components = read_json(folder / MANIFEST).get("components")
-    except CheckpointError as error:
-        _log.warning("%s; remove %s, or convert the model again", error, folder)
-        return False
-    return isinstance(components, list) and all(part in components for part in PAINTING)

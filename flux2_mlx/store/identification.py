@@ -23,8 +23,8 @@ from ..convert import (
 from ..errors import CheckpointError, InputError
 from ..layout import INDEX
 from ..weights import Files
-from .checkpoints import whole_checkpoints
 from .names import get_variant, models_folder
+from .stock import whole_checkpoints
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,16 @@ from ..embedding_cache import FOLDER as PROMPTS
 from ..embedding_cache import UNFINISHED, EmbeddingCache
 from ..errors import CheckpointError, InputError
 from ..files import Claim
-from ..hub import PARTIAL, is_needed, remove_empty, remove_files, remove_partial, snapshot_files
+from ..hub import (
+    PARTIAL,
+    cache_folder,
+    is_needed,
+    remove_empty,
+    remove_files,
+    remove_partial,
+    snapshot_files,
+    storage_of,
+)
 from ..layout import INDEX
 from ..staging import bring_all_back, is_work, leftovers, remove_leftovers
 from ..weights import read_json
@@ -51,10 +60,15 @@ class Item:
         return Claim(self.path, alone=True) if is_used else nullcontext()
 
 
-def inventory(models: Path, cache: Path) -> list[Item]:
-    """What there is in a models folder and of FLUX.2 in the Hub's `cache`."""
+def inventory(models: Path, cache: Path | None = None) -> list[Item]:
+    """What there is in a models folder and of FLUX.2 in the Hub's `cache`, by default that of the environment."""
     bring_all_back(models)
-    return [*_models(models), *_sources(cache)]
+    return [*_models(models), *_sources(cache_folder() if cache is None else cache)]
+
+
+def is_downloaded(repo: str) -> bool:
+    """Whether there is any file of a repo in the Hub's cache."""
+    return any(snapshot_files(storage_of(cache_folder(), repo)))
 
 
 def _models(models: Path) -> Iterator[Item]:

@@ -5,9 +5,6 @@ Source: diffusers' `pipelines/flux2/system_messages.py`, and the chat templates 
 
 from collections.abc import Sequence
 
-from ..errors import InputError
-
-MAX_CHARACTERS = 10_000
 # Stands for one cell of an image.
 IMAGE = "[IMG]"
 # The line break inside "object attribution" belongs to the message that the model was trained with.
@@ -67,19 +64,3 @@ def mistral_image_chat(prompt: str, system: str, images: Sequence[str]) -> str:
     """Two user turns: the placeholders of the images, then the text."""
     text = prompt.replace(IMAGE, "")
     return f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{''.join(images)}[/INST][INST]{text}[/INST]"
-
-
-def check_prompt(prompt: str, tokens: int | None = None) -> None:
-    """Raise InputError if `prompt` can't be read: too long, or no text. A model reads its first `tokens`; None: all."""
-    if len(prompt) > MAX_CHARACTERS:
-        read = "" if tokens is None else f", and the model reads its first {tokens} tokens"
-        raise InputError(f"a prompt of {len(prompt)} characters is too long; the limit is {MAX_CHARACTERS}{read}")
-    # Lone surrogates stand for undecodable bytes of a command line.
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError(f"the prompt is not valid text: {prompt[:80]!a}")
-
-
-def check_words(prompt: str) -> None:
-    """Raise InputError if there is nothing to read in `prompt`."""
-    if not prompt.strip():
-        raise InputError("the prompt is empty; describe the image in words")
