@@ -2,6 +2,7 @@
 and the converter."""
 
 from .acquisition import Announce, FirstUse, Progress
+from .adapters import open_adapter
 from .checkpoints import (
     checked_variant,
     conversions,
@@ -48,6 +49,7 @@ __all__ = [
     "make_checkpoint",
     "models_folder",
     "named_checkpoints",
+    "open_adapter",
     "open_source",
     "resolve",
     "stored_checkpoints",
