@@ -8,6 +8,7 @@ from PIL import Image
 
 from . import arguments
 from .advice import checked_phase_plan, checked_plan, workload
+from .branches import AtWork
 from .checkpoint import Checkpoint
 from .config import Variant
 from .device import dtype_name
@@ -15,6 +16,7 @@ from .diffusers_methods import DiffusersMethods
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
 from .images import to_pil
+from .lora_methods import LoraMethods
 from .memory import Plan
 from .metering import turn
 from .networks import Networks
@@ -27,7 +29,7 @@ from .unfinished import Unfinished
 from .upsampling import WritingMethods
 
 
-class BasePipeline(WritingMethods, DiffusersMethods):
+class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
     """Networks with what is done with them. They are loaded for their phase of a run and released after it, unless
     they may stay (see `Networks`)."""
 
@@ -45,6 +47,7 @@ class BasePipeline(WritingMethods, DiffusersMethods):
         self.unfinished = unfinished
         self.name = str(networks.checkpoint.folder) if name is None else name
         self._bar: dict[str, Any] = {}
+        self._loaded: dict[str, AtWork] = {one.adapter.name: one for one in networks.adapters}
 
     def __repr__(self) -> str:
         weights = f"quant={self.quant!r}, text_quant={self.text_quant!r}, dtype={dtype_name(self.dtype)!r}"

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .adapters import BiasDifference, Decomposed, Difference, Hadamard, Kronecker, Layers, LowRank, Placed
+from .adapters import Adapter, BiasDifference, Decomposed, Difference, Hadamard, Kronecker, LowRank, Placed
 from .layers import cast
 from .transformer.headroom import output_unit
 
@@ -17,23 +17,64 @@ _Form = TypeVar("_Form")
 _Other = Kronecker | Hadamard | Difference | Decomposed | BiasDifference
 
 
+@dataclass(frozen=True)
+class AtWork:
+    """An adapter, the `scale` of what it changes, and the first and the last of the `steps` that it works in, counted
+    from 1; None: in all. Texts are encoded before the first step, with adapters of all steps."""
+
+    adapter: Adapter
+    scale: float = 1.0
+    steps: tuple[int, int] | None = None
+
+    def in_step(self, step: int) -> bool:
+        return self.steps is None or self.steps[0] <= step <= self.steps[1]
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What its effect depends on, in a form that JSON has."""
+        return self.adapter.sha256, self.scale, self.steps
+
+
 class Branches:
-    """What adapters change of one network, each times its strength.
+    """What adapters change of one network, each times its scale: with 0 nothing. DoRA's scale is how far a weight goes
+    from its own to the adapter's. Build it with `of`.
 
     Args:
-        adapters: what each of them changes, by our names of the layers.
-        strengths: of each; with 0 it does nothing. DoRA's is how far a weight goes from its own to the adapter's.
+        network: its name.
+        adapters: those at work.
     """
 
-    def __init__(self, adapters: Sequence[Layers], strengths: Sequence[float]):
-        names = dict.fromkeys(name for layers in adapters for name in layers)
-        self._branches = {name: _Branch(name, [layers.get(name, ()) for layers in adapters]) for name in names}
-        self.weigh(strengths)
+    def __init__(self, network: str, adapters: Sequence[AtWork]):
+        layers = [one.adapter.layers.get(network, {}) for one in adapters]
+        names = dict.fromkeys(name for some in layers for name in some)
+        self._branches = {name: _Branch(name, [some.get(name, ()) for some in layers]) for name in names}
+        self._adapters, self._scales = adapters, [one.scale for one in adapters]
+        self._weigh(self._scales)
 
-    def weigh(self, strengths: Sequence[float]) -> None:
-        """Have other strengths from now on, in a network that is in memory too."""
+    @classmethod
+    def of(cls, network: str, adapters: Sequence[AtWork]) -> "Branches | None":
+        """Those of the network; None if no adapter changes it."""
+        changing = [one for one in adapters if one.adapter.layers.get(network)]
+        return cls(network, changing) if changing else None
+
+    @property
+    def has_steps(self) -> bool:
+        return any(one.steps is not None for one in self._adapters)
+
+    def at(self, step: int) -> bool:
+        scales = [one.scale if one.in_step(step) else 0.0 for one in self._adapters]
+        changed, self._scales = scales != self._scales, scales
+        if changed:
+            self._weigh(scales)
+        return changed
+
+    def _weigh(self, scales: Sequence[float]) -> None:
         for branch in self._branches.values():
-            branch.weigh(strengths)
+            branch.weigh(scales)
+
+    @property
+    def identity(self) -> str:
+        return repr([one.identity for one in self._adapters])
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,5 @@
 """Methods that scripts for diffusers call: each does what is asked for, or says what to write instead."""
 
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +9,11 @@ from .errors import InputError
 from .networks import Networks
 
 _INSTEAD = {
-    "load_lora_weights": "LoRA adapters can't be loaded yet",
-    "set_adapters": "LoRA adapters can't be loaded yet",
-    "fuse_lora": "LoRA adapters can't be loaded yet",
+    "fuse_lora": "adapters run beside the weights, which takes hardly longer; leave it out",
+    "unfuse_lora": "adapters run beside the weights; write pipe.unload_lora_weights()",
+    "disable_lora": "write pipe.set_adapters([])",
+    "enable_lora": "write pipe.set_adapters(names)",
+    "delete_adapters": "write pipe.set_adapters(names) of the others, or pipe.unload_lora_weights()",
     "save_pretrained": "write a converted model with `flux2-mlx convert`",
     "from_single_file": "single files can't be opened yet; give a diffusers folder or a repo id",
     "transformer": "networks are loaded for their phase of a run; write pipe.networks.load('transformer')",
@@ -69,7 +70,7 @@ class DiffusersMethods:
 
     def enable_model_cpu_offload(self, device: Any = None) -> None:
         """Have only the network of the current phase in memory, as with `keep=False`."""
-        self.networks = replace(self.networks, keep=False)
+        self.networks = self.networks.keeping_nothing()
 
     def enable_sequential_cpu_offload(self, device: Any = None) -> None:
         """The same: what does not fit into `memory_limit` then is read from disk at every step anyway."""

@@ -211,9 +211,11 @@ def default_limit() -> int:
 
 
 def fingerprint(network: Component) -> str:
-    """SHA-256 of what tells a network's files from all others, a copy of them included: where and what they are, when
-    they were last changed, and pieces of their content. What a folder says about itself would be a claim."""
-    digest = hashlib.sha256(repr((network.config, network.quantization)).encode())
+    """SHA-256 of what tells a network from all others: its adapters, and of its files, a copy of them included, where
+    and what they are, when they were last changed, and pieces of their content. What a folder says about itself would
+    be a claim."""
+    adapters = [network.adapters.identity] if network.adapters else []
+    digest = hashlib.sha256(repr((network.config, network.quantization, *adapters)).encode())
     for path in network.files:
         try:
             with path.open("rb") as file:

@@ -16,16 +16,15 @@ from .quantization import quantizing_bytes, stored_names
 
 
 def loaded_footprint(stored: Component, quant: str, dtype: mx.Dtype) -> Footprint:
-    """What a component takes that is quantized at loading where it is not `stored` so, with its adapters, while
-    activations are in `dtype`."""
+    """What a component takes that is quantized at loading where it is not `stored` so, while activations are in
+    `dtype`."""
     wanted = stored.quantized(quant)
     weights = footprint(wanted, dtype)
-    adapters = wanted.adapters.nbytes if wanted.adapters else 0
     if wanted == stored:
-        return replace(weights, rest=weights.rest + adapters)
+        return weights
     # What is quantized at loading would be so again at every pass, so it has to stay.
     loading = _quantizing(stored, wanted, weights.all)
-    return replace(weights, rest=weights.all + adapters, blocks=(), loading=loading)
+    return replace(weights, rest=weights.all, blocks=(), loading=loading)
 
 
 def _quantizing(stored: Component, wanted: Component, whole: int) -> int:

@@ -90,7 +90,18 @@ class Adapters(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take in memory, those of all layers together."""
+        """Bytes that they take in memory, those of all layers together, as long as there are such adapters."""
+
+    @property
+    def identity(self) -> str:
+        """What tells their effect from that of all others."""
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether some of them work in some steps only."""
+
+    def at(self, step: int) -> bool:
+        """Have those work that do in this step, counted from 1; whether others did until now."""
 
     def beside(self, name: str, layer: nn.Module) -> nn.Module:
         """What is called in the place of the `layer` of this name, such as `double_blocks.3.img_attn.qkv`: a module

@@ -158,6 +158,11 @@ class Plan:
         """The plan of one phase by itself."""
         return replace(self, phases=(self.phase(name),))
 
+    def besides(self, nbytes: int) -> "Plan":
+        """The same where so many bytes more are in memory all the time, which the limit has room for as well."""
+        phases = (replace(phase, weights=phase.weights + nbytes) for phase in self.phases)
+        return replace(self, phases=tuple(phases), limit=self.limit + nbytes)
+
     def networks(self, name: str) -> tuple[str, ...]:
         """The names of the networks that are in memory for a phase."""
         return _BESIDE if self.beside and name in _BESIDE else _NETWORKS.get(name, (name,))

@@ -1,6 +1,6 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,13 +9,15 @@ from typing import Any, Literal, overload
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import Checkpoint
+from .branches import AtWork, Branches
+from .checkpoint import Checkpoint, Component
 from .components import COMPONENTS, PAINTING, network_dtype, quantizations
 from .config import Variant
 from .device import begin_computing, computing_dtype, memory_bytes
 from .errors import CheckpointError, DeviceError
 from .footprints import loaded_footprint
 from .kept import Kept, held
+from .layers import adapted
 from .memory import Costs, Footprint, Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant
 from .streaming import Reading, load_streamed
@@ -38,7 +40,8 @@ class Networks:
     memory_limit: int
     keep: bool = False
     reading: Reading = field(default_factory=Reading)  # what all runs have streamed from disk
-    _kept: Kept = field(default_factory=Kept, init=False, compare=False, repr=False)
+    adapters: tuple[AtWork, ...] = ()
+    _kept: Kept = field(default_factory=Kept, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -88,31 +91,44 @@ class Networks:
     @overload
     def load(self, name: Literal["vae"], planned: Plan | None = None) -> VAE: ...
     def load(self, name: str, planned: Plan | None = None) -> nn.Module:
-        """A network in memory, as far as the plan says so; one that was kept is there already."""
+        """A network with its adapters in memory, as far as the plan says so; one that was kept is there already."""
         begin_computing()
+        component = self.checkpoint.components[name]
         if planned is not None and planned.phase(name).streamed:
-            return self._load_streamed(name, planned.phase(name).resident)
-        return self._load(name)
+            return self._load_streamed(component, planned.phase(name).resident)
+        return adapted(self._load(name), component.adapters)
 
     def load_language_model(self, planned: Plan) -> LanguageModel:
-        """The text encoder with the layers after its own, in memory as far as the plan says so."""
+        """The text encoder with the layers after its own, in memory as far as the plan says so. It has no adapters, as
+        those are of its own layers only and made for images."""
         phase = planned.phase("language_model")
-        own = self.checkpoint.components["text_encoder"].config
         if not phase.streamed:
             return LanguageModel(self._load("text_encoder"), self._load("language_model"))
-        later = max(0, phase.resident - own.num_hidden_layers)
-        encoder = self._load_streamed("text_encoder", phase.resident)
-        return LanguageModel(encoder, self._load_streamed("language_model", later), by_layer=True)
+        own, later = (self.checkpoint.components[name] for name in ("text_encoder", "language_model"))
+        encoder = self._load_streamed(replace(own, adapters=None), phase.resident)
+        resident = max(0, phase.resident - own.config.num_hidden_layers)
+        return LanguageModel(encoder, self._load_streamed(later, resident), by_layer=True)
 
     def _load(self, name: str) -> Any:  # of the class that its row of the components says
+        """A whole network without adapters, which may be kept."""
         module = self._kept.get(name)
         if module is None:
-            module = self.checkpoint.components[name].load(self.dtype_of(name), self._quants[name])
+            plain = replace(self.checkpoint.components[name], adapters=None)
+            module = plain.load(self.dtype_of(name), self._quants[name])
             self._kept.offer(name, module)
         return module
 
-    def _load_streamed(self, name: str, resident: int) -> Any:  # so is this
-        return load_streamed(self.checkpoint.components[name], self.dtype_of(name), resident, self.reading)
+    def _load_streamed(self, component: Component, resident: int) -> Any:  # so is this
+        return load_streamed(component, self.dtype_of(component.name), resident, self.reading)
+
+    def with_adapters(self, adapters: Sequence[AtWork]) -> "Networks":
+        """The same networks with these adapters and no others; what is kept in memory stays there."""
+        components = {
+            name: replace(part, adapters=Branches.of(name, adapters))
+            for name, part in self.checkpoint.components.items()
+        }
+        checkpoint = replace(self.checkpoint, components=components)
+        return replace(self, checkpoint=checkpoint, adapters=tuple(adapters))
 
     @contextmanager
     def keeping(self, planned: Plan) -> Iterator[Plan]:
@@ -146,8 +162,14 @@ class Networks:
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes of the kept networks that the plan of the current run counts: none in a run within another one."""
-        return 0 if self._kept.is_nested else self._kept.nbytes
+        """What was in memory before that the plan of the run counts which is going on: nothing if it was made within
+        another one, else what was kept, and adapters."""
+        return 0 if self._kept.is_nested else self._kept.nbytes + self.adapter_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of memory that adapters take, all the time."""
+        return sum(part.adapters.nbytes for part in self.checkpoint.components.values() if part.adapters)
 
     def release(self) -> None:
         """Give back the memory of the networks that have been kept."""
@@ -160,7 +182,8 @@ class Networks:
     def plan(self, work: Workload) -> Plan:
         """What a run holds in memory, phase by phase, and what it streams from disk."""
         footprints = {name: self._added(name) for name in PAINTING}
-        return plan(self.checkpoint.model, footprints, self._costs, work, self.memory_left)
+        planned = plan(self.checkpoint.model, footprints, self._costs, work, self.memory_left)
+        return planned.besides(self.adapter_bytes)
 
     def writing_plan(self, writing: Writing) -> Plan:
         """What writing text holds in memory."""
@@ -169,21 +192,26 @@ class Networks:
         if writing.pixels:
             networks["vision_tower"] = self._added("vision")
             vision = self._cost("vision")
-        return writing_plan(networks, self._cost("language_model"), vision, writing, self.memory_left)
+        planned = writing_plan(networks, self._cost("language_model"), vision, writing, self.memory_left)
+        return planned.besides(self.adapter_bytes)
 
     @property
     def memory_left(self) -> int:
-        """The memory limit, less what runs hold that a callback makes the next one in."""
-        return max(0, self.memory_limit - held())
+        """The memory limit, less what runs hold that a callback makes the next one in, and adapters."""
+        return max(0, self.memory_limit - held() - self.adapter_bytes)
 
     @property
     def paints(self) -> bool:
         """Whether images can be made, and not only text be written."""
         return self.checkpoint.components.keys() >= set(PAINTING)
 
+    def keeping_nothing(self) -> "Networks":
+        """The same without `keep`."""
+        return replace(self, keep=False, _kept=Kept())
+
     def stored_as(self, quant: str, text_quant: str) -> "Networks":
         """The networks of the checkpoint converted to other quantizations, with nothing to quantize at loading."""
-        wanted = replace(self, quant=quant, text_quant=text_quant)
+        wanted = replace(self, quant=quant, text_quant=text_quant, _kept=Kept())
         stored = {name: part.quantized(wanted._quants[name]) for name, part in self.checkpoint.components.items()}
         return replace(wanted, checkpoint=replace(self.checkpoint, components=stored))
 

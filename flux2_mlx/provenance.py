@@ -1,9 +1,11 @@
 """What the file of an image remembers of how it was made."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .branches import AtWork
 from .device import dtype_name, machine
 from .networks import Networks
 from .references import Edit
@@ -19,6 +21,17 @@ def sampled(request: Request, edit: Edit) -> dict[str, Any]:
 def weights(networks: Networks) -> dict[str, str]:
     """What the networks are kept and computed in."""
     return {"quant": networks.quant, "text_quant": networks.text_quant, "dtype": dtype_name(networks.dtype)}
+
+
+def adapters(networks: Networks) -> dict[str, Any]:
+    """What is needed to find the adapters again and to use them so; nothing without any."""
+    return {"adapters": [_adapter(one) for one in networks.adapters]} if networks.adapters else {}
+
+
+def _adapter(one: AtWork) -> dict[str, Any]:
+    found = one.adapter
+    told = {"name": found.name, "source": Path(found.source).name, "sha256": found.sha256, "scale": one.scale}
+    return told | ({} if one.steps is None else {"steps": list(one.steps)})
 
 
 def image_settings(
@@ -51,6 +64,7 @@ def image_settings(
         **weights(networks),
         **settings,
         "seed": seed,
+        **adapters(networks),
         **({} if edited is None else {"edit": edited}),
         **({"beyond": list(beyond)} if beyond else {}),
         "variant": networks.checkpoint.variant.name,

@@ -1,10 +1,10 @@
 """One run: from prompts and pictures to images, phase by phase."""
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from traceback import walk_tb
 from typing import Any
 
@@ -24,7 +24,7 @@ from .noise import initial_noise
 from .output import Flux2Output
 from .references import Edit
 from .request import OnProgress, Progress, Request, Step
-from .sampling import Conditions, Denoiser, Painting, beside, denoise, guided, read
+from .sampling import Conditions, Denoiser, Painting, beside, by_step, denoise, guided, read
 from .scheduler import noise_levels
 from .transformer import Flux2Transformer, image_ids
 from .unfinished import Waiting
@@ -226,9 +226,14 @@ class Run:
         total = self.request.steps * len(batches)
         self._tell("transformer", 0, total)
         transformer = self.networks.load("transformer", self.planned)
-        conditions = self._conditions(transformer, [*texts.values(), *negatives.values()], encoded)
+        adapters = self._components["transformer"].adapters
+        condition = partial(self._conditions, transformer, [*texts.values(), *negatives.values()], encoded)
+        once = cache(condition)
         for done, batch in enumerate(batches):
-            denoiser = self._denoiser(conditions, batch, texts, negatives, encoded)
+            if adapters is not None and adapters.has_steps:
+                denoiser = by_step(partial(self._denoiser, condition, batch, texts, negatives, encoded), adapters.at)
+            else:
+                denoiser = self._denoiser(once, batch, texts, negatives, encoded)
             steps = self._steps(batch, denoiser, latents, encoded)
             tokens = dict(zip(batch, self._stepped(steps, batch, done * self.request.steps, total), strict=True))
             self._denoised |= tokens
@@ -252,16 +257,17 @@ class Run:
 
     def _denoiser(
         self,
-        conditions: Conditions,
+        conditions: Callable[[], Conditions],
         images: Sequence[int],
         texts: Texts,
         negatives: Texts,
         encoded: EncodedEdit | None,
     ) -> Denoiser:
         """What the steps of `images` go by."""
+        given = conditions()
 
         def of(texts: Texts) -> Denoiser:
-            denoiser = conditions.denoiser([texts[self._number(image)] for image in images])
+            denoiser = given.denoiser([texts[self._number(image)] for image in images])
             if encoded is None or self._variant.kv_cache:
                 return denoiser
             return beside(denoiser, encoded.references.tokens)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -101,6 +101,24 @@ def guided(denoiser: Denoiser, negative: Denoiser, scale: float) -> Denoiser:
         mx.eval(towards)
         away = negative(tokens, sigma)
         return away + scale * (towards - away)
+
+    return velocity
+
+
+def by_step(make: Callable[[], Denoiser], at: Callable[[int], bool]) -> Denoiser:
+    """What `make` gives, made anew for each step that changes what it is made with, adapters for example.
+
+    Args:
+        make: gives a denoiser.
+        at: is told the number of each step, from 1; whether anything is different from before.
+    """
+    numbers, made = count(1), list[Denoiser]()
+
+    def velocity(tokens: mx.array, sigma: float) -> mx.array:
+        if at(next(numbers)) or not made:
+            made.clear()  # first, so that the conditions of two are never in memory at one time
+            made.append(make())
+        return made[0](tokens, sigma)
 
     return velocity
 

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from flux2_mlx.adapters import Layers, LowRank, Placed
-from flux2_mlx.branches import Branches
+from flux2_mlx.adapters import Adapter, Layers, LowRank, Placed
+from flux2_mlx.branches import AtWork, Branches
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.device import on_gpu
 from flux2_mlx.layers import adapted
@@ -86,8 +86,8 @@ def main() -> None:
     step = stepper(plain, arguments.side, arguments.text, dtype)
     networks, nbytes = {"without": plain}, {"without": 0}
     for ranks in arguments.ranks:
-        adapters = [adapter(plain, int(rank), dtype) for rank in ranks.split("+")]
-        branches = Branches(adapters, [1.0] * len(adapters))
+        changes = [adapter(plain, int(rank), dtype) for rank in ranks.split("+")]
+        branches = Branches("transformer", [AtWork(Adapter(ranks, {"transformer": some})) for some in changes])
         networks[ranks], nbytes[ranks] = adapted(plain, branches), branches.nbytes
     peaks = {name: peak(lambda network=network: step(network)) for name, network in networks.items()}
     turns = [{name: step(network) for name, network in networks.items()} for _ in range(arguments.times)]

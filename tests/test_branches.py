@@ -6,13 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.branches import kronecker, linear_shapes, low_rank, merged, on_all
+from helpers.branches import branches, kronecker, linear_shapes, low_rank, merged, on_all
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 from helpers.mlx_state import randomized
 from mlx.utils import tree_flatten, tree_map
 
-from flux2_mlx.adapters import BiasDifference, Decomposed, Difference, LowRank, Placed, folded
-from flux2_mlx.branches import Branches
+from flux2_mlx.adapters import Adapter, BiasDifference, Decomposed, Difference, LowRank, Placed, folded
+from flux2_mlx.branches import AtWork, Branches
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.layers import Linear, adapted
@@ -54,24 +54,39 @@ THIRD = on_all({name: shape for name, shape in SHAPES.items() if "blocks" in nam
 )
 def test_a_network_computes_what_merged_weights_do(adapters, strengths):
     plain, network = velocity(transformer()), transformer()
-    ours = velocity(adapted(network, Branches(adapters, strengths)))
+    ours = velocity(adapted(network, branches(adapters, strengths)))
     expected = velocity(merged(transformer(), adapters, strengths))
     assert relative_error(ours, expected) <= 1e-5
     assert relative_error(plain, expected) > 0.1
     assert mx.array_equal(velocity(network), plain)
 
 
-def test_strengths_change_in_memory_and_0_is_nothing():
+def test_adapters_work_in_their_steps():
     network = transformer()
-    branches = Branches([FIRST, THIRD], [1.0, 1.0])
-    whole, plain = adapted(network, branches), velocity(network)
-    assert not mx.array_equal(velocity(whole), plain)
-    branches.weigh([0.0, 0.0])
-    assert mx.array_equal(velocity(whole), plain)
-    branches.weigh([0.0, 0.5])
+    changing = branches([FIRST, THIRD], [0.25, 0.5], [(2, 3), (3, 4)])
+    whole, plain = adapted(network, changing), velocity(network)
+    assert changing.has_steps
+    assert not branches([FIRST], [1.0]).has_steps
+    assert [changing.at(step) for step in (1, 1, 2, 2)] == [True, False, True, False]
+    assert mx.array_equal(velocity(whole), velocity(adapted(network, branches([FIRST], [0.25]))))
+    assert [changing.at(step) for step in (3, 4)] == [True, True]
     assert relative_error(velocity(whole), velocity(merged(transformer(), [THIRD], [0.5]))) <= 1e-5
-    branches.weigh([0.25, 0.0])
-    assert mx.array_equal(velocity(whole), velocity(adapted(network, Branches([FIRST], [0.25]))))
+    assert changing.at(5)
+    assert mx.array_equal(velocity(whole), plain)
+
+
+def test_a_network_that_no_adapter_changes_has_no_branches():
+    adapter = Adapter("a", {"transformer": FIRST, "text_encoder": {}})
+    assert Branches.of("transformer", [AtWork(adapter)]) is not None
+    assert Branches.of("text_encoder", [AtWork(adapter)]) is None
+    assert Branches.of("vae", [AtWork(adapter)]) is None
+
+
+def test_what_an_effect_depends_on_tells_adapters_apart():
+    one, two = (Adapter("a", {"transformer": FIRST}, sha256=name) for name in "12")
+    uses = [AtWork(one), AtWork(two), AtWork(one, 0.5), AtWork(one, 1.0, (1, 2))]
+    assert len({Branches("transformer", [use]).identity for use in uses}) == 4
+    assert Branches("transformer", uses[:2]).identity != Branches("transformer", uses[1::-1]).identity
 
 
 def layer() -> Linear:
@@ -80,7 +95,7 @@ def layer() -> Linear:
 
 def beside(layer: nn.Module, *adapters: list[Placed], strengths: list[float] | None = None) -> nn.Module:
     changes = [{"x": tuple(placed)} for placed in adapters]
-    return Branches(changes, strengths or [1.0] * len(adapters)).beside("x", layer)
+    return branches(changes, strengths or [1.0] * len(adapters)).beside("x", layer)
 
 
 def thirds(seed: int = 0) -> list[Placed]:
@@ -138,17 +153,16 @@ def test_dora_scales_the_weight_that_the_layer_has(shape, bits, monkeypatch):
 def test_lengths_of_rows_are_worked_out_once(monkeypatch):
     asked, ratio = [], Decomposed.ratio
     monkeypatch.setattr(Decomposed, "ratio", lambda *args: asked.append(1) or ratio(*args))
-    own, branches = layer(), Branches([{"x": (Placed(Decomposed(low_rank(24, 64), mx.ones((24, 1)))),)}], [1.0])
-    for strength in (1.0, 0.5):
-        branches.beside("x", own)
-        branches.weigh([strength])
+    own, changing = layer(), branches([{"x": (Placed(Decomposed(low_rank(24, 64), mx.ones((24, 1)))),)}], [1.0])
+    for _ in range(2):
+        changing.beside("x", own)
     assert asked == [1]
 
 
 def test_what_is_in_memory_is_counted_once():
     one, two = low_rank(24, 64), low_rank(24, 64, seed=1)
-    assert Branches([{"x": (Placed(one),)}], [1.0]).nbytes == one.nbytes
-    assert Branches([{"x": (Placed(one),)}, {"x": (Placed(two),), "y": (Placed(one),)}], [1, 1]).nbytes == (
+    assert branches([{"x": (Placed(one),)}], [1.0]).nbytes == one.nbytes
+    assert branches([{"x": (Placed(one),)}, {"x": (Placed(two),), "y": (Placed(one),)}], [1, 1]).nbytes == (
         2 * (one.nbytes + two.nbytes)  # those of `x` side by side besides
     )
 
@@ -159,7 +173,7 @@ def test_branches_compute_in_the_dtype_of_their_layers(dtype):
         {name: (Placed(changes[0].change.cast(dtype)),) for name, changes in layers.items()}
         for layers in (FIRST, THIRD)
     ]
-    ours = velocity(adapted(transformer(dtype), Branches(cast, [1.0, 0.5])), dtype)
+    ours = velocity(adapted(transformer(dtype), branches(cast, [1.0, 0.5])), dtype)
     expected = velocity(merged(transformer(), [FIRST, THIRD], [1.0, 0.5]))
     assert ours.dtype == dtype
     assert relative_error(ours, expected) <= {mx.float16: 0.003, mx.bfloat16: 0.03}[dtype]
@@ -170,8 +184,8 @@ def test_branches_compute_in_the_dtype_of_their_layers(dtype):
 )
 def test_under_float16_a_bias_is_in_the_units_of_the_stream(name):
     layers = {name: (Placed(BiasDifference(mx.linspace(-30, 30, SHAPES[name][0]))),)}
-    exact = velocity(adapted(transformer(), Branches([layers], [1.0])))
-    half = velocity(adapted(transformer(mx.float16), Branches([layers], [1.0])), mx.float16)
+    exact = velocity(adapted(transformer(), branches([layers], [1.0])))
+    half = velocity(adapted(transformer(mx.float16), branches([layers], [1.0])), mx.float16)
     assert relative_error(half, exact) <= 0.003
     assert relative_error(velocity(transformer()), exact) > 0.05
 
@@ -189,7 +203,7 @@ def test_beside_packed_weights_the_error_is_that_of_the_packing(quant):
     bits = {"qint8": 8, "qint4": 4}[quant]
     nn.quantize(packed, 64, bits, class_predicate=lambda _, x: isinstance(x, Linear) and x.weight.shape[1] % 64 == 0)
     error = relative_error(velocity(packed), velocity(plain))
-    ours = velocity(adapted(packed, Branches([FIRST], [1.0])))
+    ours = velocity(adapted(packed, branches([FIRST], [1.0])))
     assert 0 < relative_error(ours, velocity(merged(plain, [FIRST], [1.0]))) <= 1.5 * error
 
 
@@ -204,7 +218,7 @@ def test_streamed_blocks_compute_the_same_bits(small_model, quant, resident, tmp
         name: (Placed(Decomposed(changes[0].change, mx.ones((shapes[name][0], 1)))),)
         for name, changes in on_all(shapes, seed=3).items()
     }
-    component = replace(component, adapters=Branches([on_all(shapes), dora], [1.0, 0.5]))
+    component = replace(component, adapters=branches([on_all(shapes), dora], [1.0, 0.5]))
     expected = velocity(component.load(mx.float32))
     network = load_streamed(component, mx.float32, resident, Reading())
     assert [mx.array_equal(velocity(network), expected) for _ in range(2)] == [True, True]
@@ -214,6 +228,6 @@ def test_streamed_blocks_compute_the_same_bits(small_model, quant, resident, tmp
 
 def test_a_network_keeps_the_names_of_its_weights():
     network = transformer()
-    whole = adapted(network, Branches([FIRST], [1.0]))
+    whole = adapted(network, branches([FIRST], [1.0]))
     assert len(tree_flatten(whole.parameters())) == len(tree_flatten(network.parameters()))
     assert whole.img_in.layer is network.img_in

@@ -35,7 +35,8 @@ STOREYS = {
     ),
     "runs": (
         "request", "output", "sampling", "metering", "advice", "arguments", "latents", "unfinished", "upsampling",
-        "provenance", "run", "diffusers_methods", "progress_bar", "base_pipeline", "calls", "preparation", "pipeline",
+        "provenance", "run", "lora_methods", "diffusers_methods", "progress_bar", "base_pipeline", "calls",
+        "preparation", "pipeline",
     ),
     "faces": ("doctor", "cli", "__main__"),
 }  # fmt: skip

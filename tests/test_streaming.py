@@ -331,18 +331,3 @@ def test_layers_with_something_beside_them_are_streamed(folder, name, resident):
     assert {*component.adapters.asked} == {*names}
     without = passes(plain, plain.load(mx.float32))
     assert not any(np.array_equal(a, b) for a, b in zip(without, expected, strict=True))
-
-
-@pytest.mark.parametrize("quant", [None, "qint4"])
-def test_what_is_beside_layers_is_planned_to_stay(official, quant, tmp_path):
-    folder = convert(official, tmp_path / "plain", quant="bf16", text_quant="bf16", variant=SHALLOW_VARIANT)
-    networks = open_pipe(folder, quant=quant).networks
-    plain = networks.checkpoint.components["transformer"]
-    component = replace(plain, adapters=Factors(plain))
-    adapted = networks.checkpoint.components | {"transformer": component}
-    bare, size = (
-        replace(networks, checkpoint=replace(networks.checkpoint, components=components))._footprints["transformer"]
-        for components in (networks.checkpoint.components, adapted)
-    )
-    assert size == replace(bare, rest=bare.rest + component.adapters.nbytes)
-    assert component.adapters.nbytes > 0

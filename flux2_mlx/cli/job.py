@@ -14,6 +14,9 @@ from .. import image_names
 from ..config import check_quant
 from ..errors import InputError
 from . import replay
+from .loras import Lora
+from .loras import read as read_loras
+from .loras import remembered as remembered_loras
 from .options import DEFAULT_MODEL
 from .pictures import Pictures
 from .prompts import Prompt, read_prompt, read_prompts
@@ -74,6 +77,7 @@ class Job:
     force: bool
     skip_existing: bool
     pictures: Pictures
+    loras: tuple[Lora, ...] = ()
     rewritten: list[str] | None = None
     fingerprint: str | None = None
     replayed: tuple[Path, dict[str, Any]] | None = None
@@ -146,6 +150,9 @@ class Job:
             raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
         is_named = given["model"] is not None
         remembered = {} if replay is None else _take_over(given, replay)
+        given["loras"] = read_loras(given.pop("lora"), given.pop("lora_steps"))
+        if replay is not None and not given["loras"]:
+            given["loras"] = remembered_loras(remembered.get("adapters"), replay)
         given["model"] = DEFAULT_MODEL if given["model"] is None else given["model"]
         _check_weights(given)
         given |= _resolved(given, None if is_named else replay)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from .draft import Batch, Drafts, has_previews, is_empty, is_kept
 from .job import Job
+from .loras import load
 from .progress import Bars, Stream, notice
 from .replay import elsewhere
 from .report import Record, differences, print_profile
@@ -94,10 +95,11 @@ def _make(record: Record, images: "list[Image.Image]", bars: Bars, as_json: bool
 
 
 def _rewritten(record: Record, batch: Batch) -> "tuple[Request, Plan | None]":
-    """The request of a batch with what was made of its prompts, and the plan unless they are others now."""
+    """The request of a batch with what was made of its prompts, and the plan unless they are others now, or there are
+    adapters, which it does not count."""
     texts = [record.texts[record.job.frames[place].number] for place in batch.places]
     if tuple(texts) == batch.request.prompts:
-        return batch.request, batch.planned
+        return batch.request, None if record.job.loras else batch.planned
     with record.job.frames[batch.places[0]].prompt.named():
         return batch.request.rewritten(texts), None
 
@@ -184,7 +186,7 @@ def _open(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "
         announce=bars.announce,
         progress=bars,
     )
-    return Flux2Pipeline.from_checkpoint(
+    pipe = Flux2Pipeline.from_checkpoint(
         folder,
         quant=job.quant,
         text_quant=job.text_quant,
@@ -194,6 +196,8 @@ def _open(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "
         memory_limit=job.memory_limit,
         keep=job.takes_several_runs,  # a single run has the least memory without
     )
+    load(pipe, job.loras)
+    return pipe
 
 
 def _notices(record: Record) -> None:

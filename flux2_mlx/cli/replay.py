@@ -29,7 +29,7 @@ SETTINGS = {
 _OPTIONAL = {
     **dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None),
     **dict.fromkeys(("edit", "machine"), dict | None),
-    "beyond": list | None,
+    **dict.fromkeys(("adapters", "beyond"), list | None),
 }
 _MACHINE: dict[str, Callable[[Any], str]] = {
     "chip": str,

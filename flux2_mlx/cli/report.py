@@ -80,7 +80,7 @@ class Record:
 
         A setting that is not the same for all images is None, and each image says its own.
         """
-        from ..provenance import weights
+        from ..provenance import adapters, weights
 
         asked, places = [prompt.text for prompt in self.job.prompts], range(len(self.paths))
         texts = self.texts if self.texts != asked else [None]
@@ -94,6 +94,7 @@ class Record:
             "upsampled_prompt": texts[0] if len(texts) == 1 else texts,
             "model": self.job.model,
             **weights(self.pipe.networks),
+            **adapters(self.pipe.networks),
             **shared,
             **self._edited(),
             "phases": [_phase(phase) for phase in self.output.timings],
@@ -125,6 +126,8 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
     if found.get("negative_prompt") != wanted.get("negative_prompt"):
         changed.append("negative prompt")
+    if found.get("adapters") != wanted.get("adapters"):
+        changed.append("set of adapters")
     if without_folders(found.get("edit")) != wanted.get("edit"):
         changed.append("pictures")
     return [_WORDS.get(name, name) for name in changed]

@@ -2,6 +2,7 @@
 and the converter."""
 
 from .acquisition import Announce, FirstUse, Progress
+from .adapters import open_adapter
 from .checkpoints import convert_model, find_checkpoint, make_checkpoint
 from .names import (
     BUILT_IN,
@@ -54,6 +55,7 @@ __all__ = [
     "make_checkpoint",
     "models_folder",
     "named_checkpoints",
+    "open_adapter",
     "open_source",
     "resolve",
     "sizes",

@@ -1,12 +1,13 @@
 """Adapters of random numbers for small networks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from flux2_mlx.adapters import Delta, Kronecker, Layers, LowRank, Placed, folded
+from flux2_mlx.adapters import Adapter, Delta, Kronecker, Layers, LowRank, Placed, folded
+from flux2_mlx.branches import AtWork, Branches
 from flux2_mlx.loading import module_tensors
 
 
@@ -36,6 +37,14 @@ def on_all(
     return {
         name: (Placed(make(*shape, seed=seed + sum(map(ord, name)), **settings)),) for name, shape in shapes.items()
     }
+
+
+def branches(
+    adapters: Sequence[Layers], scales: Sequence[float], steps: Sequence[tuple[int, int] | None] | None = None
+) -> Branches:
+    """These adapters of the transformer at work."""
+    uses = zip(adapters, scales, steps or [None] * len(adapters), strict=True)
+    return Branches("transformer", [AtWork(Adapter("a", {"transformer": layers}), *use) for layers, *use in uses])
 
 
 def merged(network: nn.Module, adapters: list[Layers], strengths: list[float]) -> nn.Module:

@@ -264,7 +264,7 @@ def test_a_model_that_is_no_name():
         Flux2Pipeline.from_pretrained(None)
 
 
-@pytest.mark.parametrize("name", ["load_lora_weights", "save_pretrained", "vae", "transformer", "scheduler"])
+@pytest.mark.parametrize("name", ["fuse_lora", "save_pretrained", "vae", "transformer", "scheduler"])
 def test_what_a_pipeline_lacks(name, pipe):
     assert not hasattr(pipe, name)
     with pytest.raises(Flux2Error, match=f"a pipeline has no '{name}': "):

@@ -1,0 +1,82 @@
+"""`--lora`: adapters of a command line, and of an image that is made again."""
+
+import numpy as np
+import pytest
+from helpers.adapters import lora, save
+from helpers.cli_runner import DEMO, PROMPT, SMALL, make, pixels, refusal, run
+
+from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.cli import loras
+from flux2_mlx.cli.loras import Lora
+from flux2_mlx.errors import InputError
+from flux2_mlx.images import read_settings
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    infos = Checkpoint.open(DEMO).components["transformer"].quantized("bf16").infos
+    outputs, inputs = infos["single_blocks.0.linear2.weight"].shape
+    save(tmp_path / "a.safetensors", lora("diffusion_model.single_blocks.0.linear2", outputs, inputs))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"),
+    [
+        ("a.safetensors", Lora("a.safetensors")),
+        ("a.safetensors:0.5", Lora("a.safetensors", 0.5)),
+        ("some/folder:-1", Lora("some/folder", -1.0)),
+        ("owner/name:a.safetensors", Lora("owner/name:a.safetensors")),
+        ("owner/name:a.safetensors:.8", Lora("owner/name:a.safetensors", 0.8)),
+        ("a:", Lora("a:")),
+    ],
+)
+def test_a_number_at_the_end_is_the_scale(text, lora):
+    assert loras.read([text], None) == (lora,)
+
+
+@pytest.mark.parametrize(("text", "steps"), [("1-4", (1, 4)), ("3", (3, 3)), ("4-1", (4, 1))])
+def test_steps_are_a_range(text, steps):
+    assert loras.read(["a"], text) == (Lora("a", 1.0, steps),)
+
+
+@pytest.mark.parametrize("text", ["", "1-", "a-b", "-1", "1-2-3"])
+def test_other_steps_are_refused(text):
+    with pytest.raises(InputError, match="is no range of steps"):
+        loras.read(["a"], text)
+
+
+def test_an_adapter_changes_the_image_and_a_replay_finds_it(folder):
+    make("--seed", "7", "-o", "plain.png")
+    make("--seed", "7", "-o", "one.png", "--lora", "a.safetensors:0.5", "--lora-steps", "2-2")
+    assert not np.array_equal(pixels("one.png"), pixels("plain.png"))
+    (told,) = read_settings(folder / "one.png")["adapters"]
+    assert (told["source"], told["scale"], told["steps"]) == ("a.safetensors", 0.5, [2, 2])
+    assert run("t2i", "--replay", "one.png", "-o", "again.png").exit_code == 0
+    assert np.array_equal(pixels("again.png"), pixels("one.png"))
+    make("--seed", "7", "-o", "none.png", "--lora", "a.safetensors:0")
+    assert np.array_equal(pixels("none.png"), pixels("plain.png"))
+    (folder / "a.safetensors").unlink()
+    said = refusal("t2i", "--replay", "one.png", "-o", "third.png")
+    assert "a.safetensors, which one.png was made from, is neither beside it nor here" in said
+    assert "name it with --lora" in said
+
+
+def test_an_image_that_is_there_was_made_with_other_adapters(caplog):
+    make("--seed", "7", "-o", "a.png")
+    run("t2i", PROMPT, *SMALL, "--seed", "7", "-o", "a.png", "--lora", "a.safetensors", "--skip-existing")
+    assert "was made with another set of adapters" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--lora", "b.safetensors"), "there is no file or folder b.safetensors"),
+        (("--lora-steps", "1-2"), "--lora-steps 1-2 needs adapters"),
+        (("--lora", "a.safetensors", "--lora-steps", "2-1"), "steps must be a first and a last one"),
+        (("--lora", "a.safetensors:5000"), "scale must be -1000.0 to 1000.0"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(arguments, said):
+    assert said in refusal("t2i", PROMPT, *SMALL, "-o", "b.png", *arguments)

@@ -1,0 +1,216 @@
+"""Adapters of a pipeline: loaded, chosen, at work in its runs and gone again."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.adapters import D, lora, save
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
+
+from flux2_mlx import Flux2Pipeline, InputError
+from flux2_mlx.advice import workload
+from flux2_mlx.embedding_cache import EmbeddingCache, fingerprint
+from flux2_mlx.errors import CheckpointError
+
+SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 3, "seed": 3, "max_sequence_length": 40}
+LAYERS = {"single_blocks.0.linear2": (D, 4 * D), "double_blocks.1.img_attn.proj": (D, D), "txt_in": (D, 3 * 64)}
+
+
+@pytest.fixture(scope="module")
+def folder(small_model, tmp_path_factory):
+    official = small_model(text=SHALLOW_TEXT)
+    return convert(
+        official, tmp_path_factory.mktemp("m") / "m", quant="bf16", text_quant="bf16", variant=SHALLOW_VARIANT
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Adapters by their names; `text` is one of the text encoder."""
+    folder, paths = tmp_path_factory.mktemp("adapters"), {}
+    for seed, name in enumerate(("first", "second")):
+        tensors = {}
+        for layer, (outputs, inputs) in LAYERS.items():
+            tensors |= lora(f"diffusion_model.{layer}", outputs, inputs, seed=seed)
+        paths[name] = save(folder / f"{name}.safetensors", {key: x / 8 for key, x in tensors.items()})
+    text = lora("text_encoder.model.layers.0.self_attn.q_proj", 64, 64)
+    paths["text"] = save(folder / "text.safetensors", text)
+    return paths
+
+
+def open_pipe(folder, **options) -> Flux2Pipeline:
+    return Flux2Pipeline.from_pretrained(folder, dtype="float32", **{"prompt_cache": False, **options})
+
+
+@pytest.fixture
+def pipe(folder):
+    return open_pipe(folder)
+
+
+def latents(pipe, **settings) -> np.ndarray:
+    return np.array(pipe("a red box", **SETTINGS | settings, output_type="latent").images)
+
+
+def test_adapters_change_images_until_they_are_gone(pipe, files):
+    plain = latents(pipe)
+    pipe.load_lora_weights(files["first"])
+    one = latents(pipe)
+    pipe.load_lora_weights(str(files["second"]), adapter_name="second", scale=0.5)
+    assert pipe.get_active_adapters() == ["default_0", "second"]
+    both = latents(pipe)
+    pipe.set_adapters("default_0")
+    assert np.array_equal(latents(pipe), one)
+    pipe.set_adapters(["default_0", "second"], [1.0, 0.5])
+    assert np.array_equal(latents(pipe), both)
+    pipe.set_adapters(["default_0", "second"], 0)
+    assert np.array_equal(latents(pipe), plain)
+    pipe.set_adapters([])
+    assert pipe.get_active_adapters() == []
+    pipe.unload_lora_weights()
+    assert np.array_equal(latents(pipe), plain)
+    assert [np.linalg.norm(a - b) / np.linalg.norm(b) > 0.01 for a, b in ((one, plain), (both, one))] == [True, True]
+    with pytest.raises(InputError, match="adapter_names has 'second'"):
+        pipe.set_adapters("second")
+
+
+def test_networks_stay_in_memory_when_adapters_change(pipe, files, loads):
+    latents(pipe)
+    before = len(loads)
+    assert before > 0
+    pipe.load_lora_weights(files["first"])
+    latents(pipe)
+    pipe.unload_lora_weights()
+    latents(pipe)
+    assert len(loads) == before
+
+
+def test_a_streamed_network_has_the_same_adapters(folder, pipe, files):
+    pipe.load_lora_weights(files["first"])
+    request = pipe.request(["a red box"], width=64, height=48, steps=2, seed=3, max_sequence_length=40)
+    planned = pipe.plan(request)
+    phases = [replace(x, resident=1, streamed=1) if x.name == "transformer" else x for x in planned.phases]
+    streamed = replace(planned, phases=tuple(phases))
+    ours, output = (pipe.run(request, planned=plan, output_type="latent") for plan in (streamed, planned))
+    assert ours.timings[1].read > 0
+    assert np.array_equal(ours.images, output.images)
+
+
+def test_an_adapter_works_in_its_steps_only(pipe, files):
+    plain = latents(pipe)
+    seen = {}
+
+    def noted(name):
+        return lambda pipe, step, timestep, tensors: seen.setdefault(name, []).append(np.array(tensors["latents"]))
+
+    latents(pipe, callback_on_step_end=noted("plain"))
+    pipe.load_lora_weights(files["first"], adapter_name="late", steps=(2, 3))
+    latents(pipe, callback_on_step_end=noted("late"))
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(files["first"], steps=(1, 1))
+    early = latents(pipe, callback_on_step_end=noted("early"))
+    assert np.array_equal(early, latents(pipe))
+    pipe.set_adapters([])
+    assert np.array_equal(latents(pipe), plain)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(files["first"])
+    latents(pipe, callback_on_step_end=noted("whole"))
+    same = {name: [np.array_equal(a, b) for a, b in zip(seen[name], seen["plain"], strict=True)] for name in seen}
+    assert same["late"] == [True, False, False]
+    assert np.array_equal(seen["early"][0], seen["whole"][0])
+    assert not np.array_equal(seen["early"][1], seen["whole"][1])
+
+
+def test_texts_are_projected_anew_where_that_layer_changes(pipe, files, tmp_path):
+    tensors = lora("diffusion_model.txt_in", *LAYERS["txt_in"])
+    path = save(tmp_path / "a.safetensors", tensors)
+    plain = latents(pipe)
+    pipe.load_lora_weights(path, steps=(3, 3))
+    last = latents(pipe)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(path, steps=(1, 3))
+    whole = latents(pipe)
+    assert not np.array_equal(last, plain)
+    assert not np.array_equal(last, whole)
+
+
+def test_adapters_are_in_memory_at_every_phase(pipe, files):
+    work = workload(pipe.request(["a"], width=64, height=48))
+    bare, before = pipe.networks.plan(work), mx.get_active_memory()
+    pipe.load_lora_weights(files["first"])
+    taken = pipe.networks.adapter_bytes
+    assert taken == sum(4 * 3 * sum(shape) for shape in LAYERS.values())
+    assert taken <= mx.get_active_memory() - before <= 1.1 * taken + 4096
+    planned = pipe.networks.plan(work)
+    assert [x.weights for x in planned.phases] == [x.weights + taken for x in bare.phases]
+    assert planned.limit == bare.limit
+    small = replace(pipe.networks, memory_limit=bare.peak_memory + taken - 1)
+    assert small.plan(work).phase("transformer").streamed or not small.plan(work).fits
+
+
+def test_encoded_prompts_are_told_apart_by_adapters_of_the_encoder(folder, files, tmp_path):
+    pipe = open_pipe(folder)
+    pipe.prompt_cache = EmbeddingCache(tmp_path)
+    encoder = pipe.checkpoint.components["text_encoder"]
+    plain = np.array(pipe.encode_prompt("a"))
+    pipe.load_lora_weights(files["first"])
+    assert fingerprint(pipe.checkpoint.components["text_encoder"]) == fingerprint(encoder)
+    pipe.load_lora_weights(files["text"], adapter_name="text")
+    assert fingerprint(pipe.checkpoint.components["text_encoder"]) != fingerprint(encoder)
+    assert not np.array_equal(np.array(pipe.encode_prompt("a")), plain)
+    pipe.unload_lora_weights()
+    assert np.array_equal(np.array(pipe.encode_prompt("a")), plain)
+
+
+def test_images_remember_their_adapters(pipe, files):
+    pipe.load_lora_weights(files["first"], scale=0.5, steps=(1, 2))
+    settings = pipe("a", **SETTINGS).settings[0]
+    (told,) = settings["adapters"]
+    assert len(told.pop("sha256")) == 64
+    assert told == {"name": "default_0", "source": "first.safetensors", "scale": 0.5, "steps": [1, 2]}
+    pipe.unload_lora_weights()
+    assert "adapters" not in pipe("a", **SETTINGS).settings[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"scale": float("nan")}, "scale must be -1000.0 to 1000.0, got nan"),
+        ({"scale": "much"}, "scale must be a number"),
+        ({"steps": (2, 1)}, "steps must be a first and a last one from 1 to 1000"),
+        ({"steps": 3}, "steps must be a first and a last one from 1 to 1000"),
+        ({"adapter_name": 3}, "adapter_name must be text"),
+        ({"adapter_name": "taken"}, "there is an adapter 'taken' already"),
+        ({"hotswap": True}, "load_lora_weights has no argument 'hotswap'"),
+        ({"source": 3}, "an adapter is named by a text or a path, not by int"),
+        ({"source": "owner/name"}, "there is no file or folder 'owner/name'; of a repo of the Hub"),
+    ],
+)
+def test_wrong_settings_are_refused(pipe, files, given, said):
+    pipe.load_lora_weights(files["first"], adapter_name="taken")
+    with pytest.raises(InputError, match=said):
+        pipe.load_lora_weights(**{"source": files["second"]} | given)
+    assert pipe.get_active_adapters() == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "said"),
+    [
+        (["a"], None, "adapter_names has 'a'; choose each once from taken"),
+        (["taken", "taken"], None, "choose each once"),
+        ("taken", [1.0, 2.0], "1 adapters have 2 weights"),
+        ("taken", 1e9, "adapter_weights must be"),
+        (3, None, "adapter_names must be text"),
+    ],
+)
+def test_wrong_choices_are_refused(pipe, files, names, weights, said):
+    pipe.load_lora_weights(files["first"], adapter_name="taken")
+    with pytest.raises(InputError, match=said):
+        pipe.set_adapters(names, weights)
+
+
+def test_an_adapter_of_another_model_is_refused(pipe, tmp_path):
+    path = save(tmp_path / "a.safetensors", lora("diffusion_model.single_blocks.0.linear2", 2 * D, 8 * D))
+    with pytest.raises(CheckpointError):
+        pipe.load_lora_weights(path)
+    assert pipe.get_active_adapters() == []
