@@ -107,7 +107,7 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     Raises:
         CheckpointError: another model, or one that asks for what is not implemented.
     """
-    folder, notes = description.folder, []
+    folder, notes = description.folder, list[str]()
     configs = _configs(description, _TELLING, None, notes)
     row = _choose_variant(folder, description.index, configs[_TELLING], variant)
     for name in [name for name in LAYOUT if name != _TELLING]:

@@ -68,7 +68,7 @@ def find_checkpoint(
         opened = None
         if model.kind == SOURCE:
             opened = open_source(model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only)
-        quants = opened.quants(quant, text_quant) if opened else _in_full(quant, text_quant)
+        quants: tuple[str, str] = opened.quants(quant, text_quant) if opened else _in_full(quant, text_quant)
         name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else folder_name(model)
         targets = [models_folder(models_dir) / x for x in _sufficient(name, *quants, text_only)]
         if found := next(filter(is_checkpoint, targets), None):
