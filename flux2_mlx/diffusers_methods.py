@@ -1,5 +1,6 @@
 """Methods that scripts for diffusers call: each does what is asked for, or says what to write instead."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -70,7 +71,7 @@ class DiffusersMethods:
 
     def enable_model_cpu_offload(self, device: Any = None) -> None:
         """Have only the network of the current phase in memory, as with `keep=False`."""
-        self.networks = self.networks.keeping_nothing()
+        self.networks = replace(self.networks, keep=False)
 
     def enable_sequential_cpu_offload(self, device: Any = None) -> None:
         """The same: what does not fit into `memory_limit` then is read from disk at every step anyway."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import checked_number, kinds, named, texts
 from .branches import AtWork
+from .device import begin_computing
 from .errors import InputError
 from .metering import turn
 from .networks import Networks
@@ -57,6 +58,7 @@ class LoraMethods:
         for note in found.notes(configs, checkpoint.variant.name):
             _log.warning("%s: %s", os.fspath(source), note)
         with turn():
+            begin_computing()
             adapter = found.load(configs, name, os.fspath(source)).cast(self.networks.dtype_of)
             self._loaded[name] = AtWork(adapter, scale, steps)
             self.networks = self.networks.with_adapters([*self.networks.adapters, self._loaded[name]])

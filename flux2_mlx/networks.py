@@ -41,7 +41,7 @@ class Networks:
     keep: bool = False
     reading: Reading = field(default_factory=Reading)  # what all runs have streamed from disk
     adapters: tuple[AtWork, ...] = ()
-    _kept: Kept = field(default_factory=Kept, compare=False, repr=False)
+    _kept: Kept = field(default_factory=Kept, init=False, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -128,7 +128,9 @@ class Networks:
             for name, part in self.checkpoint.components.items()
         }
         checkpoint = replace(self.checkpoint, components=components)
-        return replace(self, checkpoint=checkpoint, adapters=tuple(adapters))
+        changed = replace(self, checkpoint=checkpoint, adapters=tuple(adapters))
+        object.__setattr__(changed, "_kept", self._kept)  # it is no argument, as others share nothing
+        return changed
 
     @contextmanager
     def keeping(self, planned: Plan) -> Iterator[Plan]:
@@ -205,13 +207,9 @@ class Networks:
         """Whether images can be made, and not only text be written."""
         return self.checkpoint.components.keys() >= set(PAINTING)
 
-    def keeping_nothing(self) -> "Networks":
-        """The same without `keep`."""
-        return replace(self, keep=False, _kept=Kept())
-
     def stored_as(self, quant: str, text_quant: str) -> "Networks":
         """The networks of the checkpoint converted to other quantizations, with nothing to quantize at loading."""
-        wanted = replace(self, quant=quant, text_quant=text_quant, _kept=Kept())
+        wanted = replace(self, quant=quant, text_quant=text_quant)
         stored = {name: part.quantized(wanted._quants[name]) for name, part in self.checkpoint.components.items()}
         return replace(wanted, checkpoint=replace(self.checkpoint, components=stored))
 
