@@ -14,7 +14,8 @@ from .configs import SCHEDULE, stated
 from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT
-from .sources import LOOSE, TOKENIZER, Source, SourcePart, loose_files, parts_of, the_part
+from .sources import LOOSE, Source, SourcePart, loose_files, parts_of, the_part
+from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files
 
 PARTS = (*LAYOUT, "tokenizer")  # what a model needs
 
@@ -37,8 +38,8 @@ def assembled(
 
     Args:
         place: a model folder in the layout of diffusers or of ours, or a file of weights of one or several parts.
-        given: where parts are: `transformer`, `text_encoder`, `vae` (files or folders) and `tokenizer` (a folder with
-            `tokenizer.json`, or that file).
+        given: where parts are: `transformer`, `text_encoder`, `vae` (files or folders) and `tokenizer` (see
+            `find_tokenizer`).
         variant: the model's name where geometry and names can't tell, or None.
         others: converted models, one of which gives what is missing then.
         text_quant: how the text encoder is to be stored, as far as that one can be chosen.
@@ -64,10 +65,18 @@ def assembled(
         hints.append(base.variant.name)
     rows = [base.variant] if base is not None and not configs else candidates(configs)
     row = choose(rows, hints, variant, str(place))
-    if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in {**parts, **given}]):
+    tokenizer = given.get(PARTS[-1]) or (_held_tokenizer(parts) if base is None else None)
+    there = {*parts, *given} if tokenizer is None else {*parts, *given, PARTS[-1]}
+    if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in there]):
         base = _completion(place, row, parts, missing, others, text_quant)
-    joined = _joined(place, row, parts, configs, given.get(PARTS[-1]), base)
+    joined = _joined(place, row, parts, configs, tokenizer, base)
     return replace(joined, notes=(*notes, *joined.notes))
+
+
+def _held_tokenizer(parts: Mapping[str, SourcePart]) -> Path | None:
+    """The file of a text encoder that holds its tokenizer; None: it does not."""
+    files = parts["text_encoder"].files if "text_encoder" in parts else []
+    return next(filter(tekken_tensor, files), None)
 
 
 def _base(place: Path, variant: str | None, *, text_only: bool) -> Source:
@@ -133,8 +142,8 @@ def _joined(
             stored={name: part for name, part in base.stored.items() if COMPONENTS[name].part not in parts},
         )
     if tokenizer is not None:
-        folder = _tokenizer(tokenizer)
-        source = replace(source, tokenizer=folder, beside=(*source.beside, folder / Path(TOKENIZER).name))
+        found = find_tokenizer(tokenizer)
+        source = replace(source, tokenizer=found, beside=(*source.beside, *tokenizer_files(found)))
     check_fit(source.variant, source.configs)
     return source
 
@@ -160,10 +169,3 @@ def _geometries(parts: Mapping[str, SourcePart]) -> Geometries:
     return found
 
 
-def _tokenizer(place: Path) -> Path:
-    """The folder of a tokenizer that is given as that, as its file, or as the model folder that it is in."""
-    folder = place.parent if place.is_file() else place
-    for candidate in (folder, folder / "tokenizer"):
-        if (candidate / Path(TOKENIZER).name).is_file():
-            return candidate
-    raise CheckpointError(f"{place} holds no {Path(TOKENIZER).name}; give a folder with that file")
