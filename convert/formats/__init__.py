@@ -7,7 +7,7 @@ from pathlib import Path
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files, Tensors, raise_problems, read_header
 
-from . import bitsandbytes, fp8, mlx, nvfp4, quanto, torchao
+from . import bitsandbytes, fp8, mlx, nvfp4, outline, quanto, torchao
 from .gguf import Gguf, split_files
 from .gguf import read_header as read_gguf_header
 from .packed import NO_SHAPES, Packed, Shapes, Unpacked
@@ -20,6 +20,7 @@ __all__ = [
     "Packed",
     "Unpacked",
     "needs_payload",
+    "outline",
     "plain",
     "starts",
     "unpacked",
