@@ -63,7 +63,8 @@ class Source:
 
     `place` is the folder or file that it is, `tokenizer` where its tokenizer is, `schedule` the file of its
     schedule, `stored` are networks that are taken from a checkpoint of ours, `beside` small files that stand for parts
-    in its fingerprint, and `notes` say what a user should know of it. Build it with `Source.open` or `assembled`.
+    in its fingerprint, `notes` say what a user should know of it, and `borrowed` names the parts that are another
+    model's. Build it with `Source.open` or `assembled`.
     """
 
     place: Path
@@ -75,6 +76,7 @@ class Source:
     stored: dict[str, Component] = field(default_factory=dict)
     beside: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    borrowed: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
@@ -163,7 +165,7 @@ class Source:
         for path in self.beside:
             digest.update(path.read_bytes())
         for component, paths in self.files.items():
-            for path in paths:
+            for path in paths if component not in self.borrowed else ():
                 size = path.stat().st_size
                 digest.update(f"{component}/{path.name}:{size}\n".encode())
                 with path.open("rb") as file:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+import numpy as np
 
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.files import read_bytes
@@ -157,8 +157,7 @@ def _tekken(place: Path) -> bytes:
     if info.dtype != "U8" or info.nbytes > _MAX_BYTES:
         raise ValueError(f"its tensor {name} is {info}, which is no tokenizer")
     (array,) = files.read([name])
-    mx.eval(array)
-    return bytes(memoryview(array.flatten()))
+    return np.array(array).tobytes()
 
 
 def _make(place: Path, folder: Path, made: Callable[[], Any]) -> None:

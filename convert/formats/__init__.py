@@ -19,7 +19,6 @@ __all__ = [
     "Gguf",
     "Packed",
     "Unpacked",
-    "needs_payload",
     "outline",
     "plain",
     "starts",
@@ -74,11 +73,6 @@ def starts(path: Path) -> list[int]:
         return [stored.offset for stored in read_gguf_header(path)[1].values()]
     sizes = [info.nbytes for info in read_header(path).values()]
     return [*accumulate(sizes[:-1], initial=path.stat().st_size - sum(sizes))]
-
-
-def needs_payload(paths: Sequence[Path]) -> bool:
-    """Whether headers alone do not say what is in these safetensors files."""
-    return any(bitsandbytes.STATE in name for name in Files(paths).infos)
 
 
 def usual_quant(tensors: Tensors) -> str:

@@ -2,19 +2,12 @@
 and the converter."""
 
 from .acquisition import Announce, FirstUse, Progress
-from .checkpoints import (
-    checked_variant,
-    conversions,
-    converted_folders,
-    find_checkpoint,
-    is_official,
-    make_checkpoint,
-    named_checkpoints,
-    open_source,
-)
+from .checkpoints import conversions, converted_folders, find_checkpoint, named_checkpoints
+from .conversion import checked_variant, is_official, make_checkpoint, open_source, what_is_here
 from .names import (
     BUILT_IN,
     CHECKPOINT,
+    FILE,
     REPO,
     SOURCE,
     VARIANT,
@@ -30,6 +23,7 @@ from .names import (
 __all__ = [
     "BUILT_IN",
     "CHECKPOINT",
+    "FILE",
     "REPO",
     "SOURCE",
     "VARIANT",
@@ -51,4 +45,5 @@ __all__ = [
     "open_source",
     "resolve",
     "stored_checkpoints",
+    "what_is_here",
 ]
