@@ -1,22 +1,23 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
 from . import formats
-from .assembly import PARTS, assembled, is_loose
+from .assembly import PARTS, MissingPartsError, assembled, is_loose
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
 from .mflux import said_of
 from .requantize import requantize, requantized
-from .sources import LOOSE, TOKENIZER, Source, loose_files
+from .sources import LOOSE, Source, loose_files
+from .tokenizer import tokenizer_in
 from .write import check_source, write_checkpoint
 
 __all__ = [
     "LAST_USED",
     "LOOSE",
     "PARTS",
-    "TOKENIZER",
     "Conversion",
     "Identity",
+    "MissingPartsError",
     "Source",
     "assembled",
     "check_source",
@@ -33,5 +34,6 @@ __all__ = [
     "requantized",
     "said_of",
     "titles",
+    "tokenizer_in",
     "write_checkpoint",
 ]

@@ -1,6 +1,6 @@
 """A model put together from parts: single files and folders, and for the rest a whole model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -9,14 +9,29 @@ from flux2_mlx.checkpoint import MANIFEST, Checkpoint, check_fit, is_checkpoint
 from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError, told
+from flux2_mlx.layout import INDEX
 
 from .configs import SCHEDULE, stated
 from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT
-from .sources import LOOSE, TOKENIZER, Source, SourcePart, loose_files, parts_of, the_part
+from .sources import LOOSE, Source, SourcePart, loose_files, parts_of, the_part
+from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files, tokenizer_in
 
 PARTS = (*LAYOUT, "tokenizer")  # what a model needs
+
+
+class MissingPartsError(CheckpointError):
+    """Parts of a model are nowhere to be found: `missing` ones of `source`, which is what there is."""
+
+    def __init__(self, message: str, source: Source, missing: Sequence[str]):
+        super().__init__(message)
+        self.source, self.missing = source, missing
+
+    @property
+    def can_be_fetched(self) -> bool:
+        """Whether the official repo has them as they are needed. A model is what its transformer is."""
+        return self.source.variant.repo is not None and "transformer" not in self.missing
 
 
 def is_loose(place: Path) -> bool:
@@ -32,26 +47,33 @@ def assembled(
     others: Iterable[Checkpoint] = (),
     text_quant: str | None = None,
     text_only: bool = False,
+    repo: str = "",
+    borrowed: Collection[str] = (),
 ) -> Source:
     """A source of `place` with other parts in place of its own, or as far as it has none.
 
     Args:
-        place: a model folder in the layout of diffusers or of ours, or a file of weights of one or several parts.
-        given: where parts are: `transformer`, `text_encoder`, `vae` (files or folders) and `tokenizer` (a folder with
-            `tokenizer.json`, or that file).
+        place: a model folder in the layout of diffusers or of ours, or weights of one or several parts: a file, or a
+            folder that holds nothing else.
+        given: where parts are: `transformer`, `text_encoder`, `vae` (files or folders) and `tokenizer` (see
+            `find_tokenizer`).
         variant: the model's name where geometry and names can't tell, or None.
         others: converted models, one of which gives what is missing then.
         text_quant: how the text encoder is to be stored, as far as that one can be chosen.
         text_only: leave out the transformer and the VAE.
+        repo: where it comes from, as `owner/name`, whose name may say which model it is.
+        borrowed: which of the `given` parts are another model's.
 
     Raises:
-        CheckpointError: a part is missing, damaged, no part of FLUX.2, or of another model than the others.
+        MissingPartsError: it lacks parts that are not given.
+        CheckpointError: a part is damaged, no part of FLUX.2, or of another model than the others.
     """
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
-    if (place / TOKENIZER).is_file() and part_folders(place):
-        given = {PARTS[-1]: place / TOKENIZER, **given}
-    own = _loose_parts(place, variant) if is_loose(place) else {}
-    base = None if is_loose(place) else _base(place, variant, text_only=text_only)
+    if part_folders(place) and (beside := tokenizer_in(place / PARTS[-1])):
+        given = {PARTS[-1]: beside, **given}
+    is_whole = is_checkpoint(place) or (place / INDEX).is_file()
+    own = {} if is_whole else _loose_parts(place, variant)
+    base = _base(place, variant, text_only=text_only) if is_whole else None
     replaced = [name for name in LAYOUT if name in given and name in (own if base is None else LAYOUT)]
     notes = [f"the {told([name])} of {place} is not used; taken from {given[name]}" for name in replaced]
     parts = own | {
@@ -59,15 +81,27 @@ def assembled(
     }
     parts = {name: part for name, part in parts.items() if name in wanted}
     configs = _geometries(parts)
-    hints = [hint for part in parts.values() for hint in titles(part.metadata, part.place.name)]
+    hints = [hint for part in parts.values() for hint in titles(part.metadata, part.place.name, repo)]
     if base is not None:
         hints.append(base.variant.name)
     rows = [base.variant] if base is not None and not configs else candidates(configs)
     row = choose(rows, hints, variant, str(place))
-    if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in {**parts, **given}]):
+    tokenizer = given.get(PARTS[-1]) or (_held_tokenizer(parts) if base is None else None)
+    there = {*parts, *given} if tokenizer is None else {*parts, *given, PARTS[-1]}
+    if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in there]):
         base = _completion(place, row, parts, missing, others, text_quant)
-    joined = _joined(place, row, parts, configs, given.get(PARTS[-1]), base)
-    return replace(joined, notes=(*notes, *joined.notes))
+        if base is None:
+            schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE
+            source = Source(place, row, configs, parts, place, schedule, borrowed=frozenset(borrowed))
+            raise MissingPartsError(_lacking(place, row, parts, missing), source, missing)
+    joined = _joined(place, row, parts, configs, tokenizer, base, borrowed)
+    return replace(joined, notes=(*notes, *joined.notes), borrowed=frozenset(borrowed))
+
+
+def _held_tokenizer(parts: Mapping[str, SourcePart]) -> Path | None:
+    """The file of a text encoder that holds its tokenizer; None: it does not."""
+    files = parts["text_encoder"].files if "text_encoder" in parts else []
+    return next(filter(tekken_tensor, files), None)
 
 
 def _base(place: Path, variant: str | None, *, text_only: bool) -> Source:
@@ -91,8 +125,8 @@ def _completion(
     missing: list[str],
     others: Iterable[Checkpoint],
     text_quant: str | None,
-) -> Source:
-    """What gives the parts that are missing; CheckpointError if nothing does."""
+) -> Source | None:
+    """What gives the parts that are missing; None: nothing does."""
     networks = [name for name in PAINTING if COMPONENTS[name].part in missing]
     # A model is what its transformer is, so that is never another's.
     fitting = [x for x in others if _fits(x, row, networks)] if "transformer" in parts else []
@@ -100,9 +134,13 @@ def _completion(
     if fitting:
         note = f"{place} has no {told(missing)}; taken from {fitting[0].folder}"
         return replace(_of_checkpoint(fitting[0]), notes=(note,))
+    return None
+
+
+def _lacking(place: Path, row: Variant, parts: Mapping[str, SourcePart], missing: Sequence[str]) -> str:
     has = f"holds only the {told(parts)} of a {row.name}" if parts else f"is taken for a {row.name}"
-    where = f", or convert {row.repo} first, from which they are taken then" if row.repo else ""
-    raise CheckpointError(f"{place} {has}; say where its {told(missing)} are{where}")
+    where = f", or have them fetched from {row.repo}" if row.repo and "transformer" in parts else ""
+    return f"{place} {has}; say where its {told(missing)} are{where}"
 
 
 def _fits(checkpoint: Checkpoint, row: Variant, networks: Iterable[str]) -> bool:
@@ -118,6 +156,7 @@ def _joined(
     configs: Geometries,
     tokenizer: Path | None,
     base: Source | None,
+    borrowed: Collection[str],
 ) -> Source:
     """The source of these parts and the others of `base`."""
     schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE  # the one of all released models
@@ -133,8 +172,9 @@ def _joined(
             stored={name: part for name, part in base.stored.items() if COMPONENTS[name].part not in parts},
         )
     if tokenizer is not None:
-        folder = _tokenizer(tokenizer)
-        source = replace(source, tokenizer=folder, beside=(*source.beside, folder / Path(TOKENIZER).name))
+        found = find_tokenizer(tokenizer)
+        own = () if PARTS[-1] in borrowed else tokenizer_files(found)
+        source = replace(source, tokenizer=found, beside=(*source.beside, *own))
     check_fit(source.variant, source.configs)
     return source
 
@@ -158,12 +198,3 @@ def _geometries(parts: Mapping[str, SourcePart]) -> Geometries:
             raise problem
         found |= configs
     return found
-
-
-def _tokenizer(place: Path) -> Path:
-    """The folder of a tokenizer that is given as that, as its file, or as the model folder that it is in."""
-    folder = place.parent if place.is_file() else place
-    for candidate in (folder, folder / "tokenizer"):
-        if (candidate / Path(TOKENIZER).name).is_file():
-            return candidate
-    raise CheckpointError(f"{place} holds no {Path(TOKENIZER).name}; give a folder with that file")

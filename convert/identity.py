@@ -11,7 +11,7 @@ from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError, told
 from flux2_mlx.weights import TensorInfo, Tensors
 
-from .assembly import PARTS, assembled
+from .assembly import PARTS, MissingPartsError, assembled
 from .formats import Gguf, Unpacked, unreadable, usual_quant
 from .geometry import candidates, choose, understood
 from .naming import TEKKEN, Reading, check_size, is_extra, read
@@ -133,13 +133,13 @@ class Conversion:
     """What a conversion would do.
 
     Attributes:
-        places: where it would take each part from.
+        places: where it would take each part from: a folder or file here, or a repo of the Hub.
         quant: as what it would store the transformer.
         text_quant: as what it would store the text encoder.
         refusal: why it would not, or None.
     """
 
-    places: dict[str, Path] = field(default_factory=dict)
+    places: dict[str, Path | str] = field(default_factory=dict)
     quant: str | None = None
     text_quant: str | None = None
     refusal: str | None = None
@@ -218,11 +218,17 @@ def conversion(place: Path, variant: str | None, others: Iterable[Checkpoint]) -
     """What converting `place` without further options would do; see `assembled`."""
     try:
         source = assembled(place, {}, variant, others=others)
-        quant, text_quant = source.quants(None, None)
-        check_source(source, quant, text_quant)
+        quants = source.quants(None, None)
+        check_source(source, *quants)
+    except MissingPartsError as error:
+        if not error.can_be_fetched:
+            return Conversion(refusal=str(error))
+        own = {name: part.place for name, part in error.source.parts.items()}
+        fetched = dict.fromkeys(error.missing, str(error.source.variant.repo))
+        return Conversion({**own, **fetched}, *error.source.quants(None, None))
     except CheckpointError as error:
         return Conversion(refusal=str(error))
-    return Conversion(source.places, quant, text_quant)
+    return Conversion({**source.places}, *quants)
 
 
 def _chosen(rows: list[Variant], hints: Iterable[str], variant: str | None, what: str) -> Variant | None:

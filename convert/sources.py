@@ -21,8 +21,8 @@ from .mflux import part_folders
 from .naming import Reading, read
 from .parts import LAYOUT
 from .rules import Shape
+from .tokenizer import TOKENIZER, tokenizer_in
 
-TOKENIZER = "tokenizer/tokenizer.json"
 LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")  # one file of a set
 # The fingerprint reads this many pieces of this many bytes from each file at even distances, and one of each tensor.
@@ -61,9 +61,10 @@ class SourcePart:
 class Source:
     """An opened source: geometries of its networks and, part by part, its weight files and the tensors in them, unread.
 
-    `place` is the folder or file that it is, `tokenizer` the folder of its tokenizer, `schedule` the file of its
+    `place` is the folder or file that it is, `tokenizer` where its tokenizer is, `schedule` the file of its
     schedule, `stored` are networks that are taken from a checkpoint of ours, `beside` small files that stand for parts
-    in its fingerprint, and `notes` say what a user should know of it. Build it with `Source.open` or `assembled`.
+    in its fingerprint, `notes` say what a user should know of it, and `borrowed` names the parts that are another
+    model's. Build it with `Source.open` or `assembled`.
     """
 
     place: Path
@@ -75,6 +76,7 @@ class Source:
     stored: dict[str, Component] = field(default_factory=dict)
     beside: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    borrowed: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
@@ -91,14 +93,13 @@ class Source:
         description = describe(folder)
         wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
         parts = {name: _layout_part(description, name, variant) for name in wanted}
-        if not (folder / TOKENIZER).is_file():
+        if (tokenizer := tokenizer_in(folder / "tokenizer")) is None:
             advice = "add that of the model that it was made from, in a local copy of a repo"
-            raise CheckpointError(f"{folder} is incomplete: there is no {TOKENIZER}; {advice}")
+            raise CheckpointError(f"{folder} is incomplete: there is no tokenizer/{TOKENIZER}; {advice}")
         row, configs, notes = read_configs(description, variant)
         kept = {network for name in parts for network in LAYOUT[name].rules}
         configs = {name: config for name, config in configs.items() if name in kept}
-        tokenizer, schedule = folder / "tokenizer", folder / SCHEDULE
-        return cls(folder, row, configs, parts, tokenizer, schedule, notes=tuple(notes))
+        return cls(folder, row, configs, parts, tokenizer, folder / SCHEDULE, notes=tuple(notes))
 
     def configs_of(self, part: str) -> Geometries:
         """The geometries of the networks that are made from a part."""
@@ -164,7 +165,7 @@ class Source:
         for path in self.beside:
             digest.update(path.read_bytes())
         for component, paths in self.files.items():
-            for path in paths:
+            for path in paths if component not in self.borrowed else ():
                 size = path.stat().st_size
                 digest.update(f"{component}/{path.name}:{size}\n".encode())
                 with path.open("rb") as file:

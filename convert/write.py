@@ -20,6 +20,7 @@ from .folder import Inspection, Part, check_target, write_folder
 from .requantize import stored_part, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule
 from .sources import Source
+from .tokenizer import TOKENIZER, opened_tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,17 @@ def write_checkpoint(
         "source": _origin(source, name),
         "version": version("flux2-mlx"),
     }
-    present = [file for file in TOKENIZER_FILES if (source.tokenizer / file).is_file()]
-    copies = {f"tokenizer/{file}": source.tokenizer / file for file in present}
-    write_folder(
-        target,
-        [*(_part(source, plan) for plan in plans), *taken],
-        {**copies, "scheduler/scheduler_config.json": source.schedule},
-        manifest,
-        inspection=Inspection(hashed + sum(blob.stat().st_size for blob in stated.values()), inspect),
-        force=force,
-        progress=progress,
-    )
+    with opened_tokenizer(source.tokenizer) as tokenizer:
+        copies = {f"tokenizer/{file}": tokenizer / file for file in TOKENIZER_FILES if (tokenizer / file).is_file()}
+        write_folder(
+            target,
+            [*(_part(source, plan) for plan in plans), *taken],
+            {**copies, "scheduler/scheduler_config.json": source.schedule},
+            manifest,
+            inspection=Inspection(hashed + sum(blob.stat().st_size for blob in stated.values()), inspect),
+            force=force,
+            progress=progress,
+        )
 
 
 def _origin(source: Source, name: str | None) -> dict[str, Any]:
@@ -137,7 +138,8 @@ def _plan(source: Source, name: str, quant: str) -> _Plan:
 
 def _check_tokenizer(source: Source) -> None:
     text = source.configs["text_encoder"]
-    TOKENIZERS[text.model_type](source.tokenizer / "tokenizer.json", text.vocab_size)
+    with opened_tokenizer(source.tokenizer) as folder:
+        TOKENIZERS[text.model_type](folder / TOKENIZER, text.vocab_size)
 
 
 def _taken(source: Source, quant: str, text_quant: str) -> list[Part]:

@@ -307,11 +307,12 @@ def _announce(use: FirstUse) -> None:
     """Say on stderr what is about to be fetched, where it goes, and what stays."""
     from tqdm import tqdm
 
-    download = use.download
-    licence = use.licence or "licence: see its page"
-    whole, present, converted = (f"{nbytes / 1e9:.3g} GB" for nbytes in (download.size, use.present, use.converted))
-    tqdm.write(
-        f"{download.repo_id} ({licence}) is fetched from {download.page}: {whole}, of which {present} are there, to "
-        f"{download.storage}; converted it takes {converted} in {use.target}",
-        file=sys.stderr,
-    )
+    for download in use.downloads:
+        licence = download.licence or "licence: see its page"
+        whole, present = (f"{x / 1e9:.3g} GB" for x in (download.size, download.present))
+        tqdm.write(
+            f"{download.repo_id} ({licence}) is fetched from {download.page}: {whole}, of which {present} are there, "
+            f"to {download.storage}",
+            file=sys.stderr,
+        )
+    tqdm.write(f"converted it takes {use.converted / 1e9:.3g} GB in {use.target}", file=sys.stderr)

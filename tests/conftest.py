@@ -142,9 +142,9 @@ def qwen3_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mistral_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json made from Mistral's tekken vocabulary; fetched and made once, and kept."""
-    file = _CACHE / f"tokenizer-mistral-common-{_MISTRAL_COMMON}" / "tokenizer.json"
+def tekken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral's tekken vocabulary; fetched once and kept."""
+    file = _CACHE / f"tokenizer-mistral-common-{_MISTRAL_COMMON}" / Path(_TEKKEN).name
     if not file.exists():
         scratch = tmp_path_factory.mktemp("pip")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch)]
@@ -159,13 +159,25 @@ def mistral_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         except (OSError, subprocess.SubprocessError) as error:
             pytest.fail(f"can't fetch the Mistral tokenizer: {error} {getattr(error, 'stderr', None) or ''}")
         with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-            tokenizer = tekken_tokenizer(json.loads(wheel.read(_TEKKEN)))
-        tokenizer.save(str(scratch / "tokenizer.json"))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{scratch.name}-{os.getpid()}.partial")
-        shutil.copyfile(scratch / "tokenizer.json", partial)
-        partial.replace(file)  # complete or not at all
+            _keep(wheel.read(_TEKKEN), file)
     return file
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer_file(tekken_file: Path) -> Path:
+    """A tokenizer.json made from Mistral's tekken vocabulary; made once and kept."""
+    file = tekken_file.with_name("tokenizer.json")
+    if not file.exists():
+        _keep(tekken_tokenizer(json.loads(tekken_file.read_bytes())).to_str().encode(), file)
+    return file
+
+
+def _keep(data: bytes, file: Path) -> None:
+    """Write a file, complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}-{os.getpid()}.partial")
+    partial.write_bytes(data)
+    partial.replace(file)
 
 
 def _unpack(archive: Path, folder: Path) -> None:

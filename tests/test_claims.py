@@ -94,7 +94,7 @@ def test_a_checkpoint_stays_while_a_pipeline_has_it(official, models, hub):
 def test_a_download_that_another_uses_is_kept(hub, home, models, caplog):
     claims = []
     find_checkpoint(
-        REPO, variant=VARIANT, keep_source=False, announce=lambda use: claims.append(Claim(use.download.storage))
+        REPO, variant=VARIANT, keep_source=False, announce=lambda use: claims.append(Claim(use.downloads[0].storage))
     )
     assert caplog.messages == [f"the download stays: {IN_USE.format(storage(home))}"]
     assert len(list(storage(home).rglob("*.safetensors"))) == 3

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,10 @@ def test_a_file_in_a_table():
     write(Path("flux-2-klein-4b-fp8.safetensors"), prefixed(FP8, PREFIX), SAID)
     text = done("info", "flux-2-klein-4b-fp8.safetensors").stdout
     assert text.startswith(TABLE)
-    last = text.removeprefix(TABLE)
-    assert last.startswith(
-        "convert    can't yet: flux-2-klein-4b-fp8.safetensors holds only the transformer of a klein-4b; say where its "
+    assert text.removeprefix(TABLE) == (
+        "convert    text encoder, VAE, tokenizer from black-forest-labs/FLUX.2-klein-4B; stored as qint8, the text "
+        "encoder as qint8\n"
     )
-    assert last.count("\n") == 1
 
 
 def test_a_file_as_json():
@@ -131,7 +131,7 @@ def home(tmp_path):
 @pytest.fixture
 def files():
     data = header(prefixed(FP8, PREFIX), SAID)
-    return {"a/flux-2-klein-4b-fp8.safetensors": data + bytes(100_000), "README.md": b"", "x.gguf": b"GGUF"}
+    return {"a/flux-2-klein-4b-fp8.safetensors": data + bytes(100_000), "README.md": b"", "x.bin": b"GGUF"}
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def hub(files, home):
         size = len(header(prefixed(FP8, PREFIX), SAID)) + 4_070_588_032
         entry = server.repos[REPO].sibling(name)
         entry |= {"size": size, "lfs": entry["lfs"] | {"size": size}} if entry.get("lfs") else {"size": size}
-        siblings = [entry, *({"rfilename": other, "size": 1, "blobId": "0" * 40} for other in ("README.md", "x.gguf"))]
+        siblings = [entry, *({"rfilename": other, "size": 1, "blobId": "0" * 40} for other in ("README.md", "x.bin"))]
         server.publish({"sha": server.repos[REPO].commit, "siblings": siblings})
         yield server
 
@@ -161,14 +161,14 @@ def test_files_of_the_hub_that_can_not_be_told(hub):
     assert refusal("info", f"{REPO}:b.safetensors") == (
         f"{REPO} has no file of weights 'b.safetensors'; give one as {REPO}:a/flux-2-klein-4b-fp8.safetensors"
     )
-    for name in ("x.gguf", "../x.safetensors", "/x.safetensors", "", "a.ckpt"):
+    for name in ("x.bin", "../x.safetensors", "/x.safetensors", "a.ckpt"):
         assert "download it and give its path" in refusal("info", f"{REPO}:{name}")
     assert "--quant is about one model" in run("info", f"{REPO}:b.safetensors", "-q", "qint8").stderr
 
 
 def test_repos_of_several_files_of_none_and_of_whole_models(official, home):
     several = {f"{name}.safetensors": header(LORA) for name in "abcdefg"}
-    repos = {REPO: several, "org/none": {"x.gguf": b""}, "org/whole": official}
+    repos = {REPO: several, "org/none": {"x.txt": b""}, "org/whole": official}
     with HubServer(repos) as hub, using(hub, home):
         assert refusal("info", REPO) == (
             "org/model has 7 files of weights; give one as org/model:a.safetensors, org/model:b.safetensors, "
@@ -198,14 +198,48 @@ def test_a_damaged_header_of_the_hub_is_said_of_the_repo(home):
     assert message.startswith(f"{REPO} is not a safetensors file")
 
 
-def test_what_a_header_of_the_hub_does_not_tell(home):
-    stored = in_nf4(FOUR).infos
-    with HubServer({REPO: {"a.safetensors": header(stored)}}) as hub, using(hub, home):
-        data, size = hub.repos[REPO].files["a.safetensors"], sum(info.nbytes for info in stored.values())
-        sibling = {"rfilename": "a.safetensors", "size": len(data) + size, "blobId": "0" * 40}
-        hub.publish({"sha": hub.repos[REPO].commit, "siblings": [sibling]})
-        message = refusal("info", REPO)
-    assert message == f"{REPO} is quantized by bitsandbytes, of which a header says too little; fetch it"
+@pytest.fixture
+def sparse(home):
+    """Gives a hub whose repo holds a local file that takes no space."""
+
+    @contextmanager
+    def serving(path):
+        def answer(handler):
+            first, last = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+            with path.open("rb") as file:
+                file.seek(first)
+                data = file.read(last + 1 - first)
+            handler.answer(206, {"Content-Range": f"bytes {first}-{last}/*", "Content-Length": len(data)}, data)
+            hub.sent[path.name] += len(data)
+
+        with HubServer({REPO: {path.name: b""}}) as hub, using(hub, home):
+            siblings = [{"rfilename": path.name, "size": path.stat().st_size, "blobId": "0" * 40}]
+            hub.publish({"sha": hub.repos[REPO].commit, "siblings": siblings})
+            hub.script(path.name, answer)
+            yield hub
+
+    return serving
+
+
+def test_what_bitsandbytes_says_in_small_tensors_is_fetched_with_the_header(sparse):
+    path = write(Path("a.safetensors"), in_nf4(FOUR, lambda name: name.startswith("double_blocks.0.")))
+    with sparse(path) as hub:
+        lines = done("info", REPO).stdout.splitlines()
+        assert lines[0] == f"{REPO}: transformer of FLUX.2"
+        assert lines[1:] == [*done("info", "a.safetensors").stdout.splitlines()[1:-1], lines[-1]]
+    assert any("nf4" in line for line in lines)
+    assert hub.sent[path.name] < 2 * 2**16
+
+
+def test_a_gguf_file_on_the_hub(sparse):
+    path = write_gguf(Path("flux-2-klein-4b-Q4_K_M.gguf"), FOUR, "Q4_K")
+    with sparse(path) as hub:
+        lines = done("info", f"{REPO}:{path.name}").stdout.splitlines()
+    assert lines[:2] == [
+        f"{REPO}:{path.name}: transformer of FLUX.2 klein-4b",
+        "stored     2.460 GB; 95% Q4_K, 5% bf16",
+    ]
+    assert hub.sent[path.name] <= 2**16
 
 
 def test_a_gguf_file():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.store import checkpoints
+from flux2_mlx.store import stock
 from flux2_mlx.store.names import demo_folder
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -102,8 +102,8 @@ def test_where_parts_were_taken_from_is_kept(transformer, converted, folder):
 
 
 def test_a_file_is_a_model_for_all_commands(transformer, converted, folder, caplog, monkeypatch):
-    opened, open_source = [], checkpoints.open_source
-    monkeypatch.setattr(checkpoints, "open_source", lambda *a, **k: opened.append(a) or open_source(*a, **k))
+    opened, open_source = [], stock.open_source
+    monkeypatch.setattr(stock, "open_source", lambda *a, **k: opened.append(a) or open_source(*a, **k))
     done("t2i", PROMPT, *SMALL, "-m", transformer, "--text-quant", "bf16", "--seed", "1", "-o", "a.png")
     assert len(opened) == len(caplog.messages) == 1
     done("t2i", PROMPT, "-m", "demo", *SMALL, "--seed", "1", "-o", "b.png")
@@ -297,11 +297,6 @@ def test_damage_to_what_is_taken_is_seen(transformer, folder):
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "is damaged, convert the model again" in refusal("convert", transformer, "made", "--text-quant", "bf16")
-
-
-def test_parts_of_a_model_on_the_hub(transformer):
-    message = refusal("convert", "klein-4b", "made", "--transformer", transformer)
-    assert message.startswith("klein-4b is on the Hub; download it first")
 
 
 @pytest.mark.parametrize("given", [{"transformer": Path("none.safetensors")}, {"tokenizer": Path("none")}])

@@ -63,12 +63,11 @@ UNQUANTIZED = "which becomes qint8 or qint4 here"
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.gguf", "README.md"], ": it holds GGUF files, whose quantized weights are not read (a.gguf); give the "
-         f"model that they were made from, {UNQUANTIZED}"),
+        (["b.gguf", "a.gguf"], ": it holds files of weights; give one of them by its name behind a colon (:a.gguf)"),
         (["pytorch_lora_weights.safetensors"], ": it holds an adapter (LoRA), which is not read "
          "(pytorch_lora_weights.safetensors); give the model that it was made for"),
-        (["flux-2.safetensors"], ": it holds single files of weights (flux-2.safetensors); give the whole model as "
-         "another repo or a folder"),
+        (["flux-2.safetensors"], ": it holds files of weights; give one of them by its name behind a colon "
+         "(:flux-2.safetensors)"),
         (["transformer/0.safetensors", "transformer/model.safetensors.index.json"],
          f", as mflux saves a model; give the one that it was made from, {UNQUANTIZED}"),
         (["transformer/config.json", "vae/a.safetensors"], "; give the repo of the model that it was made from"),

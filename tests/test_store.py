@@ -59,7 +59,7 @@ NAMES: dict[str, tuple[str, str] | str] = {
     "hf.co/me/tune": TUNE,
     "hf://Me/Tune": ("repo", "Me/Tune"),
     f"{HUB}me/tune/tree/v2": "is a part of me/tune or another revision; give me/tune",
-    f"{HUB}me/tune/blob/main/x.safetensors": "is a part of me/tune or another revision; give me/tune",
+    f"{HUB}me/tune/blob/v2/x.safetensors": "is a part of me/tune or another revision; give me/tune",
     f"{HUB}datasets/me/tune": "is not the page of a model; give it as owner/name",
     f"{HUB}me": "is not the page of a model; give it as owner/name",
     "https://user:secret@example.org/me/tune": "https://example.org/me/tune is no address of Hugging Face; download",
@@ -140,7 +140,8 @@ def place(models, monkeypatch):
 
     monkeypatch.setattr("flux2_mlx.hub.fetch", door("repo"))
     monkeypatch.setattr(Source, "open", door("source"))
-    monkeypatch.setattr("flux2_mlx.store.stock.assembled", door("source"))
+    for room in ("stock", "gathering"):
+        monkeypatch.setattr(f"flux2_mlx.store.{room}.assembled", door("source"))
     monkeypatch.setattr("flux2_mlx.store.identification.identify_files", door("source"))
     monkeypatch.setattr(Checkpoint, "open", door("checkpoint"))
     for room in ("flux2_mlx.store", "flux2_mlx.store.stock"):

@@ -114,7 +114,7 @@ def test_just_enough_disk(source, home, monkeypatch):
     told = []
     with HubServer({REPO: source}) as hub, using(hub, home):
         find_checkpoint(REPO, **NAMED, announce=told.append)
-    needed = told[0].download.remaining + told[0].converted
+    needed = told[0].downloads[0].remaining + told[0].converted
     shutil.rmtree(home)
     shutil.rmtree(told[0].target)
     free_space(monkeypatch, needed - 1)
@@ -163,14 +163,14 @@ def test_too_little_memory_for_the_run_that_is_asked_for(source, home):
 
 
 def test_a_long_header_is_read_to_its_end(source, home, monkeypatch):
-    monkeypatch.setattr(flux2_mlx.hub.repo, "_START", 16)
+    monkeypatch.setattr(flux2_mlx.hub.outline, "_START", 16)
     edit_weights(source / WEIGHTS["vae"], lambda tensors: tensors.pop("decoder.conv_in.weight"))
     with HubServer({REPO: source}) as hub, using(hub, home):
         with pytest.raises(CheckpointError, match=r"missing decoder\.conv_in\.weight"):
             find_checkpoint(REPO, **NAMED)
         for name in WEIGHTS.values():
             length = 8 + int.from_bytes((source / name).read_bytes()[:8], "little")
-            assert hub.sent[name] == 16 + length
+            assert hub.sent[name] == length
 
 
 def test_a_server_that_knows_no_ranges(source, home):
@@ -189,7 +189,7 @@ def test_weights_that_a_conversion_does_not_read_are_not_fetched(source, home):
     with HubServer({REPO: source}) as hub, using(hub, home):
         find_checkpoint(REPO, **NAMED, announce=told.append)
         assert hub.sent["text_encoder/consolidated.safetensors"] <= START
-    assert "text_encoder/consolidated.safetensors" not in told[0].download.files
+    assert "text_encoder/consolidated.safetensors" not in told[0].downloads[0].files
 
 
 def test_what_is_told_is_what_happens(source, home, models):
@@ -203,16 +203,16 @@ def test_what_is_told_is_what_happens(source, home, models):
         target = find_checkpoint(REPO, **NAMED, **options)
         repo = hub.repos[REPO]
     (use,) = told
-    total = sum(blob.size for blob in use.download.files.values())
-    assert (use.licence, use.target, use.keep_source) == ("flux-dev", target, True)
-    assert (use.download.size, use.present, use.download.storage) == (total, 10**7, storage(home))
+    total = sum(blob.size for blob in use.downloads[0].files.values())
+    assert (use.downloads[0].licence, use.target, use.keep_source) == ("flux-dev", target, True)
+    assert (use.downloads[0].size, use.downloads[0].present, use.downloads[0].storage) == (total, 10**7, storage(home))
     weights = [path.stat().st_size for path in target.rglob("*.safetensors")]
     assert 0 <= sum(weights) - use.converted < 100_000  # headers
     assert use.staying == use.converted + total
     assert {what for *_, what in reports} == {"download", "convert"}
     fetching = [report[:2] for report in reports if report[2] == "download"]
     assert fetching[-1] == (total, total)
-    assert set(repo.files) >= set(use.download.files)
+    assert set(repo.files) >= set(use.downloads[0].files)
 
 
 def test_a_text_only_use_checks_and_fetches_what_it_needs(source, home):
@@ -221,7 +221,7 @@ def test_a_text_only_use_checks_and_fetches_what_it_needs(source, home):
     with HubServer({REPO: source}) as hub, using(hub, home):
         find_checkpoint(REPO, **NAMED, text_only=True, announce=told.append)
         assert WEIGHTS["transformer"] not in hub.sent
-    assert [name for name in told[0].download.files if name.endswith(".safetensors")] == [WEIGHTS["text_encoder"]]
+    assert [name for name in told[0].downloads[0].files if name.endswith(".safetensors")] == [WEIGHTS["text_encoder"]]
 
 
 def test_what_a_check_raises_comes_before_any_weight(source, home):
@@ -247,5 +247,5 @@ def test_a_complete_copy_in_the_cache_is_announced_as_there(source, home, tmp_pa
     with HubServer({REPO: source}) as hub, using(hub, home):
         for name in ("a", "b"):
             acquire(REPO, tmp_path / name, "bf16", "bf16", **NAMED, announce=told.append)
-    assert [use.present for use in told] == [0, told[0].download.size]
-    assert told[1].removed == told[1].download.remaining == 0
+    assert [use.downloads[0].present for use in told] == [0, told[0].downloads[0].size]
+    assert told[1].removed == told[1].downloads[0].remaining == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files, Tensors, raise_problems, read_header
 
-from . import bitsandbytes, fp8, mlx, nvfp4, quanto, torchao
+from . import bitsandbytes, fp8, mlx, nvfp4, outline, quanto, torchao
 from .gguf import Gguf, split_files
 from .gguf import read_header as read_gguf_header
 from .packed import NO_SHAPES, Packed, Shapes, Unpacked
@@ -19,7 +19,7 @@ __all__ = [
     "Gguf",
     "Packed",
     "Unpacked",
-    "needs_payload",
+    "outline",
     "plain",
     "starts",
     "unpacked",
@@ -73,11 +73,6 @@ def starts(path: Path) -> list[int]:
         return [stored.offset for stored in read_gguf_header(path)[1].values()]
     sizes = [info.nbytes for info in read_header(path).values()]
     return [*accumulate(sizes[:-1], initial=path.stat().st_size - sum(sizes))]
-
-
-def needs_payload(paths: Sequence[Path]) -> bool:
-    """Whether headers alone do not say what is in these safetensors files."""
-    return any(bitsandbytes.STATE in name for name in Files(paths).infos)
 
 
 def usual_quant(tensors: Tensors) -> str:

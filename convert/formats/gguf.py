@@ -9,12 +9,14 @@ Headers are parsed here and not by the `gguf` library, whose reader believes wha
 offsets and makes an object of each token of a vocabulary. What blocks of quantized weights mean is the library's part.
 """
 
+import io
 import math
 import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -167,6 +169,15 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
             raise CheckpointError(f"can't read {path}: {error.strerror}") from error
         except (ValueError, struct.error) as error:
             raise CheckpointError(f"can't read {path} as a GGUF file: {error}") from error
+
+
+def header_length(start: bytes, size: int) -> int:
+    """The bytes that the header takes of a file of `size` that begins with `start`: more than are there, where it goes
+    on behind that. What is wrong with it is said by who reads it."""
+    header = _Header(io.BytesIO(start), size)
+    with suppress(ValueError, struct.error):
+        _parse(header, Path())
+    return header.position
 
 
 class _Header:

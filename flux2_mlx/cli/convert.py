@@ -9,18 +9,16 @@ from .progress import Bars, source_notice
 from .terminal import print_result
 from .wakefulness import caffeinate_option
 
-_PLACE = click.Path(path_type=Path)
-
 
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @weight_options
 @variant_option
-@click.option("--transformer", type=_PLACE, help="Where the transformer is, if not in SOURCE.")
-@click.option("--text-encoder", type=_PLACE, help="Where the text encoder is, if not in SOURCE.")
-@click.option("--vae", type=_PLACE, help="Where the VAE is, if not in SOURCE.")
-@click.option("--tokenizer", type=_PLACE, help="Folder of tokenizer.json, if it is not in SOURCE.")
+@click.option("--transformer", metavar="PART", help="Where the transformer is, if not in SOURCE.")
+@click.option("--text-encoder", metavar="PART", help="Where the text encoder is, if not in SOURCE.")
+@click.option("--vae", metavar="PART", help="Where the VAE is, if not in SOURCE.")
+@click.option("--tokenizer", metavar="PART", help="Where the tokenizer is, if not in SOURCE.")
 @keep_source_option
 @click.option("--force", is_flag=True, help="Replace an MLX checkpoint at TARGET.")
 @quiet_option
@@ -38,16 +36,19 @@ def convert(
 ) -> None:
     """Convert SOURCE into an MLX checkpoint folder TARGET.
 
-    SOURCE is a model's name, a Hugging Face repo id, a folder in the diffusers layout, a .safetensors file of one or
-    several parts, or an MLX checkpoint in bf16 that is to have fewer bits; it means the same as MODEL does for the
-    other commands. Parts that are elsewhere are files or folders given by their options; what a file lacks then is
-    taken from a converted model of the same geometry.
+    SOURCE is a model's name, a Hugging Face repo id, a folder in the diffusers layout, a .safetensors or .gguf file of
+    one or several parts, REPO:FILE for one on the Hub, or an MLX checkpoint in bf16 that is to have fewer bits; it
+    means the same as MODEL does for the other commands.
+
+    A PART that is elsewhere is a file, a folder, a repo id or REPO:FILE. What is nowhere given is taken from a
+    converted model of the same geometry, or else from the official repo: only those files, which are told first.
 
     \b
     Examples:
       flux2-mlx convert klein-4b klein-4b-q8 -q qint8
       flux2-mlx convert klein-4b-bf16 klein-4b-q4 -q qint4
       flux2-mlx convert finetune.safetensors mine -q qint8
+      flux2-mlx convert owner/name:model-Q4_K_M.gguf mine --text-encoder Qwen/Qwen3-4B
     """
     from ..store import convert_model
 

@@ -116,16 +116,16 @@ def _about_a_model(option: str) -> click.UsageError:
 
 def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
     """What `model` is if it is weights of something; None: a whole model, or one that is `planned` for."""
-    from ..store import REPO, SOURCE, conversions, resolve
-    from ..store.identification import identify_files, identify_repo, is_weights, repo_file
+    from ..store import FILE, REPO, SOURCE, conversions, resolve
+    from ..store.identification import identify_files, identify_repo, is_weights
 
-    if named := repo_file(model):
+    resolved = resolve(model, models_dir)
+    if resolved.kind == FILE and not conversions(resolved, models_dir):
         if planned:
             raise _about_a_model(planned[0])
-        return identify_repo(*named, variant)
+        return identify_repo(str(resolved.repo), resolved.file, variant)
     if planned:
         return None
-    resolved = resolve(model, models_dir)
     if resolved.kind == SOURCE and is_weights(resolved.place):
         return identify_files(resolved.place, model, variant, models_dir)
     if resolved.kind == REPO and resolved.repo and not conversions(resolved, models_dir):

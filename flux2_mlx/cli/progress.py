@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..layout import INDEX
 from .terminal import line, printable, said
 
 if TYPE_CHECKING:
-    from ..store import FirstUse, Model
+    from ..store import Download, FirstUse, Model
 
 _LABELS = {
     "text_encoder": "text encoder",
@@ -137,21 +138,31 @@ class _Lines:
 
 def announcement(use: "FirstUse") -> list[str]:
     """The lines that say what a first use does."""
-    download, target = use.download, use.target
-    there = "all" if use.present == download.size else size_text(use.present)
-    there = f", {there} of it already there" if use.present else ""
+    rows = [row for download in use.downloads for row in _fetched(download)]
+    fetched = sum(download.fetched for download in use.downloads)
     if use.removed:
         stays = f", once the {size_text(use.removed)} fetched now are removed"
     else:
-        stays = f"; --no-keep-source removes the {size_text(download.fetched)} fetched now" if download.fetched else ""
-    rows = {
-        "from": download.page,
-        "licence": use.licence or "see that page",
-        "download": f"{size_text(download.size)} in {len(download.files)} files{there}, to {download.storage}",
-        "converted": f"{size_text(use.converted)}, to {target}; later runs need only this",
-        "stays": f"{size_text(use.staying)} in all{stays}",
-    }
-    return [f"{download.repo_id} is not converted yet:", *(f"  {key:11}{line(text)}" for key, text in rows.items())]
+        stays = f"; --no-keep-source removes the {size_text(fetched)} fetched now" if fetched else ""
+    rows += [
+        ("converted", f"{size_text(use.converted)}, to {use.target}; later runs need only this"),
+        ("stays", f"{size_text(use.staying)} in all{stays}"),
+    ]
+    return [f"{line(use.name)} is not converted yet:", *(f"  {key:11}{line(text)}" for key, text in rows)]
+
+
+def _fetched(download: "Download") -> list[tuple[str, str]]:
+    """What is to be said of the files of a repo."""
+    there = "all" if download.present == download.size else size_text(download.present)
+    there = f", {there} of it already there" if download.present else ""
+    gated = "; gated, and this account has access" if download.is_gated else ""
+    names = [] if INDEX in download.files else [("files", ", ".join(download.files))]
+    return [
+        ("from", download.page),
+        ("licence", f"{download.licence or 'see that page'}{gated}"),
+        *names,
+        ("download", f"{size_text(download.size)} in {len(download.files)} files{there}, to {download.storage}"),
+    ]
 
 
 def size_text(nbytes: int) -> str:

@@ -2,11 +2,15 @@
 
 from .cache import PARTIAL, Download, is_needed, is_weight, remove_empty, remove_files, snapshot_files, storage_of
 from .downloads import remove_partial
+from .errors import UnindexedError
 from .repo import cache_folder, fetch, header, is_repo_id
+from .selection import Selection, select
 
 __all__ = [
     "PARTIAL",
     "Download",
+    "Selection",
+    "UnindexedError",
     "cache_folder",
     "fetch",
     "header",
@@ -16,6 +20,7 @@ __all__ = [
     "remove_empty",
     "remove_files",
     "remove_partial",
+    "select",
     "snapshot_files",
     "storage_of",
 ]

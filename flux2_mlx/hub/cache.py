@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import DownloadError
 from ..files import write
-from ..layout import INDEX, PARTS, PICKLES, WRITING_PARTS
+from ..layout import INDEX, PARTS, PICKLES, WEIGHTS, WRITING_PARTS
 from .downloads import Blob, remove_partial
 
 FOLDERS = (*PARTS, "tokenizer", "scheduler")
@@ -27,25 +27,20 @@ def is_needed(name: str) -> bool:
 
 
 def is_weight(name: str) -> bool:
-    return name.endswith(".safetensors")
+    return name.endswith(WEIGHTS)
 
 
 def described(names: Collection[str]) -> str:
     """What a repo without an index holds by the names of its files, and what to do, as the end of a sentence."""
-    weights = [name for name in names if is_weight(name)]
+    weights = sorted(filter(is_weight, names))
     if "transformer/model.safetensors.index.json" in names and "transformer/config.json" not in names:
         return ", as mflux saves a model; give the one that it was made from, which becomes qint8 or qint4 here"
     if "transformer/config.json" in names:
         return "; give the repo of the model that it was made from"
-    if gguf := [name for name in names if name.endswith(".gguf")]:
-        what = f"GGUF files, whose quantized weights are not read ({gguf[0][:80]})"
-        return f": it holds {what}; give the model that they were made from, which becomes qint8 or qint4 here"
     if adapter := next((name for name in weights if "lora" in name.lower() or "adapter" in name.lower()), None):
         return f": it holds an adapter (LoRA), which is not read ({adapter[:80]}); give the model that it was made for"
     if weights:
-        return (
-            f": it holds single files of weights ({weights[0][:80]}); give the whole model as another repo or a folder"
-        )
+        return f": it holds files of weights; give one of them by its name behind a colon (:{weights[0][:80]})"
     if pickle := next((name for name in names if name.endswith(PICKLES)), None):
         return f": it holds pickles, which could run code ({pickle[:80]}); give a repo with .safetensors files"
     return " and holds no weights; give another repo id"
@@ -69,7 +64,8 @@ def storage_of(cache: Path, repo_id: str) -> Path:
 class Download:
     """Files of a repo at a commit, and what the cache lacks of them. Sizes are in bytes.
 
-    `page` is the repo's address and `licence` what it says of its licence, if anything. `missing` are the files that
+    `page` is the repo's address, `licence` what it says of its licence, if anything, and `is_gated` whether only who
+    has accepted that may have the files. `missing` are the files that
     are not in the cache, `arrived` what an earlier call left of each, `branch` the commit that the cache knew before.
     `brought` are those that this process has fetched by now, `linked` those of another
     snapshot that it has put into this one.
@@ -84,12 +80,21 @@ class Download:
     missing: tuple[str, ...]
     arrived: Mapping[str, int]
     branch: str | None
+    is_gated: bool = False
     brought: set[str] = field(default_factory=set)
     linked: set[str] = field(default_factory=set)
 
     @classmethod
     def of(
-        cls, repo_id: str, page: str, licence: str | None, commit: str, storage: Path, files: Mapping[str, Blob]
+        cls,
+        repo_id: str,
+        page: str,
+        licence: str | None,
+        commit: str,
+        storage: Path,
+        files: Mapping[str, Blob],
+        *,
+        is_gated: bool = False,
     ) -> "Download":
         """Compare the `files` of a repo with what its `storage` holds; what is there in a file's place is deleted."""
         snapshot = storage / "snapshots" / commit
@@ -97,7 +102,7 @@ class Download:
         partials = {name: _partial(storage, files[name]) for name in missing}
         arrived = {name: min(path.stat().st_size, files[name].size) for name, path in partials.items() if path.exists()}
         branch = read_branch(storage)
-        return cls(repo_id, page, licence, commit, storage, files, missing, arrived, branch)
+        return cls(repo_id, page, licence, commit, storage, files, missing, arrived, branch, is_gated)
 
     def without_weights(self, unused: Collection[str]) -> "Download":
         """This download without the files that are `unused`."""
@@ -112,6 +117,11 @@ class Download:
     def remaining(self) -> int:
         """What is still to be fetched."""
         return sum(self.files[name].size - self.arrived.get(name, 0) for name in self.missing)
+
+    @property
+    def present(self) -> int:
+        """What is there already."""
+        return self.size - self.remaining
 
     @property
     def fetched(self) -> int:
@@ -145,10 +155,13 @@ class Download:
         except OSError:  # as the Hub's library does it on a disk without links
             os.replace(self.blob(name), path)
 
-    def record(self) -> None:
-        """Note that the branch is at this commit, for offline look-ups, and drop what was fetched of older ones."""
+    def record(self, *, all_wanted: bool) -> None:
+        """Note that the branch is at this commit, for offline look-ups. If these files are all that is wanted of the
+        repo, drop what was fetched in part of older ones."""
         if read_branch(self.storage) != self.commit:
             _write_branch(self.storage, self.commit)
+        if not all_wanted:
+            return
         listed = {blob.digest for blob in self.files.values()}
         for partial in (self.storage / "blobs").glob(f"*{PARTIAL}"):
             if partial.name.removesuffix(PARTIAL) not in listed:

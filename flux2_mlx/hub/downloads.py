@@ -88,18 +88,22 @@ def read(url: str, headers: Mapping[str, str], limit: int) -> bytes:
     return bytes(body)
 
 
-def read_start(url: str, headers: Mapping[str, str], count: int) -> bytes:
-    """Return the first `count` bytes of a file, or all of one that is shorter."""
+def read_range(url: str, headers: Mapping[str, str], start: int, end: int) -> bytes:
+    """Return the bytes of a file from `start` to `end`, or up to its end.
+
+    Raises:
+        RefusedError, BrokenError: the server does not send them.
+    """
     waits = iter(_WAITS)
     while True:
         body = bytearray()
         try:
-            with closing(_pieces(url, headers, end=count)) as pieces, suppress(_UnannouncedError):
-                for _, piece in pieces:
-                    body += piece
-                    if len(body) >= count:  # where the server knows no ranges, all would come
+            with closing(_pieces(url, headers, start, end)) as pieces, suppress(_UnannouncedError):
+                for offset, piece in pieces:  # from the first byte on, and all, where the server knows no ranges
+                    body += piece[max(0, start - offset) :]
+                    if len(body) >= end - start:
                         break
-            return bytes(body[:count])
+            return bytes(body[: end - start])
         except (BrokenError, RefusedError) as error:
             wait = next(waits, None)
             if wait is None or not _may_pass(error):

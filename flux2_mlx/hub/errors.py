@@ -1,11 +1,20 @@
 """Whom downloads ask, and what to say of what goes wrong there."""
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import DownloadError
 from .downloads import BrokenError, DamagedError, RefusedError, first_line, quoted, redacted
+
+
+class UnindexedError(DownloadError):
+    """A repo holds no whole model in the layout of diffusers, but files of these `names`."""
+
+    def __init__(self, message: str, names: Collection[str]):
+        super().__init__(message)
+        self.names = names
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@
 
 import json
 import logging
-import os
 import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,6 @@ from ..errors import DownloadError, Flux2Error
 from ..exclusion import exclude_from_backups
 from ..files import Claim
 from ..layout import INDEX
-from ..weights import HEADER_LIMIT, POINTER
 from .cache import (
     Download,
     described,
@@ -42,21 +39,22 @@ from .downloads import (
     first_line,
     quoted,
     read,
-    read_start,
 )
-from .errors import Hub, explain_download, explain_listing
+from .errors import Hub, UnindexedError, explain_download, explain_listing
+from .outline import Pieces, header_only, outline, url_of, write_outline
 
 _logger = logging.getLogger(__name__)
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.(?:git|gguf|safetensors)$)){_NAME}/{_NAME}")
 # A file of weights anywhere in a repo.
-_SINGLE = re.compile(r"(?:[A-Za-z0-9_][ -.0-\[\]-~]{0,199}/){0,5}[A-Za-z0-9_][ -.0-\[\]-~]{0,199}\.safetensors")
+_SINGLE = re.compile(
+    r"(?:[A-Za-z0-9_][ -.0-\[\]-~]{0,199}/){0,5}[A-Za-z0-9_][ -.0-\[\]-~]{0,199}\.(?:safetensors|gguf)"
+)
 _SOME = 5
-_UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError, RecursionError)
+UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError, RecursionError)
 _LISTING = 4_000_000  # bytes; that of FLUX.2-dev has some 50,000
 _LARGEST = 10**15  # bytes
-_START = 1 << 16  # bytes; the header of a file of FLUX.2 has at most 50,000
 _LICENCE = 80  # characters
 # Hears the folder of an outline and what is to be fetched, and gives what of it is needed.
 Check = Callable[[Path, Download], Download]
@@ -68,7 +66,14 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None
 
 
-def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, progress: Report | None = None) -> Path:
+def fetch(
+    repo_id: str,
+    *,
+    text_only: bool = False,
+    check: Check | None = None,
+    progress: Report | None = None,
+    pieces: Pieces = header_only,
+) -> Path:
     """Fetch what a conversion of a diffusers-layout repo needs, check it, and return its folder in the cache.
 
     What the cache already holds is not fetched again, and a file goes on where an earlier call was stopped.
@@ -78,67 +83,71 @@ def fetch(repo_id: str, *, text_only: bool = False, check: Check | None = None, 
         repo_id: `owner/name`.
         text_only: leave out the weights of the transformer and the VAE.
         check: called before the first weight, unless nobody can be asked. Its folder is an outline of the model:
-            small files as they are, and weights of the right size with nothing but their headers in them.
+            small files as they are, and weights of the right size with nothing in them but these `pieces`.
         progress: called with the bytes that are there and those in all.
+        pieces: what of a file tells what it holds.
 
     Raises:
+        UnindexedError: it is no whole model.
         DownloadError: unknown or gated repo, refused token, no or a slow connection, full disk, or a damaged file.
         Flux2Error: what `check` raises.
     """
     if not _REPO_ID.fullmatch(repo_id):
         raise DownloadError(f"{repo_id!r} is no Hugging Face repo id; give it as owner/name")
-    hub, offline = _open()
+    hub, offline = open_hub()
     if offline:
         if folder := _find_cached(repo_id, text_only):
             return folder
         absent = f"{repo_id} is not complete in the cache {hub.cache} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
-        listed = _parse(_list(hub, repo_id), is_needed)
-    except _UNLISTED as error:
+        listed = list_files(hub, repo_id, is_needed)
+    except UNLISTED as error:
         reason = explain_listing(error, hub, repo_id)
         if folder := _find_cached(repo_id, text_only):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
         raise DownloadError(reason) from error
     if INDEX not in listed.files:
-        what = described([*listed.files, *listed.others])
-        raise DownloadError(f"{repo_id} has no {INDEX}, so it is no model in the diffusers layout{what}")
+        names = [*listed.files, *listed.others]
+        wrong = f"{repo_id} has no {INDEX}, so it is no model in the diffusers layout{described(names)}"
+        raise UnindexedError(wrong, names)
     if pickled := next(pickled_parts(listed.files, listed.others), None):
         raise DownloadError(
             f"{repo_id}/{pickled} holds pickles, which could run code; give a repo with .safetensors files"
         )
     try:
         with Claim(storage_of(hub.cache, repo_id), make=True):
-            return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress)
+            return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress, pieces)
     except (RefusedError, BrokenError, DamagedError, OSError) as error:
         raise DownloadError(explain_download(error, hub, repo_id)) from error
 
 
 @contextmanager
-def header(repo_id: str, file: str | None = None) -> Iterator[tuple[Path, bool]]:
+def header(repo_id: str, file: str | None = None, pieces: Pieces = header_only) -> Iterator[Path]:
     """A file of weights of a repo as it is in the cache, or else one of its name and size that takes no space and
-    holds nothing but its header, which alone is fetched; and whether it is whole.
+    holds nothing but these pieces, which alone are fetched.
 
     Args:
         repo_id: `owner/name`.
         file: its name in the repo; None: the only one that there is.
+        pieces: what of a file tells what it holds.
 
     Raises:
         DownloadError: it is not there, can't be fetched, or is one of several or of a whole model.
     """
-    if file is not None and not _is_single(file):
-        wrong = f"{repo_id}:{file:.200} is no .safetensors file, of which the header could be fetched alone"
+    if file is not None and not is_single(file):
+        wrong = f"{repo_id}:{file:.200} is no .safetensors or .gguf file, of which the header could be fetched alone"
         raise DownloadError(f"{wrong}; download it and give its path")
-    hub, offline = _open()
+    hub, offline = open_hub()
     if file and (cached := _cached_file(repo_id, file)):
-        yield cached, True
+        yield cached
         return
     if offline:
         raise DownloadError(f"{file or repo_id} is not in the cache {hub.cache} and offline mode is on")
     try:
-        listed = _parse(_list(hub, repo_id), _is_single)
-    except _UNLISTED as error:
+        listed = list_files(hub, repo_id, is_single)
+    except UNLISTED as error:
         raise DownloadError(explain_listing(error, hub, repo_id)) from error
     name = _chosen(repo_id, listed, file)
     page, storage = f"{hub.shown}/{repo_id}", storage_of(hub.cache, repo_id)
@@ -146,10 +155,10 @@ def header(repo_id: str, file: str | None = None) -> Iterator[tuple[Path, bool]]
     with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as folder:
         path = Path(folder, name.rpartition("/")[2])
         try:
-            _write_header(hub, wanted, name, path)
+            write_outline(hub, wanted, name, path, pieces)
         except (RefusedError, BrokenError, DamagedError, OSError) as error:
             raise DownloadError(explain_download(error, hub, repo_id)) from error
-        yield path, False
+        yield path
 
 
 def _cached_file(repo_id: str, file: str) -> Path | None:
@@ -162,7 +171,7 @@ def _cached_file(repo_id: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _is_single(name: str) -> bool:
+def is_single(name: str) -> bool:
     return _SINGLE.fullmatch(name) is not None
 
 
@@ -173,7 +182,7 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE).absolute()
 
 
-def _open() -> tuple[Hub, bool]:
+def open_hub() -> tuple[Hub, bool]:
     """Return the hub that the environment names, and whether it must not be asked."""
     try:
         from huggingface_hub import constants, get_token
@@ -199,18 +208,22 @@ def _open() -> tuple[Hub, bool]:
 
 
 @dataclass(frozen=True)
-class _Listing:
+class Listing:
+    """What a repo holds at a commit: the wanted files, and the names of the others."""
+
     commit: str
     licence: str | None
+    is_gated: bool
     files: dict[str, Blob]
     others: list[str]
 
 
-def _list(hub: Hub, repo_id: str) -> bytes:
-    return read(f"{hub.endpoint}/api/models/{repo_id}?blobs=true", hub.headers, _LISTING)
+def list_files(hub: Hub, repo_id: str, is_wanted: Callable[[str], bool]) -> Listing:
+    """The wanted files of a repo, of which there may be none; raises one of `UNLISTED`."""
+    return _parse(read(f"{hub.endpoint}/api/models/{repo_id}?blobs=true", hub.headers, _LISTING), is_wanted)
 
 
-def _parse(listing: bytes, is_wanted: Callable[[str], bool]) -> _Listing:
+def _parse(listing: bytes, is_wanted: Callable[[str], bool]) -> Listing:
     """Return the commit and the wanted files of a repo; raise ValueError for whatever no hub would list."""
     info = json.loads(listing)
     commit, siblings = _get(info, "sha", str), _get(info, "siblings", list)
@@ -234,7 +247,7 @@ def _parse(listing: bytes, is_wanted: Callable[[str], bool]) -> _Listing:
         if not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
             raise ValueError(f"{name} with hash {digest!r}")
         files[name] = Blob(size, digest)
-    return _Listing(commit, _licence(info.get("cardData")), files, others)
+    return Listing(commit, _licence(info.get("cardData")), bool(info.get("gated")), files, others)
 
 
 def _licence(card: Any) -> str | None:
@@ -250,7 +263,7 @@ def _get(entry: Any, key: str, kind: type) -> Any:
     return value
 
 
-def _chosen(repo_id: str, listed: _Listing, file: str | None) -> str:
+def _chosen(repo_id: str, listed: Listing, file: str | None) -> str:
     """The file of weights that is meant."""
     names = sorted(listed.files)
     if file is None and INDEX in listed.others:
@@ -281,32 +294,51 @@ def _shards(table: Path) -> list[str]:
     return [str(shard) for shard in _get(json.loads(table.read_bytes()), "weight_map", dict).values()]
 
 
-def _planned(hub: Hub, repo_id: str, listed: _Listing, text_only: bool) -> Download:
+def _planned(hub: Hub, repo_id: str, listed: Listing, text_only: bool) -> Download:
     def is_read(name: str) -> bool:
         return not (text_only and is_weight(name)) or name.startswith("text_encoder/")
 
     # Small ones first, so that what goes wrong goes wrong early.
     names = sorted(filter(is_read, listed.files), key=lambda name: (is_weight(name), listed.files[name].size))
     files = {name: listed.files[name] for name in names}
+    return download_of(hub, repo_id, listed, files)
+
+
+def download_of(hub: Hub, repo_id: str, listed: Listing, files: Mapping[str, Blob]) -> Download:
+    """The download of some `files` of a repo."""
     storage = storage_of(hub.cache, repo_id)
-    return Download.of(repo_id, f"{hub.shown}/{repo_id}", listed.licence, listed.commit, storage, files)
+    return Download.of(
+        repo_id, f"{hub.shown}/{repo_id}", listed.licence, listed.commit, storage, files, is_gated=listed.is_gated
+    )
 
 
-def _download(hub: Hub, wanted: Download, check: Check | None, progress: Report | None) -> Path:
-    _check_space(wanted.repo_id, wanted.remaining, hub.cache)
+def _download(hub: Hub, wanted: Download, check: Check | None, progress: Report | None, pieces: Pieces) -> Path:
+    prepare(hub, wanted)
+    if check:
+        with outline(hub, wanted, pieces) as folder:
+            try:
+                wanted = check(folder, wanted)
+            except Flux2Error as error:
+                raise type(error)(str(error).replace(str(folder), wanted.repo_id)) from error
+    bring_weights(hub, wanted, progress)
+    wanted.record(all_wanted=True)  # only now is everything there
+    return wanted.snapshot
+
+
+def prepare(hub: Hub, wanted: Download) -> None:
+    """Make place in the cache, and bring what is small, or there already."""
+    check_space(wanted.repo_id, wanted.remaining, hub.cache)
     is_new = not (wanted.storage / "blobs").exists()
     make_folder(wanted.storage / "blobs", wanted.storage)
     if is_new:  # what others have fetched is theirs
         exclude_from_backups(wanted.storage)
     for name in wanted.files:
         if not is_weight(name) or name not in wanted.missing:
-            _fetch(hub, wanted, name, lambda _: None)
-    if check:
-        with _outline(hub, wanted) as folder:
-            try:
-                wanted = check(folder, wanted)
-            except Flux2Error as error:
-                raise type(error)(str(error).replace(str(folder), wanted.repo_id)) from error
+            bring(hub, wanted, name, lambda _: None)
+
+
+def bring_weights(hub: Hub, wanted: Download, progress: Report | None) -> None:
+    """Bring what is missing still; `progress` hears the bytes that are there and those in all."""
     absent = [name for name in wanted.missing if is_weight(name)]
     done = wanted.size - sum(wanted.files[name].size for name in absent)
 
@@ -315,18 +347,16 @@ def _download(hub: Hub, wanted: Download, check: Check | None, progress: Report 
             progress(done + count, wanted.size)
 
     for name in absent:
-        _fetch(hub, wanted, name, report)
+        bring(hub, wanted, name, report)
         done += wanted.files[name].size
-    wanted.record()  # only now is everything there
-    return wanted.snapshot
 
 
-def _fetch(hub: Hub, wanted: Download, name: str, report: Callable[[int], object]) -> None:
+def bring(hub: Hub, wanted: Download, name: str, report: Callable[[int], object]) -> None:
     """Bring a file into the cache, unless it is there already."""
     if name in wanted.missing:
         try:
             arguments = (hub.headers, wanted.files[name], wanted.partial(name), wanted.blob(name))
-            if download(_url(wanted, name), *arguments, report):
+            if download(url_of(wanted, name), *arguments, report):
                 wanted.brought.add(name)
         except DamagedError as error:
             problem = f"{name} arrived damaged ({error}) and was deleted; start the download again"
@@ -334,50 +364,7 @@ def _fetch(hub: Hub, wanted: Download, name: str, report: Callable[[int], object
     wanted.link(name)
 
 
-def _url(wanted: Download, name: str) -> str:
-    from huggingface_hub import hf_hub_url
-
-    return hf_hub_url(wanted.repo_id, name, revision=wanted.commit)
-
-
-@contextmanager
-def _outline(hub: Hub, wanted: Download) -> Iterator[Path]:
-    """A folder that looks like the whole snapshot to who reads no weights: what is there, and the missing weights as
-    files of their size that take no space but for their headers."""
-    with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as made:
-        folder = os.path.realpath(made)  # as messages name it
-        for name in wanted.files:
-            path = Path(folder, name)
-            path.parent.mkdir(exist_ok=True)
-            if (wanted.snapshot / name).exists():
-                path.symlink_to(wanted.snapshot / name)
-            else:
-                _write_header(hub, wanted, name, path)
-        yield Path(folder)
-
-
-def _write_header(hub: Hub, wanted: Download, name: str, path: Path) -> None:
-    """Make a file of the size of one of weights that takes no space but for its header."""
-    with path.open("wb") as file:
-        file.write(_header(hub, wanted, name))
-        file.truncate(wanted.files[name].size)
-
-
-def _header(hub: Hub, wanted: Download, name: str) -> bytes:
-    """The header of a file of weights, with its length before and maybe more after it."""
-    size, url = wanted.files[name].size, _url(wanted, name)
-    start = read_start(url, hub.headers, min(size, _START)) if size else b""
-    if start.startswith(POINTER):
-        raise DownloadError(
-            f"{wanted.repo_id} has a Git LFS pointer in place of {name}; its owner must upload the file"
-        )
-    length = 8 + struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-    if len(start) < length <= min(size, HEADER_LIMIT):
-        start = read_start(url, hub.headers, length)
-    return start
-
-
-def _check_space(repo_id: str, needed: int, cache: Path) -> None:
+def check_space(repo_id: str, needed: int, cache: Path) -> None:
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if needed > free:
         sizes = f"{repo_id} needs {needed / 1e9:.1f} GB, the disk of {cache} has {free / 1e9:.1f} GB free"

@@ -1,12 +1,15 @@
 """The store of models: what a name means, and the converted checkpoint that it stands for. Only this room calls the Hub
 and the converter."""
 
+from ..hub import Download
 from .acquisition import Announce, FirstUse, Progress
 from .adapters import open_adapter
-from .checkpoints import convert_model, find_checkpoint, make_checkpoint
+from .checkpoints import find_checkpoint
+from .conversion import convert_model, make_checkpoint
 from .names import (
     BUILT_IN,
     CHECKPOINT,
+    FILE,
     REPO,
     SOURCE,
     VARIANT,
@@ -29,15 +32,18 @@ from .stock import (
     open_source,
     sizes,
     stored_quants,
+    what_is_here,
 )
 
 __all__ = [
     "BUILT_IN",
     "CHECKPOINT",
+    "FILE",
     "REPO",
     "SOURCE",
     "VARIANT",
     "Announce",
+    "Download",
     "FirstUse",
     "Model",
     "Progress",
@@ -61,4 +67,5 @@ __all__ = [
     "sizes",
     "stored_checkpoints",
     "stored_quants",
+    "what_is_here",
 ]

@@ -3,15 +3,15 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import hub
 from ..checkpoint import Checkpoint
 from ..config import Variant
-from ..convert import Source, check_source, write_checkpoint
+from ..convert import Source, check_source, formats, write_checkpoint
 from ..errors import InputError
 from ..files import Claim
 from ..hub import Download, is_weight
@@ -26,30 +26,25 @@ Progress = Callable[[int, int, str], object]
 class FirstUse:
     """What is about to be done to have a model that was not converted yet. Sizes are in bytes.
 
-    `download` says what is fetched, `licence` what is known of its licence, `target` where the checkpoint of so many
-    `converted` bytes goes, and `keep_source` whether what was fetched stays beside it.
+    `name` is the model's, `downloads` say what is fetched of each repo and what is known of its licence, `target` where
+    the checkpoint of so many `converted` bytes goes, and `keep_source` whether what was fetched stays beside it.
     """
 
-    download: Download
-    licence: str | None
+    name: str
+    downloads: tuple[Download, ...]
     target: Path
     converted: int
     keep_source: bool
 
     @property
-    def present(self) -> int:
-        """What of the download is in the Hub's cache already."""
-        return self.download.size - self.download.remaining
-
-    @property
     def removed(self) -> int:
         """What will be removed again from the Hub's cache."""
-        return 0 if self.keep_source else self.download.fetched
+        return 0 if self.keep_source else sum(download.fetched for download in self.downloads)
 
     @property
     def staying(self) -> int:
         """What will be on the disk in the end."""
-        return self.converted + self.download.size - self.removed
+        return self.converted + sum(download.size for download in self.downloads) - self.removed
 
 
 Announce = Callable[[FirstUse], object]
@@ -101,23 +96,25 @@ def acquire(
         components = check_source(source, quant, text_quant)
         download = download.without_weights(_unread(source, download))
         converted = sum(component.nbytes for component in components.values())
-        _check_space(download, target, converted)
+        if known:
+            download = replace(download, licence=known.licence)
+        check_space([download], target, converted)
         if check:
             check(Checkpoint.outline(source.variant, quant, text_quant, components))
         if announce:
-            licence = known.licence if known else download.licence
-            announce(FirstUse(download, licence, target, converted, keep_source))
+            announce(FirstUse(repo, (download,), target, converted, keep_source))
         fetched = download
         return download
 
     with claims:
-        folder = hub.fetch(repo, text_only=text_only, check=look, progress=labelled(progress, "download"))
+        fetching = labelled(progress, "download")
+        folder = hub.fetch(repo, text_only=text_only, check=look, progress=fetching, pieces=formats.outline.pieces)
         claims.enter_context(Claim(folder.parent.parent))
         source = Source.open(folder, variant, text_only=text_only)
         converting = labelled(progress, "convert")
         convert_source(source, target, quant, text_quant, name=repo, force=force, progress=converting)
     if fetched and not keep_source:
-        _discard(fetched)
+        discard(fetched)
 
 
 def convert_source(
@@ -147,7 +144,7 @@ def convert_source(
     write_checkpoint(source, target, *source.quants(quant, text_quant), name=name, force=force, progress=progress)
 
 
-def _discard(download: Download) -> None:
+def discard(download: Download) -> None:
     """Remove what a download has brought, unless another process is just using it."""
     try:
         with Claim(download.storage, alone=True):
@@ -167,16 +164,20 @@ def _unread(source: Source, download: Download) -> set[str]:
     return {name for name in download.files if is_weight(name) and name not in read}
 
 
-def _check_space(download: Download, target: Path, converted: int) -> None:
+def check_space(downloads: Sequence[Download], target: Path, converted: int) -> None:
     """InputError if what is still to be fetched and what is converted from it do not fit on their disks."""
-    cache, models = _existing(download.storage), _existing(target)
+    if not downloads:
+        return
+    remaining, storage = sum(download.remaining for download in downloads), downloads[0].storage
+    cache, models = _existing(storage), _existing(target)
     shared = _disk(cache) == _disk(models)
-    fetching = f"fetching the rest of {download.repo_id} takes {_gb(download.remaining)}"
+    repos = " and ".join(dict.fromkeys(download.repo_id for download in downloads))
+    fetching = f"fetching the rest of {repos} takes {_gb(remaining)}"
     converting = f"converting it {_gb(converted)} in {target.parent}"
-    if shared and shutil.disk_usage(cache).free < download.remaining + converted:
-        taken, free, place = f"{fetching} and {converting}", shutil.disk_usage(cache).free, download.storage.parent
-    elif shutil.disk_usage(cache).free < download.remaining:
-        taken, free, place = fetching, shutil.disk_usage(cache).free, download.storage.parent
+    if shared and shutil.disk_usage(cache).free < remaining + converted:
+        taken, free, place = f"{fetching} and {converting}", shutil.disk_usage(cache).free, storage.parent
+    elif shutil.disk_usage(cache).free < remaining:
+        taken, free, place = fetching, shutil.disk_usage(cache).free, storage.parent
     elif shutil.disk_usage(models).free < converted:
         taken, free, place = converting, shutil.disk_usage(models).free, target.parent
     else:

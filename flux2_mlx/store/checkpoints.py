@@ -1,31 +1,23 @@
 """The store of models: from a name to a converted MLX checkpoint, fetched and converted first if need be."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
-from ..checkpoint import MANIFEST, Checkpoint, is_checkpoint, variant_components
+from ..checkpoint import Checkpoint, is_checkpoint, variant_components
 from ..components import COMPONENTS
-from ..config import QUANTIZATIONS, check_quant
-from ..convert import (
-    LAST_USED,
-    Source,
-    check_source,
-    check_target,
-    check_writable,
-    requantize,
-)
-from ..errors import CheckpointError, DownloadError, InputError
+from ..config import QUANTIZATIONS
+from ..convert import LAST_USED, Source, check_source, check_writable
+from ..errors import CheckpointError, InputError
 from ..exclusion import exclude
 from ..files import Claim
-from ..quantization import DEFAULT_TEXT_QUANT
-from ..weights import read_json
-from .acquisition import Announce, Progress, acquire, convert_source, labelled
-from .names import BUILT_IN, SOURCE, Model, models_folder, resolve, similar_repo
-from .stock import checked_variant, checkpoint_name, folder_name, open_source
+from .acquisition import Announce, Progress, convert_source, labelled
+from .conversion import claim, gathered, holding, in_full, make_checkpoint
+from .names import FILE, SOURCE, Model, models_folder, resolve
+from .stock import checked_variant, checkpoint_name, conversions, folder_name, what_is_here
 
 
 def find_checkpoint(
@@ -63,26 +55,41 @@ def find_checkpoint(
     model = resolve(source, models_dir)
     variant = checked_variant(model, variant)
     if model.is_checkpoint:
-        return _holding(model.place, variant)
-    with _claim(model):
-        opened = None
+        return holding(model.place, variant)
+    if model.kind == FILE:
+        return _of_file(
+            model,
+            variant,
+            quant,
+            text_quant,
+            models_dir,
+            only_converted,
+            text_only=text_only,
+            keep_source=keep_source,
+            check=check,
+            announce=announce,
+            progress=progress,
+        )
+    with claim(model):
+        opened, is_complete = None, True
         if model.kind == SOURCE:
-            opened = open_source(model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only)
-        quants: tuple[str, str] = opened.quants(quant, text_quant) if opened else _in_full(quant, text_quant)
+            opened, is_complete = what_is_here(
+                model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only
+            )
+        quants = opened.quants(quant, text_quant) if opened else in_full(quant, text_quant)
         name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else folder_name(model)
         targets = [models_folder(models_dir) / x for x in _sufficient(name, *quants, text_only)]
         if found := next(filter(is_checkpoint, targets), None):
-            return _used(_holding(found, variant))
+            return _used(holding(found, variant))
         if only_converted:
-            way_out = "name it with model=NAME to have it fetched and converted"
-            raise InputError(f"{model.name} is not converted yet; {way_out}")
-        outline = _outline(model, opened, *quants, text_only) if check else None
+            raise _not_converted(model)
+        outline = _outline(model, opened, *quants, text_only) if check and is_complete else None
         if check is not None and outline is not None:
             check(outline)
         check_writable(targets[0])
         stored = None if text_only else _unquantized(targets[0].parent, name, *quants)
         with _unless_made(targets[0]):
-            if opened is not None and stored is None:
+            if opened is not None and is_complete and stored is None:
                 converting = labelled(progress, "convert")
                 convert_source(opened, targets[0], quant, text_quant, name=model.origin, progress=converting)
             else:
@@ -91,6 +98,7 @@ def find_checkpoint(
                     targets[0],
                     *quants,
                     variant=variant,
+                    models_dir=models_dir,
                     text_only=text_only,
                     keep_source=keep_source,
                     check=check and partial(_check_again, check, outline),
@@ -100,15 +108,38 @@ def find_checkpoint(
     return _used(targets[0])
 
 
-def _claim(model: Model) -> AbstractContextManager[object]:
-    """A hold on the files of `model` that are in the Hub's cache already."""
-    return Claim(model.path.absolute().parent.parent) if model.path and model.repo else nullcontext()
+def _not_converted(model: Model) -> InputError:
+    return InputError(f"{model.name} is not converted yet; name it with model=NAME to have it fetched and converted")
 
 
-def _in_full(quant: str | None, text_quant: str | None) -> tuple[str, str]:
-    """How a model is to be stored that is in 16 bits, as those on the Hub are."""
-    quant = check_quant(quant or "bf16")
-    return quant, check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
+def _of_file(
+    model: Model,
+    variant: str | None,
+    quant: str | None,
+    text_quant: str | None,
+    models_dir: str | os.PathLike[str] | None,
+    only_converted: bool,
+    *,
+    text_only: bool,
+    **fetching: Any,
+) -> Path:
+    """The checkpoint of a file of the Hub. Without a quantization it is the one in most bits that there is, since only
+    the file tells what it would be stored as."""
+    found = [Checkpoint.open(path) for path in conversions(model, models_dir, painting=not text_only)]
+    fitting = [x for x in found if quant in (None, x.quant) and text_quant in (None, x.text_quant)]
+    if fitting:
+        best = min(fitting, key=lambda x: (QUANTIZATIONS.index(x.quant), QUANTIZATIONS.index(x.text_quant)))
+        return _used(holding(best.folder, variant))
+    if only_converted:
+        raise _not_converted(model)
+    folder = models_folder(models_dir)
+
+    def target(quant: str, text_quant: str) -> Path:
+        return folder / _sufficient(folder_name(model), quant, text_quant, text_only)[0]
+
+    check_writable(target("bf16", "bf16"))
+    settings = {"variant": variant, "text_only": text_only, **fetching}
+    return _used(gathered(model, {}, target, quant, text_quant, models_dir=models_dir, **settings))
 
 
 def _outline(model: Model, source: Source | None, quant: str, text_quant: str, text_only: bool) -> Checkpoint | None:
@@ -128,127 +159,6 @@ def _check_again(check: Callable[[Checkpoint], object], outline: Checkpoint | No
     """Have what the files say checked, if it is something else than the `outline` that was."""
     if outline is None or outline.model != found.model:
         check(found)
-
-
-def convert_model(
-    name: str | os.PathLike[str] | Model,
-    target: Path,
-    *,
-    variant: str | None = None,
-    quant: str | None = None,
-    text_quant: str | None = None,
-    parts: Mapping[str, Path] = MappingProxyType({}),
-    force: bool = False,
-    keep_source: bool = True,
-    announce: Announce | None = None,
-    progress: Progress | None = None,
-) -> Model:
-    """Convert what `name` means into the folder `target`, once it is known that it can be; gives what it means.
-
-    The settings are those of `make_checkpoint`.
-
-    Raises:
-        InputError: the target can't be made or replaced, or the model is built in.
-    """
-    model = resolve(name)
-    variant = checked_variant(model, variant)
-    check_target(target, force)
-    if model.kind == BUILT_IN and not parts:
-        raise InputError(f"{model.name} is built in and needs no conversion")
-    make_checkpoint(
-        model,
-        target,
-        quant,
-        text_quant,
-        variant=variant,
-        parts=parts,
-        force=force,
-        keep_source=keep_source,
-        announce=announce,
-        progress=progress,
-    )
-    return model
-
-
-def make_checkpoint(
-    model: Model,
-    target: Path,
-    quant: str | None,
-    text_quant: str | None,
-    *,
-    variant: str | None = None,
-    parts: Mapping[str, Path] = MappingProxyType({}),
-    models_dir: str | os.PathLike[str] | None = None,
-    text_only: bool = False,
-    force: bool = False,
-    keep_source: bool = True,
-    check: Callable[[Checkpoint], object] | None = None,
-    announce: Announce | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Convert `model` into a new checkpoint, fetched first if need be; one that is a checkpoint gets fewer bits.
-
-    Args:
-        model: see `resolve`.
-        target: the folder to make.
-        quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
-        variant: what `checked_variant` gives.
-        parts: where other parts are than the model's own; see `assembled`.
-        models_dir: where converted models are that give what a single file lacks; see `models_folder`.
-        text_only: leave out the transformer and the VAE.
-        force: replace an MLX checkpoint at `target`.
-        keep_source, check, announce: of what is fetched; see `acquire`.
-        progress: called with bytes done, bytes in all, and `download` or `convert`.
-    """
-    converting = labelled(progress, "convert")
-    if parts and model.path is None:
-        raise InputError(f"{model.name} is on the Hub; download it first, and name parts of it beside the folder then")
-    if model.is_checkpoint and not parts:
-        stored = Checkpoint.open(_holding(model.place, variant))
-        requantize(stored, target, quant, text_quant, force=force, progress=converting)
-        return
-    if model.path is None:
-        quant, text_quant = _in_full(quant, text_quant)
-        with _suggesting(model.origin):
-            acquire(
-                model.origin,
-                target,
-                quant,
-                text_quant,
-                known=model.variant,
-                variant=variant,
-                text_only=text_only,
-                keep_source=keep_source,
-                force=force,
-                check=check,
-                announce=announce,
-                progress=progress,
-            )
-    else:
-        with _claim(model):
-            source = open_source(
-                model, variant, parts=parts, text_quant=text_quant, models_dir=models_dir, text_only=text_only
-            )
-            convert_source(source, target, quant, text_quant, name=model.origin, force=force, progress=converting)
-
-
-@contextmanager
-def _suggesting(repo: str) -> Iterator[None]:
-    """Add a known repo to what is wrong with one whose name is like it."""
-    try:
-        yield
-    except DownloadError as error:
-        if similar := similar_repo(repo):
-            raise DownloadError(f"{error}; did you mean {similar}?") from error
-        raise
-
-
-def _holding(folder: Path, variant: str | None) -> Path:
-    """The checkpoint `folder`; InputError if it is not of `variant`."""
-    if variant is not None and (stored := read_json(folder / MANIFEST).get("variant", variant)) != variant:
-        raise InputError(f"{folder} holds {stored}, not {variant}; leave the variant out, or choose another model")
-    return folder
 
 
 def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> list[str]:

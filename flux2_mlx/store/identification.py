@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import hub
 from ..convert import (
     LOOSE,
-    TOKENIZER,
+    PARTS,
     Conversion,
     Identity,
     conversion,
@@ -19,6 +19,7 @@ from ..convert import (
     loose_files,
     said_of,
     titles,
+    tokenizer_in,
 )
 from ..errors import CheckpointError, InputError
 from ..layout import INDEX
@@ -42,12 +43,6 @@ def is_weights(place: Path) -> bool:
         is_flat = not (place / INDEX).is_file() and any(path.suffix.lower() in LOOSE for path in place.glob("*"))
         return is_flat or is_loose(place)
     return is_loose(place)
-
-
-def repo_file(name: str) -> tuple[str, str] | None:
-    """The repo and the file of it that `owner/name:file` means; None: it is something else."""
-    repo, colon, file = name.partition(":")
-    return (repo, file) if colon and hub.is_repo_id(repo) and not Path(name).exists() else None
 
 
 def identify_files(place: Path, name: str, variant: str | None = None, models_dir: Path | None = None) -> Found:
@@ -81,9 +76,7 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
     """
     said = None if variant is None else get_variant(variant).name
     name = f"{repo}:{file}" if file else repo
-    with hub.header(repo, file) as (path, is_whole), _called(path, name):
-        if not is_whole and formats.needs_payload([path]):
-            raise CheckpointError(f"{name} is quantized by bitsandbytes, of which a header says too little; fetch it")
+    with hub.header(repo, file, formats.outline.pieces) as path, _called(path, name):
         return Found(name, _identity(path, name, said, repo), None)
 
 
@@ -96,7 +89,7 @@ def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Id
             return known
         raise
     found = identify(tensors, name, titles({**metadata, **said_of(place)}, place.name, repo), variant)
-    if (place / TOKENIZER).is_file():
+    if tokenizer_in(place / PARTS[-1]):
         found = replace(found, missing=tuple(part for part in found.missing if part != "tokenizer"))
     return found
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ..checkpoint import is_checkpoint
 from ..config import VARIANTS, Variant
@@ -19,7 +19,7 @@ from ..layout import INDEX
 from ..staging import bring_all_back
 
 DEMO = "demo"
-BUILT_IN, VARIANT, REPO, CHECKPOINT, SOURCE = "built-in", "variant", "repo", "checkpoint", "source"
+BUILT_IN, VARIANT, REPO, CHECKPOINT, SOURCE, FILE = "built-in", "variant", "repo", "checkpoint", "source", "file"
 NAMES = ", ".join(VARIANTS)
 _OWNER = "black-forest-labs"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -35,13 +35,14 @@ class Model:
     """What a name means; see `resolve`.
 
     Attributes:
-        kind: `built-in`; `variant`, another model of the table; `repo` of the Hub; `checkpoint`, an MLX checkpoint
-            folder; `source`, any other folder or file.
+        kind: `built-in`; `variant`, another model of the table; `repo` of the Hub; `file` of such a repo; `checkpoint`,
+            an MLX checkpoint folder; `source`, any other folder or file.
         name: as it was given.
         variant: the row of the table, where the name alone says it.
         repo: `owner/name` on the Hub, where it comes from there.
         path: the folder or file, where there is one.
         revision: the commit, of a folder in the Hub's cache.
+        file: which one of the repo.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Model:
     repo: str | None = None
     path: Path | None = None
     revision: str | None = None
+    file: str = ""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -58,8 +60,10 @@ class Model:
 
     @property
     def origin(self) -> str:
-        """What a checkpoint that was converted from it says of that: a repo id, or a path, which never looks like a
-        name."""
+        """What a checkpoint that was converted from it says of that: a repo id, the file of a repo, or a path, which
+        never looks like a name."""
+        if self.file:
+            return f"{self.repo}:{self.file}"
         return self.repo or os.path.join(os.curdir, self.place)
 
     @property
@@ -75,13 +79,13 @@ def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[
 
     The first of these that it is:
 
-    1. an address such as `https://huggingface.co/owner/name`: that repo of the Hub;
+    1. an address such as `https://huggingface.co/owner/name`: that repo of the Hub, or the file of it;
     2. written as a path, with `/`, `./`, `../` or `~` in front, with `/` at the end, or a `Path`: that path;
     3. a model folder in the current folder: that folder;
     4. a model of the table, in any case and with any separators, with or without `FLUX.2-` or its owner in front;
     5. a checkpoint in the models folder, such as `klein-4b-qint8`;
     6. anything else that exists: that path;
-    7. `owner/name`, or `models--owner--name` as in the Hub's cache: that repo.
+    7. `owner/name`, or `models--owner--name` as in the Hub's cache: that repo; `owner/name:file`: that file of it.
 
     A folder of a repo in the Hub's cache stands for its latest snapshot. Nothing is fetched or read through.
 
@@ -100,7 +104,7 @@ def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[
     if isinstance(text, bytes) or not text.strip() or not _can_be_looked_up(text):
         raise InputError(f"{text[:80]!r} is no model's name; choose one of {NAMES}")
     if is_address(text):
-        return _of_repo(text, addressed_repo(text))
+        return _of_repo(text, *addressed_file(text))
     path = _expanded(text)
     if not isinstance(name, str) or text.startswith(("/", "./", "../", "~")) or text.endswith("/"):
         return _at(path, text)
@@ -115,10 +119,10 @@ def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[
     stored = models_folder(models_dir) / text
     if os.path.basename(text) == text and text not in (os.curdir, os.pardir) and is_checkpoint(stored):
         return Model(CHECKPOINT, text, path=stored)
-    repo = cached_repo(text) or text.strip()
+    repo, _, file = (cached_repo(text) or text.strip()).partition(":")
     if os.path.exists(path) or not is_repo_id(repo):
         return _at(path, text, stored_checkpoints(models_folder(models_dir)))
-    return Model(REPO, text, repo=repo)
+    return Model(FILE if file else REPO, text, repo=repo, file=file)
 
 
 def _can_be_looked_up(text: str) -> bool:
@@ -138,7 +142,9 @@ def _of_variant(text: str, variant: Variant) -> Model:
     return Model(VARIANT, text, variant, variant.repo)
 
 
-def _of_repo(text: str, repo: str) -> Model:
+def _of_repo(text: str, repo: str, file: str) -> Model:
+    if file:
+        return Model(FILE, text, repo=repo, file=file)
     variant = find_variant(repo)
     return _of_variant(text, variant) if variant else Model(REPO, text, repo=repo)
 
@@ -258,8 +264,9 @@ def is_address(text: str) -> bool:
     return _ADDRESS.fullmatch(text) is not None
 
 
-def addressed_repo(text: str) -> str:
-    """The repo id in an address of Hugging Face, or of the server that `HF_ENDPOINT` names.
+def addressed_file(text: str) -> tuple[str, str]:
+    """The repo id in an address of Hugging Face, or of the server that `HF_ENDPOINT` names, and the file of it, which
+    is empty for the repo itself.
 
     Raises:
         InputError: it is another server's, no model's, or that of a part of a repo.
@@ -277,9 +284,11 @@ def addressed_repo(text: str) -> str:
     repo, part = "/".join(path[:2]).removesuffix(".git"), path[2:]
     if not is_repo_id(repo) or path[0] in ("datasets", "spaces", "collections", "papers", "models", "docs"):
         raise InputError(f"{shown} is not the page of a model; give it as owner/name")
+    if part[:2] in (["blob", "main"], ["resolve", "main"]) and len(part) > 2:
+        return repo, unquote("/".join(part[2:]))
     if part not in ([], ["tree", "main"]):
         raise InputError(f"{shown} is a part of {repo} or another revision; give {repo}, or the folder of a download")
-    return repo
+    return repo, ""
 
 
 def _key(name: str) -> str:

@@ -4,13 +4,15 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
 from ..components import PAINTING
 from ..config import QUANTIZATIONS, VARIANTS, Variant
-from ..convert import Source, assembled, is_loose
+from ..convert import MissingPartsError, Source, assembled, is_loose
 from ..errors import CheckpointError, InputError
 from ..quantization import DEFAULT_TEXT_QUANT
 from ..weights import read_json
@@ -26,8 +28,11 @@ def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
 
 
 def folder_name(model: Model) -> str:
-    """How the checkpoints begin that are converted from a model of the table or a repo."""
-    return model.variant.name if model.variant else model.origin.replace("/", "--")
+    """How the checkpoints begin that are converted from a model of the table, a repo or a file of one."""
+    if model.variant or not model.file:
+        return model.variant.name if model.variant else model.origin.replace("/", "--")
+    digest = sha256(model.file.encode()).hexdigest()[:8]  # of two folders may hold files of one name
+    return f"{str(model.repo).replace('/', '--')}--{PurePosixPath(model.file).stem[:80]}-{digest}"
 
 
 def checked_variant(model: Model, variant: str | None) -> str | None:
@@ -62,12 +67,22 @@ def open_source(
         text_only: leave out the transformer and the VAE.
     """
     if parts or is_loose(model.place):
-        others = _official_first(models_folder(models_dir))
+        others = official_first(models_folder(models_dir))
         return assembled(model.place, parts, variant, others=others, text_quant=text_quant, text_only=text_only)
     return Source.open(model.place, variant, text_only=text_only)
 
 
-def _official_first(folder: Path) -> Iterator[Checkpoint]:
+def what_is_here(model: Model, variant: str | None, **settings: Any) -> tuple[Source, bool]:
+    """What is here of `model`, and whether that is all of it. The rest can be fetched."""
+    try:
+        return open_source(model, variant, **settings), True
+    except MissingPartsError as error:
+        if not error.can_be_fetched:
+            raise
+        return error.source, False
+
+
+def official_first(folder: Path) -> Iterator[Checkpoint]:
     """The checkpoints in a models folder, looked for when one is asked for."""
     yield from sorted(whole_checkpoints(folder), key=lambda checkpoint: not is_official(checkpoint))
 
@@ -98,7 +113,7 @@ def conversions(
     """
     if model.is_checkpoint:
         return [model.place]
-    digest = open_source(model, checked_variant(model, variant)).fingerprint if model.kind == SOURCE else None
+    digest = what_is_here(model, checked_variant(model, variant))[0].fingerprint if model.kind == SOURCE else None
     found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
     return [path for path in found if not painting or _can_paint(path)]
 
@@ -179,10 +194,10 @@ def described(
     """
     said = checked_variant(model, variant)
     if model.kind == SOURCE:
-        source = open_source(model, said)
+        source, is_whole = what_is_here(model, said)
         for note in source.notes:
             hear(note)
-        return fitted(source.variant, source.configs)
+        return fitted(source.variant, source.configs) if is_whole else source.variant
     if model.kind == VARIANT and model.variant:
         return model.variant
     if not folders:

@@ -182,12 +182,18 @@ def lora(module: str, width: int, out: int, ends: tuple[str, str] = ("lora_A.wei
     }
 
 
-def write(path: Path, infos: Infos, metadata: Mapping[str, str] = NOTHING) -> Path:
-    """A file of these tensors that takes no space but for its header."""
+def write(path: Path, stored: Infos | Headers, metadata: Mapping[str, str] = NOTHING) -> Path:
+    """A file of these tensors that takes no space but for its header and texts."""
+    infos, texts = (stored.infos, stored.texts) if isinstance(stored, Headers) else (stored, {})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(header(infos, metadata))
-        file.truncate(file.tell() + sum(info.nbytes for info in infos.values()))
+        end = file.write(header(infos, metadata))
+        file.truncate(end + sum(info.nbytes for info in infos.values()))
+        for name, info in infos.items():
+            if name in texts:
+                file.seek(end)
+                file.write(texts[name])
+            end += info.nbytes
     return path
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS = (".safetensors", ".bin", ".pt", ".png", "tokenizer.json")
+LFS = (".safetensors", ".gguf", ".bin", ".pt", ".png", "tokenizer.json")
 REFUSED = "hf_refused"  # a token that this hub does not know
 
 
@@ -196,6 +196,7 @@ def _handler(hub: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
                 entries = [repo.sibling(name) if "blobs" in query else {"rfilename": name} for name in repo.files]
                 answer = {"id": repo_id, "sha": repo.commit, "private": False, "siblings": entries}
                 answer |= {"cardData": hub.cards[repo_id]} if repo_id in hub.cards else {}
+                answer |= {"gated": "auto" if repo_id in hub.gated else False}
             if "" in hub._scripts:
                 self.act("")
                 return

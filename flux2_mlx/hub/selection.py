@@ -1,0 +1,111 @@
+"""Some files of a repo, of which no more is fetched at first than tells what they hold."""
+
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ..errors import DownloadError
+from ..files import Claim
+from .cache import Download, read_branch, snapshot_files, storage_of
+from .downloads import BrokenError, DamagedError, RefusedError
+from .errors import Hub, explain_download, explain_listing
+from .outline import Pieces, outline
+from .repo import UNLISTED, Listing, Report, bring_weights, download_of, list_files, open_hub, prepare
+
+_logger = logging.getLogger(__name__)
+# What can be of use of a repo, in whatever folder of it.
+_NAME = r"[A-Za-z0-9_][ -.0-\[\]-~]{0,199}"
+_USEFUL = re.compile(rf"(?:{_NAME}/){{0,5}}{_NAME}\.(?:safetensors|gguf|json|txt|jinja)")
+# Hears the names of a repo's files, and gives those that are wanted.
+Choose = Callable[[Collection[str]], Collection[str]]
+
+
+class Selection:
+    """Files of a repo, in the folder `folder`, which is an outline until they are fetched.
+
+    Attributes:
+        repo: `owner/name`.
+        names: those of the files, from that folder on.
+        folder: holds them; small ones as they are, and weights with nothing in them but the pieces asked for.
+        download: what of them is in the Hub's cache and what is not; None where nobody could be asked.
+    """
+
+    def __init__(self, repo: str, names: Collection[str], folder: Path, hub: Hub, download: Download | None = None):
+        self.repo, self.names, self.folder, self._hub, self.download = repo, names, folder, hub, download
+
+    def fetch(self, progress: Report | None) -> None:
+        """Bring the weights; `progress` hears the bytes that are there and those in all. Gives a folder that lasts.
+
+        Raises:
+            DownloadError: a file can't be fetched; what has arrived is kept, and the next call goes on from there.
+        """
+        if self.download is None:
+            return
+        with _explained(self._hub, self.repo):
+            bring_weights(self._hub, self.download, progress)
+            self.download.record(all_wanted=False)
+        self.folder = self.download.snapshot
+
+    def called(self, text: str) -> str:
+        """A message with the repo in place of the folder."""
+        return text.replace(f"{self.folder}/", f"{self.repo}:").replace(str(self.folder), self.repo)
+
+
+@contextmanager
+def select(repo_id: str, choose: Choose, pieces: Pieces) -> Iterator[Selection]:
+    """Files of a repo at its latest commit, or as they are in the cache where nobody can be asked.
+
+    Args:
+        repo_id: `owner/name`.
+        choose: says which; DownloadError if they are not there.
+        pieces: what of a file of weights tells what it holds.
+
+    Raises:
+        DownloadError: as `fetch` has it, or what `choose` raises.
+    """
+    hub, offline = open_hub()
+    reason = f"{repo_id} is not in the cache {hub.cache} and offline mode is on; fetch it once with a connection"
+    listed = None
+    try:
+        if not offline:
+            listed = list_files(hub, repo_id, lambda name: _USEFUL.fullmatch(name) is not None)
+    except UNLISTED as error:
+        reason = explain_listing(error, hub, repo_id)
+    with ExitStack() as held:
+        if listed is None:
+            yield _cached(repo_id, hub, choose, reason, held)
+        else:
+            yield _listed(repo_id, hub, listed, choose, pieces, held)
+
+
+def _listed(repo_id: str, hub: Hub, listed: Listing, choose: Choose, pieces: Pieces, held: ExitStack) -> Selection:
+    names = choose(listed.files)
+    with _explained(hub, repo_id):
+        held.enter_context(Claim(storage_of(hub.cache, repo_id), make=True))
+        wanted = download_of(hub, repo_id, listed, {name: listed.files[name] for name in names})
+        prepare(hub, wanted)
+        return Selection(repo_id, names, held.enter_context(outline(hub, wanted, pieces)), hub, wanted)
+
+
+def _cached(repo_id: str, hub: Hub, choose: Choose, reason: str, held: ExitStack) -> Selection:
+    """The files as the cache has them; DownloadError for that `reason` if they are not there."""
+    storage = storage_of(hub.cache, repo_id)
+    snapshot = storage / "snapshots" / (read_branch(storage) or "")
+    there = [path.relative_to(snapshot).as_posix() for path in snapshot_files(storage) if path.is_relative_to(snapshot)]
+    try:
+        names = choose(there)
+    except DownloadError as error:
+        raise DownloadError(reason) from error
+    held.enter_context(Claim(storage))
+    return Selection(repo_id, names, snapshot, hub)
+
+
+@contextmanager
+def _explained(hub: Hub, repo_id: str) -> Iterator[None]:
+    """DownloadError in place of what goes wrong on the way."""
+    try:
+        yield
+    except (RefusedError, BrokenError, DamagedError, OSError) as error:
+        raise DownloadError(explain_download(error, hub, repo_id)) from error

@@ -1,0 +1,180 @@
+"""Parts of models, here and on the Hub, become a checkpoint: they are looked through first, then fetched, then
+converted."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import hub
+from ..checkpoint import Checkpoint
+from ..convert import MissingPartsError, Source, assembled, check_source, formats, is_loose
+from ..errors import CheckpointError, DownloadError, InputError, told
+from ..hub import Download
+from .acquisition import Announce, FirstUse, Progress, check_space, convert_source, discard, labelled
+from .parts import Remote, files_of, main_file
+
+_TEKKEN = ("tekken_model",)  # a tensor that is a tokenizer
+_TRANSFORMER = "transformer"
+Others = Callable[[], Iterable[Checkpoint]]
+
+
+class Gathering:
+    """A model of parts that are here or on the Hub. Use it as a context manager.
+
+    Args:
+        where: its weights: a file of one or several parts, or a whole model that is here.
+        given: where other parts are than its own.
+        others: gives converted models, one of which gives what is missing then.
+        settings: what else `assembled` takes.
+    """
+
+    def __init__(self, where: Path | Remote, given: Mapping[str, Path | Remote], others: Others, **settings: Any):
+        self._where, self._given, self._others, self._settings = where, dict(given), others, settings
+        self._borrowed: list[str] = []
+        self._selections: dict[tuple[Remote, str | None], hub.Selection] = {}
+        self._held = ExitStack()
+
+    def __enter__(self) -> "Gathering":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    @property
+    def downloads(self) -> tuple[Download, ...]:
+        """What is fetched of each repo."""
+        return tuple(x.download for x in self._selections.values() if x.download is not None)
+
+    def source(self) -> Source:
+        """The model, of which nothing but headers is fetched before `fetch`. What it lacks is taken from the official
+        repo of its kind.
+
+        Raises:
+            CheckpointError, DownloadError, InputError: it is no model, or parts of it are nowhere to be had.
+        """
+        try:
+            return self._assembled()
+        except MissingPartsError as error:
+            if not error.can_be_fetched:
+                raise
+            lacking = error
+        self._given |= dict.fromkeys(lacking.missing, Remote(str(lacking.source.variant.repo)))
+        self._borrowed = [*lacking.missing]
+        try:
+            return self._assembled()
+        except DownloadError as error:
+            raise DownloadError(f"{lacking}; they can't be had from there: {error}") from error
+
+    def fetch(self, progress: Callable[[int, int], object] | None) -> None:
+        """Bring all weights; `progress` hears the bytes that are there and those in all."""
+        total = sum(download.size for download in self.downloads)
+        done = 0
+
+        def report(count: int, _: int) -> None:
+            if progress:
+                progress(done + count, total)
+
+        for selection in self._selections.values():
+            selection.fetch(report)
+            done += selection.download.size if selection.download else 0
+
+    def _assembled(self) -> Source:
+        given = {name: self._at(where, name) for name, where in self._given.items()}
+        place = self._at(self._where, None)
+        if not given and not is_loose(place):
+            return Source.open(place, self._settings["variant"], text_only=self._settings["text_only"])
+        transformer = self._given.get(_TRANSFORMER, self._where)
+        repo = transformer.repo if isinstance(transformer, Remote) else ""
+        with self.named():
+            source = assembled(
+                place, given, others=self._others(), repo=repo, borrowed=self._borrowed, **self._settings
+            )
+        borrowed = (
+            [f"{place} has no {told(self._borrowed)}; taken from {source.variant.repo}"] if self._borrowed else []
+        )
+        return replace(source, notes=tuple(self._called(note) for note in (*borrowed, *source.notes)))
+
+    def _at(self, where: Path | Remote, part: str | None) -> Path:
+        """The folder or file of a part; an outline of it, if it is on the Hub and not fetched."""
+        if isinstance(where, Path):
+            return where
+        if (where, part) not in self._selections:
+            pieces = partial(formats.outline.pieces, early=_TEKKEN)
+            selected = hub.select(where.repo, partial(files_of, where, part), pieces)
+            self._selections[where, part] = self._held.enter_context(selected)
+        selection = self._selections[where, part]
+        return selection.folder / main_file(selection.names)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let errors say the repos in place of the folders of outlines."""
+        try:
+            yield
+        except MissingPartsError as error:
+            raise MissingPartsError(self._called(str(error)), error.source, error.missing) from error
+        except (CheckpointError, InputError) as error:
+            raise type(error)(self._called(str(error))) from error
+
+    def _called(self, text: str) -> str:
+        for selection in self._selections.values():
+            text = selection.called(text)
+        return text
+
+
+def gather(
+    name: str,
+    where: Path | Remote,
+    given: Mapping[str, Path | Remote],
+    others: Others,
+    target: Callable[[str, str], Path],
+    quant: str | None,
+    text_quant: str | None,
+    *,
+    variant: str | None = None,
+    text_only: bool = False,
+    force: bool = False,
+    keep_source: bool = True,
+    check: Callable[[Checkpoint], object] | None = None,
+    announce: Announce | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert a model that is put together from parts. Before the first weight is fetched everything is checked that
+    small files and headers tell. Gives the folder.
+
+    Args:
+        name: what the checkpoint says that it was made from.
+        where, given, others: see `Gathering`.
+        target: the folder to make, by the quantizations of transformer and text encoder.
+        quant, text_quant: as in `Source.quants`.
+        variant, text_only: see `assembled`.
+        force: replace an MLX checkpoint at `target`.
+        keep_source, check, announce, progress: see `acquire`.
+
+    Raises:
+        InputError, CheckpointError, DownloadError: a part is none, can't be fetched, or does not fit on the disk.
+    """
+    settings = {"variant": variant, "text_quant": text_quant, "text_only": text_only}
+    with Gathering(where, given, others, **settings) as gathering:
+        source = gathering.source()
+        quants = source.quants(quant, text_quant)
+        folder = target(*quants)
+        downloads = gathering.downloads
+        if downloads:
+            with gathering.named():
+                components = check_source(source, *quants)
+            converted = sum(component.nbytes for component in components.values())
+            check_space(downloads, folder, converted)
+            if check:
+                check(Checkpoint.outline(source.variant, *quants, components))
+            if announce:
+                announce(FirstUse(name, downloads, folder, converted, keep_source))
+            gathering.fetch(labelled(progress, "download"))
+            source = gathering.source()
+        converting = labelled(progress, "convert")
+        convert_source(source, folder, quant, text_quant, name=name, force=force, progress=converting)
+    for download in downloads if not keep_source else ():
+        discard(download)
+    return folder

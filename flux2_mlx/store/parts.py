@@ -1,0 +1,134 @@
+"""Where parts of models are: files and folders here, and files of repos of the Hub."""
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DownloadError, InputError
+from ..hub import is_repo_id, is_weight
+from ..layout import PICKLES
+from .names import addressed_file, is_address
+
+_TOKENIZER = "tokenizer"
+# What tokenizers are made from, the best first, and what says more of all but the last.
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tekken.json",))
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_CONFIG, _INDEX = "config.json", ".safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-(?P<count>\d{5})(?P<end>\.[a-z0-9]+)")
+_USUAL = re.compile(r"(?:.*/)?(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safetensors")
+_SOME = 5
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repo of the Hub, or a file or folder of it; the `path` of the repo itself is empty."""
+
+    repo: str
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.repo}:{self.path}" if self.path else self.repo
+
+
+def located(text: str | os.PathLike[str]) -> Path | Remote:
+    """Where a part is that a user names: a path, `owner/name`, `owner/name:file`, or the address of one of these.
+
+    What exists here comes first, as `resolve` has it for models.
+
+    Raises:
+        InputError: an address of no repo or file of Hugging Face, or no path in a repo.
+    """
+    name = os.fspath(text)
+    if is_address(name):
+        return Remote(*addressed_file(name))
+    path = Path(name).expanduser()
+    if not isinstance(text, str) or name.startswith(("/", "./", "../", "~")) or name.endswith("/") or path.exists():
+        return path
+    repo, _, inside = name.partition(":")
+    return Remote(repo, inside) if is_repo_id(repo) else path
+
+
+def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[str]:
+    """The files of a repo that hold a part of a model, small ones that say how it is to be read first.
+
+    Args:
+        remote: the place that a user named.
+        part: `transformer`, `text_encoder`, `vae` or `tokenizer`; None: whatever it is that weights are of.
+        names: those of all files of the repo.
+
+    Raises:
+        InputError: it is a pickle.
+        DownloadError: they are not there, or there are several of the kind.
+    """
+    if remote.path.endswith(PICKLES):
+        raise InputError(f"{remote} is a pickle, which could run code; give a .safetensors file")
+    if part == _TOKENIZER:
+        return _tokenizer(remote, names)
+    weights = _weights(remote, part, sorted(filter(is_weight, names)))
+    folder = os.path.dirname(weights[0])
+    beside = [name for name in names if os.path.dirname(name) == folder and name.endswith((_CONFIG, _INDEX))]
+    return [*sorted(name for name in beside if _belongs(name, weights)), *weights]
+
+
+def main_file(names: Collection[str]) -> str:
+    """Of what `files_of` gives the one that stands for all."""
+    return next(filter(is_weight, names), next(iter(names)))
+
+
+def _weights(remote: Remote, part: str | None, weights: list[str]) -> list[str]:
+    """The files of weights, which may be a numbered set."""
+    if remote.path in weights:
+        return _set_of(remote.path, weights)
+    folders = [remote.path] if remote.path else [part, ""] if part else [""]
+    found = next(filter(None, ([x for x in weights if os.path.dirname(x) == folder] for folder in folders)), [])
+    if not found and not remote.path:
+        found = weights
+    sets = [_set_of(name, found) for name in found]
+    distinct = [one for number, one in enumerate(sets) if one not in sets[:number]]
+    usual = [one for one in distinct if _USUAL.fullmatch(one[0])]
+    if len(usual or distinct) == 1:
+        return (usual or distinct)[0]
+    what = f"{len(distinct)} models in files of weights" if distinct else "no weights" if not remote.path else "none"
+    raise DownloadError(f"{remote} has {what}{_named(remote, found or weights)}")
+
+
+def _set_of(name: str, weights: list[str]) -> list[str]:
+    """All files of the numbered set that a file of weights is of, or itself alone."""
+    if (match := _SHARD.fullmatch(name)) is None:
+        return [name]
+    shards = (_SHARD.fullmatch(other) for other in weights)
+    kind = match.group("stem", "count", "end")
+    return [shard[0] for shard in shards if shard and shard.group("stem", "count", "end") == kind]
+
+
+def _belongs(name: str, weights: list[str]) -> bool:
+    """Whether a small file says something of these weights: a config, or the index of a set."""
+    own, first = os.path.basename(name), os.path.basename(weights[0])
+    return own == _CONFIG or (len(weights) > 1 and first.startswith(own.removesuffix(_INDEX) + "-"))
+
+
+def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:
+    """The files of a tokenizer of the best form that there is."""
+    if remote.path in names:
+        folders = [os.path.dirname(remote.path)]
+    else:
+        folders = [remote.path] if remote.path else [_TOKENIZER, ""]
+    for folder in folders:
+        for form in _TOKENIZERS:
+            if os.path.join(folder, form[0]) in names:
+                beside = _BESIDE if form != _TOKENIZERS[-1] else ()
+                return [path for name in (*form, *beside) if (path := os.path.join(folder, name)) in names]
+    if remote.path in names:  # whatever it is called
+        return [remote.path]
+    forms = " or ".join(form[0] for form in _TOKENIZERS)
+    raise DownloadError(f"{remote} has no tokenizer; give a repo with {forms}")
+
+
+def _named(remote: Remote, weights: list[str]) -> str:
+    """How files of weights can be named, as the end of a sentence."""
+    if not weights:
+        return "; give another repo"
+    more = f" and {len(weights) - _SOME} more" if len(weights) > _SOME else ""
+    return f"; give one as {', '.join(f'{remote.repo}:{name}' for name in weights[:_SOME])}{more}"
