@@ -8,8 +8,8 @@ from pathlib import Path
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint, check_fit, is_checkpoint
 from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
-from flux2_mlx.errors import CheckpointError, told
-from flux2_mlx.layout import INDEX
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.layout import INDEX, told
 
 from .configs import SCHEDULE, stated
 from .geometry import candidates, choose, titles, understood

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
-from flux2_mlx.errors import CheckpointError, told
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.layout import told
 from flux2_mlx.weights import TensorInfo, Tensors
 
 from .assembly import PARTS, MissingPartsError, assembled

@@ -10,8 +10,8 @@ from pathlib import Path
 from flux2_mlx.checkpoint import Component, check_counts, is_checkpoint
 from flux2_mlx.components import COMPONENTS, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
-from flux2_mlx.errors import CheckpointError, told
-from flux2_mlx.layout import INDEX, PICKLES
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.layout import INDEX, PICKLES, told
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT
 from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors, read_json
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from itertools import product
 
 from .config import QUANTIZATIONS
-from .errors import InputError, told
+from .errors import InputError
+from .layout import told
 from .memory import Plan, Workload, Writing
 from .networks import Networks
 from .references import MIN_SIDE, Edit

@@ -1,7 +1,5 @@
 """Exceptions of the library. Each message is one line: what was wrong, its value, what to do."""
 
-from collections.abc import Iterable
-
 # Escapes for whatever `str.splitlines` takes for the end of a line.
 _ENDS = {ord(end): ascii(end)[1:-1] for end in "\n\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029"}
 
@@ -40,9 +38,3 @@ class CheckpointError(Flux2Error):
 
 class DownloadError(Flux2Error):
     """Model files could not be fetched."""
-
-
-def told(names: Iterable[str]) -> str:
-    """Names of networks and phases as users read them in a sentence."""
-    *most, last = [name.replace("_", " ").replace("vae", "VAE") for name in names]
-    return f"{', '.join(most)} and {last}" if most else last

@@ -192,11 +192,13 @@ def test_what_a_gpu_tells_is_shown(monkeypatch, models):
     assert "unknown free" in shown
 
 
+# A shell that starts tests in the background makes its children ignore Ctrl-C, which a terminal does not.
 STOPPED = """
 import os, signal, sys, time
 from flux2_mlx.cli.main import main
 from flux2_mlx.doctor import numerics
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 number = getattr(signal, sys.argv.pop())
 
 def stop():

@@ -11,8 +11,9 @@ from typing import Any
 from .. import hub
 from ..checkpoint import Checkpoint
 from ..convert import MissingPartsError, Source, assembled, check_source, formats, is_loose
-from ..errors import CheckpointError, DownloadError, InputError, told
+from ..errors import CheckpointError, DownloadError, InputError
 from ..hub import Download
+from ..layout import told
 from .acquisition import Announce, FirstUse, Progress, check_space, convert_source, discard, labelled
 from .parts import Remote, files_of, main_file
 
