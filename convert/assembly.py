@@ -26,7 +26,8 @@ class MissingPartsError(CheckpointError):
 
     def __init__(self, message: str, source: Source, missing: Sequence[str]):
         super().__init__(message)
-        self.source, self.missing = source, missing
+        self.source = source
+        self.missing = missing
 
     @property
     def can_be_fetched(self) -> bool:

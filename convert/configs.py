@@ -36,7 +36,8 @@ UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint
 _PACKING = (SETTINGS, "quantization_config", "compression_config")
 _METHODS = ("bitsandbytes", "quanto", "torchao", "fp8", "comfy")
 COMPLETE = "fetch it again, or give a complete copy"
-CONFIG, SCHEDULE = "config.json", "scheduler/scheduler_config.json"
+CONFIG = "config.json"
+SCHEDULE = "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
 _CLASSES = {name: part.kind for name, part in LAYOUT.items() if part.kind} | {
     "scheduler": "FlowMatchEulerDiscreteScheduler"
@@ -107,7 +108,8 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     Raises:
         CheckpointError: another model, or one that asks for what is not implemented.
     """
-    folder, notes = description.folder, list[str]()
+    folder = description.folder
+    notes = list[str]()
     configs = _configs(description, _TELLING, None, notes)
     row = _choose_variant(folder, description.index, configs[_TELLING], variant)
     for name in [name for name in LAYOUT if name != _TELLING]:

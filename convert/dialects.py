@@ -206,7 +206,8 @@ def _vae(theirs: Callable[[str, str], str], convolution: Callable[[str], Rule] =
     table: Table = {name: (Spelling((name,)),) for name in _BN}
     for pairs, kernel in ((_VAE, convolution), (_VAE_ATTENTION, matrix)):
         for ours, original in pairs.items():
-            name, is_norm = theirs(ours, original), "norm" in ours.rpartition(".")[2]
+            name = theirs(ours, original)
+            is_norm = "norm" in ours.rpartition(".")[2]
             table[f"{ours}.weight"] = (Spelling((f"{name}.weight",), copy if is_norm else kernel),)
             table[f"{ours}.bias"] = (Spelling((f"{name}.bias",)),)
     return table

@@ -189,7 +189,8 @@ class _Folder:
 
 
 def _write_part(folder: _Folder, part: Part, progress: Meter) -> None:
-    config, place = part.component.config.to_dict(), part.component.name
+    config = part.component.config.to_dict()
+    place = part.component.name
     if part.component.quantization:
         config["quantization"] = part.component.quantization
     folder.put_json(f"{place}/config.json", config)

@@ -188,11 +188,13 @@ def _channels(infos: _Infos, levels: str) -> tuple[int, ...]:
 
 
 def _text(infos: _Infos) -> dict[str, Config]:
-    told, layers = _text_values(infos), _count(infos, "model.layers.")
+    told = _text_values(infos)
+    layers = _count(infos, "model.layers.")
     found = next((row for row in VARIANTS.values() if _agrees(row.text, told)), None)
     if found is None:
         raise CheckpointError(_other_text(told, layers))
-    row, last = found.text, found.text.num_hidden_layers
+    row = found.text
+    last = found.text.num_hidden_layers
     full = last + row.num_later_layers
     if not last <= layers <= full:
         raise CheckpointError(f"the text encoder has {layers} layers, but {last} to {full} are needed")

@@ -170,7 +170,8 @@ def foreign(tensors: Tensors, what: str) -> Identity | None:
     check_size(tensors.infos, what)
     stored = _Stored.of(tensors)
     if found := adapter(tensors.infos):
-        name, advice = f"a {found.kind} (names as of {found.naming})", "it goes on top of a model and is none itself"
+        name = f"a {found.kind} (names as of {found.naming})"
+        advice = "it goes on top of a model and is none itself"
         return Identity(ADAPTER, name, stored.shares, stored.nbytes, found.models, advice=advice)
     if known := stranger(tensors.infos):
         return Identity(OTHER, known.name, stored.shares, stored.nbytes, advice=known.advice)

@@ -11,7 +11,8 @@ from flux2_mlx.weights import read_json
 
 from .parts import LAYOUT
 
-_FILES, _RECORD = "model.safetensors.index.json", "mflux_model.json"
+_FILES = "model.safetensors.index.json"
+_RECORD = "mflux_model.json"
 _NAMES = ("base_model", "model_name")  # of the record, which `titles` knows
 
 

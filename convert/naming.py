@@ -95,7 +95,8 @@ class Reading:
 
     def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
         """How our tensor of a name and a shape is made of the source's, for a network of the part and its geometry."""
-        canonical, head_dim = LAYOUT[self.part].rules[network](config), getattr(config, "head_dim", 128)
+        canonical = LAYOUT[self.part].rules[network](config)
+        head_dim = getattr(config, "head_dim", 128)
         return lambda name, shape: self.composed(canonical(name, shape), head_dim)
 
     def check(self, configs: Mapping[str, Any], what: str) -> None:
@@ -126,7 +127,8 @@ class Reading:
 
     def _kept(self, configs: Mapping[str, Any]) -> dict[str, TensorInfo]:
         """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
-        is_dropped, config = LAYOUT[self.part].is_dropped, configs[self.part]
+        is_dropped = LAYOUT[self.part].is_dropped
+        config = configs[self.part]
         names = {name: self.canonical(name) for name in self.sources}
         return {
             name: self.sources[name]

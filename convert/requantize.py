@@ -25,7 +25,9 @@ from .formats import SETTINGS, unpacked
 from .rules import Finite
 
 _log = logging.getLogger(__name__)
-_LAYERS, _ROWS = 8, 256  # of which the loss is measured
+# The loss is measured of about so many layers, and of so many rows of each.
+_LAYERS = 8
+_ROWS = 256
 
 
 def requantize(
@@ -66,7 +68,8 @@ def requantize(
     if usual not in (None, text_quant):
         stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"
         _log.warning("%s; %s of the original is better than what could be made of that", stays, usual)
-    wanted, parts = quantizations(quant, text_quant), []
+    wanted = quantizations(quant, text_quant)
+    parts = []
     for name, component in checkpoint.components.items():
         parts.append(stored_part(component, component.quantized(wanted[name])))
         warn_of_loss(component, parts[-1].component)

@@ -62,7 +62,9 @@ class Converted:
     """Our tensors, in bfloat16, made by `rules` from those of a source; `infos` says what they are to be."""
 
     def __init__(self, source: Tensors, rules: Mapping[str, Rule], infos: Mapping[str, TensorInfo]):
-        self._source, self._rules, self.infos = source, rules, infos
+        self._source = source
+        self._rules = rules
+        self.infos = infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         rules = [self._rules[name] for name in names]
@@ -75,7 +77,9 @@ class Placed:
     """Tensors of a file or folder `place`, which errors name when they are read."""
 
     def __init__(self, tensors: Tensors, place: Path):
-        self._tensors, self._place, self.infos = tensors, place, tensors.infos
+        self._tensors = tensors
+        self._place = place
+        self.infos = tensors.infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         try:
@@ -91,7 +95,9 @@ class Finite:
     not."""
 
     def __init__(self, tensors: Tensors, complaint: Callable[[str], str]):
-        self._tensors, self._complaint, self.infos = tensors, complaint, tensors.infos
+        self._tensors = tensors
+        self._complaint = complaint
+        self.infos = tensors.infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)

@@ -26,7 +26,8 @@ from .tokenizer import TOKENIZER, tokenizer_in
 LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")  # one file of a set
 # The fingerprint reads this many pieces of this many bytes from each file at even distances, and one of each tensor.
-_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+_SAMPLES = 1024
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,9 @@ class _Expected(Mapping[str, Shape]):
     plainly, or by the only one; found out where one is asked for."""
 
     def __init__(self, place: Path, paths: list[Path], geometries: Callable[[], Sequence[Geometries]]):
-        self._place, self._paths, self._geometries = place, paths, geometries
+        self._place = place
+        self._paths = paths
+        self._geometries = geometries
 
     @cached_property
     def _shapes(self) -> Mapping[str, Shape]:

@@ -27,8 +27,11 @@ __all__ = [
     "usual_quant",
 ]
 GGUF = ".gguf"
-_FULL, _FEW = 15, 5.1  # bits a weight; 4 of them take up to 5 with scales, and 5 of them are better kept in 8
-SETTINGS, METHOD = mlx.SETTINGS, "quant_method"
+# Bits a weight: from _FULL on they are 16. 4 bits take up to 5 with their scales, and 5 bits are better kept in 8.
+_FULL = 15
+_FEW = 5.1
+SETTINGS = mlx.SETTINGS
+METHOD = "quant_method"
 
 
 def plain(

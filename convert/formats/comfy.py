@@ -13,7 +13,9 @@ from flux2_mlx.weights import READER, TensorInfo, parse_json
 
 from .packed import Packed
 
-METADATA, MARKER, WEIGHT = "_quantization_metadata", ".comfy_quant", ".weight"
+METADATA = "_quantization_metadata"
+MARKER = ".comfy_quant"
+WEIGHT = ".weight"
 # The formats that can be read, and what users call them.
 FORMATS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "mxfp8": "mxfp8", "int8_tensorwise": "int8", "nvfp4": "nvfp4"}
 # Scales of activations, which are computed in bfloat16 here.
@@ -102,7 +104,8 @@ def told(info: TensorInfo) -> str:
 def _listed(infos: Mapping[str, TensorInfo], text: str) -> dict[str, Declared | None]:
     """What the metadata says, by the layers' names in the files, which may have a prefix more."""
     value = _json(METADATA, text.encode())
-    version, layers = str(value.get("format_version", "1")), value.get("layers")
+    version = str(value.get("format_version", "1"))
+    layers = value.get("layers")
     if version.split(".")[0] != "1":
         raise CheckpointError(f"{METADATA} is of version {version[:40]!r}; only version 1 can be read")
     if not isinstance(layers, dict):

@@ -23,7 +23,8 @@ _SCALES = (".weight_scale", ".weight_scale_inv", ".scale_weight")
 _SCALE_2 = ".weight_scale_2"  # of nvfp4
 _SET_MARKER = "scaled_fp8"
 _FLOATS = ("F32", "F16", "BF16")
-_GROUP, _BLOCK = 32, 128
+_GROUP = 32
+_BLOCK = 128
 # Weights are far below it, and scaled ones of a tensor go up to 448.
 _MOST_UNSCALED = 256.0
 _FORGOTTEN = "a weight without its scale would give a white image; get the file that it was made as"
@@ -42,7 +43,8 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
         CheckpointError: a scale is missing, without weight, there twice or of another shape or dtype than it can be;
             or a weight is not in the format that the files say.
     """
-    declared, scales = declarations(infos, metadata), _scales(infos)
+    declared = declarations(infos, metadata)
+    scales = _scales(infos)
     if not (declared or any(map(_speaks_of_scales, infos))):
         return {name: _cast(name, info) for name, info in infos.items() if info.dtype in _NAMES}
     sets = [name for name in infos if name.rpartition(".")[2] == _SET_MARKER]
@@ -232,7 +234,8 @@ def _check_left(
 ) -> None:
     """CheckpointError at what speaks of a weight of 8 bits that is none."""
     for layer in (*scales, *declared):
-        weight, said = infos.get(layer + WEIGHT), declared.get(layer)
+        weight = infos.get(layer + WEIGHT)
+        said = declared.get(layer)
         if layer + WEIGHT in found or (weight and weight.dtype == "U8" and (said is None or said.format == "nvfp4")):
             continue
         if said and said.format == "nvfp4":

@@ -30,15 +30,18 @@ from flux2_mlx.weights import HEADER_LIMIT, POINTER, READER, TensorInfo, open_mo
 
 from .checks import MOST
 
-_MAGIC, _VERSIONS = b"GGUF", (2, 3)
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
 # Numbers in metadata, by the code of their type.
 _NUMBERS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
-_TEXT, _ARRAY = 8, 9
+_TEXT = 8
+_ARRAY = 9
 _MAX_ITEMS = 2**20  # texts in a header; a vocabulary with its merges has half as many
 _ENTRY = 16  # as many texts does a tensor or a piece of metadata count for, of which a model has hundreds
 _MAX_NAME = 255
 _MAX_DIMENSIONS, _MAX_DIMENSION = 4, 2**31 - 1
-_ALIGNMENT, _ALIGNMENTS = 32, tuple(2**n for n in range(17))
+_ALIGNMENT = 32
+_ALIGNMENTS = tuple(2**n for n in range(17))
 # Types that hold numbers as they are, and the arrays that they are read into: NumPy has no bfloat16.
 _PLAIN = {
     "F32": mx.float32,
@@ -184,8 +187,10 @@ class _Header:
     """The bytes of a header one after another, and never more than there are or than one may have."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self._file, self._items = file, _MAX_ITEMS
-        self.size, self.position = size, 0
+        self._file = file
+        self._items = _MAX_ITEMS
+        self.size = size
+        self.position = 0
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.position:
@@ -245,7 +250,8 @@ def _code(kind: int) -> str:
 
 def _parse(header: _Header, path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     _check_start(header)
-    tensors, entries = header.items(_ENTRY), header.items(_ENTRY)
+    tensors = header.items(_ENTRY)
+    entries = header.items(_ENTRY)
     metadata: dict[str, Any] = {}
     for _ in entries:
         name = header.name()
@@ -282,7 +288,8 @@ def _entry(header: _Header, path: Path, name: str, alignment: int) -> Stored:
     if count > _MAX_DIMENSIONS:
         raise ValueError(f"{name!r} has {count} dimensions, more than {_MAX_DIMENSIONS}")
     shape = tuple(header.number("<Q") for _ in range(count))[::-1]  # the fastest dimension comes first in the file
-    code, offset = header.number("<I"), header.number("<Q")
+    code = header.number("<I")
+    offset = header.number("<Q")
     kind = _kind(name, code)
     if not all(1 <= size <= _MAX_DIMENSION for size in shape) or (shape[-1] if shape else 1) % kind.values:
         raise ValueError(f"{name!r} is {kind.name} of the impossible shape {list(shape)}")
@@ -301,7 +308,8 @@ def _kind(name: str, code: int) -> Kind:
 def _placed(header: _Header, stored: Mapping[str, Stored], alignment: int) -> dict[str, Stored]:
     """The tensors where they are in the file, in this order; ValueError if they overlap, or it has no such size."""
     start = -(-header.position // alignment) * alignment
-    placed, end = {}, header.position
+    placed = {}
+    end = header.position
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
         first = start + tensor.offset
         if first < end:
@@ -348,7 +356,8 @@ def _dequantize(blocks: np.ndarray, kind: Kind) -> np.ndarray:
 
 def _read(name: str, stored: Stored) -> mx.array:
     """A tensor, in memory. Threads fill it piece by piece, so that nothing else of its size is needed."""
-    shape, dtype = stored.info.shape, stored.info.dtype
+    shape = stored.info.shape
+    dtype = stored.info.dtype
     array = mx.zeros(shape, _PLAIN[dtype], stream=READER)
     mx.eval(array)
     values = np.array(array, copy=False).reshape(-1)
@@ -361,7 +370,8 @@ def _read(name: str, stored: Stored) -> mx.array:
 
 def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) -> None:
     """Fill `values` from number `start` on, as far as one job goes."""
-    kind, values = stored.kind, values[start : start + _JOB]
+    kind = stored.kind
+    values = values[start : start + _JOB]
     quantized = kind.name not in _PLAIN
     data = np.empty(len(values) // kind.values * kind.nbytes, np.uint8) if quantized else values.view(np.uint8)
     try:

@@ -15,9 +15,11 @@ from .packed import NO_SHAPES, Packed, Shapes
 
 SETTINGS = "quantization"  # the key of a config.json that says it, and of what is added to metadata from there
 _MFLUX = ("mflux_version", "quantization_level")
-_NOISY, _NOISE = "norm_out.linear.weight", "norm_out.linear.bias"
+_NOISY = "norm_out.linear.weight"
+_NOISE = "norm_out.linear.bias"
 _MFLUX_GROUP = 64  # in all of its versions
-_BITS, _GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
+_BITS = (1, 2, 3, 4, 5, 6, 8)
+_GROUPS = (32, 64, 128)
 
 
 class _Form(NamedTuple):

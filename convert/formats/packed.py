@@ -37,7 +37,8 @@ class Unpacked:
     """Tensors with plain weights in place of `packed` ones, by the names of the weights."""
 
     def __init__(self, tensors: Tensors, packed: Mapping[str, Packed]):
-        self._tensors, self._packed = tensors, packed
+        self._tensors = tensors
+        self._packed = packed
         taken = {name for weight in packed.values() for name in (*weight.sources, *weight.unused)}
         left = {name: info for name, info in tensors.infos.items() if name not in taken}
         self.infos: Mapping[str, TensorInfo] = left | {name: weight.info for name, weight in packed.items()}

@@ -53,7 +53,8 @@ def _unused(infos: Mapping[str, TensorInfo], weight: str) -> tuple[str, ...]:
 
 def _rows(infos: Mapping[str, TensorInfo], weight: str) -> Packed:
     """A weight of bytes, with a scale for each of its rows."""
-    data, scale = f"{weight}._data", f"{weight}._scale"
+    data = f"{weight}._data"
+    scale = f"{weight}._scale"
     stored = require(infos, data, _KINDS)
     if not stored.shape:
         raise CheckpointError(f"{data} is a single value, which is no weight")
