@@ -127,7 +127,7 @@ def choose(rows: list[Variant], hints: Iterable[str], name: str | None, what: st
 
 
 def _told(rows: list[Variant], hint: str) -> list[Variant]:
-    """The rows that a name speaks of; none if it does not tell."""
+    """The rows that a name points to; none if it tells nothing."""
     text = _CASE.sub(" ", hint).lower()
     words = set(re.findall("[a-z]+", text))
     if _UNCERTAIN.search(text):
@@ -294,7 +294,7 @@ def _shape(infos: _Infos, name: str, rank: int) -> Shape:
 
 
 def _count(infos: _Infos, prefix: str) -> int:
-    """How many numbers of blocks there are after `prefix`."""
+    """How many different block numbers follow `prefix` in names."""
     return len(set(_numbers(infos, prefix)))
 
 

@@ -49,12 +49,12 @@ def channels_last(source: str) -> Rule:
 
 
 def same(name: str, shape: Shape) -> Rule:
-    """The rule for our tensor of a name and a shape where the source's is the same."""
+    """The rule for our tensor `name` where the source has it in our form."""
     return copy(name)
 
 
 def kernels_last(name: str, shape: Shape) -> Rule:
-    """The rule for our tensor of a name and a shape where nothing but the order of a kernel's axes differs."""
+    """The rule for our tensor `name` where the source has it in our form, but kernels' axes in PyTorch's order."""
     return channels_last(name) if len(shape) == 4 else copy(name)
 
 
@@ -91,8 +91,8 @@ class Placed:
 
 
 class Finite:
-    """Tensors that have to be finite numbers; CheckpointError, which says the `complaint` of its name, at one that is
-    not."""
+    """Tensors that have to be finite. Reading one that is not raises a CheckpointError with the `complaint` of its
+    name."""
 
     def __init__(self, tensors: Tensors, complaint: Callable[[str], str]):
         self._tensors = tensors
@@ -108,7 +108,8 @@ class Finite:
 
 
 def _is_finite(array: mx.array) -> bool:
-    """Whether all numbers are finite. Of bfloat16 the bits tell, by far the fastest: of both signs those above."""
+    """Whether all numbers are finite. Of bfloat16 the bits tell, by far the fastest: infinity and what is no number lie
+    above all others of their sign."""
     if array.dtype != mx.bfloat16 or not array.size:
         return bool(mx.isfinite(array).all().item())
     bits = np.asarray(array.view(mx.uint16, stream=READER))

@@ -53,7 +53,7 @@ def write_checkpoint(
         source: the opened source.
         target: the folder to make; it appears only when it is complete.
         quant: `bf16`, `qint8` or `qint4` for the transformer.
-        text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         name: what the manifest calls the source; its folder's name if None.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all: those that are written, and of a source in the Hub's cache

@@ -46,7 +46,7 @@ class _State:
 
 
 def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Read) -> dict[str, Packed]:
-    """The weights that bitsandbytes packed, by their names; `read` is that of the tensors, for what describes them.
+    """The weights that bitsandbytes packed, by their names; `read` reads the tensors that describe them.
 
     Raises:
         CheckpointError: something that belongs to one is missing, left over or wrong.

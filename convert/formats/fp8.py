@@ -61,14 +61,15 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
 
 
 def check_codes(name: str, codes: mx.array, largest: int) -> None:
-    """CheckpointError if a byte stands for what is no finite number, which those above `largest` of each sign do."""
+    """CheckpointError if a byte stands for no finite number, as those above `largest` of either sign do."""
     values = np.asarray(codes)
     if values.size and (values.max() > 0x80 | largest or values.view(np.int8).max() > largest):
         raise CheckpointError(f"{name} holds infinity or what is no number; fetch or make the file again")
 
 
 def check_scales(name: str, scales: mx.array, largest: float, *, zero: bool = False) -> None:
-    """CheckpointError unless scales in float32 are positive, or `zero`, and make weights of numbers up to `largest`."""
+    """CheckpointError unless scales in float32 are positive, or 0 if `zero`, and not too large for codes up to
+    `largest`."""
     values = np.asarray(scales)
     with np.errstate(over="ignore", invalid="ignore"):
         if not ((values >= (0 if zero else LEAST)) & (values * np.float32(largest) <= MOST)).all():
@@ -77,7 +78,7 @@ def check_scales(name: str, scales: mx.array, largest: float, *, zero: bool = Fa
 
 
 def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The scales of the layers that have one, which nvfp4's are not."""
+    """The name of the scale of each layer that has one; layers in NVFP4 are left out."""
     scales: dict[str, str] = {}
     for name in infos:
         for end in _SCALES:
@@ -101,7 +102,7 @@ def _speaks_of_scales(name: str) -> bool:
 
 
 def _cast(name: str, info: TensorInfo) -> Packed:
-    """A tensor of numbers of 8 bits that are meant as they are."""
+    """A tensor of 8 bit numbers that no scale belongs to."""
 
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
@@ -232,7 +233,7 @@ def _check_left(
     declared: Mapping[str, Declared | None],
     sets: Iterable[str],
 ) -> None:
-    """CheckpointError at what speaks of a weight of 8 bits that is none."""
+    """CheckpointError if a scale, a statement or a marker belongs to no weight of 8 bits."""
     for layer in (*scales, *declared):
         weight = infos.get(layer + WEIGHT)
         said = declared.get(layer)

@@ -37,7 +37,7 @@ _NUMBERS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {
 _TEXT = 8
 _ARRAY = 9
 _MAX_ITEMS = 2**20  # texts in a header; a vocabulary with its merges has half as many
-_ENTRY = 16  # as many texts does a tensor or a piece of metadata count for, of which a model has hundreds
+_ENTRY = 16  # texts that a tensor or a piece of metadata counts as, of which a model has hundreds
 _MAX_NAME = 255
 _MAX_DIMENSIONS, _MAX_DIMENSION = 4, 2**31 - 1
 _ALIGNMENT = 32
@@ -70,13 +70,13 @@ class Kind(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """What is read of it, as a code of safetensors."""
+        """The dtype that it is read in, as a code of safetensors."""
         return self.name if self.name in _PLAIN else "F32"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it lies in its file: `info` is what is read of it, `offset` and `nbytes` are where."""
+    """A tensor in its file: `offset` and `nbytes` say where, `info` the dtype and shape that it is read in."""
 
     path: Path
     kind: Kind
@@ -127,7 +127,8 @@ class Gguf:
         return 8 * sum(x.nbytes for x in chosen) / max(1, sum(math.prod(x.info.shape) for x in chosen))
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
-        """As `Tensors` has it; CheckpointError, too, for a file that became shorter or a scale that is not finite."""
+        """The tensors of these `names`, in this order (see `Tensors.read`). CheckpointError, too, if a file became
+        shorter or a scale is not finite."""
         for name in names:
             yield _read(name, self._stored[name])
 
@@ -204,7 +205,7 @@ class _Header:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def items(self, weight: int = 1) -> range:
-        """As many as the header says that follow, each of which takes as long as `weight` texts."""
+        """A range over the items that the header says follow, each of which counts as `weight` texts."""
         count = self.number("<Q")
         self._items -= count * weight
         if self._items < 0:
@@ -339,7 +340,7 @@ def _kinds() -> dict[int, Kind]:
 
 
 def _is_dequantized(kind: Kind) -> bool:
-    """Whether the library can do it; which also makes the tables that it needs, before threads ask for them."""
+    """Whether the library can dequantize a type. Trying also makes its tables before threads ask for them."""
     try:
         _dequantize(np.zeros(kind.nbytes, np.uint8), kind)
     except NotImplementedError:

@@ -42,7 +42,7 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
 
 
 def _layers(declared: Mapping[str, Declared | None], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Those that something says are in NVFP4: the file, a second scale, or scales beside a weight of bytes."""
+    """The layers in NVFP4, as told by the file's metadata, a second scale, or scales beside a weight of bytes."""
     layers = [layer for layer, said in declared.items() if said is not None and said.format == _FORMAT]
     for name, info in infos.items():
         if name.endswith(_SCALE_2):

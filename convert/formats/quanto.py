@@ -91,7 +91,7 @@ def _groups(infos: Mapping[str, TensorInfo], weight: str, shape: tuple[int, ...]
 
 
 def _bits(name: str, rows: int, groups: int) -> int:
-    """How many bits a value has where that many rows of bytes hold those of `groups`."""
+    """Bits of a value, where so many `rows` of bytes hold the values of so many `groups`."""
     found = [bits for bits in (4, 2) if rows == -(-groups * bits // 8)]
     if len(found) != 1:
         raise CheckpointError(f"{name} has {rows} rows, which is not clearly a half or a quarter of {groups} groups")
