@@ -26,7 +26,8 @@ class MissingPartsError(CheckpointError):
 
     def __init__(self, message: str, source: Source, missing: Sequence[str]):
         super().__init__(message)
-        self.source, self.missing = source, missing
+        self.source = source
+        self.missing = missing
 
     @property
     def can_be_fetched(self) -> bool:
@@ -50,7 +51,7 @@ def assembled(
     repo: str = "",
     borrowed: Collection[str] = (),
 ) -> Source:
-    """A source of `place` with other parts in place of its own, or as far as it has none.
+    """The model at `place` as a source, with the `given` parts in place of its own or added to them.
 
     Args:
         place: a model folder in the layout of diffusers or of ours, or weights of one or several parts: a file, or a
@@ -126,7 +127,7 @@ def _completion(
     others: Iterable[Checkpoint],
     text_quant: str | None,
 ) -> Source | None:
-    """What gives the parts that are missing; None: nothing does."""
+    """The converted model that gives the missing parts, as a source; None if there is none."""
     networks = [name for name in PAINTING if COMPONENTS[name].part in missing]
     # A model is what its transformer is, so that is never another's.
     fitting = [x for x in others if _fits(x, row, networks)] if "transformer" in parts else []

@@ -36,7 +36,8 @@ UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint
 _PACKING = (SETTINGS, "quantization_config", "compression_config")
 _METHODS = ("bitsandbytes", "quanto", "torchao", "fp8", "comfy")
 COMPLETE = "fetch it again, or give a complete copy"
-CONFIG, SCHEDULE = "config.json", "scheduler/scheduler_config.json"
+CONFIG = "config.json"
+SCHEDULE = "scheduler/scheduler_config.json"
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
 _CLASSES = {name: part.kind for name, part in LAYOUT.items() if part.kind} | {
     "scheduler": "FlowMatchEulerDiscreteScheduler"
@@ -53,7 +54,7 @@ class Stated:
 
 @dataclass(frozen=True)
 class Description:
-    """What the small files of a folder say, of which nothing but the kind of the model is understood yet."""
+    """What the small files of a folder say, as parsed: only the family of the model has been checked."""
 
     folder: Path
     index: dict[str, Any]
@@ -76,8 +77,8 @@ def describe(folder: Path) -> Description:
 
 
 def stated(folder: Path) -> Stated:
-    """What the `config.json` of a folder says; nothing if there is none. CheckpointError for weights that are packed as
-    none that are read."""
+    """What the `config.json` of a folder says; nothing if there is none. CheckpointError if its weights are packed in
+    a way that can't be read."""
     if not os.path.lexists(path := folder / CONFIG):
         return Stated()
     config = read_json(path)
@@ -85,7 +86,7 @@ def stated(folder: Path) -> Stated:
 
 
 def _packing(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """What a config says of how weights are packed, as far as the files don't; CheckpointError if that is not read."""
+    """How weights are packed, where a config says it and not their files; CheckpointError if they can't be read."""
     if how := unreadable((), config):
         raise CheckpointError(f"{folder} is {how}")
     stated = config.get(SETTINGS)
@@ -107,7 +108,8 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     Raises:
         CheckpointError: another model, or one that asks for what is not implemented.
     """
-    folder, notes = description.folder, list[str]()
+    folder = description.folder
+    notes = list[str]()
     configs = _configs(description, _TELLING, None, notes)
     row = _choose_variant(folder, description.index, configs[_TELLING], variant)
     for name in [name for name in LAYOUT if name != _TELLING]:
@@ -160,7 +162,7 @@ def _choose_variant(folder: Path, index: dict[str, Any], transformer: Transforme
 
 
 def _is_like(variant: Variant, index: dict[str, Any]) -> bool:
-    """Whether a model is of the kind that the class and `is_distilled` tell."""
+    """Whether `variant` is of the kind that `model_index.json` tells by its class and `is_distilled`."""
     pipeline = index["_class_name"]
     if pipeline in _DEV or variant.transformer.guidance_embeds:
         return pipeline in _DEV and variant.transformer.guidance_embeds

@@ -1,4 +1,4 @@
-"""In which dialect the tensors of a source are named, and how those of our own naming are made of them.
+"""The dialects that sources name their tensors in, and how tensors of our own naming are made of them.
 
 Each part of a model has one canonical naming, which `rules` and the geometry read: the transformer's is that of the
 original release, the VAE's that of diffusers, the text encoder's that of Qwen3 with Mistral's vision parts on top. No
@@ -12,7 +12,7 @@ from functools import cached_property
 
 from .rules import Rule, Shape, copy, join_rows, swap_halves
 
-# What is a number of a block; other numbers, such as that of `img_mlp.0`, are part of a name.
+# A block's number. Other numbers, such as the 0 of `img_mlp.0`, are part of a name.
 _NUMBER = re.compile(
     r"(?:^|(?<=\.))(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks|layers|blk|down|up|block|"
     r"down_blocks|up_blocks|(?<!mid_block\.)resnets)\.(0|[1-9][0-9]{0,2})(?=\.)"
@@ -30,7 +30,8 @@ def channels_first(source: str) -> Rule:
 
 
 def unpermute(source: str, head_dim: int) -> Rule:
-    """Rows of queries or keys of which llama.cpp keeps those side by side that a rotation mixes: their halves again."""
+    """Undo llama.cpp's order of query or key rows, which puts the two rows that a rotation mixes side by side: each
+    head has its two halves one after the other again."""
     return Rule(
         (source,),
         lambda x: x.reshape(-1, head_dim // 2, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape),
@@ -38,7 +39,7 @@ def unpermute(source: str, head_dim: int) -> Rule:
     )
 
 
-# What shape an array has after a rule that changes it.
+# The shape that an array has after a rule that changes it.
 AFTER: dict[Callable[..., Rule], Callable[[Shape], Shape]] = {
     matrix: lambda shape: shape[:2],
     channels_first: lambda shape: (*shape[:1], *shape[3:], *shape[1:3]),
@@ -47,7 +48,7 @@ AFTER: dict[Callable[..., Rule], Callable[[Shape], Shape]] = {
 
 @dataclass(frozen=True)
 class Spelling:
-    """Templates of the names in a source that one canonical tensor is made of, and by which rule."""
+    """One way to spell a canonical tensor: templates of the names that it is made of, and the rule that makes it."""
 
     templates: tuple[str, ...]
     rule: Callable[..., Rule] = copy
@@ -63,8 +64,8 @@ class Dialect:
     Attributes:
         part: of a model.
         name: for users.
-        table: by the template of a canonical name, in which `*` stands for a block's number, how it may be spelled.
-        proof: templates in the source one of which has to be there.
+        table: the spellings of each canonical name, by its template, in which `*` stands for a block's number.
+        proof: templates of names, at least one of which the source must have.
         is_flipped: whether a template's first number counts from the other end.
     """
 
@@ -76,12 +77,12 @@ class Dialect:
 
     @cached_property
     def canonical(self) -> dict[str, str]:
-        """By the templates of the source those of canonical names."""
+        """The template of a canonical name for each template of a name in the source."""
         return {theirs: ours for ours, all_ in self.table.items() for one in all_ for theirs in one.templates}
 
 
 def templated(name: str) -> tuple[str, list[int]]:
-    """A name with stars for the numbers of its blocks, and these; nothing for a name that has stars itself."""
+    """A name with stars for its blocks' numbers, and these numbers; nothing for a name that has stars itself."""
     if "*" in name:
         return "", []
     numbers = [int(match[2]) for match in _NUMBER.finditer(name)]
@@ -143,7 +144,7 @@ _QKV = {
     "double_blocks.*.img_attn": ("to_q", "to_k", "to_v"),
     "double_blocks.*.txt_attn": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-# Names of mflux where these are not those of diffusers.
+# mflux's names, where they differ from diffusers'.
 _MFLUX = {
     "time_in.in_layer.weight": "time_guidance_embed.linear_1.weight",
     "time_in.out_layer.weight": "time_guidance_embed.linear_2.weight",
@@ -202,11 +203,12 @@ _BN = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
 
 def _vae(theirs: Callable[[str, str], str], convolution: Callable[[str], Rule] = copy) -> Table:
-    """The VAE's table, where `theirs` makes a name of diffusers' and the original one."""
+    """The VAE's table, where `theirs` makes a name out of diffusers' and the original one."""
     table: Table = {name: (Spelling((name,)),) for name in _BN}
     for pairs, kernel in ((_VAE, convolution), (_VAE_ATTENTION, matrix)):
         for ours, original in pairs.items():
-            name, is_norm = theirs(ours, original), "norm" in ours.rpartition(".")[2]
+            name = theirs(ours, original)
+            is_norm = "norm" in ours.rpartition(".")[2]
             table[f"{ours}.weight"] = (Spelling((f"{name}.weight",), copy if is_norm else kernel),)
             table[f"{ours}.bias"] = (Spelling((f"{name}.bias",)),)
     return table

@@ -124,7 +124,7 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raise InputError if more would be lost with `target` than a checkpoint of ours."""
+    """Raise InputError if `target` is no checkpoint of ours, or holds other files that would be lost with it."""
     try:
         ours = is_checkpoint(target) and "format_version" in read_json(target / MANIFEST)
     except CheckpointError:
@@ -138,13 +138,13 @@ def _check_replaceable(target: Path) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a checkpoint may hold `path`, relative to it."""
+    """Whether `path`, relative to a checkpoint's folder, is a file that a checkpoint may hold."""
     folder, name = path.parent.as_posix(), path.name
     return name == ".DS_Store" or any(fnmatch(name, pattern) for pattern in _OWN.get(folder, ()))
 
 
 def check_writable(target: Path) -> None:
-    """Raise InputError if nothing can be made where `target` would be; what is missing on the way to it may be."""
+    """Raise InputError if nothing can be made where `target` would be. Its parent folders need not exist yet."""
     try:
         # A link whose disk is not there counts as existing.
         existing = next(path for path in target.absolute().parents if path.exists() or path.is_symlink())
@@ -173,11 +173,11 @@ class _Folder:
         self.put(name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
     def put_weights(self, name: str, *args: Any) -> None:
-        """`args` are those of `write_safetensors`."""
+        """Write a safetensors file; `args` follow the path in `write_safetensors`."""
         self._written[name] = write_safetensors(self._path(name), *args)
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the record of the tensors and the manifest, with that of all files and its own digest."""
+        """Write the record of the tensors, then the manifest with the record of all files and its own digest."""
         self.put_json(TENSOR_HASHES, {name: x.tensors for name, x in self._written.items() if x.tensors})
         record = {name: {"bytes": x.nbytes, "sha256": x.sha256} for name, x in self._written.items()}
         self.put_json(MANIFEST, sealed(manifest | {FILES: record}))
@@ -189,7 +189,8 @@ class _Folder:
 
 
 def _write_part(folder: _Folder, part: Part, progress: Meter) -> None:
-    config, place = part.component.config.to_dict(), part.component.name
+    config = part.component.config.to_dict()
+    place = part.component.name
     if part.component.quantization:
         config["quantization"] = part.component.quantization
     folder.put_json(f"{place}/config.json", config)

@@ -127,7 +127,7 @@ def choose(rows: list[Variant], hints: Iterable[str], name: str | None, what: st
 
 
 def _told(rows: list[Variant], hint: str) -> list[Variant]:
-    """The rows that a name speaks of; none if it does not tell."""
+    """The rows that a name points to; none if it tells nothing."""
     text = _CASE.sub(" ", hint).lower()
     words = set(re.findall("[a-z]+", text))
     if _UNCERTAIN.search(text):
@@ -188,11 +188,13 @@ def _channels(infos: _Infos, levels: str) -> tuple[int, ...]:
 
 
 def _text(infos: _Infos) -> dict[str, Config]:
-    told, layers = _text_values(infos), _count(infos, "model.layers.")
+    told = _text_values(infos)
+    layers = _count(infos, "model.layers.")
     found = next((row for row in VARIANTS.values() if _agrees(row.text, told)), None)
     if found is None:
         raise CheckpointError(_other_text(told, layers))
-    row, last = found.text, found.text.num_hidden_layers
+    row = found.text
+    last = found.text.num_hidden_layers
     full = last + row.num_later_layers
     if not last <= layers <= full:
         raise CheckpointError(f"the text encoder has {layers} layers, but {last} to {full} are needed")
@@ -292,7 +294,7 @@ def _shape(infos: _Infos, name: str, rank: int) -> Shape:
 
 
 def _count(infos: _Infos, prefix: str) -> int:
-    """How many numbers of blocks there are after `prefix`."""
+    """How many different block numbers follow `prefix` in names."""
     return len(set(_numbers(infos, prefix)))
 
 

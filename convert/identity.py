@@ -67,7 +67,7 @@ class _Stored:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of all numbers what is stored in each format, the largest share first."""
+        """The share of all numbers that is stored in each format, the largest first."""
         counts: Counter[str] = Counter()
         for name, info in self.infos.items():
             if info.shape and not is_extra(name):
@@ -86,7 +86,7 @@ class Part:
         tensors: how many there are, a packed one counted once.
         nbytes: what they take as they are stored.
         converted: what they take in our checkpoint, by the quantization; empty if that is not known.
-        precision: of each group of layers how many weights are in which format.
+        precision: how many weights of each group of layers are in each format.
         problem: what is wrong with it, or None.
     """
 
@@ -165,12 +165,13 @@ def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: st
 
 
 def foreign(tensors: Tensors, what: str) -> Identity | None:
-    """What tensors are that are no parts of FLUX.2 or can't be read, packed ones as they are stored too; None: they may
-    be parts of it."""
+    """What tensors are, if they are no parts of FLUX.2 or can't be read; None if they may be parts of it. Packed ones
+    may be given as they are stored."""
     check_size(tensors.infos, what)
     stored = _Stored.of(tensors)
     if found := adapter(tensors.infos):
-        name, advice = f"a {found.kind} (names as of {found.naming})", "it goes on top of a model and is none itself"
+        name = f"a {found.kind} (names as of {found.naming})"
+        advice = "it goes on top of a model and is none itself"
         return Identity(ADAPTER, name, stored.shares, stored.nbytes, found.models, advice=advice)
     if known := stranger(tensors.infos):
         return Identity(OTHER, known.name, stored.shares, stored.nbytes, advice=known.advice)

@@ -11,7 +11,8 @@ from flux2_mlx.weights import read_json
 
 from .parts import LAYOUT
 
-_FILES, _RECORD = "model.safetensors.index.json", "mflux_model.json"
+_FILES = "model.safetensors.index.json"
+_RECORD = "mflux_model.json"
 _NAMES = ("base_model", "model_name")  # of the record, which `titles` knows
 
 
@@ -23,7 +24,7 @@ def part_folders(place: Path) -> list[Path]:
 
 
 def said_of(place: Path) -> dict[str, str]:
-    """What a folder says of the model in it beside its weights; nothing if it is none of mflux."""
+    """What mflux's record in a folder says of the model; nothing if there is no record."""
     if not (place / _RECORD).is_file():
         return {}
     values = read_json(place / _RECORD)
@@ -31,7 +32,7 @@ def said_of(place: Path) -> dict[str, str]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether the files of a part are mflux's; an index that can't be read is none."""
+    """Whether a folder holds a part that mflux saved; one with an index that can't be read does not."""
     try:
         metadata = read_json(folder / _FILES).get("metadata")
     except CheckpointError:

@@ -60,7 +60,7 @@ class Reading:
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        """What the canonical tensors are that these are known to make. The others are `unknown`."""
+        """Dtype and shape of each canonical tensor that the sources make; sources that make none are `unknown`."""
         names = dict.fromkeys(filter(None, map(self.canonical, self.sources)))
         return {name: self._info(name) for name in names}
 
@@ -84,7 +84,7 @@ class Reading:
         return spelling.rule(first, *others)
 
     def composed(self, rule: Rule, head_dim: int = 128) -> Rule:
-        """A `rule` that reads one canonical tensor as one that reads the source."""
+        """`rule`, which reads one canonical tensor, turned into one that reads the source's tensors."""
         (canonical,) = rule.sources
         inner = self.rule(canonical, head_dim)
         return Rule(
@@ -94,8 +94,14 @@ class Reading:
         )
 
     def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:
-        """How our tensor of a name and a shape is made of the source's, for a network of the part and its geometry."""
-        canonical, head_dim = LAYOUT[self.part].rules[network](config), getattr(config, "head_dim", 128)
+        """A function from the name and shape of a tensor of ours to the rule that makes it of the source's.
+
+        Args:
+            network: one of those that are made of the part.
+            config: its geometry.
+        """
+        canonical = LAYOUT[self.part].rules[network](config)
+        head_dim = getattr(config, "head_dim", 128)
         return lambda name, shape: self.composed(canonical(name, shape), head_dim)
 
     def check(self, configs: Mapping[str, Any], what: str) -> None:
@@ -110,7 +116,7 @@ class Reading:
         raise_problems(what, mismatches(expected, self._kept(configs)))
 
     def shapes(self, configs: Mapping[str, Any]) -> dict[str, Shape]:
-        """The tensors that networks of these geometries are made of, by their full names."""
+        """The shapes of the source's tensors that networks of these geometries are made of, by their full names."""
         shapes: dict[str, Shape] = {}
         for network, config in configs.items():
             rule_for = self.rules_for(network, config)
@@ -126,7 +132,8 @@ class Reading:
 
     def _kept(self, configs: Mapping[str, Any]) -> dict[str, TensorInfo]:
         """The tensors that have a place in our checkpoint, or no place at all, given the geometries of the networks."""
-        is_dropped, config = LAYOUT[self.part].is_dropped, configs[self.part]
+        is_dropped = LAYOUT[self.part].is_dropped
+        config = configs[self.part]
         names = {name: self.canonical(name) for name in self.sources}
         return {
             name: self.sources[name]
@@ -135,7 +142,7 @@ class Reading:
         }
 
     def canonical(self, name: str) -> str | None:
-        """The canonical tensor that a tensor of the source is one or a piece of; None: there is none."""
+        """The canonical tensor that a tensor of the source makes, alone or with others; None if it makes none."""
         if not name.startswith(self.prefix):
             return None
         template, numbers = templated(name[len(self.prefix) :])
@@ -143,7 +150,8 @@ class Reading:
         return None if ours is None else filled(ours, self._flipped(template, numbers))
 
     def _spelled(self, canonical: str) -> tuple[Spelling, tuple[str, ...]]:
-        """The spelling of a canonical name of which something is there, or else the usual one, and its full names."""
+        """How the source spells a canonical name, and the full names of its tensors. If none of them is there, the
+        usual spelling."""
         template, numbers = templated(canonical)
         spellings = self.dialect.table.get(template, (Spelling((template,)),))
         full = [tuple(self._full(theirs, numbers) for theirs in spelling.templates) for spelling in spellings]
@@ -172,9 +180,9 @@ class Reading:
 
 
 def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
-    """What these tensors are of: the parts of a model, each with its dialect.
+    """The parts of a model that these tensors are of, each with its dialect.
 
-    Every tensor is in one of the parts, also those that have no place there. What is known to be no weight is left out.
+    Every tensor is put into one of the parts, even if it has no place there, unless it is known to be no weight.
 
     Args:
         infos: the tensors of one file, or of all that belong together.
@@ -208,7 +216,7 @@ def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:
 
 
 def is_extra(name: str) -> bool:
-    """Whether a tensor beside a model's weights is none of them."""
+    """Whether a tensor is known to lie beside a model's weights without being one of them."""
     prefix, _, last = name.rpartition(".")
     is_top = not prefix or any(pattern.fullmatch(f"{prefix}.") for pattern in _PREFIXES.values())
     return (last in _EXTRAS and is_top) or name.endswith(_ANGLES)

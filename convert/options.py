@@ -194,7 +194,8 @@ def checked(
     Raises:
         CheckpointError: a key asks for what is not implemented.
     """
-    given, values = values.keys(), {**options.defaults, **values}
+    given = values.keys()
+    values = {**options.defaults, **values}
     for key, allowed in options.fixed.items():
         if values.get(key, allowed[0]) not in allowed:
             left_out = "" if key in given else ", which is left out,"

@@ -25,7 +25,9 @@ from .formats import SETTINGS, unpacked
 from .rules import Finite
 
 _log = logging.getLogger(__name__)
-_LAYERS, _ROWS = 8, 256  # of which the loss is measured
+# The loss is measured of at most this many layers, and of this many rows of each.
+_LAYERS = 8
+_ROWS = 256
 
 
 def requantize(
@@ -37,16 +39,16 @@ def requantize(
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Write a checkpoint as its source would have been converted with other quantizations, bit for bit from bfloat16.
+    """Write a checkpoint in fewer bits. From bfloat16 it equals, bit for bit, a new conversion of its source.
 
-    From 8 bits 4 can be made, which are worse than those made of the source: a warning says by how much.
+    4 bits made from 8 bits are worse than 4 bits made from the source: a warning says by how much.
 
     Args:
         checkpoint: the opened checkpoint.
         target: the folder to make; it appears only when it is complete.
         quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored.
-        text_quant: the same for the text encoder; None: as stored, with a warning if that is not what goes with
-            `quant`; or from `bf16` what does.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: what usually goes with `quant` if it is
+            stored as `bf16`, else as stored, with a warning if that is not the usual one.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all: those that are compared with the recorded hashes, and those
             that are written.
@@ -66,7 +68,8 @@ def requantize(
     if usual not in (None, text_quant):
         stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"
         _log.warning("%s; %s of the original is better than what could be made of that", stays, usual)
-    wanted, parts = quantizations(quant, text_quant), []
+    wanted = quantizations(quant, text_quant)
+    parts = []
     for name, component in checkpoint.components.items():
         parts.append(stored_part(component, component.quantized(wanted[name])))
         warn_of_loss(component, parts[-1].component)
@@ -87,7 +90,7 @@ def requantize(
 
 
 def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | None) -> tuple[str, str]:
-    """What `requantize` makes of these settings; InputError if it can't."""
+    """The `quant` and `text_quant` of what `requantize` writes with these settings; InputError if it can't."""
     if text_quant is None:
         text_quant = checkpoint.text_quant
         if quant is not None and text_quant == "bf16":
@@ -145,8 +148,8 @@ def _plain(component: Component) -> Tensors:
 
 
 def _loss(tensors: Tensors, wanted: Component) -> float:
-    """How far weights will be from what they are made of, relative to these: root mean squares over some rows of some
-    layers."""
+    """The relative change of `tensors` when they are quantized as `wanted`: the root mean square of the change over
+    that of the values, in some rows of some layers."""
     names = [name for name in tensors.infos if stored_names(name, wanted.infos) != [name]]
     change = size = 0.0
     for array in tensors.read(names[:: -(-len(names) // _LAYERS)]):

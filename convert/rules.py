@@ -49,12 +49,12 @@ def channels_last(source: str) -> Rule:
 
 
 def same(name: str, shape: Shape) -> Rule:
-    """The rule for our tensor of a name and a shape where the source's is the same."""
+    """The rule for our tensor `name` where the source has it in our form."""
     return copy(name)
 
 
 def kernels_last(name: str, shape: Shape) -> Rule:
-    """The rule for our tensor of a name and a shape where nothing but the order of a kernel's axes differs."""
+    """The rule for our tensor `name` where the source has it in our form, but kernels' axes in PyTorch's order."""
     return channels_last(name) if len(shape) == 4 else copy(name)
 
 
@@ -62,7 +62,9 @@ class Converted:
     """Our tensors, in bfloat16, made by `rules` from those of a source; `infos` says what they are to be."""
 
     def __init__(self, source: Tensors, rules: Mapping[str, Rule], infos: Mapping[str, TensorInfo]):
-        self._source, self._rules, self.infos = source, rules, infos
+        self._source = source
+        self._rules = rules
+        self.infos = infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         rules = [self._rules[name] for name in names]
@@ -75,7 +77,9 @@ class Placed:
     """Tensors of a file or folder `place`, which errors name when they are read."""
 
     def __init__(self, tensors: Tensors, place: Path):
-        self._tensors, self._place, self.infos = tensors, place, tensors.infos
+        self._tensors = tensors
+        self._place = place
+        self.infos = tensors.infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         try:
@@ -87,11 +91,13 @@ class Placed:
 
 
 class Finite:
-    """Tensors that have to be finite numbers; CheckpointError, which says the `complaint` of its name, at one that is
-    not."""
+    """Tensors that have to be finite. Reading one that is not raises a CheckpointError with the `complaint` of its
+    name."""
 
     def __init__(self, tensors: Tensors, complaint: Callable[[str], str]):
-        self._tensors, self._complaint, self.infos = tensors, complaint, tensors.infos
+        self._tensors = tensors
+        self._complaint = complaint
+        self.infos = tensors.infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
@@ -102,7 +108,8 @@ class Finite:
 
 
 def _is_finite(array: mx.array) -> bool:
-    """Whether all numbers are finite. Of bfloat16 the bits tell, by far the fastest: of both signs those above."""
+    """Whether all numbers are finite. Of bfloat16 the bits tell, by far the fastest: infinity and what is no number lie
+    above all others of their sign."""
     if array.dtype != mx.bfloat16 or not array.size:
         return bool(mx.isfinite(array).all().item())
     bits = np.asarray(array.view(mx.uint16, stream=READER))

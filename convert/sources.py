@@ -26,7 +26,8 @@ from .tokenizer import TOKENIZER, tokenizer_in
 LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")  # one file of a set
 # The fingerprint reads this many pieces of this many bytes from each file at even distances, and one of each tensor.
-_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+_SAMPLES = 1024
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SourcePart:
 
     @property
     def usual_quant(self) -> str:
-        """The quantization that keeps what is stored of the weights."""
+        """The fewest bits of ours that keep the precision that the weights are stored in."""
         return formats.usual_quant(self.tensors)
 
     def check(self, configs: Geometries) -> None:
@@ -111,8 +112,8 @@ class Source:
             part.check(self.configs_of(name))
 
     def quants(self, quant: str | None, text_quant: str | None) -> tuple[str, str]:
-        """How the transformer and the text encoder are to be stored, None being what keeps of their weights what there
-        is; of the text encoder's that are at most 8 bits."""
+        """How the transformer and the text encoder are to be stored. None stands for the fewest bits that keep the
+        precision that their weights are stored in; of the text encoder at most 8 bits."""
         quant = check_quant(quant or self._usual_quant("transformer"))
         if text_quant is None and "text_encoder" in self.stored:
             text_quant = self._usual_quant("text_encoder")
@@ -134,7 +135,7 @@ class Source:
         return taken | {name: part.place for name, part in self.parts.items()} | {"tokenizer": self.tokenizer}
 
     def _usual_quant(self, name: str) -> str:
-        """The quantization that keeps what is stored of a network."""
+        """The fewest bits of ours that keep the precision that a network is stored in."""
         if name in self.stored:
             bits = (self.stored[name].quantization or {}).get("bits")
             return next(quant for quant, own in BITS.items() if own == bits)
@@ -158,8 +159,8 @@ class Source:
         """SHA-256 over the names and sizes of weight files and pieces of their content: their headers, the beginning of
         every tensor, and more at even distances.
 
-        Where a model was trained further, values differ all over a tensor. A change of some values only, between the
-        pieces, is not seen, nor one of what a model that is converted already gives to a file that lacks it.
+        Where a model was trained further, values differ all over a tensor. A change of a few values between the pieces
+        is not seen. Nor is a change of a converted model that gives parts which the source lacks.
         """
         digest = hashlib.sha256()
         for path in self.beside:
@@ -179,16 +180,16 @@ class Source:
 def parts_of(
     place: Path, paths: list[Path], stated: Stated, geometries: Callable[[], Sequence[Geometries]]
 ) -> dict[str, SourcePart]:
-    """The parts of a model that files of weights are of.
+    """The parts of a model that files of weights hold.
 
     Args:
-        place: what a user knows them as.
+        place: what a user knows the files as.
         paths: the files, which belong together.
         stated: what the config beside them says.
         geometries: what their networks may be; asked for where packed weights don't say what shapes they have.
 
     Raises:
-        CheckpointError: they are damaged, of no FLUX.2 model, or stored as what is not read.
+        CheckpointError: they are damaged, of no FLUX.2 model, or stored in a way that can't be read.
     """
     tensors, metadata = formats.plain(paths, stated.packing, _Expected(place, paths, geometries))
     readings = read(tensors.infos, str(place))
@@ -213,11 +214,13 @@ def _layout_part(description: Description, name: str, variant: str | None) -> So
 
 
 class _Expected(Mapping[str, Shape]):
-    """The shapes that weights of these files have by the first of the geometries that agrees with what is stored
-    plainly, or by the only one; found out where one is asked for."""
+    """The shapes of the weights of these files, found when one is asked for: by the first geometries that agree with
+    the weights that are stored plainly, or by the only geometries."""
 
     def __init__(self, place: Path, paths: list[Path], geometries: Callable[[], Sequence[Geometries]]):
-        self._place, self._paths, self._geometries = place, paths, geometries
+        self._place = place
+        self._paths = paths
+        self._geometries = geometries
 
     @cached_property
     def _shapes(self) -> Mapping[str, Shape]:
@@ -276,8 +279,8 @@ def loose_files(place: Path) -> list[Path]:
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files of a network: those that an index lists, or one, or numbered ones without an index, or else the same
-    of the variants `bf16` and `fp16`, which have that in their names."""
+    """The files of a network: those that an index lists, a single one, or numbered ones without an index. Names with
+    `bf16` or `fp16` in them come after names without."""
     for variant in ("", ".bf16", ".fp16"):
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
@@ -299,7 +302,7 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _numbered(folder: Path, stem: str, variant: str) -> list[str]:
-    """The names of the whole set that files such as `model-00001-of-00003.safetensors` are of; none if there are none.
+    """All names of the set that files such as `model-00001-of-00003.safetensors` belong to; none without such files.
     The variant stands before the numbers or, of older saves, after them."""
     found = [path.name for path in folder.glob(f"{stem}*.safetensors")]
     for start, end in ((stem + variant, ""), (stem, variant)):
@@ -327,7 +330,7 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
 
 
 def _refuse_integers(place: Path, infos: Mapping[str, TensorInfo]) -> None:
-    """CheckpointError for weights that are no numbers of floating point, of whatever shape."""
+    """CheckpointError if weights are stored as anything but floating-point numbers."""
     matrices = [x for name, x in infos.items() if name.endswith("weight") and len(x.shape) > 1]
     if other := sorted({x.dtype for x in matrices} - set(FLOATS.values())):
         raise CheckpointError(f"{place} holds weights that are stored as {other[0]}, which are not read; {UNQUANTIZED}")

@@ -224,7 +224,7 @@ class _Layer:
 
 
 def stranger(infos: _Infos) -> Stranger | None:
-    """What is known of tensors that are of another model; None if nothing is."""
+    """What tensors of another model are; None if they are not known."""
     for name, advice, proofs in _STRANGERS:
         if any(all(any(prefix + key in infos for prefix in _PREFIXES) for key in proof) for proof in proofs):
             return Stranger(name, advice)
@@ -232,7 +232,7 @@ def stranger(infos: _Infos) -> Stranger | None:
 
 
 def refusal(infos: _Infos) -> str | None:
-    """What tensors are that are of an adapter or another model, and what to do; None if they are not known."""
+    """What tensors of an adapter or of another model are, and what to do; None if they are not known."""
     if found := adapter(infos):
         models = " or ".join(found.models) or "another model"
         return f"a {found.kind} for {models} (names as of {found.naming}), which goes on top of a model; give the model"
@@ -241,7 +241,7 @@ def refusal(infos: _Infos) -> str | None:
 
 
 def adapter(infos: _Infos) -> Adapter | None:
-    """What an adapter's tensors are of; None if they are none of an adapter."""
+    """The adapter that tensors are of; None if they are of none."""
     factors = list(_factors(infos))
     if not factors:
         return None

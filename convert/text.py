@@ -70,7 +70,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path, notes: li
             f"{path}: model_type is {reprlib.repr(model_type)}, {variant.name} reads prompts with "
             f"{variant.text.model_type!r}"
         )
-    tied, section = values.get("tie_word_embeddings", False), _SECTIONS[model_type]
+    tied = values.get("tie_word_embeddings", False)
+    section = _SECTIONS[model_type]
     if section:
         checked(values, MISTRAL3, path, notes)
         inner = checked(_section(values, "text_config", path), MISTRAL, path, notes, section)
@@ -82,7 +83,8 @@ def _text_values(values: dict[str, Any], variant: Variant, path: Path, notes: li
         inner["num_key_value_heads"] = heads
     if inner.get("head_dim") is None:
         inner["head_dim"] = _divided(inner["hidden_size"], heads)
-    out_layers, available = variant.text.out_layers, inner["num_hidden_layers"]
+    out_layers = variant.text.out_layers
+    available = inner["num_hidden_layers"]
     if type(available) is not int or available > MAX_LAYERS:
         raise CheckpointError(
             f"{path}: {section}num_hidden_layers is {reprlib.repr(available)}, not a whole number up to {MAX_LAYERS}"

@@ -20,8 +20,12 @@ from flux2_mlx.weights import Files, parse_json, read_header, read_json
 from .naming import TEKKEN
 from .vocabulary import qwen_tokenizer, tekken_tokenizer
 
-TOKENIZER, VOCABULARY, MERGES, TEKKEN_FILE = "tokenizer.json", "vocab.json", "merges.txt", "tekken.json"
-_ADDED, _LISTED = "added_tokens.json", "added_tokens_decoder"
+TOKENIZER = "tokenizer.json"
+VOCABULARY = "vocab.json"
+MERGES = "merges.txt"
+TEKKEN_FILE = "tekken.json"
+_ADDED = "added_tokens.json"
+_LISTED = "added_tokens_decoder"
 _WEIGHTS = ".safetensors"
 _FORMS = f"{TOKENIZER}, with {VOCABULARY} and {MERGES}, or with {TEKKEN_FILE}"
 _QWEN_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")

@@ -83,10 +83,12 @@ def tekken_tokenizer(values: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: it holds none.
     """
-    config, entries = values.get("config"), values.get("vocab")
+    config = values.get("config")
+    entries = values.get("vocab")
     if not isinstance(config, dict) or not isinstance(entries, list):
         raise ValueError("it has no config and vocab of tekken")
-    size, count = _number(config, "default_vocab_size"), _number(config, "default_num_special_tokens")
+    size = _number(config, "default_vocab_size")
+    count = _number(config, "default_num_special_tokens")
     pattern = config.get("pattern")
     if not isinstance(pattern, str) or len(pattern) > _MAX_PATTERN:
         raise ValueError(f"its pattern is {reprlib.repr(pattern)}")

@@ -53,7 +53,7 @@ def write_checkpoint(
         source: the opened source.
         target: the folder to make; it appears only when it is complete.
         quant: `bf16`, `qint8` or `qint4` for the transformer.
-        text_quant: the same for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         name: what the manifest calls the source; its folder's name if None.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all: those that are written, and of a source in the Hub's cache
@@ -131,7 +131,8 @@ def _checked_plans(source: Source, quant: str, text_quant: str) -> list[_Plan]:
 
 def _plan(source: Source, name: str, quant: str) -> _Plan:
     bare = Component(name, source.configs[name], None, ())
-    plain, rule_for = bare.infos, source.parts[COMPONENTS[name].part].reading.rules_for(name, bare.config)
+    plain = bare.infos
+    rule_for = source.parts[COMPONENTS[name].part].reading.rules_for(name, bare.config)
     rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
     return _Plan(bare.quantized(quant), plain, rules)
 
@@ -144,7 +145,8 @@ def _check_tokenizer(source: Source) -> None:
 
 def _taken(source: Source, quant: str, text_quant: str) -> list[Part]:
     """The networks that are taken from a checkpoint of ours, in these quantizations; InputError if they can't be."""
-    quants, parts = quantizations(quant, text_quant), []
+    quants = quantizations(quant, text_quant)
+    parts = []
     for name, stored in source.stored.items():
         parts.append(stored_part(stored, stored.quantized(quants[name])))
     return parts

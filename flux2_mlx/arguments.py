@@ -165,7 +165,8 @@ def _from_numbers(name: str, given: Any) -> list[Image.Image]:
     elif isinstance(given, np.ndarray | mx.array):
         if isinstance(given, mx.array) and mx.issubdtype(given.dtype, mx.floating):
             given = given.astype(mx.float32)
-        values, shapes, axes = np.array(given), "[H, W], [H, W, C] or [B, H, W, C]", (0, 1, 2, 3)
+        values = np.array(given)
+        shapes, axes = "[H, W], [H, W, C] or [B, H, W, C]", (0, 1, 2, 3)
     else:
         raise InputError(f"{name} must be a PIL image, a path, an array, or a list of those, got {_kind(given)}")
     shape = values.shape

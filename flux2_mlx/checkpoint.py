@@ -106,7 +106,8 @@ class Component:
             quant: quantize while loading; only for a component stored as `bf16`.
         """
         target = self if quant is None else self.quantized(quant)
-        module, tensors = target.build(), self.tensors
+        module = target.build()
+        tensors = self.tensors
         if self.quantization is None:
             tensors = as_stored(tensors, target)
         fill(module, InMemory(tensors, dtype))

@@ -17,7 +17,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 TEXT_MODELS = ("qwen3", "mistral3")
 # Several times what any FLUX.2 has, so that no config can ask for more than memory holds before files are looked at.
 # Whole numbers from 2^63 on are none for MLX.
-MAX_LAYERS, MAX_SIZE, _MAX_NUMBER = 256, 2**24, 1e15
+MAX_LAYERS = 256
+MAX_SIZE = 2**24
+_MAX_NUMBER = 1e15
 
 
 def _check(condition: bool, message: str) -> None:

@@ -22,15 +22,19 @@ from .errors import CheckpointError, InputError
 from .files import read_bytes, remove_parts, write
 from .text import TextEncoder
 
-FOLDER, UNFINISHED = "prompts", "unfinished"  # within the models folder: of prompts, of denoised images
+# Within the models folder.
+FOLDER = "prompts"
+UNFINISHED = "unfinished"  # denoised images
 LIMIT_VARIABLE = "FLUX2_MLX_CACHE_BYTES"
-_DEFAULT_LIMIT, _MAX_DIGITS = 1_000_000_000, 18
+_DEFAULT_LIMIT = 1_000_000_000  # bytes
+_MAX_DIGITS = 18  # of the variable
 # It matches nothing but our files, since the folder may have been the user's before.
 _ENTRIES = "[0-9a-f]" * 64 + ".safetensors"
 _HEADER_BYTES = 512  # more than an entry's header takes
 _CODES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # of the safetensors format
 # An encoder is known by this many pieces of this many bytes from each of its files, among other things.
-_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_SAMPLES = 256
+_SAMPLE_BYTES = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -66,14 +70,16 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: Path, max_bytes: int | None = None, what: str = "encoded prompts"):
-        self.folder, self._what = folder, what
+        self.folder = folder
+        self._what = what
         self.max_bytes = default_limit() if max_bytes is None else max_bytes
         self._warned = False
 
     def get(self, key: str, form: Form) -> mx.array | None:
         """The states of `form` kept under `key`, bit for bit; an entry that is anything else is removed, and there are
         none."""
-        path, states = self._path(key), None
+        path = self._path(key)
+        states = None
         with suppress(OSError):  # what another user keeps from us, say, is not damaged
             data = _read(path, _HEADER_BYTES + form.nbytes)
             payload = data[-form.nbytes :]
@@ -155,8 +161,11 @@ class CachedEncoder:
         cache: EmbeddingCache | None,
         load: Callable[[], TextEncoder],
     ):
-        self._checkpoint, self._quant, self._dtype = checkpoint, quant, dtype
-        self._cache, self._load = cache, load
+        self._checkpoint = checkpoint
+        self._quant = quant
+        self._dtype = dtype
+        self._cache = cache
+        self._load = load
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> mx.array:
         """States `[L, C]` of one prompt's token ids and attention mask `[1, L]`, evaluated."""

@@ -77,7 +77,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 def bounded(file: BinaryIO, path: Path | str, limit: int) -> bytes:
     """The rest of an open `file`; InputError where that is more than `limit` bytes."""
-    data, chunk = bytearray(), None
+    data = bytearray()
     while chunk := file.read(min(2**20, limit + 1 - len(data))):
         data += chunk
         if len(data) > limit:
@@ -182,7 +182,9 @@ def _placed_without_links(part: Path, target: Path) -> bool:
 
 def _renamed(part: Path, target: Path) -> bool:
     """Rename `part` to a free `target` in one call, which not every system has and not every disk knows."""
-    library, here, only_new = ctypes.CDLL(None, use_errno=True), -100, 1  # AT_FDCWD, RENAME_NOREPLACE
+    library = ctypes.CDLL(None, use_errno=True)
+    here = -100  # AT_FDCWD
+    only_new = 1  # RENAME_NOREPLACE
     old, new = os.fsencode(part), os.fsencode(target)
     if sys.platform == "darwin":
         failed = library.renamex_np(old, new, ctypes.c_uint(4))  # RENAME_EXCL
@@ -225,7 +227,8 @@ class Claim:
     """
 
     def __init__(self, folder: Path, *, alone: bool = False, make: bool = False):
-        self._folder, self._descriptor = folder, -1
+        self._folder = folder
+        self._descriptor = -1
         while not self._hold(alone, make):  # whoever had it alone has removed it
             self.close()
 

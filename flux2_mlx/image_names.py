@@ -88,7 +88,8 @@ def paths(templates: Sequence[str | None], images: Sequence[Values], *, listed: 
     Raises:
         InputError: a template can't be read.
     """
-    found, chosen = [], []
+    found = []
+    chosen = []
     for template, values in zip(templates, images, strict=True):
         path, is_folder = _asked(template, values)
         found.append(path / expanded(_OF_A_LIST if listed else _IN_A_FOLDER, values) if is_folder else path)

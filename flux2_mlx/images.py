@@ -113,7 +113,8 @@ def flattened(image: Image.Image, ground: str = "white") -> Image.Image:
         raise InputError(f"can't read the image: {getattr(error, 'strerror', None) or error}") from error
     if image.mode == "RGB" and not image.info:
         return image
-    profile, alpha = image.info.get("icc_profile"), None
+    profile = image.info.get("icc_profile")
+    alpha = None
     if image.mode == "F" or image.mode.startswith("I"):
         image = _in_8_bits(image)
     if image.has_transparency_data:

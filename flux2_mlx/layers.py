@@ -71,14 +71,18 @@ class Conv2d(nn.Conv2d):
         self.weight = mx.zeros((out_channels, kernel, kernel, in_channels))
         if bias:
             self.bias = mx.zeros((out_channels,))
-        self.stride, self.padding = (stride, stride), (padding, padding)
-        self.dilation, self.groups = (1, 1), 1
+        self.stride = (stride, stride)
+        self.padding = (padding, padding)
+        self.dilation = (1, 1)
+        self.groups = 1
 
 
 def _pack(layer: nn.Module, kind: type[_Packed], group_size: int, bits: int, mode: str) -> _Packed:
     packed = kind.__new__(kind)
     nn.Module.__init__(packed)
-    packed.group_size, packed.bits, packed.mode = group_size, bits, mode
+    packed.group_size = group_size
+    packed.bits = bits
+    packed.mode = mode
     packed.weight, packed.scales, packed.biases = mx.quantize(layer.weight, group_size, bits, mode=mode)
     if "bias" in layer:
         packed.bias = layer.bias
@@ -140,7 +144,8 @@ def project(x: mx.array, weight: mx.array) -> mx.array:
     """
     if weight.dtype == x.dtype:
         return x @ weight.T
-    rows, parts = max(1, WIDENED // weight.shape[1]), []
+    rows = max(1, WIDENED // weight.shape[1])
+    parts = []
     mx.eval(x)  # what it is made of is freed before weights are widened
     for start in range(0, len(weight), rows):
         parts.append(x @ weight[start : start + rows].astype(x.dtype).T)
@@ -210,7 +215,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     as in PyTorch.
     """
     B, heads, Lq, head_dim = q.shape
-    keys, is_fused = B * heads * k.shape[2], fuses_attention(head_dim, q.dtype.size)
+    keys = B * heads * k.shape[2]
+    is_fused = fuses_attention(head_dim, q.dtype.size)
     rows = max(1, OPERATIONS_PER_CHUNK // (4 * keys * head_dim) if is_fused else _SCORES_PER_CHUNK // keys)
     if is_fused and rows >= Lq:
         return _attend(q, k, v, mask)

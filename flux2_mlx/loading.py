@@ -52,7 +52,8 @@ class InMemory:
     """Stored tensors as they are kept in memory while activations are in `dtype`."""
 
     def __init__(self, tensors: Tensors, dtype: mx.Dtype):
-        self._tensors, self._dtype = tensors, dtype
+        self._tensors = tensors
+        self._dtype = dtype
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:

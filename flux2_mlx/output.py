@@ -116,9 +116,11 @@ class Flux2Output:
         """The file of each of so many images."""
         if not Path(text).suffix and "{" not in text:
             text = os.path.join(text, "")  # a folder, which may be a new one
-        values, digits = [], len(str(count))
+        values = []
+        digits = len(str(count))
         for place in range(count):
-            own, index = self.settings[place] if self.settings else {}, f"{place + 1:0{digits}}"
+            own = self.settings[place] if self.settings else {}
+            index = f"{place + 1:0{digits}}"
             sizes = {name: str(own.get(name, "")) for name in ("width", "height", "steps")}
             seed = str(self.seeds[place]) if self.seeds else index
             words = {"prompt": slug(own.get("prompt") or ""), "model": model_name(own.get("model") or "flux2")}

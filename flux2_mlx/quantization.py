@@ -15,7 +15,8 @@ from .weights import TensorInfo, Tensors
 
 GROUP_SIZE = 64
 # The most weights that are quantized at one time, and the bytes that each takes meanwhile, measured.
-_SLICE, _WORK_BYTES = 4 * 1024 * 1024, 10
+_SLICE = 4 * 1024 * 1024
+_WORK_BYTES = 10
 _PARTS = ("weight", "scales", "biases")
 BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))
 # A text encoder in 8 bits is hardly told from bfloat16 and half the size; 4 bits are for who asks for 4 bits.
@@ -63,7 +64,8 @@ def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:
 
     Rows are taken in slices, since the work needs several times the memory of the weight.
     """
-    slices, rows = [], max(1, _SLICE // weight.shape[1])
+    slices = []
+    rows = max(1, _SLICE // weight.shape[1])
     for start in range(0, len(weight), rows):
         slices.append(_quantize_rows(weight[start : start + rows].astype(mx.float32), bits))
         mx.eval(slices[-1])
@@ -80,7 +82,8 @@ class Quantized:
     """Tensors in as few bits as they are `stored` in, each quantized when the first of its parts is read."""
 
     def __init__(self, tensors: Tensors, stored: Mapping[str, TensorInfo], bits: int):
-        self._tensors, self._bits = tensors, bits
+        self._tensors = tensors
+        self._bits = bits
         # The largest while little is in memory.
         plain = sorted(tensors.infos, key=lambda name: -tensors.infos[name].nbytes)
         self._plain = {part: name for name in plain for part in stored_names(name, stored)}

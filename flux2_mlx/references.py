@@ -136,7 +136,8 @@ class Canvas:
         if self.mask is None:
             return painted
         left, top, right, bottom = self.box
-        layer, shown = self.original.copy(), _unfilled(painted, right - left, bottom - top)
+        layer = self.original.copy()
+        shown = _unfilled(painted, right - left, bottom - top)
         if match_colors:
             shown = matched(shown, self.original.crop(self.box), np.asarray(self.mask.crop(self.box)) == 0)
         layer.paste(shown, (left, top))
@@ -147,7 +148,8 @@ def _feathered(mask: Image.Image, feather: int) -> Image.Image:
     """The mask, rising from nothing at its border over `feather` pixels; borders of the image are none."""
     if not feather:
         return mask
-    values, margin = np.asarray(mask), 3 * feather
+    values = np.asarray(mask)
+    margin = 3 * feather
     padded = Image.fromarray(np.pad(values, margin, mode="edge"))
     soft = np.asarray(padded.filter(ImageFilter.GaussianBlur(feather / 2)), dtype=np.float32)
     inner = soft[margin:-margin, margin:-margin]

@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 
 _PREFIX = ".flux2-mlx-convert-"
 _NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}")
-_MARK, _OWNER = "flux2-mlx-convert.json", "flux2-mlx convert"
+_MARK = "flux2-mlx-convert.json"
+_OWNER = "flux2-mlx convert"
 _NEW, _OLD = "new", "old"
 
 

@@ -35,16 +35,21 @@ class Waiting:
     """The denoised images of one run. Build it with `Unfinished.of`."""
 
     def __init__(self, files: EmbeddingCache, networks: Networks, request: Request, edit: Edit):
-        self._files, self._networks, self._request, self._edit = files, networks, request, edit
+        self._files = files
+        self._networks = networks
+        self._request = request
+        self._edit = edit
         self._places: set[int] = set()
 
     def kept(self) -> dict[int, mx.array]:
         """The tokens `[L, C]` that an earlier run of the same settings has left, by the place of their image."""
         if not self._files.entries():
             return {}
-        request, components = self._request, self._networks.checkpoint.components
+        request = self._request
+        components = self._networks.checkpoint.components
         size = components["vae"].config.token_size
-        length, channels = request.height * request.width // size**2, components["transformer"].config.in_channels
+        length = request.height * request.width // size**2
+        channels = components["transformer"].config.in_channels
         form = Form((length, channels), mx.float32)
         found = {place: self._files.get(key, form) for place, key in enumerate(self._keys)}
         kept = {place: tokens for place, tokens in found.items() if tokens is not None}

@@ -93,7 +93,8 @@ def remembered(folder: Path) -> Memory | None:
         return None
     try:
         values = read_json(folder / _MEMORY)
-        time, before = datetime.fromisoformat(values["time"]).isoformat(timespec="seconds"), dict(values["states"])
+        time = datetime.fromisoformat(values["time"]).isoformat(timespec="seconds")
+        before = dict(values["states"])
     except (*NONSENSE, CheckpointError):
         return None
     now = _states(folder)
@@ -153,7 +154,8 @@ def check_hashes(folder: Path, report: Callable[[int], None], parts: Collection[
     for name, record in records.items():
         if not _is_of(name, parts):
             continue
-        digest, size = hashlib.sha256(), 0
+        digest = hashlib.sha256()
+        size = 0
         with open_model_file(folder / name) as file:
             while data := file.read(_CHUNK):
                 digest.update(data)
@@ -172,7 +174,9 @@ class Meter:
     """Adds up the bytes that are done; `report` is called with them and those in all."""
 
     def __init__(self, total: int, report: _Progress | None):
-        self._done, self._total, self._report = 0, total, report
+        self._done = 0
+        self._total = total
+        self._report = report
 
     def add(self, count: int) -> None:
         self._done += count
@@ -222,7 +226,9 @@ def _check_file(
 ) -> list[Problem]:
     if not os.path.lexists(folder / name):
         return [Problem(name, None, "is missing")]
-    whole, problems, changed = hashlib.sha256(), [], []
+    whole = hashlib.sha256()
+    problems = []
+    changed = []
     try:
         with open_model_file(folder / name) as file:
             size = os.fstat(file.fileno()).st_size
@@ -250,7 +256,9 @@ def _check_file(
 
 def _read_tensor(file: BinaryIO, name: str, tensor: TensorInfo, whole: Any, meter: Meter) -> tuple[str, set[str]]:
     """SHA-256 of the tensor that comes next in `file`, and what is wrong with its values."""
-    own, flaws, kind = hashlib.sha256(), set(), _FLOATS.get(tensor.dtype)
+    own = hashlib.sha256()
+    flaws = set()
+    kind = _FLOATS.get(tensor.dtype)
     for data in _pieces(file, tensor.nbytes, [whole, own], meter):
         if kind:
             bits: np.ndarray = np.frombuffer(data, kind.bits)

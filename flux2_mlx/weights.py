@@ -39,8 +39,6 @@ _MAX_PROBLEMS = 8
 READER = mx.new_thread_local_stream(mx.cpu)
 # What Python raises when values of a JSON file have other types or sizes than they should.
 NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
-
-
 POINTER = b"version "  # how the small file begins that stands for a large one in a clone without its weights
 
 
@@ -120,13 +118,16 @@ def _parse_header(data: bytes, start: int) -> _Header:
         raise ValueError("__metadata__ is not a table of texts")
     entries = [(*_parse_entry(name, entry), name) for name, entry in header.items()]
     entries.sort(key=lambda entry: entry[:2])
-    tensors, starts, end = {}, {}, 0
+    tensors, starts = {}, {}
+    end = 0
     for first, last, tensor, name in entries:
         if first != end:
             raise ValueError(f"{name} begins at byte {first}, the tensor before it ends at {end}")
         if last - first != tensor.nbytes:
             raise ValueError(f"{name} has {last - first} bytes in place of {tensor.nbytes}")
-        tensors[name], starts[name], end = tensor, start + first, last
+        tensors[name] = tensor
+        starts[name] = start + first
+        end = last
     return _Header(tensors, starts, start + end, metadata or {})
 
 
@@ -162,10 +163,7 @@ def parse_json(data: bytes, *, unique: bool = False) -> Any:
     """
     text = data.decode("utf-8")
     value = json.loads(
-        text,
-        parse_constant=_refuse_constant,
-        parse_float=_finite,
-        object_pairs_hook=_unique if unique else None,
+        text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique if unique else None
     )
     if "\\u" in text:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -262,7 +260,8 @@ class Renamed:
     """Tensors under other names: `names` are theirs by the new ones."""
 
     def __init__(self, tensors: Tensors, names: Mapping[str, str]):
-        self._tensors, self._names = tensors, names
+        self._tensors = tensors
+        self._names = names
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -296,7 +295,8 @@ def _load_arrays(path: Path) -> dict[str, mx.array]:
 
 def _read_array(path: Path, header: _Header, name: str) -> mx.array:
     """A tensor of a file that MLX refuses."""
-    info, unit = header.tensors[name], np.dtype(f"u{_DTYPES[header.tensors[name].dtype].size}")
+    info = header.tensors[name]
+    unit = np.dtype(f"u{_DTYPES[info.dtype].size}")
     with open_model_file(path) as file:
         try:
             if os.fstat(file.fileno()).st_size != header.size:
@@ -368,7 +368,8 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     start = struct.pack("<Q", len(encoded)) + encoded
-    digest, digests = hashlib.sha256(start), {}
+    digest = hashlib.sha256(start)
+    digests = {}
     with path.open("wb") as file:
         file.write(start)
         for (name, tensor), array in zip(tensors.items(), evaluated(arrays), strict=True):

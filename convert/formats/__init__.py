@@ -27,14 +27,17 @@ __all__ = [
     "usual_quant",
 ]
 GGUF = ".gguf"
-_FULL, _FEW = 15, 5.1  # bits a weight; 4 of them take up to 5 with scales, and 5 of them are better kept in 8
-SETTINGS, METHOD = mlx.SETTINGS, "quant_method"
+# Bits a weight: from _FULL on they are 16. 4 bits take up to 5 with their scales, and 5 bits are better kept in 8.
+_FULL = 15
+_FEW = 5.1
+SETTINGS = mlx.SETTINGS
+METHOD = "quant_method"
 
 
 def plain(
     paths: Sequence[Path], said: Mapping[str, str] | None = None, shapes: Shapes = NO_SHAPES
 ) -> tuple[Tensors, Mapping[str, str]]:
-    """The tensors of files of weights, packed ones as what they stand for, and what the files say of themselves.
+    """The tensors of files of weights, packed ones unpacked when they are read, and the files' metadata.
 
     Args:
         paths: safetensors files that belong together, or one GGUF file, with which all of its set are read.
@@ -61,8 +64,14 @@ def plain(
 
 
 def unpacked(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes = NO_SHAPES) -> Tensors:
-    """`tensors` as what they stand for, given what is said of them and, as far as they are known, the shapes of weights
-    by their names; of bitsandbytes' some small ones are read."""
+    """`tensors` with plain weights, unpacked when they are read, in place of packed ones. (What bitsandbytes says of
+    its own is read at once.)
+
+    Args:
+        tensors: as they are stored.
+        metadata: what is said of them.
+        shapes: of weights by their names, as far as they are known.
+    """
     packed = _packed(tensors, metadata, shapes)
     return Unpacked(tensors, packed) if packed else tensors
 
@@ -76,13 +85,13 @@ def starts(path: Path) -> list[int]:
 
 
 def usual_quant(tensors: Tensors) -> str:
-    """The quantization of ours that keeps what is stored of weights, and no more: of 16 bits, of 8, or of 4."""
+    """The fewest bits of ours that keep the precision that weights are stored in: `bf16`, `qint8` or `qint4`."""
     bits = tensors.bits if isinstance(tensors, Unpacked | Gguf) else _FULL
     return "bf16" if bits >= _FULL else "qint8" if bits > _FEW else "qint4"
 
 
 def _packed(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes) -> dict[str, Packed]:
-    """The packed weights of all families; none may be of two."""
+    """The packed weights of all families; CheckpointError if one is of two families."""
     infos = tensors.infos
     found: dict[str, Packed] = {}
     for family in (

@@ -46,7 +46,7 @@ class _State:
 
 
 def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Read) -> dict[str, Packed]:
-    """The weights that bitsandbytes packed, by their names; `read` is that of the tensors, for what describes them.
+    """The weights that bitsandbytes packed, by their names; `read` reads the tensors that describe them.
 
     Raises:
         CheckpointError: something that belongs to one is missing, left over or wrong.
@@ -67,7 +67,9 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: R
 def _state(name: str, array: mx.array) -> _State:
     """What the bytes of a quantization state say; CheckpointError if they are nonsense."""
     said = json_object(np.array(array).tobytes(), name)
-    kind, shape, blocksize = said.get("quant_type"), said.get("shape"), said.get("blocksize")
+    kind = said.get("quant_type")
+    shape = said.get("shape")
+    blocksize = said.get("blocksize")
     if kind not in tuple(_TABLES) or not name.endswith(STATE + kind):
         raise CheckpointError(f"{name} says quant_type {kind!r:.40}")
     if not is_shape(shape):
@@ -81,7 +83,9 @@ def _state(name: str, array: mx.array) -> _State:
 
 
 def _nested(name: str, said: Mapping[str, Any], state: _State) -> _State:
-    blocksize, offset, dtype = said["nested_blocksize"], said.get("nested_offset"), said.get("nested_dtype")
+    blocksize = said["nested_blocksize"]
+    offset = said.get("nested_offset")
+    dtype = said.get("nested_dtype")
     if type(blocksize) is not int or not 0 < blocksize < 2**31:
         raise CheckpointError(f"{name} says nested_blocksize {blocksize!r:.40}")
     if not isinstance(offset, int | float) or isinstance(offset, bool) or not -_MAX_OFFSET < offset < _MAX_OFFSET:
@@ -133,7 +137,8 @@ def _fill(out: np.ndarray, data: np.ndarray, pairs: np.ndarray, scales: np.ndarr
     for start in range(0, data.size, _CHUNK):
         part = out[2 * start : 2 * (start + _CHUNK)]
         np.take(pairs, data[start : start + _CHUNK], out=part.view(np.uint64), mode="clip")
-        first, whole = 2 * start // blocksize, part.size // blocksize
+        first = 2 * start // blocksize
+        whole = part.size // blocksize
         part[: whole * blocksize].reshape(whole, blocksize)[:] *= scales[first : first + whole, None]
         part[whole * blocksize :] *= scales[min(first + whole, scales.size - 1)]
 
@@ -147,7 +152,9 @@ def _unnested(names: tuple[str, ...], state: _State, absmax: mx.array, scales: m
 
 def _rows(infos: Mapping[str, TensorInfo], layer: str) -> Packed:
     """A weight of bytes, with a scale for each of its rows."""
-    weight, scales, layout = f"{layer}.weight", f"{layer}.SCB", f"{layer}.weight_format"
+    weight = f"{layer}.weight"
+    scales = f"{layer}.SCB"
+    layout = f"{layer}.weight_format"
     stored = require(infos, weight, ("I8",))
     if len(stored.shape) != 2:
         raise CheckpointError(f"{weight} is {list(stored.shape)}, which is no matrix")

@@ -36,7 +36,7 @@ def require(
 def complete(
     infos: Mapping[str, TensorInfo], weights: dict[str, Packed], endings: tuple[str, ...]
 ) -> dict[str, Packed]:
-    """These weights; CheckpointError if one is there plainly too, or tensors with these endings belong to none."""
+    """`weights` again; CheckpointError if one is there plainly too, or a tensor with such an ending belongs to none."""
     taken = {name for weight in weights.values() for name in (*weight.sources, *weight.unused)}
     for name in weights:
         if name in infos and name not in taken:
@@ -48,7 +48,8 @@ def complete(
 
 
 def finite(array: mx.array, name: str, *, least: float = -math.inf, largest: float = 1.0) -> mx.array:
-    """An array in float32; CheckpointError if a value is not finite, below `least`, or no scale of `largest` codes."""
+    """An array in float32; CheckpointError if a value is not finite, below `least`, or times `largest` too large for a
+    weight."""
     with mx.stream(READER):
         array = array.astype(mx.float32)
         if not mx.all(mx.isfinite(array)).item():
@@ -61,7 +62,7 @@ def finite(array: mx.array, name: str, *, least: float = -math.inf, largest: flo
 
 
 def not_all_zero(scales: mx.array, name: str, codes: mx.array) -> mx.array:
-    """These scales; CheckpointError if all are 0 or nearly so and the codes differ, whose scales were lost then."""
+    """`scales` again; CheckpointError if all are 0 or nearly so while the codes differ: the true scales were lost."""
     with mx.stream(READER):
         if codes.size and not mx.any(mx.abs(scales) >= LEAST).item() and mx.any(codes != codes.reshape(-1)[0]).item():
             raise CheckpointError(f"{name} is 0 throughout, for a weight that is not; fetch the file again")

@@ -13,7 +13,9 @@ from flux2_mlx.weights import READER, TensorInfo, parse_json
 
 from .packed import Packed
 
-METADATA, MARKER, WEIGHT = "_quantization_metadata", ".comfy_quant", ".weight"
+METADATA = "_quantization_metadata"
+MARKER = ".comfy_quant"
+WEIGHT = ".weight"
 # The formats that can be read, and what users call them.
 FORMATS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "mxfp8": "mxfp8", "int8_tensorwise": "int8", "nvfp4": "nvfp4"}
 # Scales of activations, which are computed in bfloat16 here.
@@ -34,7 +36,7 @@ def declarations(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -
     """What files say of their layers, by the names of these; None: a tensor of the layer says it.
 
     Raises:
-        CheckpointError: it is said in a way that is none, or of a layer that is not there.
+        CheckpointError: a statement can't be understood, or is about a layer that is not there.
     """
     marked: dict[str, Declared | None] = {}
     for name, info in infos.items():
@@ -59,7 +61,7 @@ def packed_layer(
     unpack: Callable[..., mx.array],
     unused: tuple[str, ...] = (),
 ) -> Packed:
-    """A weight of this `shape` that `unpack` makes from its bytes and `scales`, as nothing in the file contradicts.
+    """A weight of this `shape` that `unpack` makes from its bytes and `scales`.
 
     Raises:
         CheckpointError: the file says that it is in another format.
@@ -90,19 +92,20 @@ def unswizzled(scales: mx.array, rows: int, columns: int) -> mx.array:
 
 
 def swizzled_shape(rows: int, columns: int) -> tuple[int, int]:
-    """That of scales in such blocks."""
+    """The shape of `[rows, columns]` scales in cuBLAS's blocks (see `unswizzled`)."""
     return (rows + -rows % 128, columns + -columns % 4)
 
 
 def told(info: TensorInfo) -> str:
-    """A tensor, as messages have it."""
+    """The dtype and shape of a tensor, for messages."""
     return f"{info.dtype} {list(info.shape)}"
 
 
 def _listed(infos: Mapping[str, TensorInfo], text: str) -> dict[str, Declared | None]:
     """What the metadata says, by the layers' names in the files, which may have a prefix more."""
     value = _json(METADATA, text.encode())
-    version, layers = str(value.get("format_version", "1")), value.get("layers")
+    version = str(value.get("format_version", "1"))
+    layers = value.get("layers")
     if version.split(".")[0] != "1":
         raise CheckpointError(f"{METADATA} is of version {version[:40]!r}; only version 1 can be read")
     if not isinstance(layers, dict):
@@ -129,7 +132,7 @@ def _json(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _declared(name: str, value: Any) -> Declared:
-    """What is said of a layer by the JSON of it."""
+    """What the parsed JSON about a layer says."""
     format = value.get("format") if isinstance(value, dict) else None
     if not isinstance(format, str) or format not in FORMATS:
         name = name[:200]
@@ -146,7 +149,7 @@ def _declared(name: str, value: Any) -> Declared:
 
 
 def _check(layer: str, said: Declared, format: str, shape: tuple[int, ...], before: Declared | None = None) -> None:
-    """CheckpointError if a weight is not what is `said` of it now, or was said `before`."""
+    """CheckpointError if a weight is not as it is `said` to be, or if something else was said `before`."""
     if said.format != format:
         raise CheckpointError(f"{layer}{WEIGHT} is stored as {format}, and its file says {said.format}")
     if before not in (None, said):

@@ -23,7 +23,8 @@ _SCALES = (".weight_scale", ".weight_scale_inv", ".scale_weight")
 _SCALE_2 = ".weight_scale_2"  # of nvfp4
 _SET_MARKER = "scaled_fp8"
 _FLOATS = ("F32", "F16", "BF16")
-_GROUP, _BLOCK = 32, 128
+_GROUP = 32
+_BLOCK = 128
 # Weights are far below it, and scaled ones of a tensor go up to 448.
 _MOST_UNSCALED = 256.0
 _FORGOTTEN = "a weight without its scale would give a white image; get the file that it was made as"
@@ -42,7 +43,8 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
         CheckpointError: a scale is missing, without weight, there twice or of another shape or dtype than it can be;
             or a weight is not in the format that the files say.
     """
-    declared, scales = declarations(infos, metadata), _scales(infos)
+    declared = declarations(infos, metadata)
+    scales = _scales(infos)
     if not (declared or any(map(_speaks_of_scales, infos))):
         return {name: _cast(name, info) for name, info in infos.items() if info.dtype in _NAMES}
     sets = [name for name in infos if name.rpartition(".")[2] == _SET_MARKER]
@@ -59,14 +61,15 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
 
 
 def check_codes(name: str, codes: mx.array, largest: int) -> None:
-    """CheckpointError if a byte stands for what is no finite number, which those above `largest` of each sign do."""
+    """CheckpointError if a byte stands for no finite number, as those above `largest` of either sign do."""
     values = np.asarray(codes)
     if values.size and (values.max() > 0x80 | largest or values.view(np.int8).max() > largest):
         raise CheckpointError(f"{name} holds infinity or what is no number; fetch or make the file again")
 
 
 def check_scales(name: str, scales: mx.array, largest: float, *, zero: bool = False) -> None:
-    """CheckpointError unless scales in float32 are positive, or `zero`, and make weights of numbers up to `largest`."""
+    """CheckpointError unless scales in float32 are positive, or 0 if `zero`, and not too large for codes up to
+    `largest`."""
     values = np.asarray(scales)
     with np.errstate(over="ignore", invalid="ignore"):
         if not ((values >= (0 if zero else LEAST)) & (values * np.float32(largest) <= MOST)).all():
@@ -75,7 +78,7 @@ def check_scales(name: str, scales: mx.array, largest: float, *, zero: bool = Fa
 
 
 def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The scales of the layers that have one, which nvfp4's are not."""
+    """The name of the scale of each layer that has one; layers in NVFP4 are left out."""
     scales: dict[str, str] = {}
     for name in infos:
         for end in _SCALES:
@@ -99,7 +102,7 @@ def _speaks_of_scales(name: str) -> bool:
 
 
 def _cast(name: str, info: TensorInfo) -> Packed:
-    """A tensor of numbers of 8 bits that are meant as they are."""
+    """A tensor of 8 bit numbers that no scale belongs to."""
 
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
@@ -230,9 +233,10 @@ def _check_left(
     declared: Mapping[str, Declared | None],
     sets: Iterable[str],
 ) -> None:
-    """CheckpointError at what speaks of a weight of 8 bits that is none."""
+    """CheckpointError if a scale, a statement or a marker belongs to no weight of 8 bits."""
     for layer in (*scales, *declared):
-        weight, said = infos.get(layer + WEIGHT), declared.get(layer)
+        weight = infos.get(layer + WEIGHT)
+        said = declared.get(layer)
         if layer + WEIGHT in found or (weight and weight.dtype == "U8" and (said is None or said.format == "nvfp4")):
             continue
         if said and said.format == "nvfp4":

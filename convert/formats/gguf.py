@@ -30,15 +30,18 @@ from flux2_mlx.weights import HEADER_LIMIT, POINTER, READER, TensorInfo, open_mo
 
 from .checks import MOST
 
-_MAGIC, _VERSIONS = b"GGUF", (2, 3)
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
 # Numbers in metadata, by the code of their type.
 _NUMBERS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
-_TEXT, _ARRAY = 8, 9
+_TEXT = 8
+_ARRAY = 9
 _MAX_ITEMS = 2**20  # texts in a header; a vocabulary with its merges has half as many
-_ENTRY = 16  # as many texts does a tensor or a piece of metadata count for, of which a model has hundreds
+_ENTRY = 16  # texts that a tensor or a piece of metadata counts as, of which a model has hundreds
 _MAX_NAME = 255
 _MAX_DIMENSIONS, _MAX_DIMENSION = 4, 2**31 - 1
-_ALIGNMENT, _ALIGNMENTS = 32, tuple(2**n for n in range(17))
+_ALIGNMENT = 32
+_ALIGNMENTS = tuple(2**n for n in range(17))
 # Types that hold numbers as they are, and the arrays that they are read into: NumPy has no bfloat16.
 _PLAIN = {
     "F32": mx.float32,
@@ -67,13 +70,13 @@ class Kind(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """What is read of it, as a code of safetensors."""
+        """The dtype that it is read in, as a code of safetensors."""
         return self.name if self.name in _PLAIN else "F32"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it lies in its file: `info` is what is read of it, `offset` and `nbytes` are where."""
+    """A tensor in its file: `offset` and `nbytes` say where, `info` the dtype and shape that it is read in."""
 
     path: Path
     kind: Kind
@@ -124,7 +127,8 @@ class Gguf:
         return 8 * sum(x.nbytes for x in chosen) / max(1, sum(math.prod(x.info.shape) for x in chosen))
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
-        """As `Tensors` has it; CheckpointError, too, for a file that became shorter or a scale that is not finite."""
+        """The tensors of these `names`, in this order (see `Tensors.read`). CheckpointError, too, if a file became
+        shorter or a scale is not finite."""
         for name in names:
             yield _read(name, self._stored[name])
 
@@ -184,8 +188,10 @@ class _Header:
     """The bytes of a header one after another, and never more than there are or than one may have."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self._file, self._items = file, _MAX_ITEMS
-        self.size, self.position = size, 0
+        self._file = file
+        self._items = _MAX_ITEMS
+        self.size = size
+        self.position = 0
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.position:
@@ -199,7 +205,7 @@ class _Header:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def items(self, weight: int = 1) -> range:
-        """As many as the header says that follow, each of which takes as long as `weight` texts."""
+        """A range over the items that the header says follow, each of which counts as `weight` texts."""
         count = self.number("<Q")
         self._items -= count * weight
         if self._items < 0:
@@ -245,7 +251,8 @@ def _code(kind: int) -> str:
 
 def _parse(header: _Header, path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     _check_start(header)
-    tensors, entries = header.items(_ENTRY), header.items(_ENTRY)
+    tensors = header.items(_ENTRY)
+    entries = header.items(_ENTRY)
     metadata: dict[str, Any] = {}
     for _ in entries:
         name = header.name()
@@ -282,7 +289,8 @@ def _entry(header: _Header, path: Path, name: str, alignment: int) -> Stored:
     if count > _MAX_DIMENSIONS:
         raise ValueError(f"{name!r} has {count} dimensions, more than {_MAX_DIMENSIONS}")
     shape = tuple(header.number("<Q") for _ in range(count))[::-1]  # the fastest dimension comes first in the file
-    code, offset = header.number("<I"), header.number("<Q")
+    code = header.number("<I")
+    offset = header.number("<Q")
     kind = _kind(name, code)
     if not all(1 <= size <= _MAX_DIMENSION for size in shape) or (shape[-1] if shape else 1) % kind.values:
         raise ValueError(f"{name!r} is {kind.name} of the impossible shape {list(shape)}")
@@ -301,7 +309,8 @@ def _kind(name: str, code: int) -> Kind:
 def _placed(header: _Header, stored: Mapping[str, Stored], alignment: int) -> dict[str, Stored]:
     """The tensors where they are in the file, in this order; ValueError if they overlap, or it has no such size."""
     start = -(-header.position // alignment) * alignment
-    placed, end = {}, header.position
+    placed = {}
+    end = header.position
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
         first = start + tensor.offset
         if first < end:
@@ -331,7 +340,7 @@ def _kinds() -> dict[int, Kind]:
 
 
 def _is_dequantized(kind: Kind) -> bool:
-    """Whether the library can do it; which also makes the tables that it needs, before threads ask for them."""
+    """Whether the library can dequantize a type. Trying also makes its tables before threads ask for them."""
     try:
         _dequantize(np.zeros(kind.nbytes, np.uint8), kind)
     except NotImplementedError:
@@ -348,7 +357,8 @@ def _dequantize(blocks: np.ndarray, kind: Kind) -> np.ndarray:
 
 def _read(name: str, stored: Stored) -> mx.array:
     """A tensor, in memory. Threads fill it piece by piece, so that nothing else of its size is needed."""
-    shape, dtype = stored.info.shape, stored.info.dtype
+    shape = stored.info.shape
+    dtype = stored.info.dtype
     array = mx.zeros(shape, _PLAIN[dtype], stream=READER)
     mx.eval(array)
     values = np.array(array, copy=False).reshape(-1)
@@ -361,7 +371,8 @@ def _read(name: str, stored: Stored) -> mx.array:
 
 def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) -> None:
     """Fill `values` from number `start` on, as far as one job goes."""
-    kind, values = stored.kind, values[start : start + _JOB]
+    kind = stored.kind
+    values = values[start : start + _JOB]
     quantized = kind.name not in _PLAIN
     data = np.empty(len(values) // kind.values * kind.nbytes, np.uint8) if quantized else values.view(np.uint8)
     try:

@@ -15,9 +15,11 @@ from .packed import NO_SHAPES, Packed, Shapes
 
 SETTINGS = "quantization"  # the key of a config.json that says it, and of what is added to metadata from there
 _MFLUX = ("mflux_version", "quantization_level")
-_NOISY, _NOISE = "norm_out.linear.weight", "norm_out.linear.bias"
+_NOISY = "norm_out.linear.weight"
+_NOISE = "norm_out.linear.bias"
 _MFLUX_GROUP = 64  # in all of its versions
-_BITS, _GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
+_BITS = (1, 2, 3, 4, 5, 6, 8)
+_GROUPS = (32, 64, 128)
 
 
 class _Form(NamedTuple):
@@ -63,7 +65,7 @@ def packed(
 def _without_noise(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], weights: dict[str, Packed]
 ) -> dict[str, Packed]:
-    """These weights and the one beside which mflux 0.15 saved a bias of random numbers, which no FLUX.2 has."""
+    """`weights`, one of them with an unused bias: mflux 0.15 saved random numbers for it, and no FLUX.2 has it."""
     if not metadata.get(_MFLUX[0], "").startswith("0.15.") or not infos.keys() >= {_NOISE, _NOISY}:
         return weights
     plain = Packed(infos[_NOISY].dtype, (_NOISY,), infos[_NOISY], lambda array: array)
@@ -76,7 +78,7 @@ def _beside(layer: str) -> tuple[str, str]:
 
 
 def _settings(said: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    """What is said of a layer: of itself, or else of all."""
+    """The settings of a layer: its own, or else those of all layers."""
     own = said.get(layer)
     settings = (
         own if isinstance(own, dict) else {key: said[key] for key in ("bits", "group_size", "mode") if key in said}

@@ -14,7 +14,10 @@ from .fp8 import check_scales, eight_bits
 from .packed import Packed
 from .tables import pairs
 
-_FORMAT, _SCALE, _SCALE_2, _SMOOTHING = "nvfp4", ".weight_scale", ".weight_scale_2", ".pre_quant_scale"
+_FORMAT = "nvfp4"
+_SCALE = ".weight_scale"
+_SCALE_2 = ".weight_scale_2"
+_SMOOTHING = ".pre_quant_scale"
 _GROUP = 16
 _NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _LARGEST = 448.0 * 6  # what a scale of the whole is multiplied with
@@ -39,7 +42,7 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict
 
 
 def _layers(declared: Mapping[str, Declared | None], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Those that something says are in NVFP4: the file, a second scale, or scales beside a weight of bytes."""
+    """The layers in NVFP4, as told by the file's metadata, a second scale, or scales beside a weight of bytes."""
     layers = [layer for layer, said in declared.items() if said is not None and said.format == _FORMAT]
     for name, info in infos.items():
         if name.endswith(_SCALE_2):
@@ -81,7 +84,9 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
 
 def _check_shapes(infos: Mapping[str, TensorInfo], weight: str, scale: str, scale_2: str) -> tuple[int, int]:
     """Rows and columns of a weight; CheckpointError if a tensor of its layer has not its shape or dtype."""
-    stored, groups, whole = infos[weight], infos[scale], infos[scale_2]
+    stored = infos[weight]
+    groups = infos[scale]
+    whole = infos[scale_2]
     if stored.dtype != "U8" or len(stored.shape) != 2 or 0 in stored.shape or stored.shape[1] % (_GROUP // 2):
         raise CheckpointError(f"{weight} is {told(stored)}, which is no weight in NVFP4")
     rows, columns = stored.shape[0], 2 * stored.shape[1]

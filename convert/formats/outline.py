@@ -9,7 +9,8 @@ from flux2_mlx.weights import HEADER_LIMIT, parse_json
 
 from . import bitsandbytes, gguf
 
-_MAX_BYTES, _MAX_PIECES = 64 << 20, 5_000
+_MAX_BYTES = 64 << 20
+_MAX_PIECES = 5_000
 
 
 def pieces(name: str, start: bytes, size: int, early: Iterable[str] = ()) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Weights that are stored as other things than themselves: what all formats of them have in common."""
+"""Packed weights: what all formats of them have in common."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +37,8 @@ class Unpacked:
     """Tensors with plain weights in place of `packed` ones, by the names of the weights."""
 
     def __init__(self, tensors: Tensors, packed: Mapping[str, Packed]):
-        self._tensors, self._packed = tensors, packed
+        self._tensors = tensors
+        self._packed = packed
         taken = {name for weight in packed.values() for name in (*weight.sources, *weight.unused)}
         left = {name: info for name, info in tensors.infos.items() if name not in taken}
         self.infos: Mapping[str, TensorInfo] = left | {name: weight.info for name, weight in packed.items()}
@@ -51,12 +52,12 @@ class Unpacked:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """The formats of those that are packed, by their names."""
+        """The format of each packed weight, by its name."""
         return {name: weight.kind for name, weight in self._packed.items()}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What of those that are packed is stored, in bytes, by their names; what several share is the first one's."""
+        """Stored bytes of each packed weight, by its name; what several share counts for the first one."""
         counted: set[str] = set()
         sizes = {}
         for name, weight in self._packed.items():
@@ -72,7 +73,7 @@ class Unpacked:
             yield self._made(name, islice(stored, len(self._sources(name))))
 
     def _made(self, name: str, stored: Iterable[mx.array]) -> mx.array:
-        """A tensor from those that are stored of it, of which none is kept."""
+        """A tensor, made from its `stored` ones, of which none is kept."""
         weight = self._packed.get(name)
         return next(iter(stored)) if weight is None else weight.unpack(*evaluated(stored))
 

@@ -53,7 +53,8 @@ def _unused(infos: Mapping[str, TensorInfo], weight: str) -> tuple[str, ...]:
 
 def _rows(infos: Mapping[str, TensorInfo], weight: str) -> Packed:
     """A weight of bytes, with a scale for each of its rows."""
-    data, scale = f"{weight}._data", f"{weight}._scale"
+    data = f"{weight}._data"
+    scale = f"{weight}._scale"
     stored = require(infos, data, _KINDS)
     if not stored.shape:
         raise CheckpointError(f"{data} is a single value, which is no weight")
@@ -90,7 +91,7 @@ def _groups(infos: Mapping[str, TensorInfo], weight: str, shape: tuple[int, ...]
 
 
 def _bits(name: str, rows: int, groups: int) -> int:
-    """How many bits a value has where that many rows of bytes hold those of `groups`."""
+    """Bits of a value, where so many `rows` of bytes hold the values of so many `groups`."""
     found = [bits for bits in (4, 2) if rows == -(-groups * bits // 8)]
     if len(found) != 1:
         raise CheckpointError(f"{name} has {rows} rows, which is not clearly a half or a quarter of {groups} groups")

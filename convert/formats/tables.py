@@ -13,7 +13,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def numbers(codes: mx.array, values: np.ndarray) -> mx.array:
-    """The one of 256 `values` in float32 for each byte, in memory."""
+    """The value, in float32 and in memory, that each byte stands for: `values` has 256 of them."""
     flat = np.ascontiguousarray(codes).reshape(-1)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))

@@ -47,7 +47,8 @@ def _described(
     if weight not in metadata:
         raise CheckpointError(f"{name} is of torchao, but the file's metadata does not say how {weight} is packed")
     said = json_object(metadata[weight].encode(), f"the metadata of {weight}")
-    kind, data = said.get("_type"), said.get("_data")
+    kind = said.get("_type")
+    data = said.get("_data")
     if kind not in tuple(_KINDS):
         raise CheckpointError(f"{weight} is torchao's {kind!r:.60}, which can't be read; {_INSTEAD}")
     if not isinstance(data, dict):
@@ -67,7 +68,8 @@ def _check_parts(infos: Mapping[str, TensorInfo], start: str, parts: Any, weight
 
 
 def _weight(infos: Mapping[str, TensorInfo], start: str, described: tuple[str, dict[str, Any]]) -> Packed:
-    (kind, code), said = _KINDS[described[0]], described[1]
+    kind, code = _KINDS[described[0]]
+    said = described[1]
     names: tuple[str, ...] = (f"{start}qdata", f"{start}scale")
     shape = require(infos, names[0], (code,)).shape
     scales = require(infos, names[1], FLOAT_CODES).shape

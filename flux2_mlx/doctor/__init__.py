@@ -42,7 +42,9 @@ class CheckUp:
     """
 
     def __init__(self, models: Path, begin: Callable[[str], object] = lambda name: None):
-        self._models, self._begin, self._dtype = models, begin, activation_dtype(None)
+        self._models = models
+        self._begin = begin
+        self._dtype = activation_dtype(None)
         self._cpu_rate = math.inf  # operations a second, when they have been measured
         self.rates: Rates | None = None
         self.fitting: dict[str, dict[str, int | None]] = {}

@@ -24,10 +24,15 @@ from .finding import Finding, judged, skipped
 BOUNDS = {mx.float32: 1e-5, mx.float16: 3e-3, mx.bfloat16: 1e-2}
 _WRONG = "results of this device are not right; please report this output"
 # The picture of the README, as a CPU makes it in float32.
-DEMO_PROMPT, DEMO_SEED, DEMO_PICTURE = "a yellow star left of a red ring on a blue background", 7, "star.png"
-_TEXT, _SIDE = 512, 32  # tokens of a block's text, and of a side of its image
-# Sizes of a product, of one with packed weights, of a convolution's channels, and blocks as a model has them.
-_PRODUCT, _PACKED, _CHANNELS, BLOCKS = (1024, 12288, 4096), (1024, 4096), 256, VARIANTS["klein-9b"].transformer
+DEMO_PROMPT = "a yellow star left of a red ring on a blue background"
+DEMO_SEED = 7
+DEMO_PICTURE = "star.png"
+_TEXT = 512  # tokens of a block's text
+_SIDE = 32  # tokens on a side of a block's image
+_PRODUCT = (1024, 12288, 4096)  # rows, inner size and columns
+_PACKED = (1024, 4096)  # the shape of a weight before it is packed
+_CHANNELS = 256  # of a convolution
+BLOCKS = VARIANTS["klein-9b"].transformer
 LONGEST = 60  # seconds that a CPU may take for a check
 _COLUMNS = 512  # of a product, that are computed in float64 at a time
 # What one value may be off by at most, against the bound of the root mean square of all: the worst of some million
@@ -57,7 +62,8 @@ def check_product(dtype: mx.Dtype) -> Finding:
     """A product of the size of a transformer's, all of it."""
     rows, inner, columns = _PRODUCT
     x, w = _normal((rows, inner), dtype), _normal((inner, columns), dtype, 1)
-    found, exact = _multiply(x, w), _float64(x)
+    found = _multiply(x, w)
+    exact = _float64(x)
     parts = [exact @ _float64(w[:, start : start + _COLUMNS]) for start in range(0, columns, _COLUMNS)]
     return _compared("product", [_errors(found, np.concatenate(parts, axis=1))], BOUNDS[dtype])
 
@@ -72,7 +78,8 @@ def check_float32() -> Finding:
 
 def check_quantized(bits: int, dtype: mx.Dtype) -> Finding:
     """A product with packed weights against that with what they stand for."""
-    x, packed = _normal((64, _PACKED[1]), dtype), quantize_array(_normal(_PACKED, mx.bfloat16, 1), bits)
+    x = _normal((64, _PACKED[1]), dtype)
+    packed = quantize_array(_normal(_PACKED, mx.bfloat16, 1), bits)
     parts = {name: x.astype(dtype) if name != "weight" else x for name, x in packed.items()}
     weight, scales, biases = parts["weight"], parts["scales"], parts["biases"]
     y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=GROUP_SIZE, bits=bits)
@@ -88,7 +95,8 @@ def check_convolution(dtype: mx.Dtype) -> Finding:
     with direct_convolutions():
         y = mx.conv2d(x, w, padding=1)
         mx.eval(y)
-    padded, kernels = np.pad(_float64(x), ((0, 0), (1, 1), (1, 1), (0, 0))), _float64(w)
+    padded = np.pad(_float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernels = _float64(w)
     shifts = [(i, j) for i in range(3) for j in range(3)]
     errors = _errors(y, sum(padded[:, i : i + 64, j : j + 64] @ kernels[:, i, j].T for i, j in shifts))
     most = 4e-3 if dtype != mx.float32 else 1e-5
@@ -111,7 +119,8 @@ def check_attention(head_dim: int, dtype: mx.Dtype) -> Finding:
 
 def check_blocks(dtype: mx.Dtype, rate: float) -> Finding:
     """The blocks of klein-9b, at random weights, against the CPU in float32, which does `rate` operations a second."""
-    name, config = "blocks of klein-9b", BLOCKS
+    name = "blocks of klein-9b"
+    config = BLOCKS
     if not on_gpu():
         return skipped(name, "needs a GPU, which the CPU is compared with")
     # Either kind of block multiplies each token with 13 squares of the width.
@@ -132,7 +141,8 @@ def double_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype) ->
 
 def single_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype, side: int = _SIDE) -> Pass:
     """What a single block makes of random tokens, `side`² of them an image's, in float32 and not in units."""
-    x, rope = _stream(side**2 + _TEXT, config, dtype), _rope(config, side)
+    x = _stream(side**2 + _TEXT, config, dtype)
+    rope = _rope(config, side)
     mods = [_modulation(config, dtype, seed) for seed in range(3)]
     return lambda: block(x, mods, rope).astype(mx.float32) * unit(dtype)
 
@@ -200,7 +210,8 @@ def _errors(found: mx.array, expected: np.ndarray) -> Errors:
     """Relative to the root mean square of what is expected, that of the difference and the largest one; infinite where
     numbers are not finite."""
     with np.errstate(all="ignore"):
-        difference, scale = _float64(found) - expected, np.sqrt(np.mean(expected**2))
+        difference = _float64(found) - expected
+        scale = np.sqrt(np.mean(expected**2))
         errors = np.sqrt(np.mean(difference**2)) / scale, np.abs(difference).max() / scale
     return errors if np.isfinite(errors).all() else (np.inf, np.inf)
 

@@ -25,9 +25,11 @@ from .finding import Finding, judged, skipped
 # GPU was seen to take 0.63, as its kernels store less.
 _LEAST, _MOST = 0.33, 1.05
 _STEP = VARIANTS["klein-4b"].transformer
-_TOKENS, _TEXT = 4608, 512  # of an image of 1024×1024 and its text, and of the text
-# Tokens on a side of the image of a step, and pixels on a side of the one that is decoded, on a GPU and on a CPU.
-_STEP_SIDE, _DECODED_SIDE = (32, 8), (1024, 256)
+_TOKENS = 4608  # of an image of 1024×1024 and its text
+_TEXT = 512  # tokens of the text
+# On a GPU and on a CPU.
+_STEP_SIDE = (32, 8)  # tokens on a side of the image of a step
+_DECODED_SIDE = (1024, 256)  # pixels on a side of the image that is decoded
 _OVER = "runs take more memory than is planned; choose a lower memory_limit, and please report this output"
 _UNDER = "runs take far less memory than is planned, or it is not counted; please report this output"
 _PER_PIXEL = 9.5e6  # operations of the convolutions that decode one
@@ -48,11 +50,12 @@ def check_step(dtype: mx.Dtype) -> Finding:
     plan."""
     config = _step()
     component = Component("transformer", config, None, ())
-    weights, side, text = footprint(component, dtype), _STEP_SIDE[not on_gpu()], _TEXT
+    weights = footprint(component, dtype)
+    side = _STEP_SIDE[not on_gpu()]
     module = _in_memory(component, dtype)
-    planned = TransformerCost(config, dtype).passing(side * side + text, widened=weights.widened)
-    img, txt = mx.zeros((1, side * side, config.in_channels), dtype), mx.zeros((1, text, config.hidden_size), dtype)
-    rope = rope_table(np.concatenate([text_ids(text), image_ids(side, side)]), config)
+    planned = TransformerCost(config, dtype).passing(side * side + _TEXT, widened=weights.widened)
+    img, txt = mx.zeros((1, side * side, config.in_channels), dtype), mx.zeros((1, _TEXT, config.hidden_size), dtype)
+    rope = rope_table(np.concatenate([text_ids(_TEXT), image_ids(side, side)]), config)
     mx.eval(img, txt, rope)
 
     return _compared(
@@ -62,7 +65,8 @@ def check_step(dtype: mx.Dtype) -> Finding:
 
 def check_decoding(dtype: mx.Dtype) -> Finding:
     """The peak of decoding an image of 1024×1024 (256×256 on a CPU), against its plan."""
-    config, side = VAEConfig(), _DECODED_SIDE[not on_gpu()]
+    config = VAEConfig()
+    side = _DECODED_SIDE[not on_gpu()]
     component = Component("vae", config, None, ())
     module = _in_memory(component, dtype)
     planned = VAECost(config, dtype).decoding(side, side)

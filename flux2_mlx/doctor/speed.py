@@ -15,7 +15,8 @@ from .finding import Finding, judged, skipped
 from .numerics import cast, random_weights, single_pass
 
 MODELS = ("klein-4b", "klein-9b", "dev")
-_TEXT, _SIDE = 512, 64  # tokens of an image of 1024×1024, on a side, and of its text
+_TEXT = 512  # tokens of an image's text
+_SIDE = 64  # tokens on a side of an image of 1024×1024
 # Of the image whose block is timed: tokens on a side, on a GPU and on a CPU.
 _TIMED_SIDE = (32, 16)
 _SLOW_CPU = 12e9  # operations a second, with which some checks would take a minute each; the reference BLAS does 1 to 3
@@ -42,7 +43,8 @@ def step_operations(config: TransformerConfig, tokens: int) -> tuple[int, int]:
 
     Either kind of block multiplies each token with 4·D² for attention and 3·D·M for the MLP.
     """
-    D, M, blocks = config.hidden_size, config.mlp_hidden_size, config.num_layers + config.num_single_layers
+    D, M = config.hidden_size, config.mlp_hidden_size
+    blocks = config.num_layers + config.num_single_layers
     return 2 * tokens * blocks * (4 * D * D + 3 * D * M), 4 * tokens**2 * D * blocks
 
 
@@ -50,7 +52,8 @@ def measure_cpu() -> tuple[float, Finding]:
     """Operations a second of a product on the CPU in float32."""
     x, w = mx.ones((512, 1024), stream=mx.cpu), mx.ones((1024, 1024), stream=mx.cpu)
     rate = 2 * x.size * w.shape[1] / min(timed(lambda: mx.matmul(x, w, stream=mx.cpu), 3))
-    figure, advice = f"{rate / 1e9:.3g} GFLOP/s", f"what a CPU computes takes long here; {FAST_BLAS}"
+    figure = f"{rate / 1e9:.3g} GFLOP/s"
+    advice = f"what a CPU computes takes long here; {FAST_BLAS}"
     bound = f"> {_SLOW_CPU / 1e9:.0f} GFLOP/s"
     return rate, judged("speed of the CPU", figure, bound, rate > _SLOW_CPU, advice, "warn")
 
@@ -63,7 +66,8 @@ def block_operations() -> int:
 def measure_rates(dtype: mx.Dtype) -> tuple[Rates, Finding]:
     """Those of a block of klein-4b's width, timed ten times (on a CPU three times) after a first one."""
     config = VARIANTS["klein-4b"].transformer
-    heads, width, tokens = config.num_attention_heads, config.attention_head_dim, _timed_tokens()
+    heads, width = config.num_attention_heads, config.attention_head_dim
+    tokens = _timed_tokens()
     q = mx.random.normal((1, heads, tokens, width), key=mx.random.key(0)).astype(dtype)
     attending = timed(lambda: layers.attention(q, q, q), 3)
     times = timed(_block_pass(config, dtype), _repeats())

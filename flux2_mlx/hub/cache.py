@@ -189,7 +189,9 @@ def remove_files(storage: Path, paths: Collection[Path]) -> int:
 
     What leads out of the repo's folder is left alone.
     """
-    home, blobs, removed = os.path.realpath(storage), set(), 0
+    home = os.path.realpath(storage)
+    blobs = set()
+    removed = 0
     for path in paths:
         if not _is_inside(path.parent, home) or not os.path.lexists(path):
             continue

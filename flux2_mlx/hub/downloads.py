@@ -25,7 +25,9 @@ from urllib.parse import unquote
 _logger = logging.getLogger(__name__)
 
 _TICK = 1.0  # seconds
-_TICKS, _LEAST = 60, 60_000  # a server that sends fewer bytes than this in so many ticks is given up
+# A server that sends fewer bytes than _LEAST in so many ticks is given up.
+_TICKS = 60
+_LEAST = 60_000
 _WAITS = (1, 2, 4, 8)  # seconds before each further try of a file
 _BUSY = (408, 429, 500, 502, 503, 504)
 _REDIRECTS = 10
@@ -38,7 +40,8 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, code: str, said: str):
         super().__init__(f"HTTP {status}{said and ': '}{said}")
-        self.status, self.code = status, code
+        self.status = status
+        self.code = code
 
 
 class BrokenError(Exception):
@@ -179,7 +182,8 @@ def _complete(
     url: str, headers: Mapping[str, str], blob: Blob, stream: BinaryIO, report: Callable[[int], object]
 ) -> None:
     """Append what `stream` lacks of the file, in as many requests as it takes, and check the whole."""
-    size, hasher = 0, blob.hasher()
+    size = 0
+    hasher = blob.hasher()
     stream.seek(0)
     while size <= blob.size and (piece := stream.read(_PIECE)):
         hasher.update(piece)
@@ -187,7 +191,8 @@ def _complete(
     report(size)
     waits = iter(_WAITS)
     while size < blob.size:
-        before, end = size, 0
+        before = size
+        end = 0
         try:
             with closing(_pieces(url, headers, size)) as pieces:
                 for offset, piece in pieces:
@@ -250,7 +255,8 @@ def _send(url: str, headers: Mapping[str, str], start: int, end: int | None, wat
     sent = {**headers, "Accept-Encoding": "identity", "Connection": "close"}
     if start or end is not None:
         sent["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
-    tracing, patience = {"trace": watchdog.trace}, constants.HF_HUB_DOWNLOAD_TIMEOUT
+    tracing = {"trace": watchdog.trace}
+    patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
     request = session.build_request("GET", url, headers=sent, timeout=patience, extensions=tracing)
     for _ in range(_REDIRECTS):
         # Left to itself, the client reads the whole body of a redirect. It drops the token where the host changes.
@@ -264,7 +270,8 @@ def _send(url: str, headers: Mapping[str, str], start: int, end: int | None, wat
 
 def _offset(response: Any, start: int, headers: Mapping[str, str], url: str) -> int:
     """Return where the body of an answer begins in its file, or raise what else it is."""
-    status, facts = response.status_code, response.headers
+    status = response.status_code
+    facts = response.headers
     if status == 416 and start:
         raise DamagedError(f"the server has fewer than {start} bytes")
     if status not in (200, 206):
@@ -282,7 +289,8 @@ class _Watchdog(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="flux2-mlx-watchdog", daemon=True)
-        self.received, self._complaint = 0, ""
+        self.received = 0
+        self._complaint = ""
         self._streams: list[Any] = []
         self._over = threading.Event()
 

@@ -45,7 +45,8 @@ def outline(hub: Hub, wanted: Download, pieces: Pieces) -> Iterator[Path]:
 
 def write_outline(hub: Hub, wanted: Download, name: str, path: Path, pieces: Pieces) -> None:
     """Make a file of the size of one of weights that takes no space but for its `pieces`."""
-    size, url = wanted.files[name].size, url_of(wanted, name)
+    size = wanted.files[name].size
+    url = url_of(wanted, name)
     start = read_range(url, hub.headers, 0, min(size, _START)) if size else b""
     if start.startswith(POINTER):
         raise DownloadError(

@@ -150,7 +150,8 @@ def header(repo_id: str, file: str | None = None, pieces: Pieces = header_only) 
     except UNLISTED as error:
         raise DownloadError(explain_listing(error, hub, repo_id)) from error
     name = _chosen(repo_id, listed, file)
-    page, storage = f"{hub.shown}/{repo_id}", storage_of(hub.cache, repo_id)
+    page = f"{hub.shown}/{repo_id}"
+    storage = storage_of(hub.cache, repo_id)
     wanted = Download(repo_id, page, None, listed.commit, storage, {name: listed.files[name]}, (name,), {}, None)
     with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as folder:
         path = Path(folder, name.rpartition("/")[2])
@@ -226,11 +227,13 @@ def list_files(hub: Hub, repo_id: str, is_wanted: Callable[[str], bool]) -> List
 def _parse(listing: bytes, is_wanted: Callable[[str], bool]) -> Listing:
     """Return the commit and the wanted files of a repo; raise ValueError for whatever no hub would list."""
     info = json.loads(listing)
-    commit, siblings = _get(info, "sha", str), _get(info, "siblings", list)
+    commit = _get(info, "sha", str)
+    siblings = _get(info, "siblings", list)
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise ValueError(f"commit {commit!r}")
     files: dict[str, Blob] = {}
-    names, others = set(), []
+    names = set()
+    others = []
     for entry in siblings:
         name = _get(entry, "rfilename", str)
         if not is_wanted(name):

@@ -33,7 +33,11 @@ class Selection:
     """
 
     def __init__(self, repo: str, names: Collection[str], folder: Path, hub: Hub, download: Download | None = None):
-        self.repo, self.names, self.folder, self._hub, self.download = repo, names, folder, hub, download
+        self.repo = repo
+        self.names = names
+        self.folder = folder
+        self._hub = hub
+        self.download = download
 
     def fetch(self, progress: Report | None) -> None:
         """Bring the weights; `progress` hears the bytes that are there and those in all. Gives a folder that lasts.

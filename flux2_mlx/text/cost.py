@@ -10,16 +10,21 @@ from ..layers import attention_operations, score_bytes
 # While a layer attends: arrays as wide as the stream, the queries, and the keys, and bytes of a query in float32 for
 # norms and rotation. While its MLP computes: arrays as wide as the stream and the MLP, which has the gate, its product
 # and what it is multiplied by. Fitted to peaks: python scripts/bench_memory.py measure klein-4b bf16 --work FOLDER
-_STREAMS, _QUERIES, _KEYS, _FLOAT32_BYTES = 6, 4.9, 2, 18
+_STREAMS = 6
+_QUERIES = 4.9
+_KEYS = 2
+_FLOAT32_BYTES = 18
 _MLP_STREAMS, _MLP_ARRAYS = 4, 3
 _MASKS = 3  # who sees whom, as it is made of the triangle and the padding, a byte each
 # The same of the vision tower: bytes for a patch and channel while it attends, and arrays as wide as the stream beside
 # the MLP. And of the logits: arrays in float32, as mlx-lm normalises them and a token is sampled. Fitted to peaks:
 # python -m pytest -s tests/test_upsampling_memory.py -k near_what_writing_takes
-_VISION_BYTES, _VISION_MLP_STREAMS, _LOGITS_ARRAYS = 92, 3, 6
+_VISION_BYTES, _VISION_MLP_STREAMS = 92, 3
+_LOGITS_ARRAYS = 6
 # mlx-lm's own: tokens that `KVCache` grows by (its `step`), and those of a prompt that `generate_step` reads at one
 # time (its `prefill_step_size`).
-_CACHE_STEP, _TOKENS_READ_TOGETHER = 256, 2048
+_CACHE_STEP = 256
+_TOKENS_READ_TOGETHER = 2048
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class TextCost:
     def encoding(self, tokens: int, widened: int = 0) -> int:
         """Peak of reading so many tokens, padding included, above the weights, of which `widened` bytes are widened at
         one time."""
-        config, itemsize = self.config, self.dtype.size
+        config = self.config
+        itemsize = self.dtype.size
         D, heads = config.hidden_size, config.num_attention_heads
         queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim
         arrays = itemsize * (_STREAMS * D + _QUERIES * queries + _KEYS * keys)
-        masks, scores = _MASKS * tokens**2, score_bytes(heads, tokens, config.head_dim, itemsize)
+        masks = _MASKS * tokens**2
+        scores = score_bytes(heads, tokens, config.head_dim, itemsize)
         attending = tokens * (arrays + _FLOAT32_BYTES * queries) + scores + masks
         mlp = tokens * itemsize * (_MLP_STREAMS * D + _MLP_ARRAYS * config.intermediate_size)
         return int(max(attending, mlp + widened))
@@ -47,7 +54,8 @@ class TextCost:
 
     def cache(self, tokens: int) -> int:
         """Bytes of a key and a value of so many tokens in every layer, the later ones included."""
-        config, room = self.config, _CACHE_STEP * -(-tokens // _CACHE_STEP)
+        config = self.config
+        room = _CACHE_STEP * -(-tokens // _CACHE_STEP)
         pair = 2 * config.num_key_value_heads * config.head_dim * self.dtype.size
         return room * pair * (config.num_hidden_layers + config.num_later_layers)
 
@@ -68,7 +76,8 @@ class TextCost:
         return self._longest(min(tokens, _TOKENS_READ_TOGETHER), tokens)
 
     def _longest(self, tokens: int, keys: int) -> int:
-        config, heads = self.config, self.config.num_attention_heads
+        config = self.config
+        heads = config.num_attention_heads
         return max(
             2 * tokens * config.hidden_size * max(config.intermediate_size, heads * config.head_dim),
             attention_operations(heads, tokens, keys, config.head_dim, self.dtype.size),
@@ -84,7 +93,9 @@ class VisionCost:
 
     def seeing(self, pixels: int, widened: int) -> int:
         """Peak of looking at an image of so many pixels, above the weights."""
-        config, patches, itemsize = self.config, pixels // self.config.patch_size**2, self.dtype.size
+        config = self.config
+        patches = pixels // config.patch_size**2
+        itemsize = self.dtype.size
         D, heads = config.hidden_size, config.num_attention_heads
         attending = patches * D * _VISION_BYTES + score_bytes(heads, patches, config.head_dim, itemsize)
         mlp = patches * itemsize * (_VISION_MLP_STREAMS * D + _MLP_ARRAYS * config.intermediate_size)
@@ -92,7 +103,8 @@ class VisionCost:
 
     def longest(self, pixels: int) -> int:
         """Operations of the longest product or attention of looking at an image of so many pixels."""
-        config, patches = self.config, pixels // self.config.patch_size**2
+        config = self.config
+        patches = pixels // config.patch_size**2
         widest = max(config.intermediate_size, config.hidden_size, config.text_hidden_size)
         return max(
             2 * patches * config.hidden_size * widest,

@@ -18,7 +18,8 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         D, head_dim = config.hidden_size, config.head_dim
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
         self._rope_theta = config.rope_theta
         self.q_proj = Linear(D, self._heads * head_dim)
         self.k_proj = Linear(D, self._kv_heads * head_dim)
@@ -131,7 +132,8 @@ class LanguageModel(nn.Module):
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         """Logits `[B, L, vocab]` of token ids `[B, L]`, or of their embeddings `[B, L, D]` where given."""
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        L, offset = x.shape[1], cache[0].offset if cache else 0
+        L = x.shape[1]
+        offset = cache[0].offset if cache else 0
         mask = mx.tri(L, offset + L, offset, dtype=mx.bool_)[None, None] if L > 1 else None
         for layer, layer_cache in zip(chain(*self._layers), cache or repeat(None), strict=cache is not None):
             x = layer(x, mask, layer_cache)

@@ -10,7 +10,8 @@ from ..layers import check_finite
 from .decoder import LanguageModel
 from .prompts import IMAGE
 
-_ROW_END, _IMAGE_END = "[IMG_BREAK]", "[IMG_END]"
+_ROW_END = "[IMG_BREAK]"
+_IMAGE_END = "[IMG_END]"
 
 
 def image_placeholder(height: int, width: int) -> str:

@@ -107,7 +107,8 @@ class VisionTower(nn.Module):
 class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        D, self._merge = config.hidden_size, config.spatial_merge_size
+        D = config.hidden_size
+        self._merge = config.spatial_merge_size
         self.merging_layer = Linear(D * self._merge**2, D)
 
     def __call__(self, x: mx.array) -> mx.array:

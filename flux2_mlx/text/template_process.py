@@ -15,7 +15,9 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_SECONDS, _BYTES, _CHARACTERS = 5, 1 << 30, 100_000
+_SECONDS = 5  # of processor time
+_BYTES = 1 << 30  # of memory
+_CHARACTERS = 100_000
 
 
 class _Generation(Extension):

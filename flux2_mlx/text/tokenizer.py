@@ -42,7 +42,8 @@ class PromptTokenizer(ABC):
     chat_tokens: tuple[str, ...]
 
     def __init__(self, path: Path, vocab_size: int | None = None):
-        self._path, self._vocab_size = path, vocab_size
+        self._path = path
+        self._vocab_size = vocab_size
         self._tokenizer = read_tokenizer(path)
         settings = read_settings(path.parent, self.fixed)
         with answers(path):
@@ -55,7 +56,8 @@ class PromptTokenizer(ABC):
         named = self._names(settings, padding)
         self._pads_left = _is_left(settings.pads_left, padding, self.pads_left)
         self._cuts_left = _is_left(settings.cuts_left, truncation, False)
-        vocabulary, pad = self._extend(settings), named.get("pad_token")
+        vocabulary = self._extend(settings)
+        pad = named.get("pad_token")
         if pad not in vocabulary:
             shown = reprlib.repr(pad)
             raise CheckpointError(
@@ -74,7 +76,8 @@ class PromptTokenizer(ABC):
         return {key: token for key, token in (self.named | of_file | stated).items() if token}
 
     def _check_tokens(self) -> None:
-        path, vocabulary = self._path, self._tokenizer.get_vocab(with_added_tokens=True)
+        path = self._path
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         check_vocabulary(vocabulary, self._vocab_size, path)
         for token in dict.fromkeys((*self.ends, *self.chat_tokens)):
             if token not in vocabulary:

@@ -14,7 +14,8 @@ from ..errors import CheckpointError, InputError
 from ..files import read_bytes
 from ..weights import read_json
 
-CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
 _TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
 _MAX_TEMPLATE = 1 << 20
 _SIDES = {"left": True, "right": False, None: None}
@@ -63,7 +64,8 @@ def read_settings(folder: Path, fixed: Mapping[str, tuple[Any, ...]]) -> Tokeniz
     more = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
     named = {key: value for key, value in values.items() if _is_named_token(key, value)}
     if isinstance(more, dict):
-        named, more = named | more, []
+        named = named | more
+        more = []
     listed = values.get("added_tokens_decoder") or {}
     if not isinstance(listed, dict) or not isinstance(more, list) or not all(key.isdecimal() for key in listed):
         raise CheckpointError(f"{path}: added_tokens_decoder or extra_special_tokens are no tokens")

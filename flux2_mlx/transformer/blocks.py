@@ -206,7 +206,9 @@ class SingleBlock(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         D, M = config.hidden_size, config.mlp_hidden_size
-        self._eps, self._heads, self._split = config.eps, config.num_attention_heads, (3 * D, 3 * D + M)
+        self._eps = config.eps
+        self._heads = config.num_attention_heads
+        self._split = (3 * D, 3 * D + M)
         self.linear1 = Linear(D, 3 * D + 2 * M)
         self.linear2 = Linear(D + M, D)
         self.norm = QKNorm(config.attention_head_dim, config.eps)

@@ -15,7 +15,8 @@ _KEPT_ARRAYS, _ATTENDING_ARRAYS = 6, 8
 _WIDENING_ARRAYS = 11
 # Bytes for each channel of the tokens that a block projects at one time, in arrays of the activations' dtype and in
 # float32 for norms and rotation. Fitted to peaks: python -m pytest -s tests/test_memory.py -k near_the_peak
-_PROJECTED_ARRAYS, _FLOAT32_BYTES = 3, 75
+_PROJECTED_ARRAYS = 3
+_FLOAT32_BYTES = 75
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class TransformerCost:
 
     def passing(self, tokens: int, images: int = 1, widened: int = 0) -> int:
         """Peak of a pass above the weights, where `tokens` are those of text and pictures of all `images`."""
-        config, itemsize = self.config, self.dtype.size
-        array, part = itemsize * config.hidden_size, min(tokens, TOKENS_PER_PART)
+        config = self.config
+        itemsize = self.dtype.size
+        array = itemsize * config.hidden_size
+        part = min(tokens, TOKENS_PER_PART)
         scores = score_bytes(images * config.num_attention_heads, tokens // images, config.attention_head_dim, itemsize)
         # A chunk of queries is scaled before it attends, and kept until it has.
         chunk = min(scores * 2 * config.attention_head_dim * images // tokens, 2 * tokens * array)
@@ -81,8 +84,11 @@ class TransformerCost:
 
     def longest(self, text: int, others: int, images: int) -> int:
         """Operations of the longest product or attention of a pass, with `others` besides the tokens of the text."""
-        config, D, tokens = self.config, self.config.hidden_size, text + others
-        part, widest = min(images * tokens, TOKENS_PER_PART), 3 * D + 2 * config.mlp_hidden_size
+        config = self.config
+        D = config.hidden_size
+        tokens = text + others
+        part = min(images * tokens, TOKENS_PER_PART)
+        widest = 3 * D + 2 * config.mlp_hidden_size
         heads = images * config.num_attention_heads
         return max(
             2 * part * D * widest,

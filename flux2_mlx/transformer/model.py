@@ -39,7 +39,8 @@ class Flux2Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         D = config.hidden_size
-        self._config, self._channels = config, config.timestep_guidance_channels
+        self._config = config
+        self._channels = config.timestep_guidance_channels
         self.img_in = Linear(config.in_channels, D)
         self.txt_in = Linear(config.joint_attention_dim, D)
         self.time_in = MLPEmbedder(self._channels, D)
@@ -121,7 +122,8 @@ class Flux2Transformer(nn.Module):
         """
         shared = self._shared(0, mx.array([0.0]), guidance, rope, img.dtype)
         mods = [shared.img_mod] * len(self.double_blocks) + [shared.single_mod] * len(self.single_blocks)
-        x, past = in_units(self.img_in(img)), []
+        x = in_units(self.img_in(img))
+        past = []
         for block, mod in zip(chain(self.double_blocks, self.single_blocks), mods, strict=True):
             x, seen = block.read(x, mod, rope)
             mx.eval(x, seen)

@@ -28,7 +28,8 @@ class VAECost:
 
     def decoding(self, height: int, width: int) -> int:
         """Peak bytes of decoding one image of `height`×`width` pixels, above weights and input."""
-        meter, scale = Meter(self.strip_bytes), self.config.scale_factor
+        meter = Meter(self.strip_bytes)
+        scale = self.config.scale_factor
         latents = mx.zeros((1, height // scale, width // scale, self.config.latent_channels), self.dtype)
         VAE(self.config)._decode(Stored([latents], meter))
         return meter.peak

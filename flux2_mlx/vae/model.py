@@ -15,7 +15,8 @@ from .strips import STRIP_BYTES, Rows, Runner, Stored
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        channels, groups = config.block_out_channels, config.norm_num_groups
+        channels = config.block_out_channels
+        groups = config.norm_num_groups
         self.conv_in = Conv2d(3, channels[0], 3, padding=1)
         self.down_blocks = [
             Level(before, after, config.layers_per_block, groups)
@@ -38,7 +39,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        channels, groups = config.decoder_channels[::-1], config.norm_num_groups
+        channels = config.decoder_channels[::-1]
+        groups = config.norm_num_groups
         self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
         self.up_blocks = [

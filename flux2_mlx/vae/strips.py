@@ -27,8 +27,10 @@ class Rows:
     runner: "Runner"
 
     def __init__(self, *sources: "Rows", shape: tuple[int, ...] | None = None, dtype: mx.Dtype | None = None):
-        self._sources, self.runner = sources, sources[0].runner
-        self.shape, self.dtype = tuple(shape or sources[0].shape), dtype or sources[0].dtype
+        self._sources = sources
+        self.runner = sources[0].runner
+        self.shape = tuple(shape or sources[0].shape)
+        self.dtype = dtype or sources[0].dtype
 
     def store(self, keep: bool = False) -> "Stored":
         """Compute all rows; what they are computed from is freed strip by strip unless `keep` is set."""
@@ -60,11 +62,16 @@ class Stored(Rows):
 
     def __init__(self, strips: list[mx.array], runner: "Runner"):
         B, _, W, C = strips[0].shape
-        self.shape, self.dtype = (B, sum(strip.shape[1] for strip in strips), W, C), strips[0].dtype
-        self.runner, self._strips, self._top, self._joins = runner, deque(strips), 0, len(strips) > 1
+        self.shape = (B, sum(strip.shape[1] for strip in strips), W, C)
+        self.dtype = strips[0].dtype
+        self.runner = runner
+        self._strips = deque(strips)
+        self._top = 0
+        self._joins = len(strips) > 1
 
     def read(self, start: int, stop: int) -> mx.array:
-        parts, top = [], self._top
+        parts = []
+        top = self._top
         for strip in self._strips:
             bottom = top + strip.shape[1]
             if top < stop and start < bottom:
@@ -91,7 +98,8 @@ class Mapped(Rows):
 
     def __init__(self, source: Rows, function: Callable[[mx.array], mx.array], workspace: int = 0):
         super().__init__(source)
-        self._function, self._workspace = function, workspace
+        self._function = function
+        self._workspace = workspace
 
     def read(self, start: int, stop: int) -> mx.array:
         return self._function(self._sources[0].read(start, stop))
@@ -162,7 +170,9 @@ class Convolved(Rows):
         self._sources[0].drop(self._sources[0].shape[1] if last else self._window(stop, stop + 1, 1)[0])
 
     def temporaries(self, rows: int) -> int:
-        source, kernel, stride = self._sources[0], self._conv.weight.shape[1], self._conv.stride[0]
+        source = self._sources[0]
+        kernel = self._conv.weight.shape[1]
+        stride = self._conv.stride[0]
         window = rows * stride + kernel - stride
         # The backend copies the window, which may have been padded here before, and then unfolds the copy: each pixel
         # goes to all places where the kernel meets it. MLX unfolds on a CPU, there in float32 whatever it is given, and
@@ -175,7 +185,8 @@ class Convolved(Rows):
 
     def _window(self, start: int, stop: int, axis: int) -> tuple[int, int, int, int]:
         """What outputs `start` to `stop` read along an axis: first, last + 1, and the zeros before and after them."""
-        conv, size = self._conv, self._sources[0].shape[axis]
+        conv = self._conv
+        size = self._sources[0].shape[axis]
         first = start * conv.stride[0] - conv.padding[0]
         last = (stop - 1) * conv.stride[0] + conv.weight.shape[1] - conv.padding[0]
         return max(first, 0), min(last, size), max(-first, 0), max(last - size, 0)
@@ -198,7 +209,8 @@ class Runner:
 
     def store(self, rows: Rows, keep: bool) -> Stored:
         H = rows.shape[1]
-        height, strips = strip_height(rows, self._strip_bytes), []
+        height = strip_height(rows, self._strip_bytes)
+        strips = []
         for start in range(0, H, height):
             stop = min(start + height, H)
             strips.append(self._compute(rows, start, stop))
