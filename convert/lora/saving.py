@@ -124,7 +124,9 @@ def _check_expressible(found: AdapterFile) -> None:
         raise CheckpointError(f"{wrong.name} changes by a bias alone, which diffusers has no form of; {_HERE}")
     with_lengths = [module for module in modules if "magnitude" in module.keys]
     if with_lengths and len(with_lengths) < len(found.modules):
-        raise CheckpointError(f"some layers of {found.path} are DoRA and others are not, which diffusers mixes up; {_HERE}")
+        raise CheckpointError(
+            f"some layers of {found.path} are DoRA and others are not, which diffusers mixes up; {_HERE}"
+        )
     if with_lengths and any({"bias", "diff_b"} & module.keys.keys() for module in modules):
         raise CheckpointError(f"{found.path} is DoRA with changes of biases, which diffusers refuses; {_HERE}")
 
