@@ -98,7 +98,7 @@ def write_folder(
     meter = Meter(needed + inspection.nbytes, progress)
     try:
         remove_leftovers(place.parent)
-        _check_space(place.parent, needed)
+        check_space(place.parent, needed, "the model")
         inspection.run(meter.add)
         with staged(place, lambda: check_target(target, force), replace=force) as folder:
             written = _Folder(folder)
@@ -153,10 +153,11 @@ def check_writable(target: Path) -> None:
         raise InputError(f"can't write {target}: {error.strerror}; choose another folder") from error
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """InputError if so many bytes of `what` don't fit on the disk."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"no space: the model takes {needed / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
+        raise InputError(f"no space: {what} takes {needed / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
 
 
 class _Folder:

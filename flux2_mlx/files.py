@@ -154,6 +154,14 @@ def create_locked(path: Path) -> int:
         os.close(descriptor)  # another run took it for a leftover before it was locked
 
 
+def put(part: Path, target: Path, *, replace: bool) -> bool:
+    """Give a finished file its name. Unless `replace`, what has that name already stays, and False is returned."""
+    if not replace:
+        return _placed(part, target)
+    os.replace(part, target)
+    return True
+
+
 def _placed(part: Path, target: Path) -> bool:
     """Give `part` the name `target`; False if something has that name."""
     try:

@@ -144,15 +144,15 @@ class AdapterFile:
             CheckpointError: values that are not finite, a config that says another rank, or a file that has changed.
         """
         layers: dict[str, dict[str, tuple[Placed, ...]]] = {}
-        for module, found in self._read([name for name in self.modules if self._is_used(name, configs)]):
+        for module, found in self.read([name for name in self.modules if self._is_used(name, configs)]):
             where = self.places[module]
             placed = layers.setdefault(where.network, {}).setdefault(where.layer, ())
             layers[where.network][where.layer] = (*placed, *found)
         frozen: dict[str, Layers] = {**layers}
         return Adapter(name, frozen, source or str(self.path), self.sha256)
 
-    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, list[Placed]]]:
-        """The changes of each of these modules."""
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, list[Placed]]]:
+        """The changes of each of these modules, by its name, in memory; CheckpointError as `load` has it."""
         names = list(names)
         arrays = evaluated(self.files.read([key for name in names for key in self.modules[name].keys.values()]))
         for name in names:
