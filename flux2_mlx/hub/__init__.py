@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what of a repo is needed, its download, and the cache that it goes to."""
+"""The Hugging Face Hub: which files of a repo are needed, their download, and the cache that they go to."""
 
 from .cache import PARTIAL, Download, is_needed, is_weight, remove_empty, remove_files, snapshot_files, storage_of
 from .downloads import remove_partial

@@ -18,7 +18,7 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)"
 _NEEDED = re.compile(rf"{INDEX}|(?:{'|'.join(FOLDERS)})/{_PART}")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _QUICK = 100_000_000  # files up to this many bytes are hashed: a tenth of a second
-PARTIAL = ".flux2-mlx.incomplete"  # the end of the name is that of the Hub's own, which its tools clear away
+PARTIAL = ".flux2-mlx.incomplete"  # ends as the Hub's own partial files do, so that its tools clear it away
 
 
 def is_needed(name: str) -> bool:
@@ -31,7 +31,7 @@ def is_weight(name: str) -> bool:
 
 
 def described(names: Collection[str]) -> str:
-    """What a repo without an index holds by the names of its files, and what to do, as the end of a sentence."""
+    """What a repo without an index holds, by the names of its files, and what to do: the end of a sentence."""
     weights = sorted(filter(is_weight, names))
     if "transformer/model.safetensors.index.json" in names and "transformer/config.json" not in names:
         return ", as mflux saves a model; give the one that it was made from, which becomes qint8 or qint4 here"
@@ -64,11 +64,10 @@ def storage_of(cache: Path, repo_id: str) -> Path:
 class Download:
     """Files of a repo at a commit, and what the cache lacks of them. Sizes are in bytes.
 
-    `page` is the repo's address, `licence` what it says of its licence, if anything, and `is_gated` whether only who
-    has accepted that may have the files. `missing` are the files that
-    are not in the cache, `arrived` what an earlier call left of each, `branch` the commit that the cache knew before.
-    `brought` are those that this process has fetched by now, `linked` those of another
-    snapshot that it has put into this one.
+    `page` is the repo's address, `licence` what it says of its licence, if anything, and `is_gated` whether the
+    licence must be accepted to have the files. `missing` are the files that are not in the cache, `arrived` what an
+    earlier call left of each, and `branch` the commit that the cache knew before. `brought` are the files that this
+    process has fetched by now, `linked` those that it has taken from another snapshot.
     """
 
     repo_id: str
@@ -115,12 +114,12 @@ class Download:
 
     @property
     def remaining(self) -> int:
-        """What is still to be fetched."""
+        """Bytes that are still to be fetched."""
         return sum(self.files[name].size - self.arrived.get(name, 0) for name in self.missing)
 
     @property
     def present(self) -> int:
-        """What is there already."""
+        """Bytes that are there already."""
         return self.size - self.remaining
 
     @property
@@ -168,7 +167,7 @@ class Download:
                 remove_partial(partial)
 
     def discard(self) -> int:
-        """Remove what this download has brought, but for what something else refers to; gives the bytes removed."""
+        """Remove what this download has brought, unless something else refers to it; gives the bytes removed."""
         removed = remove_files(self.storage, [self.snapshot / name for name in sorted(self.brought)])
         for name in self.linked:
             if (self.snapshot / name).is_symlink():
@@ -250,7 +249,7 @@ def _write_branch(storage: Path, commit: str) -> None:
 
 
 def make_folder(folder: Path, storage: Path) -> None:
-    """Make a folder of the repo's part of the cache; DownloadError if a link leads out of that."""
+    """Make a folder inside the repo's folder in the cache; DownloadError if a link leads out of that."""
     if not _is_inside(folder, os.path.realpath(storage)):
         raise DownloadError(f"{folder} is a link out of {storage}; delete the link and start the download again")
     folder.mkdir(parents=True, exist_ok=True)

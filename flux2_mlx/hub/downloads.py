@@ -49,7 +49,7 @@ class BrokenError(Exception):
 
 
 class _SlowError(BrokenError):
-    """The server was given up."""
+    """The server was too slow, so the transfer was given up."""
 
 
 class _UnannouncedError(BrokenError):
@@ -269,7 +269,7 @@ def _send(url: str, headers: Mapping[str, str], start: int, end: int | None, wat
 
 
 def _offset(response: Any, start: int, headers: Mapping[str, str], url: str) -> int:
-    """Return where the body of an answer begins in its file, or raise what else it is."""
+    """Return where in its file the body of an answer begins; raise an error if it is another answer."""
     status = response.status_code
     facts = response.headers
     if status == 416 and start:

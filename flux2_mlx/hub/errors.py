@@ -1,4 +1,4 @@
-"""Whom downloads ask, and what to say of what goes wrong there."""
+"""The hub that downloads ask, and errors that say what went wrong there."""
 
 import errno
 from collections.abc import Collection, Mapping
@@ -19,7 +19,7 @@ class UnindexedError(DownloadError):
 
 @dataclass(frozen=True)
 class Hub:
-    """Whom to ask, with which headers, and the folder of the cache."""
+    """The hub to ask, the headers to send, and the folder of the cache."""
 
     endpoint: str
     headers: Mapping[str, str]

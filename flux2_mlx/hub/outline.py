@@ -1,4 +1,4 @@
-"""Files of weights of a repo as who reads no weights sees them: of the right size, and with little in them."""
+"""Outlines: files of weights of a repo that have the right size, but hold only what tells what they are."""
 
 import os
 import struct
@@ -29,8 +29,8 @@ def header_only(name: str, start: bytes, size: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def outline(hub: Hub, wanted: Download, pieces: Pieces) -> Iterator[Path]:
-    """A folder that looks like the whole snapshot to who reads no weights: what is there, and the missing weights as
-    files of their size that take no space but for these pieces."""
+    """A folder that looks like the whole snapshot as long as no weights are read: files that are there, and in place of
+    missing weights files of their size that take no space but for these pieces."""
     with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as made:
         folder = os.path.realpath(made)  # as messages name it
         for name in wanted.files:
@@ -44,7 +44,7 @@ def outline(hub: Hub, wanted: Download, pieces: Pieces) -> Iterator[Path]:
 
 
 def write_outline(hub: Hub, wanted: Download, name: str, path: Path, pieces: Pieces) -> None:
-    """Make a file of the size of one of weights that takes no space but for its `pieces`."""
+    """Make a file of the size of `name`, a file of weights, that takes no space but for its `pieces`."""
     size = wanted.files[name].size
     url = url_of(wanted, name)
     start = read_range(url, hub.headers, 0, min(size, _START)) if size else b""

@@ -53,7 +53,7 @@ _SINGLE = re.compile(
 )
 _SOME = 5
 UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError, RecursionError)
-_LISTING = 4_000_000  # bytes; that of FLUX.2-dev has some 50,000
+_LISTING = 4_000_000  # bytes; the listing of FLUX.2-dev has some 50,000
 _LARGEST = 10**15  # bytes
 _LICENCE = 80  # characters
 # Hears the folder of an outline and what is to be fetched, and gives what of it is needed.
@@ -85,7 +85,7 @@ def fetch(
         check: called before the first weight, unless nobody can be asked. Its folder is an outline of the model:
             small files as they are, and weights of the right size with nothing in them but these `pieces`.
         progress: called with the bytes that are there and those in all.
-        pieces: what of a file tells what it holds.
+        pieces: the pieces of a file of weights that tell what it holds.
 
     Raises:
         UnindexedError: it is no whole model.
@@ -131,7 +131,7 @@ def header(repo_id: str, file: str | None = None, pieces: Pieces = header_only) 
     Args:
         repo_id: `owner/name`.
         file: its name in the repo; None: the only one that there is.
-        pieces: what of a file tells what it holds.
+        pieces: the pieces of a file of weights that tell what it holds.
 
     Raises:
         DownloadError: it is not there, can't be fetched, or is one of several or of a whole model.
@@ -184,7 +184,7 @@ def cache_folder() -> Path:
 
 
 def open_hub() -> tuple[Hub, bool]:
-    """Return the hub that the environment names, and whether it must not be asked."""
+    """Return the hub that the environment names, and whether to stay offline."""
     try:
         from huggingface_hub import constants, get_token
 
@@ -267,7 +267,7 @@ def _get(entry: Any, key: str, kind: type) -> Any:
 
 
 def _chosen(repo_id: str, listed: Listing, file: str | None) -> str:
-    """The file of weights that is meant."""
+    """The name of the file of weights that is meant: `file`, or the only one."""
     names = sorted(listed.files)
     if file is None and INDEX in listed.others:
         raise DownloadError(f"{repo_id} is not converted yet, so nothing is known of it; download it first")
@@ -329,7 +329,7 @@ def _download(hub: Hub, wanted: Download, check: Check | None, progress: Report 
 
 
 def prepare(hub: Hub, wanted: Download) -> None:
-    """Make place in the cache, and bring what is small, or there already."""
+    """Check the room on the disk, make the folders, bring the small files, and link what is there already."""
     check_space(wanted.repo_id, wanted.remaining, hub.cache)
     is_new = not (wanted.storage / "blobs").exists()
     make_folder(wanted.storage / "blobs", wanted.storage)
@@ -341,7 +341,7 @@ def prepare(hub: Hub, wanted: Download) -> None:
 
 
 def bring_weights(hub: Hub, wanted: Download, progress: Report | None) -> None:
-    """Bring what is missing still; `progress` hears the bytes that are there and those in all."""
+    """Bring the weights that are still missing; `progress` hears the bytes that are there and those in all."""
     absent = [name for name in wanted.missing if is_weight(name)]
     done = wanted.size - sum(wanted.files[name].size for name in absent)
 

@@ -1,4 +1,4 @@
-"""Some files of a repo, of which no more is fetched at first than tells what they hold."""
+"""Some files of a repo, of which at first only as much is fetched as tells what they hold."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ class Selection:
 
     Attributes:
         repo: `owner/name`.
-        names: those of the files, from that folder on.
+        names: the names of the files, relative to the repo.
         folder: holds them; small ones as they are, and weights with nothing in them but the pieces asked for.
         download: what of them is in the Hub's cache and what is not; None where nobody could be asked.
     """
@@ -40,7 +40,7 @@ class Selection:
         self.download = download
 
     def fetch(self, progress: Report | None) -> None:
-        """Bring the weights; `progress` hears the bytes that are there and those in all. Gives a folder that lasts.
+        """Bring the weights; `progress` hears the bytes that are there and those in all. `folder` lasts from then on.
 
         Raises:
             DownloadError: a file can't be fetched; what has arrived is kept, and the next call goes on from there.
@@ -64,7 +64,7 @@ def select(repo_id: str, choose: Choose, pieces: Pieces) -> Iterator[Selection]:
     Args:
         repo_id: `owner/name`.
         choose: says which; DownloadError if they are not there.
-        pieces: what of a file of weights tells what it holds.
+        pieces: the pieces of a file of weights that tell what it holds.
 
     Raises:
         DownloadError: as `fetch` has it, or what `choose` raises.
@@ -108,7 +108,7 @@ def _cached(repo_id: str, hub: Hub, choose: Choose, reason: str, held: ExitStack
 
 @contextmanager
 def _explained(hub: Hub, repo_id: str) -> Iterator[None]:
-    """DownloadError in place of what goes wrong on the way."""
+    """Turn whatever goes wrong in a transfer into a DownloadError."""
     try:
         yield
     except (RefusedError, BrokenError, DamagedError, OSError) as error:
