@@ -85,7 +85,7 @@ class CheckUp:
         yield "what fits", self._fit
 
     def _bounded(self, operations: int, check: _Check) -> _Check:
-        """`check`, unless it is so many operations of a CPU that it would take too long."""
+        """`check`, which raises UnmeasurableError where so many `operations` would take a CPU too long."""
 
         def run() -> Finding:
             seconds = operations / self._cpu_rate
@@ -131,15 +131,15 @@ def made(name: str, check: _Check) -> Finding:
 
 
 def as_guest(finding: Finding) -> Finding:
-    """`finding`, and in a virtual machine no failure of what its host decides."""
+    """`finding`; in a virtual machine a failure of what its host decides becomes a warning."""
     if finding.verdict != "fail" or not finding.name.startswith(_OF_THE_HOST) or not is_virtual():
         return finding
     return replace(finding, verdict="warn", advice=f"this is a virtual machine; on a real one: {finding.advice}")
 
 
 def fits() -> dict[str, dict[str, int | None]]:
-    """Of each model and quantization, bytes that a step for an image of 1024×1024 reads from disk on this machine; None
-    where that does not fit into memory."""
+    """For each model and quantization, the bytes that a step for an image of 1024×1024 reads from disk on this machine;
+    None where it does not fit into memory."""
     return {name: {quant: _streamed(name, quant) for quant in QUANTIZATIONS} for name in MODELS}
 
 

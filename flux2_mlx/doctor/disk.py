@@ -73,7 +73,7 @@ def check_reading(file: Callable[[], Path]) -> Finding:
 
 
 def check_overlap(file: Callable[[], Path]) -> Finding:
-    """That a computation ends while a `large_file`, which it does not need, is still being read."""
+    """Whether a computation ends while a `large_file`, which it does not need, is still being read."""
     path = file()
     x = mx.ones((64, 64))
     mx.eval(x @ x)

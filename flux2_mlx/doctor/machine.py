@@ -41,7 +41,7 @@ def describe(models: Path) -> dict[str, Any]:
 
 
 def _known(fact: Callable[[], Any]) -> Any:
-    """A fact, or None: whatever a broken machine raises for one, the others are wanted all the more."""
+    """A fact, or None if it raises anything: of a broken machine the other facts are wanted all the more."""
     try:
         return fact()
     except Exception:
@@ -49,7 +49,7 @@ def _known(fact: Callable[[], Any]) -> Any:
 
 
 def _of_gpu(*names: str) -> Any:
-    """What MLX calls one of these `names` of the GPU."""
+    """What MLX says of the GPU under the first of these `names` that it has."""
     info = mx.device_info(mx.gpu) if on_gpu() else {}
     return next((info[name] for name in names if name in info), None)
 
@@ -81,7 +81,7 @@ def swap_used() -> int | None:
 
 
 def check_swap(before: int | None) -> Finding:
-    """That the checks have not pushed other programs' memory onto the disk, of which `before` bytes were there."""
+    """Whether the checks have pushed other programs' memory onto the disk, where `before` bytes were already."""
     now = swap_used()
     if before is None or now is None:
         return skipped("swap", "the system does not say")

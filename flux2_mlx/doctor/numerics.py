@@ -54,7 +54,7 @@ def check_demo(pipe: Flux2Pipeline) -> Finding:
 
 
 def product_operations() -> int:
-    """Those of `check_product`."""
+    """Operations of `check_product`."""
     return 2 * math.prod(_PRODUCT)
 
 
@@ -69,7 +69,7 @@ def check_product(dtype: mx.Dtype) -> Finding:
 
 
 def check_float32() -> Finding:
-    """Whether float32 is that: matrix units may cut its products to 10 bits, which is called TF32."""
+    """Whether products in float32 are that precise: matrix units may cut them to 10 bits, which is called TF32."""
     x, w = _normal((64, 4096), mx.float32), _normal((4096, 64), mx.float32, 1)
     error, _ = _errors(_multiply(x, w), _float64(x) @ _float64(w))
     advice = "products in float32 are cut to TF32; MLX_ENABLE_TF32=0 in the environment prevents that"
@@ -77,7 +77,7 @@ def check_float32() -> Finding:
 
 
 def check_quantized(bits: int, dtype: mx.Dtype) -> Finding:
-    """A product with packed weights against that with what they stand for."""
+    """A product with packed weights against the product with the numbers that they stand for."""
     x = _normal((64, _PACKED[1]), dtype)
     packed = quantize_array(_normal(_PACKED, mx.bfloat16, 1), bits)
     parts = {name: x.astype(dtype) if name != "weight" else x for name, x in packed.items()}
@@ -207,8 +207,8 @@ def _float64(x: mx.array) -> np.ndarray:
 
 
 def _errors(found: mx.array, expected: np.ndarray) -> Errors:
-    """Relative to the root mean square of what is expected, that of the difference and the largest one; infinite where
-    numbers are not finite."""
+    """The root mean square of the difference, and the largest one, both relative to the root mean square of what is
+    expected; infinite where numbers are not finite."""
     with np.errstate(all="ignore"):
         difference = _float64(found) - expected
         scale = np.sqrt(np.mean(expected**2))

@@ -36,12 +36,12 @@ _PER_PIXEL = 9.5e6  # operations of the convolutions that decode one
 
 
 def step_operations() -> int:
-    """About those of `check_step`."""
+    """About the operations of `check_step`."""
     return speed.step_operations(_step(), _STEP_SIDE[not on_gpu()] ** 2 + _TEXT)[0]
 
 
 def decoding_operations() -> int:
-    """About those of `check_decoding`."""
+    """About the operations of `check_decoding`."""
     return int(_PER_PIXEL * _DECODED_SIDE[not on_gpu()] ** 2)
 
 
@@ -77,7 +77,7 @@ def check_decoding(dtype: mx.Dtype) -> Finding:
 
 
 def check_attention(dtype: mx.Dtype) -> Finding:
-    """That attention over the tokens of an image of 1024×1024 does not store its scores."""
+    """Whether attention over the tokens of an image of 1024×1024 works without storing its scores."""
     name = "memory of attention"
     if not on_gpu():
         return skipped(name, "a CPU stores the scores, some at a time")
@@ -89,7 +89,7 @@ def check_attention(dtype: mx.Dtype) -> Finding:
 
 
 def check_wiring() -> Finding:
-    """That memory can be wired, which keeps a network from being paged out while it is used."""
+    """Whether memory can be wired, which keeps a network from being paged out while it is used."""
     name = "wired memory"
     if not on_metal():
         return skipped(name, "only Metal wires memory")

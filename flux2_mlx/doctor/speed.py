@@ -27,13 +27,13 @@ FAST_BLAS = (
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of a transformer's blocks but for attention, all included, and of attention."""
+    """Operations a second: of a transformer's blocks, all included but attention, and of attention alone."""
 
     products: float
     attention: float
 
     def step_seconds(self, config: TransformerConfig, tokens: int) -> float:
-        """Of one denoising step with so many tokens."""
+        """Seconds of one denoising step with so many tokens."""
         products, attention = step_operations(config, tokens)
         return products / self.products + attention / self.attention
 
@@ -64,7 +64,7 @@ def block_operations() -> int:
 
 
 def measure_rates(dtype: mx.Dtype) -> tuple[Rates, Finding]:
-    """Those of a block of klein-4b's width, timed ten times (on a CPU three times) after a first one."""
+    """The rates of a block of klein-4b's width, timed ten times (on a CPU three times) after a first one."""
     config = VARIANTS["klein-4b"].transformer
     heads, width = config.num_attention_heads, config.attention_head_dim
     tokens = _timed_tokens()
