@@ -21,8 +21,8 @@ FLOAT16_MAX = 65504
 _Packed = TypeVar("_Packed", bound=nn.Module)
 
 
-# Weights wait for those of a file as zeros. MLX's own initialisers would draw from random numbers that are the
-# caller's, and every draw is remembered until there is a next one that is evaluated.
+# Weights are zeros until a file's are loaded. MLX's own initialisers would draw from the caller's random numbers, and
+# every draw is remembered until there is a next one that is evaluated.
 class Linear(nn.Linear):
     """A linear layer whose weight may be narrower than its input (see `project`) where there is no bias."""
 
@@ -52,7 +52,7 @@ class Embedding(nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
         return project(x, self.weight)
 
-    def to_quantized(  # type: ignore[override]  # as above
+    def to_quantized(  # type: ignore[override]  # nn.quantize gives just these
         self, group_size: int, bits: int, mode: str
     ) -> nn.QuantizedEmbedding:
         """This layer with its weight packed."""
@@ -94,22 +94,22 @@ class Adapters(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take in memory, those of all layers together, as long as there are such adapters."""
+        """Bytes that they take in memory as long as they exist, those of all layers together."""
 
     @property
     def identity(self) -> str:
-        """What tells their effect from that of all others."""
+        """A text that tells their effect from the effect of all other adapters."""
 
     @property
     def has_steps(self) -> bool:
         """Whether some of them work in some steps only."""
 
     def at(self, step: int) -> bool:
-        """Have those work that do in this step, counted from 1; whether others did until now."""
+        """Put those to work that are for this step, counted from 1. Gives whether others were at work until now."""
 
     def beside(self, name: str, layer: nn.Module) -> nn.Module:
-        """What is called in the place of the `layer` of this name, such as `double_blocks.3.img_attn.qkv`: a module
-        that calls it, or itself. It is asked again whenever the layer has been read from disk."""
+        """The module to call in place of the `layer` of this name, such as `double_blocks.3.img_attn.qkv`: one that
+        calls it, or the layer itself. This is asked again whenever the layer has been read from disk."""
 
 
 def adapted(part: Any, adapters: Adapters | None, name: str = "") -> Any:

@@ -16,15 +16,14 @@ _KEYS = 2
 _FLOAT32_BYTES = 18
 _MLP_STREAMS, _MLP_ARRAYS = 4, 3
 _MASKS = 3  # who sees whom, as it is made of the triangle and the padding, a byte each
-# The same of the vision tower: bytes for a patch and channel while it attends, and arrays as wide as the stream beside
-# the MLP. And of the logits: arrays in float32, as mlx-lm normalises them and a token is sampled. Fitted to peaks:
+# Of the vision tower: bytes for a patch and channel while it attends, and arrays as wide as the stream beside its MLP.
+# Of the logits: arrays in float32, as mlx-lm normalises them and a token is sampled. Fitted to peaks:
 # python -m pytest -s tests/test_upsampling_memory.py -k near_what_writing_takes
 _VISION_BYTES, _VISION_MLP_STREAMS = 92, 3
 _LOGITS_ARRAYS = 6
-# mlx-lm's own: tokens that `KVCache` grows by (its `step`), and those of a prompt that `generate_step` reads at one
-# time (its `prefill_step_size`).
-_CACHE_STEP = 256
-_TOKENS_READ_TOGETHER = 2048
+# mlx-lm's own numbers of tokens.
+_CACHE_STEP = 256  # what `KVCache` grows by (its `step`)
+_TOKENS_READ_TOGETHER = 2048  # what `generate_step` reads of a prompt at one time (its `prefill_step_size`)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class TextCost:
         return int(max(attending, mlp + widened))
 
     def reading(self, tokens: int, widened: int) -> int:
-        """The same of a prompt that is read before text is written."""
+        """Peak of reading a prompt before text is written, above the weights; arguments as for `encoding`."""
         return self.encoding(min(tokens, _TOKENS_READ_TOGETHER), widened)
 
     def cache(self, tokens: int) -> int:
@@ -72,7 +71,7 @@ class TextCost:
         return self._longest(tokens, tokens)
 
     def longest_read(self, tokens: int) -> int:
-        """The same of a prompt that is read before text is written."""
+        """Operations of the longest product or attention of reading a prompt before text is written."""
         return self._longest(min(tokens, _TOKENS_READ_TOGETHER), tokens)
 
     def _longest(self, tokens: int, keys: int) -> int:

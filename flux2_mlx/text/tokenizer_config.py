@@ -93,7 +93,7 @@ def _token(key: str, value: Any, path: Path) -> dict[str, Any]:
 
 
 def _side(key: str, values: dict[str, Any], path: Path) -> bool | None:
-    """Whether it is the left one."""
+    """Whether `values` state the left side under `key`; None if they state no side."""
     side = values.get(key)
     if not isinstance(side, str | None) or side not in _SIDES:
         raise CheckpointError(f"{path}: {key} is {reprlib.repr(side)}, neither 'left' nor 'right'")

@@ -90,7 +90,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_parts(values: Any) -> None:
-    """ValueError if a part of the tokenizer makes much text of little."""
+    """ValueError if a part of the tokenizer may make much text of little."""
     if not isinstance(values, dict):
         raise ValueError("it holds no JSON object")
     for name in ("normalizer", "pre_tokenizer", "decoder"):
@@ -105,7 +105,7 @@ def _check_parts(values: Any) -> None:
 
 
 def _growth(part: Any) -> float:
-    """The characters that one becomes at most."""
+    """How many characters a `part` of the tokenizer makes of one at most."""
     if not isinstance(part, dict):
         return 1
     parts = [inner for name in _SEQUENCES if isinstance(part.get(name), list) for inner in part[name]]

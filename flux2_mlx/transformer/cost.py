@@ -9,7 +9,7 @@ from ..layers import attention_operations, score_bytes
 from .blocks import TOKENS_PER_PART
 
 # Arrays as wide as the stream. Kept of each token that is projected until all can attend: queries, keys, values, and
-# the gated MLP of a single block, three times as wide. While all attend, those and the stream before and after it.
+# the gated MLP of a single block, three times as wide. While all attend, these and the stream before and after it.
 _KEPT_ARRAYS, _ATTENDING_ARRAYS = 6, 8
 # While a projection widens its weights: what the widest one gives, 3 and twice 3, what it reads, and the stream.
 _WIDENING_ARRAYS = 11

@@ -39,7 +39,7 @@ class GroupNorm(nn.Module):
     def _scale_and_shift(self, x: Rows) -> tuple[mx.array, mx.array]:
         """Per image and channel, `[B, 1, 1, C]` in float32."""
         B, H, _, C = x.shape
-        # Rows weigh the same, so the variance is the mean of their variances plus the variance of their means.
+        # All rows count alike, so the variance is the mean of their variances plus the variance of their means.
         mean, variance = Moments(x).store(keep=True).whole().reshape(B, H, 2, self.groups, -1).split(2, axis=2)
         centre = mean.mean(axis=(1, 4), keepdims=True)
         variance = (variance + mx.square(mean - centre)).mean(axis=(1, 4), keepdims=True)
