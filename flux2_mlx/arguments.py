@@ -294,7 +294,7 @@ def text_sizes(request: Request, embeds: mx.array | None, negatives: mx.array | 
 
 
 def _text_size(texts: Sequence[str], embeds: mx.array | None, longest: int) -> tuple[int, int]:
-    """How many different texts there are, and the tokens of each; `embeds` are they where they are given encoded."""
+    """How many different texts there are, and the tokens of each. `embeds` are the texts if they are encoded."""
     return (len(set(texts)), longest) if embeds is None else (embeds.shape[0], embeds.shape[1])
 
 

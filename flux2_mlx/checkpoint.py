@@ -57,7 +57,7 @@ class Component:
         return cls(name, config, quantization, tuple(sorted(folder.glob("model*.safetensors"))))
 
     def check(self, path: Path) -> dict[str, TensorInfo]:
-        """Its `infos`; CheckpointError if there can be no such network. `path` is that of its config."""
+        """`infos`; CheckpointError, which names the config at `path`, if there can be no such network."""
         try:
             return self.infos
         except (*NONSENSE, RuntimeError) as error:  # the last is MLX's for sizes beyond its own integers
@@ -71,7 +71,7 @@ class Component:
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
-        """What `build` loads, by name; built once for all components of the same geometry and quantization."""
+        """What `build` loads, by name; built once for all components of one geometry and quantization."""
         return dict(_infos(self.name, self.config, json.dumps(self.quantization)))
 
     @property
@@ -120,7 +120,7 @@ def _infos(name: str, config: Any, quantization: str) -> dict[str, TensorInfo]:
 
 
 def as_stored(tensors: Tensors, component: Component) -> Tensors:
-    """The tensors of `component` in 16 bits as those that it is stored as."""
+    """`tensors`, which are those of `component` in 16 bits, quantized if it is stored quantized."""
     if component.quantization is None:
         return tensors
     return Quantized(tensors, component.infos, component.quantization["bits"])
@@ -151,7 +151,7 @@ def check_counts(counts: dict[str, tuple[str, int]], names: Iterable[str], path:
 
     Args:
         counts: by the start of their names, which their number follows: the key of the config, and what it says.
-        names: those in the files.
+        names: of the tensors in the files.
         path: of the config.
     """
     for prefix, (key, count) in counts.items():
@@ -236,7 +236,7 @@ class Checkpoint:
         check_fit(self.variant, {name: component.config for name, component in self.components.items()})
 
     def _check_small_files(self, manifest: dict[str, Any]) -> None:
-        """Compare what is no weights with its records, if there are any: a change would show in no shape."""
+        """Compare files beside the weights with their records, if there are any: a change would show in no shape."""
         try:
             records = recorded(manifest)
         except InputError as error:

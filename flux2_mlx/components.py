@@ -19,8 +19,8 @@ class Network:
 
     Attributes:
         config: the class of its geometry.
-        module: that of the network itself.
-        cost: that of what it takes beside its weights, for a geometry and the dtype that it computes in.
+        module: the class of the network itself.
+        cost: the class of what it takes beside its weights, for a geometry and the dtype that it computes in.
         field: the geometry's name in a `Variant`.
         part: the network of a source that it is made from.
         counts: how many blocks a geometry has, by the start of their names: the key of the config that says so, and
@@ -132,7 +132,7 @@ def quantizations(quant: str, text_quant: str) -> dict[str, str]:
 
 
 def geometries(variant: Variant) -> dict[str, Config]:
-    """Those of the networks that a variant has."""
+    """The geometry of each network that a variant has."""
     configs = {name: getattr(variant, network.field) for name, network in COMPONENTS.items()}
     return {name: config for name, config in configs.items() if config is not None and _has_blocks(name, config)}
 

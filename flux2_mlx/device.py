@@ -21,7 +21,7 @@ GIB = 2**30
 _DTYPES = {name: getattr(mx, name) for name in DTYPES}
 # Chips whose GPU has no bfloat16, so that Metal makes do with float32 and conversions.
 _WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
-# Metal's attention kernel has these head sizes, cuDNN's those up to 128 that are multiples of 8, in 16 bits.
+# Metal's attention kernel has these head sizes; cuDNN's, in 16 bits, has the multiples of 8 up to 128.
 _FUSED_ON_METAL = (64, 80, 128)
 _FUSED_ON_CUDA = tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
@@ -95,7 +95,7 @@ def check_process() -> None:
 
 
 def begin_computing() -> None:
-    """To be called before MLX computes; DeviceError as of `check_process`."""
+    """Note that MLX computes in this process from now on; raises what `check_process` does."""
     check_process()
     _COMPUTED_IN.add(os.getpid())
 
@@ -168,7 +168,7 @@ def is_slow_with_qint4() -> bool:
 
 
 def chip() -> str:
-    """What computes, in its maker's words."""
+    """The name of the chip that computes, in its maker's words."""
     return str(mx.device_info(mx.gpu if on_gpu() else mx.cpu).get("device_name") or "an unknown chip")
 
 
@@ -184,13 +184,13 @@ def system() -> str:
 
 
 def machine() -> dict[str, str | bool | None]:
-    """What results depend on besides the settings: results of others differ in the last bits, or more. Ask as of
-    `cuts_float32`."""
+    """What results depend on besides the settings: on another machine they differ in the last bits, or more. Ask only
+    where `cuts_float32` may be asked."""
     return {"chip": chip(), "system": system(), "mlx": MLX_VERSION, "tf32": cuts_float32()}
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """What `activation_dtype` calls it."""
+    """The name that `activation_dtype` knows it by."""
     return str(dtype).rpartition(".")[2]
 
 
@@ -213,8 +213,8 @@ def fuses_attention(head_dim: int, itemsize: int) -> bool:
 
 
 def dispatch_seconds(operations: int) -> float | None:
-    """About how long an operation of so many takes the GPU of this Mac, if that is as fast as `chip_class` is; None:
-    on what is none."""
+    """About how many seconds the GPU of this Mac computes so many operations, if it is as fast as its `chip_class`;
+    None on other machines."""
     if not on_metal():
         return None
     generation, kind = _generation()
@@ -222,8 +222,8 @@ def dispatch_seconds(operations: int) -> float | None:
 
 
 def chip_class() -> str:
-    """The chip whose speed is known that this Mac's is taken for: itself, or the next slower one; of other Apple GPUs,
-    which are virtual, or those of telephones and small Macs, the slowest."""
+    """The chip of known speed that this Mac's is taken for: itself, or the next slower one. Other Apple GPUs, which are
+    virtual, or of telephones and small Macs, are taken for the slowest."""
     return " ".join(filter(None, ("Apple", *_generation())))
 
 
@@ -268,8 +268,8 @@ def device_memory() -> int:
 
 
 def mac_limit(whole: int, recommended: int) -> int:
-    """Bytes that networks can have of a Mac with so many, of which Metal recommends so many. The system of one that is
-    smaller than any that there is, as virtual ones are, keeps half."""
+    """Bytes that networks can have of a Mac with `whole` bytes, of which Metal recommends `recommended`. Where it is
+    smaller than any real Mac, as virtual ones are, the system keeps half."""
     return min(recommended, whole - min(8 * GIB, 2 * GIB + whole // 4, whole // 2))
 
 
@@ -345,7 +345,7 @@ def is_failure(error: Exception) -> bool:
 
 @contextmanager
 def foreign() -> Iterator[None]:
-    """What is raised inside, where a function of the caller's is called, is not taken for what MLX raised for us."""
+    """Mark what a function of the caller's raises inside, so that it is not taken for a failure of the GPU."""
     try:
         yield
     except RuntimeError as error:

@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What all states of a kind have in common."""
+    """The shape and the dtype that all states of a kind have."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
@@ -76,8 +76,8 @@ class EmbeddingCache:
         self._warned = False
 
     def get(self, key: str, form: Form) -> mx.array | None:
-        """The states of `form` kept under `key`, bit for bit; an entry that is anything else is removed, and there are
-        none."""
+        """The states of `form` kept under `key`, bit for bit; None if there are none. An entry that is anything else is
+        removed."""
         path = self._path(key)
         states = None
         with suppress(OSError):  # what another user keeps from us, say, is not damaged
@@ -220,9 +220,9 @@ def default_limit() -> int:
 
 
 def fingerprint(network: Component) -> str:
-    """SHA-256 of what tells a network from all others: its adapters, and of its files, a copy of them included, where
-    and what they are, when they were last changed, and pieces of their content. What a folder says about itself would
-    be a claim."""
+    """SHA-256 of what tells a network from all others, and its files from a copy: its adapters, and of each file its
+    place, its size, when it was last changed, and pieces of its content. What a folder says about itself would be a
+    claim."""
     adapters = [network.adapters.identity] if network.adapters else []
     digest = hashlib.sha256(repr((network.config, network.quantization, *adapters)).encode())
     for path in network.files:
@@ -240,7 +240,7 @@ def fingerprint(network: Component) -> str:
 
 
 def _read(path: Path, most: int) -> bytes:
-    """The bytes of a regular file, and none if it is something else or has more than `most`."""
+    """The bytes of a regular file; none if it is something else, or larger than `most`."""
     try:
         return read_bytes(path, most)
     except InputError:

@@ -90,7 +90,7 @@ def _is_free(path: Path) -> bool:
 
 
 def free_path(path: Path, is_free: Callable[[Path], bool] = _is_free) -> Path:
-    """The first of `path`, then its name with -2, -3 and so on before the suffix, that is free: nothing is there."""
+    """`path`, or if that is not free, the first free one with -2, -3 and so on before the suffix."""
     return next(filter(is_free, _candidates(path)))
 
 
@@ -211,7 +211,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def remove_abandoned(path: Path, *, empty: bool = False) -> None:
-    """Remove a file of `create_locked` if its process is gone, or only if it is `empty` too."""
+    """Remove a file of `create_locked` whose process is gone; with `empty` only if nothing is in it."""
     with suppress(OSError):  # BlockingIOError: it is being written
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

@@ -111,12 +111,12 @@ def _asked(template: str | None, values: Values) -> tuple[Path, bool]:
 
 
 def _key(path: Path) -> str:
-    """What is equal of two names that a disk may take for one."""
+    """A key that is equal for two names which some disk may take for one."""
     return unicodedata.normalize("NFC", str(path)).casefold()
 
 
 def _told_apart(paths: list[Path], values: list[str]) -> list[Path]:
-    """`paths` with its value added to each that several have, if their values differ."""
+    """`paths`, each that several images have with the image's value added, if the values of these differ."""
     pairs = [(_key(path), value) for path, value in zip(paths, values, strict=True)]
     distinct = Counter(key for key, _ in set(pairs))
     return [

@@ -68,7 +68,7 @@ def _decoded(path: Path, data: bytes) -> Image.Image:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `_READ` that Pillow was built with; of others, some start programs such as Ghostscript."""
+    """The formats of `_READ` that Pillow was built with. Some of its others start programs such as Ghostscript."""
     Image.init()
     return [name for name in _READ if name in Image.OPEN]
 
@@ -99,8 +99,8 @@ def _reading(path: Path) -> Iterator[None]:
 def flattened(image: Image.Image, ground: str = "white") -> Image.Image:
     """An image of any mode as RGB in sRGB with nothing attached, transparency laid on the colour `ground`.
 
-    Floating-point numbers are light from 0 to 1, as in float TIFFs, and integers of more than 8 bits are of 16, of
-    which some must be more than black.
+    Floating-point numbers are light from 0 to 1, as in float TIFFs. Integers of more than 8 bits are taken for 16 bits,
+    and refused if all would be black then.
 
     Raises:
         InputError: it is no PIL image, its file is damaged, or its numbers are of another range.
@@ -137,7 +137,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.round(values * 255).astype(np.uint8))
     if 0 < most < 257:  # to take them for 8 bits would be a guess
         raise InputError(f"the image has numbers up to {most}, which of 16 bits are all black; save it in 8 bits")
-    if image.mode == "I":  # 32 bits, where Pillow keeps those of 16, too
+    if image.mode == "I":  # 32 bits, in which Pillow keeps 16 bits, too
         _check_range(least >= 0 and most <= 65535, least, most, "0 to 65535")
     grey = Image.fromarray((values // 257).astype(np.uint8))
     if "transparency" in image.info:

@@ -30,7 +30,7 @@ def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype
 
 
 def in_memory(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A stored tensor as it is kept in memory, still unread; what casts it is the reader of files."""
+    """A stored tensor as it is kept in memory, still unread. It is cast on the stream that files are read on."""
     if not mx.issubdtype(array.dtype, mx.floating):
         return array
     return array.astype(memory_dtype(name, array.shape, dtype), stream=READER)

@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def progress_bar(**options: Any) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows how many of how many are done, and first makes the bar; `options` are tqdm's."""
+    """A function of what is done and what there is in all, which shows both in a bar; `options` are tqdm's."""
     bar: Any = None
 
     def show(done: int, total: int) -> None:

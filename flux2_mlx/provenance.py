@@ -49,10 +49,10 @@ def image_settings(
 
     Args:
         networks: what computed it.
-        model: what it says of its model, which is no folder of this machine.
+        model: the name of its model, which is no folder of this machine.
         prompt: as it was given.
-        text: what was made of that.
-        settings: those of `sampled`, and the `negative_prompt` if there is one.
+        text: what was made of the prompt.
+        settings: what `sampled` gives, and the `negative_prompt` if there is one.
         seed: the image's.
         edited: where the pictures come from and what is done with them.
         beyond: names of arguments that no file can hold, so that the image can't be made again from it.

@@ -145,7 +145,7 @@ class Canvas:
 
 
 def _feathered(mask: Image.Image, feather: int) -> Image.Image:
-    """The mask, rising from nothing at its border over `feather` pixels; borders of the image are none."""
+    """The mask, rising from nothing at its border over `feather` pixels, except along borders of the image."""
     if not feather:
         return mask
     values = np.asarray(mask)
@@ -266,7 +266,7 @@ def extended(
 @dataclass(frozen=True)
 class Edit:
     """The pictures of a run, prepared: `references` in order; `canvas` is the first of them if it is painted over.
-    `match_colors` is whether results get its colours where they are the same."""
+    `match_colors` is whether results get its colours (see `colors.matched`)."""
 
     references: tuple[Image.Image, ...] = ()
     canvas: Canvas | None = None

@@ -30,7 +30,7 @@ def noise_levels(
     """Noise levels σ from 1 down to the final 0: float32 `[steps + 1]`.
 
     `sigmas` replaces the even grid that is shifted, as in diffusers; `steps` must then be its length. `shift_steps` is
-    the number of steps that the shift is for, where that is another.
+    the number of steps that the shift is computed for; None: `steps`.
     """
     grid = np.linspace(1, 1 / steps, steps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
     shifted = np.exp(empirical_mu(image_tokens, shift_steps or steps)) * grid

@@ -57,7 +57,7 @@ def staged(place: Path, check: Callable[[], object] = lambda: None, *, replace: 
 def scratch(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder in `parent` that is removed at the end, or with `remove_leftovers` if this process is killed.
 
-    `name` is that of what it is for.
+    `name` is what it is to become, for `leftovers`.
     """
     work = parent / f"{_PREFIX}{secrets.token_hex(8)}"
     try:  # from before there is a folder, since a signal may raise at any moment

@@ -53,9 +53,9 @@ class Blocks:
         name: of the list in its network.
         blocks: as they are built.
         resident: how many of them stay in memory.
-        tensors: those of the network.
+        tensors: of the network.
         adapters: what runs beside its layers.
-        reading: where it is counted what is read.
+        reading: counts what is read.
     """
 
     following: "Blocks | None" = None

@@ -27,7 +27,7 @@ class Unfinished:
         self._files = EmbeddingCache(folder, _LIMIT, "denoised images")
 
     def of(self, networks: Networks, request: Request, edit: Edit) -> "Waiting":
-        """Those of a run."""
+        """The denoised images of a run."""
         return Waiting(self._files, networks, request, edit)
 
 

@@ -54,8 +54,8 @@ class Problem(NamedTuple):
 class Report:
     """What a verification found.
 
-    `hashed` says whether there were hashes to compare with; without them other finite values pass. `sealed` says the
-    same of the manifest.
+    `hashed` says whether there were hashes to compare with; without them other finite values pass. `sealed` says
+    whether the manifest has a digest of itself.
     """
 
     folder: Path
@@ -145,9 +145,10 @@ def _is_of(name: str, parts: Collection[str] | None) -> bool:
 
 def check_hashes(folder: Path, report: Callable[[int], None], parts: Collection[str] | None = None) -> None:
     """Compare every file of a checkpoint, or of some `parts`, with the hash that the converter recorded, if it did.
+    `report` is called with bytes read.
 
     Raises:
-        CheckpointError: a file is another. `report` is called with bytes read.
+        CheckpointError: a file is not what was recorded.
     """
     problems: list[Problem] = []
     records = _records(_manifest(folder), problems)
@@ -186,7 +187,8 @@ class Meter:
 
 
 def _states(folder: Path) -> dict[str, list[int]]:
-    """Size and times of change of every file that a checkpoint may consist of: that of its content can be set back."""
+    """Size and both times of change of every file that a checkpoint may consist of: the one of its content can be set
+    back."""
     found = {}
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
         if path.suffix in (".json", ".safetensors", ".jinja") and path.name != _MEMORY:

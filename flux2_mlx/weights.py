@@ -195,10 +195,10 @@ class Tensors(Protocol):
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """What they are, in the order in which they are best read."""
+        """Dtype and shape of each, in the order in which they are best read."""
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
-        """Those of these `names`, each asked for once, in this order. None of them is kept here.
+        """The tensors of these `names`, each asked for once, in this order. None of them is kept here.
 
         They may be unread still, on the stream `READER`. Evaluate each before another stream touches it: macOS stops a
         GPU that waits some seconds for a file.
@@ -220,7 +220,7 @@ class Files:
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        """CheckpointError if a file is damaged, or two of them hold the same tensor."""
+        """Dtypes and shapes; CheckpointError if a file is damaged, or two of them hold the same tensor."""
         infos: dict[str, TensorInfo] = {}
         for path, header in self._headers.items():
             repeated = [name for name in header.tensors if name in infos]
@@ -230,7 +230,7 @@ class Files:
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """The texts of the headers by their names: a line for each of a name of which files say different things."""
+        """The texts of the headers by their names. Where files differ, a text has a line for each."""
         texts: dict[str, list[str]] = {}
         for header in self._headers.values():
             for name, text in header.metadata.items():
@@ -257,7 +257,7 @@ class Files:
 
 
 class Renamed:
-    """Tensors under other names: `names` are theirs by the new ones."""
+    """Tensors under other names; `names` maps the new ones to theirs."""
 
     def __init__(self, tensors: Tensors, names: Mapping[str, str]):
         self._tensors = tensors
@@ -272,13 +272,13 @@ class Renamed:
 
 
 def part(tensors: Tensors, prefix: str) -> Renamed:
-    """Those whose names start with `prefix`, without it."""
+    """The tensors whose names start with `prefix`, under their names without it."""
     names = [name for name in tensors.infos if name.startswith(prefix)]
     return Renamed(tensors, {name.removeprefix(prefix): name for name in names})
 
 
 def evaluated(arrays: Iterable[mx.array]) -> Iterator[mx.array]:
-    """Each in memory before the next one, so that a tensor and its cast never wait beside all others."""
+    """The arrays, each put into memory before the next one, so that a tensor and its cast never wait beside others."""
     for array in arrays:
         mx.eval(array)
         yield array
