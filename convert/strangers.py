@@ -160,8 +160,8 @@ _FACTORS = (
     (re.compile(r"(.+?)\.hada_w1_a"), "LoHa"),
 )
 _SECOND = {"lora_A": "lora_B", "lora_down": "lora_up"}
-# How many times the hidden size layers of a block give that take it once, in FLUX.2 and in FLUX.1, which has others.
-# Kohya's names have underscores for dots, so all have dots here.
+# The outputs of a block's layers, as multiples of the hidden size, which is what they take: in FLUX.2, and in FLUX.1,
+# which also has other layers. Names have dots for Kohya's underscores.
 _LAYER = re.compile(r"(?:^|\.)(double|single\.transformer|single|transformer)\.blocks\.(\d{1,3})\.(.+)")
 _ATTENTION = ("to.q", "to.k", "to.v", "to.out.0", "add.q.proj", "add.k.proj", "add.v.proj", "to.add.out")
 _OUTPUTS = {

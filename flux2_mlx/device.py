@@ -27,18 +27,18 @@ _FUSED_ON_CUDA = tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
 _CARD_SHARE = 0.9
 # What Apple's GPUs are said to do at most, in 1e12 operations a second in 32 bits; up to the M4 they do about as many
-# in 16 bits, and later ones more. And the share of that which MLX's products and attention reach.
+# in 16 bits, and later ones more.
 _TFLOPS = {
     "M1": {"": 2.6, "Pro": 5.2, "Max": 10.4, "Ultra": 20.8},
     "M2": {"": 3.6, "Pro": 6.8, "Max": 13.6, "Ultra": 27.2},
     "M3": {"": 3.5, "Pro": 6.4, "Max": 14.2, "Ultra": 28.4},
     "M4": {"": 4.3, "Pro": 8.6, "Max": 17.2},
 }
-_REACHED = 0.6
+_REACHED = 0.6  # the share of that which MLX's products and attention reach
 MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and less while the display is on
 _MOST_BYTES = 2**63  # what MLX's limits can hold
-_FEWEST_BYTES = 10**6  # fewer without a unit are a number whose unit was forgotten
-_MOST_GIGABYTES = 1000  # more are megabytes
+_FEWEST_BYTES = 10**6  # of a number without a unit; of a smaller one the unit was forgotten
+_MOST_GIGABYTES = 1000  # a greater number whose unit was forgotten is of megabytes
 # How MLX begins to say that a GPU failed. What follows may stand in other messages as well, which quote a path or are
 # PyTorch's.
 _FAILED = re.compile(r"\[METAL\]|\[metal::|\[malloc\S*\] Unable to allocate|cudaError|cu[A-Za-z]\w*(\(.*\))? failed")

@@ -39,7 +39,7 @@ _MAX_PROBLEMS = 8
 READER = mx.new_thread_local_stream(mx.cpu)
 # What Python raises when values of a JSON file have other types or sizes than they should.
 NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
-POINTER = b"version "  # how the small file begins that stands for a large one in a clone without its weights
+POINTER = b"version "  # so begins a Git LFS pointer, which stands for a file in a clone without its weights
 
 
 @dataclass(frozen=True)

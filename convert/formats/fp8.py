@@ -25,7 +25,7 @@ _SET_MARKER = "scaled_fp8"
 _FLOATS = ("F32", "F16", "BF16")
 _GROUP = 32
 _BLOCK = 128
-# Weights are far below it, and scaled ones of a tensor go up to 448.
+# Weights that need no scale are far below it; codes that one scale of a tensor belongs to go up to 448.
 _MOST_UNSCALED = 256.0
 _FORGOTTEN = "a weight without its scale would give a white image; get the file that it was made as"
 # In the last part of a name, but for the norms of the original release, which are called `scale` alone.

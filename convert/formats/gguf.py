@@ -56,8 +56,8 @@ _SCALED_APART = "NVFP4"  # a further scale lies in another tensor, under one of 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_FILES = 999
 _THREADS = min(8, os.cpu_count() or 1)
-_JOB = 2**22  # values that a thread makes at a time, and of them at once, in the cache of its core
-_STEP = 2**17
+_JOB = 2**22  # values that a thread makes at a time
+_STEP = 2**17  # values of these that it makes at once, in the cache of its core
 
 
 class Kind(NamedTuple):
@@ -386,6 +386,6 @@ def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) 
     step = _STEP // kind.values * kind.nbytes
     for number, first in enumerate(range(0, len(data), step)):
         made = _dequantize(data[first : first + step], kind)
-        if not -MOST <= made.min() <= made.max() <= MOST:  # nor are these of what is no number
+        if not -MOST <= made.min() <= made.max() <= MOST:  # false, too, if one is no number
             raise CheckpointError(f"{name} in {stored.path} has scales that no weight has; fetch the file again")
         values[number * _STEP :][: len(made)] = made

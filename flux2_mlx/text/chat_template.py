@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 _PROCESS = Path(__file__).with_name("template_process.py")
-_SECONDS = 60  # of a machine that has much else to do; the process itself has five of its own
+_SECONDS = 60  # enough on a busy machine; the process limits itself to five of processor time
 
 
 def check_template(path: Path, template: str, calls: list[dict[str, Any]], expected: list[str]) -> None:
