@@ -89,12 +89,19 @@ class Adapters(Protocol):
     """What runs beside layers of a network, whose weights stay as they are."""
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """All that they take in memory."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes that they take in memory, those of all layers together, as long as there are such adapters."""
 
     @property
     def identity(self) -> str:
         """What tells their effect from that of all others."""
+
+    def scaled(self, factor: float) -> "Adapters":
+        """The same with what they change times a factor; the arrays are shared."""
 
     @property
     def has_steps(self) -> bool:

@@ -183,7 +183,6 @@ def test_images_remember_their_adapters(pipe, files):
         ({"adapter_name": "taken"}, "there is an adapter 'taken' already"),
         ({"hotswap": True}, "load_lora_weights has no argument 'hotswap'"),
         ({"source": 3}, "an adapter is named by a text or a path, not by int"),
-        ({"source": "owner/name"}, "there is no file or folder 'owner/name'; of a repo of the Hub"),
     ],
 )
 def test_wrong_settings_are_refused(pipe, files, given, said):
