@@ -222,7 +222,7 @@ class _LowRanks:
 
     def weigh(self, strengths: Sequence[float]) -> None:
         low = [(strengths[change.adapter] * change.form.scale, change) for change in self._changes]
-        scales = [scale for scale, change in low for _ in change.form.down]
+        scales = [scale for scale, change in low for _ in range(len(change.form.down))]
         self._at_work, self._scales = any(scales), None if {*scales} == {1} else mx.array(scales)
 
     def added(self, y: mx.array, x: mx.array) -> mx.array:

@@ -189,7 +189,8 @@ class LoraMethods:
         names = texts(argument, given)
         for name in names:
             if name not in self._loaded or names.count(name) > 1:
-                raise InputError(f"{argument} has {name!r:.80}; choose each once from {', '.join(self._loaded)}")
+                way = f"choose each once from {', '.join(self._loaded)}" if self._loaded else "none is loaded"
+                raise InputError(f"{argument} has {name!r:.80}; {way}")
         return names
 
     def _free_name(self, wanted: str | None) -> str:

@@ -129,7 +129,9 @@ class Networks:
         """The same networks with what adapters change times a factor. They share all that is in memory."""
         adapters = [replace(one, scale=factor * one.scale) for one in self.adapters]
         components = self.checkpoint.components.items()
-        return self._branched(adapters, {name: part.adapters and part.adapters.scaled(factor) for name, part in components})
+        return self._branched(
+            adapters, {name: part.adapters and part.adapters.scaled(factor) for name, part in components}
+        )
 
     def _branched(self, adapters: Sequence[AtWork], branches: Mapping[str, Branches | None]) -> "Networks":
         """The same networks with these branches, by their names."""
@@ -196,7 +198,7 @@ class Networks:
         """What a run holds in memory, phase by phase, and what it streams from disk."""
         footprints = {name: self._added(name) for name in PAINTING}
         planned = plan(self.checkpoint.model, footprints, self._costs, work, self.memory_left)
-        return planned.besides(self.adapter_bytes)
+        return planned.besides(self.adapter_bytes, self._memory_free)
 
     def writing_plan(self, writing: Writing) -> Plan:
         """What writing text holds in memory."""
@@ -206,12 +208,16 @@ class Networks:
             networks["vision_tower"] = self._added("vision")
             vision = self._cost("vision")
         planned = writing_plan(networks, self._cost("language_model"), vision, writing, self.memory_left)
-        return planned.besides(self.adapter_bytes)
+        return planned.besides(self.adapter_bytes, self._memory_free)
 
     @property
     def memory_left(self) -> int:
         """The memory limit, less what runs hold that a callback makes the next one in, and adapters."""
-        return max(0, self.memory_limit - held() - self.adapter_bytes)
+        return max(0, self._memory_free - self.adapter_bytes)
+
+    @property
+    def _memory_free(self) -> int:
+        return max(0, self.memory_limit - held())
 
     @property
     def paints(self) -> bool:

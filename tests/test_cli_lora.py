@@ -33,7 +33,10 @@ def folder(tmp_path, monkeypatch):
         ("owner/name:folder", Lora("owner/name:folder")),
         ("C:/x.safetensors:0", Lora("C:/x.safetensors", 0.0)),
         ("C:/x.safetensors", Lora("C:/x.safetensors")),
-        ("https://huggingface.co/a/b/blob/main/c.safetensors:2", Lora("https://huggingface.co/a/b/blob/main/c.safetensors", 2.0)),
+        (
+            "https://huggingface.co/a/b/blob/main/c.safetensors:2",
+            Lora("https://huggingface.co/a/b/blob/main/c.safetensors", 2.0),
+        ),
         ("style:1", Lora("style:1")),
         ("style:1:0.5", Lora("style:1", 0.5)),
     ],

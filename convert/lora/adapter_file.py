@@ -132,9 +132,7 @@ class AdapterFile:
             notes.append(f"it was trained on {self.trained_on}")
         return notes
 
-    def load(
-        self, configs: Mapping[str, Config], name: str, source: str = "", origin: str | None = None
-    ) -> Adapter:
+    def load(self, configs: Mapping[str, Config], name: str, source: str = "", origin: str | None = None) -> Adapter:
         """Read it.
 
         Args:

@@ -10,7 +10,7 @@ from .adapter_sources import find_adapter
 def open_adapter(
     source: str | os.PathLike[str], weight_name: str | None = None, *, progress: Progress | None = None
 ) -> AdapterFile:
-    """The adapter that a file holds, a folder, or a repo of the Hub, of which it is looked through before it is fetched.
+    """The adapter in a file, a folder, or a repo of the Hub, from where it is fetched after a look at its header.
 
     Args:
         source, weight_name: see `find_adapter`.
