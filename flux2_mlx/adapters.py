@@ -226,12 +226,14 @@ class Adapter:
             (`double_blocks.3.img_attn.qkv`).
         source: as it was asked for.
         sha256: of its file.
+        origin: the repo and file of the Hub that it comes from, as `owner/name:file`; None: none.
     """
 
     name: str
     layers: Mapping[str, Layers]
     source: str = ""
     sha256: str = ""
+    origin: str | None = None
 
     def cast(self, dtypes: Callable[[str], mx.Dtype]) -> "Adapter":
         """The same as each network, by its name, computes."""

@@ -92,6 +92,8 @@ def advice(networks: Networks, work: Workload) -> str:
         return f"{count} at a time would fit"
     if pictures := _smaller_pictures(networks, work):
         return f"{pictures} would fit"
+    if networks.adapters and networks.with_adapters([]).plan(work).fits:
+        return "without adapters it would fit"
     if bits := _fewer_bits(networks, work):
         return f"no size fits, but {bits} it would"
     return "no size fits; choose a smaller model or a higher limit"

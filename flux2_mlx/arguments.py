@@ -310,11 +310,16 @@ def latents(given: Any, shape: tuple[int | None, ...]) -> mx.array:
     return values
 
 
-def check_diffusers(tensor_inputs: Any, attention: Any, layers: Any, own_layers: Sequence[int]) -> None:
+def adapter_scale(attention: Any) -> Any:
+    """The scale of adapters that `attention_kwargs` of diffusers hold; InputError if there is anything else in them."""
+    if not isinstance(attention, dict | None) or not {*(attention or ())} <= {"scale"}:
+        raise InputError(f"attention_kwargs hold {attention!r:.60}; of these there is only {{'scale': number}} here")
+    return (attention or {}).get("scale", 1.0)
+
+
+def check_diffusers(tensor_inputs: Any, layers: Any, own_layers: Sequence[int]) -> None:
     """Raise InputError if arguments that only diffusers has ask for anything that is not done here."""
     if tensor_inputs is not None and not (isinstance(tensor_inputs, list | tuple) and [*tensor_inputs] == ["latents"]):
         raise InputError(f"callbacks get latents only; write ['latents'], not {tensor_inputs!r:.60}")
-    if attention is not None and not (isinstance(attention, dict) and not attention):
-        raise InputError("attention_kwargs have no counterpart here; leave them out")
     if layers is not None and not (isinstance(layers, list | tuple) and tuple(layers) == tuple(own_layers)):
         raise InputError(f"text_encoder_out_layers are {tuple(own_layers)} for this model; leave them out")

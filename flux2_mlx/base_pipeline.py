@@ -48,6 +48,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         self.name = str(networks.checkpoint.folder) if name is None else name
         self._bar: dict[str, Any] = {}
         self._loaded: dict[str, AtWork] = {one.adapter.name: one for one in networks.adapters}
+        self._chosen = [*networks.adapters]
 
     def __repr__(self) -> str:
         weights = f"quant={self.quant!r}, text_quant={self.text_quant!r}, dtype={dtype_name(self.dtype)!r}"

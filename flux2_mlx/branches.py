@@ -1,6 +1,7 @@
 """Adapters at work: side branches of the layers of a network, whose weights stay as they are."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -76,11 +77,24 @@ class Branches:
     def identity(self) -> str:
         return repr([one.identity for one in self._adapters])
 
+    def scaled(self, factor: float) -> "Branches":
+        """The same with all scales times a factor. The arrays are shared."""
+        changed = copy(self)
+        changed._branches = {name: branch.copied() for name, branch in self._branches.items()}
+        changed._adapters = [replace(one, scale=factor * one.scale) for one in self._adapters]
+        changed._scales = [one.scale for one in changed._adapters]
+        changed._weigh(changed._scales)
+        return changed
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All arrays once, those of the adapters themselves included."""
+        return list({id(array): array for branch in self._branches.values() for array in branch.arrays}.values())
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, those of the adapters themselves included."""
-        arrays = {id(array): array.nbytes for branch in self._branches.values() for array in branch.arrays}
-        return sum(arrays.values())
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays)
 
     def beside(self, name: str, layer: nn.Module) -> nn.Module:
         """The layer of this name with its branch; itself if no adapter changes it."""
@@ -121,6 +135,12 @@ class _Branch:
         self._others = [_Change(number, span, form) for number, span, form in placed if not isinstance(form, LowRank)]
         self._strengths: Sequence[float] = ()
         self._ratios: dict[_Change[_Other], mx.array] = {}
+
+    def copied(self) -> "_Branch":
+        """The same with the same arrays, to be weighed otherwise."""
+        other = copy(self)
+        other._low = copy(self._low)
+        return other
 
     def weigh(self, strengths: Sequence[float]) -> None:
         self._strengths = strengths
@@ -192,7 +212,6 @@ class _LowRanks:
         for _, group in groupby(self._changes, key=_span):
             self._ups.append(_Up.of([*group], self._ups[-1].ranks.stop if self._ups else 0))
         self._rows = _side_by_side(self._ups)
-        mx.eval(*self.arrays)
         self._scales: mx.array | None = None
 
     @property
@@ -203,7 +222,7 @@ class _LowRanks:
 
     def weigh(self, strengths: Sequence[float]) -> None:
         low = [(strengths[change.adapter] * change.form.scale, change) for change in self._changes]
-        scales = [scale for scale, change in low for _ in change.form.down]
+        scales = [scale for scale, change in low for _ in range(len(change.form.down))]
         self._at_work, self._scales = any(scales), None if {*scales} == {1} else mx.array(scales)
 
     def added(self, y: mx.array, x: mx.array) -> mx.array:

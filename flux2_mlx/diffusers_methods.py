@@ -12,9 +12,6 @@ from .networks import Networks
 _INSTEAD = {
     "fuse_lora": "adapters run beside the weights, which takes hardly longer; leave it out",
     "unfuse_lora": "adapters run beside the weights; write pipe.unload_lora_weights()",
-    "disable_lora": "write pipe.set_adapters([])",
-    "enable_lora": "write pipe.set_adapters(names)",
-    "delete_adapters": "write pipe.set_adapters(names) of the others, or pipe.unload_lora_weights()",
     "save_pretrained": "write a converted model with `flux2-mlx convert`",
     "from_single_file": "single files can't be opened yet; give a diffusers folder or a repo id",
     "transformer": "networks are loaded for their phase of a run; write pipe.networks.load('transformer')",

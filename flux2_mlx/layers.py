@@ -93,12 +93,19 @@ class Adapters(Protocol):
     """What runs beside layers of a network, whose weights stay as they are."""
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """All that they take in memory."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes that they take in memory as long as they exist, those of all layers together."""
 
     @property
     def identity(self) -> str:
         """A text that tells their effect from the effect of all other adapters."""
+
+    def scaled(self, factor: float) -> "Adapters":
+        """The same with what they change times a factor; the arrays are shared."""
 
     @property
     def has_steps(self) -> bool:

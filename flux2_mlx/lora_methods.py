@@ -3,8 +3,10 @@
 import logging
 import os
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 from .arguments import checked_number, kinds, named, texts
 from .branches import AtWork
@@ -12,8 +14,9 @@ from .device import begin_computing
 from .errors import InputError
 from .metering import turn
 from .networks import Networks
+from .progress_bar import acquisition_bars, announce
 from .request import MAX_STEPS
-from .store import open_adapter
+from .store import FoundAdapter, find_adapter
 
 _MOST = 1000.0  # times what an adapter changes
 _log = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ class LoraMethods:
 
     networks: Networks
     _loaded: dict[str, AtWork]
+    _chosen: list[AtWork]  # those at work, or that would be if adapters were not disabled
 
     @named
     def load_lora_weights(
@@ -33,35 +37,81 @@ class LoraMethods:
         adapter_name: str | None = None,
         scale: float = 1.0,
         steps: tuple[int, int] | None = None,
+        *,
+        subfolder: str | None = None,
+        progress: bool = True,
     ) -> None:
-        """Load an adapter and have it at work, beside those that are.
+        """Load an adapter and have it at work, beside those that are. One of the Hub is fetched first, if its header
+        says that it is for this model.
 
         Args:
-            source: a safetensors file, or a folder as trainers save adapters.
-            weight_name: the file's name in the folder, where that holds several.
+            source: a safetensors file, a folder as trainers save adapters, `owner/name` or `owner/name:file` of the
+                Hub, or an address there.
+            weight_name: the file's name in the folder or repo, where that holds several.
             adapter_name: what it is called from here on; None: `default_0`, and so on.
             scale: of what it changes; negative: the opposite.
             steps: the first and the last step of a run that it works in, counted from 1; None: in all. What it changes
                 of the text encoder, if anything, is at work in any case.
+            subfolder: the folder within the folder or repo that it is in.
+            progress: show what is fetched.
 
         Raises:
             InputError: a setting is wrong, or the name is taken. CheckpointError: it is damaged, or for another model.
+            DownloadError: it can't be fetched.
         """
         if not isinstance(source, str | os.PathLike):
             raise InputError(f"an adapter is named by a text or a path, not by {type(source).__name__}")
-        kinds(weight_name=(weight_name, str), adapter_name=(adapter_name, str))
+        kinds(weight_name=(weight_name, str), adapter_name=(adapter_name, str), subfolder=(subfolder, str))
+        self._free_name(adapter_name)
+        _checked(scale, steps)
+        with find_adapter(source, weight_name, subfolder) as found, acquisition_bars(disable=not progress) as show:
+            for note in found.check(self.networks.checkpoint):
+                _log.warning("%s: %s", found.source, note)
+            if progress and found.download:
+                announce(found.download)
+            found.fetch(show)
+            self.use_adapter(found, adapter_name, scale, steps)
+
+    def use_adapter(
+        self,
+        found: FoundAdapter,
+        adapter_name: str | None = None,
+        scale: float = 1.0,
+        steps: tuple[int, int] | None = None,
+    ) -> None:
+        """Have an adapter at work that was fetched after its `check`; see `load_lora_weights`."""
         name = self._free_name(adapter_name)
-        scale, steps = checked_number("scale", scale, -_MOST, _MOST), _checked_steps(steps)
-        found, checkpoint = open_adapter(source, weight_name), self.networks.checkpoint
-        configs = {part: component.config for part, component in checkpoint.components.items()}
-        found.check(configs, checkpoint.variant.name)
-        for note in found.notes(configs, checkpoint.variant.name):
-            _log.warning("%s: %s", os.fspath(source), note)
         with turn():
             begin_computing()
-            adapter = found.load(configs, name, os.fspath(source)).cast(self.networks.dtype_of)
-            self._loaded[name] = AtWork(adapter, scale, steps)
-            self.networks = self.networks.with_adapters([*self.networks.adapters, self._loaded[name]])
+            adapter = found.load(self.networks.checkpoint, name).cast(self.networks.dtype_of)
+            self._loaded[name] = AtWork(adapter, *_checked(scale, steps))
+            self._choose([*self._chosen, self._loaded[name]])
+
+    def expecting(self, adapters: Sequence[tuple[FoundAdapter, float, tuple[int, int] | None]]) -> Self:
+        """A pipeline like this, to check and plan runs, with adapters at work that need not be here yet.
+
+        Args:
+            adapters: each with its scale and steps, after its `check`.
+
+        Raises:
+            InputError: a scale or steps are wrong.
+        """
+        outlines = [
+            AtWork(found.outline(self.networks.checkpoint, found.source).cast(self.networks.dtype_of), *_checked(*use))
+            for found, *use in adapters
+        ]
+        pipe = copy(self)
+        pipe.networks = self.networks.with_adapters([*self.networks.adapters, *outlines])
+        return pipe
+
+    def _scaled(self, factor: Any) -> Self:
+        """A pipeline like this with what adapters change times a factor. It shares all that is in memory."""
+        scale = checked_number("scale", factor, -_MOST, _MOST)
+        if scale == 1:
+            return self
+        pipe = copy(self)
+        pipe.networks = self.networks.with_scale(scale)
+        return pipe
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -75,37 +125,84 @@ class LoraMethods:
         Raises:
             InputError: there is no such adapter, or there are more or fewer weights.
         """
-        names = texts("adapter_names", adapter_names)
+        names = self._known("adapter_names", adapter_names)
         weights = 1.0 if adapter_weights is None else adapter_weights
         scales = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
         if len(scales) != len(names):
             raise InputError(f"{len(names)} adapters have {len(scales)} weights; give one for each, or one for all")
-        for name in names:
-            if name not in self._loaded or names.count(name) > 1:
-                raise InputError(f"adapter_names has {name!r:.80}; choose each once from {', '.join(self._loaded)}")
         scales = [checked_number("adapter_weights", scale, -_MOST, _MOST) for scale in scales]
-        chosen = [
-            AtWork(self._loaded[name].adapter, scale, self._loaded[name].steps)
-            for name, scale in zip(names, scales, strict=True)
-        ]
+        chosen = [replace(self._loaded[name], scale=scale) for name, scale in zip(names, scales, strict=True)]
         with turn():
-            self.networks = self.networks.with_adapters(chosen)
+            self._choose(chosen)
 
     def get_active_adapters(self) -> list[str]:
-        """The names of those at work."""
-        return [one.adapter.name for one in self.networks.adapters]
+        """The names of those at work, or that `enable_lora` would have at work."""
+        return [one.adapter.name for one in self._chosen]
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of all that are loaded, by the network that they change."""
+        networks = self.networks.checkpoint.components
+        changing = {part: [x for x, one in self._loaded.items() if one.adapter.layers.get(part)] for part in networks}
+        return {part: names for part, names in changing.items() if names}
+
+    def disable_lora(self) -> None:
+        """Have no adapter at work until `enable_lora`, or until others are loaded or chosen."""
+        with turn():
+            self.networks = self.networks.with_adapters([])
+
+    def enable_lora(self) -> None:
+        """Have those at work again that were before `disable_lora`."""
+        with turn():
+            self._choose(self._chosen)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget adapters, whose memory is given back.
+
+        Args:
+            adapter_names: one, or several.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        names = self._known("adapter_names", adapter_names)
+        with turn():
+            for name in names:
+                del self._loaded[name]
+            self._chosen = [one for one in self._chosen if one.adapter.name in self._loaded]
+            if self.networks.adapters:
+                self._choose(self._chosen)
 
     def unload_lora_weights(self) -> None:
         """Forget all adapters, whose memory is given back. Images are what they were before, bit for bit."""
         with turn():
             self._loaded.clear()
-            self.networks = self.networks.with_adapters([])
+            self._choose([])
+
+    def _choose(self, adapters: Sequence[AtWork]) -> None:
+        """Have these at work, in memory."""
+        self.networks = self.networks.with_adapters(adapters)
+        self.networks.read_adapters()
+        self._chosen = [*adapters]
+
+    def _known(self, argument: str, given: str | Sequence[str]) -> list[str]:
+        """Names of loaded adapters; InputError if one is none, or given twice."""
+        names = texts(argument, given)
+        for name in names:
+            if name not in self._loaded or names.count(name) > 1:
+                way = f"choose each once from {', '.join(self._loaded)}" if self._loaded else "none is loaded"
+                raise InputError(f"{argument} has {name!r:.80}; {way}")
+        return names
 
     def _free_name(self, wanted: str | None) -> str:
         """What the next adapter is called; InputError if that is taken."""
         if wanted in self._loaded:
             raise InputError(f"there is an adapter {wanted!r:.80} already; give another adapter_name")
         return wanted or next(name for number in count() if (name := f"default_{number}") not in self._loaded)
+
+
+def _checked(scale: Any, steps: Any) -> tuple[float, tuple[int, int] | None]:
+    """A scale and steps; InputError if they are none."""
+    return checked_number("scale", scale, -_MOST, _MOST), _checked_steps(steps)
 
 
 def _checked_steps(steps: Any) -> tuple[int, int] | None:

@@ -158,10 +158,10 @@ class Plan:
         """The plan of one phase by itself."""
         return replace(self, phases=(self.phase(name),))
 
-    def besides(self, nbytes: int) -> "Plan":
-        """The same where so many bytes more are in memory all the time, which the limit has room for as well."""
+    def besides(self, nbytes: int, limit: int) -> "Plan":
+        """The same where so many bytes more are in memory all the time, and the limit is for these as well."""
         phases = (replace(phase, weights=phase.weights + nbytes) for phase in self.phases)
-        return replace(self, phases=tuple(phases), limit=self.limit + nbytes)
+        return replace(self, phases=tuple(phases), limit=limit)
 
     def networks(self, name: str) -> tuple[str, ...]:
         """The names of the networks that are in memory for a phase."""

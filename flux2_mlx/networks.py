@@ -1,6 +1,6 @@
 """The networks of a pipeline, loaded so that a run stays within its memory limit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -123,10 +123,19 @@ class Networks:
 
     def with_adapters(self, adapters: Sequence[AtWork]) -> "Networks":
         """The same networks with these adapters and no others; what is kept in memory stays there."""
-        components = {
-            name: replace(part, adapters=Branches.of(name, adapters))
-            for name, part in self.checkpoint.components.items()
-        }
+        return self._branched(adapters, {name: Branches.of(name, adapters) for name in self.checkpoint.components})
+
+    def with_scale(self, factor: float) -> "Networks":
+        """The same networks with what adapters change times a factor. They share all that is in memory."""
+        adapters = [replace(one, scale=factor * one.scale) for one in self.adapters]
+        components = self.checkpoint.components.items()
+        return self._branched(
+            adapters, {name: part.adapters and part.adapters.scaled(factor) for name, part in components}
+        )
+
+    def _branched(self, adapters: Sequence[AtWork], branches: Mapping[str, Branches | None]) -> "Networks":
+        """The same networks with these branches, by their names."""
+        components = {name: replace(x, adapters=branches[name]) for name, x in self.checkpoint.components.items()}
         checkpoint = replace(self.checkpoint, components=components)
         changed = replace(self, checkpoint=checkpoint, adapters=tuple(adapters))
         object.__setattr__(changed, "_kept", self._kept)  # it is no argument, as others share nothing
@@ -168,6 +177,10 @@ class Networks:
         another one, else what was kept, and adapters."""
         return 0 if self._kept.is_nested else self._kept.nbytes + self.adapter_bytes
 
+    def read_adapters(self) -> None:
+        """Have what adapters take in memory."""
+        mx.eval([part.adapters.arrays for part in self.checkpoint.components.values() if part.adapters])
+
     @property
     def adapter_bytes(self) -> int:
         """Bytes of memory that adapters take, all the time."""
@@ -185,7 +198,7 @@ class Networks:
         """What a run holds in memory, phase by phase, and what it streams from disk."""
         footprints = {name: self._added(name) for name in PAINTING}
         planned = plan(self.checkpoint.model, footprints, self._costs, work, self.memory_left)
-        return planned.besides(self.adapter_bytes)
+        return planned.besides(self.adapter_bytes, self._memory_free)
 
     def writing_plan(self, writing: Writing) -> Plan:
         """What writing text holds in memory."""
@@ -195,12 +208,16 @@ class Networks:
             networks["vision_tower"] = self._added("vision")
             vision = self._cost("vision")
         planned = writing_plan(networks, self._cost("language_model"), vision, writing, self.memory_left)
-        return planned.besides(self.adapter_bytes)
+        return planned.besides(self.adapter_bytes, self._memory_free)
 
     @property
     def memory_left(self) -> int:
         """The memory limit, less what runs hold that a callback makes the next one in, and adapters."""
-        return max(0, self.memory_limit - held() - self.adapter_bytes)
+        return max(0, self._memory_free - self.adapter_bytes)
+
+    @property
+    def _memory_free(self) -> int:
+        return max(0, self.memory_limit - held())
 
     @property
     def paints(self) -> bool:

@@ -17,7 +17,7 @@ from .errors import InputError
 from .networks import Networks
 from .output import Flux2Output
 from .preparation import PreparedPipeline
-from .progress_bar import acquisition_bars, progress_bar
+from .progress_bar import acquisition_bars, announce, progress_bar
 from .provenance import image_settings, sampled
 from .references import Edit
 from .request import Request
@@ -207,7 +207,7 @@ class Flux2Pipeline(PreparedPipeline):
                 returns are gone on with. Runs and previews that it makes have what this run leaves of the memory limit.
             return_dict: False: a tuple with the images only.
             callback_on_step_end_tensor_inputs: `["latents"]`, as nothing else changes.
-            attention_kwargs: of diffusers; none.
+            attention_kwargs: `{"scale": x}` multiplies what adapters change, in this call.
             text_encoder_out_layers: the model's own.
 
         Raises:
@@ -218,9 +218,8 @@ class Flux2Pipeline(PreparedPipeline):
         """
         text = self.checkpoint.components["text_encoder"].config
         arguments.kinds(return_dict=(return_dict, bool))
-        arguments.check_diffusers(
-            callback_on_step_end_tensor_inputs, attention_kwargs, text_encoder_out_layers, text.out_layers
-        )
+        arguments.check_diffusers(callback_on_step_end_tensor_inputs, text_encoder_out_layers, text.out_layers)
+        pipe = self._scaled(arguments.adapter_scale(attention_kwargs))
         prompt, image = arguments.in_order(prompt, image)
         given = Prompts.checked(self.checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         pictures = Pictures.opened(image, mask_image)
@@ -239,13 +238,13 @@ class Flux2Pipeline(PreparedPipeline):
             sigmas=sigmas,
             negative_prompt=negative_prompt,
         )
-        output = self._made(request, edit, given, latents, output_type, callback_on_step_end)
+        output = pipe._made(request, edit, given, latents, output_type, callback_on_step_end)
         arguments.draw(generator, request, self.checkpoint.model.vae)
         edited = pictures.settings(strength, padding_mask_crop, match_colors)
         unsaid = beyond(
             latents, prompt_embeds, negative_prompt_embeds, sigmas, max_sequence_length, callback_on_step_end
         )
-        output.settings = [self._settings(request, edit, place, edited, unsaid) for place in range(len(request.seeds))]
+        output.settings = [pipe._settings(request, edit, place, edited, unsaid) for place in range(len(request.seeds))]
         return output if return_dict else (output.images,)
 
     def _made(
@@ -308,11 +307,5 @@ def _announce(use: FirstUse) -> None:
     from tqdm import tqdm
 
     for download in use.downloads:
-        licence = download.licence or "licence: see its page"
-        whole, present = (f"{x / 1e9:.3g} GB" for x in (download.size, download.present))
-        tqdm.write(
-            f"{download.repo_id} ({licence}) is fetched from {download.page}: {whole}, of which {present} are there, "
-            f"to {download.storage}",
-            file=sys.stderr,
-        )
+        announce(download)
     tqdm.write(f"converted it takes {use.converted / 1e9:.3g} GB in {use.target}", file=sys.stderr)

@@ -1,8 +1,11 @@
 """A bar on stderr for who calls the library from Python."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from .store import Download
 
 
 @contextmanager
@@ -40,3 +43,16 @@ def acquisition_bars(**options: Any) -> Iterator[Callable[[int, int, str], None]
             shown[what](done, total)
 
         yield show
+
+
+def announce(download: Download) -> None:
+    """Say what is about to be fetched, and where it goes."""
+    from tqdm import tqdm
+
+    licence = download.licence or "licence: see its page"
+    whole, present = (f"{x / 1e9:.3g} GB" for x in (download.size, download.present))
+    tqdm.write(
+        f"{download.repo_id} ({licence}) is fetched from {download.page}: {whole}, of which {present} are there, "
+        f"to {download.storage}",
+        file=sys.stderr,
+    )

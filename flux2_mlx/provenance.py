@@ -30,7 +30,9 @@ def adapters(networks: Networks) -> dict[str, Any]:
 
 def _adapter(one: AtWork) -> dict[str, Any]:
     found = one.adapter
-    told = {"name": found.name, "source": Path(found.source).name, "sha256": found.sha256, "scale": one.scale}
+    source = Path(found.source if found.origin is None else found.origin.partition(":")[2]).name
+    told = {"name": found.name, "source": source, "sha256": found.sha256, "scale": one.scale}
+    told |= {} if found.origin is None else {"origin": found.origin}
     return told | ({} if one.steps is None else {"steps": list(one.steps)})
 
 

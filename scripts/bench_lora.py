@@ -88,6 +88,7 @@ def main() -> None:
     for ranks in arguments.ranks:
         changes = [adapter(plain, int(rank), dtype) for rank in ranks.split("+")]
         branches = Branches("transformer", [AtWork(Adapter(ranks, {"transformer": some})) for some in changes])
+        mx.eval(branches.arrays)
         networks[ranks], nbytes[ranks] = adapted(plain, branches), branches.nbytes
     peaks = {name: peak(lambda network=network: step(network)) for name, network in networks.items()}
     turns = [{name: step(network) for name, network in networks.items()} for _ in range(arguments.times)]

@@ -35,7 +35,7 @@ STOREYS = {
     ),
     "runs": (
         "request", "output", "sampling", "metering", "advice", "arguments", "latents", "unfinished", "upsampling",
-        "provenance", "run", "lora_methods", "diffusers_methods", "progress_bar", "base_pipeline", "calls",
+        "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods", "base_pipeline", "calls",
         "preparation", "pipeline",
     ),
     "faces": ("doctor", "cli", "__main__"),

@@ -1,8 +1,8 @@
 """An adapter's file as its header tells it: what it is, which model it is for, and what becomes of each tensor."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import file_digest
 from io import BufferedReader
@@ -18,7 +18,7 @@ from flux2_mlx.weights import Files, TensorInfo, evaluated, open_model_file, rai
 from ..geometry import choose, titles
 from ..naming import check_size
 from ..strangers import FLUX1, adapter
-from .changes import changes, scale
+from .changes import changes, outlined, scale
 from .keys import Module, modules
 from .others import other_model
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
@@ -132,24 +132,43 @@ class AdapterFile:
             notes.append(f"it was trained on {self.trained_on}")
         return notes
 
-    def load(self, configs: Mapping[str, Config], name: str, source: str = "") -> Adapter:
+    def load(self, configs: Mapping[str, Config], name: str, source: str = "", origin: str | None = None) -> Adapter:
         """Read it.
 
         Args:
             configs: the geometries of the networks that it is for, which `check` has seen.
             name: what the adapter is to be called.
             source: as it was asked for.
+            origin: the repo and file of the Hub that it comes from, if it does.
 
         Raises:
             CheckpointError: values that are not finite, a config that says another rank, or a file that has changed.
         """
+        layers = self._layers(self.read(self._used(configs)))
+        return Adapter(name, layers, source or str(self.path), self.sha256, origin)
+
+    def outline(self, configs: Mapping[str, Config], name: str) -> Adapter:
+        """What `load` would give, with arrays that are never computed: it takes no memory, but says how much would be
+        taken."""
+        return Adapter(name, self._layers(self._outlined(self._used(configs))))
+
+    def _used(self, configs: Mapping[str, Config]) -> list[str]:
+        return [name for name in self.modules if self._is_used(name, configs)]
+
+    def _layers(self, modules: Iterable[tuple[str, list[Placed]]]) -> dict[str, Layers]:
+        """What modules change, by network and layer."""
         layers: dict[str, dict[str, tuple[Placed, ...]]] = {}
-        for module, found in self.read([name for name in self.modules if self._is_used(name, configs)]):
+        for module, found in modules:
             where = self.places[module]
             placed = layers.setdefault(where.network, {}).setdefault(where.layer, ())
             layers[where.network][where.layer] = (*placed, *found)
-        frozen: dict[str, Layers] = {**layers}
-        return Adapter(name, frozen, source or str(self.path), self.sha256)
+        return {**layers}
+
+    def _outlined(self, names: Iterable[str]) -> Iterator[tuple[str, list[Placed]]]:
+        for name in names:
+            factors, where = self._factors[name], self.places[name]
+            rows = where.rows(factors.outputs)
+            yield name, [Placed(x, rows) for x in outlined(factors, is_swapped=where.is_swapped)]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, list[Placed]]]:
         """The changes of each of these modules, by its name, in memory; CheckpointError as `load` has it."""
@@ -197,12 +216,13 @@ class AdapterFile:
         return lines
 
 
-def read_adapter(source: Path, weight_name: str | None = None) -> AdapterFile:
+def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[str] = ()) -> AdapterFile:
     """What the adapter in a file, or in a folder that holds one, is. Nothing but headers is read.
 
     Args:
         source: a safetensors file, or a folder as PEFT and diffusers save adapters.
         weight_name: the file's name in the folder, where it holds several.
+        bases: what it was trained on, as far as its model card says it.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is none for FLUX.2; what it is is said if it is known.
@@ -220,6 +240,7 @@ def read_adapter(source: Path, weight_name: str | None = None) -> AdapterFile:
         _check_model(files.infos, found, places)
         _check_understood(others, places)
         said = settings(files.metadata, config)
+        said = replace(said, bases=(*said.bases, *bases))
         factors = [Factors(found[name], files.infos) for name in places]
         for one in factors:
             one.module.check()

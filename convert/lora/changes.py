@@ -39,19 +39,29 @@ def changes(
         for role, array in values.items():
             if not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{module.keys[role]} has values that are not finite; fetch the adapter again")
-        factor = scale(factors, strength, values.get("alpha"))
-        found: list[Change] = []
-        if module.kind is not None:
-            delta = _DELTAS[module.kind](values, factor)
-            found.append(Decomposed(delta, _magnitude(factors, values)) if "magnitude" in values else delta)
-        if "bias" in values:
-            found.append(BiasDifference(values["bias"], factor))
-        if "diff_b" in values:
-            found.append(BiasDifference(values["diff_b"]))
-        found = [_swapped(change) for change in found] if is_swapped else found
+        found = _made(factors, values, scale(factors, strength, values.get("alpha")), is_swapped)
         for change in found:
             mx.eval(vars(change.change if isinstance(change, Decomposed) else change))
     return found
+
+
+def outlined(factors: Factors, *, is_swapped: bool = False) -> list[Change]:
+    """Changes of the same shapes whose arrays take no memory, as they are never computed."""
+    values = {role: mx.zeros(matrix(shape)) for role, shape in factors.shapes.items()}
+    return _made(factors, values, 1.0, is_swapped)
+
+
+def _made(factors: Factors, values: Mapping[str, mx.array], factor: float, is_swapped: bool) -> list[Change]:
+    """The changes, not computed yet."""
+    found: list[Change] = []
+    if factors.module.kind is not None:
+        delta = _DELTAS[factors.module.kind](values, factor)
+        found.append(Decomposed(delta, _magnitude(factors, values)) if "magnitude" in values else delta)
+    if "bias" in values:
+        found.append(BiasDifference(values["bias"], factor))
+    if "diff_b" in values:
+        found.append(BiasDifference(values["diff_b"]))
+    return [_swapped(change) for change in found] if is_swapped else found
 
 
 def scale(factors: Factors, strength: Strength, alpha: mx.array | None) -> float:

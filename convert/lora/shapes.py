@@ -52,6 +52,11 @@ class Factors:
         return self._sizes.get("r", self._sizes.get("s"))
 
     @property
+    def shapes(self) -> dict[str, Shape]:
+        """Those of the tensors by what they are."""
+        return {role: info.shape for role, info in self._infos.items()}
+
+    @property
     def outputs(self) -> int:
         return self._sizes["o"]
 

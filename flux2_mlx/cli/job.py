@@ -152,7 +152,7 @@ class Job:
         remembered = {} if replay is None else _take_over(given, replay)
         given["loras"] = read_loras(given.pop("lora"), given.pop("lora_steps"))
         if replay is not None and not given["loras"]:
-            given["loras"] = remembered_loras(remembered.get("adapters"), replay)
+            given["loras"] = remembered_loras(remembered.get("adapters"), replay, given["models_dir"])
         given["model"] = DEFAULT_MODEL if given["model"] is None else given["model"]
         _check_weights(given)
         given |= _resolved(given, None if is_named else replay)

@@ -124,8 +124,9 @@ _PAINTING = (
     click.option(
         "--lora",
         multiple=True,
-        metavar="FILE[:SCALE]",
-        help="Adapter, a file or folder, with the scale of what it changes; may be given several times.",
+        metavar="SOURCE[:SCALE]",
+        help="Adapter: a file, folder, Hugging Face repo id or REPO:FILE, with the scale of what it changes; may be "
+        "given several times.",
     ),
     click.option("--lora-steps", metavar="A-B", help="Steps that adapters work in, from the first to the last."),
     click.option("--upsample-prompt", is_flag=True, help="Let the model's language model rewrite the prompt first."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from .draft import Batch, Drafts, has_previews, is_empty, is_kept
 from .job import Job
-from .loras import load
+from .loras import Adapters
 from .progress import Bars, Stream, notice
 from .replay import elsewhere
 from .report import Record, differences, print_profile
@@ -95,11 +95,10 @@ def _make(record: Record, images: "list[Image.Image]", bars: Bars, as_json: bool
 
 
 def _rewritten(record: Record, batch: Batch) -> "tuple[Request, Plan | None]":
-    """The request of a batch with what was made of its prompts, and the plan unless they are others now, or there are
-    adapters, which it does not count."""
+    """The request of a batch with what was made of its prompts, and the plan unless they are others now."""
     texts = [record.texts[record.job.frames[place].number] for place in batch.places]
     if tuple(texts) == batch.request.prompts:
-        return batch.request, None if record.job.loras else batch.planned
+        return batch.request, batch.planned
     with record.job.frames[batch.places[0]].prompt.named():
         return batch.request.rewritten(texts), None
 
@@ -171,6 +170,20 @@ def _check(job: Job, images: "list[Image.Image]") -> None:
 
 
 def _open(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "Flux2Pipeline":
+    """The pipeline of a job with its adapters, after a check of it with them, before anything is fetched or loaded."""
+    with Adapters(job.loras, bars, job.quiet) as adapters:
+
+        def look(pipe: "Flux2Pipeline") -> None:
+            check(adapters.expected(pipe))
+            adapters.fetch()
+
+        pipe = _opened(job, bars, look)
+        look(pipe)
+        adapters.load(pipe)
+    return pipe
+
+
+def _opened(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "Flux2Pipeline":
     from ..pipeline import Flux2Pipeline
 
     folder = Flux2Pipeline.prepare(
@@ -186,7 +199,7 @@ def _open(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "
         announce=bars.announce,
         progress=bars,
     )
-    pipe = Flux2Pipeline.from_checkpoint(
+    return Flux2Pipeline.from_checkpoint(
         folder,
         quant=job.quant,
         text_quant=job.text_quant,
@@ -196,8 +209,6 @@ def _open(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "
         memory_limit=job.memory_limit,
         keep=job.takes_several_runs,  # a single run has the least memory without
     )
-    load(pipe, job.loras)
-    return pipe
 
 
 def _notices(record: Record) -> None:

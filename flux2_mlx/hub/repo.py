@@ -217,6 +217,7 @@ class Listing:
     is_gated: bool
     files: dict[str, Blob]
     others: list[str]
+    bases: tuple[str, ...] = ()  # what its card says that it was made from
 
 
 def list_files(hub: Hub, repo_id: str, is_wanted: Callable[[str], bool]) -> Listing:
@@ -250,13 +251,21 @@ def _parse(listing: bytes, is_wanted: Callable[[str], bool]) -> Listing:
         if not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
             raise ValueError(f"{name} with hash {digest!r}")
         files[name] = Blob(size, digest)
-    return Listing(commit, _licence(info.get("cardData")), bool(info.get("gated")), files, others)
+    card = info.get("cardData")
+    return Listing(commit, _licence(card), bool(info.get("gated")), files, others, _bases(card))
 
 
 def _licence(card: Any) -> str | None:
     """Return the licence that a model's card names, if it does."""
     values = [card.get(key) for key in ("license_name", "license")] if isinstance(card, dict) else []
     return next((value[:_LICENCE] for value in values if isinstance(value, str) and value.strip()), None)
+
+
+def _bases(card: Any) -> tuple[str, ...]:
+    """The models that a model's card says it was made from."""
+    value = card.get("base_model") if isinstance(card, dict) else None
+    names = value if isinstance(value, list) else [value]
+    return tuple(name for name in names[:_SOME] if isinstance(name, str) and is_repo_id(name))
 
 
 def _get(entry: Any, key: str, kind: type) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -30,14 +30,24 @@ class Selection:
         names: the names of the files, relative to the repo.
         folder: holds them; small ones as they are, and weights with nothing in them but the pieces asked for.
         download: what of them is in the Hub's cache and what is not; None where nobody could be asked.
+        bases: the repos of what it was made from, as far as it says so and could be asked.
     """
 
-    def __init__(self, repo: str, names: Collection[str], folder: Path, hub: Hub, download: Download | None = None):
+    def __init__(
+        self,
+        repo: str,
+        names: Collection[str],
+        folder: Path,
+        hub: Hub,
+        download: Download | None = None,
+        bases: Sequence[str] = (),
+    ):
         self.repo = repo
         self.names = names
         self.folder = folder
         self._hub = hub
         self.download = download
+        self.bases = bases
 
     def fetch(self, progress: Report | None) -> None:
         """Bring the weights; `progress` hears the bytes that are there and those in all. `folder` lasts from then on.
@@ -90,7 +100,8 @@ def _listed(repo_id: str, hub: Hub, listed: Listing, choose: Choose, pieces: Pie
         held.enter_context(Claim(storage_of(hub.cache, repo_id), make=True))
         wanted = download_of(hub, repo_id, listed, {name: listed.files[name] for name in names})
         prepare(hub, wanted)
-        return Selection(repo_id, names, held.enter_context(outline(hub, wanted, pieces)), hub, wanted)
+        folder = held.enter_context(outline(hub, wanted, pieces))
+        return Selection(repo_id, names, folder, hub, wanted, listed.bases)
 
 
 def _cached(repo_id: str, hub: Hub, choose: Choose, reason: str, held: ExitStack) -> Selection:

@@ -3,6 +3,7 @@ and the converter."""
 
 from ..hub import Download
 from .acquisition import Announce, FirstUse, Progress
+from .adapter_sources import FoundAdapter, adapter_with, find_adapter
 from .adapters import open_adapter
 from .checkpoints import find_checkpoint
 from .conversion import convert_model, make_checkpoint
@@ -45,14 +46,17 @@ __all__ = [
     "Announce",
     "Download",
     "FirstUse",
+    "FoundAdapter",
     "Model",
     "Progress",
+    "adapter_with",
     "checked_variant",
     "conversions",
     "convert_model",
     "converted_folders",
     "demo_folder",
     "described",
+    "find_adapter",
     "find_checkpoint",
     "find_conversion",
     "find_variant",

@@ -1,27 +1,24 @@
-"""Where adapters come from."""
+"""Adapters by their names."""
 
 import os
-from pathlib import Path
 
-from ..convert.lora import AdapterFile, read_adapter
-from ..errors import InputError
-from ..hub import is_repo_id
+from ..convert.lora import AdapterFile
+from .acquisition import Progress
+from .adapter_sources import find_adapter
 
 
-def open_adapter(source: str | os.PathLike[str], weight_name: str | None = None) -> AdapterFile:
-    """The adapter that a file holds, or a folder, of which only headers are read.
+def open_adapter(
+    source: str | os.PathLike[str], weight_name: str | None = None, *, progress: Progress | None = None
+) -> AdapterFile:
+    """The adapter in a file, a folder, or a repo of the Hub, from where it is fetched after a look at its header.
 
     Args:
-        source: its path.
-        weight_name: the file's name in the folder, where that holds several.
+        source, weight_name: see `find_adapter`.
+        progress: called with bytes done, bytes in all, and `download`.
 
     Raises:
-        InputError: there is nothing, or what is only on the Hub. CheckpointError: it is no adapter for FLUX.2.
+        InputError, DownloadError, CheckpointError: as `find_adapter` and `FoundAdapter.fetch` have it.
     """
-    path = Path(source).expanduser()
-    if not os.path.lexists(path) and is_repo_id(str(source).partition(":")[0]):
-        raise InputError(
-            f"there is no file or folder {os.fspath(source)!r}; of a repo of the Hub fetch the adapter's file, with "
-            "`hf download`, and give its path"
-        )
-    return read_adapter(path, weight_name)
+    with find_adapter(source, weight_name) as found:
+        found.fetch(progress)
+        return found.file

@@ -1,0 +1,215 @@
+"""Where adapters come from: files and folders here, and repos of the Hub, of which one file is fetched."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from hashlib import file_digest
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from .. import hub
+from ..adapters import Adapter
+from ..checkpoint import Checkpoint
+from ..config import Config
+from ..convert import formats
+from ..convert.lora import AdapterFile, read_adapter
+from ..errors import CheckpointError, DownloadError, InputError
+from ..files import open_regular
+from ..hub import Download, Selection, snapshot_files
+from ..layout import PICKLES
+from .acquisition import Progress, labelled
+from .names import models_folder
+from .parts import Remote, located
+
+ADAPTERS = "loras"  # in the models folder
+_USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_SUFFIX, _PEFT_CONFIG = ".safetensors", "adapter_config.json"
+_ALPHAS = ("alpha",)  # single numbers, which are read with the header
+_SOME = 5
+
+
+class FoundAdapter:
+    """An adapter of which no more than its header has been read or fetched. Build it with `find_adapter`.
+
+    Attributes:
+        source: as it was asked for.
+        file: what it is. Where it lies on the Hub only, its path lasts no longer than the context of `find_adapter`.
+    """
+
+    def __init__(self, source: str, file: AdapterFile, selection: Selection | None = None):
+        self.source, self.file, self._selection = source, file, selection
+        self._is_here = selection is None
+
+    @property
+    def origin(self) -> str | None:
+        """The repo and file of the Hub; None: it was found here."""
+        return None if self._selection is None else f"{self._selection.repo}:{_weights(self._selection)}"
+
+    @property
+    def download(self) -> Download | None:
+        """What `fetch` is to bring; None: nothing."""
+        download = None if self._is_here or self._selection is None else self._selection.download
+        return download if download is not None and download.missing else None
+
+    def check(self, checkpoint: Checkpoint) -> list[str]:
+        """What a user should know who has it at work in a model: sentences without a full stop.
+
+        Raises:
+            CheckpointError: it is for another model.
+        """
+        with self._named():
+            self.file.check(_configs(checkpoint), checkpoint.variant.name)
+        return self.file.notes(_configs(checkpoint), checkpoint.variant.name)
+
+    def outline(self, checkpoint: Checkpoint, name: str) -> Adapter:
+        """The adapter for a model that `check` has seen, without values: what memory it takes can be asked of it."""
+        return self.file.outline(_configs(checkpoint), name)
+
+    def fetch(self, progress: Progress | None = None) -> None:
+        """Bring it here; `progress` hears bytes done, bytes in all, and `download`.
+
+        Raises:
+            DownloadError: it can't be fetched; what has arrived is kept. CheckpointError: it is damaged.
+        """
+        if self._selection is not None and not self._is_here:
+            self._selection.fetch(labelled(progress, "download"))
+            self._is_here = True
+            with self._named():
+                self.file = _read(self._selection)
+
+    def load(self, checkpoint: Checkpoint, name: str) -> Adapter:
+        """The adapter for a model that `check` has seen, once it is here; raises as `AdapterFile.load` does."""
+        with self._named():
+            return self.file.load(_configs(checkpoint), name, self.source, self.origin)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        with _named(self._selection):
+            yield
+
+
+@contextmanager
+def find_adapter(
+    source: str | os.PathLike[str], weight_name: str | None = None, subfolder: str | None = None
+) -> Iterator[FoundAdapter]:
+    """The adapter in a file, a folder, or a repo of the Hub, of which only the header is fetched.
+
+    Args:
+        source: a path, `owner/name`, `owner/name:file`, or the address of one of these.
+        weight_name: the file's name in the folder or repo, where that holds several.
+        subfolder: the folder in that one that it is in.
+
+    Raises:
+        InputError: no such address. DownloadError: it is not there, or can't be asked for. CheckpointError: it is
+            damaged, or no adapter for FLUX.2.
+    """
+    where, told = located(source), os.fspath(source)
+    inside = "/".join(filter(None, (subfolder, weight_name)))
+    if isinstance(where, Path):
+        folder = where if subfolder is None else where / _within(where, subfolder)
+        yield FoundAdapter(told, read_adapter(folder, weight_name))
+        return
+    wanted = Remote(where.repo, "/".join(filter(None, (where.path, inside))))
+    with ExitStack() as held:
+        try:
+            selection = held.enter_context(_selected(wanted))
+        except DownloadError as error:
+            if told != where.repo:
+                raise
+            raise DownloadError(f"there is no file or folder {told} here, and as a repo: {error}") from error
+        with _named(selection):
+            file = _read(selection)
+        yield FoundAdapter(told, file, selection)
+
+
+def _selected(wanted: Remote) -> AbstractContextManager[Selection]:
+    pieces = partial(formats.outline.pieces, early=_ALPHAS)
+    return hub.select(wanted.repo, partial(adapter_files, wanted), pieces)
+
+
+def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
+    """The file of an adapter among the `names` of all files of a repo, behind the small ones that say more of it.
+
+    Raises:
+        InputError: it is a pickle. DownloadError: there is none, or there are several.
+    """
+    if wanted.path.lower().endswith(PICKLES):
+        raise InputError(f"{wanted} is a pickle, which could run code; give a {_SUFFIX} file")
+    weights = sorted(name for name in names if name.lower().endswith(_SUFFIX))
+    chosen = [wanted.path] if wanted.path in weights else [x for x in weights if os.path.dirname(x) == wanted.path]
+    chosen = chosen if chosen or wanted.path else weights
+    usual = [name for name in chosen if os.path.basename(name) in _USUAL]
+    chosen = usual if len(usual) == 1 else chosen
+    if len(chosen) != 1:
+        raise DownloadError(_several(wanted, chosen, weights))
+    stem, folder = chosen[0].removesuffix(_SUFFIX), os.path.dirname(chosen[0])
+    beside = (os.path.join(folder, _PEFT_CONFIG), f"{stem}.json")
+    return [*(name for name in beside if name in names), *chosen]
+
+
+def _several(wanted: Remote, chosen: list[str], weights: list[str]) -> str:
+    """What is there in place of one adapter, and what to write."""
+    what = f"{len(chosen)} adapters" if chosen else f"no {_SUFFIX} file" + " there" * bool(wanted.path and weights)
+    names = [f"{wanted.repo}:{name}" for name in chosen or weights]
+    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
+    way = f"give one as {', '.join(names[:_SOME])}{more}" if names else "give another repo"
+    return f"{wanted} has {what}; {way}"
+
+
+def adapter_with(
+    sha256: str, name: str, folders: Collection[Path], models_dir: str | os.PathLike[str] | None = None
+) -> Path | None:
+    """The adapter whose file has this hash, looked for by its name first; None: it is not here.
+
+    Args:
+        sha256: the hash.
+        name: of the file, or of the folder that holds it.
+        folders: where something of that name may be, besides the folder `loras` of the models folder.
+        models_dir: see `models_folder`.
+    """
+    home = models_folder(models_dir) / ADAPTERS
+    places = [folder / name for folder in (*folders, home)]
+    named = (file for place in places for file in ([place] if place.is_file() else sorted(place.glob(f"*{_SUFFIX}"))))
+    if found := next((file for file in dict.fromkeys(named) if _sha256(file) == sha256), None):
+        return found
+    for storage in hub.cache_folder().glob("models--*--*"):
+        if os.path.lexists(blob := storage / "blobs" / sha256):
+            return next((file for file in snapshot_files(storage) if os.path.samefile(file, blob)), None)
+    return next((file for file in sorted(home.rglob(f"*{_SUFFIX}")) if _sha256(file) == sha256), None)
+
+
+def _sha256(path: Path) -> str | None:
+    """The hash of a file; None if there is none that can be read."""
+    try:
+        with open_regular(path) as file:
+            return file_digest(cast("BinaryIO", file), "sha256").hexdigest()  # type: ignore[arg-type]
+    except (OSError, ValueError, InputError):
+        return None
+
+
+def _within(folder: Path, subfolder: str) -> str:
+    if os.path.isabs(subfolder) or ".." in Path(subfolder).parts or not (folder / subfolder).is_dir():
+        raise CheckpointError(f"{folder} holds no folder {subfolder!r:.80}")
+    return subfolder
+
+
+def _read(selection: Selection) -> AdapterFile:
+    return read_adapter(selection.folder / _weights(selection), bases=selection.bases)
+
+
+def _weights(selection: Selection) -> str:
+    return [*selection.names][-1]
+
+
+def _configs(checkpoint: Checkpoint) -> Mapping[str, Config]:
+    return {name: component.config for name, component in checkpoint.components.items()}
+
+
+@contextmanager
+def _named(selection: Selection | None) -> Iterator[None]:
+    """Let errors say the repo in place of the folder of an outline, or of the cache."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if selection is None else selection.called(str(error))) from error
