@@ -8,8 +8,9 @@ from .identity import Conversion, Identity, conversion, foreign, identify
 from .mflux import said_of
 from .requantize import requantize, requantized
 from .sources import LOOSE, Source, loose_files
+from .strangers import adapter
 from .tokenizer import tokenizer_in
-from .write import check_source, write_checkpoint
+from .write import check_folds, check_source, write_checkpoint
 
 __all__ = [
     "LAST_USED",
@@ -19,7 +20,9 @@ __all__ = [
     "Identity",
     "MissingPartsError",
     "Source",
+    "adapter",
     "assembled",
+    "check_folds",
     "check_source",
     "check_target",
     "check_writable",

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from flux2_mlx.weights import Tensors, read_json
 
 from .folder import Inspection, Part, check_target, write_folder
 from .formats import SETTINGS, unpacked
+from .lora import Fold, Folds, folded_source
 from .rules import Finite
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def requantize(
     quant: str | None = None,
     text_quant: str | None = None,
     *,
+    folds: Sequence[Fold] = (),
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
@@ -49,33 +51,38 @@ def requantize(
         quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored.
         text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: what usually goes with `quant` if it is
             stored as `bf16`, else as stored, with a warning if that is not the usual one.
+        folds: adapters that are folded into its weights, which must be in 16 bits.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all: those that are compared with the recorded hashes, and those
             that are written.
 
     Raises:
         InputError: nothing would change, what is quantized already would gain nothing, or `target` can't be written.
-        CheckpointError: the checkpoint is not what was converted.
+        CheckpointError: the checkpoint is not what was converted, or an adapter is none of it.
     """
     usual = None if quant is None or text_quant else DEFAULT_TEXT_QUANT[check_quant(quant)]
     quant, text_quant = requantized(checkpoint, quant, text_quant)
-    if (quant, text_quant) == (checkpoint.quant, checkpoint.text_quant):
+    if not folds and (quant, text_quant) == (checkpoint.quant, checkpoint.text_quant):
         stored = f"stored as {quant} with the text encoder as {text_quant}"
         raise InputError(
             f"{checkpoint.folder} is an MLX checkpoint already, {stored}; use it as it is, or ask for less"
         )
+    configs = {name: component.config for name, component in checkpoint.components.items()}
+    for fold in folds:
+        fold.check(configs, checkpoint.variant.name)
     check_target(target, force)
     if usual not in (None, text_quant):
         stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"
         _log.warning("%s; %s of the original is better than what could be made of that", stays, usual)
-    wanted = quantizations(quant, text_quant)
+    wanted, adapters = quantizations(quant, text_quant), Folds(folds, configs)
     parts = []
     for name, component in checkpoint.components.items():
-        parts.append(stored_part(component, component.quantized(wanted[name])))
+        parts.append(stored_part(component, component.quantized(wanted[name]), adapters))
         warn_of_loss(component, parts[-1].component)
     former = read_json(checkpoint.folder / MANIFEST)
     manifest = {key: value for key, value in former.items() if key not in (FILES, DIGEST)}
     manifest["quantization"] = by_group(quant, text_quant)
+    manifest["source"] = folded_source(former["source"], folds)
     manifest["version"] = version("flux2-mlx")
     copies = [f"tokenizer/{file}" for file in TOKENIZER_FILES if (checkpoint.folder / "tokenizer" / file).is_file()]
     write_folder(
@@ -108,15 +115,20 @@ def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | Non
     return quant, text_quant
 
 
-def stored_part(stored: Component, wanted: Component) -> Part:
-    """A network of a checkpoint as it is to be written, in as many bits or fewer.
+def stored_part(stored: Component, wanted: Component, adapters: Folds | None = None) -> Part:
+    """A network of a checkpoint as it is to be written, in as many bits or fewer, with what `adapters` change.
 
     Raises:
-        InputError: it has fewer bits already.
+        InputError: it has fewer bits already, or it has few and would change.
     """
-    if stored.quantization == wanted.quantization:
+    changes, place = adapters is not None and adapters.change(stored.name), stored.files[0].parent
+    if changes and stored.quantization is not None:
+        raise InputError(
+            f"{place} is stored in {_bits(stored)} bits, which no adapter is folded into; convert the original, or a "
+            "checkpoint in bf16"
+        )
+    if stored.quantization == wanted.quantization and not changes:
         return Part(wanted, stored.tensors)
-    place = stored.files[0].parent
     before, after = _bits(stored), _bits(wanted)
     if after > before:
         raise InputError(f"{place} is stored in {before} bits, which gain nothing as {after}; ask for the same")
@@ -124,7 +136,8 @@ def stored_part(stored: Component, wanted: Component) -> Part:
     def complaint(name: str) -> str:
         return f"{place}: {name} is not finite; convert the model again"
 
-    return Part(wanted, as_stored(Finite(_plain(stored), complaint), wanted))
+    plain: Tensors = Finite(_plain(stored), complaint)
+    return Part(wanted, as_stored(adapters.into(stored.name, plain) if adapters else plain, wanted))
 
 
 def warn_of_loss(stored: Component, wanted: Component) -> None:

@@ -1,6 +1,6 @@
 """From an opened source to an MLX checkpoint, tensor by tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -17,6 +17,7 @@ from flux2_mlx.weights import TensorInfo
 
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
+from .lora import Fold, Folds, folded_source
 from .requantize import stored_part, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule
 from .sources import Source
@@ -44,6 +45,7 @@ def write_checkpoint(
     text_quant: str | None = None,
     *,
     name: str | None = None,
+    folds: Sequence[Fold] = (),
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
@@ -55,21 +57,24 @@ def write_checkpoint(
         quant: `bf16`, `qint8` or `qint4` for the transformer.
         text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: 8 bit, or 4 bit with `qint4`.
         name: what the manifest calls the source; its folder's name if None.
+        folds: adapters that are folded into the weights before these are quantized.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all: those that are written, and of a source in the Hub's cache
             also those that are compared with the hashes which the Hub states.
 
     Raises:
         InputError: `target` exists or can't be written, the disk is too small, an unknown quantization.
-        CheckpointError: names, shapes or dtypes are not those of the model, weights are not finite, or a file of the
-            source is not what the Hub states.
+        CheckpointError: names, shapes or dtypes are not those of the model, weights are not finite, a file of the
+            source is not what the Hub states, or an adapter is none of this model.
     """
     text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
     plans = _checked_plans(source, quant, text_quant)
+    check_folds(source, folds)
     check_target(target, force)
     stated = blobs([*source.small_files, *chain(*source.files.values())])
 
-    taken = _taken(source, quant, text_quant)
+    adapters = Folds(folds, source.configs)
+    taken = _taken(source, quant, text_quant, adapters)
     for part in taken:
         warn_of_loss(source.stored[part.component.name], part.component)
     kept = [(next(iter(part.files)).parent.parent, name) for name, part in source.stored.items()]
@@ -86,14 +91,14 @@ def write_checkpoint(
         "variant": source.variant.name,
         "components": [name for name in COMPONENTS if name in source.configs],
         "quantization": by_group(quant, text_quant),
-        "source": _origin(source, name),
+        "source": folded_source(_origin(source, name), folds),
         "version": version("flux2-mlx"),
     }
     with opened_tokenizer(source.tokenizer) as tokenizer:
         copies = {f"tokenizer/{file}": tokenizer / file for file in TOKENIZER_FILES if (tokenizer / file).is_file()}
         write_folder(
             target,
-            [*(_part(source, plan) for plan in plans), *taken],
+            [*(_part(source, plan, adapters) for plan in plans), *taken],
             {**copies, "scheduler/scheduler_config.json": source.schedule},
             manifest,
             inspection=Inspection(hashed + sum(blob.stat().st_size for blob in stated.values()), inspect),
@@ -120,6 +125,12 @@ def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Compo
     return {name: made[name] for name in COMPONENTS if name in made}
 
 
+def check_folds(source: Source, folds: Sequence[Fold]) -> None:
+    """CheckpointError if an adapter is none of the model, or can't be folded into it."""
+    for fold in folds:
+        fold.check(source.configs, source.variant.name)
+
+
 def _checked_plans(source: Source, quant: str, text_quant: str) -> list[_Plan]:
     quants = quantizations(check_quant(quant), check_quant(text_quant))
     source.check()
@@ -143,16 +154,16 @@ def _check_tokenizer(source: Source) -> None:
         TOKENIZERS[text.model_type](folder / TOKENIZER, text.vocab_size)
 
 
-def _taken(source: Source, quant: str, text_quant: str) -> list[Part]:
+def _taken(source: Source, quant: str, text_quant: str, adapters: Folds | None = None) -> list[Part]:
     """The networks that are taken from a checkpoint of ours, in these quantizations; InputError if they can't be."""
     quants = quantizations(quant, text_quant)
     parts = []
     for name, stored in source.stored.items():
-        parts.append(stored_part(stored, stored.quantized(quants[name])))
+        parts.append(stored_part(stored, stored.quantized(quants[name]), adapters))
     return parts
 
 
-def _part(source: Source, plan: _Plan) -> Part:
+def _part(source: Source, plan: _Plan, adapters: Folds) -> Part:
     part = source.parts[plan.part]
 
     def complaint(name: str) -> str:
@@ -160,4 +171,4 @@ def _part(source: Source, plan: _Plan) -> Part:
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
     converted = Finite(Converted(Placed(part.tensors, part.place), plan.rules, plan.plain), complaint)
-    return Part(plan.component, as_stored(converted, plan.component))
+    return Part(plan.component, as_stored(adapters.into(plan.component.name, converted), plan.component))

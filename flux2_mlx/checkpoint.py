@@ -260,6 +260,12 @@ class Checkpoint:
                 raise CheckpointError(f"{path} was not there after the conversion; remove it, or {again}")
 
     @property
+    def folded(self) -> list[dict[str, Any]]:
+        """The adapters that are folded into the weights: `source`, `sha256` and `scale` of each."""
+        adapters = self.source.get("adapters")
+        return [one for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
+
+    @property
     def origins(self) -> dict[str, str]:
         """Where each part came from that was not in the source itself, as far as that was recorded."""
         parts = self.source.get("parts")

@@ -1,6 +1,19 @@
 """Adapters as trainers save them: which of our layers they change, and how."""
 
 from .adapter_file import AdapterFile, read_adapter
+from .folding import Fold, Folds, folded_source
+from .inspection import InspectedModule, Inspection, inspect
 from .saving import save_adapter, saving_notes
 
-__all__ = ["AdapterFile", "read_adapter", "save_adapter", "saving_notes"]
+__all__ = [
+    "AdapterFile",
+    "Fold",
+    "Folds",
+    "InspectedModule",
+    "Inspection",
+    "folded_source",
+    "inspect",
+    "read_adapter",
+    "save_adapter",
+    "saving_notes",
+]

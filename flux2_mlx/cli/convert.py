@@ -19,6 +19,12 @@ from .wakefulness import caffeinate_option
 @click.option("--text-encoder", metavar="PART", help="Where the text encoder is, if not in SOURCE.")
 @click.option("--vae", metavar="PART", help="Where the VAE is, if not in SOURCE.")
 @click.option("--tokenizer", metavar="PART", help="Where the tokenizer is, if not in SOURCE.")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="SOURCE[:SCALE]",
+    help="Adapter to fold in, with the scale of what it changes; may be given several times.",
+)
 @keep_source_option
 @click.option("--force", is_flag=True, help="Replace an MLX checkpoint at TARGET.")
 @quiet_option
@@ -29,6 +35,7 @@ def convert(
     quant: str | None,
     text_quant: str | None,
     variant: str | None,
+    lora: tuple[str, ...],
     keep_source: bool,
     force: bool,
     quiet: bool,
@@ -43,20 +50,25 @@ def convert(
     A PART that is elsewhere is a file, a folder, a repo id or REPO:FILE. What is nowhere given is taken from a
     converted model of the same geometry, or else from the official repo: only those files, which are told first.
 
+    An adapter is folded into the weights before they are quantized, and stays there; see `flux2-mlx lora`.
+
     \b
     Examples:
       flux2-mlx convert klein-4b klein-4b-q8 -q qint8
       flux2-mlx convert klein-4b-bf16 klein-4b-q4 -q qint4
       flux2-mlx convert finetune.safetensors mine -q qint8
       flux2-mlx convert owner/name:model-Q4_K_M.gguf mine --text-encoder Qwen/Qwen3-4B
+      flux2-mlx convert klein-4b fox-q8 -q qint8 --lora fox.safetensors:0.8
     """
     from ..store import convert_model
+    from .loras import read
 
     with Bars(quiet) as bars:
         model = convert_model(
             source,
             target,
             variant=variant,
+            adapters=[(one.source, one.scale) for one in read(lora, None)],
             quant=quant,
             text_quant=text_quant,
             parts={name: path for name, path in places.items() if path is not None},

@@ -17,6 +17,7 @@ from .doctor import doctor
 from .download import download
 from .i2i import i2i
 from .info import info
+from .lora import lora
 from .models import models
 from .outpaint import outpaint
 from .progress import Warnings
@@ -69,5 +70,5 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, doctor, cache):
+for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, lora, doctor, cache):
     cli.add_command(_command)

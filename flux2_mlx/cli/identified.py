@@ -38,6 +38,8 @@ def print_found(found: "Found") -> None:
         _print_parts(found)
     if identity.missing:
         _labelled("missing", _names(identity.missing))
+    if identity.kind == "adapter":
+        _labelled("more", f"flux2-mlx lora inspect {found.name}")
     if identity.advice:
         _labelled("note", identity.advice)
     if identity.quant:

@@ -182,6 +182,7 @@ def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict
         "official": official,
         "source": checkpoint.source.get("name"),
         "parts": checkpoint.origins,
+        "adapters": checkpoint.folded,
         "repo": checkpoint.variant.repo if official else model.repo,
         **_row(checkpoint.model),
         "folders": [str(folder) for folder in folders],
@@ -270,6 +271,9 @@ def _print_one(row: dict[str, Any]) -> None:
         print_result(f"https://huggingface.co/{row['repo']}{' (gated)' if row['gated'] else ''}")
     elif row["source"] and not row["official"]:
         print_result(f"converted from {row['source']}")
+    if row["adapters"]:
+        folded = ", ".join(f"{one.get('source')} × {one.get('scale')}" for one in row["adapters"])
+        print_result(f"with the adapters {folded}")
     for part, place in row["parts"].items():
         print_result(f"its {told([part])} from {place}")
     components = list(row["bytes"]["bf16"])

@@ -4,7 +4,14 @@ and the converter."""
 from ..hub import Download
 from .acquisition import Announce, FirstUse, Progress
 from .adapter_sources import FoundAdapter, adapter_with, find_adapter
-from .adapters import open_adapter
+from .adapters import (
+    StoredAdapter,
+    adapters_folder,
+    convert_adapter,
+    inspect_adapter,
+    open_adapter,
+    stored_adapters,
+)
 from .checkpoints import find_checkpoint
 from .conversion import convert_model, make_checkpoint
 from .names import (
@@ -50,8 +57,11 @@ __all__ = [
     "Model",
     "Progress",
     "adapter_with",
+    "StoredAdapter",
+    "adapters_folder",
     "checked_variant",
     "conversions",
+    "convert_adapter",
     "convert_model",
     "converted_folders",
     "demo_folder",
@@ -61,6 +71,7 @@ __all__ = [
     "find_conversion",
     "find_variant",
     "get_variant",
+    "inspect_adapter",
     "is_official",
     "make_checkpoint",
     "models_folder",
@@ -69,6 +80,7 @@ __all__ = [
     "open_source",
     "resolve",
     "sizes",
+    "stored_adapters",
     "stored_checkpoints",
     "stored_quants",
     "what_is_here",

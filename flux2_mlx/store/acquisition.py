@@ -11,7 +11,8 @@ from pathlib import Path
 from .. import hub
 from ..checkpoint import Checkpoint
 from ..config import Variant
-from ..convert import Source, check_source, formats, write_checkpoint
+from ..convert import Source, check_folds, check_source, formats, write_checkpoint
+from ..convert.lora import Fold
 from ..errors import InputError
 from ..files import Claim
 from ..hub import Download, is_weight
@@ -60,6 +61,7 @@ def acquire(
     variant: str | None = None,
     text_only: bool = False,
     keep_source: bool = True,
+    folds: Sequence[Fold] = (),
     force: bool = False,
     check: Callable[[Checkpoint], object] | None = None,
     announce: Announce | None = None,
@@ -77,6 +79,7 @@ def acquire(
         text_only: leave out the transformer and the VAE.
         keep_source: leave what was fetched in the Hub's cache. Otherwise it is removed after the conversion, but for
             what was there before and what another snapshot refers to.
+        folds: adapters that are folded into its weights.
         force: replace an MLX checkpoint at `target`.
         check: called with the checkpoint that it will be, which has no files yet, and may raise what speaks against it.
         announce: called before the first weight.
@@ -94,6 +97,7 @@ def acquire(
         claims.enter_context(Claim(download.storage))
         source = Source.open(outline, variant, text_only=text_only)
         components = check_source(source, quant, text_quant)
+        check_folds(source, folds)
         download = download.without_weights(_unread(source, download))
         converted = sum(component.nbytes for component in components.values())
         if known:
@@ -112,7 +116,7 @@ def acquire(
         claims.enter_context(Claim(folder.parent.parent))
         source = Source.open(folder, variant, text_only=text_only)
         converting = labelled(progress, "convert")
-        convert_source(source, target, quant, text_quant, name=repo, force=force, progress=converting)
+        convert_source(source, target, quant, text_quant, name=repo, folds=folds, force=force, progress=converting)
     if fetched and not keep_source:
         discard(fetched)
 
@@ -124,6 +128,7 @@ def convert_source(
     text_quant: str | None,
     *,
     name: str,
+    folds: Sequence[Fold] = (),
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
@@ -135,13 +140,15 @@ def convert_source(
         quant: `bf16`, `qint8` or `qint4`; None: as stored.
         text_quant: the same for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
         name: what the checkpoint says that it was made from.
+        folds: adapters that are folded into its weights.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all.
     """
     for notice in source.notices(quant):
         _log.warning("%s", notice)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(source, target, *source.quants(quant, text_quant), name=name, force=force, progress=progress)
+    quants = source.quants(quant, text_quant)
+    write_checkpoint(source, target, *quants, name=name, folds=folds, force=force, progress=progress)
 
 
 def discard(download: Download) -> None:

@@ -1,10 +1,32 @@
-"""Adapters by their names."""
+"""Adapters by their names, and those that are on the disk."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-from ..convert.lora import AdapterFile
-from .acquisition import Progress
-from .adapter_sources import find_adapter
+from .. import hub
+from ..convert import adapter
+from ..convert.lora import AdapterFile, Inspection, inspect, read_adapter, save_adapter, saving_notes
+from ..errors import CheckpointError, InputError
+from ..hub import snapshot_files
+from ..weights import read_header
+from .acquisition import Progress, labelled
+from .adapter_sources import ADAPTERS, find_adapter
+from .names import cached_repo, models_folder
+
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter on the disk: what it is asked for as, where it is and its bytes, and what it is, or what is wrong."""
+
+    source: str
+    path: Path
+    nbytes: int
+    found: Inspection | None
+    problem: str | None = None
 
 
 def open_adapter(
@@ -22,3 +44,58 @@ def open_adapter(
     with find_adapter(source, weight_name) as found:
         found.fetch(progress)
         return found.file
+
+
+def inspect_adapter(source: str | os.PathLike[str]) -> Inspection:
+    """What an adapter is, of which nothing but the header and single numbers is read or fetched; see `find_adapter`."""
+    with find_adapter(source) as found:
+        return inspect(found.file, found.source)
+
+
+def convert_adapter(
+    source: str | os.PathLike[str], target: Path, *, force: bool = False, progress: Progress | None = None
+) -> tuple[Path, list[str]]:
+    """Write an adapter in the layout of diffusers; gives the file, and what a user should know of it.
+
+    Args:
+        source: see `find_adapter`.
+        target, force: see `save_adapter`.
+        progress: called with bytes done, bytes in all, and `download` or `convert`.
+    """
+    found = open_adapter(source, progress=progress)
+    path = save_adapter(found, target, force=force, progress=labelled(progress, "convert"))
+    return path, saving_notes(found)
+
+
+def adapters_folder(models_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where a user keeps adapters."""
+    return models_folder(models_dir) / ADAPTERS
+
+
+def stored_adapters(models_dir: str | os.PathLike[str] | None = None) -> Iterator[StoredAdapter]:
+    """The adapters in the folder `loras` of the models folder, and those in the Hub's cache, by their headers."""
+    folder = adapters_folder(models_dir)
+    for path in sorted(folder.rglob(f"*{_SUFFIX}")) if folder.is_dir() else ():
+        yield _stored(path, str(path))
+    seen = set()
+    for storage in sorted(hub.cache_folder().glob("models--*--*")):
+        for path in sorted(snapshot_files(storage)):
+            if path.suffix == _SUFFIX and (blob := os.path.realpath(path)) not in seen and _is_adapter(path):
+                seen.add(blob)
+                inside = "/".join(path.relative_to(storage / "snapshots").parts[1:])
+                yield _stored(path, f"{cached_repo(storage.name)}:{inside}")
+
+
+def _stored(path: Path, source: str) -> StoredAdapter:
+    nbytes = path.stat().st_size if path.is_file() else 0
+    try:
+        return StoredAdapter(source, path, nbytes, inspect(read_adapter(path), source))
+    except (CheckpointError, InputError) as error:
+        return StoredAdapter(source, path, nbytes, None, str(error).removeprefix(f"{path}: "))
+
+
+def _is_adapter(path: Path) -> bool:
+    try:
+        return adapter(read_header(path)) is not None
+    except CheckpointError:
+        return False

@@ -1,7 +1,7 @@
 """How a model of any kind becomes an MLX checkpoint: it is fetched, put together from parts, or given fewer bits."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 from ..checkpoint import MANIFEST, Checkpoint
 from ..config import check_quant
 from ..convert import PARTS, check_target, requantize
+from ..convert.lora import Fold
 from ..errors import DownloadError, InputError
 from ..files import Claim
 from ..hub import UnindexedError
 from ..quantization import DEFAULT_TEXT_QUANT
 from ..weights import read_json
 from .acquisition import Announce, Progress, acquire, labelled
+from .adapters import open_adapter
 from .gathering import gather
 from .names import BUILT_IN, REPO, VARIANT, Model, models_folder, resolve, similar_repo
 from .parts import Remote, files_of, located
@@ -31,6 +33,7 @@ def convert_model(
     quant: str | None = None,
     text_quant: str | None = None,
     parts: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
+    adapters: Sequence[tuple[str, float]] = (),
     force: bool = False,
     keep_source: bool = True,
     announce: Announce | None = None,
@@ -38,7 +41,8 @@ def convert_model(
 ) -> Model:
     """Convert what `name` means into the folder `target`, once it is known that it can be; gives what it means.
 
-    The settings are those of `make_checkpoint`.
+    The settings are those of `make_checkpoint`, and `adapters` names those that are folded in, as `open_adapter` takes
+    them, with the scale of each.
 
     Raises:
         InputError: the target can't be made or replaced, or the model is built in.
@@ -46,8 +50,9 @@ def convert_model(
     model = resolve(name)
     variant = checked_variant(model, variant)
     check_target(target, force)
-    if model.kind == BUILT_IN and not parts:
+    if model.kind == BUILT_IN and not parts and not adapters:
         raise InputError(f"{model.name} is built in and needs no conversion")
+    folds = [Fold(open_adapter(name, progress=progress), scale, name) for name, scale in adapters]
     make_checkpoint(
         model,
         target,
@@ -55,6 +60,7 @@ def convert_model(
         text_quant,
         variant=variant,
         parts=parts,
+        folds=folds,
         force=force,
         keep_source=keep_source,
         announce=announce,
@@ -73,6 +79,7 @@ def make_checkpoint(
     parts: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
     models_dir: str | os.PathLike[str] | None = None,
     text_only: bool = False,
+    folds: Sequence[Fold] = (),
     force: bool = False,
     keep_source: bool = True,
     check: Callable[[Checkpoint], object] | None = None,
@@ -90,6 +97,7 @@ def make_checkpoint(
         parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
         models_dir: where converted models are that give what single files lack, which else the official repo does.
         text_only: leave out the transformer and the VAE.
+        folds: adapters that are folded into its weights.
         force: replace an MLX checkpoint at `target`.
         keep_source, check, announce: of what is fetched; see `acquire`.
         progress: called with bytes done, bytes in all, and `download` or `convert`.
@@ -97,7 +105,8 @@ def make_checkpoint(
     given = {name: located(where) for name, where in parts.items()}
     if model.is_checkpoint and not given:
         stored = Checkpoint.open(holding(model.place, variant))
-        requantize(stored, target, quant, text_quant, force=force, progress=labelled(progress, "convert"))
+        converting = labelled(progress, "convert")
+        requantize(stored, target, quant, text_quant, folds=folds, force=force, progress=converting)
         return
     with _suggesting(model.origin) if model.path is None else nullcontext():
         if model.kind in (REPO, VARIANT) and not given:
@@ -110,6 +119,7 @@ def make_checkpoint(
                     variant=variant,
                     text_only=text_only,
                     keep_source=keep_source,
+                    folds=folds,
                     force=force,
                     check=check,
                     announce=announce,
@@ -128,6 +138,7 @@ def make_checkpoint(
             variant=variant,
             text_only=text_only,
             keep_source=keep_source,
+            folds=folds,
             force=force,
             check=check,
             announce=announce,

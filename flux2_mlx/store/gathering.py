@@ -1,7 +1,7 @@
 """Parts of models, here and on the Hub, become a checkpoint: they are looked through first, then fetched, then
 converted."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import hub
 from ..checkpoint import Checkpoint
-from ..convert import MissingPartsError, Source, assembled, check_source, formats, is_loose
+from ..convert import MissingPartsError, Source, assembled, check_folds, check_source, formats, is_loose
+from ..convert.lora import Fold
 from ..errors import CheckpointError, DownloadError, InputError
 from ..hub import Download
 from ..layout import told
@@ -136,6 +137,7 @@ def gather(
     *,
     variant: str | None = None,
     text_only: bool = False,
+    folds: Sequence[Fold] = (),
     force: bool = False,
     keep_source: bool = True,
     check: Callable[[Checkpoint], object] | None = None,
@@ -151,6 +153,7 @@ def gather(
         target: the folder to make, by the quantizations of transformer and text encoder.
         quant, text_quant: as in `Source.quants`.
         variant, text_only: see `assembled`.
+        folds: adapters that are folded into its weights.
         force: replace an MLX checkpoint at `target`.
         keep_source, check, announce, progress: see `acquire`.
 
@@ -163,6 +166,7 @@ def gather(
         quants = source.quants(quant, text_quant)
         folder = target(*quants)
         downloads = gathering.downloads
+        check_folds(source, folds)
         if downloads:
             with gathering.named():
                 components = check_source(source, *quants)
@@ -175,7 +179,7 @@ def gather(
             gathering.fetch(labelled(progress, "download"))
             source = gathering.source()
         converting = labelled(progress, "convert")
-        convert_source(source, folder, quant, text_quant, name=name, force=force, progress=converting)
+        convert_source(source, folder, quant, text_quant, name=name, folds=folds, force=force, progress=converting)
     for download in downloads if not keep_source else ():
         discard(download)
     return folder

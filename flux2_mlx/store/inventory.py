@@ -30,6 +30,7 @@ from ..hub import (
 from ..layout import INDEX
 from ..staging import bring_all_back, is_work, leftovers, remove_leftovers
 from ..weights import read_json
+from .adapters import ADAPTERS
 
 _IGNORED = (".DS_Store",)
 _REPOS = {variant.repo.lower(): variant.name for variant in VARIANTS.values() if variant.repo}
@@ -80,6 +81,8 @@ def _models(models: Path) -> Iterator[Item]:
             yield _other(path, "a link")
         elif path.name in (PROMPTS, UNFINISHED):
             yield from _entries(path)
+        elif path.name == ADAPTERS:
+            yield _other(path, "adapters; see `flux2-mlx lora list`")
         elif path in dead:
             yield Item(
                 "leftover", path.name, path, _size(path), _changed(path), f"of {dead[path]}", frozenset(), _swept(path)

@@ -121,7 +121,8 @@ def conversions(
 def is_official(checkpoint: Checkpoint) -> bool:
     """Whether the weights are those of the table's repo, as far as the checkpoint's source is known by name."""
     name, variant = checkpoint.source.get("name"), checkpoint.variant
-    return isinstance(name, str) and name.lower() in (variant.name, variant.repo and variant.repo.lower())
+    named = isinstance(name, str) and name.lower() in (variant.name, variant.repo and variant.repo.lower())
+    return named and not checkpoint.folded
 
 
 def converted_folders(models_dir: str | os.PathLike[str] | None = None) -> dict[str, list[Path]]:
@@ -225,7 +226,7 @@ def _is_of(folder: Path, model: Model, fingerprint: str | None = None) -> bool:
         if model.kind == SOURCE:
             return False
         return folder.name.startswith(tuple(f"{folder_name(model)}-{x}" for x in (*QUANTIZATIONS, "text-only")))
-    if not isinstance(source, dict):
+    if not isinstance(source, dict) or source.get("adapters"):
         return False
     if model.kind == SOURCE:
         return source.get("fingerprint") == fingerprint
