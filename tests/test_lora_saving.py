@@ -168,7 +168,7 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
     save_adapter(found, target, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
     first = target.read_bytes()
-    with pytest.raises(InputError, match="exists; choose another name or pass --force"):
+    with pytest.raises(InputError, match="exists; choose another name or pass force=True"):
         save_adapter(read_adapter(save(tmp_path / "other.safetensors", CASES["difference"][0])), target)
     assert target.read_bytes() == first
     save_adapter(read_adapter(tmp_path / "other.safetensors"), target, force=True)

@@ -91,7 +91,7 @@ def save_adapter(
             part = folder / path.name
             write_safetensors(part, infos, (x for _, x in _tensors(found)), metadata, meter.add)
             if not files.put(part, path, replace=force):
-                raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+                raise InputError(f"{path} exists; choose another name or pass force=True to replace it")
     except OSError as error:
         raise InputError(f"can't write {path}: {error.strerror or error}") from error
     return path
@@ -113,7 +113,7 @@ def _check_free(path: Path, force: bool) -> None:
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise InputError(f"{path} is no file; choose another name")
     if path.exists() and not force:
-        raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+        raise InputError(f"{path} exists; choose another name or pass force=True to replace it")
     check_writable(path)
 
 

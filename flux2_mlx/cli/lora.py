@@ -14,8 +14,7 @@ from .terminal import print_result, printable, to_json
 from .wakefulness import caffeinate_option
 
 if TYPE_CHECKING:
-    from ..convert.lora import Inspection
-    from ..store import StoredAdapter
+    from ..store import Inspection, StoredAdapter
 
 _LABEL = 11
 _MAX_TEXT = 200
@@ -40,7 +39,7 @@ def lora() -> None:
 @click.argument("source")
 @json_option
 def inspect_command(source: str, as_json: bool) -> None:
-    """Show what an adapter is, which models it is for, and which layer each of its modules changes.
+    """Show what an adapter is, which models it is for, and what it changes.
 
     Of a file nothing but its header is read, or fetched from the Hub, and the numbers that changes are multiplied by.
 
@@ -63,7 +62,9 @@ def inspect_command(source: str, as_json: bool) -> None:
 @models_dir_option
 @json_option
 def list_command(models_dir: Path | None, as_json: bool) -> None:
-    """List the adapters in the folder loras of the models folder, and those in the Hugging Face Hub's cache.
+    """List the adapters on the disk.
+
+    They are those in the folder loras of the models folder, and those in the Hugging Face Hub's cache.
 
     \b
     Examples:
@@ -90,10 +91,11 @@ def list_command(models_dir: Path | None, as_json: bool) -> None:
 @quiet_option
 @caffeinate_option
 def convert_command(source: str, target: Path, force: bool, quiet: bool) -> None:
-    """Write an adapter in the layout of diffusers: to TARGET, if that ends in .safetensors, or into the folder TARGET.
+    """Write an adapter in the layout of diffusers.
 
-    What it changes stays the same. LoHa, LoKr and whole differences become LoRA factors of the same product, which take
-    more place; what diffusers has no form of is refused.
+    TARGET is the file, if it ends in .safetensors, or the folder that it goes to. What it changes stays the same. LoHa,
+    LoKr and whole differences become LoRA factors of the same product, which take more place; what diffusers has no
+    form of is refused.
 
     \b
     Examples:

@@ -1,6 +1,7 @@
 """The store of models: what a name means, and the converted checkpoint that it stands for. Only this room calls the Hub
 and the converter."""
 
+from ..convert.lora import Inspection
 from ..hub import Download
 from .acquisition import Announce, FirstUse, Progress
 from .adapter_sources import FoundAdapter, adapter_with, find_adapter
@@ -54,6 +55,7 @@ __all__ = [
     "Download",
     "FirstUse",
     "FoundAdapter",
+    "Inspection",
     "Model",
     "Progress",
     "adapter_with",

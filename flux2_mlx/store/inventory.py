@@ -30,7 +30,7 @@ from ..hub import (
 from ..layout import INDEX
 from ..staging import bring_all_back, is_work, leftovers, remove_leftovers
 from ..weights import read_json
-from .adapters import ADAPTERS
+from .adapter_sources import ADAPTERS
 
 _IGNORED = (".DS_Store",)
 _REPOS = {variant.repo.lower(): variant.name for variant in VARIANTS.values() if variant.repo}
@@ -82,7 +82,7 @@ def _models(models: Path) -> Iterator[Item]:
         elif path.name in (PROMPTS, UNFINISHED):
             yield from _entries(path)
         elif path.name == ADAPTERS:
-            yield _other(path, "adapters; see `flux2-mlx lora list`")
+            yield _other(path, "adapters")
         elif path in dead:
             yield Item(
                 "leftover", path.name, path, _size(path), _changed(path), f"of {dead[path]}", frozenset(), _swept(path)
