@@ -64,7 +64,7 @@ UNQUANTIZED = "which becomes qint8 or qint4 here"
     ("names", "message"),
     [
         (["b.gguf", "a.gguf"], ": it holds files of weights; give one of them by its name behind a colon (:a.gguf)"),
-        (["pytorch_lora_weights.safetensors"], ": it holds an adapter (LoRA), which is not read "
+        (["pytorch_lora_weights.safetensors"], ": it holds an adapter (LoRA), which goes on top of a model "
          "(pytorch_lora_weights.safetensors); give the model that it was made for"),
         (["flux-2.safetensors"], ": it holds files of weights; give one of them by its name behind a colon "
          "(:flux-2.safetensors)"),

@@ -174,6 +174,7 @@ def _diffusers(where: Place, factors: _Factors) -> Iterator[tuple[str, _Factors]
 
 def _low_rank(change: Delta) -> _Factors:
     """The same change as a LoRA."""
+    product: tuple[mx.array, mx.array] | None = None
     match change:
         case LowRank():
             return _Factors(change.down, _scaled(change.up, change.scale))
@@ -183,8 +184,6 @@ def _low_rank(change: Delta) -> _Factors:
         case Kronecker():
             (a, b), (c, d) = _pair(change.w1), _pair(change.w2)
             product = mx.kron(b, d), mx.kron(a, c)
-        case Difference():
-            product = None
     if product is not None and len(product[0]) < min(change.shape):
         return _Factors(product[0], change.scale * product[1])
     plain = isinstance(change, Difference) and change.scale == 1

@@ -38,7 +38,8 @@ def described(names: Collection[str]) -> str:
     if "transformer/config.json" in names:
         return "; give the repo of the model that it was made from"
     if adapter := next((name for name in weights if "lora" in name.lower() or "adapter" in name.lower()), None):
-        return f": it holds an adapter (LoRA), which is not read ({adapter[:80]}); give the model that it was made for"
+        what = f"an adapter (LoRA), which goes on top of a model ({adapter[:80]})"
+        return f": it holds {what}; give the model that it was made for"
     if weights:
         return f": it holds files of weights; give one of them by its name behind a colon (:{weights[0][:80]})"
     if pickle := next((name for name in names if name.endswith(PICKLES)), None):
