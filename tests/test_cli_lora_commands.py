@@ -136,24 +136,6 @@ def test_nothing_but_the_header_and_alpha_is_fetched(models):
     assert sent < 70_000 < large.stat().st_size
 
 
-def test_one_file_of_a_repo_is_chosen(models, file):
-    config = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 12}).encode()
-    data = file.read_bytes()
-    bare = save(Path("bare.safetensors"), TENSORS).read_bytes()
-    repos = {
-        "me/two": {"a.safetensors": data, "b.safetensors": data},
-        "me/peft": {"adapter_model.safetensors": bare, "adapter_config.json": config, "x.safetensors": data},
-        "me/none": {"README.md": b"#"},
-    }
-    with HubServer(repos) as hub, using(hub, models / "home"):
-        said = refusal("lora", "inspect", "me/two")
-        assert said == "me/two has 2 files; give one as me/two:a.safetensors, me/two:b.safetensors"
-        assert "me/two has no file c.safetensors; give one as" in refusal("lora", "inspect", "me/two:c.safetensors")
-        assert "me/two:c.bin is a pickle" in refusal("lora", "inspect", "me/two:c.bin")
-        assert "me/none has no .safetensors file; give another repo" in refusal("lora", "inspect", "me/none")
-        assert values("inspect", "me/peft")["modules"][0]["alpha"] == 12
-
-
 def test_an_adapter_of_another_model_is_not_fetched(models):
     large = save(Path("large.safetensors"), FLUX1).read_bytes()
     with HubServer({REPO: {FILE: large}}) as hub, using(hub, models / "home"):
