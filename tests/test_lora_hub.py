@@ -99,7 +99,7 @@ def test_python_names_files_as_diffusers_does(hub, capsys):
 def test_one_of_another_model_costs_nothing(hub, home):
     said = refusal("t2i", PROMPT, *SMALL, "-o", "a.png", "--lora", OTHER)
     assert said.startswith(f"{OTHER}:x.safetensors is a LoRA of another model than demo: ")
-    assert START < len(hub.repos[OTHER].files["x.safetensors"])
+    assert len(hub.repos[OTHER].files["x.safetensors"]) > START
     assert hub.sent["x.safetensors"] <= START
     assert not list(home.rglob("*.safetensors"))
 
@@ -108,7 +108,10 @@ def test_one_of_another_model_costs_nothing(hub, home):
     ("source", "said"),
     [
         (MANY, f"{MANY} has 2 adapters; give one as {MANY}:a.safetensors, {MANY}:b.safetensors"),
-        (f"{MANY}:d.safetensors", f"{MANY}:d.safetensors has no .safetensors file there; give one as {MANY}:a.safetens"),
+        (
+            f"{MANY}:d.safetensors",
+            f"{MANY}:d.safetensors has no .safetensors file there; give one as {MANY}:a.safetens",
+        ),
         (f"{MANY}:a.bin", f"{MANY}:a.bin is a pickle, which could run code"),
         ("no/thing", "there is no file or folder no/thing here, and as a repo: unknown repo id 'no/thing'"),
         ("https://example.org/a/b", "https://example.org/a/b is no address of Hugging Face"),
@@ -125,7 +128,11 @@ def test_what_is_no_adapter_is_told(hub, source, said):
     ("path", "names", "chosen"),
     [
         ("", ["x.safetensors", "pytorch_lora_weights.safetensors"], ["pytorch_lora_weights.safetensors"]),
-        ("", ["adapter_model.safetensors", "adapter_config.json"], ["adapter_config.json", "adapter_model.safetensors"]),
+        (
+            "",
+            ["adapter_model.safetensors", "adapter_config.json"],
+            ["adapter_config.json", "adapter_model.safetensors"],
+        ),
         ("", ["deep/x.safetensors", "deep/x.json", "y.json"], ["deep/x.json", "deep/x.safetensors"]),
         ("a", ["a/x.safetensors", "x.safetensors"], ["a/x.safetensors"]),
         ("a/x.safetensors", ["a/x.safetensors", "a/y.safetensors"], ["a/x.safetensors"]),
@@ -163,7 +170,10 @@ def test_a_model_card_says_what_it_was_trained_on(tmp_path):
     with HubServer({STYLE: {"x.safetensors": path.read_bytes()[:300_000]}}) as server, using(server, tmp_path / "h"):
         entry = server.repos[STYLE].sibling("x.safetensors")
         size = path.stat().st_size
-        listed = {"sha": server.repos[STYLE].commit, "cardData": {"base_model": "black-forest-labs/FLUX.2-klein-base-4B"}}
+        listed = {
+            "sha": server.repos[STYLE].commit,
+            "cardData": {"base_model": "black-forest-labs/FLUX.2-klein-base-4B"},
+        }
         server.publish(listed | {"siblings": [entry | {"size": size, "lfs": entry["lfs"] | {"size": size}}]})
         with find_adapter(STYLE) as found:
             assert found.file.trained_on == "klein-base-4b"
@@ -181,7 +191,9 @@ def test_nothing_is_fetched_for_an_adapter_of_another_model(models, repos, offic
 def test_nothing_is_fetched_for_an_adapter_that_is_none(models, official, home):
     Path("a.safetensors").write_bytes(b"no header")
     with HubServer({REPO: official}) as server, using(server, home):
-        assert refusal("t2i", PROMPT, "-m", REPO, "--variant", "klein-4b", "--lora", "a.safetensors").startswith("a.saf")
+        assert refusal("t2i", PROMPT, "-m", REPO, "--variant", "klein-4b", "--lora", "a.safetensors").startswith(
+            "a.saf"
+        )
         assert not server.requests
 
 
@@ -239,5 +251,5 @@ def test_subfolders_here(hub, repos):
     Path("made/sub/x.safetensors").write_bytes(repos[STYLE][FILE])
     with find_adapter("made", "x.safetensors", "sub") as found:
         assert (found.origin, found.download) == (None, None)
-    with pytest.raises(CheckpointError, match="made holds no folder '../made'"), find_adapter("made", None, "../made"):
+    with pytest.raises(CheckpointError, match="made holds no folder"), find_adapter("made", None, "../made"):
         pass

@@ -193,7 +193,10 @@ WRONG = [
     ({"seed": "7"}, "seed must be a whole number, got '7'"),
     ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r"callbacks get latents only; write \['latents'\]"),
     ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, got 3"),
-    ({"attention_kwargs": {"masks": 1}}, "attention_kwargs hold {'masks': 1}; of these there is only {'scale': number}"),
+    (
+        {"attention_kwargs": {"masks": 1}},
+        "attention_kwargs hold {'masks': 1}; of these there is only {'scale': number}",
+    ),
     ({"text_encoder_out_layers": (9, 18, 27)}, "for this model; leave them out"),
     ({"output_type": "pic"}, "unknown output_type 'pic'; choose one of pil, np, pt, latent"),
     ({"output_type": None}, "unknown output_type None"),
