@@ -22,6 +22,7 @@ from .changes import changes, scale
 from .keys import Module, modules
 from .others import other_model
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
+from .presets import Preset, preset
 from .settings import PEFT_CONFIG, Settings, settings
 from .shapes import Factors
 
@@ -83,6 +84,11 @@ class AdapterFile:
             return choose([VARIANTS[name] for name in self.models], hints, None, "").name
         except CheckpointError:
             return None
+
+    @property
+    def preset(self) -> Preset | None:
+        """What it is made to be run with, by a file beside it or its model card; CheckpointError if that is wrong."""
+        return preset(self.path)
 
     @cached_property
     def sha256(self) -> str:
