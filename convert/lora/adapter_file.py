@@ -19,11 +19,11 @@ from ..geometry import choose, titles
 from ..naming import check_size
 from ..strangers import FLUX1, adapter
 from .changes import changes, scale
-from .keys import Module, modules
+from .keys import LORA, Module, modules
 from .others import other_model
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
-from .settings import PEFT_CONFIG, Settings, settings
+from .settings import PEFT_CONFIG, Settings, Strength, settings
 from .shapes import Factors
 
 _USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -230,6 +230,7 @@ def read_adapter(source: Path, weight_name: str | None = None) -> AdapterFile:
         for one in factors:
             one.module.check()
             one.check()
+            _check_config(one.module, said.strengths[places[one.module.name].network])
         _check_once(places)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -273,6 +274,14 @@ def _check_understood(others: Iterable[str], places: Mapping[str, Place]) -> Non
     for key in others:
         if any(key[: dot.start()] in places for dot in re.finditer(r"\.", key)):
             raise CheckpointError(f"{key} is not understood, and belongs to a layer that is changed")
+
+
+def _check_config(module: Module, strength: Strength) -> None:
+    """CheckpointError if a LoRA lacks what the config says that all have."""
+    if module.kind == LORA and (missing := sorted(strength.roles - module.keys.keys())):
+        raise CheckpointError(
+            f"{module.name} has no {' and '.join(missing)}, which its config says all have; fetch the adapter again"
+        )
 
 
 def _check_once(places: Mapping[str, Place]) -> None:
