@@ -14,7 +14,7 @@ from .references import Edit
 from .request import OnProgress, Progress, check_guided
 
 # Arguments that the file of an image can't hold.
-_BEYOND = "latents", "prompt_embeds", "negative_prompt_embeds", "sigmas", "max_sequence_length", "callback_on_step_end"
+_BEYOND = "latents", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length", "callback_on_step_end"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ from .request import Request
 def sampled(request: Request, edit: Edit) -> dict[str, Any]:
     """What images of a run were made with besides prompts, seeds and weights."""
     width, height = edit.output_size(request.width, request.height)
-    return {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+    settings = {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+    if request.sigmas is None:
+        return settings
+    return settings | {"sigmas": list(request.sigmas), "shift_steps": request.shift_steps}
 
 
 def weights(networks: Networks) -> dict[str, str]:

@@ -5,7 +5,6 @@ import operator
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +12,7 @@ from PIL import Image
 
 from .config import VARIANTS, Variant
 from .errors import InputError
+from .scheduler import check_sigmas
 
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
@@ -80,7 +80,7 @@ class Request:
         levels, shift_steps = None, None
         if sigmas is not None:
             levels = _sigmas(sigmas)
-            _require(strength == 1, f"sigmas don't go with a strength of {strength}")
+            _require(strength == 1, f"sigmas don't go with a strength of {strength}; leave out one of them")
             shift_steps = _SHIFT_STEPS if steps is None else steps
             _require(1 <= shift_steps <= MAX_STEPS, f"steps must be 1 to {MAX_STEPS}, got {shift_steps}")
             steps = len(levels)
@@ -131,8 +131,7 @@ class Request:
             f"max_sequence_length must be 1 to {limit}, got {self.max_sequence_length}",
         )
         if self.sigmas is not None:
-            descending = all(a > b for a, b in pairwise((*self.sigmas, 0.0)))
-            _require(self.sigmas[0] <= 1 and descending, f"sigmas must fall from at most 1 to above 0: {self.sigmas}")
+            check_sigmas(self.sigmas)
 
     @property
     def images_per_prompt(self) -> int:

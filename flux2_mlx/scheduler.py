@@ -5,9 +5,12 @@ Source: `get_schedule` and `compute_empirical_mu` of the FLUX.2 reference code; 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
+
+from .errors import InputError
 
 # Lines mu = a·tokens + b fitted to 10 and to 200 steps; long sequences use the second at any number of steps.
 _MU_10_STEPS = (8.73809524e-05, 1.89833333)
@@ -35,6 +38,12 @@ def noise_levels(
     grid = np.linspace(1, 1 / steps, steps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
     shifted = np.exp(empirical_mu(image_tokens, shift_steps or steps)) * grid
     return np.append(shifted / (shifted + 1 - grid), 0).astype(np.float32)
+
+
+def check_sigmas(sigmas: Sequence[float]) -> None:
+    """Raise InputError unless these, of which there are some, are noise levels that fall from step to step."""
+    if not (sigmas[0] <= 1 and all(a > b for a, b in pairwise((*sigmas, 0.0)))):
+        raise InputError(f"sigmas must fall from at most 1 to above 0, got {', '.join(map(str, sigmas)):.200}")
 
 
 def euler_step(latents: mx.array, velocity: mx.array, sigma: float, next_sigma: float) -> mx.array:

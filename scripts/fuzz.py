@@ -197,7 +197,9 @@ def main() -> int:
     parser.add_argument("seed", type=int)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--kinds", default="", help="only these, with commas between; the cases are then others")
-    parser.add_argument("--module", default="fuzz_cases", help="what cases are of: fuzz_cases or fuzz_formats")
+    parser.add_argument(
+        "--module", default="fuzz_cases", help="what cases are of: fuzz_cases, fuzz_formats or fuzz_adapters"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="print every case")
     given = parser.parse_args()

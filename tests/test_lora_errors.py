@@ -179,3 +179,9 @@ def test_nothing_but_the_header_is_read(tmp_path, monkeypatch):
     found.check(CONFIGS, "small")
     assert (found.kinds, found.ranks, found.unknown) == (("LoRA",), (3,), ())
     assert found.fates(CONFIGS)
+
+
+@pytest.mark.parametrize(("key", "role"), [("use_dora", "magnitude"), ("lora_bias", "bias")])
+def test_what_a_config_says_that_all_have_is_missed(key, role, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 3, f"transformer.{key}": True})}
+    refused(tmp_path, LORA, f"has no {role}, which its config says all have", metadata)

@@ -135,9 +135,9 @@ def test_an_edit_of_a_picture_without_a_file_asks_for_it(pipe):
 
 
 def test_what_no_file_holds_is_told(pipe):
-    pipe(PROMPT, sigmas=[1.0, 0.5], seed=7, height=64, width=64).save("a.png")
+    pipe(PROMPT, max_sequence_length=40, num_inference_steps=2, seed=7, height=64, width=64).save("a.png")
     assert refusal("t2i", "--replay", "a.png") == (
-        "a.png was made in Python with sigmas, which it does not hold; make it again there"
+        "a.png was made in Python with max_sequence_length, which it does not hold; make it again there"
     )
 
 

@@ -3,6 +3,7 @@
 from .adapter_file import AdapterFile, read_adapter
 from .folding import Fold, Folds, folded_source
 from .inspection import InspectedModule, Inspection, inspect
+from .presets import Preset
 from .saving import save_adapter, saving_notes
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Folds",
     "InspectedModule",
     "Inspection",
+    "Preset",
     "folded_source",
     "inspect",
     "read_adapter",

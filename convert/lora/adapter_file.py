@@ -19,10 +19,11 @@ from ..geometry import choose, titles
 from ..naming import check_size
 from ..strangers import FLUX1, adapter
 from .changes import changes, outlined, scale
-from .keys import Module, modules
+from .keys import LORA, Module, modules
 from .others import other_model
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
-from .settings import PEFT_CONFIG, Settings, settings
+from .presets import Preset, preset
+from .settings import PEFT_CONFIG, Settings, Strength, settings
 from .shapes import Factors
 
 _USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -83,6 +84,11 @@ class AdapterFile:
             return choose([VARIANTS[name] for name in self.models], hints, None, "").name
         except CheckpointError:
             return None
+
+    @property
+    def preset(self) -> Preset | None:
+        """What it is made to be run with, by a file beside it or its model card; CheckpointError if that is wrong."""
+        return preset(self.path)
 
     @cached_property
     def sha256(self) -> str:
@@ -245,6 +251,7 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
         for one in factors:
             one.module.check()
             one.check()
+            _check_config(one.module, said.strengths[places[one.module.name].network])
         _check_once(places)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -288,6 +295,14 @@ def _check_understood(others: Iterable[str], places: Mapping[str, Place]) -> Non
     for key in others:
         if any(key[: dot.start()] in places for dot in re.finditer(r"\.", key)):
             raise CheckpointError(f"{key} is not understood, and belongs to a layer that is changed")
+
+
+def _check_config(module: Module, strength: Strength) -> None:
+    """CheckpointError if a LoRA lacks what the config says that all have."""
+    if module.kind == LORA and (missing := sorted(strength.roles - module.keys.keys())):
+        raise CheckpointError(
+            f"{module.name} has no {' and '.join(missing)}, which its config says all have; fetch the adapter again"
+        )
 
 
 def _check_once(places: Mapping[str, Place]) -> None:

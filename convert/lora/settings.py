@@ -12,6 +12,7 @@ PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS = "lora_adapter_metadata"
 # Several times what all layers of a model take, and the dataset's tags.
 _MAX_JSON, _MAX_TEXT, _MAX_WORDS = 1_000_000, 500, 20
+_ROLES = {"use_dora": "magnitude", "lora_bias": "bias"}
 _TYPES = ("LORA", "LOKR", "LOHA")
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words", "trigger_phrase", "instance_prompt")
 _TITLES = ("modelspec.title", "ss_output_name", "name")
@@ -27,6 +28,7 @@ class Strength:
         rank, alpha: those of all layers but the following; None: not said.
         ranks, alphas: those of layers whose names end with a pattern.
         is_root: whether alpha is divided by the root of the rank.
+        roles: what every LoRA has besides its two factors, such as a magnitude.
     """
 
     rank: int | None = None
@@ -34,6 +36,7 @@ class Strength:
     ranks: Mapping[str, float] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     is_root: bool = False
+    roles: frozenset[str] = frozenset()
 
     def scale(self, module: str, rank: int | None) -> float:
         """The factor of a module whose factors are of such a rank; None: they are whole matrices.
@@ -115,6 +118,7 @@ def _strength(said: Mapping[str, Any]) -> Strength:
         {pattern: _rank(value) or 0 for pattern, value in _table(said, "rank_pattern").items()},
         {pattern: _number("alpha_pattern", value) for pattern, value in _table(said, "alpha_pattern").items()},
         said.get("use_rslora") is True,
+        frozenset(role for key, role in _ROLES.items() if said.get(key) is True),
     )
 
 

@@ -13,13 +13,14 @@ import click
 from .. import image_names
 from ..config import check_quant
 from ..errors import InputError
-from . import replay
+from . import replay, schedule
 from .loras import Lora
 from .loras import read as read_loras
 from .loras import remembered as remembered_loras
 from .options import DEFAULT_MODEL
 from .pictures import Pictures
 from .prompts import Prompt, read_prompt, read_prompts
+from .replay import remembered as read_image
 
 if TYPE_CHECKING:
     from ..store import Model
@@ -44,6 +45,7 @@ class Job:
     There is one seed, from which all images count up, or several, each an image of every prompt. `listed` is whether
     the prompts are those of a file. `resolved` is what `model` means, and `label` what images say of it. `rewritten`
     are the prompts and `fingerprint` the weights that a `replayed` image, which comes with its settings, was made from.
+    `preset` says what an adapter's preset has set. `sigmas` are shifted as for `shift_steps`; None: for their number.
     """
 
     prompts: list[Prompt]
@@ -78,6 +80,9 @@ class Job:
     skip_existing: bool
     pictures: Pictures
     loras: tuple[Lora, ...] = ()
+    preset: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    shift_steps: int | None = None
     rewritten: list[str] | None = None
     fingerprint: str | None = None
     replayed: tuple[Path, dict[str, Any]] | None = None
@@ -104,6 +109,8 @@ class Job:
         """
         own = {name: getattr(prompt, name) for name in _SETTINGS}
         settings = {name: getattr(self, name) if value is None else value for name, value in own.items()}
+        if self.sigmas:
+            settings |= {"sigmas": self.sigmas, "steps": self.shift_steps or len(self.sigmas)}
         return settings | {"strength": self.pictures.strength}
 
     @property
@@ -149,10 +156,14 @@ class Job:
         if given["force"] and given["skip_existing"]:
             raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
         is_named = given["model"] is not None
-        remembered = {} if replay is None else _take_over(given, replay)
+        remembered = {} if replay is None else read_image(replay)
         given["loras"] = read_loras(given.pop("lora"), given.pop("lora_steps"))
         if replay is not None and not given["loras"]:
             given["loras"] = remembered_loras(remembered.get("adapters"), replay, given["models_dir"])
+        schedule.complete(given, given["loras"])
+        given["shift_steps"] = None
+        if replay is not None:
+            _take_over(given, replay, remembered)
         given["model"] = DEFAULT_MODEL if given["model"] is None else given["model"]
         _check_weights(given)
         given |= _resolved(given, None if is_named else replay)
@@ -168,14 +179,14 @@ class Job:
         given["seed"] = given["seed"] or (secrets.randbelow(2**32),)
         given["num_images"] = _number(given["seed"], given["num_images"])
         _check_prompts(prompts, given["seed"], given["num_images"])
+        schedule.check_steps(prompts, given["sigmas"])
         job = cls(prompts=prompts, listed=prompts_file is not None, **given)
         _check_seeds(job.frames)
         return job
 
 
-def _take_over(given: dict[str, Any], image: Path) -> dict[str, Any]:
-    """Complete what is `given` with what `image` remembers, which is returned."""
-    remembered = replay.remembered(image)
+def _take_over(given: dict[str, Any], image: Path, remembered: dict[str, Any]) -> None:
+    """Complete what is `given` with what `image` remembers."""
     own = dict(remembered)
     if given["model"] is not None:
         own |= {"variant": None, "fingerprint": None}  # those of the other model
@@ -183,11 +194,13 @@ def _take_over(given: dict[str, Any], image: Path) -> dict[str, Any]:
         given["pictures"] = given["pictures"].completed(remembered["edit"], image)
     if given["pictures"].keep_size:
         own |= {"width": None, "height": None}
+    if given["sigmas"] or given["steps"] not in (None, own["steps"]):
+        own |= {"steps": None, "sigmas": None, "shift_steps": None}
     own["seed"] = (own["seed"],)
     given |= {key: own.get(key) for key in replay.SETTINGS if given[key] in (None, ())}
+    given["sigmas"] = given["sigmas"] and tuple(given["sigmas"])
     given["fingerprint"] = own.get("fingerprint")
     given["replayed"] = image, remembered
-    return remembered
 
 
 def _texts(prompts: Sequence[Prompt]) -> list[str]:

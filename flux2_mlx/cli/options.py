@@ -13,6 +13,7 @@ from .wakefulness import caffeinate_option
 
 Command = Callable[..., Any]
 DEFAULT_MODEL = "klein-4b"
+PRESETS = ("turbo",)
 
 
 def _silence(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
@@ -129,6 +130,17 @@ _PAINTING = (
         "given several times.",
     ),
     click.option("--lora-steps", metavar="A-B", help="Steps that adapters work in, from the first to the last."),
+    click.option(
+        "--preset",
+        type=click.Choice(PRESETS),
+        help="The steps, noise levels and guidance that an adapter of few steps is made for; what is given besides "
+        "replaces them.",
+    ),
+    click.option(
+        "--sigmas",
+        metavar="LIST",
+        help="Noise levels before the shift, one a step, falling from at most 1, with commas between.",
+    ),
     click.option("--upsample-prompt", is_flag=True, help="Let the model's language model rewrite the prompt first."),
     click.option(
         "--interpret",

@@ -215,6 +215,8 @@ def _notices(record: Record) -> None:
     """Say what a user may want to know of the model before the images are there."""
     job, pipe = record.job, record.pipe
     variant = pipe.variant
+    if job.preset:
+        notice(job.preset, job.quiet)
     if job.replayed and (said := elsewhere(job.replayed[1], job.replayed[0])):
         notice(said, job.quiet)
     if not variant.commercial_use:

@@ -25,6 +25,8 @@ SETTINGS = {
     "guidance": float,
     "negative_prompt": str | None,
     "seed": int,
+    "sigmas": list | None,
+    "shift_steps": int | None,
 }
 _OPTIONAL = {
     **dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None),
@@ -50,6 +52,8 @@ def remembered(image: Path) -> dict[str, Any]:
 
     settings = read_settings(image)
     check_kinds(settings, {"prompt": str, **_OPTIONAL, **SETTINGS}, image)
+    if any(type(sigma) not in (int, float) for sigma in settings.get("sigmas") or ()):
+        raise InputError(f"the settings in {image} are damaged: sigmas is {settings['sigmas']!r:.80}")
     if settings.get("beyond"):
         given = ", ".join(map(str, settings["beyond"]))
         raise InputError(f"{image} was made in Python with {given:.200}, which it does not hold; make it again there")

@@ -126,6 +126,8 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
     if found.get("negative_prompt") != wanted.get("negative_prompt"):
         changed.append("negative prompt")
+    if found.get("sigmas") != wanted.get("sigmas"):
+        changed.append("set of noise levels")
     if found.get("adapters") != wanted.get("adapters"):
         changed.append("set of adapters")
     if without_folders(found.get("edit")) != wanted.get("edit"):

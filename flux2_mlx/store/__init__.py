@@ -1,7 +1,7 @@
 """The store of models: what a name means, and the converted checkpoint that it stands for. Only this room calls the Hub
 and the converter."""
 
-from ..convert.lora import Inspection
+from ..convert.lora import Inspection, Preset
 from ..hub import Download
 from .acquisition import Announce, FirstUse, Progress
 from .adapter_sources import FoundAdapter, adapter_with, find_adapter
@@ -57,6 +57,7 @@ __all__ = [
     "FoundAdapter",
     "Inspection",
     "Model",
+    "Preset",
     "Progress",
     "StoredAdapter",
     "adapter_with",

@@ -1,0 +1,80 @@
+"""Settings that an adapter is made to be run with, such as those of few steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.scheduler import check_sigmas
+from flux2_mlx.weights import read_json
+
+_NAMES = {"sigmas": "sigmas", "steps": "steps", "num_inference_steps": "steps"}
+_NAMES |= {"guidance": "guidance", "guidance_scale": "guidance"}
+_MOST = 1000  # steps, and guidance
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is said of an adapter's runs; None: nothing.
+
+    Attributes:
+        source: who says it.
+        sigmas: noise levels before the shift, one a step.
+        steps: how many; those of `sigmas` if there are any.
+        guidance: its scale.
+    """
+
+    source: str
+    sigmas: tuple[float, ...] | None = None
+    steps: int | None = None
+    guidance: float | None = None
+
+
+_TURBO = Preset(
+    "the model card of fal/FLUX.2-dev-Turbo",
+    sigmas=(1.0, 0.6509, 0.4374, 0.2932, 0.1893, 0.1108, 0.0495, 0.00031),
+    steps=8,
+    guidance=2.5,
+)
+# By the names of files in lower case: in the releaser's repo, in its folder for ComfyUI, and in others' copies of that.
+_CARDS = dict.fromkeys(
+    ("flux.2-turbo-lora.safetensors", "flux_2-turbo-lora_comfyui.safetensors", "flux2turbocomfyv2.safetensors"), _TURBO
+)
+
+
+def preset(path: Path) -> Preset | None:
+    """What the JSON file of the same name beside an adapter's file says, or else its model card; None: neither does.
+
+    The JSON file holds an object with `sigmas`, `steps` and `guidance`, or some of these, or with the names that these
+    have in diffusers. All else in it is left alone.
+
+    Raises:
+        CheckpointError: the file can't be read, or what it says is no such setting.
+    """
+    beside = path.with_suffix(".json")
+    said = read_json(beside) if beside.is_file() else {}
+    known = {_NAMES[key]: value for key, value in said.items() if key in _NAMES and value is not None}
+    if not known:
+        return _CARDS.get(path.name.lower())
+    try:
+        return _checked(beside.name, known)
+    except InputError as error:
+        raise CheckpointError(f"{beside}: {error}") from error
+
+
+def _checked(source: str, said: Mapping[str, Any]) -> Preset:
+    """InputError says which setting is none."""
+    sigmas, steps, guidance = (said.get(name) for name in ("sigmas", "steps", "guidance"))
+    if sigmas is not None:
+        if not isinstance(sigmas, list) or not sigmas or not all(type(x) in (int, float) for x in sigmas):
+            raise InputError(f"sigmas must be a list of numbers, got {sigmas!r:.40}")
+        check_sigmas(sigmas)
+        if steps not in (None, len(sigmas)):
+            raise InputError(f"there are {len(sigmas)} sigmas for {steps!r:.40} steps; give one for each step")
+        steps = len(sigmas)
+    if steps is not None and not (type(steps) is int and 1 <= steps <= _MOST):
+        raise InputError(f"steps must be 1 to {_MOST}, got {steps!r:.40}")
+    if guidance is not None and not (type(guidance) in (int, float) and 0 <= guidance <= _MOST):
+        raise InputError(f"guidance must be a number from 0 to {_MOST}, got {guidance!r:.40}")
+    return Preset(source, sigmas and tuple(map(float, sigmas)), steps, guidance)
