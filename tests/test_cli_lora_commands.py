@@ -229,6 +229,19 @@ def test_a_folder_of_a_diffusers_model_is_folded_too(official, tmp_path):
     assert changed_names("made", "folded") == [name]
 
 
+def test_a_repo_is_fetched_for_adapters_that_fit_it(models, official):
+    bad = save(Path("bad.safetensors"), lora("transformer.transformer_blocks.7.attn.to_out.0", 64, 64))
+    good = save(Path("good.safetensors"), lora("transformer.transformer_blocks.0.attn.to_out.0", 64, 64))
+    command = ("convert", "org/small", "made", "--variant", "klein-4b", "--quiet", "--lora")
+    with HubServer({"org/small": official}) as hub, using(hub, models / "home"):
+        assert "bad.safetensors is a LoRA of another model than klein-4b" in refusal(*command, bad)
+        weights_of_it = "transformer/diffusion_pytorch_model.safetensors"
+        assert hub.sent[weights_of_it] < (official / weights_of_it).stat().st_size
+        done(*command, good)
+    (told,) = Checkpoint.open(Path("made")).folded
+    assert (told["source"], told["scale"]) == ("good.safetensors", 1.0)
+
+
 def test_info_of_an_adapter_points_here(file):
     rows = done("info", file).stdout.splitlines()
     assert rows[0].startswith("style.safetensors: a LoRA")
