@@ -97,7 +97,7 @@ def _modules(found: AdapterFile, configs: Mapping[str, Config]) -> tuple[Inspect
         rank, where = Factors(module, found.files.infos).rank, found.places[name]
         is_root = found.said.strengths[where.network].is_root and "alpha" not in module.keys
         alpha = None if rank is None else scales[name] * (math.sqrt(rank) if is_root else rank)
-        kind = f"{module.kind or 'bias'}{', DoRA' if 'magnitude' in module.keys else ''}"
+        kind = f"{'DoRA on ' if 'magnitude' in module.keys else ''}{module.kind or 'bias'}"
         layer = fates.get(next(iter(module.keys.values())), str(where))
         rows.append(InspectedModule(name, layer, kind, rank, alpha, scales[name]))
     return tuple(rows)

@@ -170,7 +170,7 @@ def _models(found: "Inspection") -> str:
 
 
 def _kinds(found: "Inspection") -> str:
-    return " and ".join(found.kinds) or "changes of biases"
+    return ", ".join(found.kinds) or "changes of biases"
 
 
 def _shown(text: str) -> str:
