@@ -208,7 +208,7 @@ def test_nothing_is_read_that_does_not_fit_with_its_adapters(hub, monkeypatch):
     assert re.fullmatch("the .* needs .* MiB, the limit is 9.54 MiB; without adapters it would fit", said)
 
 
-def test_a_replay_finds_adapters_by_their_hash(hub, home, models):
+def test_a_replay_finds_adapters_by_their_hash(hub, home, models, caplog):
     done("t2i", PROMPT, *SMALL, "-o", "one.png", "--lora", f"{STYLE}:0.5")
     (told,) = read_settings(Path("one.png"))["adapters"]
     cached = adapter_with(told["sha256"], FILE, [Path()])
@@ -217,11 +217,16 @@ def test_a_replay_finds_adapters_by_their_hash(hub, home, models):
     done("t2i", "--replay", "one.png", "-o", "again.png")
     assert np.array_equal(pixels("again.png"), pixels("one.png"))
     assert hub.requests == []
+    assert read_settings(Path("again.png"))["adapters"] == [told]
     kept = models / "loras/foxes/renamed.safetensors"
     kept.parent.mkdir(parents=True)
     cached.resolve().rename(kept)
     done("t2i", "--replay", "one.png", "-o", "third.png")
     assert np.array_equal(pixels("third.png"), pixels("one.png"))
+    caplog.clear()
+    done("t2i", "--replay", "one.png", "-o", "third.png", "--lora", f"{kept}:0.5", "--skip-existing")
+    done("t2i", "--replay", "one.png", "-o", "one.png", "--lora", f"{kept}:0.5", "--skip-existing")
+    assert not caplog.records
     kept.rename(kept.with_name("gone"))
     said = refusal("t2i", "--replay", "one.png", "-o", "fourth.png")
     assert f"the adapter {FILE} of SHA-256 {told['sha256']}" in said

@@ -198,7 +198,8 @@ def test_an_adapter_of_the_base_model_is_used_and_said(metadata, file, trained_o
     found = read_adapter(write(tmp_path / f"{file}.safetensors", ai_toolkit("klein-9b"), metadata))
     found.check(configs("klein-9b"), "klein-9b")
     assert found.trained_on == trained_on
-    assert found.notes(configs("klein-9b"), "klein-9b") == ([f"it was trained on {trained_on}"] if trained_on else [])
+    said = [f"it was trained on {trained_on}, whose layers are those of klein-9b"] if trained_on else []
+    assert found.notes(configs("klein-9b"), "klein-9b") == said
     assert not found.notes(configs("klein-base-9b"), "klein-base-9b")
 
 

@@ -135,7 +135,7 @@ class AdapterFile:
         if self.models and self._may_be_flux1:
             notes.append(f"it may be for {FLUX1}, which has layers of the same sizes")
         if self.trained_on and self.trained_on != model:
-            notes.append(f"it was trained on {self.trained_on}")
+            notes.append(f"it was trained on {self.trained_on}, whose layers are those of {model}")
         return notes
 
     def load(self, configs: Mapping[str, Config], name: str, source: str = "", origin: str | None = None) -> Adapter:

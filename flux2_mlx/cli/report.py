@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _COMPARED = (
     "prompt", "seed", "variant", "fingerprint", "quant", "text_quant", "width", "height", "steps", "guidance",
 )  # fmt: skip
+_EFFECT = "sha256", "scale", "steps"  # what that of an adapter depends on
 _WORDS = {"variant": "model", "fingerprint": "weights", "text_quant": "quant of the text encoder"}
 
 
@@ -128,11 +129,19 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         changed.append("negative prompt")
     if found.get("sigmas") != wanted.get("sigmas"):
         changed.append("set of noise levels")
-    if found.get("adapters") != wanted.get("adapters"):
+    if _at_work(found) != _at_work(wanted):
         changed.append("set of adapters")
     if without_folders(found.get("edit")) != wanted.get("edit"):
         changed.append("pictures")
     return [_WORDS.get(name, name) for name in changed]
+
+
+def _at_work(settings: dict[str, Any]) -> Any:
+    """What the adapters of an image do, whatever they are called and wherever they come from."""
+    told = settings.get("adapters") or []
+    if not isinstance(told, list):
+        return told
+    return [[one.get(key) for key in _EFFECT] if isinstance(one, dict) else one for one in told]
 
 
 def is_image(name: str) -> bool:

@@ -19,7 +19,7 @@ from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
 from ..layout import PICKLES
 from .acquisition import Progress, labelled
-from .names import models_folder
+from .names import cached_repo, models_folder
 from .parts import Remote, located
 
 ADAPTERS = "loras"  # in the models folder
@@ -43,8 +43,10 @@ class FoundAdapter:
 
     @property
     def origin(self) -> str | None:
-        """The repo and file of the Hub; None: it was found here."""
-        return None if self._selection is None else f"{self._selection.repo}:{_weights(self._selection)}"
+        """The repo and file of the Hub, also of one that was found in its cache; None: it is of neither."""
+        if self._selection is None:
+            return _cached_origin(Path(os.path.abspath(self.file.path)))
+        return f"{self._selection.repo}:{_weights(self._selection)}"
 
     @property
     def download(self) -> Download | None:
@@ -186,6 +188,14 @@ def _sha256(path: Path) -> str | None:
             return file_digest(cast("BinaryIO", file), "sha256").hexdigest()  # type: ignore[arg-type]
     except (OSError, ValueError, InputError):
         return None
+
+
+def _cached_origin(path: Path) -> str | None:
+    """The repo and file whose copy in the Hub's cache is at a path; None: it is none."""
+    for folder in path.parents:
+        if folder.name == "snapshots" and (repo := cached_repo(folder.parent.name)):
+            return f"{repo}:{'/'.join(path.relative_to(folder).parts[1:])}"
+    return None
 
 
 def _within(folder: Path, subfolder: str) -> str:
