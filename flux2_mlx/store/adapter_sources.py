@@ -18,8 +18,8 @@ from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
 from ..layout import PICKLES
-from .acquisition import Progress, labelled
-from .names import models_folder
+from .first_use import Progress, labelled
+from .folder import models_folder
 from .parts import Remote, located
 
 ADAPTERS = "loras"  # in the models folder

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,7 +15,7 @@ from ..config import VARIANTS, Variant
 from ..errors import InputError
 from ..hub import is_repo_id
 from ..layout import INDEX
-from ..staging import bring_all_back
+from .folder import demo_folder, expanded, models_folder, stored_checkpoints
 
 DEMO = "demo"
 BUILT_IN, VARIANT, REPO, CHECKPOINT, SOURCE, FILE = "built-in", "variant", "repo", "checkpoint", "source", "file"
@@ -105,7 +104,7 @@ def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[
         raise InputError(f"{text[:80]!r} is no model's name; choose one of {NAMES}")
     if is_address(text):
         return _of_repo(text, *addressed_file(text))
-    path = _expanded(text)
+    path = expanded(text)
     if not isinstance(name, str) or text.startswith(("/", "./", "../", "~")) or text.endswith("/"):
         return _at(path, text)
     variant = find_variant(text)
@@ -191,30 +190,6 @@ def _snapshot(path: Path) -> tuple[str | None, Path | None]:
         latest = None
     commits = sorted(x for x in (storage / "snapshots").iterdir() if (x / INDEX).exists())
     return repo, latest if latest in commits else commits[0] if len(commits) == 1 else None
-
-
-def models_folder(models_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`models_dir`, or `$FLUX2_MLX_HOME`, or `~/.cache/flux2-mlx`."""
-    return _expanded(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx")
-
-
-def demo_folder() -> Path:
-    """The built-in checkpoint."""
-    return Path(str(files("flux2_mlx.demo")))
-
-
-def _expanded(path: str | os.PathLike[str]) -> Path:
-    """`path` with a home folder in place of a leading `~`."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"can't tell whose home folder {str(path)!r} starts with; write the folder in full") from error
-
-
-def stored_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a models folder."""
-    bring_all_back(folder)
-    return [path for path in sorted(folder.iterdir()) if is_checkpoint(path)] if folder.is_dir() else []
 
 
 def find_variant(text: str) -> Variant | None:
