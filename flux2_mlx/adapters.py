@@ -101,7 +101,8 @@ class Hadamard(_Factors):
         return self.w1a.shape[0], self.w1b.shape[1]
 
     def delta(self, x: mx.array) -> mx.array:
-        (outputs, inputs), rank = self.shape, len(self.w1b) * len(self.w2b)
+        outputs, inputs = self.shape
+        rank = len(self.w1b) * len(self.w2b)
         if rank * (outputs + inputs) < outputs * inputs:
             return self._product(x.dtype).delta(x)
         rows = max(1, _SLICE // inputs)
@@ -171,7 +172,8 @@ class Decomposed(_Factors):
     def ratio(self, base: Callable[[slice], mx.array]) -> mx.array:
         """What W + ΔW is multiplied by, float32 of the shape of `magnitude`, evaluated. `base` gives rows of W."""
         outputs, inputs = self.shape
-        step, squares = max(1, _SLICE // inputs), []
+        step = max(1, _SLICE // inputs)
+        squares = []
         for row in range(0, outputs, step):
             rows = slice(row, row + step)
             changed = mx.square(base(rows) + self.change.weight(rows))

@@ -49,7 +49,8 @@ class Branches:
         layers = [one.adapter.layers.get(network, {}) for one in adapters]
         names = dict.fromkeys(name for some in layers for name in some)
         self._branches = {name: _Branch(name, [some.get(name, ()) for some in layers]) for name in names}
-        self._adapters, self._scales = adapters, [one.scale for one in adapters]
+        self._adapters = adapters
+        self._scales = [one.scale for one in adapters]
         self._weigh(self._scales)
 
     @classmethod
@@ -64,7 +65,8 @@ class Branches:
 
     def at(self, step: int) -> bool:
         scales = [one.scale if one.in_step(step) else 0.0 for one in self._adapters]
-        changed, self._scales = scales != self._scales, scales
+        changed = scales != self._scales
+        self._scales = scales
         if changed:
             self._weigh(scales)
         return changed
@@ -109,7 +111,8 @@ class _Branched(nn.Module):
 
     def __init__(self, layer: nn.Module, branch: "_Branch"):
         super().__init__()
-        self.layer, self._branch = layer, branch
+        self.layer = layer
+        self._branch = branch
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._branch(x, self.layer)
@@ -172,7 +175,9 @@ class _Branch:
 
     def _addition(self, other: _Change[_Other], x: mx.array, own: mx.array, layer: nn.Module) -> mx.array:
         """To the output of the rows of a change, which is `own` without any."""
-        form, span, strength = other.form, other.span, self._strengths[other.adapter]
+        form = other.form
+        span = other.span
+        strength = self._strengths[other.adapter]
         if not isinstance(form, Decomposed):
             addition = replace(form, scale=strength * form.scale).delta(x)
             return addition / output_unit(self._name, x.dtype) if isinstance(form, BiasDifference) else addition
@@ -223,7 +228,8 @@ class _LowRanks:
     def weigh(self, strengths: Sequence[float]) -> None:
         low = [(strengths[change.adapter] * change.form.scale, change) for change in self._changes]
         scales = [scale for scale, change in low for _ in range(len(change.form.down))]
-        self._at_work, self._scales = any(scales), None if {*scales} == {1} else mx.array(scales)
+        self._at_work = any(scales)
+        self._scales = None if {*scales} == {1} else mx.array(scales)
 
     def added(self, y: mx.array, x: mx.array) -> mx.array:
         """The output `y` for `x` and what is added to it."""
@@ -258,7 +264,8 @@ def _joined(arrays: Sequence[mx.array], axis: int) -> mx.array:
 
 def _changed(y: mx.array, changes: Sequence[tuple[slice, Callable[[mx.array], mx.array]]]) -> mx.array:
     """`y` with what becomes of some of its outputs, from the first to the last."""
-    parts, end = [], 0
+    parts = []
+    end = 0
     for span, change in changes:
         parts += [y[..., end : span.start], change(y[..., span])]
         end = span.stop

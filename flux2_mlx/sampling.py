@@ -112,7 +112,8 @@ def by_step(make: Callable[[], Denoiser], at: Callable[[int], bool]) -> Denoiser
         make: gives a denoiser.
         at: is told the number of each step, from 1; whether anything is different from before.
     """
-    numbers, made = count(1), list[Denoiser]()
+    numbers = count(1)
+    made = list[Denoiser]()
 
     def velocity(tokens: mx.array, sigma: float) -> mx.array:
         if at(next(numbers)) or not made:

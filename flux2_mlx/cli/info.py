@@ -173,7 +173,8 @@ def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict
     """What is known of `model`. A fine-tune is not shown as the model that it was made from."""
     from ..store import BUILT_IN, is_official
 
-    checkpoint, folders = pipe.checkpoint, [] if model.kind == BUILT_IN else folders
+    checkpoint = pipe.checkpoint
+    folders = [] if model.kind == BUILT_IN else folders
     official = model.variant is not None or is_official(checkpoint)
     row = {
         "model": checkpoint.variant.name if official else model.name,

@@ -107,7 +107,8 @@ def _listener(
     record: Record, request: "Request", places: "Sequence[int]", bars: Bars, as_json: bool
 ) -> "Callable[[Progress], None]":
     """What hears of the run of a batch: it shows how far that is, and saves and prints images."""
-    job, denoised = record.job, True
+    job = record.job
+    denoised = True
 
     def on_progress(progress: "Progress") -> None:
         nonlocal denoised
@@ -134,7 +135,8 @@ def _save(record: Record, place: int, image: "Image.Image") -> Path:
     """Write an image to its path, or beside it if something has appeared there meanwhile."""
     from ..images import save
 
-    path, settings = record.paths[place], record.settings(place) if record.job.metadata else None
+    path = record.paths[place]
+    settings = record.settings(place) if record.job.metadata else None
     path.parent.mkdir(parents=True, exist_ok=True)
     replace = record.job.force or is_empty(record.job, path)
     record.paths[place] = save(image, path, settings, replace=replace)
@@ -240,7 +242,8 @@ def _hint(record: Record) -> None:
 
 def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:
     size = pipe.token_size
-    image, references = request.width * request.height // size**2, sum(edit.token_counts(size))
+    image = request.width * request.height // size**2
+    references = sum(edit.token_counts(size))
     notice(f"{image} tokens of the image and {references} of {len(edit.references)} references", job.quiet)
 
 
@@ -252,7 +255,8 @@ def _rewrite(
 
     if job.rewritten is not None:
         return job.rewritten, []
-    prompts, timings = [prompt.text for prompt in job.prompts], []
+    prompts = [prompt.text for prompt in job.prompts]
+    timings = []
     if job.interpret:
         pictures = [open_image(path) for path in job.interpret]
         writer = _seeing(pipe, job, bars)

@@ -82,7 +82,8 @@ class Record:
         """
         from ..provenance import adapters, weights
 
-        asked, places = [prompt.text for prompt in self.job.prompts], range(len(self.paths))
+        asked = [prompt.text for prompt in self.job.prompts]
+        places = range(len(self.paths))
         texts = self.texts if self.texts != asked else [None]
         settings = [self.sampled(place) for place in places]
         shared = {name: x if all(other[name] == x for other in settings) else None for name, x in settings[0].items()}
