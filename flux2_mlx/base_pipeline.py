@@ -274,7 +274,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the transformer computes in."""
+        """The dtype that the transformer computes in."""
         return self.networks.dtype
 
     @property

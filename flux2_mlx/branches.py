@@ -32,17 +32,17 @@ class AtWork:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What its effect depends on, in a form that JSON has."""
+        """All that its effect depends on, as JSON can hold it."""
         return self.adapter.sha256, self.scale, self.steps
 
 
 class Branches:
-    """What adapters change of one network, each times its scale: with 0 nothing. DoRA's scale is how far a weight goes
-    from its own to the adapter's. Build it with `of`.
+    """The changes that adapters make to one network, each times its scale; a scale of 0 changes nothing. DoRA's scale
+    is how far a weight goes from its own to the adapter's. Build it with `of`.
 
     Args:
         network: its name.
-        adapters: those at work.
+        adapters: the adapters at work.
     """
 
     def __init__(self, network: str, adapters: Sequence[AtWork]):
@@ -55,7 +55,7 @@ class Branches:
 
     @classmethod
     def of(cls, network: str, adapters: Sequence[AtWork]) -> "Branches | None":
-        """Those of the network; None if no adapter changes it."""
+        """The branches of the network; None if no adapter changes it."""
         changing = [one for one in adapters if one.adapter.layers.get(network)]
         return cls(network, changing) if changing else None
 
@@ -174,7 +174,7 @@ class _Branch:
         return y
 
     def _addition(self, other: _Change[_Other], x: mx.array, own: mx.array, layer: nn.Module) -> mx.array:
-        """To the output of the rows of a change, which is `own` without any."""
+        """What a change adds to the outputs of its span; `own` is the output of the layer without any change."""
         form = other.form
         span = other.span
         strength = self._strengths[other.adapter]
@@ -199,7 +199,7 @@ class _Up:
 
     @classmethod
     def of(cls, changes: Sequence[_Change[LowRank]], rank: int) -> "_Up":
-        """That of changes of the same outputs, from this rank on."""
+        """The product of changes of the same outputs, whose ranks begin with this one."""
         matrix = _joined([change.form.up for change in changes], axis=1)
         return cls(matrix, slice(rank, rank + matrix.shape[1]), changes[0].span)
 
@@ -221,7 +221,8 @@ class _LowRanks:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Those at work, and those that they are made of, which are the same for one alone."""
+        """The joined arrays that are computed with, and those of the changes, which are the same objects for one
+        alone."""
         own = [array for change in self._changes for array in change.form.arrays]
         return [self._down, *(up.matrix for up in self._ups), *own]
 
@@ -248,7 +249,8 @@ def _span(change: _Change[LowRank]) -> tuple[int, int]:
 
 
 def _side_by_side(ups: Sequence[_Up]) -> list[list[_Up]]:
-    """In as few lists as may be, in which no two have outputs in common, from the first output to the last."""
+    """The products in as few lists as may be. No two of a list have outputs in common; they are in the outputs'
+    order."""
     lists: list[list[_Up]] = []
     for up in ups:
         free = next((some for some in lists if some[-1].span.stop <= up.span.start), None)
@@ -278,7 +280,7 @@ def _without_bias(y: mx.array, layer: nn.Module) -> mx.array:
 
 
 def _weight(layer: nn.Module, span: slice, rows: slice) -> mx.array:
-    """Those `rows` of a `span` of a layer's weight, in float32."""
+    """The `rows` of a `span` of a layer's weight, counted within it, in float32."""
     chosen = slice(span.start + rows.start, min(span.stop, span.start + rows.stop))
     weight = layer.weight[chosen]
     if isinstance(layer, nn.QuantizedLinear):

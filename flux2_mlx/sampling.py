@@ -106,7 +106,7 @@ def guided(denoiser: Denoiser, negative: Denoiser, scale: float) -> Denoiser:
 
 
 def by_step(make: Callable[[], Denoiser], at: Callable[[int], bool]) -> Denoiser:
-    """What `make` gives, made anew for each step that changes what it is made with, adapters for example.
+    """The denoiser that `make` gives, made anew for each step that changes what it is made with, such as adapters.
 
     Args:
         make: gives a denoiser.

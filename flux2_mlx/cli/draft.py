@@ -121,7 +121,7 @@ def _paths(job: Job, edit: "Edit", requests: "Sequence[Request]") -> list[Path]:
 
 
 def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path]) -> None:
-    """What can be wrong with the files of images of this size, and of those between their steps."""
+    """Raise InputError if images of this size, or those between their steps, can't be written to their files."""
     from ..images import check_size
 
     for path in paths:

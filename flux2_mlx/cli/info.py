@@ -115,7 +115,7 @@ def _about_a_model(option: str) -> click.UsageError:
 
 
 def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
-    """What `model` is if it is weights of something; None: a whole model, or one that is `planned` for."""
+    """What the weights are that `model` names; None: they are a whole model, or it is `planned` for."""
     from ..store import FILE, REPO, SOURCE, conversions, resolve
     from ..store.identification import identify_files, identify_repo, is_weights
 
@@ -245,7 +245,7 @@ def _print_plan(row: dict[str, Any]) -> None:
 
 
 def _reading(row: dict[str, Any]) -> str:
-    """What makes a run fit that would not otherwise: reading weights from disk again and again."""
+    """How much is read from disk again and again so that a run fits, as the end of a sentence."""
     text = next(phase["streamed"] for phase in row["phases"] if phase["name"] == "text_encoder")
     reads = {"for every prompt": text, "at every step": row["read_a_step"]}
     said = [f"{nbytes / 2**30:.3g} GiB {when}" for when, nbytes in reads.items() if nbytes]

@@ -35,7 +35,7 @@ class Lora:
 
 
 def read(texts: Sequence[str], steps: str | None) -> tuple[Lora, ...]:
-    """Those of `--lora` `SOURCE[:SCALE]` and `--lora-steps` `A-B`; InputError if these are nothing of the kind."""
+    """The adapters that `--lora` names, in the steps of `--lora-steps`; InputError if these can't be read."""
     if steps is not None and not texts:
         raise InputError(f"--lora-steps {steps} needs adapters; give them with --lora")
     own = None if steps is None else _steps(steps)
@@ -69,7 +69,7 @@ def _steps(text: str) -> tuple[int, int]:
 
 
 def remembered(adapters: Any, image: Path, models_dir: Path | None) -> tuple[Lora, ...]:
-    """Those that `image` was made with, where it says so in its settings.
+    """The adapters that `image` was made with, from its settings; none if they tell of none.
 
     Raises:
         InputError: one is not here, or has changed; or the settings are damaged.

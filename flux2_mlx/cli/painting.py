@@ -95,7 +95,7 @@ def _make(record: Record, images: "list[Image.Image]", bars: Bars, as_json: bool
 
 
 def _rewritten(record: Record, batch: Batch) -> "tuple[Request, Plan | None]":
-    """The request of a batch with what was made of its prompts, and the plan unless they are others now."""
+    """The request of a batch with its rewritten prompts, and its plan; None: they have changed, so it is of another."""
     texts = [record.texts[record.job.frames[place].number] for place in batch.places]
     if tuple(texts) == batch.request.prompts:
         return batch.request, batch.planned
@@ -106,7 +106,7 @@ def _rewritten(record: Record, batch: Batch) -> "tuple[Request, Plan | None]":
 def _listener(
     record: Record, request: "Request", places: "Sequence[int]", bars: Bars, as_json: bool
 ) -> "Callable[[Progress], None]":
-    """What hears of the run of a batch: it shows how far that is, and saves and prints images."""
+    """The `on_progress` of a batch's run: it shows how far that is, and saves and prints images."""
     job = record.job
     denoised = True
 
@@ -155,7 +155,7 @@ def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image
 
 
 def _check(job: Job, images: "list[Image.Image]") -> None:
-    """What can be known to be wrong before anything of the model is."""
+    """Raise InputError for what can be known to be wrong before anything is known of the model."""
     from ..device import memory_bytes
     from ..embedding_cache import default_limit
     from ..images import open_image

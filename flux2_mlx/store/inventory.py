@@ -137,7 +137,8 @@ def _converted(folder: Path) -> Item:
 
 
 def _names(source: str) -> set[str]:
-    """What a model goes by that was made from `source`; one that only resembles one of the table has not its name."""
+    """The names that a model made from `source` goes by; one that only resembles a model of the table lacks its
+    name."""
     name = source.lower()
     variant = _REPOS.get(name, name)
     return {name, variant, *(repo for repo, known in _REPOS.items() if known == variant)} - {""}

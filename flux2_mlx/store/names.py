@@ -59,8 +59,8 @@ class Model:
 
     @property
     def origin(self) -> str:
-        """What a checkpoint that was converted from it says of that: a repo id, the file of a repo, or a path, which
-        never looks like a name."""
+        """What a checkpoint names as its source if it was converted from this: a repo id, the file of a repo, or a
+        path that never looks like a name."""
         if self.file:
             return f"{self.repo}:{self.file}"
         return self.repo or os.path.join(os.curdir, self.place)
@@ -212,7 +212,7 @@ def get_variant(text: str) -> Variant:
 
 
 def did_you_mean(text: str, others: Iterable[str] = ()) -> str | None:
-    """What to ask about a name that is none: the names of the table, and `others`, that come close; None: none does."""
+    """The question which name was meant, of those of the table and of `others` that come close; None: none does."""
     names = {_key(name): name for name in (*others, *VARIANTS)}
     close = get_close_matches(_key(text), names)
     found = [name for key, name in names.items() if key in close]
