@@ -64,8 +64,6 @@ def info(
       flux2-mlx info owner/name:lora.safetensors
       flux2-mlx info fox.png
     """
-    from ..images import read_settings
-
     planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
     planning |= {"memory-limit": memory_limit}
     planned = [name for name, value in planning.items() if value is not None]
@@ -74,10 +72,7 @@ def info(
     if model is None:
         _put(_all_rows(models_dir), _print_all, as_json)
     elif is_image(model):
-        settings = read_settings(Path(model))
-        _put(settings, print_settings, as_json)
-        if said := _elsewhere(settings, Path(model)):
-            notice(said, quiet=False)
+        _show_image(Path(model), as_json)
     elif found := _found(model, variant, models_dir, planned):
         if as_json:
             print_result(to_json(found_values(found)))
@@ -99,6 +94,16 @@ def info(
         )
         row = _one_row(resolved, pipe, folders) | _plan(pipe, width, height)
         _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
+
+
+def _show_image(path: Path, as_json: bool) -> None:
+    """Show the settings of an image, and on stderr how another one would differ here."""
+    from ..images import read_settings
+
+    settings = read_settings(path)
+    _put(settings, print_settings, as_json)
+    if said := _elsewhere(settings, path):
+        notice(said, quiet=False)
 
 
 def _elsewhere(settings: dict[str, Any], image: Path) -> str | None:

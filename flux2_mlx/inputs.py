@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given, as diffusers takes it, put together for a run."""
+"""The inputs of a call of the pipeline, as diffusers takes them, put together for a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
