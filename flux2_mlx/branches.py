@@ -80,7 +80,7 @@ class Branches:
         return repr([one.identity for one in self._adapters])
 
     def scaled(self, factor: float) -> "Branches":
-        """The same with all scales times a factor. The arrays are shared."""
+        """These branches with all scales times a factor. The arrays are shared."""
         changed = copy(self)
         changed._branches = {name: branch.copied() for name, branch in self._branches.items()}
         changed._adapters = [replace(one, scale=factor * one.scale) for one in self._adapters]
@@ -140,7 +140,7 @@ class _Branch:
         self._ratios: dict[_Change[_Other], mx.array] = {}
 
     def copied(self) -> "_Branch":
-        """The same with the same arrays, to be weighed otherwise."""
+        """A copy that shares the arrays, to be weighed otherwise."""
         other = copy(self)
         other._low = copy(self._low)
         return other

@@ -17,7 +17,7 @@ from .device import begin_computing, computing_dtype, memory_bytes
 from .errors import CheckpointError, DeviceError
 from .footprints import loaded_footprint
 from .kept import Kept, held
-from .layers import adapted
+from .layers import Adapters, adapted
 from .memory import Costs, Footprint, Plan, Workload, Writing, plan, writing_plan
 from .quantization import DEFAULT_TEXT_QUANT, loadable_quant
 from .streaming import Reading, load_streamed
@@ -133,7 +133,7 @@ class Networks:
             adapters, {name: part.adapters and part.adapters.scaled(factor) for name, part in components}
         )
 
-    def _branched(self, adapters: Sequence[AtWork], branches: Mapping[str, Branches | None]) -> "Networks":
+    def _branched(self, adapters: Sequence[AtWork], branches: Mapping[str, Adapters | None]) -> "Networks":
         """These networks with `branches`, by the names of networks."""
         components = {name: replace(x, adapters=branches[name]) for name, x in self.checkpoint.components.items()}
         checkpoint = replace(self.checkpoint, components=components)

@@ -81,7 +81,9 @@ def _found(told: Mapping[str, Any], image: Path, models_dir: Path | None) -> Lor
     from ..store import adapter_with
 
     replay.check_kinds(told, _REMEMBERED, image)
-    name, sha256, origin = Path(told["source"]).name, told["sha256"], told.get("origin")
+    name = Path(told["source"]).name
+    sha256 = told["sha256"]
+    origin = told.get("origin")
     path = adapter_with(sha256, name, [image.parent, Path()], models_dir)
     if path is None:
         way = f"fetch {origin}, or name it with --lora" if origin else "name it with --lora"
@@ -105,7 +107,9 @@ class Adapters:
     """
 
     def __init__(self, loras: Sequence[Lora], bars: Bars, quiet: bool):
-        self._loras, self._bars, self._quiet = loras, bars, quiet
+        self._loras = loras
+        self._bars = bars
+        self._quiet = quiet
         self._noted: set[str] = set()
         self._held = ExitStack()
 

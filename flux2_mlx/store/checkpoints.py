@@ -141,7 +141,8 @@ class _OfModel:
 
     def _outline(self) -> Checkpoint | None:
         """What the model will be when it is converted; None: its files must tell, which are not here."""
-        source, variant = self._source, self._model.variant
+        source = self._source
+        variant = self._model.variant
         if source is not None:
             return Checkpoint.outline(source.variant, *self._quants, check_source(source, *self._quants))
         if variant is None:
