@@ -22,7 +22,7 @@ _SHORTEST = 1e-12  # row of a weight, which has no direction
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """What all forms have; their fields are arrays, pairs of arrays, and `scale`."""
+    """A change of a layer in factors; the fields of all forms are arrays, pairs of arrays, and `scale`."""
 
     @property
     def nbytes(self) -> int:
@@ -34,11 +34,11 @@ class _Factors:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All of them, those of pairs and of what it holds included."""
+        """All arrays, those in pairs and those of a change within included."""
         return _arrays(self)
 
     def cast(self, dtype: mx.Dtype) -> Self:
-        """The same with arrays of `dtype`."""
+        """This change with arrays of `dtype`."""
         return replace(self, **{field.name: _cast(getattr(self, field.name), dtype) for field in fields(self)})
 
 
@@ -101,14 +101,15 @@ class Hadamard(_Factors):
         return self.w1a.shape[0], self.w1b.shape[1]
 
     def delta(self, x: mx.array) -> mx.array:
-        (outputs, inputs), rank = self.shape, len(self.w1b) * len(self.w2b)
+        outputs, inputs = self.shape
+        rank = len(self.w1b) * len(self.w2b)
         if rank * (outputs + inputs) < outputs * inputs:
             return self._product(x.dtype).delta(x)
         rows = max(1, _SLICE // inputs)
         return mx.concatenate([self._rows(x, slice(row, row + rows)) for row in range(0, outputs, rows)], axis=-1)
 
     def _product(self, dtype: mx.Dtype) -> LowRank:
-        """The same, of as many ranks as both products have together, multiplied."""
+        """This change as one product, whose rank is the product of both ranks."""
         down = self.w1b.astype(dtype)[:, None] * self.w2b.astype(dtype)[None]
         up = self.w1a.astype(dtype)[:, :, None] * self.w2a.astype(dtype)[:, None]
         return LowRank(down.flatten(0, 1), up.flatten(1), self.scale)
@@ -156,8 +157,8 @@ class Decomposed(_Factors):
         return self.change.shape
 
     def cast(self, dtype: mx.Dtype) -> Self:
-        """The same with the factors of the change in `dtype`. What is rounded of a magnitude is an error of all of a
-        row, in proportion to the whole weight."""
+        """This change with its factors in `dtype`. The magnitude stays as it is: rounding it would be an error of a
+        whole row, in proportion to the weight."""
         return replace(self, change=self.change.cast(dtype))
 
     @property
@@ -165,13 +166,14 @@ class Decomposed(_Factors):
         return self.magnitude.shape[1] == 1
 
     def weight(self, base: mx.array) -> mx.array:
-        """What it changes of the layer's own float32 weight `[out, in]`."""
+        """What is added to the layer's own float32 weight `[out, in]`."""
         return self.ratio(lambda rows: base[rows]) * (base + self.change.weight()) - base
 
     def ratio(self, base: Callable[[slice], mx.array]) -> mx.array:
         """What W + ΔW is multiplied by, float32 of the shape of `magnitude`, evaluated. `base` gives rows of W."""
         outputs, inputs = self.shape
-        step, squares = max(1, _SLICE // inputs), []
+        step = max(1, _SLICE // inputs)
+        squares = []
         for row in range(0, outputs, step):
             rows = slice(row, row + step)
             changed = mx.square(base(rows) + self.change.weight(rows))
@@ -236,7 +238,7 @@ class Adapter:
     origin: str | None = None
 
     def cast(self, dtypes: Callable[[str], mx.Dtype]) -> "Adapter":
-        """The same as each network, by its name, computes."""
+        """This adapter in the dtype that `dtypes` gives for the name of each network."""
         return replace(self, layers={name: _cast_layers(layers, dtypes(name)) for name, layers in self.layers.items()})
 
 
@@ -302,7 +304,8 @@ def _through(x: mx.array, factor: Factor) -> mx.array:
 
 
 def _project(x: mx.array, weight: mx.array) -> mx.array:
-    """What is beyond float16 is put at its end, as infinities would add up to what is no number."""
+    """`x` times the matrix transposed. What is beyond float16 becomes its largest number, as infinities would add up to
+    NaN."""
     return cast(x @ weight.astype(x.dtype).T, x.dtype)
 
 

@@ -172,16 +172,21 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         given = [values for values in (latents, prompt_embeds, negative_prompt_embeds) if values is not None]
         waiting = self.unfinished if resume and not given else None
         output = Flux2Output() if output is None else output
-        settings = {
-            "edit": edit,
-            "output_type": "np" if output_type == "pt" else output_type,
-            "on_progress": on_progress,
-            "unfinished": None if waiting is None else waiting.of(self.networks, request, edit),
-            "output": output,
-        }
+        unfinished = None if waiting is None else waiting.of(self.networks, request, edit)
         try:
             with turn(), self.networks.keeping(planned) as planned:
-                return self._run(request, planned, **settings).make(latents, prompt_embeds, negative_prompt_embeds)
+                run = Run(
+                    self.networks,
+                    request,
+                    planned,
+                    edit,
+                    self.prompt_cache,
+                    unfinished,
+                    output_type="np" if output_type == "pt" else output_type,
+                    on_progress=on_progress,
+                    output=output,
+                )
+                return run.make(latents, prompt_embeds, negative_prompt_embeds)
         finally:
             if output_type == "pt" and output.images is not None:
                 output.images = to_torch(output.images)
@@ -192,16 +197,13 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         grid = request.height // vae.token_size, request.width // vae.token_size
         return arguments.latents(latents, (len(request.seeds), vae.token_channels, *grid))
 
-    def _run(self, request: Request, planned: Plan, **settings: Any) -> Run:
-        return Run(self.networks, request, planned, prompt_cache=self.prompt_cache, **settings)
-
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = arguments.texts("prompt", prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
         planned = checked_phase_plan(self.networks, workload(request), "text_encoder")
         with turn(), self.networks.keeping(planned) as planned:
-            states = self._run(request, planned).encode(prompts)
+            states = Run(self.networks, request, planned, prompt_cache=self.prompt_cache).encode(prompts)
             stacked = mx.stack([states[p] for p in prompts])
             mx.eval(stacked)  # or only this thread could use it
         return stacked
@@ -227,7 +229,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)
         planned = checked_phase_plan(self.networks, workload(request), "vae")
         with turn(), self.networks.keeping(planned) as planned:
-            images = self._run(request, planned).decode(latents.transpose(0, 2, 3, 1))
+            images = Run(self.networks, request, planned).decode(latents.transpose(0, 2, 3, 1))
         return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images
 
     def release(self) -> None:
@@ -245,7 +247,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         """
         planned = checked_phase_plan(self.networks, workload(request), "vae")
         with turn(), self.networks.keeping(planned) as planned:
-            return self._run(request, planned, edit=edit or Edit()).preview(tokens)
+            return Run(self.networks, request, planned, edit or Edit()).preview(tokens)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -274,7 +276,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the transformer computes in."""
+        """The dtype that the transformer computes in."""
         return self.networks.dtype
 
     @property

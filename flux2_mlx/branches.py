@@ -32,29 +32,30 @@ class AtWork:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What its effect depends on, in a form that JSON has."""
+        """All that its effect depends on, as JSON can hold it."""
         return self.adapter.sha256, self.scale, self.steps
 
 
 class Branches:
-    """What adapters change of one network, each times its scale: with 0 nothing. DoRA's scale is how far a weight goes
-    from its own to the adapter's. Build it with `of`.
+    """The changes that adapters make to one network, each times its scale; a scale of 0 changes nothing. DoRA's scale
+    is how far a weight goes from its own to the adapter's. Build it with `of`.
 
     Args:
         network: its name.
-        adapters: those at work.
+        adapters: the adapters at work.
     """
 
     def __init__(self, network: str, adapters: Sequence[AtWork]):
         layers = [one.adapter.layers.get(network, {}) for one in adapters]
         names = dict.fromkeys(name for some in layers for name in some)
         self._branches = {name: _Branch(name, [some.get(name, ()) for some in layers]) for name in names}
-        self._adapters, self._scales = adapters, [one.scale for one in adapters]
+        self._adapters = adapters
+        self._scales = [one.scale for one in adapters]
         self._weigh(self._scales)
 
     @classmethod
     def of(cls, network: str, adapters: Sequence[AtWork]) -> "Branches | None":
-        """Those of the network; None if no adapter changes it."""
+        """The branches of the network; None if no adapter changes it."""
         changing = [one for one in adapters if one.adapter.layers.get(network)]
         return cls(network, changing) if changing else None
 
@@ -64,7 +65,8 @@ class Branches:
 
     def at(self, step: int) -> bool:
         scales = [one.scale if one.in_step(step) else 0.0 for one in self._adapters]
-        changed, self._scales = scales != self._scales, scales
+        changed = scales != self._scales
+        self._scales = scales
         if changed:
             self._weigh(scales)
         return changed
@@ -78,7 +80,7 @@ class Branches:
         return repr([one.identity for one in self._adapters])
 
     def scaled(self, factor: float) -> "Branches":
-        """The same with all scales times a factor. The arrays are shared."""
+        """These branches with all scales times a factor. The arrays are shared."""
         changed = copy(self)
         changed._branches = {name: branch.copied() for name, branch in self._branches.items()}
         changed._adapters = [replace(one, scale=factor * one.scale) for one in self._adapters]
@@ -109,7 +111,8 @@ class _Branched(nn.Module):
 
     def __init__(self, layer: nn.Module, branch: "_Branch"):
         super().__init__()
-        self.layer, self._branch = layer, branch
+        self.layer = layer
+        self._branch = branch
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._branch(x, self.layer)
@@ -137,7 +140,7 @@ class _Branch:
         self._ratios: dict[_Change[_Other], mx.array] = {}
 
     def copied(self) -> "_Branch":
-        """The same with the same arrays, to be weighed otherwise."""
+        """A copy that shares the arrays, to be weighed otherwise."""
         other = copy(self)
         other._low = copy(self._low)
         return other
@@ -171,8 +174,10 @@ class _Branch:
         return y
 
     def _addition(self, other: _Change[_Other], x: mx.array, own: mx.array, layer: nn.Module) -> mx.array:
-        """To the output of the rows of a change, which is `own` without any."""
-        form, span, strength = other.form, other.span, self._strengths[other.adapter]
+        """What a change adds to the outputs of its span; `own` is the output of the layer without any change."""
+        form = other.form
+        span = other.span
+        strength = self._strengths[other.adapter]
         if not isinstance(form, Decomposed):
             addition = replace(form, scale=strength * form.scale).delta(x)
             return addition / output_unit(self._name, x.dtype) if isinstance(form, BiasDifference) else addition
@@ -194,7 +199,7 @@ class _Up:
 
     @classmethod
     def of(cls, changes: Sequence[_Change[LowRank]], rank: int) -> "_Up":
-        """That of changes of the same outputs, from this rank on."""
+        """The product of changes of the same outputs, whose ranks begin with this one."""
         matrix = _joined([change.form.up for change in changes], axis=1)
         return cls(matrix, slice(rank, rank + matrix.shape[1]), changes[0].span)
 
@@ -216,14 +221,16 @@ class _LowRanks:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Those at work, and those that they are made of, which are the same for one alone."""
+        """The joined arrays that are computed with, and those of the changes, which are the same objects for one
+        alone."""
         own = [array for change in self._changes for array in change.form.arrays]
         return [self._down, *(up.matrix for up in self._ups), *own]
 
     def weigh(self, strengths: Sequence[float]) -> None:
         low = [(strengths[change.adapter] * change.form.scale, change) for change in self._changes]
         scales = [scale for scale, change in low for _ in range(len(change.form.down))]
-        self._at_work, self._scales = any(scales), None if {*scales} == {1} else mx.array(scales)
+        self._at_work = any(scales)
+        self._scales = None if {*scales} == {1} else mx.array(scales)
 
     def added(self, y: mx.array, x: mx.array) -> mx.array:
         """The output `y` for `x` and what is added to it."""
@@ -242,7 +249,8 @@ def _span(change: _Change[LowRank]) -> tuple[int, int]:
 
 
 def _side_by_side(ups: Sequence[_Up]) -> list[list[_Up]]:
-    """In as few lists as may be, in which no two have outputs in common, from the first output to the last."""
+    """The products in as few lists as may be. No two of a list have outputs in common; they are in the outputs'
+    order."""
     lists: list[list[_Up]] = []
     for up in ups:
         free = next((some for some in lists if some[-1].span.stop <= up.span.start), None)
@@ -258,7 +266,8 @@ def _joined(arrays: Sequence[mx.array], axis: int) -> mx.array:
 
 def _changed(y: mx.array, changes: Sequence[tuple[slice, Callable[[mx.array], mx.array]]]) -> mx.array:
     """`y` with what becomes of some of its outputs, from the first to the last."""
-    parts, end = [], 0
+    parts = []
+    end = 0
     for span, change in changes:
         parts += [y[..., end : span.start], change(y[..., span])]
         end = span.stop
@@ -271,7 +280,7 @@ def _without_bias(y: mx.array, layer: nn.Module) -> mx.array:
 
 
 def _weight(layer: nn.Module, span: slice, rows: slice) -> mx.array:
-    """Those `rows` of a `span` of a layer's weight, in float32."""
+    """The `rows` of a `span` of a layer's weight, counted within it, in float32."""
     chosen = slice(span.start + rows.start, min(span.stop, span.start + rows.stop))
     weight = layer.weight[chosen]
     if isinstance(layer, nn.QuantizedLinear):

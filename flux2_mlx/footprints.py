@@ -16,7 +16,7 @@ from .quantization import quantizing_bytes, stored_names
 
 
 def loaded_footprint(stored: Component, quant: str, dtype: mx.Dtype) -> Footprint:
-    """What a component takes that is quantized at loading where it is not `stored` so, while activations are in
+    """The footprint of a component that is quantized at loading where it is not `stored` so, while activations are in
     `dtype`."""
     wanted = stored.quantized(quant)
     weights = footprint(wanted, dtype)
@@ -28,7 +28,7 @@ def loaded_footprint(stored: Component, quant: str, dtype: mx.Dtype) -> Footprin
 
 
 def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
-    """What quantizing at loading takes above the `whole` network that it ends with."""
+    """Bytes that quantizing at loading takes above the `whole` network that it ends with."""
     packed = wanted.infos
     held = 0
     peak = 0
@@ -43,7 +43,7 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
 
 
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
-    """What `component` takes in memory while activations are in `dtype`."""
+    """The footprint of `component` in memory while activations are in `dtype`."""
     sizes = Counter[str]()
     cast = Counter[str]()
     widened = Counter[str]()

@@ -28,8 +28,8 @@ class Kept:
             self._modules[name] = module
 
     def may_stay(self, name: str) -> bool:
-        """Whether a network may be kept by the next run. One within another, which a callback makes, keeps no more
-        than what that one has planned with."""
+        """Whether the next run may keep a network. A run that a callback makes within another one keeps no more than
+        that one has planned to."""
         return not _RUNS.going_on or name in self._allowed or name in self._modules
 
     @property
@@ -104,7 +104,7 @@ class _Runs(threading.local):
 
     @property
     def nbytes(self) -> int:
-        """What they hold in memory."""
+        """Bytes that these runs hold in memory."""
         if not self.going_on:
             return 0
         return max(0, mx.get_active_memory() - self._before - sum(kept.nbytes for kept in idle()))
@@ -115,10 +115,11 @@ _PIPELINES: WeakSet[Kept] = WeakSet()  # whoever has the turn may look at what t
 
 
 def idle() -> list[Kept]:
-    """What is kept by pipelines that have no run going on."""
+    """The kept networks of pipelines that have no run going on."""
     return [kept for kept in _PIPELINES if kept not in _RUNS.going_on]
 
 
 def held() -> int:
-    """Bytes of memory that the runs hold in which the next one of this thread is made, by a callback; 0 by itself."""
+    """Bytes of memory that the runs of this thread hold within which a callback makes the next one; 0 outside of
+    any."""
     return _RUNS.nbytes

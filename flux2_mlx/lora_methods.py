@@ -136,11 +136,11 @@ class LoraMethods:
             self._choose(chosen)
 
     def get_active_adapters(self) -> list[str]:
-        """The names of those at work, or that `enable_lora` would have at work."""
+        """The names of the adapters at work, or of those that `enable_lora` would have at work."""
         return [one.adapter.name for one in self._chosen]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """The names of all that are loaded, by the network that they change."""
+        """The names of all loaded adapters, by the network that they change."""
         networks = self.networks.checkpoint.components
         changing = {part: [x for x, one in self._loaded.items() if one.adapter.layers.get(part)] for part in networks}
         return {part: names for part, names in changing.items() if names}
@@ -151,7 +151,7 @@ class LoraMethods:
             self.networks = self.networks.with_adapters([])
 
     def enable_lora(self) -> None:
-        """Have those at work again that were before `disable_lora`."""
+        """Have the adapters at work again that were so before `disable_lora`."""
         with turn():
             self._choose(self._chosen)
 
@@ -194,7 +194,7 @@ class LoraMethods:
         return names
 
     def _free_name(self, wanted: str | None) -> str:
-        """What the next adapter is called; InputError if that is taken."""
+        """The name of the next adapter: `wanted`, or else a free one; InputError if that is taken."""
         if wanted in self._loaded:
             raise InputError(f"there is an adapter {wanted!r:.80} already; give another adapter_name")
         return wanted or next(name for number in count() if (name := f"default_{number}") not in self._loaded)

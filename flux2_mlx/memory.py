@@ -159,7 +159,7 @@ class Plan:
         return replace(self, phases=(self.phase(name),))
 
     def besides(self, nbytes: int, limit: int) -> "Plan":
-        """The same where so many bytes more are in memory all the time, and the limit is for these as well."""
+        """This plan with `nbytes` more in memory all the time, and a `limit` that is for these as well."""
         phases = (replace(phase, weights=phase.weights + nbytes) for phase in self.phases)
         return replace(self, phases=tuple(phases), limit=limit)
 
@@ -262,7 +262,7 @@ class _Needs:
 
     @property
     def seeing(self) -> int:
-        """What the pictures take that are encoded, beside the encoded texts."""
+        """The bytes of encoding the pictures, beside the encoded texts."""
         encoding = [self.costs.vae.encoding(height, width) for width, height in set(self.work.references)]
         return max(encoding) + self._texts * self._states + self._pictures
 
@@ -277,7 +277,7 @@ class _Needs:
 
     @property
     def decoding_beside(self) -> int:
-        """What decoding an image takes while others are denoised."""
+        """The bytes of decoding an image while others are denoised."""
         return self._passing[0] + self._decoded + self._held + 2 * self._latents
 
     @property

@@ -81,7 +81,7 @@ class _Streams:
 
 @dataclass
 class _Span:
-    """What a phase has taken so far, which may be interrupted by others. `place` is that among the timings."""
+    """What a phase, which others may interrupt, has taken so far. `place` is its place among the timings."""
 
     name: str
     place: int

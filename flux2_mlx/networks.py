@@ -122,11 +122,11 @@ class Networks:
         return load_streamed(component, self.dtype_of(component.name), resident, self.reading)
 
     def with_adapters(self, adapters: Sequence[AtWork]) -> "Networks":
-        """The same networks with these adapters and no others; what is kept in memory stays there."""
+        """These networks with `adapters` and no others; what is kept in memory stays there."""
         return self._branched(adapters, {name: Branches.of(name, adapters) for name in self.checkpoint.components})
 
     def with_scale(self, factor: float) -> "Networks":
-        """The same networks with what adapters change times a factor. They share all that is in memory."""
+        """These networks with what adapters change times a factor. Both share all that is in memory."""
         adapters = [replace(one, scale=factor * one.scale) for one in self.adapters]
         components = self.checkpoint.components.items()
         return self._branched(
@@ -134,7 +134,7 @@ class Networks:
         )
 
     def _branched(self, adapters: Sequence[AtWork], branches: Mapping[str, Adapters | None]) -> "Networks":
-        """The same networks with these branches, by their names."""
+        """These networks with `branches`, by the names of networks."""
         components = {name: replace(x, adapters=branches[name]) for name, x in self.checkpoint.components.items()}
         checkpoint = replace(self.checkpoint, components=components)
         changed = replace(self, checkpoint=checkpoint, adapters=tuple(adapters))
@@ -168,17 +168,17 @@ class Networks:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of memory that networks take which have been kept."""
+        """Bytes of memory of the networks that have been kept."""
         return self._kept.nbytes
 
     @property
     def planned_bytes(self) -> int:
-        """What was in memory before that the plan of the run counts which is going on: nothing if it was made within
-        another one, else what was kept, and adapters."""
+        """Bytes that were in memory before the run that is going on, and that its plan counts: networks that were kept,
+        and adapters; 0 for a run within another one."""
         return 0 if self._kept.is_nested else self._kept.nbytes + self.adapter_bytes
 
     def read_adapters(self) -> None:
-        """Have what adapters take in memory."""
+        """Bring all arrays of adapters into memory."""
         mx.eval([part.adapters.arrays for part in self.checkpoint.components.values() if part.adapters])
 
     @property
@@ -191,7 +191,7 @@ class Networks:
         self._kept.clear()
 
     def dtype_of(self, name: str) -> mx.Dtype:
-        """What a network computes in."""
+        """The dtype that a network computes in."""
         return network_dtype(name, self.dtype)
 
     def plan(self, work: Workload) -> Plan:
@@ -212,7 +212,7 @@ class Networks:
 
     @property
     def memory_left(self) -> int:
-        """The memory limit, less what runs hold that a callback makes the next one in, and adapters."""
+        """The memory limit without what adapters take and, in a callback, what the runs around it hold."""
         return max(0, self._memory_free - self.adapter_bytes)
 
     @property
@@ -238,7 +238,7 @@ class Networks:
         return COMPONENTS[name].cost(self.checkpoint.components[name].config, self.dtype_of(name))
 
     def _added(self, name: str) -> Footprint:
-        """What a network takes besides what the run that is going on keeps."""
+        """The footprint of a network, without the weights that the run which is going on keeps in memory."""
         weights = self._footprints[name]
         return Footprint(0, widened=weights.widened) if name in self._kept.in_use else weights
 

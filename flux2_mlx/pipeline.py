@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from . import arguments
-from .calls import Pictures, Prompts, beyond, listener
 from .checkpoint import Checkpoint
 from .config import check_quant
 from .device import activation_dtype, check_process, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import UNFINISHED, EmbeddingCache
 from .errors import InputError
+from .inputs import Pictures, Prompts, beyond, listener
 from .networks import Networks
 from .output import Flux2Output
 from .preparation import PreparedPipeline

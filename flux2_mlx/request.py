@@ -77,7 +77,8 @@ class Request:
         strength = _number("strength", strength, 1.0)
         for prompt in prompts:
             _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
-        levels, shift_steps = None, None
+        levels = None
+        shift_steps = None
         if sigmas is not None:
             levels = _sigmas(sigmas)
             _require(strength == 1, f"sigmas don't go with a strength of {strength}; leave out one of them")

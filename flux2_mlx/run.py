@@ -263,7 +263,7 @@ class Run:
         negatives: Texts,
         encoded: EncodedEdit | None,
     ) -> Denoiser:
-        """What the steps of `images` go by."""
+        """The denoiser of the steps of `images`, guided away from `negatives` if there are any."""
         given = conditions()
 
         def of(texts: Texts) -> Denoiser:

@@ -106,13 +106,14 @@ def guided(denoiser: Denoiser, negative: Denoiser, scale: float) -> Denoiser:
 
 
 def by_step(make: Callable[[], Denoiser], at: Callable[[int], bool]) -> Denoiser:
-    """What `make` gives, made anew for each step that changes what it is made with, adapters for example.
+    """The denoiser that `make` gives, made anew for each step that changes what it is made with, such as adapters.
 
     Args:
         make: gives a denoiser.
         at: is told the number of each step, from 1; whether anything is different from before.
     """
-    numbers, made = count(1), list[Denoiser]()
+    numbers = count(1)
+    made = list[Denoiser]()
 
     def velocity(tokens: mx.array, sigma: float) -> mx.array:
         if at(next(numbers)) or not made:

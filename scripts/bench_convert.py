@@ -29,7 +29,7 @@ from flux2_mlx.convert.write import _checked_plans, _part
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import VARIANTS
-from flux2_mlx.store.names import demo_folder
+from flux2_mlx.store import demo_folder
 from flux2_mlx.weights import Files, TensorInfo, evaluated, write_safetensors
 
 FORMS = ("bf16:bf16", "fp8:qint8", "gguf:qint4")

@@ -16,7 +16,7 @@ from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import InputError
 from flux2_mlx.files import Claim
 from flux2_mlx.hub import fetch
-from flux2_mlx.store import find_checkpoint, make_checkpoint, resolve
+from flux2_mlx.store import convert_model, find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("models")
 IN_USE = "{} is in use by a download, conversion or run; try again later"
@@ -65,19 +65,14 @@ def test_a_cached_folder_stays_while_it_is_converted(hub, home, models, tmp_path
     snapshot = fetch(REPO)
     asked = []
     monkeypatch.chdir(snapshot)
-    model = resolve("./")
-    make_checkpoint(
-        model, tmp_path / "mine", None, None, variant=VARIANT, progress=lambda *_: asked or asked.append(removal(REPO))
-    )
+    convert_model("./", tmp_path / "mine", variant=VARIANT, progress=lambda *_: asked or asked.append(removal(REPO)))
     assert asked == [IN_USE.format(storage(home))]
 
 
 def test_a_checkpoint_stays_while_it_is_converted(official, models, hub):
     models.mkdir(exist_ok=True)
     base, asked = convert(official, models / "base"), []
-    make_checkpoint(
-        resolve(base), models / "less", "qint8", None, progress=lambda *_: asked or asked.append(removal("base"))
-    )
+    convert_model(base, models / "less", quant="qint8", progress=lambda *_: asked or asked.append(removal("base")))
     assert asked == [IN_USE.format(base)]
 
 

@@ -12,7 +12,7 @@ from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
 from helpers.listings import listing, prefixed
 
-from flux2_mlx.store.names import demo_folder
+from flux2_mlx.store import demo_folder
 from flux2_mlx.weights import TensorInfo
 
 pytestmark = pytest.mark.usefixtures("models")

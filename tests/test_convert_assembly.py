@@ -14,8 +14,7 @@ from PIL import Image
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.store import stock
-from flux2_mlx.store.names import demo_folder
+from flux2_mlx.store import demo_folder, sources
 
 pytestmark = pytest.mark.usefixtures("folder")
 DEMO = demo_folder()
@@ -102,8 +101,8 @@ def test_where_parts_were_taken_from_is_kept(transformer, converted, folder):
 
 
 def test_a_file_is_a_model_for_all_commands(transformer, converted, folder, caplog, monkeypatch):
-    opened, open_source = [], stock.open_source
-    monkeypatch.setattr(stock, "open_source", lambda *a, **k: opened.append(a) or open_source(*a, **k))
+    opened, open_source = [], sources.open_source
+    monkeypatch.setattr(sources, "open_source", lambda *a, **k: opened.append(a) or open_source(*a, **k))
     done("t2i", PROMPT, *SMALL, "-m", transformer, "--text-quant", "bf16", "--seed", "1", "-o", "a.png")
     assert len(opened) == len(caplog.messages) == 1
     done("t2i", PROMPT, "-m", "demo", *SMALL, "--seed", "1", "-o", "b.png")

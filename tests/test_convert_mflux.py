@@ -15,7 +15,7 @@ from helpers.cli_runner import done
 
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.store.names import demo_folder
+from flux2_mlx.store import demo_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "mflux.txt"
 DEMO, NOISE = demo_folder(), "norm_out.linear.bias"

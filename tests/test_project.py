@@ -21,7 +21,8 @@ from flux2_mlx.cli.main import cli
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # The house of CONTRIBUTING.md: a module imports only from storeys below its own and from rooms of its own storey that
-# stand left of its room; a package may import from itself.
+# stand left of its room; a package may import from itself. The embedding cache stands below the runs that use it, as
+# the store counts and clears what it keeps.
 STOREYS = {
     "facts": ("errors", "config", "layout", "requirements", "device", "noise", "scheduler"),
     "files": (
@@ -35,7 +36,7 @@ STOREYS = {
     ),
     "runs": (
         "request", "output", "sampling", "metering", "advice", "arguments", "latents", "unfinished", "upsampling",
-        "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods", "base_pipeline", "calls",
+        "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods", "base_pipeline", "inputs",
         "preparation", "pipeline",
     ),
     "faces": ("doctor", "cli", "__main__"),

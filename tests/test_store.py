@@ -140,11 +140,11 @@ def place(models, monkeypatch):
 
     monkeypatch.setattr("flux2_mlx.hub.fetch", door("repo"))
     monkeypatch.setattr(Source, "open", door("source"))
-    for room in ("stock", "gathering"):
+    for room in ("sources", "gathering"):
         monkeypatch.setattr(f"flux2_mlx.store.{room}.assembled", door("source"))
     monkeypatch.setattr("flux2_mlx.store.identification.identify_files", door("source"))
     monkeypatch.setattr(Checkpoint, "open", door("checkpoint"))
-    for room in ("flux2_mlx.store", "flux2_mlx.store.stock"):
+    for room in ("flux2_mlx.store", "flux2_mlx.store.converted"):
         monkeypatch.setattr(f"{room}.conversions", conversions)
     for command in ("describe", "upsample"):  # which models see images is another question
         monkeypatch.setattr(f"flux2_mlx.cli.{command}.check_sight", lambda model: None)

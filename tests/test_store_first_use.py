@@ -16,6 +16,8 @@ from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import find_checkpoint
 from flux2_mlx.store.acquisition import acquire
+from flux2_mlx.store.first_use import Fetching
+from flux2_mlx.store.sources import Wanted
 
 pytestmark = pytest.mark.usefixtures("models")
 START = 65_536  # bytes of a file of weights that are read for its header
@@ -126,7 +128,7 @@ def test_just_enough_disk(source, home, monkeypatch):
 
 def test_disks_of_their_own_need_room_each(source, home, models, monkeypatch):
     models.mkdir()
-    monkeypatch.setattr("flux2_mlx.store.acquisition._disk", str)
+    monkeypatch.setattr("flux2_mlx.store.first_use._disk", str)
     small = {models: 1_000_000}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=small.get(path, 10**9)))
     message = refused(source, home, InputError, **NAMED)
@@ -246,6 +248,6 @@ def test_a_complete_copy_in_the_cache_is_announced_as_there(source, home, tmp_pa
     told = []
     with HubServer({REPO: source}) as hub, using(hub, home):
         for name in ("a", "b"):
-            acquire(REPO, tmp_path / name, "bf16", "bf16", **NAMED, announce=told.append)
+            acquire(REPO, tmp_path / name, Wanted(VARIANT, "bf16", "bf16"), Fetching(announce=told.append))
     assert [use.downloads[0].present for use in told] == [0, told[0].downloads[0].size]
     assert told[1].removed == told[1].downloads[0].remaining == 0

@@ -12,8 +12,7 @@ from helpers.hub_server import HubServer
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import DownloadError, InputError
-from flux2_mlx.store import FILE, find_checkpoint, resolve
-from flux2_mlx.store.names import demo_folder
+from flux2_mlx.store import FILE, demo_folder, find_checkpoint, resolve
 from flux2_mlx.store.parts import Remote, files_of, located
 
 DEMO = demo_folder()

@@ -53,7 +53,9 @@ class Drafts:
     """
 
     def __init__(self, job: Job, images: "list[Image.Image]", settings: dict[str, Any]):
-        self._job, self._images, self._settings = job, images, settings
+        self._job = job
+        self._images = images
+        self._settings = settings
         self._known: tuple[Any, Draft] | None = None
 
     def of(self, pipe: "Flux2Pipeline") -> Draft:
@@ -68,7 +70,8 @@ class Drafts:
         return self._known[1]
 
     def _draft(self, pipe: "Flux2Pipeline") -> Draft:
-        job, edit = self._job, pipe.edit(self._images, **self._settings)
+        job = self._job
+        edit = pipe.edit(self._images, **self._settings)
         whole = _batches(job, lambda prompts, **settings: pipe.request(prompts, edit=edit, **settings))
         request_of = {place: batch.request for batch in whole for place in batch.places}
         requests = [request_of[place] for place in range(len(job.frames))]
@@ -102,7 +105,8 @@ def _batches(job: Job, build: "Callable[..., Request]") -> list[Batch]:
 def _request(job: Job, build: "Callable[..., Request]", places: list[int]) -> "Request":
     """The request of images whose settings are the same."""
     frames = [job.frames[place] for place in places]
-    first, negatives = frames[0].prompt, [job.negative(frame.prompt) or "" for frame in frames]
+    first = frames[0].prompt
+    negatives = [job.negative(frame.prompt) or "" for frame in frames]
     with first.named():
         prompts, seeds = [frame.prompt.text for frame in frames], [frame.seed for frame in frames]
         return build(prompts, seed=seeds, negative_prompt=negatives, **job.settings(first))
@@ -117,7 +121,7 @@ def _paths(job: Job, edit: "Edit", requests: "Sequence[Request]") -> list[Path]:
 
 
 def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path]) -> None:
-    """What can be wrong with the files of images of this size, and of those between their steps."""
+    """Raise InputError if images of this size, or those between their steps, can't be written to their files."""
     from ..images import check_size
 
     for path in paths:

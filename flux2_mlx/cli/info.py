@@ -64,8 +64,6 @@ def info(
       flux2-mlx info owner/name:lora.safetensors
       flux2-mlx info fox.png
     """
-    from ..images import read_settings
-
     planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
     planning |= {"memory-limit": memory_limit}
     planned = [name for name, value in planning.items() if value is not None]
@@ -74,10 +72,7 @@ def info(
     if model is None:
         _put(_all_rows(models_dir), _print_all, as_json)
     elif is_image(model):
-        settings = read_settings(Path(model))
-        _put(settings, print_settings, as_json)
-        if said := _elsewhere(settings, Path(model)):
-            notice(said, quiet=False)
+        _show_image(Path(model), as_json)
     elif found := _found(model, variant, models_dir, planned):
         if as_json:
             print_result(to_json(found_values(found)))
@@ -101,6 +96,16 @@ def info(
         _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
 
 
+def _show_image(path: Path, as_json: bool) -> None:
+    """Show the settings of an image, and on stderr how another one would differ here."""
+    from ..images import read_settings
+
+    settings = read_settings(path)
+    _put(settings, print_settings, as_json)
+    if said := _elsewhere(settings, path):
+        notice(said, quiet=False)
+
+
 def _elsewhere(settings: dict[str, Any], image: Path) -> str | None:
     """The line of `elsewhere` about making `image` again as it was made."""
     from ..device import computing_dtype
@@ -115,7 +120,7 @@ def _about_a_model(option: str) -> click.UsageError:
 
 
 def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
-    """What `model` is if it is weights of something; None: a whole model, or one that is `planned` for."""
+    """What the weights are that `model` names; None: they are a whole model, or it is `planned` for."""
     from ..store import FILE, REPO, SOURCE, conversions, resolve
     from ..store.identification import identify_files, identify_repo, is_weights
 
@@ -173,7 +178,8 @@ def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict
     """What is known of `model`. A fine-tune is not shown as the model that it was made from."""
     from ..store import BUILT_IN, is_official
 
-    checkpoint, folders = pipe.checkpoint, [] if model.kind == BUILT_IN else folders
+    checkpoint = pipe.checkpoint
+    folders = [] if model.kind == BUILT_IN else folders
     official = model.variant is not None or is_official(checkpoint)
     row = {
         "model": checkpoint.variant.name if official else model.name,
@@ -244,7 +250,7 @@ def _print_plan(row: dict[str, Any]) -> None:
 
 
 def _reading(row: dict[str, Any]) -> str:
-    """What makes a run fit that would not otherwise: reading weights from disk again and again."""
+    """How much is read from disk again and again so that a run fits, as the end of a sentence."""
     text = next(phase["streamed"] for phase in row["phases"] if phase["name"] == "text_encoder")
     reads = {"for every prompt": text, "at every step": row["read_a_step"]}
     said = [f"{nbytes / 2**30:.3g} GiB {when}" for when, nbytes in reads.items() if nbytes]

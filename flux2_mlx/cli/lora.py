@@ -73,7 +73,8 @@ def list_command(models_dir: Path | None, as_json: bool) -> None:
     """
     from ..store import adapters_folder, stored_adapters
 
-    stored, folder = list(stored_adapters(models_dir)), adapters_folder(models_dir)
+    stored = list(stored_adapters(models_dir))
+    folder = adapters_folder(models_dir)
     if as_json:
         print_result(to_json({"folder": str(folder), "adapters": [_stored_values(one) for one in stored]}))
         return

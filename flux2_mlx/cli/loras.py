@@ -35,7 +35,7 @@ class Lora:
 
 
 def read(texts: Sequence[str], steps: str | None) -> tuple[Lora, ...]:
-    """Those of `--lora` `SOURCE[:SCALE]` and `--lora-steps` `A-B`; InputError if these are nothing of the kind."""
+    """The adapters that `--lora` names, in the steps of `--lora-steps`; InputError if these can't be read."""
     if steps is not None and not texts:
         raise InputError(f"--lora-steps {steps} needs adapters; give them with --lora")
     own = None if steps is None else _steps(steps)
@@ -69,7 +69,7 @@ def _steps(text: str) -> tuple[int, int]:
 
 
 def remembered(adapters: Any, image: Path, models_dir: Path | None) -> tuple[Lora, ...]:
-    """Those that `image` was made with, where it says so in its settings.
+    """The adapters that `image` was made with, from its settings; none if they tell of none.
 
     Raises:
         InputError: one is not here, or has changed; or the settings are damaged.
@@ -81,7 +81,9 @@ def _found(told: Mapping[str, Any], image: Path, models_dir: Path | None) -> Lor
     from ..store import adapter_with
 
     replay.check_kinds(told, _REMEMBERED, image)
-    name, sha256, origin = Path(told["source"]).name, told["sha256"], told.get("origin")
+    name = Path(told["source"]).name
+    sha256 = told["sha256"]
+    origin = told.get("origin")
     path = adapter_with(sha256, name, [image.parent, Path()], models_dir)
     if path is None:
         way = f"fetch {origin}, or name it with --lora" if origin else "name it with --lora"
@@ -105,7 +107,9 @@ class Adapters:
     """
 
     def __init__(self, loras: Sequence[Lora], bars: Bars, quiet: bool):
-        self._loras, self._bars, self._quiet = loras, bars, quiet
+        self._loras = loras
+        self._bars = bars
+        self._quiet = quiet
         self._noted: set[str] = set()
         self._held = ExitStack()
 

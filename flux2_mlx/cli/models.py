@@ -180,7 +180,8 @@ def verify(ctx: click.Context, model: str, models_dir: Path | None, as_json: boo
     from ..store import demo_folder, named_checkpoints
     from ..verification import verify as verify_folder
 
-    folders, good = [], True
+    folders = []
+    good = True
     for folder in named_checkpoints(model, models_dir or ctx.obj):
         with Bars(quiet) as bars:
             report = verify_folder(folder, partial(bars.show, "verify"))

@@ -95,7 +95,7 @@ def _make(record: Record, images: "list[Image.Image]", bars: Bars, as_json: bool
 
 
 def _rewritten(record: Record, batch: Batch) -> "tuple[Request, Plan | None]":
-    """The request of a batch with what was made of its prompts, and the plan unless they are others now."""
+    """The request of a batch with its rewritten prompts, and its plan; None: they have changed, so it is of another."""
     texts = [record.texts[record.job.frames[place].number] for place in batch.places]
     if tuple(texts) == batch.request.prompts:
         return batch.request, batch.planned
@@ -106,8 +106,9 @@ def _rewritten(record: Record, batch: Batch) -> "tuple[Request, Plan | None]":
 def _listener(
     record: Record, request: "Request", places: "Sequence[int]", bars: Bars, as_json: bool
 ) -> "Callable[[Progress], None]":
-    """What hears of the run of a batch: it shows how far that is, and saves and prints images."""
-    job, denoised = record.job, True
+    """The `on_progress` of a batch's run: it shows how far that is, and saves and prints images."""
+    job = record.job
+    denoised = True
 
     def on_progress(progress: "Progress") -> None:
         nonlocal denoised
@@ -134,7 +135,8 @@ def _save(record: Record, place: int, image: "Image.Image") -> Path:
     """Write an image to its path, or beside it if something has appeared there meanwhile."""
     from ..images import save
 
-    path, settings = record.paths[place], record.settings(place) if record.job.metadata else None
+    path = record.paths[place]
+    settings = record.settings(place) if record.job.metadata else None
     path.parent.mkdir(parents=True, exist_ok=True)
     replace = record.job.force or is_empty(record.job, path)
     record.paths[place] = save(image, path, settings, replace=replace)
@@ -153,7 +155,7 @@ def _save_previews(job: Job, paths: list[Path], step: int, previews: "list[Image
 
 
 def _check(job: Job, images: "list[Image.Image]") -> None:
-    """What can be known to be wrong before anything of the model is."""
+    """Raise InputError for what can be known to be wrong before anything is known of the model."""
     from ..device import memory_bytes
     from ..embedding_cache import default_limit
     from ..images import open_image
@@ -242,7 +244,8 @@ def _hint(record: Record) -> None:
 
 def _count_tokens(pipe: "Flux2Pipeline", request: "Request", edit: "Edit", job: Job) -> None:
     size = pipe.token_size
-    image, references = request.width * request.height // size**2, sum(edit.token_counts(size))
+    image = request.width * request.height // size**2
+    references = sum(edit.token_counts(size))
     notice(f"{image} tokens of the image and {references} of {len(edit.references)} references", job.quiet)
 
 
@@ -254,7 +257,8 @@ def _rewrite(
 
     if job.rewritten is not None:
         return job.rewritten, []
-    prompts, timings = [prompt.text for prompt in job.prompts], []
+    prompts = [prompt.text for prompt in job.prompts]
+    timings = []
     if job.interpret:
         pictures = [open_image(path) for path in job.interpret]
         writer = _seeing(pipe, job, bars)

@@ -86,7 +86,8 @@ class Bars:
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self._bar, self._phase = None, ""
+            self._bar = None
+            self._phase = ""
 
 
 class _Bar:
@@ -111,7 +112,9 @@ class _Lines:
     """A line of a phase now and then, and one when it is complete."""
 
     def __init__(self, phase: str, done: int, total: int):
-        self._phase, self._total, self._first = phase, total, done
+        self._phase = phase
+        self._total = total
+        self._first = done
         self._start = self._last = time.monotonic()
         self._complete = False
 
@@ -119,7 +122,8 @@ class _Lines:
         now = time.monotonic()
         if self._complete or (done < self._total and now - self._last < _PAUSE):
             return
-        self._last, self._complete = now, done >= self._total
+        self._last = now
+        self._complete = done >= self._total
         click.echo(f"{_LABELS[self._phase]}: {self._state(done, now - self._start)}", err=True)
 
     def close(self) -> None:
@@ -201,7 +205,8 @@ class Stream:
 
     def __init__(self, quiet: bool):
         self._quiet = quiet
-        self._number, self._shown = 0, ""
+        self._number = 0
+        self._shown = ""
 
     def __enter__(self) -> "Stream":
         return self
@@ -216,7 +221,8 @@ class Stream:
             return
         if number != self._number:
             click.echo(err=True)
-            self._number, self._shown = number, ""
+            self._number = number
+            self._shown = ""
         # The last character of an unfinished word may still change.
         settled = text.rstrip("\ufffd")
         if settled.startswith(self._shown):

@@ -165,7 +165,8 @@ def _rows(lines: list[str], name: str) -> Iterator[Prompt]:
     head: list[str] | None = None
     try:
         for row in rows:
-            cells, where = _filled(row), f"line {rows.line_num} of {name}"
+            cells = _filled(row)
+            where = f"line {rows.line_num} of {name}"
             if not cells or cells[0].startswith("#"):
                 continue
             if head is None:

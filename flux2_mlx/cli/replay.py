@@ -143,7 +143,7 @@ def find_model(name: str, fingerprint: str | None, image: Path, *, models_dir: P
 
 
 def label(model: "Model") -> str:
-    """What an image says of its model: a name or repo, or of what is in a folder of this machine that one's name."""
+    """What an image says of its model: its name in the table, its repo, or the name of its folder or file here."""
     if model.variant:
         return model.variant.name
     return model.repo or Path(os.path.abspath(model.place)).name

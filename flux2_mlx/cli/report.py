@@ -52,8 +52,7 @@ class Record:
         self.paths = list(self.draft.paths)
 
     def sampled(self, place: int) -> dict[str, Any]:
-        """What an image was made with besides its prompt and seed: of the settings that may differ from image to
-        image."""
+        """The settings of an image, besides its prompt and seed, that may differ from image to image."""
         from ..provenance import sampled
 
         settings = sampled(self.draft.requests[place], self.draft.edit)
@@ -83,7 +82,8 @@ class Record:
         """
         from ..provenance import adapters, weights
 
-        asked, places = [prompt.text for prompt in self.job.prompts], range(len(self.paths))
+        asked = [prompt.text for prompt in self.job.prompts]
+        places = range(len(self.paths))
         texts = self.texts if self.texts != asked else [None]
         settings = [self.sampled(place) for place in places]
         shared = {name: x if all(other[name] == x for other in settings) else None for name, x in settings[0].items()}
@@ -121,7 +121,8 @@ class Record:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What an image was made with another of than is wanted, from its settings; what one of them lacks is none."""
+    """The settings in which an image differs from what is wanted, in words. What either does not tell is no
+    difference."""
     changed = [
         name for name in _COMPARED if None not in (found.get(name), wanted[name]) and found[name] != wanted[name]
     ]

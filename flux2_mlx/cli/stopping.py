@@ -38,7 +38,8 @@ def stoppable() -> Iterator[None]:
         if not handled or not isinstance(lost.exc_value, KeyboardInterrupt):
             hook(lost)
             return
-        number, started = _number(lost.exc_value), False
+        number = _number(lost.exc_value)
+        started = False
         while not started:
             for each in handled:
                 signal.signal(each, stop)

@@ -24,7 +24,8 @@ def awake() -> Iterator[None]:
     if program is None:
         yield
         return
-    watching, silent = None, subprocess.DEVNULL
+    watching = None
+    silent = subprocess.DEVNULL
     with suppress(OSError):
         watching = subprocess.Popen(
             [program, "-i", "-w", str(os.getpid())],

@@ -3,7 +3,6 @@ and the converter."""
 
 from ..convert.lora import Inspection, Preset
 from ..hub import Download
-from .acquisition import Announce, FirstUse, Progress
 from .adapter_sources import FoundAdapter, adapter_with, find_adapter
 from .adapters import (
     StoredAdapter,
@@ -14,35 +13,19 @@ from .adapters import (
     stored_adapters,
 )
 from .checkpoints import find_checkpoint
-from .conversion import convert_model, make_checkpoint
-from .names import (
-    BUILT_IN,
-    CHECKPOINT,
-    FILE,
-    REPO,
-    SOURCE,
-    VARIANT,
-    Model,
-    demo_folder,
-    find_variant,
-    get_variant,
-    models_folder,
-    resolve,
-    stored_checkpoints,
-)
-from .stock import (
-    checked_variant,
+from .conversion import convert_model
+from .converted import (
     conversions,
     converted_folders,
     described,
     find_conversion,
-    is_official,
     named_checkpoints,
-    open_source,
     sizes,
     stored_quants,
-    what_is_here,
 )
+from .first_use import Announce, FirstUse, Progress
+from .folder import demo_folder, is_official, models_folder
+from .names import BUILT_IN, CHECKPOINT, FILE, REPO, SOURCE, VARIANT, Model, find_variant, get_variant, resolve
 
 __all__ = [
     "BUILT_IN",
@@ -62,7 +45,6 @@ __all__ = [
     "StoredAdapter",
     "adapter_with",
     "adapters_folder",
-    "checked_variant",
     "conversions",
     "convert_adapter",
     "convert_model",
@@ -76,15 +58,11 @@ __all__ = [
     "get_variant",
     "inspect_adapter",
     "is_official",
-    "make_checkpoint",
     "models_folder",
     "named_checkpoints",
     "open_adapter",
-    "open_source",
     "resolve",
     "sizes",
     "stored_adapters",
-    "stored_checkpoints",
     "stored_quants",
-    "what_is_here",
 ]

@@ -18,13 +18,15 @@ from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
 from ..layout import PICKLES
-from .acquisition import Progress, labelled
-from .names import cached_repo, models_folder
+from .first_use import Progress, labelled
+from .folder import models_folder
+from .names import cached_repo
 from .parts import Remote, located
 
 ADAPTERS = "loras"  # in the models folder
 _USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_SUFFIX, _PEFT_CONFIG = ".safetensors", "adapter_config.json"
+_SUFFIX = ".safetensors"
+_PEFT_CONFIG = "adapter_config.json"
 _ALPHAS = ("alpha",)  # single numbers, which are read with the header
 _SOME = 5
 
@@ -38,7 +40,9 @@ class FoundAdapter:
     """
 
     def __init__(self, source: str, file: AdapterFile, selection: Selection | None = None):
-        self.source, self.file, self._selection = source, file, selection
+        self.source = source
+        self.file = file
+        self._selection = selection
         self._is_here = selection is None
 
     @property
@@ -106,7 +110,8 @@ def find_adapter(
         InputError: no such address. DownloadError: it is not there, or can't be asked for. CheckpointError: it is
             damaged, or no adapter for FLUX.2.
     """
-    where, told = located(source), os.fspath(source)
+    where = located(source)
+    told = os.fspath(source)
     inside = "/".join(filter(None, (subfolder, weight_name)))
     if isinstance(where, Path):
         folder = where if subfolder is None else where / _within(where, subfolder)
@@ -145,7 +150,8 @@ def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
     chosen = usual if len(usual) == 1 else chosen
     if len(chosen) != 1:
         raise DownloadError(_several(wanted, chosen, weights))
-    stem, folder = chosen[0].removesuffix(_SUFFIX), os.path.dirname(chosen[0])
+    stem = chosen[0].removesuffix(_SUFFIX)
+    folder = os.path.dirname(chosen[0])
     beside = (os.path.join(folder, _PEFT_CONFIG), f"{stem}.json")
     return [*(name for name in beside if name in names), *chosen]
 

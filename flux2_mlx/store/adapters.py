@@ -11,9 +11,10 @@ from ..convert.lora import AdapterFile, Inspection, inspect, read_adapter, save_
 from ..errors import CheckpointError, InputError
 from ..hub import snapshot_files
 from ..weights import read_header
-from .acquisition import Progress, labelled
 from .adapter_sources import ADAPTERS, find_adapter
-from .names import cached_repo, models_folder
+from .first_use import Progress, labelled
+from .folder import models_folder
+from .names import cached_repo
 
 _SUFFIX = ".safetensors"
 

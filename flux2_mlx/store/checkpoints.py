@@ -1,11 +1,11 @@
 """The store of models: from a name to a converted MLX checkpoint, fetched and converted first if need be."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint import Checkpoint, is_checkpoint, variant_components
 from ..components import COMPONENTS
@@ -14,10 +14,13 @@ from ..convert import LAST_USED, Source, check_source, check_writable
 from ..errors import CheckpointError, InputError
 from ..exclusion import exclude
 from ..files import Claim
-from .acquisition import Announce, Progress, convert_source, labelled
-from .conversion import claim, gathered, holding, in_full, make_checkpoint
-from .names import FILE, SOURCE, Model, models_folder, resolve
-from .stock import checked_variant, checkpoint_name, conversions, folder_name, what_is_here
+from .acquisition import convert_source, in_full
+from .conversion import claim, holding, make_checkpoint, make_from_parts
+from .converted import checkpoint_name, conversions, folder_name
+from .first_use import Announce, Check, Fetching, Progress
+from .folder import models_folder
+from .names import FILE, SOURCE, Model, resolve
+from .sources import Wanted, checked_variant, what_is_here
 
 
 def find_checkpoint(
@@ -30,7 +33,7 @@ def find_checkpoint(
     text_only: bool = False,
     only_converted: bool = False,
     keep_source: bool = True,
-    check: Callable[[Checkpoint], object] | None = None,
+    check: Check | None = None,
     announce: Announce | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -46,118 +49,113 @@ def find_checkpoint(
         only_converted: fetch and convert nothing.
         check: called with the checkpoint that will be made, which has no files yet, as soon as that is known and before
             anything is fetched or converted, and again if the files say otherwise; it may raise what speaks against it.
-        keep_source, announce: of what is fetched; see `acquire`.
+        keep_source, announce: of what is fetched; see `Fetching`.
         progress: called with bytes done, bytes in all, and `download` or `convert`.
 
     Raises:
         InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
     """
     model = resolve(source, models_dir)
-    variant = checked_variant(model, variant)
+    wanted = Wanted(checked_variant(model, variant), quant, text_quant, text_only)
     if model.is_checkpoint:
-        return holding(model.place, variant)
-    if model.kind == FILE:
-        return _of_file(
-            model,
-            variant,
-            quant,
-            text_quant,
-            models_dir,
-            only_converted,
-            text_only=text_only,
-            keep_source=keep_source,
-            check=check,
-            announce=announce,
-            progress=progress,
-        )
+        return holding(model.place, wanted.variant)
     with claim(model):
-        opened, is_complete = None, True
-        if model.kind == SOURCE:
-            opened, is_complete = what_is_here(
-                model, variant, text_quant=text_quant, models_dir=models_dir, text_only=text_only
+        conversion = (_OfFile if model.kind == FILE else _OfModel)(model, wanted, models_folder(models_dir))
+        folder = conversion.stored()
+        if folder is not None:
+            holding(folder, wanted.variant)
+        elif only_converted:
+            raise InputError(
+                f"{model.name} is not converted yet; name it with model=NAME to have it fetched and converted"
             )
-        quants = opened.quants(quant, text_quant) if opened else in_full(quant, text_quant)
-        name = f"{opened.variant.name}-{opened.fingerprint[:12]}" if opened else folder_name(model)
-        targets = [models_folder(models_dir) / x for x in _sufficient(name, *quants, text_only)]
-        if found := next(filter(is_checkpoint, targets), None):
-            return _used(holding(found, variant))
-        if only_converted:
-            raise _not_converted(model)
-        outline = _outline(model, opened, *quants, text_only) if check and is_complete else None
-        if check is not None and outline is not None:
-            check(outline)
-        check_writable(targets[0])
-        stored = None if text_only else _unquantized(targets[0].parent, name, *quants)
-        with _unless_made(targets[0]):
-            if opened is not None and is_complete and stored is None:
-                converting = labelled(progress, "convert")
-                convert_source(opened, targets[0], quant, text_quant, name=model.origin, progress=converting)
+        else:
+            folder = conversion.make(Fetching(keep_source, check, announce, progress))
+    return _used(folder)
+
+
+class _OfFile:
+    """The conversion of a file of the Hub, which alone tells what it would be stored as without a quantization."""
+
+    def __init__(self, model: Model, wanted: Wanted, folder: Path):
+        self._model = model
+        self._wanted = wanted
+        self._folder = folder
+
+    def stored(self) -> Path | None:
+        """The one in most bits that there is, as far as a quantization is left open."""
+        wanted = self._wanted
+        found = map(Checkpoint.open, conversions(self._model, self._folder, painting=not wanted.text_only))
+        fitting = [x for x in found if wanted.quant in (None, x.quant) and wanted.text_quant in (None, x.text_quant)]
+        return min(fitting, key=_place).folder if fitting else None
+
+    def make(self, fetching: Fetching) -> Path:
+        check_writable(self._target("bf16", "bf16"))
+        return make_from_parts(self._model, {}, self._target, self._wanted, fetching, models_dir=self._folder)
+
+    def _target(self, quant: str, text_quant: str) -> Path:
+        return self._folder / _sufficient(folder_name(self._model), quant, text_quant, self._wanted.text_only)[0]
+
+
+def _place(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Where a checkpoint stands among those of a model, by the bits of its transformer and its text encoder."""
+    return QUANTIZATIONS.index(checkpoint.quant), QUANTIZATIONS.index(checkpoint.text_quant)
+
+
+class _OfModel:
+    """The conversion of a model whose name or files tell what it will be stored as."""
+
+    def __init__(self, model: Model, wanted: Wanted, folder: Path):
+        self._model = model
+        self._wanted = wanted
+        self._folder = folder
+        self._source: Source | None = None
+        self._is_whole = True
+        if model.kind == SOURCE:
+            self._source, self._is_whole = what_is_here(model, wanted, folder)
+        store_as = in_full if self._source is None else self._source.quants
+        self._quants = store_as(wanted.quant, wanted.text_quant)
+        source = self._source
+        self._name = f"{source.variant.name}-{source.fingerprint[:12]}" if source else folder_name(model)
+        self._targets = [folder / name for name in _sufficient(self._name, *self._quants, wanted.text_only)]
+
+    def stored(self) -> Path | None:
+        return next(filter(is_checkpoint, self._targets), None)
+
+    def make(self, fetching: Fetching) -> Path:
+        target = self._targets[0]
+        outline = self._outline() if fetching.check and self._is_whole else None
+        if fetching.check and outline:
+            fetching.check(outline)
+            fetching = replace(fetching, check=partial(_check_again, fetching.check, outline))
+        check_writable(target)
+        stored = None if self._wanted.text_only else _unquantized(self._folder, self._name, *self._quants)
+        with _unless_made(target):
+            if self._source is not None and self._is_whole and stored is None:
+                progress = fetching.report("convert")
+                convert_source(self._source, target, self._wanted, name=self._model.origin, progress=progress)
             else:
-                make_checkpoint(
-                    model if stored is None else resolve(stored),
-                    targets[0],
-                    *quants,
-                    variant=variant,
-                    models_dir=models_dir,
-                    text_only=text_only,
-                    keep_source=keep_source,
-                    check=check and partial(_check_again, check, outline),
-                    announce=announce,
-                    progress=progress,
-                )
-    return _used(targets[0])
+                model = self._model if stored is None else resolve(stored)
+                wanted = replace(self._wanted, quant=self._quants[0], text_quant=self._quants[1])
+                make_checkpoint(model, target, wanted, fetching, models_dir=self._folder)
+        return target
+
+    def _outline(self) -> Checkpoint | None:
+        """What the model will be when it is converted; None: its files must tell, which are not here."""
+        source = self._source
+        variant = self._model.variant
+        if source is not None:
+            return Checkpoint.outline(source.variant, *self._quants, check_source(source, *self._quants))
+        if variant is None:
+            return None
+        components = variant_components(variant, *self._quants)
+        if self._wanted.text_only:
+            components = {name: part for name, part in components.items() if COMPONENTS[name].part == "text_encoder"}
+        return Checkpoint.outline(variant, *self._quants, components)
 
 
-def _not_converted(model: Model) -> InputError:
-    return InputError(f"{model.name} is not converted yet; name it with model=NAME to have it fetched and converted")
-
-
-def _of_file(
-    model: Model,
-    variant: str | None,
-    quant: str | None,
-    text_quant: str | None,
-    models_dir: str | os.PathLike[str] | None,
-    only_converted: bool,
-    *,
-    text_only: bool,
-    **fetching: Any,
-) -> Path:
-    """The checkpoint of a file of the Hub. Without a quantization it is the one in most bits that there is, since only
-    the file tells what it would be stored as."""
-    found = [Checkpoint.open(path) for path in conversions(model, models_dir, painting=not text_only)]
-    fitting = [x for x in found if quant in (None, x.quant) and text_quant in (None, x.text_quant)]
-    if fitting:
-        best = min(fitting, key=lambda x: (QUANTIZATIONS.index(x.quant), QUANTIZATIONS.index(x.text_quant)))
-        return _used(holding(best.folder, variant))
-    if only_converted:
-        raise _not_converted(model)
-    folder = models_folder(models_dir)
-
-    def target(quant: str, text_quant: str) -> Path:
-        return folder / _sufficient(folder_name(model), quant, text_quant, text_only)[0]
-
-    check_writable(target("bf16", "bf16"))
-    settings = {"variant": variant, "text_only": text_only, **fetching}
-    return _used(gathered(model, {}, target, quant, text_quant, models_dir=models_dir, **settings))
-
-
-def _outline(model: Model, source: Source | None, quant: str, text_quant: str, text_only: bool) -> Checkpoint | None:
-    """What `model`, whose `source` is open if it is here, will be when it is converted; None: its files must tell."""
-    if source is not None:
-        components = check_source(source, quant, text_quant)
-        return Checkpoint.outline(source.variant, quant, text_quant, components)
-    if model.variant is None:
-        return None
-    components = variant_components(model.variant, quant, text_quant)
-    if text_only:
-        components = {name: part for name, part in components.items() if COMPONENTS[name].part == "text_encoder"}
-    return Checkpoint.outline(model.variant, quant, text_quant, components)
-
-
-def _check_again(check: Callable[[Checkpoint], object], outline: Checkpoint | None, found: Checkpoint) -> None:
+def _check_again(check: Check, outline: Checkpoint, found: Checkpoint) -> None:
     """Have what the files say checked, if it is something else than the `outline` that was."""
-    if outline is None or outline.model != found.model:
+    if outline.model != found.model:
         check(found)
 
 

@@ -6,23 +6,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from ..checkpoint import MANIFEST, Checkpoint
-from ..config import check_quant
 from ..convert import PARTS, check_target, requantize
 from ..convert.lora import Fold
 from ..errors import DownloadError, InputError
 from ..files import Claim
 from ..hub import UnindexedError
-from ..quantization import DEFAULT_TEXT_QUANT
 from ..weights import read_json
-from .acquisition import Announce, Progress, acquire, labelled
+from .acquisition import acquire
 from .adapters import open_adapter
-from .gathering import gather
-from .names import BUILT_IN, REPO, VARIANT, Model, models_folder, resolve, similar_repo
+from .first_use import Announce, Fetching, Progress
+from .folder import models_folder, official_first
+from .gathering import Gathering, gather
+from .names import BUILT_IN, REPO, VARIANT, Model, resolve, similar_repo
 from .parts import Remote, files_of, located
-from .stock import checked_variant, official_first
+from .sources import Wanted, checked_variant
 
 
 def convert_model(
@@ -41,8 +40,16 @@ def convert_model(
 ) -> Model:
     """Convert what `name` means into the folder `target`, once it is known that it can be; gives what it means.
 
-    The settings are those of `make_checkpoint`, and `adapters` names those that are folded in, as `open_adapter` takes
-    them, with the scale of each.
+    Args:
+        name: a model's name or path; see `resolve`.
+        target: the folder to make.
+        variant: the model's name where the source can't tell; where it can, InputError if it is another.
+        quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
+        parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
+        adapters: what is folded into its weights, as `open_adapter` takes it, with the scale of each.
+        force: replace an MLX checkpoint at `target`.
+        keep_source, announce, progress: of what is fetched; see `Fetching`.
 
     Raises:
         InputError: the target can't be made or replaced, or the model is built in.
@@ -52,119 +59,77 @@ def convert_model(
     check_target(target, force)
     if model.kind == BUILT_IN and not parts and not adapters:
         raise InputError(f"{model.name} is built in and needs no conversion")
-    folds = [Fold(open_adapter(name, progress=progress), scale, name) for name, scale in adapters]
-    make_checkpoint(
-        model,
-        target,
-        quant,
-        text_quant,
-        variant=variant,
-        parts=parts,
-        folds=folds,
-        force=force,
-        keep_source=keep_source,
-        announce=announce,
-        progress=progress,
-    )
+    folds = tuple(Fold(open_adapter(name, progress=progress), scale, name) for name, scale in adapters)
+    wanted = Wanted(variant, quant, text_quant, folds=folds)
+    fetching = Fetching(keep_source, announce=announce, progress=progress)
+    make_checkpoint(model, target, wanted, fetching, parts=parts, force=force)
     return model
 
 
 def make_checkpoint(
     model: Model,
     target: Path,
-    quant: str | None,
-    text_quant: str | None,
+    wanted: Wanted,
+    fetching: Fetching,
     *,
-    variant: str | None = None,
     parts: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
     models_dir: str | os.PathLike[str] | None = None,
-    text_only: bool = False,
-    folds: Sequence[Fold] = (),
     force: bool = False,
-    keep_source: bool = True,
-    check: Callable[[Checkpoint], object] | None = None,
-    announce: Announce | None = None,
-    progress: Progress | None = None,
 ) -> None:
     """Convert `model` into a new checkpoint, fetched first if need be; one that is a checkpoint gets fewer bits.
 
     Args:
         model: see `resolve`.
         target: the folder to make.
-        quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
-        variant: what `checked_variant` gives.
+        wanted: what of it, and how it is to be stored.
+        fetching: how it is fetched, and who hears of it.
         parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
         models_dir: where converted models are that give what single files lack, which else the official repo does.
-        text_only: leave out the transformer and the VAE.
-        folds: adapters that are folded into its weights.
         force: replace an MLX checkpoint at `target`.
-        keep_source, check, announce: of what is fetched; see `acquire`.
-        progress: called with bytes done, bytes in all, and `download` or `convert`.
     """
     given = {name: located(where) for name, where in parts.items()}
     if model.is_checkpoint and not given:
-        stored = Checkpoint.open(holding(model.place, variant))
-        converting = labelled(progress, "convert")
-        requantize(stored, target, quant, text_quant, folds=folds, force=force, progress=converting)
+        stored = Checkpoint.open(holding(model.place, wanted.variant))
+        requantize(
+            stored,
+            target,
+            wanted.quant,
+            wanted.text_quant,
+            folds=wanted.folds,
+            force=force,
+            progress=fetching.report("convert"),
+        )
         return
     with _suggesting(model.origin) if model.path is None else nullcontext():
         if model.kind in (REPO, VARIANT) and not given:
             try:
-                acquire(
-                    model.origin,
-                    target,
-                    *in_full(quant, text_quant),
-                    known=model.variant,
-                    variant=variant,
-                    text_only=text_only,
-                    keep_source=keep_source,
-                    folds=folds,
-                    force=force,
-                    check=check,
-                    announce=announce,
-                    progress=progress,
-                )
+                acquire(model.origin, target, wanted, fetching, known=model.variant, force=force)
                 return
             except UnindexedError as error:
                 _check_single(Remote(model.origin), error)
-        gathered(
-            model,
-            given,
-            lambda *_: target,
-            quant,
-            text_quant,
-            models_dir=models_dir,
-            variant=variant,
-            text_only=text_only,
-            keep_source=keep_source,
-            folds=folds,
-            force=force,
-            check=check,
-            announce=announce,
-            progress=progress,
-        )
+        make_from_parts(model, given, lambda *_: target, wanted, fetching, models_dir=models_dir, force=force)
 
 
-def gathered(
+def make_from_parts(
     model: Model,
     given: Mapping[str, Path | Remote],
     target: Callable[[str, str], Path],
-    *quants: str | None,
+    wanted: Wanted,
+    fetching: Fetching,
+    *,
     models_dir: str | os.PathLike[str] | None,
-    **settings: Any,
+    force: bool = False,
 ) -> Path:
-    """Convert `model` with other parts than its own, or one whose parts are files; see `gather`."""
-    name, where = model.origin, Remote(model.repo, model.file) if model.path is None and model.repo else model.place
+    """Convert `model` with the `given` parts in place of its own, or one whose parts are files; see `gather`."""
+    name = model.origin
+    where = Remote(model.repo, model.file) if model.path is None and model.repo else model.place
     if model.kind in (REPO, VARIANT) and given:
         name = f"{name} with another {' and '.join(given)}"
         given = {**dict.fromkeys(PARTS, where), PARTS[0]: Remote(model.origin, PARTS[0]), **given}
         where = given.pop(PARTS[0])
-    others = partial(official_first, models_folder(models_dir))
-    with (
-        Claim(model.path.absolute().parent.parent) if model.path and model.repo else nullcontext()
-    ):  # of the Hub's cache
-        return gather(name, where, given, others, target, *quants, **settings)
+    gathering = Gathering(where, given, wanted, partial(official_first, models_folder(models_dir)))
+    with claim(model):
+        return gather(name, gathering, target, wanted, fetching, force=force)
 
 
 def _check_single(where: Remote, error: UnindexedError) -> None:
@@ -184,12 +149,6 @@ def _suggesting(repo: str) -> Iterator[None]:
         if similar := similar_repo(repo):
             raise DownloadError(f"{error}; did you mean {similar}?") from error
         raise
-
-
-def in_full(quant: str | None, text_quant: str | None) -> tuple[str, str]:
-    """How a model is to be stored that is in 16 bits, as those on the Hub are."""
-    quant = check_quant(quant or "bf16")
-    return quant, check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
 
 
 def claim(model: Model) -> AbstractContextManager[object]:

@@ -1,22 +1,22 @@
 """Parts of models, here and on the Hub, become a checkpoint: they are looked through first, then fetched, then
 converted."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from .. import hub
 from ..checkpoint import Checkpoint
 from ..convert import MissingPartsError, Source, assembled, check_folds, check_source, formats, is_loose
-from ..convert.lora import Fold
 from ..errors import CheckpointError, DownloadError, InputError
 from ..hub import Download
 from ..layout import told
-from .acquisition import Announce, FirstUse, Progress, check_space, convert_source, discard, labelled
+from .acquisition import convert_source
+from .first_use import Fetching
 from .parts import Remote, files_of, main_file
+from .sources import Wanted
 
 _TEKKEN = ("tekken_model",)  # a tensor that is a tokenizer
 _TRANSFORMER = "transformer"
@@ -29,12 +29,15 @@ class Gathering:
     Args:
         where: its weights: a file of one or several parts, or a whole model that is here.
         given: where other parts are than its own.
+        wanted: what of it, and how it is to be stored.
         others: gives converted models, one of which gives what is missing then.
-        settings: what else `assembled` takes.
     """
 
-    def __init__(self, where: Path | Remote, given: Mapping[str, Path | Remote], others: Others, **settings: Any):
-        self._where, self._given, self._others, self._settings = where, dict(given), others, settings
+    def __init__(self, where: Path | Remote, given: Mapping[str, Path | Remote], wanted: Wanted, others: Others):
+        self._where = where
+        self._given = dict(given)
+        self._wanted = wanted
+        self._others = others
         self._borrowed: list[str] = []
         self._selections: dict[tuple[Remote, str | None], hub.Selection] = {}
         self._held = ExitStack()
@@ -86,18 +89,26 @@ class Gathering:
     def _assembled(self) -> Source:
         given = {name: self._at(where, name) for name, where in self._given.items()}
         place = self._at(self._where, None)
+        wanted = self._wanted
         if not given and not is_loose(place):
-            return Source.open(place, self._settings["variant"], text_only=self._settings["text_only"])
+            return Source.open(place, wanted.variant, text_only=wanted.text_only)
         transformer = self._given.get(_TRANSFORMER, self._where)
         repo = transformer.repo if isinstance(transformer, Remote) else ""
         with self.named():
             source = assembled(
-                place, given, others=self._others(), repo=repo, borrowed=self._borrowed, **self._settings
+                place,
+                given,
+                wanted.variant,
+                others=self._others(),
+                text_quant=wanted.text_quant,
+                text_only=wanted.text_only,
+                repo=repo,
+                borrowed=self._borrowed,
             )
-        borrowed = (
-            [f"{place} has no {told(self._borrowed)}; taken from {source.variant.repo}"] if self._borrowed else []
-        )
-        return replace(source, notes=tuple(self._called(note) for note in (*borrowed, *source.notes)))
+        notes = list(source.notes)
+        if self._borrowed:
+            notes.insert(0, f"{place} has no {told(self._borrowed)}; taken from {source.variant.repo}")
+        return replace(source, notes=tuple(map(self._called, notes)))
 
     def _at(self, where: Path | Remote, part: str | None) -> Path:
         """The folder or file of a part; an outline of it, if it is on the Hub and not fetched."""
@@ -128,58 +139,39 @@ class Gathering:
 
 def gather(
     name: str,
-    where: Path | Remote,
-    given: Mapping[str, Path | Remote],
-    others: Others,
+    gathering: Gathering,
     target: Callable[[str, str], Path],
-    quant: str | None,
-    text_quant: str | None,
+    wanted: Wanted,
+    fetching: Fetching,
     *,
-    variant: str | None = None,
-    text_only: bool = False,
-    folds: Sequence[Fold] = (),
     force: bool = False,
-    keep_source: bool = True,
-    check: Callable[[Checkpoint], object] | None = None,
-    announce: Announce | None = None,
-    progress: Progress | None = None,
 ) -> Path:
     """Convert a model that is put together from parts. Before the first weight is fetched everything is checked that
     small files and headers tell. Gives the folder.
 
     Args:
         name: what the checkpoint says that it was made from.
-        where, given, others: see `Gathering`.
+        gathering: its parts, which are not gathered yet.
         target: the folder to make, by the quantizations of transformer and text encoder.
-        quant, text_quant: as in `Source.quants`.
-        variant, text_only: see `assembled`.
-        folds: adapters that are folded into its weights.
+        wanted: what of it, and how it is to be stored.
+        fetching: how, and who hears of it.
         force: replace an MLX checkpoint at `target`.
-        keep_source, check, announce, progress: see `acquire`.
 
     Raises:
         InputError, CheckpointError, DownloadError: a part is none, can't be fetched, or does not fit on the disk.
     """
-    settings = {"variant": variant, "text_quant": text_quant, "text_only": text_only}
-    with Gathering(where, given, others, **settings) as gathering:
+    with gathering:
         source = gathering.source()
-        quants = source.quants(quant, text_quant)
+        quants = source.quants(wanted.quant, wanted.text_quant)
         folder = target(*quants)
         downloads = gathering.downloads
-        check_folds(source, folds)
+        check_folds(source, wanted.folds)
         if downloads:
             with gathering.named():
                 components = check_source(source, *quants)
-            converted = sum(component.nbytes for component in components.values())
-            check_space(downloads, folder, converted)
-            if check:
-                check(Checkpoint.outline(source.variant, *quants, components))
-            if announce:
-                announce(FirstUse(name, downloads, folder, converted, keep_source))
-            gathering.fetch(labelled(progress, "download"))
+            fetching.begin(name, downloads, folder, Checkpoint.outline(source.variant, *quants, components))
+            gathering.fetch(fetching.report("download"))
             source = gathering.source()
-        converting = labelled(progress, "convert")
-        convert_source(source, folder, quant, text_quant, name=name, folds=folds, force=force, progress=converting)
-    for download in downloads if not keep_source else ():
-        discard(download)
+        convert_source(source, folder, wanted, name=name, force=force, progress=fetching.report("convert"))
+    fetching.end(downloads)
     return folder

@@ -24,8 +24,8 @@ from ..convert import (
 from ..errors import CheckpointError, InputError
 from ..layout import INDEX
 from ..weights import Files
-from .names import get_variant, models_folder
-from .stock import whole_checkpoints
+from .folder import models_folder, whole_checkpoints
+from .names import get_variant
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def _entries(folder: Path) -> Iterator[Item]:
             kept.clear()
             return []
 
-        nbytes, used = sum(entry.size for entry in entries), entries[-1].used / 1e9
+        nbytes = sum(entry.size for entry in entries)
+        used = entries[-1].used / 1e9
         yield Item(kind, folder.name, folder, nbytes, used, f"{len(entries)} {what}", frozenset(), remove)
 
 
@@ -121,7 +122,8 @@ def _swept(path: Path) -> Callable[[], list[Path]]:
 
 
 def _converted(folder: Path) -> Item:
-    names, note = {folder.name.lower()}, "damaged"
+    names = {folder.name.lower()}
+    note = "damaged"
     try:
         manifest = read_json(folder / MANIFEST)
         source, bits = (_table(manifest.get(key)) for key in ("source", "quantization"))
@@ -135,7 +137,8 @@ def _converted(folder: Path) -> Item:
 
 
 def _names(source: str) -> set[str]:
-    """What a model goes by that was made from `source`; one that only resembles one of the table has not its name."""
+    """The names that a model made from `source` goes by; one that only resembles a model of the table lacks its
+    name."""
     name = source.lower()
     variant = _REPOS.get(name, name)
     return {name, variant, *(repo for repo, known in _REPOS.items() if known == variant)} - {""}

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,7 +15,7 @@ from ..config import VARIANTS, Variant
 from ..errors import InputError
 from ..hub import is_repo_id
 from ..layout import INDEX
-from ..staging import bring_all_back
+from .folder import demo_folder, expanded, models_folder, stored_checkpoints
 
 DEMO = "demo"
 BUILT_IN, VARIANT, REPO, CHECKPOINT, SOURCE, FILE = "built-in", "variant", "repo", "checkpoint", "source", "file"
@@ -60,8 +59,8 @@ class Model:
 
     @property
     def origin(self) -> str:
-        """What a checkpoint that was converted from it says of that: a repo id, the file of a repo, or a path, which
-        never looks like a name."""
+        """What a checkpoint names as its source if it was converted from this: a repo id, the file of a repo, or a
+        path that never looks like a name."""
         if self.file:
             return f"{self.repo}:{self.file}"
         return self.repo or os.path.join(os.curdir, self.place)
@@ -105,7 +104,7 @@ def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[
         raise InputError(f"{text[:80]!r} is no model's name; choose one of {NAMES}")
     if is_address(text):
         return _of_repo(text, *addressed_file(text))
-    path = _expanded(text)
+    path = expanded(text)
     if not isinstance(name, str) or text.startswith(("/", "./", "../", "~")) or text.endswith("/"):
         return _at(path, text)
     variant = find_variant(text)
@@ -193,30 +192,6 @@ def _snapshot(path: Path) -> tuple[str | None, Path | None]:
     return repo, latest if latest in commits else commits[0] if len(commits) == 1 else None
 
 
-def models_folder(models_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`models_dir`, or `$FLUX2_MLX_HOME`, or `~/.cache/flux2-mlx`."""
-    return _expanded(models_dir or os.environ.get("FLUX2_MLX_HOME") or "~/.cache/flux2-mlx")
-
-
-def demo_folder() -> Path:
-    """The built-in checkpoint."""
-    return Path(str(files("flux2_mlx.demo")))
-
-
-def _expanded(path: str | os.PathLike[str]) -> Path:
-    """`path` with a home folder in place of a leading `~`."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"can't tell whose home folder {str(path)!r} starts with; write the folder in full") from error
-
-
-def stored_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a models folder."""
-    bring_all_back(folder)
-    return [path for path in sorted(folder.iterdir()) if is_checkpoint(path)] if folder.is_dir() else []
-
-
 def find_variant(text: str) -> Variant | None:
     """The model of the table that `text` names; None: there is none.
 
@@ -237,7 +212,7 @@ def get_variant(text: str) -> Variant:
 
 
 def did_you_mean(text: str, others: Iterable[str] = ()) -> str | None:
-    """What to ask about a name that is none: the names of the table, and `others`, that come close; None: none does."""
+    """The question which name was meant, of those of the table and of `others` that come close; None: none does."""
     names = {_key(name): name for name in (*others, *VARIANTS)}
     close = get_close_matches(_key(text), names)
     found = [name for key, name in names.items() if key in close]

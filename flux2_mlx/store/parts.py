@@ -56,7 +56,7 @@ def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[s
     Args:
         remote: the place that a user named.
         part: `transformer`, `text_encoder`, `vae` or `tokenizer`; None: whatever it is that weights are of.
-        names: those of all files of the repo.
+        names: the names of all files of the repo.
 
     Raises:
         InputError: it is a pickle.
@@ -73,7 +73,7 @@ def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[s
 
 
 def main_file(names: Collection[str]) -> str:
-    """Of what `files_of` gives the one that stands for all."""
+    """The file that stands for all that `files_of` gives."""
     return next(filter(is_weight, names), next(iter(names)))
 
 

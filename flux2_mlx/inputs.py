@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given, as diffusers takes it, put together for a run."""
+"""The inputs of a call of the pipeline, as diffusers takes them, put together for a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Pictures:
         return cls(images, masks[0] if masks else None, origins, mask_origins[0] if masks else None)
 
     def edit(self, multiple: int, strength: Any, mask_crop: Any, match_colors: Any, output_type: Any) -> Edit:
-        """What a run takes of them; see `Edit.checked`."""
+        """The pictures as a run takes them; see `Edit.checked`."""
         on_canvas = strength is not None
         edit = Edit.checked(
             self.images, multiple, mask=self.mask, on_canvas=on_canvas, mask_crop=mask_crop, match_colors=match_colors
@@ -79,7 +79,7 @@ class Pictures:
         return edit
 
     def settings(self, strength: Any, mask_crop: Any, match_colors: bool) -> dict[str, Any] | None:
-        """What the file of an image remembers of them and of what was done with them; None without any."""
+        """What the file of an image remembers of the pictures and of what was done with them; None without any."""
         if not self.images:
             return None
         return {
@@ -98,7 +98,7 @@ def beyond(*values: Any) -> list[str]:
 
 
 def listener(pipe: Any, callback: Any, show: Callable[[int, int], None]) -> OnProgress:
-    """What hears of a run of `pipe`: shows the steps, and has the callback of a call called after each."""
+    """The `on_progress` of a run of `pipe`: it shows the steps, and calls the callback of a call after each."""
     if callback is not None and not callable(callback):
         raise InputError(f"callback_on_step_end must be a function, got {callback!r:.40}")
 

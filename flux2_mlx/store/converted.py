@@ -1,22 +1,20 @@
-"""What has been converted, what files of a model are here, and what either is known to hold."""
+"""What models have been converted to, and what they will be."""
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
-from typing import Any
 
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
 from ..components import PAINTING
 from ..config import QUANTIZATIONS, VARIANTS, Variant
-from ..convert import MissingPartsError, Source, assembled, is_loose
 from ..errors import CheckpointError, InputError
 from ..quantization import DEFAULT_TEXT_QUANT
 from ..weights import read_json
-from .names import DEMO, SOURCE, VARIANT, Model, get_variant, models_folder, resolve, stored_checkpoints
+from .folder import models_folder, stored_checkpoints
+from .names import DEMO, SOURCE, VARIANT, Model, resolve
+from .sources import Wanted, checked_variant, what_is_here
 
 _log = logging.getLogger(__name__)
 
@@ -35,65 +33,6 @@ def folder_name(model: Model) -> str:
     return f"{str(model.repo).replace('/', '--')}--{PurePosixPath(model.file).stem[:80]}-{digest}"
 
 
-def checked_variant(model: Model, variant: str | None) -> str | None:
-    """The name of the row of the table that `model` is, or that it is said to be; None: its files must tell.
-
-    Raises:
-        InputError: the `variant` that it is said to be is unknown, or another than the model is.
-    """
-    said = get_variant(variant) if variant is not None else model.variant
-    if said and model.variant and said != model.variant and not model.is_checkpoint:
-        raise InputError(f"{model.name} is not {said.name}; leave the variant out, or choose another model")
-    return said.name if said else None
-
-
-def open_source(
-    model: Model,
-    variant: str | None,
-    *,
-    parts: Mapping[str, Path] = MappingProxyType({}),
-    text_quant: str | None = None,
-    models_dir: str | os.PathLike[str] | None = None,
-    text_only: bool = False,
-) -> Source:
-    """The files of `model`, which is a folder or a file.
-
-    Args:
-        model: see `resolve`.
-        variant: what `checked_variant` gives.
-        parts: where other parts are than its own; see `assembled`.
-        text_quant: how the text encoder is to be stored, where a converted model gives it.
-        models_dir: where converted models are that give what is missing; see `models_folder`.
-        text_only: leave out the transformer and the VAE.
-    """
-    if parts or is_loose(model.place):
-        others = official_first(models_folder(models_dir))
-        return assembled(model.place, parts, variant, others=others, text_quant=text_quant, text_only=text_only)
-    return Source.open(model.place, variant, text_only=text_only)
-
-
-def what_is_here(model: Model, variant: str | None, **settings: Any) -> tuple[Source, bool]:
-    """What is here of `model`, and whether that is all of it. The rest can be fetched."""
-    try:
-        return open_source(model, variant, **settings), True
-    except MissingPartsError as error:
-        if not error.can_be_fetched:
-            raise
-        return error.source, False
-
-
-def official_first(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoints in a models folder, looked for when one is asked for."""
-    yield from sorted(whole_checkpoints(folder), key=lambda checkpoint: not is_official(checkpoint))
-
-
-def whole_checkpoints(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoints in a models folder that are not damaged."""
-    for path in stored_checkpoints(folder):
-        with suppress(CheckpointError):
-            yield Checkpoint.open(path)
-
-
 def conversions(
     model: Model,
     models_dir: str | os.PathLike[str] | None = None,
@@ -103,7 +42,7 @@ def conversions(
 ) -> list[Path]:
     """The checkpoints in the models folder that were converted from `model` itself, or the one that it is.
 
-    Those of a fine-tune are its own, not those of the model that it was made from.
+    A fine-tune has its own, and none of the model that it was made from.
 
     Args:
         model: see `resolve`.
@@ -113,16 +52,12 @@ def conversions(
     """
     if model.is_checkpoint:
         return [model.place]
-    digest = what_is_here(model, checked_variant(model, variant))[0].fingerprint if model.kind == SOURCE else None
+    digest = None
+    if model.kind == SOURCE:
+        source, _ = what_is_here(model, Wanted(checked_variant(model, variant)))
+        digest = source.fingerprint
     found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
     return [path for path in found if not painting or _can_paint(path)]
-
-
-def is_official(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are those of the table's repo, as far as the checkpoint's source is known by name."""
-    name, variant = checkpoint.source.get("name"), checkpoint.variant
-    named = isinstance(name, str) and name.lower() in (variant.name, variant.repo and variant.repo.lower())
-    return named and not checkpoint.folded
 
 
 def converted_folders(models_dir: str | os.PathLike[str] | None = None) -> dict[str, list[Path]]:
@@ -195,7 +130,7 @@ def described(
     """
     said = checked_variant(model, variant)
     if model.kind == SOURCE:
-        source, is_whole = what_is_here(model, said)
+        source, is_whole = what_is_here(model, Wanted(said))
         for note in source.notes:
             hear(note)
         return fitted(source.variant, source.configs) if is_whole else source.variant

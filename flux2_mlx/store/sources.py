@@ -1,0 +1,67 @@
+"""Opening what a model is converted from, as far as it is on the disk."""
+
+import os
+from dataclasses import dataclass
+
+from ..convert import MissingPartsError, Source, assembled, is_loose
+from ..convert.lora import Fold
+from ..errors import InputError
+from .folder import models_folder, official_first
+from .names import Model, get_variant
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a model is wanted, and how it is to be stored.
+
+    Attributes:
+        variant: the name of its row of the table, as `checked_variant` gives it; None: its files must tell.
+        quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16`.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
+        text_only: leave out the transformer and the VAE.
+        folds: adapters that are folded into its weights.
+    """
+
+    variant: str | None = None
+    quant: str | None = None
+    text_quant: str | None = None
+    text_only: bool = False
+    folds: tuple[Fold, ...] = ()
+
+
+def checked_variant(model: Model, variant: str | None) -> str | None:
+    """The name of the row of the table that `model` is, or that it is said to be; None: its files must tell.
+
+    Raises:
+        InputError: the `variant` that it is said to be is unknown, or another than the model is.
+    """
+    said = get_variant(variant) if variant is not None else model.variant
+    if said and model.variant and said != model.variant and not model.is_checkpoint:
+        raise InputError(f"{model.name} is not {said.name}; leave the variant out, or choose another model")
+    return said.name if said else None
+
+
+def open_source(model: Model, wanted: Wanted, models_dir: str | os.PathLike[str] | None = None) -> Source:
+    """The files of `model`, which is a folder or a file; single files are completed by a converted model, looked for
+    in `models_dir` (see `models_folder`)."""
+    if is_loose(model.place):
+        return assembled(
+            model.place,
+            {},
+            wanted.variant,
+            others=official_first(models_folder(models_dir)),
+            text_quant=wanted.text_quant,
+            text_only=wanted.text_only,
+        )
+    return Source.open(model.place, wanted.variant, text_only=wanted.text_only)
+
+
+def what_is_here(model: Model, wanted: Wanted, models_dir: str | os.PathLike[str] | None = None) -> tuple[Source, bool]:
+    """What is on the disk of `model`, as `open_source` gives it, and whether that is all that a conversion needs. The
+    rest can be fetched."""
+    try:
+        return open_source(model, wanted, models_dir), True
+    except MissingPartsError as error:
+        if not error.can_be_fetched:
+            raise
+        return error.source, False
