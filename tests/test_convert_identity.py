@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from flux2_mlx.convert import conversion, identify, titles
 from flux2_mlx.convert.formats import plain as plain_files
-from flux2_mlx.convert.identity import MODEL
+from flux2_mlx.convert.identity import MODEL, Conversion
 from helpers.headers import (
     NUMBER,
     Headers,
@@ -29,6 +29,7 @@ from helpers.headers import (
 )
 from helpers.listings import listing, prefixed, renamed, text_only
 
+from flux2_mlx.config import VARIANTS
 from flux2_mlx.weights import TensorInfo
 
 FOUR, NINE, DEV = ("klein-4b", "klein-base-4b"), ("klein-9b", "klein-base-9b", "klein-9b-kv"), ("dev",)
@@ -298,9 +299,13 @@ def test_parts_of_different_models():
     assert (found.kind, found.variants, found.advice) == (MODEL, (), "its parts are of different models")
 
 
-def test_why_it_can_not_be_converted(tmp_path):
+def test_what_a_conversion_fetches(tmp_path):
     path = write(tmp_path / "klein-4b.safetensors", transformer("klein-4b"))
-    refusal = conversion(path, None, []).refusal
-    assert refusal.startswith(
-        f"{path} holds only the transformer of a klein-4b; say where its text encoder, VAE and tok"
-    )
+    repo = VARIANTS["klein-4b"].repo
+    fetched = dict.fromkeys(("text_encoder", "vae", "tokenizer"), repo)
+    assert conversion(path, None, []) == Conversion({"transformer": path} | fetched, "bf16", "qint8")
+
+
+def test_why_it_can_not_be_converted(tmp_path):
+    path = write(tmp_path / "qwen3-8b.safetensors", listing("qwen3-8b"))
+    assert conversion(path, None, []).refusal.startswith(f"can't tell which model {path} is")
