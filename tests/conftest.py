@@ -20,6 +20,7 @@ import pytest
 from helpers.checkpoints import save_small
 from helpers.hub_client import NEEDED, REPO, UNNEEDED, fetch
 from helpers.hub_server import HubServer
+from helpers.slow import SLOW
 from helpers.tekken import tekken_tokenizer
 from PIL import Image
 
@@ -39,6 +40,12 @@ _CACHE = Path("~/.cache/flux2-mlx-tests").expanduser()
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without the tests that compare with PyTorch it is not imported, nor need it be installed."""
     return True if collection_path.name == "reference" and "not reference" in config.option.markexpr else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

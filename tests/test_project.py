@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 import readme_tables
+from helpers.slow import SLOW
 
 import flux2_mlx
 from flux2_mlx.cli.main import cli
@@ -143,6 +144,11 @@ def test_what_generates_text_is_imported_only_where_it_is_used(module):
     lazy = {node for function in functions for node in ast.walk(function)}
     eager = ast.Module([n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and n not in lazy], [])
     assert "mlx_lm" not in {name.split(".")[0] for name in imported(module, eager)}
+
+
+def test_slow_files_are_there():
+    """A name that is none would mark nothing."""
+    assert {path.stem for path in (ROOT / "tests").glob("test_*.py")} >= SLOW
 
 
 def sentences(tree: ast.Module) -> Iterator[str]:
