@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.adapters import lora, save
+from helpers.adapters import D, lora, save
 from helpers.cli_runner import DEMO, PROMPT, done, pixels, refusal
 from helpers.headers import write
 from helpers.hub_client import REPO, using
@@ -25,7 +25,8 @@ from flux2_mlx.weights import TensorInfo
 STYLE, MANY, OTHER = "me/style", "me/many", "me/other"
 FILE = "red-fox.safetensors"
 START = 65_536
-SMALL = ("-m", "demo", "-W", "16", "-H", "16", "-s", "1", "--seed", "7")
+SIZE = ("-W", "16", "-H", "16", "-s", "1", "--seed", "7")
+SMALL = ("-m", "demo", *SIZE)
 LAYER = "diffusion_model.single_blocks.0.linear2"
 
 
@@ -195,6 +196,14 @@ def test_nothing_is_fetched_for_an_adapter_that_is_none(models, official, home):
             "a.saf"
         )
         assert not server.requests
+
+
+def test_nothing_is_fetched_for_an_adapter_whose_values_are_damaged(models, official, home):
+    save(Path("a.safetensors"), {name: x * np.nan for name, x in lora(LAYER, D, 4 * D).items()})
+    with HubServer({REPO: official}) as server, using(server, home):
+        said = refusal("t2i", PROMPT, "-m", REPO, "--variant", "klein-4b", "--lora", "a.safetensors", *SIZE)
+        assert not any("diffusion_pytorch_model" in name for name in server.fetched if server.sent[name] > START)
+    assert said.endswith("has values that are not finite; fetch the adapter again")
 
 
 def test_nothing_is_read_that_does_not_fit_with_its_adapters(hub, monkeypatch):

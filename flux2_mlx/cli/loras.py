@@ -141,6 +141,11 @@ class Adapters:
                 notice(_announcement(found), self._quiet)
             found.fetch(self._bars)
 
+    def read(self, pipe: "Flux2Pipeline") -> None:
+        """Raise CheckpointError if the values of one are damaged. Nothing stays in memory."""
+        for found in self._found:
+            found.load(pipe.checkpoint, found.source)
+
     def load(self, pipe: "Flux2Pipeline") -> None:
         """Have them at work."""
         for found, lora in zip(self._found, self._loras, strict=True):

@@ -179,7 +179,11 @@ def _open(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "
             check(adapters.expected(pipe))
             adapters.fetch()
 
-        pipe = _opened(job, bars, look)
+        def look_closely(pipe: "Flux2Pipeline") -> None:
+            look(pipe)
+            adapters.read(pipe)  # what can be wrong with their values is told before a long download
+
+        pipe = _opened(job, bars, look_closely)
         look(pipe)
         adapters.load(pipe)
     return pipe

@@ -58,7 +58,7 @@ def _preset(given: dict[str, Any], loras: Sequence[Lora]) -> str:
         sources = ", ".join(preset.source for preset in found)
         raise InputError(f"{option} could be that of {sources}; give --steps, --sigmas and --guidance")
     (preset,) = found
-    own = {"guidance": preset.guidance}
+    own: dict[str, Any] = {"guidance": preset.guidance}
     if given["sigmas"] is None and given["steps"] in (None, preset.steps):
         own |= {"sigmas": preset.sigmas} if preset.sigmas else {"steps": preset.steps}
     taken = {name: value for name, value in own.items() if given[name] is None and value is not None}
