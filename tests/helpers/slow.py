@@ -4,7 +4,7 @@
 _NAMES = (
     "cli_convert", "cli_editing", "cli_finished", "cli_first_use", "cli_image_names", "cli_metadata", "cli_process",
     "cli_replay", "cli_t2i", "cli_writing", "colors", "config_hostile", "convert", "convert_assembly",
-    "convert_errors", "demo", "demo_scorer", "device_errors", "doctor", "doctor_peaks", "embedding_cache_folder",
+    "convert_errors", "demo", "demo_adapter", "demo_scorer", "device_errors", "doctor", "doctor_peaks", "embedding_cache_folder",
     "float16", "fuzz", "hub", "hub_hostile", "lora_methods", "machine", "memory", "negative_prompts",
     "networks_keep", "output", "pipeline", "requantize", "run", "run_cut_short", "store_first_use", "store_parts",
     "streaming", "upsampling", "upsampling_memory", "vae_strips", "weights_reading",
