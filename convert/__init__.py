@@ -1,13 +1,13 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
 from . import formats
-from .assembly import PARTS, MissingPartsError, assembled, is_loose
+from .assembly import PARTS, MissingPartsError, assembled
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
 from .mflux import said_of
 from .requantize import requantize, requantized
-from .sources import LOOSE, Source, loose_files
+from .sources import LOOSE, Source, is_loose, loose_files
 from .strangers import adapter
 from .tokenizer import tokenizer_in
 from .write import check_folds, check_source, write_checkpoint

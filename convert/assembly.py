@@ -15,7 +15,7 @@ from .configs import SCHEDULE, stated
 from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT
-from .sources import LOOSE, Source, SourcePart, loose_files, parts_of, the_part
+from .sources import Source, SourcePart, loose_files, parts_of, the_part
 from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files, tokenizer_in
 
 PARTS = (*LAYOUT, "tokenizer")  # what a model needs
@@ -33,11 +33,6 @@ class MissingPartsError(CheckpointError):
     def can_be_fetched(self) -> bool:
         """Whether the official repo has them as they are needed. A model is what its transformer is."""
         return self.source.variant.repo is not None and "transformer" not in self.missing
-
-
-def is_loose(place: Path) -> bool:
-    """Whether `place` is weights without configs, a file or what mflux saved, rather than a whole model folder."""
-    return (place.suffix.lower() in LOOSE and place.is_file()) or bool(part_folders(place))
 
 
 def assembled(

@@ -25,6 +25,7 @@ from .tokenizer import TOKENIZER, tokenizer_in
 
 LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")  # one file of a set
+_INDEX = ".safetensors.index.json"
 # The fingerprint reads this many pieces of this many bytes from each file at even distances, and one of each tensor.
 _SAMPLES = 1024
 _SAMPLE_BYTES = 4096
@@ -250,9 +251,19 @@ def _shapes(readings: Mapping[str, Reading], configs: Geometries) -> dict[str, S
     return shapes
 
 
+def is_loose(place: Path) -> bool:
+    """Whether `place` is weights without configs, rather than a whole model folder: a file, the index of a set, a
+    folder that holds nothing but one set, or what mflux saved."""
+    if place.is_dir():
+        return bool(part_folders(place)) or (not _is_model(place) and len(_sets(place)) == 1)
+    return place.is_file() and (place.suffix.lower() in LOOSE or _is_index(place))
+
+
 def loose_files(place: Path) -> list[Path]:
-    """The files of weights that `place` is: itself, or those of a folder that holds one set of them."""
+    """The files of weights that `place` is: itself, those that it lists, or those of a folder that holds one set."""
     if place.is_file():
+        if _is_index(place):
+            return _present(place.parent, _indexed(place))
         if place.suffix.lower() in PICKLES:
             raise CheckpointError(f"{place} is a pickle, which could run code; fetch it as .safetensors")
         if place.suffix.lower() not in LOOSE:
@@ -267,15 +278,35 @@ def loose_files(place: Path) -> list[Path]:
             return _weight_files(place, stem)
     if folders := part_folders(place):
         return [path for folder in folders for path in loose_files(folder)]
-    found = sorted(path for path in place.glob("*") if path.suffix.lower() in LOOSE)
-    if len(found) == 1:
-        return found
+    sets = _sets(place)
+    if len(sets) == 1:
+        return _present(place, sets[0])
     if (place / INDEX).is_file() or is_checkpoint(place):
         raise CheckpointError(f"{place} is a whole model; give a file or folder of one part, such as {place / 'vae'}")
-    several = f": {', '.join(path.name for path in found[:4])}; give one of them" if found else ""
+    several = f": {', '.join(names[0] for names in sets[:4])}; give one of them" if sets else ""
     raise CheckpointError(
-        f"{place} is no model folder, and holds {'several files' if found else 'no file'} of weights{several}"
+        f"{place} is no model folder, and holds {'several files' if sets else 'no file'} of weights{several}"
     )
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a whole model, or a part of one."""
+    return is_checkpoint(folder) or (folder / INDEX).is_file() or (folder.parent / INDEX).is_file()
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.endswith(_INDEX)
+
+
+def _sets(folder: Path) -> list[list[str]]:
+    """The names of the files of weights in a folder, those together that an index lists or that are numbered."""
+    names = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in LOOSE)
+    sets = [_indexed(path) for path in folder.glob(f"*{_INDEX}")]
+    for name in names:
+        if not any(name in one for one in sets):
+            match = _SHARD.fullmatch(name)
+            sets.append(_numbered(folder, match[1], "") if match else [name])
+    return [one for one in sets if names]
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

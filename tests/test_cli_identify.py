@@ -171,10 +171,10 @@ def test_repos_of_several_files_of_none_and_of_whole_models(official, home):
     repos = {REPO: several, "org/none": {"x.txt": b""}, "org/whole": official}
     with HubServer(repos) as hub, using(hub, home):
         assert refusal("info", REPO) == (
-            "org/model has 7 files of weights; give one as org/model:a.safetensors, org/model:b.safetensors, "
-            "org/model:c.safetensors, org/model:d.safetensors, org/model:e.safetensors and 2 more"
+            "org/model holds several files of weights: a.safetensors, b.safetensors, c.safetensors, d.safetensors, "
+            "e.safetensors and 2 more; give one as org/model:FILE"
         )
-        assert refusal("info", "org/none").startswith("org/none has no single file of weights")
+        assert refusal("info", "org/none").startswith("org/none has no file of weights and")
         assert refusal("info", "org/whole").startswith("org/whole is not converted yet, so nothing is known of it")
         assert refusal("info", "org/nothing").startswith("unknown repo id 'org/nothing'")
         hub.fail(500)

@@ -43,6 +43,10 @@ def text(encoder: dict[str, mx.array]) -> dict[str, mx.array]:
     return {f"model.{name}": array for name, array in encoder.items()}
 
 
+def halved(tensors: dict[str, mx.array]) -> list[dict[str, mx.array]]:
+    return [dict([*tensors.items()][half::2]) for half in (0, 1)]
+
+
 @pytest.fixture
 def transformer(folder):
     return saved(folder / "files" / "red-fox.safetensors", **{PREFIX: stored("transformer")})
@@ -234,6 +238,26 @@ def test_all_files_of_a_set_are_read(folder):
     (folder / "model-00001-of-00002.safetensors").unlink()
     message = refusal("convert", "demo", "other", "--transformer", "model-00002-of-00002.safetensors")
     assert "there is no model-00001-of-00002.safetensors" in message
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_set_in_a_folder_of_its_own(has_index, converted, folder):
+    halves = {f"my-ft-0000{n}-of-00002.safetensors": names for n, names in enumerate(halved(stored("transformer")), 1)}
+    for name, tensors in halves.items():
+        saved(folder / "set" / name, **{PREFIX: tensors})
+    index = folder / "set" / "my-ft.safetensors.index.json"
+    if has_index:
+        listed = {PREFIX + tensor: name for name, tensors in halves.items() for tensor in tensors}
+        index.write_text(json.dumps({"weight_map": listed}))
+    for number, place in enumerate([index.parent, index][: 1 + has_index]):
+        assert assembled(DEMO, {"transformer": place}).parts["transformer"].files == [index.parent / x for x in halves]
+        done("convert", place, f"made{number}", "--quiet")
+        assert same_weights(folder / f"made{number}")
+        assert done("info", place).stdout.startswith(f"{place}: transformer of FLUX.2 demo\n")
+    (index.parent / "my-ft-00001-of-00002.safetensors").unlink()
+    assert "there is no my-ft-00001-of-00002.safetensors; fetch" in refusal("convert", index.parent, "other")
+    saved(index.parent / "other.safetensors", **{PREFIX: stored("transformer")})
+    assert "several files of weights" in refusal("convert", "demo", "other", "--transformer", index.parent)
 
 
 def test_mlx_weights_with_their_config(folder):

@@ -151,6 +151,28 @@ def test_a_whole_model_takes_other_parts(hub, home):
     assert "transformer/diffusion_pytorch_model.safetensors" not in hub.fetched
 
 
+def test_what_a_set_of_shards_is(repos, home):
+    shards = [name for name in repos[ENCODER] if name.endswith(".safetensors")]
+    unindexed = {f"a/{name}": repos[ENCODER][name] for name in shards}
+    part = {shards[1]: repos[ENCODER][shards[1]]}
+    with HubServer({**repos, "me/unindexed": unindexed, "me/part": part}) as server, using(server, home):
+        for name in (ENCODER, f"{ENCODER}:{shards[1]}", "me/unindexed", f"me/unindexed:a/{shards[0]}"):
+            assert done("info", name).stdout.startswith(f"{name}: text encoder of FLUX.2")
+        assert refusal("info", "me/part").startswith(f"me/part is incomplete: there is no {shards[0]}; ")
+    assert not [*home.rglob("*.safetensors")]
+
+
+def test_a_repo_of_files_with_other_parts(repos, home):
+    parts = ("--text-encoder", ENCODER, "--vae", OFFICIAL, "--tokenizer", ENCODER)
+    several = {"a.safetensors": repos[TUNE][TUNED], "b b.safetensors": b""}
+    with HubServer({**repos, "me/several": several}) as server, using(server, home):
+        done("convert", TUNE, "made", *parts, "--text-quant", "bf16", "--quiet")
+        assert refusal("convert", "me/several", "none", *parts) == (
+            "me/several holds several files of weights: a.safetensors, b b.safetensors; give one as me/several:FILE"
+        )
+    assert same_weights(Path("made"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,7 +182,7 @@ def test_a_whole_model_takes_other_parts(hub, home):
         ),
         (
             ("--text-encoder", f"{TUNE}:nothing.safetensors"),
-            f"{TUNE}:nothing.safetensors has none; give one as {TUNE}:",
+            f"{TUNE} has no file of weights 'nothing.safetensors'; give one as {TUNE}:",
         ),
         (("--text-encoder", f"{TUNE}:a.pt"), f"{TUNE}:a.pt is a pickle, which could run code"),
         (
@@ -256,13 +278,17 @@ DEV = {f"transformer/diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n
         ("t", "tokenizer", {"t/tekken.json"}),
         ("g/a-00002-of-00002.gguf", "transformer", {"g/a-00001-of-00002.gguf", "g/a-00002-of-00002.gguf"}),
         ("flux2-dev.safetensors", None, {"flux2-dev.safetensors"}),
-        ("", None, "has 2 models in files of weights; give one as me/dev:ae.safetensors, me/dev:flux2-dev.safetensors"),
+        (
+            "",
+            None,
+            "me/dev holds several files of weights: ae.safetensors, flux2-dev.safetensors; give one as me/dev:FILE",
+        ),
         (
             "g",
             "transformer",
-            "has 2 models in files of weights; give one as me/dev:g/a-00001-of-00002.gguf, me/dev:g/a",
+            "me/dev:g holds several files of weights: g/a-00001-of-00002.gguf, g/a-00002",
         ),
-        ("x", "vae", "me/dev:x has none; give one as me/dev:ae.safetensors"),
+        ("x", "vae", "me/dev has no file of weights 'x'; give one as me/dev:ae.safetensors"),
     ],
 )
 def test_which_files_are_meant(path, kind, expected):

@@ -3,11 +3,12 @@
 from .cache import PARTIAL, Download, is_needed, is_weight, remove_empty, remove_files, snapshot_files, storage_of
 from .downloads import remove_partial
 from .errors import UnindexedError
-from .repo import cache_folder, fetch, header, is_repo_id
-from .selection import Selection, select
+from .repo import SHARD, cache_folder, fetch, header, is_repo_id
+from .selection import Selection, names_of, select
 
 __all__ = [
     "PARTIAL",
+    "SHARD",
     "Download",
     "Selection",
     "UnindexedError",
@@ -17,6 +18,7 @@ __all__ = [
     "is_needed",
     "is_repo_id",
     "is_weight",
+    "names_of",
     "remove_empty",
     "remove_files",
     "remove_partial",

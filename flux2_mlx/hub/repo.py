@@ -7,9 +7,8 @@ import json
 import logging
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from .downloads import (
     read,
 )
 from .errors import Hub, UnindexedError, explain_download, explain_listing
-from .outline import Pieces, header_only, outline, url_of, write_outline
+from .outline import Pieces, header_only, outline, url_of
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +50,8 @@ _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.(?:git|gguf|safetensors)$)){_NAME}/{_
 _SINGLE = re.compile(
     r"(?:[A-Za-z0-9_][ -.0-\[\]-~]{0,199}/){0,5}[A-Za-z0-9_][ -.0-\[\]-~]{0,199}\.(?:safetensors|gguf)"
 )
+# One file of a numbered set.
+SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-(?P<count>\d{5})(?P<end>\.[a-z0-9]+)")
 _SOME = 5
 UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError, RecursionError)
 _LISTING = 4_000_000  # bytes; the listing of FLUX.2-dev has some 50,000
@@ -59,6 +60,8 @@ _LICENCE = 80  # characters
 # Hears the folder of an outline and what is to be fetched, and gives what of it is needed.
 Check = Callable[[Path, Download], Download]
 Report = Callable[[int, int], object]
+# Hears the names of a repo's files, and gives those that are wanted.
+Choose = Callable[[Collection[str]], Collection[str]]
 
 
 def is_repo_id(text: str) -> bool:
@@ -124,24 +127,28 @@ def fetch(
 
 
 @contextmanager
-def header(repo_id: str, file: str | None = None, pieces: Pieces = header_only) -> Iterator[Path]:
-    """A file of weights of a repo as it is in the cache, or else one of its name and size that takes no space and
-    holds nothing but these pieces, which alone are fetched.
+def header(
+    repo_id: str, file: str | None, choose: Choose, pieces: Pieces = header_only
+) -> Iterator[tuple[Path, list[str]]]:
+    """Files of weights of a repo as they are in the cache, or else files of their names and sizes that take no space
+    and hold nothing but these pieces, which alone are fetched. Gives the folder that stands for the repo, and what of
+    it they are.
 
     Args:
         repo_id: `owner/name`.
-        file: its name in the repo; None: the only one that there is.
+        file: the one that is meant, by its name in the repo; None: what there is.
+        choose: says which files that is; DownloadError if they are not there.
         pieces: the pieces of a file of weights that tell what it holds.
 
     Raises:
-        DownloadError: it is not there, can't be fetched, or is one of several or of a whole model.
+        DownloadError: they can't be fetched or are of a whole model, or what `choose` raises.
     """
     if file is not None and not is_single(file):
         wrong = f"{repo_id}:{file:.200} is no .safetensors or .gguf file, of which the header could be fetched alone"
         raise DownloadError(f"{wrong}; download it and give its path")
     hub, offline = open_hub()
-    if file and (cached := _cached_file(repo_id, file)):
-        yield cached
+    if file and (cached := _cached_file(repo_id, file)) and _is_whole(cached):
+        yield cached.parents[file.count("/")], [file]
         return
     if offline:
         raise DownloadError(f"{file or repo_id} is not in the cache {hub.cache} and offline mode is on")
@@ -149,17 +156,28 @@ def header(repo_id: str, file: str | None = None, pieces: Pieces = header_only) 
         listed = list_files(hub, repo_id, is_single)
     except UNLISTED as error:
         raise DownloadError(explain_listing(error, hub, repo_id)) from error
-    name = _chosen(repo_id, listed, file)
+    if file is None and INDEX in listed.others:
+        raise DownloadError(f"{repo_id} is not converted yet, so nothing is known of it; download it first")
+    if not file and not listed.files:
+        raise DownloadError(f"{repo_id} has no file of weights{described(listed.others)}")
+    names = [*choose(listed.files)]
+    files = {name: listed.files[name] for name in names}
     page = f"{hub.shown}/{repo_id}"
     storage = storage_of(hub.cache, repo_id)
-    wanted = Download(repo_id, page, None, listed.commit, storage, {name: listed.files[name]}, (name,), {}, None)
-    with tempfile.TemporaryDirectory(prefix="flux2-mlx-") as folder:
-        path = Path(folder, name.rpartition("/")[2])
+    wanted = Download(repo_id, page, None, listed.commit, storage, files, tuple(names), {}, None)
+    with ExitStack() as held:
         try:
-            write_outline(hub, wanted, name, path, pieces)
+            folder = held.enter_context(outline(hub, wanted, pieces))
         except (RefusedError, BrokenError, DamagedError, OSError) as error:
             raise DownloadError(explain_download(error, hub, repo_id)) from error
-        yield path
+        yield folder, names
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the others of the numbered set that a file is of, if it is of one, are beside it."""
+    match = SHARD.fullmatch(file.name)
+    numbers = range(1, int(match["count"]) + 1) if match else ()
+    return all((file.parent / f"{match['stem']}-{n:05}-of-{match['count']}{match['end']}").exists() for n in numbers)
 
 
 def _cached_file(repo_id: str, file: str) -> Path | None:
@@ -273,21 +291,6 @@ def _get(entry: Any, key: str, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{key} is {str(value)[:80]!r}")
     return value
-
-
-def _chosen(repo_id: str, listed: Listing, file: str | None) -> str:
-    """The name of the file of weights that is meant: `file`, or the only one."""
-    names = sorted(listed.files)
-    if file is None and INDEX in listed.others:
-        raise DownloadError(f"{repo_id} is not converted yet, so nothing is known of it; download it first")
-    if (chosen := file or (names[0] if len(names) == 1 else None)) in listed.files:
-        return str(chosen)
-    if not names:
-        raise DownloadError(f"{repo_id} has no single file of weights{described(listed.others)}")
-    some = ", ".join(f"{repo_id}:{name}" for name in names[:_SOME])
-    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
-    what = f"has no file of weights {file[:80]!r}" if file else f"has {len(names)} files of weights"
-    raise DownloadError(f"{repo_id} {what}; give one as {some}{more}")
 
 
 def _find_cached(repo_id: str, text_only: bool) -> Path | None:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,14 +12,12 @@ from .cache import Download, read_branch, snapshot_files, storage_of
 from .downloads import BrokenError, DamagedError, RefusedError
 from .errors import Hub, explain_download, explain_listing
 from .outline import Pieces, outline
-from .repo import UNLISTED, Listing, Report, bring_weights, download_of, list_files, open_hub, prepare
+from .repo import UNLISTED, Choose, Listing, Report, bring_weights, download_of, list_files, open_hub, prepare
 
 _logger = logging.getLogger(__name__)
 # What can be of use of a repo, in whatever folder of it.
 _NAME = r"[A-Za-z0-9_][ -.0-\[\]-~]{0,199}"
 _USEFUL = re.compile(rf"(?:{_NAME}/){{0,5}}{_NAME}\.(?:safetensors|gguf|json|txt|jinja)")
-# Hears the names of a repo's files, and gives those that are wanted.
-Choose = Callable[[Collection[str]], Collection[str]]
 
 
 class Selection:
@@ -79,19 +77,30 @@ def select(repo_id: str, choose: Choose, pieces: Pieces) -> Iterator[Selection]:
     Raises:
         DownloadError: as `fetch` has it, or what `choose` raises.
     """
-    hub, offline = open_hub()
-    reason = f"{repo_id} is not in the cache {hub.cache} and offline mode is on; fetch it once with a connection"
-    listed = None
-    try:
-        if not offline:
-            listed = list_files(hub, repo_id, lambda name: _USEFUL.fullmatch(name) is not None)
-    except UNLISTED as error:
-        reason = explain_listing(error, hub, repo_id)
+    hub, listed, reason = _asked(repo_id)
     with ExitStack() as held:
         if listed is None:
             yield _cached(repo_id, hub, choose, reason, held)
         else:
             yield _listed(repo_id, hub, listed, choose, pieces, held)
+
+
+def names_of(repo_id: str) -> list[str]:
+    """The names of the files of a repo that can be of use, as `select` has them, or as the cache has them."""
+    hub, listed, _ = _asked(repo_id)
+    return [*_cached_names(repo_id, hub)[1]] if listed is None else [*listed.files]
+
+
+def _asked(repo_id: str) -> tuple[Hub, Listing | None, str]:
+    """The hub and what it lists of a repo; None, and for what reason, where nobody can be asked."""
+    hub, offline = open_hub()
+    if offline:
+        absent = f"{repo_id} is not in the cache {hub.cache} and offline mode is on; fetch it once with a connection"
+        return hub, None, absent
+    try:
+        return hub, list_files(hub, repo_id, lambda name: _USEFUL.fullmatch(name) is not None), ""
+    except UNLISTED as error:
+        return hub, None, explain_listing(error, hub, repo_id)
 
 
 def _listed(repo_id: str, hub: Hub, listed: Listing, choose: Choose, pieces: Pieces, held: ExitStack) -> Selection:
@@ -106,15 +115,21 @@ def _listed(repo_id: str, hub: Hub, listed: Listing, choose: Choose, pieces: Pie
 
 def _cached(repo_id: str, hub: Hub, choose: Choose, reason: str, held: ExitStack) -> Selection:
     """The files as the cache has them; DownloadError for that `reason` if they are not there."""
-    storage = storage_of(hub.cache, repo_id)
-    snapshot = storage / "snapshots" / (read_branch(storage) or "")
-    there = [path.relative_to(snapshot).as_posix() for path in snapshot_files(storage) if path.is_relative_to(snapshot)]
+    snapshot, there = _cached_names(repo_id, hub)
     try:
         names = choose(there)
     except DownloadError as error:
         raise DownloadError(reason) from error
-    held.enter_context(Claim(storage))
+    held.enter_context(Claim(storage_of(hub.cache, repo_id)))
     return Selection(repo_id, names, snapshot, hub)
+
+
+def _cached_names(repo_id: str, hub: Hub) -> tuple[Path, list[str]]:
+    """The latest snapshot of a repo in the cache, and the names of its files."""
+    storage = storage_of(hub.cache, repo_id)
+    snapshot = storage / "snapshots" / (read_branch(storage) or "")
+    files = (path for path in snapshot_files(storage) if path.is_relative_to(snapshot))
+    return snapshot, [path.relative_to(snapshot).as_posix() for path in files]
 
 
 @contextmanager

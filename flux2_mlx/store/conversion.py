@@ -12,7 +12,8 @@ from ..convert import PARTS, check_target, requantize
 from ..convert.lora import Fold
 from ..errors import DownloadError, InputError
 from ..files import Claim
-from ..hub import UnindexedError
+from ..hub import UnindexedError, names_of
+from ..layout import INDEX
 from ..weights import read_json
 from .acquisition import acquire
 from .adapters import open_adapter
@@ -125,11 +126,18 @@ def make_from_parts(
     where = Remote(model.repo, model.file) if model.path is None and model.repo else model.place
     if model.kind in (REPO, VARIANT) and given:
         name = f"{name} with another {' and '.join(given)}"
-        given = {**dict.fromkeys(PARTS, where), PARTS[0]: Remote(model.origin, PARTS[0]), **given}
-        where = given.pop(PARTS[0])
+        if PARTS[0] in (own := _part_folders(model)):
+            given = {**dict.fromkeys(own, where), PARTS[0]: Remote(model.origin, PARTS[0]), **given}
+            where = given.pop(PARTS[0])
     gathering = Gathering(where, given, wanted, partial(official_first, models_folder(models_dir)))
     with claim(model):
         return gather(name, gathering, target, wanted, fetching, force=force)
+
+
+def _part_folders(model: Model) -> Sequence[str]:
+    """The parts that have folders of their own in a model of the Hub; none if it is files of weights alone."""
+    names = [INDEX] if model.kind == VARIANT else names_of(model.origin)
+    return PARTS if INDEX in names else [part for part in PARTS if any(name.startswith(f"{part}/") for name in names)]
 
 
 def _check_single(where: Remote, error: UnindexedError) -> None:

@@ -1,8 +1,9 @@
 """What files of weights are, on the disk or on the Hub, that are no whole model."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from .. import hub
@@ -26,6 +27,7 @@ from ..layout import INDEX
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
 from .names import get_variant
+from .parts import Remote, files_of
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ def identify_files(place: Path, name: str, variant: str | None = None, models_di
 
 
 def identify_repo(repo: str, file: str | None = None, variant: str | None = None) -> Found:
-    """What a file of weights of a repo is, of which nothing but the header is fetched.
+    """What a file of weights of a repo, or a set of them, is, of which nothing but the headers is fetched.
 
     Args:
         repo: `owner/name`.
-        file: its name there; None: the only one that there is.
+        file: its name there, or that of one of its set; None: what there is.
         variant: the model's name where it can't be told, or None.
 
     Raises:
@@ -76,8 +78,17 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
     """
     said = None if variant is None else get_variant(variant).name
     name = f"{repo}:{file}" if file else repo
-    with hub.header(repo, file, formats.outline.pieces) as path, _called(path, name):
-        return Found(name, _identity(path, name, said, repo), None)
+    choose = partial(_weights_of, Remote(repo, file or ""))
+    with hub.header(repo, file, choose, formats.outline.pieces) as (folder, names):
+        path = folder / names[0]
+        own = {str(path): name} if len(names) == 1 else {}
+        with _called({**own, f"{folder}/": f"{repo}:", str(folder): repo}):
+            return Found(name, _identity(path, name, said, repo), None)
+
+
+def _weights_of(remote: Remote, names: Collection[str]) -> list[str]:
+    """The files of weights that a file of a repo is of, or that are all that it has."""
+    return [*filter(hub.is_weight, files_of(remote, None, names))]
 
 
 def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Identity:
@@ -95,9 +106,12 @@ def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Id
 
 
 @contextmanager
-def _called(path: Path, name: str) -> Iterator[None]:
-    """Let errors say `name` for `path`."""
+def _called(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors say these names for paths, the first ones first."""
     try:
         yield
     except (CheckpointError, InputError) as error:
-        raise type(error)(str(error).replace(str(path), name)) from error
+        text = str(error)
+        for path, name in names.items():
+            text = text.replace(path, name)
+        raise type(error)(text) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DownloadError, InputError
-from ..hub import is_repo_id, is_weight
+from ..hub import SHARD, is_repo_id, is_weight
 from ..layout import PICKLES
 from .names import addressed_file, is_address
 
@@ -16,7 +16,6 @@ _TOKENIZER = "tokenizer"
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tekken.json",))
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 _CONFIG, _INDEX = "config.json", ".safetensors.index.json"
-_SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-(?P<count>\d{5})(?P<end>\.[a-z0-9]+)")
 _USUAL = re.compile(r"(?:.*/)?(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 _SOME = 5
 
@@ -90,15 +89,17 @@ def _weights(remote: Remote, part: str | None, weights: list[str]) -> list[str]:
     usual = [one for one in distinct if _USUAL.fullmatch(one[0])]
     if len(usual or distinct) == 1:
         return (usual or distinct)[0]
-    what = f"{len(distinct)} models in files of weights" if distinct else "no weights" if not remote.path else "none"
-    raise DownloadError(f"{remote} has {what}{_named(remote, found or weights)}")
+    if distinct:
+        raise DownloadError(f"{remote} holds several files of weights: {_some(found)}; give one as {remote.repo}:FILE")
+    what = f"no file of weights {remote.path[:80]!r}" if remote.path else "no weights"
+    raise DownloadError(f"{remote.repo} has {what}{_named(remote, weights)}")
 
 
 def _set_of(name: str, weights: list[str]) -> list[str]:
     """All files of the numbered set that a file of weights is of, or itself alone."""
-    if (match := _SHARD.fullmatch(name)) is None:
+    if (match := SHARD.fullmatch(name)) is None:
         return [name]
-    shards = (_SHARD.fullmatch(other) for other in weights)
+    shards = (SHARD.fullmatch(other) for other in weights)
     kind = match.group("stem", "count", "end")
     return [shard[0] for shard in shards if shard and shard.group("stem", "count", "end") == kind]
 
@@ -128,7 +129,10 @@ def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:
 
 def _named(remote: Remote, weights: list[str]) -> str:
     """How files of weights can be named, as the end of a sentence."""
-    if not weights:
-        return "; give another repo"
-    more = f" and {len(weights) - _SOME} more" if len(weights) > _SOME else ""
-    return f"; give one as {', '.join(f'{remote.repo}:{name}' for name in weights[:_SOME])}{more}"
+    shown = _some([f"{remote.repo}:{name}" for name in weights])
+    return f"; give one as {shown}" if weights else "; give another repo"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
+    return f"{', '.join(names[:_SOME])}{more}"
