@@ -176,7 +176,9 @@ def header(
 def _is_whole(file: Path) -> bool:
     """Whether the others of the numbered set that a file is of, if it is of one, are beside it."""
     match = SHARD.fullmatch(file.name)
-    numbers = range(1, int(match["count"]) + 1) if match else ()
+    if match is None:
+        return True
+    numbers = range(1, int(match["count"]) + 1)
     return all((file.parent / f"{match['stem']}-{n:05}-of-{match['count']}{match['end']}").exists() for n in numbers)
 
 
