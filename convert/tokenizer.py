@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from flux2_mlx.config import TextConfig
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.files import read_bytes
-from flux2_mlx.text import TOKENIZER_FILES, DevTokenizer, KleinTokenizer
+from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS, DevTokenizer, KleinTokenizer
 from flux2_mlx.text.tokenizer_config import CONFIG, TokenizerSettings, read_settings
 from flux2_mlx.text.tokenizer_file import answers
 from flux2_mlx.weights import Files, parse_json, read_header, read_json
@@ -29,6 +30,21 @@ _LISTED = "added_tokens_decoder"
 _WEIGHTS = ".safetensors"
 _FORMS = f"{TOKENIZER}, with {VOCABULARY} and {MERGES}, or with {TEKKEN_FILE}"
 _QWEN_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
+# The ids of special tokens that the families were trained with.
+_IDS = {
+    "qwen3": {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<think>": 151667,
+        "</think>": 151668,
+    },
+    "mistral3": {
+        **{"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4, "[IMG]": 10, "<pad>": 11},
+        **{"[SYSTEM_PROMPT]": 17, "[/SYSTEM_PROMPT]": 18},
+    },
+}
+_FILLED = 0.9  # of an encoder's rows, tokens have at least this share; of the released models more than 0.99
 _MAX_BYTES = 64 << 20  # of a file; the largest of a released model has 20 million
 
 
@@ -94,6 +110,27 @@ def opened_tokenizer(place: Path) -> Iterator[Path]:
         except CheckpointError as error:
             what = place if place.is_dir() else place.parent
             raise CheckpointError(str(error).replace(str(folder), str(what))) from error
+
+
+def check_tokenizer(place: Path, text: TextConfig, encoder: Path) -> None:
+    """CheckpointError unless a tokenizer can be that of a text encoder: its words would be others.
+
+    Args:
+        place: what `find_tokenizer` gives.
+        text: the encoder's geometry.
+        encoder: where the encoder is, for errors.
+    """
+    with opened_tokenizer(place) as folder:
+        tokenizer = TOKENIZERS[text.model_type](folder / TOKENIZER, text.vocab_size)
+    wrong = ""
+    if tokenizer.size < _FILLED * text.vocab_size:
+        wrong = f"has {tokenizer.size:,} tokens, and the text encoder {encoder} {text.vocab_size:,}"
+    ids = _IDS[text.model_type]
+    for token, number in ids.items() if max(ids.values()) < text.vocab_size else ():
+        if not wrong and tokenizer.encode(token) != [number]:
+            wrong = f"reads {token} as {tokenizer.encode(token)}, which is {number} of the text encoder {encoder}"
+    if wrong:
+        raise CheckpointError(f"{place} {wrong}; use the tokenizer that belongs to that model")
 
 
 def _of_merges(place: Path, folder: Path) -> None:

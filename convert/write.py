@@ -11,7 +11,7 @@ from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
 from flux2_mlx.config import check_quant
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT
-from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS
+from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
 from flux2_mlx.weights import TensorInfo
 
@@ -21,7 +21,7 @@ from .lora import Fold, Folds, folded_source
 from .requantize import stored_part, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule
 from .sources import Source
-from .tokenizer import TOKENIZER, opened_tokenizer
+from .tokenizer import check_tokenizer, opened_tokenizer
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _checked_plans(source: Source, quant: str, text_quant: str) -> list[_Plan]:
     source.check()
     for name, part in source.parts.items():
         part.reading.check(source.configs_of(name), f"{part.place} is not a {source.variant.name} {name}")
-    _check_tokenizer(source)
+    check_tokenizer(source.tokenizer, source.configs["text_encoder"], source.places["text_encoder"])
     return [_plan(source, name, quants[name]) for name in COMPONENTS if name in source.configs.keys() - source.stored]
 
 
@@ -146,12 +146,6 @@ def _plan(source: Source, name: str, quant: str) -> _Plan:
     rule_for = source.parts[COMPONENTS[name].part].reading.rules_for(name, bare.config)
     rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
     return _Plan(bare.quantized(quant), plain, rules)
-
-
-def _check_tokenizer(source: Source) -> None:
-    text = source.configs["text_encoder"]
-    with opened_tokenizer(source.tokenizer) as folder:
-        TOKENIZERS[text.model_type](folder / TOKENIZER, text.vocab_size)
 
 
 def _taken(source: Source, quant: str, text_quant: str, adapters: Folds | None = None) -> list[Part]:

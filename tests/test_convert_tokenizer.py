@@ -2,25 +2,29 @@
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from flux2_mlx.convert import assembled
-from flux2_mlx.convert.tokenizer import find_tokenizer, opened_tokenizer
+from flux2_mlx.convert.tokenizer import _IDS, check_tokenizer, find_tokenizer, opened_tokenizer
 from flux2_mlx.convert.vocabulary import qwen_tokenizer, tekken_tokenizer
+from helpers.checkpoints import write_tokenizer
 from helpers.cli_runner import done, refusal
 from helpers.tekken import special_tokens
 from tokenizers import pre_tokenizers
 
 from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.store import demo_folder
-from flux2_mlx.text import DevTokenizer, KleinTokenizer, PromptTokenizer
+from flux2_mlx.text import TOKENIZERS, DevTokenizer, KleinTokenizer, PromptTokenizer
 
 DEMO = demo_folder() / "tokenizer"
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -295,3 +299,24 @@ def test_the_released_ids_come_of_tekken(tekken_file):
     tokenizer = tekken_tokenizer(values)
     for text, ids in TEKKEN_IDS.items():
         assert tokenizer.encode(text).ids == ids
+
+
+def test_a_tokenizer_of_another_size_is_not_the_encoder_s(tmp_path):
+    assembled(demo_folder(), {"tokenizer": DEMO})
+    small = write_tokenizer(tmp_path / "small")
+    message = refusal("convert", "demo", tmp_path / "made", "--tokenizer", small)
+    encoder = demo_folder() / "text_encoder"
+    assert message.startswith(f"{small} has 261 tokens, and the text encoder {encoder} 480; use the tokenizer")
+
+
+@pytest.mark.parametrize(("network", "token"), [("qwen3", "<|endoftext|>"), ("mistral3", "<unk>")])
+def test_special_tokens_have_the_ids_of_the_family(network, token, monkeypatch):
+    fake = SimpleNamespace(size=152_000, encode=lambda text: [_IDS[network][text]])
+    monkeypatch.setitem(TOKENIZERS, network, lambda *arguments: fake)
+    row = next(row for row in VARIANTS.values() if row.text.model_type == network and row.repo)
+    check_tokenizer(DEMO, row.text, Path("te.safetensors"))
+    monkeypatch.setattr(fake, "encode", lambda text: [_IDS[network][text] + 2])
+    with pytest.raises(CheckpointError, match=re.escape(f"reads {token} as [")) as error:
+        check_tokenizer(DEMO, row.text, Path("te.safetensors"))
+    assert str(DEMO) in str(error.value)
+    assert "of the text encoder te.safetensors" in str(error.value)

@@ -114,6 +114,11 @@ class PromptTokenizer(ABC):
                 "is implemented"
             )
 
+    @property
+    def size(self) -> int:
+        """How many tokens there are, the added ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
     @abstractmethod
     def chat(self, prompt: str, system: str | None = None) -> str:
         """`prompt` in the family's chat template."""
