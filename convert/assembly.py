@@ -5,13 +5,13 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from flux2_mlx.checkpoint import MANIFEST, Checkpoint, check_fit, is_checkpoint
+from flux2_mlx.checkpoint import MANIFEST, Checkpoint, Component, check_fit, is_checkpoint
 from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.layout import INDEX, told
 
-from .configs import SCHEDULE, stated
+from .configs import SCHEDULE, is_like, read_index, stated
 from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT
@@ -67,17 +67,17 @@ def assembled(
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
     if part_folders(place) and (beside := tokenizer_in(place / PARTS[-1])):
         given = {PARTS[-1]: beside, **given}
-    is_whole = is_checkpoint(place) or (place / INDEX).is_file()
+    is_whole = _is_whole(place)
     own = {} if is_whole else _loose_parts(place, variant)
     base = _base(place, variant, text_only=text_only) if is_whole else None
     replaced = [name for name in LAYOUT if name in given and name in (own if base is None else LAYOUT)]
     notes = [f"the {told([name])} of {place} is not used; taken from {given[name]}" for name in replaced]
-    parts = own | {
-        name: the_part(_loose_parts(given[name], variant), name, given[name]) for name in LAYOUT if name in given
-    }
-    parts = {name: part for name, part in parts.items() if name in wanted}
-    configs = _geometries(parts)
-    hints = [hint for part in parts.values() for hint in titles(part.metadata, part.place.name, repo)]
+    ours = {name: _stored_part(name, given[name]) for name in wanted if name in given and is_checkpoint(given[name])}
+    parts = own | {name: _given_part(name, given[name], variant) for name in LAYOUT if name in given.keys() - ours}
+    parts = {name: part for name, part in parts.items() if name in wanted and name not in ours}
+    taken = {name: network for part in ours.values() for name, network in part.items()}
+    configs = _geometries(parts) | {name: network.config for name, network in taken.items()}
+    hints = [*_said(given), *(x for part in parts.values() for x in titles(part.metadata, part.place.name, repo))]
     if base is not None:
         hints.append(base.variant.name)
     rows = [base.variant] if base is not None and not configs else candidates(configs)
@@ -85,13 +85,40 @@ def assembled(
     tokenizer = given.get(PARTS[-1]) or (_held_tokenizer(parts) if base is None else None)
     there = {*parts, *given} if tokenizer is None else {*parts, *given, PARTS[-1]}
     if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in there]):
-        base = _completion(place, row, parts, missing, others, text_quant)
+        base = _completion(place, row, missing, others, text_quant)
         if base is None:
             schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE
-            source = Source(place, row, configs, parts, place, schedule, borrowed=frozenset(borrowed))
-            raise MissingPartsError(_lacking(place, row, parts, missing), source, missing)
-    joined = _joined(place, row, parts, configs, tokenizer, base, borrowed)
+            source = Source(place, row, configs, parts, place, schedule, taken, borrowed=frozenset(borrowed))
+            raise MissingPartsError(_lacking(place, row, own, missing), source, missing)
+    joined = _joined(place, row, parts, configs, tokenizer, base, borrowed, taken)
     return replace(joined, notes=(*notes, *joined.notes), borrowed=frozenset(borrowed))
+
+
+def _is_whole(place: Path) -> bool:
+    return is_checkpoint(place) or (place / INDEX).is_file()
+
+
+def _given_part(name: str, place: Path, variant: str | None) -> SourcePart:
+    """The part `name` of what is given for it, which may be a whole model in the layout of diffusers."""
+    place = place / name if (place / INDEX).is_file() else place
+    return the_part(_loose_parts(place, variant), name, place)
+
+
+def _stored_part(name: str, folder: Path) -> dict[str, Component]:
+    """The networks that are made from a part, of a checkpoint of ours; CheckpointError if it has none."""
+    found = {x: y for x, y in Checkpoint.open(folder).components.items() if COMPONENTS[x].part == name}
+    if not found:
+        raise CheckpointError(f"{folder} has no {told([name])}; give another model's")
+    return found
+
+
+def _said(given: Mapping[str, Path]) -> list[str]:
+    """Names of models that may be the one, where a whole one is given for its transformer."""
+    place = given.get("transformer", Path())
+    if is_checkpoint(place):
+        return [Checkpoint.open(place).variant.name]
+    index = read_index(place) if (place / INDEX).is_file() else None
+    return [row.name for row in VARIANTS.values() if index is not None and is_like(row, index)]
 
 
 def _held_tokenizer(parts: Mapping[str, SourcePart]) -> Path | None:
@@ -117,7 +144,6 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Source:
 def _completion(
     place: Path,
     row: Variant,
-    parts: Mapping[str, SourcePart],
     missing: list[str],
     others: Iterable[Checkpoint],
     text_quant: str | None,
@@ -125,7 +151,7 @@ def _completion(
     """The converted model that gives the missing parts, as a source; None if there is none."""
     networks = [name for name in PAINTING if COMPONENTS[name].part in missing]
     # A model is what its transformer is, so that is never another's.
-    fitting = [x for x in others if _fits(x, row, networks)] if "transformer" in parts else []
+    fitting = [x for x in others if _fits(x, row, networks)] if "transformer" not in missing else []
     fitting.sort(key=lambda checkpoint: (checkpoint.text_quant != text_quant, checkpoint.text_quant != "bf16"))
     if fitting:
         note = f"{place} has no {told(missing)}; taken from {fitting[0].folder}"
@@ -133,10 +159,11 @@ def _completion(
     return None
 
 
-def _lacking(place: Path, row: Variant, parts: Mapping[str, SourcePart], missing: Sequence[str]) -> str:
-    has = f"holds only the {told(parts)} of a {row.name}" if parts else f"is taken for a {row.name}"
-    where = f", or have them fetched from {row.repo}" if row.repo and "transformer" in parts else ""
-    return f"{place} {has}; say where its {told(missing)} are{where}"
+def _lacking(place: Path, row: Variant, own: Collection[str], missing: Sequence[str]) -> str:
+    has = f"holds only the {told(own)} of a {row.name}" if own else f"is taken for a {row.name}"
+    where = f", or have them fetched from {row.repo}" if row.repo and "transformer" not in missing else ""
+    where = where if len(missing) > 1 else where.replace("them", "it")
+    return f"{place} {has}; say where its {told(missing)} {'are' if len(missing) > 1 else 'is'}{where}"
 
 
 def _fits(checkpoint: Checkpoint, row: Variant, networks: Iterable[str]) -> bool:
@@ -153,26 +180,29 @@ def _joined(
     tokenizer: Path | None,
     base: Source | None,
     borrowed: Collection[str],
+    taken: dict[str, Component],
 ) -> Source:
-    """The source of these parts and the others of `base`."""
+    """The source of these parts, of networks `taken` from checkpoints of ours, and of the others of `base`."""
     schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE  # the one of all released models
-    source = Source(place, row, configs, parts, place, schedule)
+    manifests = {network.files[0].parent.parent / MANIFEST: None for network in taken.values()}
+    source = Source(place, row, configs, parts, place, schedule, taken)
     if base is not None:
-        rest = {name: config for name, config in base.configs.items() if COMPONENTS[name].part not in parts}
+        given = {*parts, *(COMPONENTS[name].part for name in taken)}
+        rest = {name: config for name, config in base.configs.items() if COMPONENTS[name].part not in given}
         source = replace(
             base,
             place=place,
             variant=row,
             configs={name: {**configs, **rest}[name] for name in COMPONENTS if name in {**configs, **rest}},
-            parts={**base.parts, **parts},
-            stored={name: part for name, part in base.stored.items() if COMPONENTS[name].part not in parts},
+            parts={**{name: part for name, part in base.parts.items() if name not in given}, **parts},
+            stored={**{name: part for name, part in base.stored.items() if name in rest}, **taken},
         )
     if tokenizer is not None:
         found = find_tokenizer(tokenizer)
         own = () if PARTS[-1] in borrowed else tokenizer_files(found)
         source = replace(source, tokenizer=found, beside=(*source.beside, *own))
     check_fit(source.variant, source.configs)
-    return source
+    return replace(source, beside=(*source.beside, *manifests))
 
 
 def _loose_parts(place: Path, variant: str | None) -> dict[str, SourcePart]:

@@ -153,7 +153,7 @@ def _choose_variant(folder: Path, index: dict[str, Any], transformer: Transforme
         if same and row not in same:
             raise CheckpointError(f"{folder} can't be {name}: its geometry is that of {_names(same)}")
         return row
-    rows = same if len(same) == 1 else [v for v in same or VARIANTS.values() if _is_like(v, index)]
+    rows = same if len(same) == 1 else [v for v in same or VARIANTS.values() if is_like(v, index)]
     if len(rows) != 1:
         raise CheckpointError(
             f"can't tell which model {folder} is; name it with variant=NAME ({_names(same or VARIANTS.values())})"
@@ -161,7 +161,7 @@ def _choose_variant(folder: Path, index: dict[str, Any], transformer: Transforme
     return rows[0]
 
 
-def _is_like(variant: Variant, index: dict[str, Any]) -> bool:
+def is_like(variant: Variant, index: dict[str, Any]) -> bool:
     """Whether `variant` is of the kind that `model_index.json` tells by its class and `is_distilled`."""
     pipeline = index["_class_name"]
     if pipeline in _DEV or variant.transformer.guidance_embeds:

@@ -265,10 +265,13 @@ def _text(name: str, prefixes: Mapping[str, str]) -> Dialect:
 _VAE_PROOF = ("decoder.conv_in.weight", "decoder.conv_out.weight", "encoder.conv_in.weight")
 _LLAMA_PROOF = ("blk.*.attn_q.weight", "blk.*.ffn_gate.weight")
 DIFFUSERS = Dialect("transformer", "diffusers", _diffusers(), tuple(_TOP[name] for name in _MODULATIONS))
+DIFFUSERS_VAE = Dialect("vae", "diffusers", _vae(lambda ours, original: ours), _VAE_PROOF)
+# Ours and others' of MLX. Nothing but the shapes of convolutions tells it from diffusers'.
+MLX_VAE = Dialect("vae", "flux2-mlx", _vae(lambda ours, original: ours, channels_first), _VAE_PROOF)
 DIALECTS = (
     Dialect("transformer", "the original release", _original(), _MODULATIONS),
     DIFFUSERS,
-    Dialect("vae", "diffusers", _vae(lambda ours, original: ours), _VAE_PROOF),
+    DIFFUSERS_VAE,
     Dialect(
         "vae",
         "the original release",

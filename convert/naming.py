@@ -13,7 +13,7 @@ from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
 
-from .dialects import AFTER, DIALECTS, Dialect, Spelling, filled, matrix, templated, unpermute
+from .dialects import AFTER, DIALECTS, DIFFUSERS_VAE, MLX_VAE, Dialect, Spelling, filled, matrix, templated, unpermute
 from .formats import unreadable
 from .parts import LAYOUT
 from .rules import Rule, Shape, copy
@@ -204,7 +204,7 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
     sources: dict[str, dict[str, TensorInfo]] = {part: {} for part in found}
     for name in names:
         sources[_home(name, found)][name] = infos[name]
-    return {part: Reading(dialect, prefix, sources[part]) for part, (dialect, prefix) in found.items()}
+    return {part: Reading(_ordered(*key, infos), key[1], sources[part]) for part, key in found.items()}
 
 
 def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:
@@ -235,6 +235,13 @@ def _recognised(names: list[str]) -> dict[str, tuple[Dialect, str]]:
     for number, prefix in sorted(proven, key=lambda key: (-counts[key], key)):
         found.setdefault(DIALECTS[number].part, (DIALECTS[number], prefix))
     return found
+
+
+def _ordered(dialect: Dialect, prefix: str, infos: Mapping[str, TensorInfo]) -> Dialect:
+    """The dialect itself or, of a VAE in diffusers' names whose convolutions have their inputs last, MLX's."""
+    info = infos.get(f"{prefix}decoder.conv_in.weight")
+    is_last = info is not None and len(info.shape) == 4 and info.shape[1:3] == (3, 3) and info.shape[3] != 3
+    return MLX_VAE if dialect is DIFFUSERS_VAE and is_last else dialect
 
 
 def _candidates(name: str) -> Iterator[tuple[int, str, str]]:

@@ -40,8 +40,15 @@ _IDS = {
         "</think>": 151668,
     },
     "mistral3": {
-        **{"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4, "[IMG]": 10, "<pad>": 11},
-        **{"[SYSTEM_PROMPT]": 17, "[/SYSTEM_PROMPT]": 18},
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "[INST]": 3,
+        "[/INST]": 4,
+        "[IMG]": 10,
+        "<pad>": 11,
+        "[SYSTEM_PROMPT]": 17,
+        "[/SYSTEM_PROMPT]": 18,
     },
 }
 _FILLED = 0.9  # of an encoder's rows, tokens have at least this share; of the released models more than 0.99

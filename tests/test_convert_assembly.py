@@ -7,12 +7,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from flux2_mlx.convert import assembled, write_checkpoint
+from flux2_mlx.convert import assembled, assembly, write_checkpoint
+from flux2_mlx.convert.geometry import choose
 from helpers.cli_runner import PROMPT, SMALL, done, refusal
 from helpers.stored import in_groups
 from PIL import Image
 
 from flux2_mlx.checkpoint import Checkpoint
+from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import demo_folder, sources
 
@@ -280,8 +282,49 @@ def test_mlx_weights_with_their_config(folder):
     assert mx.array_equal(made[name], expected.astype(mx.bfloat16)).item()
 
 
-def test_a_whole_model_is_no_part(folder):
-    assert refusal("convert", "demo", "made", "--transformer", DEMO).startswith(f"{DEMO} is a whole model; give a file")
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_part_of_a_converted_model_is_read_as_stored(part, inside, folder):
+    option = f"--{part.replace('_', '-')}"
+    place = DEMO / part if inside else DEMO
+    done("convert", "demo", "made", option, place, "--text-quant", "bf16")
+    assert same_weights(folder / "made")
+
+
+def test_the_quantized_part_of_a_converted_model_stays_as_it_is(transformer, folder):
+    write_checkpoint(assembled(DEMO, {}), folder / "q", "bf16", "qint4")
+    done("convert", transformer, "made", *(f"--{x}={folder / 'q'}" for x in ("text-encoder", "vae", "tokenizer")))
+    name = "text_encoder/model.safetensors"
+    assert (folder / "made" / name).read_bytes() == (folder / "q" / name).read_bytes()
+
+
+def test_a_part_of_a_whole_diffusers_folder_is_taken(folder):
+    saved(folder / "fox" / "vae" / "diffusion_pytorch_model.safetensors", **{"": first(stored("vae"))})
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
+    (folder / "fox" / "model_index.json").write_text(json.dumps(index))
+    done("convert", "demo", "made", "--vae", "fox", "--text-quant", "bf16")
+    assert same_weights(folder / "made")
+    assert refusal("convert", "demo", "other", "--text-encoder", "fox").startswith("there is no file or folder fox/te")
+
+
+def test_which_model_a_whole_transformer_is_of_is_known(folder):
+    (folder / "fox").mkdir()
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": False}
+    (folder / "fox" / "model_index.json").write_text(json.dumps(index))
+    rows = [VARIANTS["klein-4b"], VARIANTS["klein-base-4b"]]
+    assert choose(rows, assembly._said({"transformer": folder / "fox"}), None, "x").name == "klein-base-4b"
+
+
+def test_what_a_converted_model_has_only_to_write_text_is_no_painter(folder):
+    encoder = saved(folder / "te.safetensors", **{"": text(stored("text_encoder"))})
+    write_checkpoint(assembled(encoder, {"tokenizer": DEMO}, text_only=True), folder / "writer", "bf16", "bf16")
+    assert refusal("convert", "demo", "made", "--vae", "writer") == "writer has no VAE; give another model's"
+
+
+def test_one_missing_part_is_asked_for(transformer):
+    encoder = saved(transformer.with_name("te.safetensors"), **{"": text(stored("text_encoder"))})
+    message = refusal("convert", encoder, "made", "--vae", DEMO, "--transformer", DEMO)
+    assert message == f"{encoder} holds only the text encoder of a demo; say where its tokenizer is"
 
 
 def test_a_file_of_weights_has_the_name_of_one(transformer, folder):
