@@ -2,6 +2,7 @@
 
 from . import formats
 from .assembly import PARTS, MissingPartsError, assembled
+from .configs import stated
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
@@ -36,6 +37,7 @@ __all__ = [
     "requantize",
     "requantized",
     "said_of",
+    "stated",
     "titles",
     "tokenizer_in",
     "write_checkpoint",

@@ -296,6 +296,8 @@ def test_the_quantized_part_of_a_converted_model_stays_as_it_is(transformer, fol
     done("convert", transformer, "made", *(f"--{x}={folder / 'q'}" for x in ("text-encoder", "vae", "tokenizer")))
     name = "text_encoder/model.safetensors"
     assert (folder / "made" / name).read_bytes() == (folder / "q" / name).read_bytes()
+    assert done("info", folder / "q" / "text_encoder").stdout.startswith(f"{folder}/q/text_encoder: text encoder of F")
+    assert "VAE of FLUX.2 demo" in done("info", DEMO / "vae").stdout
 
 
 def test_a_part_of_a_whole_diffusers_folder_is_taken(folder):

@@ -19,6 +19,7 @@ from ..convert import (
     is_loose,
     loose_files,
     said_of,
+    stated,
     titles,
     tokenizer_in,
 )
@@ -94,7 +95,7 @@ def _weights_of(remote: Remote, names: Collection[str]) -> list[str]:
 def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Identity:
     paths = loose_files(place)
     try:
-        tensors, metadata = formats.plain(paths)
+        tensors, metadata = formats.plain(paths, stated(paths[0].parent).packing)
     except CheckpointError:  # which may be because it is of another model
         if place.suffix.lower() != formats.GGUF and (known := foreign(Files(paths), name)):
             return known
