@@ -12,7 +12,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.layout import INDEX, told
 
 from .configs import SCHEDULE, is_like, read_index, stated
-from .geometry import candidates, choose, titles, understood
+from .geometry import candidates, choose, text_name, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT
 from .sources import Source, SourcePart, loose_files, parts_of, the_part
@@ -71,16 +71,22 @@ def assembled(
     own = {} if is_whole else _loose_parts(place, variant)
     base = _base(place, variant, text_only=text_only) if is_whole else None
     replaced = [name for name in LAYOUT if name in given and name in (own if base is None else LAYOUT)]
-    notes = [f"the {told([name])} of {place} is not used; taken from {given[name]}" for name in replaced]
+    notes = [
+        f"the {told([name])} of {place} is not used; taken from {given[name]}"
+        for name in replaced
+        if given[name] != place
+    ]
     ours = {name: _stored_part(name, given[name]) for name in wanted if name in given and is_checkpoint(given[name])}
     parts = own | {name: _given_part(name, given[name], variant) for name in LAYOUT if name in given.keys() - ours}
     parts = {name: part for name, part in parts.items() if name in wanted and name not in ours}
     taken = {name: network for part in ours.values() for name, network in part.items()}
     configs = _geometries(parts) | {name: network.config for name, network in taken.items()}
+    places = {name: part.place for name, part in parts.items()} | {name: given[name] for name in ours}
     hints = [*_said(given), *(x for part in parts.values() for x in titles(part.metadata, part.place.name, repo))]
     if base is not None:
         hints.append(base.variant.name)
     rows = [base.variant] if base is not None and not configs else candidates(configs)
+    _check_sizes(place, {} if base is None else base.configs, configs, places, variant)
     row = choose(rows, hints, variant, str(place))
     tokenizer = given.get(PARTS[-1]) or (_held_tokenizer(parts) if base is None else None)
     there = {*parts, *given} if tokenizer is None else {*parts, *given, PARTS[-1]}
@@ -92,6 +98,41 @@ def assembled(
             raise MissingPartsError(_lacking(place, row, own, missing), source, missing)
     joined = _joined(place, row, parts, configs, tokenizer, base, borrowed, taken)
     return replace(joined, notes=(*notes, *joined.notes), borrowed=frozenset(borrowed))
+
+
+def _check_sizes(
+    place: Path, base: Geometries, configs: Geometries, places: Mapping[str, Path], variant: str | None
+) -> None:
+    """CheckpointError if one of several parts is of another size than the model has, which its first part tells.
+
+    Args:
+        place: where the model is.
+        base: the geometries of a whole model there.
+        configs: those of the parts that are given, or take the place of the model's.
+        places: where these are.
+        variant: the model's name, or None.
+    """
+    of_part = {name: {x: y for x, y in configs.items() if COMPONENTS[x].part == name} for name in LAYOUT}
+    rest = {name: {x: y for x, y in base.items() if COMPONENTS[x].part == name} for name in LAYOUT}
+    found = {name: candidates(x) for name in LAYOUT if (x := of_part[name] or rest[name])}
+    wanted = [variant_named(variant)] if variant else next(filter(None, found.values()), [])
+    for name, rows in found.items() if len(found) > 1 else ():
+        if rows and wanted and not any(row in wanted for row in rows):
+            raise CheckpointError(f"{places.get(name, place / name)} is {_of_size(name, rows, wanted)}")
+
+
+def _of_size(name: str, rows: list[Variant], wanted: list[Variant]) -> str:
+    """What a part is that models `rows` have, and what the `wanted` ones need."""
+    names = _either(wanted)
+    own, other = text_name(rows[0].text), text_name(wanted[0].text)
+    if name == "text_encoder" and own and other:
+        return f"the text encoder {own}; {names} has {other}"
+    return f"the {told([name])} of {_either(rows)}; give that of {names}"
+
+
+def _either(rows: list[Variant]) -> str:
+    *most, last = [row.name for row in rows]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _is_whole(place: Path) -> bool:

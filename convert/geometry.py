@@ -19,6 +19,8 @@ from .rules import Shape
 _Infos = Mapping[str, TensorInfo]
 _FOLDER = "give the whole model's folder, with its config.json files"
 _TOWER = "vision_tower."
+# Language models that it uses, by their kind and width.
+_TEXT = {("qwen3", 2560): "Qwen3-4B", ("qwen3", 4096): "Qwen3-8B", ("mistral3", 5120): "Mistral-Small-3.2-24B"}
 # Language models that FLUX.2 does not use, by what tells them apart: the kind, the width and the number of layers.
 _OTHER_TEXT = {
     ("qwen3", 1024, 28): "Qwen3-0.6B",
@@ -87,6 +89,11 @@ def understood(reading: Reading, what: str, wrong: str) -> tuple[dict[str, Confi
 def candidates(configs: Mapping[str, Config]) -> list[Variant]:
     """The models that networks of these geometries can be of, in the order of the table."""
     return [row for row in VARIANTS.values() if all(_FITS[name](row, config) for name, config in configs.items())]
+
+
+def text_name(text: TextConfig) -> str | None:
+    """The name of the language model that a text encoder of this geometry is; None: it has no name."""
+    return _TEXT.get((text.model_type, text.hidden_size))
 
 
 def titles(metadata: Mapping[str, str], file: str = "", repo: str = "") -> list[str]:
