@@ -18,6 +18,8 @@ from .rules import Shape
 
 _Infos = Mapping[str, TensorInfo]
 _FOLDER = "give the whole model's folder, with its config.json files"
+_AGAIN = "fetch the file again, or give a complete one"
+_GUIDANCE = ("guidance_in.in_layer.weight", "guidance_in.out_layer.weight")
 _TOWER = "vision_tower."
 # Language models that it uses, by their kind and width.
 _TEXT = {("qwen3", 2560): "Qwen3-4B", ("qwen3", 4096): "Qwen3-8B", ("mistral3", 5120): "Mistral-Small-3.2-24B"}
@@ -82,6 +84,8 @@ def understood(reading: Reading, what: str, wrong: str) -> tuple[dict[str, Confi
         configs = geometry(reading.part, reading.infos, what)
         reading.check(configs, wrong)
     except CheckpointError as error:
+        if mixed := reading.mixed:
+            return configs, CheckpointError(f"{what} {mixed}; fetch the file again, or give one that names all alike")
         return configs, error
     return configs, None
 
@@ -163,6 +167,8 @@ def _transformer(infos: _Infos) -> dict[str, Config]:
         "guidance_embeds": any(name.startswith("guidance_in.") for name in infos),
     }
     config = _agreeing((row.transformer for row in VARIANTS.values()), told)
+    if config is None and _agreeing((row.transformer for row in VARIANTS.values()), told | {"guidance_embeds": True}):
+        raise CheckpointError(f"there is no {' and no '.join(_GUIDANCE)}, which dev needs; {_AGAIN}")
     if config is None:
         blocks = f"{told['num_layers']} double and {told['num_single_layers']} single blocks"
         raise CheckpointError(
@@ -293,7 +299,7 @@ def _agrees(config: Config, told: dict[str, Any]) -> bool:
 def _shape(infos: _Infos, name: str, rank: int) -> Shape:
     """The shape of a tensor that has to be there, of `rank` dimensions, none of them empty."""
     if name not in infos:
-        raise CheckpointError(f"there is no {name}; fetch the file again, or give a complete one")
+        raise CheckpointError(f"there is no {name}; {_AGAIN}")
     shape = infos[name].shape
     if len(shape) != rank or 0 in shape:
         raise CheckpointError(f"{name} is of shape {list(shape)}, which is none of {rank} dimensions")

@@ -69,6 +69,16 @@ class Reading:
         """The tensors that have no place in the canonical naming."""
         return [name for name in self.sources if self.canonical(name) is None]
 
+    @property
+    def mixed(self) -> str | None:
+        """What is said of a part that has some tensors in another naming; None: it has none."""
+        known = next((name for name in self.sources if self.canonical(name)), "")
+        for name in self.unknown:
+            for other in (DIALECTS[number] for number, _, _ in _candidates(name)):
+                if other.part == self.part and other is not self.dialect:
+                    return f"mixes namings: {known:.80} as of {self.dialect.name}, {name:.80} as of {other.name}"
+        return None
+
     def rule(self, canonical: str, head_dim: int = 128) -> Rule:
         """How the canonical tensor is made of those of the source, which need not be there.
 

@@ -364,4 +364,5 @@ def _refuse_integers(place: Path, infos: Mapping[str, TensorInfo]) -> None:
     """CheckpointError if weights are stored as anything but floating-point numbers."""
     matrices = [x for name, x in infos.items() if name.endswith("weight") and len(x.shape) > 1]
     if other := sorted({x.dtype for x in matrices} - set(FLOATS.values())):
-        raise CheckpointError(f"{place} holds weights that are stored as {other[0]}, which are not read; {UNQUANTIZED}")
+        advice = "give them in bf16, fp16 or fp32" if other[0] == "F64" else UNQUANTIZED
+        raise CheckpointError(f"{place} holds weights that are stored as {other[0]}, which are not read; {advice}")

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from flux2_mlx.convert import geometry, naming
+from flux2_mlx.convert import assembled, geometry, naming
+from helpers.headers import cast, write
 from helpers.listings import listing
 
 from flux2_mlx.checkpoint import Component
@@ -206,3 +207,29 @@ def test_titles_come_from_metadata_then_file_then_repository():
     assert texts == ["T", "Klein Base", "flux-2-klein.Q4", "FLUX.2-klein-4B"]
     url = {"general.base_model.0.repo_url": "https://huggingface.co/base/FLUX.2-klein-4B", "name": 7}
     assert geometry.titles(url) == ["FLUX.2-klein-4B"]
+
+
+def test_dev_without_its_guidance_is_incomplete():
+    part, infos = canonical("transformer_dev_bfl")
+    left = {name: info for name, info in infos.items() if not name.startswith("guidance_in.")}
+    with pytest.raises(
+        CheckpointError, match=r"^x: there is no guidance_in\.in_layer\.weight and no guidance_in\.out_"
+    ):
+        geometry.geometry(part, left, "x")
+
+
+def test_two_namings_in_one_file_are_told():
+    original, other = listing("transformer_klein-4b_bfl"), listing("transformer_klein-4b_diffusers")
+    mixed = {name: x for name, x in original.items() if not name.startswith("double_blocks.")}
+    mixed |= {name: x for name, x in other.items() if name.startswith("transformer_blocks.")}
+    (reading,) = naming.read(mixed, "x").values()
+    _, problem = geometry.understood(reading, "x", "x is wrong")
+    assert str(problem).startswith("x mixes namings: ")
+    assert "as of diffusers" in str(problem)
+    assert "as of the original release" in str(problem)
+
+
+def test_weights_of_64_bits_are_asked_for_in_fewer(tmp_path):
+    path = write(tmp_path / "x.safetensors", cast(listing("transformer_klein-4b_bfl"), "F64"))
+    with pytest.raises(CheckpointError, match=r"stored as F64, .* bf16, fp16 or fp32$"):
+        assembled(path, {})

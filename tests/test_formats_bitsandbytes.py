@@ -204,3 +204,10 @@ def test_nested_fields_that_are_broken(change):
 def test_bytes_of_rows_that_are_broken(change):
     with pytest.raises(CheckpointError, match=r"a\.(weight|SCB)"):
         unpacked(rows(**change))
+
+
+@pytest.mark.parametrize("beside", [{}, {"SCB": None, "weight_format": ("U8", np.uint8(0))}])
+def test_bytes_without_their_scales_are_told(beside):
+    stored = rows(**beside) | {"b.weight": ("I8", np.int8([[1, 2]]))}
+    with pytest.raises(CheckpointError, match=r"[ab]\.SCB is missing; fetch the file again"):
+        unpacked(stored)

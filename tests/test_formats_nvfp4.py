@@ -94,7 +94,11 @@ def without(name: str) -> Codes:
 
 # What is in a file, what its header says of its layers, and the refusal.
 PLANS: dict[str, tuple[Codes, object, str]] = {
-    "unsaid": (layer(), None, "a.weight looks like NVFP4, and its file does not say so"),
+    "unsaid": (
+        layer(),
+        None,
+        "a.weight looks like NVFP4, and its file does not say so.*; fetch the releaser's .* bf16 one$",
+    ),
     "no scale": (without("a.weight_scale"), SAID, "there is no a.weight_scale, which a layer in NVFP4 needs"),
     "no second": (without("a.weight_scale_2"), SAID, "there is no a.weight_scale_2, which a layer in NVFP4 needs"),
     "no second, unsaid": (without("a.weight_scale_2"), None, "there is no a.weight_scale_2, which a layer in NVFP4"),

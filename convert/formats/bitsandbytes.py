@@ -19,6 +19,7 @@ Read = Callable[[Iterable[str]], Iterator[mx.array]]
 
 STATE = ".quant_state.bitsandbytes__"
 _ENDINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
+_FORMAT = ".weight_format"
 _NF4 = (
     *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105, 0.0),
     *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.562617, 0.7229568, 1.0),
@@ -61,7 +62,16 @@ def packed(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: R
             raise CheckpointError(f"{weight} has two quantization states; fetch the file again")
         weights[weight] = _nibbles(infos, weight, name, _state(name, array))
     rows = [name.removesuffix(".SCB") for name in infos if name.endswith(".SCB")]
+    if rows or any(name.endswith(_FORMAT) for name in infos):
+        rows += _without_scales(infos)
     return complete(infos, weights | {f"{layer}.weight": _rows(infos, layer) for layer in rows}, _ENDINGS)
+
+
+def _without_scales(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """The layers of bytes that have no scales of any kind."""
+    layers = [name.removesuffix(".weight") for name, info in infos.items() if info.dtype == "I8"]
+    ends = (".SCB", ".weight_scale")
+    return [x for x in layers if f"{x}.weight" in infos and infos.keys().isdisjoint(x + end for end in ends)]
 
 
 def _state(name: str, array: mx.array) -> _State:
@@ -154,7 +164,7 @@ def _rows(infos: Mapping[str, TensorInfo], layer: str) -> Packed:
     """A weight of bytes, with a scale for each of its rows."""
     weight = f"{layer}.weight"
     scales = f"{layer}.SCB"
-    layout = f"{layer}.weight_format"
+    layout = f"{layer}{_FORMAT}"
     stored = require(infos, weight, ("I8",))
     if len(stored.shape) != 2:
         raise CheckpointError(f"{weight} is {list(stored.shape)}, which is no matrix")

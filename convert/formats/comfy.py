@@ -22,6 +22,7 @@ FORMATS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "mxfp8": "mxfp8", "int8
 _UNUSED = (".input_scale", ".scale_input", ".activation_scale")
 _ROTATIONS = (4, 16, 64, 256, 1024)
 _MARKER_BYTES = 4096
+AGAIN = "fetch the releaser's or ComfyUI's file again, or the bf16 one"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ def _declared(name: str, value: Any) -> Declared:
     format = value.get("format") if isinstance(value, dict) else None
     if not isinstance(format, str) or format not in FORMATS:
         name = name[:200]
-        raise CheckpointError(f"{name} is in format {str(format)[:40]!r}, which is not one of {', '.join(FORMATS)}")
+        raise CheckpointError(
+            f"{name} is in format {str(format)[:40]!r}, which is not one of {', '.join(FORMATS)}; {AGAIN}"
+        )
     parameters = value.get("params", {})
     values = value | parameters if isinstance(parameters, dict) else value
     rotated, size = values.get("convrot", False), values.get("convrot_groupsize", 256)
@@ -151,7 +154,7 @@ def _declared(name: str, value: Any) -> Declared:
 def _check(layer: str, said: Declared, format: str, shape: tuple[int, ...], before: Declared | None = None) -> None:
     """CheckpointError if a weight is not as it is `said` to be, or if something else was said `before`."""
     if said.format != format:
-        raise CheckpointError(f"{layer}{WEIGHT} is stored as {format}, and its file says {said.format}")
+        raise CheckpointError(f"{layer}{WEIGHT} is stored as {format}, and its file says {said.format}; {AGAIN}")
     if before not in (None, said):
         raise CheckpointError(f"{layer}{MARKER} says another thing than the metadata of its file")
     if said.rotation and shape[-1] % said.rotation:

@@ -12,7 +12,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
 from .checks import LEAST, MOST, not_all_zero
-from .comfy import MARKER, WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
+from .comfy import AGAIN, MARKER, WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
 from .packed import Packed
 from .tables import numbers
 
@@ -86,7 +86,7 @@ def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
             if layer == name or _is_nvfp4(layer, infos):
                 continue
             if layer in scales:
-                raise CheckpointError(f"{layer}{WEIGHT} has two scales, {scales[layer]} and {name}")
+                raise CheckpointError(f"{layer}{WEIGHT} has two scales, {scales[layer]} and {name}; {AGAIN}")
             scales[layer] = name
     return scales
 
@@ -161,7 +161,7 @@ def _format(layer: str, weight: TensorInfo, scale: TensorInfo, declared: Mapping
     if layer not in declared:
         raise CheckpointError(
             f"{layer}{WEIGHT} looks like {format}, and its file does not say so, as those of ComfyUI do; other tools "
-            "store the same otherwise"
+            f"store the same otherwise; {AGAIN}"
         )
     return format
 
@@ -172,7 +172,7 @@ def _check_groups(name: str, shape: tuple[int, ...], scale: TensorInfo) -> None:
         raise CheckpointError(f"{name} scales groups of {_GROUP} inputs, of which {list(shape)} has no whole number")
     wanted = swizzled_shape(shape[0], shape[1] // _GROUP)
     if scale.shape != wanted:
-        raise CheckpointError(f"{name} is {told(scale)}; for a weight of {list(shape)} it is {list(wanted)}")
+        raise CheckpointError(f"{name} is {told(scale)}; for a weight of {list(shape)} it is {list(wanted)}; {AGAIN}")
 
 
 def _check_shape(name: str, shape: tuple[int, ...], scale: TensorInfo) -> None:
@@ -181,7 +181,7 @@ def _check_shape(name: str, shape: tuple[int, ...], scale: TensorInfo) -> None:
     if len(shape) == 2:
         shapes += [(shape[0],), (shape[0], 1), _blocks(shape)]
     if scale.dtype not in _FLOATS or scale.shape not in shapes:
-        raise CheckpointError(f"{name} is {told(scale)}, which is no scale of a weight of {list(shape)}")
+        raise CheckpointError(f"{name} is {told(scale)}, which is no scale of a weight of {list(shape)}; {AGAIN}")
 
 
 def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:

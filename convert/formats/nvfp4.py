@@ -9,7 +9,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo
 
 from .checks import not_all_zero
-from .comfy import WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
+from .comfy import AGAIN, WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
 from .fp8 import check_scales, eight_bits
 from .packed import Packed
 from .tables import pairs
@@ -62,7 +62,7 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
     if layer not in declared:
         raise CheckpointError(
             f"{weight} looks like NVFP4, and its file does not say so, as those of ComfyUI and of the releaser do; "
-            "other tools store the same otherwise"
+            f"other tools store the same otherwise; {AGAIN}"
         )
     if layer + _SMOOTHING in infos:
         raise CheckpointError(f"{layer}{_SMOOTHING} can't be read: inputs scaled before a layer; get another file")
@@ -88,11 +88,13 @@ def _check_shapes(infos: Mapping[str, TensorInfo], weight: str, scale: str, scal
     groups = infos[scale]
     whole = infos[scale_2]
     if stored.dtype != "U8" or len(stored.shape) != 2 or 0 in stored.shape or stored.shape[1] % (_GROUP // 2):
-        raise CheckpointError(f"{weight} is {told(stored)}, which is no weight in NVFP4")
+        raise CheckpointError(f"{weight} is {told(stored)}, which is no weight in NVFP4; {AGAIN}")
     rows, columns = stored.shape[0], 2 * stored.shape[1]
     wanted = swizzled_shape(rows, columns // _GROUP)
     if groups.dtype not in ("F8_E4M3", "U8") or groups.shape != wanted:
-        raise CheckpointError(f"{scale} is {told(groups)}; for {told(stored)} it is F8_E4M3 {list(wanted)}, in blocks")
+        raise CheckpointError(
+            f"{scale} is {told(groups)}; for {told(stored)} it is F8_E4M3 {list(wanted)}, in blocks; {AGAIN}"
+        )
     if whole.dtype != "F32" or whole.shape not in ((), (1,)):
-        raise CheckpointError(f"{scale_2} is {told(whole)} in place of one number in F32")
+        raise CheckpointError(f"{scale_2} is {told(whole)} in place of one number in F32; {AGAIN}")
     return rows, columns
