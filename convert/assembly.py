@@ -2,16 +2,15 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint, check_fit, is_checkpoint
 from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.layout import INDEX, told
+from flux2_mlx.layout import told
 
-from .configs import SCHEDULE, stated
+from .configs import RELEASED_SCHEDULE, SCHEDULE, is_whole, stated
 from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT
@@ -67,9 +66,9 @@ def assembled(
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
     if part_folders(place) and (beside := tokenizer_in(place / PARTS[-1])):
         given = {PARTS[-1]: beside, **given}
-    is_whole = is_checkpoint(place) or (place / INDEX).is_file()
-    own = {} if is_whole else _loose_parts(place, variant)
-    base = _base(place, variant, text_only=text_only) if is_whole else None
+    is_model = is_checkpoint(place) or is_whole(place)
+    own = {} if is_model else _loose_parts(place, variant)
+    base = _base(place, variant, text_only=text_only) if is_model else None
     replaced = [name for name in LAYOUT if name in given and name in (own if base is None else LAYOUT)]
     notes = [f"the {told([name])} of {place} is not used; taken from {given[name]}" for name in replaced]
     parts = own | {
@@ -87,8 +86,7 @@ def assembled(
     if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in there]):
         base = _completion(place, row, parts, missing, others, text_quant)
         if base is None:
-            schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE
-            source = Source(place, row, configs, parts, place, schedule, borrowed=frozenset(borrowed))
+            source = Source(place, row, configs, parts, place, RELEASED_SCHEDULE, borrowed=frozenset(borrowed))
             raise MissingPartsError(_lacking(place, row, parts, missing), source, missing)
     joined = _joined(place, row, parts, configs, tokenizer, base, borrowed)
     return replace(joined, notes=(*notes, *joined.notes), borrowed=frozenset(borrowed))
@@ -155,8 +153,7 @@ def _joined(
     borrowed: Collection[str],
 ) -> Source:
     """The source of these parts and the others of `base`."""
-    schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE  # the one of all released models
-    source = Source(place, row, configs, parts, place, schedule)
+    source = Source(place, row, configs, parts, place, RELEASED_SCHEDULE)
     if base is not None:
         rest = {name: config for name, config in base.configs.items() if COMPONENTS[name].part not in parts}
         source = replace(
