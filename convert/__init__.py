@@ -2,7 +2,7 @@
 
 from . import formats
 from .assembly import PARTS, MissingPartsError, assembled
-from .configs import stated
+from .configs import is_whole, stated
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
@@ -33,6 +33,7 @@ __all__ = [
     "identify",
     "is_loose",
     "is_own",
+    "is_whole",
     "loose_files",
     "requantize",
     "requantized",

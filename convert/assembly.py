@@ -2,16 +2,15 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint, Component, check_fit, is_checkpoint
 from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.layout import INDEX, told
+from flux2_mlx.layout import told
 
-from .configs import SCHEDULE, is_like, read_index, stated
+from .configs import RELEASED_SCHEDULE, SCHEDULE, is_like, is_whole, read_index, stated
 from .geometry import candidates, choose, text_name, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT
@@ -67,9 +66,9 @@ def assembled(
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
     if part_folders(place) and (beside := tokenizer_in(place / PARTS[-1])):
         given = {PARTS[-1]: beside, **given}
-    is_whole = _is_whole(place)
-    own = {} if is_whole else _loose_parts(place, variant)
-    base = _base(place, variant, text_only=text_only) if is_whole else None
+    is_model = is_checkpoint(place) or is_whole(place)
+    own = {} if is_model else _loose_parts(place, variant)
+    base = _base(place, variant, text_only=text_only) if is_model else None
     replaced = [name for name in LAYOUT if name in given and name in (own if base is None else LAYOUT)]
     notes = [
         f"the {told([name])} of {place} is not used; taken from {given[name]}"
@@ -93,8 +92,7 @@ def assembled(
     if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in there]):
         base = _completion(place, row, missing, others, text_quant)
         if base is None:
-            schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE
-            source = Source(place, row, configs, parts, place, schedule, taken, borrowed=frozenset(borrowed))
+            source = Source(place, row, configs, parts, place, RELEASED_SCHEDULE, taken, borrowed=frozenset(borrowed))
             raise MissingPartsError(_lacking(place, row, own, missing), source, missing)
     joined = _joined(place, row, parts, configs, tokenizer, base, borrowed, taken)
     return replace(joined, notes=(*notes, *joined.notes), borrowed=frozenset(borrowed))
@@ -135,13 +133,9 @@ def _either(rows: list[Variant]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _is_whole(place: Path) -> bool:
-    return is_checkpoint(place) or (place / INDEX).is_file()
-
-
 def _given_part(name: str, place: Path, variant: str | None) -> SourcePart:
     """The part `name` of what is given for it, which may be a whole model in the layout of diffusers."""
-    place = place / name if (place / INDEX).is_file() else place
+    place = place / name if is_whole(place) else place
     return the_part(_loose_parts(place, variant), name, place)
 
 
@@ -158,7 +152,7 @@ def _said(given: Mapping[str, Path]) -> list[str]:
     place = given.get("transformer", Path())
     if is_checkpoint(place):
         return [Checkpoint.open(place).variant.name]
-    index = read_index(place) if (place / INDEX).is_file() else None
+    index = read_index(place) if is_whole(place) else None
     return [row.name for row in VARIANTS.values() if index is not None and is_like(row, index)]
 
 
@@ -224,9 +218,8 @@ def _joined(
     taken: dict[str, Component],
 ) -> Source:
     """The source of these parts, of networks `taken` from checkpoints of ours, and of the others of `base`."""
-    schedule = Path(str(files("flux2_mlx.demo"))) / SCHEDULE  # the one of all released models
     manifests = {network.files[0].parent.parent / MANIFEST: None for network in taken.values()}
-    source = Source(place, row, configs, parts, place, schedule, taken)
+    source = Source(place, row, configs, parts, place, RELEASED_SCHEDULE, taken)
     if base is not None:
         given = {*parts, *(COMPONENTS[name].part for name in taken)}
         rest = {name: config for name, config in base.configs.items() if COMPONENTS[name].part not in given}

@@ -5,6 +5,7 @@ import os
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flux2_mlx.layout import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
 from .formats import METHOD, SETTINGS, unreadable
+from .geometry import choose, titles
 from .options import SCHEDULER, checked, refuse
 from .parts import LAYOUT
 
@@ -38,6 +40,7 @@ _METHODS = ("bitsandbytes", "quanto", "torchao", "fp8", "comfy")
 COMPLETE = "fetch it again, or give a complete copy"
 CONFIG = "config.json"
 SCHEDULE = "scheduler/scheduler_config.json"
+RELEASED_SCHEDULE = Path(str(files("flux2_mlx.demo"))) / SCHEDULE
 # Of these, diffusers takes the class from `model_index.json` rather than from their own files.
 _CLASSES = {name: part.kind for name, part in LAYOUT.items() if part.kind} | {
     "scheduler": "FlowMatchEulerDiscreteScheduler"
@@ -63,17 +66,29 @@ class Description:
 
 
 def describe(folder: Path) -> Description:
-    """Read the small files of the folder that holds `model_index.json`.
+    """Read the small files of a folder in the layout of diffusers.
 
     Raises:
         CheckpointError: another family of models, a file that is missing or damaged, quantized weights.
     """
     index = read_index(folder)
-    for path in (*(folder / name / CONFIG for name in LAYOUT), folder / SCHEDULE):
+    schedule = schedule_of(folder)
+    for path in (*(folder / name / CONFIG for name in LAYOUT), schedule):
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
     parts = {name: stated(folder / name) for name in LAYOUT}
-    return Description(folder, index, parts, read_json(folder / SCHEDULE))
+    return Description(folder, index, parts, read_json(schedule))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is a model in the layout of diffusers, with or without `model_index.json`."""
+    return (folder / INDEX).is_file() or all((folder / name / CONFIG).is_file() for name in LAYOUT)
+
+
+def schedule_of(folder: Path) -> Path:
+    """The schedule of the model in a folder: its own, or that of all released models if it has not even an index."""
+    own = folder / SCHEDULE
+    return own if own.exists() or (folder / INDEX).is_file() else RELEASED_SCHEDULE
 
 
 def stated(folder: Path) -> Stated:
@@ -132,18 +147,25 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is {kind}; give the whole model, as a folder in the diffusers layout or a repo id"
         )
-    if not (folder / INDEX).is_file():
+    if not is_whole(folder):
         hint = _whereabouts(folder)
         raise CheckpointError(f"{folder} is no model folder in the diffusers layout: it has no {INDEX}{hint}")
-    index = read_json(folder / INDEX)
+    has_index = (folder / INDEX).is_file()
+    index = read_json(folder / INDEX) if has_index else _classes(folder)
     pipeline = index.get("_class_name")
-    if pipeline not in (*_DEV, _KV, *_KLEIN):
+    if has_index and pipeline not in (*_DEV, _KV, *_KLEIN):
         raise CheckpointError(f"{folder} holds {reprlib.repr(pipeline)}, not FLUX.2; give a model of that family")
     for name, wanted in _CLASSES.items():
         match index.get(name):
             case [_, str(found)] if found != wanted:
-                refuse(name, found, wanted, folder / "model_index.json")
+                refuse(name, found, wanted, folder / INDEX if has_index else folder / name / CONFIG)
     return index
+
+
+def _classes(folder: Path) -> dict[str, Any]:
+    """What a missing `model_index.json` would say of the parts, by their own configs."""
+    own = {name: read_json(folder / name / CONFIG).get("_class_name") for name in _CLASSES if name in LAYOUT}
+    return {name: [None, str(found)] for name, found in own.items()}
 
 
 def _choose_variant(folder: Path, index: dict[str, Any], transformer: TransformerConfig, name: str | None) -> Variant:
@@ -153,6 +175,8 @@ def _choose_variant(folder: Path, index: dict[str, Any], transformer: Transforme
         if same and row not in same:
             raise CheckpointError(f"{folder} can't be {name}: its geometry is that of {_names(same)}")
         return row
+    if "_class_name" not in index:
+        return choose(same or [*VARIANTS.values()], titles({}, folder.name), None, str(folder))
     rows = same if len(same) == 1 else [v for v in same or VARIANTS.values() if is_like(v, index)]
     if len(rows) != 1:
         raise CheckpointError(

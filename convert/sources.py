@@ -16,7 +16,17 @@ from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT
 from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors, read_json
 
 from . import formats
-from .configs import COMPLETE, CONFIG, SCHEDULE, UNQUANTIZED, Description, Stated, describe, read_configs
+from .configs import (
+    COMPLETE,
+    CONFIG,
+    UNQUANTIZED,
+    Description,
+    Stated,
+    describe,
+    is_whole,
+    read_configs,
+    schedule_of,
+)
 from .mflux import part_folders
 from .naming import Reading, read
 from .parts import LAYOUT
@@ -85,7 +95,7 @@ class Source:
         """Read the configurations and file headers of a diffusers folder.
 
         Args:
-            folder: holds `model_index.json`.
+            folder: holds `model_index.json`, or else a config of each part.
             variant: the model's name where geometry and `model_index.json` can't tell, or None.
             text_only: leave out the transformer and the VAE, whose weights need not be there.
 
@@ -101,7 +111,7 @@ class Source:
         row, configs, notes = read_configs(description, variant)
         kept = {network for name in parts for network in LAYOUT[name].rules}
         configs = {name: config for name, config in configs.items() if name in kept}
-        return cls(folder, row, configs, parts, tokenizer, folder / SCHEDULE, notes=tuple(notes))
+        return cls(folder, row, configs, parts, tokenizer, schedule_of(folder), notes=tuple(notes))
 
     def configs_of(self, part: str) -> Geometries:
         """The geometries of the networks that are made from a part."""
@@ -281,7 +291,7 @@ def loose_files(place: Path) -> list[Path]:
     sets = _sets(place)
     if len(sets) == 1:
         return _present(place, sets[0])
-    if (place / INDEX).is_file() or is_checkpoint(place):
+    if is_whole(place) or is_checkpoint(place):
         raise CheckpointError(f"{place} is a whole model; give a file or folder of one part, such as {place / 'vae'}")
     several = f": {', '.join(names[0] for names in sets[:4])}; give one of them" if sets else ""
     raise CheckpointError(
@@ -291,7 +301,7 @@ def loose_files(place: Path) -> list[Path]:
 
 def _is_model(folder: Path) -> bool:
     """Whether a folder is a whole model, or a part of one."""
-    return is_checkpoint(folder) or (folder / INDEX).is_file() or (folder.parent / INDEX).is_file()
+    return is_checkpoint(folder) or is_whole(folder) or (folder.parent / INDEX).is_file()
 
 
 def _is_index(file: Path) -> bool:

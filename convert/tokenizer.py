@@ -19,7 +19,7 @@ from flux2_mlx.text.tokenizer_file import answers
 from flux2_mlx.weights import Files, parse_json, read_header, read_json
 
 from .naming import TEKKEN
-from .vocabulary import qwen_tokenizer, tekken_tokenizer
+from .vocabulary import qwen_tokenizer, tekken_tokenizer, unmade
 
 TOKENIZER = "tokenizer.json"
 VOCABULARY = "vocab.json"
@@ -146,12 +146,20 @@ def _of_merges(place: Path, folder: Path) -> None:
     kind = (read_json(place / CONFIG) if (place / CONFIG).exists() else {}).get("tokenizer_class")
     if kind not in _QWEN_CLASSES:
         raise CheckpointError(f"{place / CONFIG} is of a {str(kind)[:80]}, not of Qwen's; give its {TOKENIZER}")
-    _make(place, folder, lambda: qwen_tokenizer(_vocabulary(place), _merges(place), _added(place, settings)))
+    _make(place, folder, lambda: _qwen(place, settings))
     for name in TOKENIZER_FILES:
         if (place / name).is_file():
             shutil.copyfile(place / name, folder / name)
     if not (folder / CONFIG).exists():
         _write_json(folder / CONFIG, {"tokenizer_class": "Qwen2Tokenizer", **KleinTokenizer.named})
+
+
+def _qwen(place: Path, settings: TokenizerSettings) -> Any:
+    vocabulary, merges = _vocabulary(place), _merges(place)
+    others = unmade(vocabulary, merges)
+    added = _added(place, settings, others)
+    apart = others.keys() & {token["content"] for _, token in added}
+    return qwen_tokenizer({name: x for name, x in vocabulary.items() if name not in apart}, merges, added)
 
 
 def _vocabulary(place: Path) -> dict[str, Any]:
@@ -167,16 +175,19 @@ def _merges(place: Path) -> str:
     return read_bytes(place / MERGES, _MAX_BYTES).decode("utf-8")
 
 
-def _added(place: Path, settings: TokenizerSettings) -> list[tuple[int, dict[str, Any]]]:
-    """The added tokens by id, as transformers reads them: of the config, or else of a file of their own."""
+def _added(place: Path, settings: TokenizerSettings, others: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """The added tokens by id, as transformers reads them: of the config, or else of a file of their own, or else these
+    `others` that stand among the ordinary ones."""
     config = read_json(place / CONFIG) if (place / CONFIG).exists() else {}
     if numbers := sorted(map(int, config.get(_LISTED) or {})):
         return list(zip(numbers, settings.listed, strict=True))
-    if not (place / _ADDED).is_file():
-        raise ValueError(f"neither {CONFIG} nor {_ADDED} says the ids of its added tokens; add one of them")
-    ids = read_json(place / _ADDED)
+    file = _ADDED if (place / _ADDED).is_file() else VOCABULARY
+    ids = read_json(place / _ADDED) if file == _ADDED else others
+    if not ids:
+        where = f"none of {CONFIG}, {_ADDED} and {VOCABULARY}"
+        raise ValueError(f"{where} says the ids of its added tokens; add {_ADDED}, or give its {TOKENIZER}")
     if any(type(number) is not int or number < 0 for number in ids.values()):
-        raise ValueError(f"{_ADDED} has an id that is no whole number")
+        raise ValueError(f"{file} has an id that is no whole number")
     special = {token["content"] for token in (*filter(None, settings.named.values()), *settings.more)}
     flags = {name: {"special": name in special, "normalized": name not in special} for name in ids}
     return [(number, {"content": name, **flags[name]}) for name, number in sorted(ids.items(), key=lambda x: x[1])]

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ _TEKKEN_SPECIAL = (
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
     *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
+_MARKER = re.compile(r"</?[^<>\s]+>")
 _MAX_TOKENS = 1 << 19  # twice those of the largest vocabulary in use
 _MAX_TOKEN = 1 << 10  # bytes; the longest of a released vocabulary have 128
 _MAX_BYTES = 8 << 20  # of all tokens; those of tekken have one million
@@ -44,6 +46,14 @@ def qwen_tokenizer(vocabulary: Mapping[str, Any], merges: str, added: Sequence[t
         if (found := tokenizer.token_to_id(token["content"])) != number:
             raise ValueError(f"the added token {token['content']!r:.80} has id {number}, where {found} is the next")
     return tokenizer
+
+
+def unmade(vocabulary: Mapping[str, Any], merges: str) -> dict[str, Any]:
+    """The tokens that no merge makes, with their ids, if all of them are written as markers, such as `<|im_end|>`:
+    those of a vocabulary that has its added tokens with the others. None otherwise, as merges are missing then."""
+    made = {first + second for first, second in _pairs(merges)}.union(_letters())
+    found = {token: number for token, number in vocabulary.items() if token not in made}
+    return found if all(map(_MARKER.fullmatch, found)) else {}
 
 
 def _pairs(merges: str) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ COMMANDS = (
     "download",
     "i2i",
     "info",
+    "lora",
     "models",
     "outpaint",
     "t2i",

@@ -350,6 +350,14 @@ def test_the_variant_is_detected(size, pipeline, distilled, expected, source):
     assert opened.configs["text_encoder"].output_size == opened.variant.text.output_size
 
 
+def test_without_an_index_the_name_of_the_folder_tells(source):
+    official_config(source, VARIANTS["klein-9b"])
+    (source / "model_index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"name it with variant=NAME \(klein-9b, klein-base-9b, klein-9b-kv\)"):
+        Source.open(source)
+    assert Source.open(source.rename(source.parent / "my-klein-base-9B")).variant.name == "klein-base-9b"
+
+
 def test_a_named_variant_overrules_the_index(source):
     official_config(source, VARIANTS["klein-9b"])
     assert Source.open(source, "klein-9b-kv").variant.name == "klein-9b-kv"

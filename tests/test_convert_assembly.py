@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -11,13 +10,10 @@ import pytest
 from flux2_mlx.convert import assembled, assembly, write_checkpoint
 from flux2_mlx.convert.geometry import choose
 from helpers.cli_runner import PROMPT, SMALL, done, refusal
-from helpers.headers import write
-from helpers.listings import listing
 from helpers.stored import in_groups
 from PIL import Image
 
 from flux2_mlx.checkpoint import Checkpoint
-from flux2_mlx.components import geometries
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import demo_folder, sources
@@ -363,45 +359,6 @@ def test_damage_to_what_is_taken_is_seen(transformer, folder):
 def test_what_is_not_there(given):
     with pytest.raises((CheckpointError, InputError), match="none"):
         assembled(DEMO, given)
-
-
-def sizes(te: str, variant: str | None, base: str | None = None, vae: str = "klein-9b") -> None:
-    nine, other = geometries(VARIANTS["klein-9b"]), geometries(VARIANTS[te])
-    configs = {"text_encoder": other["text_encoder"], "vae": geometries(VARIANTS[vae])["vae"]}
-    configs |= {} if base else {"transformer": nine["transformer"]}
-    places = {name: Path(f"{name}.safetensors") for name in configs}
-    assembly._check_sizes(Path("x"), geometries(VARIANTS[base]) if base else {}, configs, places, variant)
-
-
-@pytest.mark.parametrize("variant", [None, "klein-9b"])
-def test_parts_of_one_size_fit(variant):
-    sizes("klein-9b", variant)
-    sizes("klein-base-9b", variant, "klein-9b")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("klein-4b", "klein-9b"), "text_encoder.safetensors is the text encoder Qwen3-4B; klein-9b has Qwen3-8B"),
-        (("dev", None), "coder Mistral-Small-3.2-24B; klein-9b, klein-base-9b or klein-9b-kv has Qwen3-8B"),
-        (("klein-4b", None, "klein-9b"), "text_encoder.safetensors is the text encoder Qwen3-4B; klein-9b, klein-base"),
-        (("klein-4b", "klein-4b"), "transformer.safetensors is the transformer of klein-9b, klein-base-9b or klein-9b"),
-        (("klein-9b", "klein-9b", None, "demo"), "vae.safetensors is the VAE of demo; give that of klein-9b"),
-        (("klein-9b", None, "demo", "demo"), "text_encoder.safetensors is the text encoder of klein-9b, klein-base-9b"),
-    ],
-)
-def test_the_part_of_another_size_is_named(arguments, message):
-    with pytest.raises(CheckpointError, match=re.escape(message)):
-        sizes(*arguments)
-
-
-def test_parts_of_other_sizes_are_refused(folder):
-    header = write(folder / "x.safetensors", listing("transformer_klein-4b_bfl"))
-    other = "demo; give that of klein-4b or klein-base-4b"
-    with pytest.raises(CheckpointError, match=f"{DEMO} is the text encoder of {other}"):
-        assembled(header, {"text_encoder": DEMO})
-    with pytest.raises(CheckpointError, match=f"{DEMO / 'text_encoder'} is the text encoder of {other}"):
-        assembled(DEMO, {"transformer": header})
 
 
 def test_what_is_given_in_place_of_all_that_a_file_has_is_told(folder):

@@ -89,7 +89,6 @@ def repeat_in_second_shard(folder: Path) -> None:
 NOT_SAFETENSORS = "is not a safetensors file"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no folder": (remove("."), "there is no file or folder"),
-    "no model_index": (remove("model_index.json"), "has no model_index.json"),
     "model_index garbage": (fill("model_index.json", b"\xff\x00"), "model_index.json is not JSON"),
     "model_index list": (fill("model_index.json", b"[]"), "holds no JSON object"),
     "FLUX.1": (edit("model_index.json", _class_name="FluxPipeline"), "holds 'FluxPipeline', not FLUX.2"),

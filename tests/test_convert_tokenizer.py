@@ -105,6 +105,20 @@ def test_added_tokens_may_have_a_file_of_their_own(qwen):
     assert opened(qwen)([""], 99)[0][0, -1] == 260
 
 
+def test_added_tokens_may_stand_among_the_others(qwen):
+    expected = opened(qwen)
+    config = json.loads((qwen / "tokenizer_config.json").read_text())
+    listed = {x["content"]: int(key) for key, x in config.pop("added_tokens_decoder").items()}
+    (qwen / "tokenizer_config.json").write_text(json.dumps(config))
+    path = qwen / "vocab.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | listed))
+    found = opened(qwen)
+    assert [found.encode(x) for x in (*ADDED, TEXT)] == [expected.encode(x) for x in (*ADDED, TEXT)]
+    (qwen / "merges.txt").write_text("r e\nre d\n")
+    with pytest.raises(CheckpointError, match=r"none of .* says the ids of its added tokens"):
+        opened(qwen)
+
+
 def change_vocabulary(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def broken(folder: Path) -> None:
         values = json.loads((folder / "vocab.json").read_text())

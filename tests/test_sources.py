@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from flux2_mlx.convert import Source, write_checkpoint
+from flux2_mlx.convert import Source, assembled, is_loose, write_checkpoint
 from helpers.checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, read_tensors, save_dev, save_tensors
 from helpers.stored import in_groups
 
@@ -204,9 +204,17 @@ REFUSED: dict[str, tuple[Change, str]] = {
         gguf,
         "{folder}/transformer has no .safetensors files; give one of its GGUF files instead of the folder",
     ),
-    "no index": (
-        lambda folder: (folder / "model_index.json").unlink(),
+    "no index and no config": (
+        lambda folder: [(folder / name).unlink() for name in ("model_index.json", "vae/config.json")],
         "it has no model_index.json; copy that of the model that it was made from into it",
+    ),
+    "a transformer of no index that is another's": (
+        lambda folder: [
+            (folder / "model_index.json").unlink(),
+            edit_json(folder / "transformer" / "config.json", _class_name="FluxTransformer2DModel"),
+        ],
+        "{folder}/transformer/config.json: transformer is 'FluxTransformer2DModel', FLUX.2 has "
+        "'Flux2Transformer2DModel', and nothing else is implemented",
     ),
     "Git LFS pointer": (pointer, "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"),
     "a gap": (
@@ -269,6 +277,20 @@ def test_where_the_model_may_be_that_is_not_here(source):
         with pytest.raises(CheckpointError) as caught:
             Source.open(given, "demo")
         assert str(caught.value).endswith(f" it has no model_index.json; {place}")
+
+
+def test_a_model_without_an_index(source):
+    """Nothing but that and the schedule is lacking, and the variant is asked for where no name tells it."""
+    expected = Source.open(source, "demo")
+    (source / "model_index.json").unlink()
+    shutil.rmtree(source / "scheduler")
+    found = Source.open(source, "demo")
+    assert (found.variant, found.configs, found.files) == (expected.variant, expected.configs, expected.files)
+    assert json.loads(found.schedule.read_bytes())["shift"] == 3.0
+    assert assembled(source, {}, "demo").files == expected.files
+    assert not is_loose(source)
+    with pytest.raises(CheckpointError, match=f"^can't tell which model {source} is; name it with variant=NAME"):
+        Source.open(source)
 
 
 @pytest.mark.parametrize("distilled", [None, False, True])

@@ -242,7 +242,8 @@ def test_offline_the_cache_will_do(hub, home):
 def test_info_says_what_would_be_fetched(hub, repos):
     Path("mine.safetensors").write_bytes(repos[TUNE][TUNED])
     last = done("info", "mine.safetensors").stdout.splitlines()[-1]
-    assert last == f"convert    text encoder, VAE, tokenizer from {OFFICIAL}; stored as bf16, the text encoder as qint8"
+    fetched = f"text encoder, VAE, tokenizer from {OFFICIAL} (Apache-2.0 licence)"
+    assert last == f"convert    {fetched}; stored as bf16, the text encoder as qint8"
     assert hub.requests == []
 
 

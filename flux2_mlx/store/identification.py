@@ -17,6 +17,7 @@ from ..convert import (
     formats,
     identify,
     is_loose,
+    is_whole,
     loose_files,
     said_of,
     stated,
@@ -24,7 +25,6 @@ from ..convert import (
     tokenizer_in,
 )
 from ..errors import CheckpointError, InputError
-from ..layout import INDEX
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
 from .names import get_variant
@@ -43,7 +43,7 @@ class Found:
 def is_weights(place: Path) -> bool:
     """Whether `place` is a file of weights, or a folder of them that is no whole model."""
     if place.is_dir():
-        is_flat = not (place / INDEX).is_file() and any(path.suffix.lower() in LOOSE for path in place.glob("*"))
+        is_flat = not is_whole(place) and any(path.suffix.lower() in LOOSE for path in place.glob("*"))
         return is_flat or is_loose(place)
     return is_loose(place)
 
