@@ -11,6 +11,7 @@ from typing import Any
 from flux2_mlx.checkpoint import check_fit
 from flux2_mlx.config import VARIANTS, Geometries, TransformerConfig, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.files import check_kind
 from flux2_mlx.layout import INDEX, PICKLES
 from flux2_mlx.weights import read_json
 
@@ -127,6 +128,7 @@ def _configs(description: Description, part: str, variant: Variant | None, notes
 def read_index(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise CheckpointError(f"there is no file or folder {folder}")
+    check_kind(folder)
     if folder.is_file():
         kind = _FILES.get(folder.suffix.lower(), "not a model folder")
         raise CheckpointError(

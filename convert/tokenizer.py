@@ -12,7 +12,7 @@ import numpy as np
 
 from flux2_mlx.config import TextConfig
 from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.files import read_bytes
+from flux2_mlx.files import check_kind, read_bytes
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS, DevTokenizer, KleinTokenizer
 from flux2_mlx.text.tokenizer_config import CONFIG, TokenizerSettings, read_settings
 from flux2_mlx.text.tokenizer_file import answers
@@ -63,7 +63,9 @@ def find_tokenizer(place: Path) -> Path:
 
     Raises:
         CheckpointError: there is none.
+        InputError: it is neither a file nor a folder.
     """
+    check_kind(place)
     if place.is_file() and (place.name.startswith("tekken") or tekken_tensor(place)):
         return place
     folder = place.parent if place.is_file() else place

@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import demo_folder
 from flux2_mlx.text import TOKENIZERS, DevTokenizer, KleinTokenizer, PromptTokenizer
 
@@ -235,6 +235,8 @@ def test_what_is_broken_of_tekken_is_said_in_a_line(case, tmp_path):
 
 
 def test_no_tokenizer_is_said(tmp_path):
+    with pytest.raises(InputError, match="is no file or folder of a model but a device"):
+        find_tokenizer(Path("/dev/zero"))
     with pytest.raises(CheckpointError, match="holds no tokenizer; give a folder with tokenizer"):
         find_tokenizer(tmp_path)
 
