@@ -12,8 +12,8 @@ from flux2_mlx.checkpoint import check_fit
 from flux2_mlx.config import VARIANTS, Geometries, TransformerConfig, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.files import check_kind
+from flux2_mlx.json_files import read_json
 from flux2_mlx.layout import INDEX, PICKLES
-from flux2_mlx.weights import read_json
 
 from .formats import METHOD, SETTINGS, unreadable
 from .options import SCHEDULER, checked, refuse

@@ -12,9 +12,10 @@ from flux2_mlx.components import COMPONENTS, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.files import check_kind
+from flux2_mlx.json_files import read_json
 from flux2_mlx.layout import INDEX, PICKLES, told
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT
-from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors, read_json
+from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors
 
 from . import formats
 from .configs import COMPLETE, CONFIG, SCHEDULE, UNQUANTIZED, Description, Stated, describe, read_configs

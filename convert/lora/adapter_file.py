@@ -13,8 +13,9 @@ from flux2_mlx.adapters import Adapter, Layers, Placed
 from flux2_mlx.config import VARIANTS, Config
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.files import check_kind
+from flux2_mlx.json_files import open_model_file, read_json
 from flux2_mlx.layout import PICKLES
-from flux2_mlx.weights import Files, TensorInfo, evaluated, open_model_file, raise_problems, read_json
+from flux2_mlx.weights import Files, TensorInfo, evaluated, raise_problems
 
 from ..geometry import choose, titles
 from ..naming import check_size
