@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import open_model_file
+from flux2_mlx.json_files import open_model_file
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _CHUNK = 1 << 24

@@ -12,8 +12,9 @@ from typing import Any
 from flux2_mlx.checkpoint import check_fit
 from flux2_mlx.config import VARIANTS, Geometries, TransformerConfig, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.files import check_kind
+from flux2_mlx.json_files import read_json
 from flux2_mlx.layout import INDEX, PICKLES
-from flux2_mlx.weights import read_json
 
 from .formats import METHOD, SETTINGS, unreadable
 from .geometry import choose, titles
@@ -142,6 +143,7 @@ def _configs(description: Description, part: str, variant: Variant | None, notes
 def read_index(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise CheckpointError(f"there is no file or folder {folder}")
+    check_kind(folder)
     if folder.is_file():
         kind = _FILES.get(folder.suffix.lower(), "not a model folder")
         raise CheckpointError(

@@ -24,10 +24,11 @@ from flux2_mlx.components import COMPONENTS
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
+from flux2_mlx.json_files import read_json
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import Meter
-from flux2_mlx.weights import TensorInfo, Tensors, Written, read_json, write_bytes, write_safetensors
+from flux2_mlx.weights import TensorInfo, Tensors, Written, write_bytes, write_safetensors
 
 _SHARD_BYTES = 4 << 30
 LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint

@@ -11,7 +11,8 @@ from typing import Any
 
 from flux2_mlx.config import VARIANTS, Config, TextConfig, VAEConfig, Variant, VisionConfig, variant_named
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import NONSENSE, TensorInfo
+from flux2_mlx.json_files import NONSENSE
+from flux2_mlx.weights import TensorInfo
 
 from .naming import Reading
 from .rules import Shape

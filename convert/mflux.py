@@ -6,8 +6,8 @@ All versions that know FLUX.2, 0.15 to 0.24, write them so; the last ones also a
 from pathlib import Path
 
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.json_files import read_json
 from flux2_mlx.layout import INDEX
-from flux2_mlx.weights import read_json
 
 from .parts import LAYOUT
 

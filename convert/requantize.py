@@ -15,10 +15,11 @@ from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component,
 from flux2_mlx.components import by_group, quantizations
 from flux2_mlx.config import QUANTIZATIONS, check_quant
 from flux2_mlx.errors import InputError
+from flux2_mlx.json_files import read_json
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, GROUP_SIZE, quantize_array, stored_names
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
-from flux2_mlx.weights import Tensors, read_json
+from flux2_mlx.weights import Tensors
 
 from .folder import Inspection, Part, check_target, write_folder
 from .formats import SETTINGS, unpacked

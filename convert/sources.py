@@ -11,9 +11,11 @@ from flux2_mlx.checkpoint import Component, check_counts, is_checkpoint
 from flux2_mlx.components import COMPONENTS, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.files import check_kind
+from flux2_mlx.json_files import read_json
 from flux2_mlx.layout import INDEX, PICKLES, told
 from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT
-from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors, read_json
+from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors
 
 from . import formats
 from .configs import (
@@ -271,6 +273,7 @@ def is_loose(place: Path) -> bool:
 
 def loose_files(place: Path) -> list[Path]:
     """The files of weights that `place` is: itself, those that it lists, or those of a folder that holds one set."""
+    check_kind(place)
     if place.is_file():
         if _is_index(place):
             return _present(place.parent, _indexed(place))

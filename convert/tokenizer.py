@@ -12,11 +12,12 @@ import numpy as np
 
 from flux2_mlx.config import TextConfig
 from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.files import read_bytes
+from flux2_mlx.files import check_kind, read_bytes
+from flux2_mlx.json_files import decoded, parse_json, read_json
 from flux2_mlx.text import TOKENIZER_FILES, TOKENIZERS, DevTokenizer, KleinTokenizer
 from flux2_mlx.text.tokenizer_config import CONFIG, TokenizerSettings, read_settings
 from flux2_mlx.text.tokenizer_file import answers
-from flux2_mlx.weights import Files, parse_json, read_header, read_json
+from flux2_mlx.weights import Files, read_header
 
 from .naming import TEKKEN
 from .vocabulary import qwen_tokenizer, tekken_tokenizer, unmade
@@ -63,7 +64,9 @@ def find_tokenizer(place: Path) -> Path:
 
     Raises:
         CheckpointError: there is none.
+        InputError: it is neither a file nor a folder.
     """
+    check_kind(place)
     if place.is_file() and (place.name.startswith("tekken") or tekken_tensor(place)):
         return place
     folder = place.parent if place.is_file() else place
@@ -172,7 +175,7 @@ def _vocabulary(place: Path) -> dict[str, Any]:
 def _merges(place: Path) -> str:
     if not (place / MERGES).is_file():
         raise ValueError(f"there is {VOCABULARY}, but no {MERGES}; add it")
-    return read_bytes(place / MERGES, _MAX_BYTES).decode("utf-8")
+    return decoded(read_bytes(place / MERGES, _MAX_BYTES))
 
 
 def _added(place: Path, settings: TokenizerSettings, others: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:

@@ -17,12 +17,13 @@ from .components import COMPONENTS, GROUPS, PAINTING, by_field, geometries, quan
 from .config import Variant, variant_named
 from .errors import CheckpointError, InputError
 from .files import Claim, read_bytes
+from .json_files import NONSENSE, read_json
 from .layers import Adapters, adapted
 from .loading import InMemory, fill, module_tensors
 from .quantization import BITS, DEFAULT_TEXT_QUANT, Quantized, check_statement, quantize_module, statement
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
-from .weights import NONSENSE, Files, TensorInfo, Tensors, mismatches, raise_problems, read_json
+from .weights import Files, TensorInfo, Tensors, mismatches, raise_problems
 
 FORMAT_VERSION = 1
 MANIFEST = "flux2.json"

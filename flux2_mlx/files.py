@@ -61,8 +61,17 @@ def _check_regular(path: Path, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
-        raise InputError(f"can't read {path}: it is {kind}; give a file")
+        raise InputError(f"can't read {path}: it is {_kind(mode)}; give a file")
+
+
+def _kind(mode: int) -> str:
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
+
+
+def check_kind(path: Path) -> None:
+    """InputError if something is at `path` that is neither a file nor a folder."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is no file or folder of a model but {_kind(path.stat().st_mode)}; give one of these")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
+from .json_files import whole_number
+
 _KEY = "flux2-mlx"
 _UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
 _MAX_JPEG_EXIF = 65533
@@ -58,7 +60,7 @@ def stored(image: Image.Image) -> dict[str, Any] | None:
         raise ValueError(
             f"its settings have {len(payload):,} characters, of which at most {_MAX_CHARACTERS:,} are read"
         )
-    settings = json.loads(payload) if payload else None
+    settings = json.loads(payload, parse_int=whole_number) if payload else None
     return settings if isinstance(settings, dict) else None
 
 

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from .errors import CheckpointError, InputError
 from .files import create_locked, remove_abandoned
-from .weights import open_model_file, read_json
+from .json_files import open_model_file, read_json
 
 _log = logging.getLogger(__name__)
 

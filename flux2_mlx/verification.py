@@ -16,7 +16,8 @@ from .checkpoint import DIGEST, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoi
 from .device import foreign
 from .errors import CheckpointError, Flux2Error, InputError, one_line
 from .files import write
-from .weights import NONSENSE, TensorInfo, open_model_file, raise_problems, read_header, read_json
+from .json_files import NONSENSE, open_model_file, read_json
+from .weights import TensorInfo, raise_problems, read_header
 
 _MEMORY = "verified.json"
 _CHUNK = 1 << 24

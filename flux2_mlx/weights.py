@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeGuard, cast
 import mlx.core as mx
 import numpy as np
 
-from .errors import CheckpointError, InputError
-from .files import open_regular
+from .errors import CheckpointError
+from .json_files import open_model_file, parse_json
 
 FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 # The codes of the safetensors library, and what is read of each: of floats of 8 bits their bytes.
@@ -31,15 +32,22 @@ _DTYPES = (
 )
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}  # it refuses a whole file for one of them
 _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater ones
+START = 64  # bytes at the beginning of a file that tell of what kind it is
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _MAX_TENSORS = 100_000  # of a file; models have a few thousand
-_MAX_JSON = 10_000_000  # the largest JSON file that belongs to a model, an index of its tensors, takes less than 1 MB
 _MAX_PROBLEMS = 8
 # Files are read, and what they hold is cast, on a stream of the CPU of its own: a computation would queue behind it.
 READER = mx.new_thread_local_stream(mx.cpu)
-# What Python raises when values of a JSON file have other types or sizes than they should.
-NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 POINTER = b"version "  # so begins a Git LFS pointer, which stands for a file in a clone without its weights
+# What else is given for a file of weights, by how it begins.
+_OTHERS = {
+    re.escape(POINTER): "it is a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    rb"(?s).{3}\0{5}\{": "it is a safetensors file; give it a name that ends in .safetensors",
+    rb"GGUF": "it is a GGUF file; give it a name that ends in .gguf",
+    rb"PK\x03\x04": "it is a zip, in which a pickle may lie, which could run code; fetch it as .safetensors",
+    rb"\x80[\x02-\x05]": "it is a pickle, which could run code; fetch it as .safetensors",
+    rb"(?i)\s*<(!doctype|html)": "it is a web page; fetch the file itself, signed in if its repo asks for that",
+}
 
 
 @dataclass(frozen=True)
@@ -52,18 +60,6 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * _DTYPES[self.dtype].size
-
-
-def open_model_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading; CheckpointError if there is none."""
-    try:
-        return open_regular(path)
-    except InputError as error:
-        raise CheckpointError(str(error)) from error
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:  # a name with a NUL
-        raise CheckpointError(f"can't read {str(path)!r}: {error}") from error
 
 
 class _Header(NamedTuple):
@@ -90,20 +86,42 @@ def _read_header(path: Path) -> _Header:
     with open_model_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            start = file.read(8)
-            if start == POINTER:
-                raise ValueError("it is a Git LFS pointer; fetch the file itself with `git lfs pull`")
-            length = struct.unpack("<Q", start)[0]
-            if length > min(size - 8, HEADER_LIMIT):
-                raise ValueError("the header is longer than the file, or than 100 MB")
+            length = _header_length(file.read(START), size)
+            file.seek(8)
             header = _parse_header(file.read(length), 8 + length)
         except OSError as error:
             raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError, struct.error) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if size != header.size:
         raise CheckpointError(f"{path} has {size} bytes where its header says {header.size}; fetch or convert it again")
     return header
+
+
+def _header_length(start: bytes, size: int) -> int:
+    """The bytes of the header of a file of `size` that begins with `start`; ValueError if it can have none."""
+    length, brace = int.from_bytes(start[:8], "little"), start[8:9]
+    if brace != b"{" or length > HEADER_LIMIT:
+        refuse_other(start)
+    if size < 8:
+        raise ValueError(f"it has {size} bytes, so its download was cut short; fetch it again")
+    if brace not in (b"", b"{"):
+        raise ValueError("the header does not begin with {; fetch the file again")
+    if length > HEADER_LIMIT:
+        raise ValueError(f"its header has {length:,} bytes, of which at most {HEADER_LIMIT:,} are read")
+    if length > size - 8:
+        raise ValueError(
+            f"its header has {length:,} bytes, of which {size - 8:,} are there: its download was cut short; "
+            "fetch it again"
+        )
+    return length
+
+
+def refuse_other(start: bytes) -> None:
+    """ValueError says which other kind of file begins with `start`, if that is known."""
+    for pattern, reason in _OTHERS.items():
+        if re.match(pattern, start):
+            raise ValueError(reason)
 
 
 def _parse_header(data: bytes, start: int) -> _Header:
@@ -112,7 +130,10 @@ def _parse_header(data: bytes, start: int) -> _Header:
         raise ValueError("the header does not begin with {")
     if (count := data.count(b'"data_offsets"')) > _MAX_TENSORS:  # before each of them takes time and memory
         raise ValueError(f"it lists {count:,} tensors, of which at most {_MAX_TENSORS:,} are read")
-    header = parse_json(data, unique=True)
+    try:
+        header = parse_json(data, unique=True)
+    except ValueError as error:
+        raise ValueError(f"its header is no valid JSON: {error}") from error
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not _is_table_of_texts(metadata):
         raise ValueError("__metadata__ is not a table of texts")
@@ -152,42 +173,6 @@ def _parse_entry(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
 def _are_counts(values: Any) -> TypeGuard[list[int]]:
     """Whether `values` is a list of whole numbers, none of them negative."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def parse_json(data: bytes, *, unique: bool = False) -> Any:
-    """What JSON in UTF-8 says, in the strict sense: Python's own reader takes more than MLX's does.
-
-    Raises:
-        ValueError, RecursionError: another encoding, NaN or infinity, halves of surrogate pairs, a name that stands
-            twice where names are `unique`.
-    """
-    text = data.decode("utf-8")
-    value = json.loads(
-        text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique if unique else None
-    )
-    if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number there")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:20]} is too large")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise ValueError(f"{name!r} stands there twice")
-        table[name] = value
-    return table
 
 
 class Tensors(Protocol):
@@ -306,23 +291,6 @@ def _read_array(path: Path, header: _Header, name: str) -> mx.array:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"can't read {path}: {error}") from error
     return mx.array(values).view(_DTYPES[info.dtype], stream=READER)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError if there is none."""
-    with open_model_file(path) as file:
-        try:
-            data = file.read(_MAX_JSON + 1)
-            if len(data) > _MAX_JSON:
-                raise CheckpointError(f"{path} has more than {_MAX_JSON} bytes, so it is no part of a model")
-            value = parse_json(data)
-        except OSError as error:
-            raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
 
 
 def mismatches(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> list[str]:

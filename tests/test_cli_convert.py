@@ -100,7 +100,11 @@ def test_force_replaces_a_checkpoint_and_nothing_else(official):
     ("source", "message"),
     [
         ("missing", "there is no model or folder 'missing'"),
-        ("/missing/folder/x", "there is no model or folder '/missing/folder/x'"),
+        ("/missing/folder/x", "there is no file or folder /missing/folder/x"),
+        ("./nothing.safetensors", "there is no file ./nothing.safetensors"),
+        ("nothing.GGUF", "there is no file nothing.GGUF"),
+        ("pipe.safetensors", "pipe.safetensors is no file or folder of a model but a named pipe; give one of these"),
+        ("/dev/zero", "/dev/zero is no file or folder of a model but a device; give one of these"),
         ("demo", "demo is built in and needs no conversion"),
         (str(DEMO), f"{DEMO} is an MLX checkpoint already"),
         ("file.bin", "file.bin is a pickle, which could run code; give the whole model"),
@@ -110,11 +114,20 @@ def test_force_replaces_a_checkpoint_and_nothing_else(official):
 def test_a_source_that_can_not_be_converted(source, message):
     Path("file.bin").write_bytes(b"\x80\x04.")
     Path("empty").mkdir()
+    os.mkfifo("pipe.safetensors")
     assert refusal("convert", source, "mine").startswith(message)
 
 
 def test_a_target_has_a_name():
     assert "TARGET is empty; give the folder to make" in run("convert", "demo", "").stderr
+
+
+def test_where_a_link_leads_that_was_to_nothing_is_told(official, folder):
+    Path("mine").symlink_to("../elsewhere")
+    result = done("convert", official, "mine", "--variant", VARIANT)
+    told = f"mine is a link to {folder}/elsewhere, where nothing is yet; the model goes there\n"
+    assert result.stderr.startswith(told)
+    assert told not in done("convert", official, "mine", "--variant", VARIANT, "--force").stderr
 
 
 @pytest.mark.parametrize("target", ["missing/mine", "file.txt/mine"])

@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_no_part_of_an_image(monkeypatch):
     assert message == "can't write a.png: No space left on device"
 
 
-@pytest.mark.parametrize("model", ["nonsense", "missing/folder/of/mine", "/missing/folder", "a b/c"])
+@pytest.mark.parametrize("model", ["nonsense", "a b"])
 def test_an_unknown_model_lists_the_models(model):
     message = refusal("t2i", PROMPT, "-m", model)
     assert message == (

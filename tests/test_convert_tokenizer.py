@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import demo_folder
 from flux2_mlx.text import TOKENIZERS, DevTokenizer, KleinTokenizer, PromptTokenizer
 
@@ -146,7 +146,7 @@ BROKEN = {
     "a merge of three": (merges("r e d\n"), "the merge 'r e d' is not of two tokens"),
     "a merge of one": (merges("r \n"), "is not of two tokens"),
     "unknown tokens": (merges("r e\nre d\nĠ f\nĠf o\nx y\n"), "'xy', which is no token"),
-    "bytes": (merges("r \udcff\n"), "utf-8"),
+    "bytes": (merges("r \udcff\n"), "it is no text in UTF-8"),
     "an id twice": (change_vocabulary(lambda x: x.update({"a": 0})), "other ids than 0 to 259"),
     "a huge id": (change_vocabulary(lambda x: x.update({"a": 10**30})), "other ids than 0 to 259"),
     "a fraction": (change_vocabulary(lambda x: x.update({"a": 0.5})), "no whole number"),
@@ -161,7 +161,7 @@ BROKEN = {
     "a long token": (change_vocabulary(lambda x: x.update({"a" * 2000: 260})), "a token of 2,000 bytes"),
     "a list": (change_vocabulary(lambda x: [1]), "no JSON object"),
     "a key twice": (lambda folder: (folder / "vocab.json").write_text('{"a": 0, "a": 1}'), "'a' stands there twice"),
-    "deep": (lambda folder: (folder / "vocab.json").write_text("[" * 100_000), "recursion"),
+    "deep": (lambda folder: (folder / "vocab.json").write_text("[" * 100_000), "it is nested too deep"),
     "no ids of added tokens": (change_config(added_tokens_decoder={}), "says the ids of its added tokens"),
     "other ids": (change_config(added_tokens_decoder={"900": {"content": "<x>"}}), "has id 900, where 260 is the next"),
     "another kind": (change_config(tokenizer_class="GPT2Tokenizer"), "is of a GPT2Tokenizer"),
@@ -249,6 +249,8 @@ def test_what_is_broken_of_tekken_is_said_in_a_line(case, tmp_path):
 
 
 def test_no_tokenizer_is_said(tmp_path):
+    with pytest.raises(InputError, match="is no file or folder of a model but a device"):
+        find_tokenizer(Path("/dev/zero"))
     with pytest.raises(CheckpointError, match="holds no tokenizer; give a folder with tokenizer"):
         find_tokenizer(tmp_path)
 

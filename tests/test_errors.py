@@ -10,8 +10,8 @@ from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, edit_json, save_s
 
 from flux2_mlx import errors
 from flux2_mlx.errors import CheckpointError, Flux2Error
+from flux2_mlx.json_files import read_json
 from flux2_mlx.verification import Problem
-from flux2_mlx.weights import read_json
 
 ENDS = ["\n", "\r\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type)]

@@ -292,7 +292,7 @@ BROKEN = {
     "key twice": ({"entries": ((KEY + pack("IB", 0, 1)) * 2, 2)}, "its metadata has 'k' twice"),
     "type of a value": ({"entries": (KEY + pack("I", 13), 1)}, "a value of the unknown type 13"),
     "long text": ({"entries": (KEY + pack("IQ", 8, HUGE), 1)}, "in the middle of its header"),
-    "text not UTF-8": ({"entries": (KEY + pack("I", 8) + text(b"\xff"), 1)}, "can't decode byte 0xff"),
+    "text not UTF-8": ({"entries": (KEY + pack("I", 8) + text(b"\xff"), 1)}, "it is no text in UTF-8 from byte 0 on"),
     "array of arrays": ({"entries": (KEY + pack("IIQ", 9, 9, 1), 1)}, "a value of the unknown type 9"),
     "long array": ({"entries": (KEY + pack("IIQ", 9, 12, HUGE), 1)}, "in the middle of its header"),
     "many texts": ({"entries": (KEY + pack("IIQ", 9, 8, HUGE), 1)}, f"speaks of {HUGE} items"),

@@ -1,8 +1,13 @@
-"""Quantizations that are recognised, by names or by a config, and not read."""
+"""Quantizations that are recognised, by names or by a config, and not read, and files with the wrong ending."""
+
+import struct
 
 import pytest
+from flux2_mlx.convert.formats import Gguf
 from flux2_mlx.convert.formats.unreadable import unreadable
 from helpers.listings import KEYS, listing
+
+from flux2_mlx.errors import CheckpointError
 
 LAYER = "transformer_blocks.0.attn.to_q"
 ENDS = {
@@ -52,3 +57,18 @@ def test_no_released_file_is_taken_for_one():
     assert len(files) > 5
     for name in files:
         assert unreadable(listing(name), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (struct.pack("<Q", 99) + b"{", "it is a safetensors file; give it a name that ends in .safetensors"),
+        (b"<html><head>", "it is a web page; fetch the file itself, signed in if its repo asks for that"),
+        (b"GG", "it begins with b'GG', of 2 bytes, as no GGUF file does; fetch it again"),
+    ],
+)
+def test_what_else_is_named_gguf_is_told(start, reason, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(start)
+    with pytest.raises(CheckpointError) as caught:
+        Gguf([tmp_path / "x.gguf"])
+    assert str(caught.value) == f"can't read {tmp_path}/x.gguf as a GGUF file: {reason}"

@@ -1,6 +1,7 @@
 """Files that are no adapter, or a damaged one: one line that says what is wrong and where."""
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from flux2_mlx.convert.lora import read_adapter
 from helpers.adapters import CONFIGS, D, factors, lora, save
 from helpers.headers import write
 
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.weights import TensorInfo
 
 MODULE = "diffusion_model.double_blocks.0.img_attn.proj"
@@ -135,6 +136,8 @@ def test_files_and_folders(tmp_path):
     folder = tmp_path / "adapter"
     with pytest.raises(CheckpointError, match="there is no file or folder"):
         read_adapter(folder)
+    with pytest.raises(InputError, match="is no file or folder of a model but a device"):
+        read_adapter(Path("/dev/zero"))
     folder.mkdir()
     (folder / "pytorch_lora_weights.bin").touch()
     for source, name in ((folder / "pytorch_lora_weights.bin", None), (folder, "pytorch_lora_weights.bin")):

@@ -27,8 +27,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 STOREYS = {
     "facts": ("errors", "config", "layout", "requirements", "device", "noise", "scheduler"),
     "files": (
-        "files", "exclusion", "settings", "weights", "staging", "images", "image_names", "colors", "references", "hub",
-        "demo",
+        "files", "json_files", "exclusion", "settings", "weights", "staging", "images", "image_names", "colors",
+        "references", "hub", "demo",
     ),
     "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "branches"),
     "models": (
@@ -47,7 +47,7 @@ ROOMS = {room: place for place, room in enumerate(itertools.chain.from_iterable(
 # what a command is about: files of images and prompts, a check-up, encoded prompts, the proof of a checkpoint.
 OF_THE_CLI = {
     *STOREYS["facts"], "pipeline", "upsampling", "store", "request", "output", "provenance", "references", "images",
-    "image_names", "files", "doctor", "embedding_cache", "verification",
+    "image_names", "files", "json_files", "doctor", "embedding_cache", "verification",
 }  # fmt: skip
 MAX_LINES = 400
 

@@ -96,7 +96,8 @@ NAMES: dict[str, tuple[str, str] | str] = {
     "klein-4b-base": "there is no model or folder 'klein-4b-base'; did you mean klein-4b, klein-base-4b or ",
     "me--tune-qint4": "there is no model or folder 'me--tune-qint4'; did you mean me--tune-qint4-text-bf16?",
     "stable-diffusion": "there is no model or folder 'stable-diffusion'; choose one of demo, klein-4b, ",
-    "a/b/c": "there is no model or folder 'a/b/c'; choose one of demo, klein-4b, ",
+    "a/b/c": "there is no file or folder a/b/c",
+    "klein-4b.safetensors": "there is no file klein-4b.safetensors",
     "": "'' is no model's name; choose one of demo, klein-4b, ",
 }
 

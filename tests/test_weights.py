@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import Files, Renamed, TensorInfo, evaluated, part, read_header, read_json
+from flux2_mlx.json_files import read_json
+from flux2_mlx.weights import Files, Renamed, TensorInfo, evaluated, part, read_header
 
 X = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 FIELDS = b'"dtype":"F32","shape":[1],"data_offsets":[0,4]'
@@ -344,3 +345,48 @@ def test_a_pointer_in_place_of_the_file_is_told(tmp_path):
     (tmp_path / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
     with pytest.raises(CheckpointError, match="it is a Git LFS pointer; fetch the file itself with `git lfs pull`"):
         read_header(tmp_path / "a.safetensors")
+
+
+CUT = "its download was cut short; fetch it again"
+STARTS = {
+    b"": f"it has 0 bytes, so {CUT}",
+    b"1234567": f"it has 7 bytes, so {CUT}",
+    struct.pack("<Q", 640) + b'{"a": ': f"its header has 640 bytes, of which 6 are there: {CUT}",
+    struct.pack("<Q", 2**40) + b"{": "its header has 1,099,511,627,776 bytes, of which at most 100,000,000 are read",
+    bytes(16): "the header does not begin with {; fetch the file again",
+    b"PK\3\4" + bytes(30): "it is a zip, in which a pickle may lie, which could run code; fetch it as .safetensors",
+    b"\x80\2}q\0.": "it is a pickle, which could run code; fetch it as .safetensors",
+    b"GGUF\3\0\0\0" + bytes(20): "it is a GGUF file; give it a name that ends in .gguf",
+    b"\n<!DOCTYPE html>": "it is a web page; fetch the file itself, signed in if its repo asks for that",
+    b"<html>": "it is a web page; fetch the file itself, signed in if its repo asks for that",
+}
+
+
+@pytest.mark.parametrize("data", STARTS, ids=lambda data: repr(data[:12]))
+def test_what_else_a_file_is_or_where_it_was_cut_is_told(data, tmp_path):
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        read_header(tmp_path / "a")
+    assert str(caught.value) == f"{tmp_path}/a is not a safetensors file: {STARTS[data]}"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"[" * 99_999, "it is nested too deep"),
+        (b"1" * 5000, "a number has 5,000 digits, of which at most 640 are read"),
+        (b'"\\ud800"', "\\ud800 is half a character"),
+        (b'"\xff"', "it is no text in UTF-8 from byte 6 on"),
+    ],
+    ids=lambda value: repr(value[:9]),
+)
+def test_json_is_refused_without_words_of_python(value, reason, tmp_path):
+    data = b'{"a":' + value + b"}"
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(tmp_path / "a")
+    assert str(caught.value) == f"{tmp_path}/a is not JSON: {reason}"
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(data)) + data)
+    with pytest.raises(CheckpointError) as caught:
+        read_header(tmp_path / "a")
+    assert str(caught.value) == f"{tmp_path}/a is not a safetensors file: its header is no valid JSON: {reason}"

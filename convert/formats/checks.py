@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import FLOATS, READER, TensorInfo, parse_json
+from flux2_mlx.json_files import parse_json
+from flux2_mlx.weights import FLOATS, READER, TensorInfo
 
 from .packed import Packed
 
@@ -79,7 +80,7 @@ def json_object(data: bytes, name: str) -> dict[str, Any]:
     """What JSON that belongs to the tensor `name` says; CheckpointError if it is no object."""
     try:
         value = parse_json(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} holds no JSON object")

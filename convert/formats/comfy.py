@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import READER, TensorInfo, parse_json
+from flux2_mlx.json_files import parse_json
+from flux2_mlx.weights import READER, TensorInfo
 
 from .packed import Packed
 
@@ -125,7 +126,7 @@ def _prefix(infos: Mapping[str, TensorInfo], layer: str) -> str:
 def _json(name: str, data: bytes) -> dict[str, Any]:
     try:
         value = parse_json(data, unique=True)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{name} is not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} holds no JSON object")

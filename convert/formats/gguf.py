@@ -26,7 +26,8 @@ import mlx.core as mx
 import numpy as np
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import HEADER_LIMIT, POINTER, READER, TensorInfo, open_model_file, raise_problems
+from flux2_mlx.json_files import decoded, open_model_file
+from flux2_mlx.weights import HEADER_LIMIT, READER, START, TensorInfo, raise_problems, refuse_other
 
 from .checks import MOST
 
@@ -201,6 +202,12 @@ class _Header:
             raise ValueError(f"its header has more than {HEADER_LIMIT} bytes")
         return self._file.read(count)
 
+    def peek(self, count: int) -> bytes:
+        """Bytes that come next, as far as there are so many, and are given again by `take`."""
+        data = self._file.read(count)
+        self._file.seek(-len(data), os.SEEK_CUR)
+        return data
+
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
@@ -213,7 +220,7 @@ class _Header:
         return range(count)
 
     def text(self) -> str:
-        return self.take(self.number("<Q")).decode("utf-8")
+        return decoded(self.take(self.number("<Q")))
 
     def name(self) -> str:
         """A text that can be the name of something."""
@@ -272,11 +279,11 @@ def _parse(header: _Header, path: Path) -> tuple[dict[str, str], dict[str, Store
 
 
 def _check_start(header: _Header) -> None:
-    start = header.take(4) if header.size >= 4 else b""
-    if start == POINTER[:4]:
-        raise ValueError("it is a Git LFS pointer; fetch the file itself with `git lfs pull`")
-    if start != _MAGIC:
-        raise ValueError(f"it begins with {start!r}")
+    start = header.peek(START)
+    if start[:4] != _MAGIC:
+        refuse_other(start)
+        raise ValueError(f"it begins with {start[:4]!r}, of {header.size} bytes, as no GGUF file does; fetch it again")
+    header.take(4)
     version = header.number("<I")
     if version not in _VERSIONS:
         order = "big-endian" if version and version % 2**16 == 0 else f"of version {version}"

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import HEADER_LIMIT, parse_json
+from flux2_mlx.json_files import parse_json
+from flux2_mlx.weights import HEADER_LIMIT
 
 from . import bitsandbytes, gguf
 
@@ -45,5 +46,5 @@ def _tensors(header: bytes, start: int, early: frozenset[str]) -> Iterator[tuple
                 begin, end = entry["data_offsets"]
                 if type(begin) is type(end) is int and 0 <= begin < end:
                     yield start + begin, start + end
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return

@@ -12,8 +12,10 @@ from typing import cast
 from flux2_mlx.adapters import Adapter, Layers, Placed
 from flux2_mlx.config import VARIANTS, Config
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.files import check_kind
+from flux2_mlx.json_files import open_model_file, read_json
 from flux2_mlx.layout import PICKLES
-from flux2_mlx.weights import Files, TensorInfo, evaluated, open_model_file, raise_problems, read_json
+from flux2_mlx.weights import Files, TensorInfo, evaluated, raise_problems
 
 from ..geometry import choose, titles
 from ..naming import check_size
@@ -264,6 +266,7 @@ def _file(source: Path, weight_name: str | None) -> Path:
         raise CheckpointError(f"{weight_name or source} is a pickle, which could run code; fetch it as {_SUFFIX}")
     if not source.exists():
         raise CheckpointError(f"there is no file or folder {source}")
+    check_kind(source)
     if source.is_file():
         return source
     if weight_name is not None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.json_files import read_json
 from flux2_mlx.scheduler import check_sigmas
-from flux2_mlx.weights import read_json
 
 _NAMES = {"sigmas": "sigmas", "steps": "steps", "num_inference_steps": "steps"}
 _NAMES |= {"guidance": "guidance", "guidance_scale": "guidance"}

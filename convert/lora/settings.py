@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.weights import parse_json
+from flux2_mlx.json_files import parse_json
 
 PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS = "lora_adapter_metadata"
@@ -171,7 +171,7 @@ def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
         if len(text) > _MAX_JSON:
             raise ValueError(f"it has more than {_MAX_JSON} characters")
         value = parse_json(text.encode())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"its {key} can't be read: {error!s:.200}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"its {key} holds no JSON object")

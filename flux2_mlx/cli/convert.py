@@ -1,11 +1,12 @@
 """`flux2-mlx convert`."""
 
+import os
 from pathlib import Path
 
 import click
 
 from .options import keep_source_option, quiet_option, variant_option, weight_options
-from .progress import Bars, source_notice
+from .progress import Bars, notice, source_notice
 from .terminal import print_result
 from .wakefulness import caffeinate_option
 
@@ -65,6 +66,8 @@ def convert(
 
     if not target:  # which would be the current folder
         raise click.UsageError("TARGET is empty; give the folder to make")
+    if os.path.islink(target) and not os.path.exists(target):
+        notice(f"{target} is a link to {os.path.realpath(target)}, where nothing is yet; the model goes there", quiet)
     with Bars(quiet) as bars:
         model = convert_model(
             source,

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from ..errors import InputError
 from ..files import bounded, open_without_waiting, opened
+from ..json_files import whole_number
 
 _MAX_BYTES = 10_000_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -130,7 +131,7 @@ def _object(line: str, where: str) -> Prompt:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_table)
+        return json.loads(line, object_pairs_hook=_table, parse_int=whole_number)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

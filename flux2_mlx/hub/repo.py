@@ -3,7 +3,6 @@
 `huggingface_hub` is imported inside the functions: it is slow, and reads its environment variables then.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -18,6 +17,7 @@ from .. import __version__
 from ..errors import DownloadError, Flux2Error
 from ..exclusion import exclude_from_backups
 from ..files import Claim
+from ..json_files import parse_json
 from ..layout import INDEX
 from .cache import (
     Download,
@@ -53,7 +53,7 @@ _SINGLE = re.compile(
 # One file of a numbered set.
 SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-(?P<count>\d{5})(?P<end>\.[a-z0-9]+)")
 _SOME = 5
-UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError, RecursionError)
+UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError)
 _LISTING = 4_000_000  # bytes; the listing of FLUX.2-dev has some 50,000
 _LARGEST = 10**15  # bytes
 _LICENCE = 80  # characters
@@ -247,7 +247,7 @@ def list_files(hub: Hub, repo_id: str, is_wanted: Callable[[str], bool]) -> List
 
 def _parse(listing: bytes, is_wanted: Callable[[str], bool]) -> Listing:
     """Return the commit and the wanted files of a repo; raise ValueError for whatever no hub would list."""
-    info = json.loads(listing)
+    info = parse_json(listing)
     commit = _get(info, "sha", str)
     siblings = _get(info, "siblings", list)
     if not re.fullmatch("[0-9a-f]{40}", commit):
@@ -303,12 +303,12 @@ def _find_cached(repo_id: str, text_only: bool) -> Path | None:
         index = try_to_load_from_cache(repo_id, INDEX)
         folder = Path(index).parent if isinstance(index, str) else None
         return folder if folder and is_complete(folder, _shards, text_only) else None
-    except (OSError, ValueError, RecursionError):  # a damaged ref or index
+    except (OSError, ValueError):  # a damaged ref or index
         return None
 
 
 def _shards(table: Path) -> list[str]:
-    return [str(shard) for shard in _get(json.loads(table.read_bytes()), "weight_map", dict).values()]
+    return [str(shard) for shard in _get(parse_json(table.read_bytes()), "weight_map", dict).values()]
 
 
 def _planned(hub: Hub, repo_id: str, listed: Listing, text_only: bool) -> Download:

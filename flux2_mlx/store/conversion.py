@@ -13,8 +13,8 @@ from ..convert.lora import Fold
 from ..errors import DownloadError, InputError
 from ..files import Claim
 from ..hub import UnindexedError, names_of
+from ..json_files import read_json
 from ..layout import INDEX
-from ..weights import read_json
 from .acquisition import acquire
 from .adapters import open_adapter
 from .first_use import Announce, Fetching, Progress

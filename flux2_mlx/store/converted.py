@@ -10,8 +10,8 @@ from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
 from ..components import PAINTING
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import CheckpointError, InputError
+from ..json_files import read_json
 from ..quantization import DEFAULT_TEXT_QUANT
-from ..weights import read_json
 from .folder import models_folder, stored_checkpoints
 from .names import DEMO, SOURCE, VARIANT, Model, resolve
 from .sources import Wanted, checked_variant, what_is_here

@@ -27,9 +27,9 @@ from ..hub import (
     snapshot_files,
     storage_of,
 )
+from ..json_files import read_json
 from ..layout import INDEX
 from ..staging import bring_all_back, is_work, leftovers, remove_leftovers
-from ..weights import read_json
 from .adapter_sources import ADAPTERS
 
 _IGNORED = (".DS_Store",)

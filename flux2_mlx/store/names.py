@@ -13,8 +13,9 @@ from urllib.parse import unquote, urlsplit
 from ..checkpoint import is_checkpoint
 from ..config import VARIANTS, Variant
 from ..errors import InputError
+from ..files import check_kind
 from ..hub import is_repo_id
-from ..layout import INDEX
+from ..layout import INDEX, PICKLES, WEIGHTS
 from .folder import demo_folder, expanded, models_folder, stored_checkpoints
 
 DEMO = "demo"
@@ -153,15 +154,25 @@ def _at(path: Path, text: str, others: Iterable[Path] = ()) -> Model:
     if is_checkpoint(path):
         return Model(CHECKPOINT, text, path=path)
     if not os.path.exists(path):
-        close = did_you_mean(path.name, (other.name for other in others))
-        hint = close or f"choose one of {NAMES}, a Hugging Face repo id or a model folder"
-        raise InputError(f"there is no model or folder {text!r}; {hint}")
+        raise InputError(_nothing_at(path, text, others))
+    check_kind(path)
     repo, snapshot = _snapshot(path)
     if repo is None:
         return Model(SOURCE, text, path=path)
     if snapshot is None:
         raise InputError(f"{path} holds no complete copy of {repo}; give {repo} to have it fetched")
     return Model(SOURCE, text, find_variant(repo), repo, snapshot, snapshot.name)
+
+
+def _nothing_at(path: Path, text: str, others: Iterable[Path]) -> str:
+    """What to say where `text`, which means `path`, is nothing that there is."""
+    if path.suffix.lower() in (*WEIGHTS, *PICKLES):
+        return f"there is no file {text}"
+    if close := did_you_mean(path.name, (other.name for other in others)):
+        return f"there is no model or folder {text!r}; {close}"
+    if os.sep in text:
+        return f"there is no file or folder {text}"
+    return f"there is no model or folder {text!r}; choose one of {NAMES}, a Hugging Face repo id or a model folder"
 
 
 def _is_model(path: Path) -> bool:

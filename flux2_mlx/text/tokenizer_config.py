@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, InputError
 from ..files import read_bytes
-from ..weights import read_json
+from ..json_files import read_json
 
 CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"

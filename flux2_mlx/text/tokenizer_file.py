@@ -1,6 +1,5 @@
 """Reading a `tokenizer.json` that may be anyone's, within bounds of time and memory."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..files import read_bytes
+from ..json_files import parse_json
 from .tokenizer_config import TokenizerSettings
 
 _MAX_BYTES = 64 << 20  # four times the largest of a released model
@@ -27,10 +27,10 @@ def read_tokenizer(path: Path) -> Any:
 
     try:
         data = read_bytes(path, _MAX_BYTES)
-        _check_parts(json.loads(data, object_pairs_hook=_unique))
+        _check_parts(parse_json(data, unique=True))
     except OSError as error:
         raise CheckpointError(f"{path} is not a tokenizer file: {error.strerror}") from error
-    except (InputError, ValueError, RecursionError) as error:
+    except (InputError, ValueError) as error:
         raise CheckpointError(f"{path} is not a tokenizer file: {error}") from error
     with answers(path):
         return Tokenizer.from_buffer(data)
@@ -80,13 +80,6 @@ def check_vocabulary(vocabulary: dict[str, int], vocab_size: int | None, path: P
             f"{path} has the token {token!r:.80} with id {vocabulary[token]}, but the text encoder has only "
             f"{vocab_size} tokens; use the tokenizer that belongs to this model"
         )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("it repeats a key")  # of which each reader may take another
-    return values
 
 
 def _check_parts(values: Any) -> None:
