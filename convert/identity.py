@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux2_mlx.checkpoint import Checkpoint, Component
-from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant
+from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.layout import told
 from flux2_mlx.weights import TensorInfo, Tensors
@@ -171,7 +171,8 @@ def foreign(tensors: Tensors, what: str) -> Identity | None:
     stored = _Stored.of(tensors)
     if found := adapter(tensors.infos):
         name = f"a {found.kind} (names as of {found.naming})"
-        advice = "it goes on top of a model and is none itself"
+        other = None if any(x in VARIANTS for x in found.models) else found.other
+        advice = f"it is for {other}, not for FLUX.2" if other else "it goes on top of a model and is none itself"
         return Identity(ADAPTER, name, stored.shares, stored.nbytes, found.models, advice=advice)
     if known := stranger(tensors.infos):
         return Identity(OTHER, known.name, stored.shares, stored.nbytes, advice=known.advice)

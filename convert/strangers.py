@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.weights import TensorInfo
 
+from .others import other_model
+
 _Infos = Mapping[str, TensorInfo]
 _ONLY = "only FLUX.2 is run here; give one of its models"
 _ENCODER = "FLUX.2 reads prompts with Qwen3 (klein) or Mistral Small 3.2 (dev); give that"
@@ -205,11 +207,13 @@ class Adapter:
         kind: `LoRA`, `LoKr` or `LoHa`.
         naming: who names layers so.
         models: the models of the table that it fits, and `FLUX1` if it fits that; none if it is of another.
+        other: the model outside of the table that its layers are of, or None.
     """
 
     kind: str
     naming: str
     models: tuple[str, ...]
+    other: str | None
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def stranger(infos: _Infos) -> Stranger | None:
 def refusal(infos: _Infos) -> str | None:
     """What tensors of an adapter or of another model are, and what to do; None if they are not known."""
     if found := adapter(infos):
-        models = " or ".join(found.models) or "another model"
+        models = " or ".join(found.models) or found.other or "another model"
         return f"a {found.kind} for {models} (names as of {found.naming}), which goes on top of a model; give the model"
     known = stranger(infos)
     return None if known is None else f"{known.name}; {known.advice}"
@@ -246,7 +250,9 @@ def adapter(infos: _Infos) -> Adapter | None:
     if not factors:
         return None
     modules = [module for module, _, _ in factors]
-    return Adapter(factors[0][1], _naming(modules), _models([*_layers(infos, factors)]))
+    models = _models([*_layers(infos, factors)])
+    other = FLUX1 if models == (FLUX1,) else other_model(modules)
+    return Adapter(factors[0][1], _naming(modules), models, other)
 
 
 def _factors(infos: _Infos) -> Iterator[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
-from helpers.cli_runner import DEMO, done, error_line, pixels, process, refusal, tree
+from helpers.cli_runner import DEMO, done, error_line, pixels, process, refusal, run, tree
 from helpers.hub_client import using
 from helpers.hub_server import HubServer
 
@@ -111,6 +111,10 @@ def test_a_source_that_can_not_be_converted(source, message):
     Path("file.bin").write_bytes(b"\x80\x04.")
     Path("empty").mkdir()
     assert refusal("convert", source, "mine").startswith(message)
+
+
+def test_a_target_has_a_name():
+    assert "TARGET is empty; give the folder to make" in run("convert", "demo", "").stderr
 
 
 @pytest.mark.parametrize("target", ["missing/mine", "file.txt/mine"])

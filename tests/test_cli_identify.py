@@ -22,6 +22,8 @@ SAID = declared(FP8, "float8_e4m3fn")
 PREFIX = "model.diffusion_model."
 LORA = lora("diffusion_model.double_blocks.0.img_attn.qkv", 4096, 12288)
 FLUX1 = {name: TensorInfo("F16", (1, 1)) for name in ("double_blocks.0.img_mod.lin.weight", "img_in.weight")}
+FLUX1_LORA = lora("diffusion_model.single_blocks.3.linear1", 3072, 21504)
+SDXL_LORA = lora("lora_unet_input_blocks_4_1_transformer_blocks_2_attn1_to_q", 640, 640)
 UNSCALED = {"a.weight": TensorInfo("F8_E4M3", (2, 2)), "a.scale_w": NUMBER}
 TABLE = """\
 flux-2-klein-4b-fp8.safetensors: transformer of FLUX.2 klein-4b
@@ -47,8 +49,8 @@ def test_a_file_in_a_table():
     text = done("info", "flux-2-klein-4b-fp8.safetensors").stdout
     assert text.startswith(TABLE)
     assert text.removeprefix(TABLE) == (
-        "convert    text encoder, VAE, tokenizer from black-forest-labs/FLUX.2-klein-4B; stored as qint8, the text "
-        "encoder as qint8\n"
+        "convert    text encoder, VAE, tokenizer from black-forest-labs/FLUX.2-klein-4B (Apache-2.0 licence); stored "
+        "as qint8, the text encoder as qint8\n"
     )
 
 
@@ -75,6 +77,14 @@ def test_a_file_as_json():
     assert "x.safetensors can't be dev: its geometry is that of klein-4b" in error_line(result.stderr)
 
 
+def test_the_licence_of_what_would_be_fetched_is_told():
+    write(Path("klein-9b-fp8.safetensors"), listing("transformer_klein-9b_bfl"))
+    assert (
+        "from black-forest-labs/FLUX.2-klein-9B (FLUX non-commercial licence, gated); "
+        in done("info", "klein-9b-fp8.safetensors").stdout
+    )
+
+
 def test_what_is_missing_is_taken_from_a_converted_model(models):
     shutil.copytree(demo_folder(), models / "mine-bf16")
     shutil.copy(demo_folder() / "transformer" / "model.safetensors", "x.safetensors")
@@ -95,6 +105,8 @@ def test_what_is_missing_is_taken_from_a_converted_model(models):
         (listing("qwen3-4b"), "x.safetensors: text encoder of FLUX.2", "TARGET --text-encoder FILE"),
         (listing("ae_bfl"), "x.safetensors: VAE of FLUX.2", "TARGET --vae FILE"),
         (cast(LORA, "F16"), "x.safetensors: a LoRA (names as of the original release)", "is none itself"),
+        (SDXL_LORA, "x.safetensors: a LoRA (names as of kohya)", "it is for Stable Diffusion XL, not for FLUX.2"),
+        (FLUX1_LORA, "x.safetensors: a LoRA (names as of the original release)", "it is for FLUX.1, not for FLUX.2"),
         (FLUX1, "x.safetensors: FLUX.1 schnell", "give one of its models"),
         (FLUX1 | UNSCALED, "x.safetensors: FLUX.1 schnell", "give one of its models"),
         ({"a.wscales": TensorInfo("F16", (2, 2))}, "x.safetensors: a quantized model", "GGUF file of the model"),

@@ -88,7 +88,8 @@ DOUBLE, SINGLE = "double_blocks.0.img_attn.qkv", "single_blocks.3.linear1"
     ],
 )
 def test_loras_are_told_from_each_other(infos, naming_, models):
-    assert strangers.adapter(infos) == strangers.Adapter("LoRA", naming_, models)
+    found = strangers.adapter(infos)
+    assert (found.kind, found.naming, found.models) == ("LoRA", naming_, models)
 
 
 def test_other_adapters():
@@ -97,12 +98,12 @@ def test_other_adapters():
         lycoris_single_blocks_0_linear1__lokr_w2_a=(2304, 4),
         lycoris_single_blocks_0_linear1__lokr_w2_b=(4, 256),
     )
-    assert strangers.adapter(lokr) == strangers.Adapter("LoKr", "kohya", NINE)
+    assert strangers.adapter(lokr) == strangers.Adapter("LoKr", "kohya", NINE, None)
     loha = tensors(
         lora_unet_single_blocks_0_linear1__hada_w1_a=(55296, 4),
         lora_unet_single_blocks_0_linear1__hada_w1_b=(4, 6144),
     )
-    assert strangers.adapter(loha) == strangers.Adapter("LoHa", "kohya", ("dev",))
+    assert strangers.adapter(loha) == strangers.Adapter("LoHa", "kohya", ("dev",), None)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 0), (3072,), (1, 1, 1, 1), (2**31 - 1, 2**31 - 1)])

@@ -17,10 +17,10 @@ from flux2_mlx.weights import Files, TensorInfo, evaluated, open_model_file, rai
 
 from ..geometry import choose, titles
 from ..naming import check_size
+from ..others import other_model
 from ..strangers import FLUX1, adapter
 from .changes import changes, outlined, scale
 from .keys import LORA, Module, modules
-from .others import other_model
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
 from .settings import PEFT_CONFIG, Settings, Strength, settings

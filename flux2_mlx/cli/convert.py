@@ -12,7 +12,7 @@ from .wakefulness import caffeinate_option
 
 @click.command()
 @click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path())
 @weight_options
 @variant_option
 @click.option("--transformer", metavar="PART", help="Where the transformer is, if not in SOURCE.")
@@ -31,7 +31,7 @@ from .wakefulness import caffeinate_option
 @caffeinate_option
 def convert(
     source: str,
-    target: Path,
+    target: str,
     quant: str | None,
     text_quant: str | None,
     variant: str | None,
@@ -63,10 +63,12 @@ def convert(
     from ..store import convert_model
     from .loras import read
 
+    if not target:  # which would be the current folder
+        raise click.UsageError("TARGET is empty; give the folder to make")
     with Bars(quiet) as bars:
         model = convert_model(
             source,
-            target,
+            Path(target),
             variant=variant,
             adapters=[(one.source, one.scale) for one in read(lora, None)],
             quant=quant,
@@ -77,5 +79,5 @@ def convert(
             announce=bars.announce,
             progress=bars,
         )
-    print_result(target)
+    print_result(Path(target))
     source_notice(model, keep_source, quiet)

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..config import QUANTIZATIONS
+from ..config import QUANTIZATIONS, VARIANTS
 from ..layout import told
 from .terminal import in_flags, print_result, printable
 
@@ -73,9 +73,15 @@ def _converting(found: "Found") -> str:
     others: dict[str, list[str]] = {}
     for part in identity.missing:
         others.setdefault(str(conversion.places[part]), []).append(part)
-    taken = [f"{_names(parts)} from {place}" for place, parts in others.items()]
+    taken = [f"{_names(parts)} from {place}{_terms(place)}" for place, parts in others.items()]
     stored = f"stored as {conversion.quant}, the text encoder as {conversion.text_quant}"
     return "; ".join([*taken, stored])
+
+
+def _terms(place: str) -> str:
+    """The licence of an official repo and whether it is gated; nothing of another place."""
+    row = next((row for row in VARIANTS.values() if row.repo == place), None)
+    return f" ({row.licence} licence{', gated' if row.gated else ''})" if row else ""
 
 
 def _formats(found: "Found") -> str:
