@@ -78,7 +78,7 @@ DOUBLE, SINGLE = "double_blocks.0.img_attn.qkv", "single_blocks.3.linear1"
         (lora("diffusion_model.double_blocks.7.img_attn.qkv", 3072, 9216), "the original release", ("FLUX.1",)),
         (lora("lora_unet_double_blocks_0_img_mlp_0", 3072, 18432, KOHYA), "kohya", FOUR),
         (lora("lora_unet_double_blocks_0_img_mlp_0", 3072, 12288, KOHYA), "kohya", ("FLUX.1",)),
-        (lora("lora_unet_transformer_blocks_0_attn_to_q", 4096, 4096, KOHYA), "kohya", NINE, None),
+        (lora("lora_unet_transformer_blocks_0_attn_to_q", 4096, 4096, KOHYA), "kohya", NINE),
         (lora("transformer.transformer_blocks.1.attn.add_q_proj", 6144, 6144, PEFT), "diffusers", ("dev",)),
         (lora("single_transformer_blocks.9.attn.to_qkv_mlp_proj", 4096, 36864), "diffusers", NINE),
         (lora("transformer.single_transformer_blocks.9.proj_mlp", 3072, 12288), "diffusers", ("FLUX.1",)),
