@@ -109,6 +109,11 @@ def test_damaged_adapters(tensors, match, tmp_path):
         ({"alpha_pattern": {"(a+)+b": 1}}, r"its alpha_pattern has '\(a\+\)\+b', which is no name of a layer"),
         ({"peft_type": "OFT"}, "it is an adapter of the kind OFT; only"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which .*; save it with PEFT's path_initial"),
+        ({"init_lora_weights": "pissa_niter_16"}, "its init_lora_weights is pissa_niter_16, which changes"),
+        ({"transformer.init_lora_weights": "olora"}, "its init_lora_weights is olora, which changes"),
+        ({"init_lora_weights": "corda"}, "its init_lora_weights is corda, which changes"),
+        ({"init_lora_weights": "loftq"}, "its init_lora_weights is loftq, which .*; give one that was trained"),
     ],
 )
 def test_what_metadata_say_is_checked(values, match, tmp_path):
@@ -188,3 +193,9 @@ def test_nothing_but_the_header_is_read(tmp_path, monkeypatch):
 def test_what_a_config_says_that_all_have_is_missed(key, role, tmp_path):
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 3, f"transformer.{key}": True})}
     refused(tmp_path, LORA, f"has no {role}, which its config says all have", metadata)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_inits_that_leave_the_base_alone(init, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps({"r": 3, "init_lora_weights": init})}
+    assert read_adapter(save(tmp_path / "x.safetensors", LORA, metadata)).kinds == ("LoRA",)

@@ -14,6 +14,9 @@ _DIFFUSERS = "lora_adapter_metadata"
 _MAX_JSON, _MAX_TEXT, _MAX_WORDS = 1_000_000, 500, 20
 _ROLES = {"use_dora": "magnitude", "lora_bias": "bias"}
 _TYPES = ("LORA", "LOKR", "LOHA")
+# Inits that take what the factors begin with out of the base's weights. PEFT undoes it for those of the first line.
+_RESIDUAL = ("pissa", "olora", "corda")
+_QUANTIZED = "loftq"
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words", "trigger_phrase", "instance_prompt")
 _TITLES = ("modelspec.title", "ss_output_name", "name")
 # Not `ss_base_model_version`: ai-toolkit calls a base model as its distilled one is called.
@@ -111,6 +114,7 @@ def _strength(said: Mapping[str, Any]) -> Strength:
         raise CheckpointError(f"it is an adapter of the kind {kind!s:.40}; only LoRA, LoKr and LoHa are run")
     if said.get("fan_in_fan_out") not in (None, False):
         raise CheckpointError("its config says fan_in_fan_out, which no layer of FLUX.2 is")
+    _check_init(said.get("init_lora_weights"))
     alpha = said.get("lora_alpha", said.get("alpha"))
     return Strength(
         _rank(said.get("r")),
@@ -120,6 +124,16 @@ def _strength(said: Mapping[str, Any]) -> Strength:
         said.get("use_rslora") is True,
         frozenset(role for key, role in _ROLES.items() if said.get(key) is True),
     )
+
+
+def _check_init(init: Any) -> None:
+    """CheckpointError if the factors belong to other weights than those of the base."""
+    if not isinstance(init, str) or not init.lower().startswith((*_RESIDUAL, _QUANTIZED)):
+        return
+    way = "save it with PEFT's path_initial_model_for_weight_conversion, which gives a plain LoRA"
+    if init.lower().startswith(_QUANTIZED):
+        way = "give one that was trained with another init"
+    raise CheckpointError(f"its init_lora_weights is {init:.40}, which changes the weights of the base model; {way}")
 
 
 def _table(said: Mapping[str, Any], key: str) -> dict[str, Any]:
