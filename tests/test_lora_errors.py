@@ -199,3 +199,12 @@ def test_what_a_config_says_that_all_have_is_missed(key, role, tmp_path):
 def test_inits_that_leave_the_base_alone(init, tmp_path):
     metadata = {"lora_adapter_metadata": json.dumps({"r": 3, "init_lora_weights": init})}
     assert read_adapter(save(tmp_path / "x.safetensors", LORA, metadata)).kinds == ("LoRA",)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["base_model.model.proj_out.weight", "base_model.model.proj_out.modules_to_save.default.weight", "proj_out.bias"],
+)
+def test_whole_weights_of_layers_are_refused(key, tmp_path):
+    message = r"holds a whole weight of proj_out \(modules_to_save\), which is not read; save the adapter without"
+    refused(tmp_path, LORA | {key: np.ones((D, D), np.float32)}, message)

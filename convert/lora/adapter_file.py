@@ -22,7 +22,7 @@ from ..naming import check_size
 from ..others import other_model
 from ..strangers import FLUX1, adapter
 from .changes import changes, outlined, scale
-from .keys import LORA, Module, modules
+from .keys import LORA, Module, modules, whole
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
 from .settings import PEFT_CONFIG, Settings, Strength, settings
@@ -294,8 +294,13 @@ def _check_model(infos: Mapping[str, TensorInfo], found: Mapping[str, Module], p
 
 
 def _check_understood(others: Iterable[str], places: Mapping[str, Place]) -> None:
-    """CheckpointError if a tensor whose meaning is not known belongs to a layer that is changed."""
+    """CheckpointError if a tensor is a layer's whole weight, or its meaning is not known and its layer is changed."""
     for key in others:
+        if (module := whole(key)) and place(module):
+            raise CheckpointError(
+                f"{key:.200} holds a whole weight of {module:.80} (modules_to_save), which is not read; "
+                "save the adapter without modules_to_save"
+            )
         if any(key[: dot.start()] in places for dot in re.finditer(r"\.", key)):
             raise CheckpointError(f"{key} is not understood, and belongs to a layer that is changed")
 

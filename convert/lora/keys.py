@@ -17,6 +17,7 @@ _KEY = re.compile(
     r"|(?P<plain>alpha|dora_scale|diff|diff_b)"
     r")$"
 )
+_WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(?:weight|bias)")
 _ROLES = {"A": "down", "B": "up", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}
 LORA, LOKR, LOHA, FULL = "LoRA", "LoKr", "LoHa", "full difference"
 _PAIR = {number: frozenset({f"lokr_w{number}_a", f"lokr_w{number}_b"}) for number in (1, 2)}
@@ -86,6 +87,12 @@ def modules(names: Iterable[str]) -> tuple[dict[str, Module], list[str]]:
     if twice:
         raise CheckpointError(f"{twice[0]} are the same factor of a layer; remove one of them")
     return found, others
+
+
+def whole(key: str) -> str | None:
+    """The module whose whole weight, or bias, a tensor of this name is, without PEFT's prefix; None: it is neither."""
+    match = _WHOLE.fullmatch(key)
+    return match and match[1]
 
 
 def _role(match: re.Match[str]) -> str:
