@@ -208,3 +208,22 @@ def test_inits_that_leave_the_base_alone(init, tmp_path):
 def test_whole_weights_of_layers_are_refused(key, tmp_path):
     message = r"holds a whole weight of proj_out \(modules_to_save\), which is not read; save the adapter without"
     refused(tmp_path, LORA | {key: np.ones((D, D), np.float32)}, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        ("OFT", ["oft_blocks", "alpha"]),
+        ("OFT", ["oft_diag"]),
+        ("OFT", ["oft_R.weight"]),
+        ("BOFT", ["boft_R", "boft_s"]),
+        ("GLoRA", ["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"]),
+        ("IA3", ["ia3_l"]),
+        ("IA3", ["weight", "on_input"]),
+        ("VeRA", ["vera_lambda_b", "vera_lambda_d"]),
+        ("HRA", ["hra_u"]),
+    ],
+)
+def test_kinds_that_are_not_run_are_named(kind, ends, tmp_path):
+    message = f"it is of the kind {kind}, which is not run; LoRA, LoKr, LoHa, DoRA and full differences are"
+    refused(tmp_path, {f"{MODULE}.{end}": np.ones((2, 2), np.float32) for end in ends}, message)

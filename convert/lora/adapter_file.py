@@ -22,7 +22,7 @@ from ..naming import check_size
 from ..others import other_model
 from ..strangers import FLUX1, adapter
 from .changes import changes, outlined, scale
-from .keys import LORA, Module, modules, whole
+from .keys import LORA, Module, check_run, modules, whole
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
 from .settings import PEFT_CONFIG, Settings, Strength, settings
@@ -244,6 +244,7 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
     config = read_json(beside) if path.name == _USUAL[0] and beside.is_file() else None
     try:
         found, others = modules(files.infos)
+        check_run(others)
         places = {name: where for name in found if (where := place(name))}
         _check_model(files.infos, found, places)
         _check_understood(others, places)
