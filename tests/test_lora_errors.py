@@ -41,8 +41,8 @@ def loha(**shapes):
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        (without(UP), r"img_attn\.proj\.lora_A\.weight has no up beside it"),
-        (without(DOWN), r"img_attn\.proj\.lora_B\.weight has no down beside it"),
+        (without(UP), r"img_attn\.proj\.lora_A\.weight has no lora_B beside it"),
+        (without(DOWN), r"img_attn\.proj\.lora_B\.weight has no lora_A beside it"),
         (without(*LORA) | {f"{MODULE}.alpha": np.float32(1)}, "alpha belongs to no change of a layer"),
         ({f"{MODULE}.lokr_w1": np.ones((4, 4), np.float32)}, "lokr_w1 has no lokr_w2 beside it"),
         (without(f"{MODULE}.lokr_w2_b", of=lokr()), "lokr_w1 has no lokr_w2_b beside it"),
@@ -134,7 +134,7 @@ def test_tensors_of_no_layer_are_named(tmp_path):
     assert found.unknown == (norm,)
     assert found.fates(CONFIGS)[norm] == "(no layer that can be adapted)"
     assert found.fates(CONFIGS)[DOWN] == "transformer.double_blocks.0.img_attn.proj"
-    assert norm in found.notes(CONFIGS, "small")[0]
+    assert found.notes(CONFIGS, "small")[0] == f"it has {norm}, which belongs to no layer that can be adapted"
 
 
 def test_files_and_folders(tmp_path):
@@ -227,3 +227,24 @@ def test_whole_weights_of_layers_are_refused(key, tmp_path):
 def test_kinds_that_are_not_run_are_named(kind, ends, tmp_path):
     message = f"it is of the kind {kind}, which is not run; LoRA, LoKr, LoHa, DoRA and full differences are"
     refused(tmp_path, {f"{MODULE}.{end}": np.ones((2, 2), np.float32) for end in ends}, message)
+
+
+@pytest.mark.parametrize(
+    ("key", "missing"),
+    [
+        ("lora_up.weight", "lora_down"),
+        ("lora_down.weight", "lora_up"),
+        ("lora_B.group.weight", "lora_A.group"),
+        ("lora.down.weight", "lora.up"),
+        ("lora_linear_layer.up.weight", "lora_linear_layer.down"),
+    ],
+)
+def test_a_missing_factor_is_spelled_as_the_file_does(key, missing, tmp_path):
+    refused(tmp_path, {f"{MODULE}.{key}": np.ones((D, D), np.float32)}, f" has no {missing} beside it")
+
+
+def test_a_wrong_rank_is_told_with_the_file(tmp_path):
+    path = save(tmp_path / "x.safetensors", LORA, {"lora_adapter_metadata": '{"r": 4}'})
+    with pytest.raises(CheckpointError, match="is of rank 3, but its config says 4") as caught:
+        read_adapter(path).scales()
+    assert str(caught.value).startswith(f"{path}: ")

@@ -251,7 +251,7 @@ def test_a_note_on_an_adapter_is_said_once(hub, caplog):
     with caplog.at_level(logging.WARNING):
         done("t2i", PROMPT, *SMALL, "--lora", "a.safetensors", "-o", "a.png")
         assert [record.getMessage() for record in caplog.records] == [
-            "a.safetensors: it has unknown.weight, which belong to no layer that can be adapted"
+            "a.safetensors: it has unknown.weight, which belongs to no layer that can be adapted"
         ]
         caplog.clear()
         done("t2i", PROMPT, *SMALL, "--lora", "a.safetensors:0.5", "--lora", "a.safetensors:0.5", "-o", "b.png")

@@ -99,11 +99,18 @@ class AdapterFile:
             return file_digest(cast("BufferedReader", file), "sha256").hexdigest()
 
     def scales(self) -> dict[str, float]:
-        """What the changes of each module are multiplied by, alpha over rank mostly. Only these numbers are read."""
+        """What the changes of each module are multiplied by, alpha over rank mostly. Only these numbers are read.
+
+        Raises:
+            CheckpointError: a config says another rank.
+        """
         named = {name: module.keys["alpha"] for name, module in self.modules.items() if "alpha" in module.keys}
         alphas = dict(zip(named, evaluated(self.files.read(named.values())), strict=True))
         strengths = {name: self.said.strengths[where.network] for name, where in self.places.items()}
-        return {name: scale(x, strengths[name], alphas.get(name)) for name, x in self._factors.items()}
+        try:
+            return {name: scale(x, strengths[name], alphas.get(name)) for name, x in self._factors.items()}
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def check(self, configs: Mapping[str, Config], model: str) -> None:
         """CheckpointError unless networks of these geometries, those of `model`, have all layers, and use some."""
@@ -130,7 +137,8 @@ class AdapterFile:
     def notes(self, configs: Mapping[str, Config], model: str) -> list[str]:
         """What a user should know who uses it with `model`: a sentence each, without a full stop."""
         unread = [module for name, module in self.modules.items() if not self._is_used(name, configs)]
-        notes = [f"it has {_listed(self.unknown)}, which belong to {_NO_LAYER}"] if self.unknown else []
+        belong = "belongs" if len(self.unknown) == 1 else "belong"
+        notes = [f"it has {_listed(self.unknown)}, which {belong} to {_NO_LAYER}"] if self.unknown else []
         if unread:
             keys = [key for module in unread for key in module.keys.values()]
             notes.append(f"it has {_listed(keys)}, of layers of the text encoder whose states no image is made of")

@@ -23,6 +23,8 @@ _NOT_RUN = re.compile(
     r"|(?P<VeRA>vera_(?:lambda_[bd]|[AB]))|(?P<HRA>hra_u))(?:\.|$)"
 )
 _WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(?:weight|bias)")
+_HALF = re.compile(r"(?<=lora_)(?:A|B|down|up)\b|\b(?:down|up)$")
+_OTHER = {"A": "B", "B": "A", "down": "up", "up": "down"}
 _ROLES = {"A": "down", "B": "up", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}
 LORA, LOKR, LOHA, FULL = "LoRA", "LoKr", "LoHa", "full difference"
 _PAIR = {number: frozenset({f"lokr_w{number}_a", f"lokr_w{number}_b"}) for number in (1, 2)}
@@ -63,8 +65,16 @@ class Module:
             raise CheckpointError(f"{min(self.keys.values())} belongs to no change of a layer; fetch the adapter again")
         names = sorted(self.keys[role] for role in factors)
         if missing := next((sorted(form - factors) for form in _FORMS if factors < form), None):
-            raise CheckpointError(f"{names[0]} has no {' and '.join(missing)} beside it; fetch the adapter again")
+            wanted = " and ".join(map(self._spelled, missing))
+            raise CheckpointError(f"{names[0]} has no {wanted} beside it; fetch the adapter again")
         raise CheckpointError(f"{', '.join(names)} are no factors of one change of a layer; fetch the adapter again")
+
+    def _spelled(self, role: str) -> str:
+        """A factor that is missing, as the file names such: like the other one of its pair."""
+        other = self.keys.get({"down": "up", "up": "down"}.get(role, ""))
+        if other is None:
+            return role
+        return _HALF.sub(lambda half: _OTHER[half[0]], other[len(self.name) + 1 :].removesuffix(".weight"), count=1)
 
 
 def modules(names: Iterable[str]) -> tuple[dict[str, Module], list[str]]:
