@@ -62,8 +62,9 @@ def range_errors(adapters: Sequence[AtWork]) -> Iterator[None]:
         titles = ", ".join(dict.fromkeys(one.title for one in adapters if one.scale))
         if not titles:
             raise
-        what, _, _ = str(error).partition(";")
-        raise RangeError(f"{what} with the adapters {titles} at work; give a smaller scale") from error
+        what, _, way = str(error).partition("; ")
+        other = f", or {way}" if way.startswith("use ") else ""  # of float16, which may overflow without them
+        raise RangeError(f"{what} with the adapters {titles} at work; give a smaller scale{other}") from error
 
 
 class Branches:
