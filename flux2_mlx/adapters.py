@@ -15,6 +15,7 @@ from .layers import cast
 
 Factor = mx.array | tuple[mx.array, mx.array]  # a matrix, or two that it is the product of
 ALL = slice(None)
+MOST_SCALE = 1000.0  # times what an adapter changes
 # The most weights that are made of factors at one time.
 _SLICE = 4 * 1024 * 1024
 _SHORTEST = 1e-12  # row of a weight, which has no direction

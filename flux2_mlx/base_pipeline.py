@@ -8,7 +8,7 @@ from PIL import Image
 
 from . import arguments
 from .advice import checked_phase_plan, checked_plan, workload
-from .branches import AtWork
+from .branches import AtWork, check_steps
 from .checkpoint import Checkpoint
 from .config import Variant
 from .device import dtype_name
@@ -123,8 +123,10 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         callback makes has what the one that is going on leaves of the memory limit.
 
         Raises:
-            InputError: it does not fit into memory; what would is in the message.
+            InputError: it does not fit into memory; what would is in the message. Or an adapter's steps begin after
+                the run's last.
         """
+        check_steps(self.networks.adapters, request.steps)
         return checked_plan(self.networks, workload(request, edit, previews=previews))
 
     def run(
@@ -162,6 +164,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
                 finished with their seeds. The exception has it as `partial_output` then, as for a call.
         """
         check_output_type(output_type)
+        check_steps(self.networks.adapters, request.steps)
         if not request.negative_prompts:
             negative_prompt_embeds = None  # up to a guidance of 1
         if planned is None:

@@ -1,6 +1,7 @@
 """Adapters at work: side branches of the layers of a network, whose weights stay as they are."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapters import Adapter, BiasDifference, Decomposed, Difference, Hadamard, Kronecker, LowRank, Placed
+from .errors import InputError, RangeError
 from .layers import cast
 from .transformer.headroom import output_unit
 
@@ -34,6 +36,35 @@ class AtWork:
     def identity(self) -> tuple[Any, ...]:
         """All that its effect depends on, as JSON can hold it."""
         return self.adapter.sha256, self.scale, self.steps
+
+    @property
+    def title(self) -> str:
+        """The adapter as a user knows it."""
+        return self.adapter.source or self.adapter.name
+
+
+def check_steps(adapters: Sequence[AtWork], steps: int) -> None:
+    """InputError if an adapter of the transformer would work in none of a run's `steps`."""
+    for one in adapters:
+        if one.steps is not None and one.steps[0] > steps and one.adapter.layers.get("transformer"):
+            first, last = one.steps
+            raise InputError(
+                f"steps {first}-{last} of {one.title} begin after the run's {steps} steps; give earlier ones"
+            )
+
+
+@contextmanager
+def range_errors(adapters: Sequence[AtWork]) -> Iterator[None]:
+    """Have a RangeError name the adapters that were at work: they, not damaged weights, are its likely reason."""
+    try:
+        yield
+    except RangeError as error:
+        titles = ", ".join(dict.fromkeys(one.title for one in adapters if one.scale))
+        if not titles:
+            raise
+        what, _, way = str(error).partition("; ")
+        other = f", or {way}" if way.startswith("use ") else ""  # of float16, which may overflow without them
+        raise RangeError(f"{what} with the adapters {titles} at work; give a smaller scale{other}") from error
 
 
 class Branches:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Self
 
+from .adapters import MOST_SCALE
 from .arguments import checked_number, kinds, named, texts
 from .branches import AtWork
 from .device import begin_computing
@@ -18,7 +19,6 @@ from .progress_bar import acquisition_bars, announce
 from .request import MAX_STEPS
 from .store import FoundAdapter, find_adapter
 
-_MOST = 1000.0  # times what an adapter changes
 _log = logging.getLogger(__name__)
 
 
@@ -106,7 +106,7 @@ class LoraMethods:
 
     def _scaled(self, factor: Any) -> Self:
         """A pipeline like this with what adapters change times a factor. It shares all that is in memory."""
-        scale = checked_number("scale", factor, -_MOST, _MOST)
+        scale = checked_number("scale", factor, -MOST_SCALE, MOST_SCALE)
         if scale == 1:
             return self
         pipe = copy(self)
@@ -130,7 +130,7 @@ class LoraMethods:
         scales = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
         if len(scales) != len(names):
             raise InputError(f"{len(names)} adapters have {len(scales)} weights; give one for each, or one for all")
-        scales = [checked_number("adapter_weights", scale, -_MOST, _MOST) for scale in scales]
+        scales = [checked_number("adapter_weights", scale, -MOST_SCALE, MOST_SCALE) for scale in scales]
         chosen = [replace(self._loaded[name], scale=scale) for name, scale in zip(names, scales, strict=True)]
         with turn():
             self._choose(chosen)
@@ -202,7 +202,7 @@ class LoraMethods:
 
 def _checked(scale: Any, steps: Any) -> tuple[float, tuple[int, int] | None]:
     """A scale and steps; InputError if they are none."""
-    return checked_number("scale", scale, -_MOST, _MOST), _checked_steps(steps)
+    return checked_number("scale", scale, -MOST_SCALE, MOST_SCALE), _checked_steps(steps)
 
 
 def _checked_steps(steps: Any) -> tuple[int, int] | None:

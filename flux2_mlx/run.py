@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .branches import range_errors
 from .device import failures, foreign
 from .embedding_cache import CachedEncoder, EmbeddingCache
 from .images import to_unit
@@ -89,7 +90,10 @@ class Run:
             negative_prompt_embeds: encoded negative prompts in place of the request's, of that form too.
         """
         try:
-            with failures():  # or another exception would leave without the images
+            with (
+                failures(),
+                range_errors(self.networks.adapters),
+            ):  # or another exception would leave without the images
                 self._make(latents, prompt_embeds, negative_prompt_embeds)
         except BaseException as error:
             if self._images:
@@ -104,7 +108,7 @@ class Run:
 
     def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Text states `[L, F]` of each prompt, in a phase of their own."""
-        with self._meter.phase("text_encoder"):
+        with range_errors(self.networks.adapters), self._meter.phase("text_encoder"):
             return self._encode(prompts)
 
     def decode(self, latents: mx.array) -> np.ndarray:

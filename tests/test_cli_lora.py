@@ -1,5 +1,8 @@
 """`--lora`: adapters of a command line, and of an image that is made again."""
 
+from hashlib import sha256
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers.adapters import lora, save
@@ -78,12 +81,49 @@ def test_an_adapter_changes_the_image_and_a_replay_finds_it(folder):
     assert (told["source"], told["scale"], told["steps"]) == ("a.safetensors", 0.5, [2, 2])
     assert run("t2i", "--replay", "one.png", "-o", "again.png").exit_code == 0
     assert np.array_equal(pixels("again.png"), pixels("one.png"))
+    assert run("t2i", "--replay", "one.png", "-o", "given.png", "--lora", "a.safetensors").exit_code == 0
+    assert np.array_equal(pixels("given.png"), pixels("one.png"))
     make("--seed", "7", "-o", "none.png", "--lora", "a.safetensors:0")
     assert np.array_equal(pixels("none.png"), pixels("plain.png"))
     (folder / "a.safetensors").unlink()
     said = refusal("t2i", "--replay", "one.png", "-o", "third.png")
     assert said.startswith(f"the adapter a.safetensors of SHA-256 {told['sha256']}, which one.png was made with, is ne")
     assert said.endswith("name it with --lora")
+
+
+def test_an_adapter_given_again_has_what_the_image_tells_of_it(folder, caplog):
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes() + b"b")
+    (folder / "c.safetensors").write_bytes((folder / "a.safetensors").read_bytes() + b"c")
+    told = [
+        {
+            "name": name,
+            "source": f"{name}.safetensors",
+            "sha256": sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest(),
+            "scale": scale,
+            "steps": steps,
+        }
+        for name, scale, steps in (("a", 0.5, [2, 3]), ("b", 0.25, None))
+    ]
+    image = folder / "x.png"
+
+    def chosen(*texts, steps=None):
+        return [
+            (Path(x.source).name, x.scale, x.steps)
+            for x in loras.remembered(told, image, None, loras.read(texts, steps))
+        ]
+
+    (folder / "a.safetensors").rename(folder / "moved.safetensors")
+    other = ("b.safetensors", 0.25, None)
+    assert chosen("moved.safetensors") == [("moved.safetensors", 0.5, (2, 3)), other]
+    assert chosen("moved.safetensors:1") == [("moved.safetensors", 1.0, (2, 3)), other]
+    assert chosen("moved.safetensors", steps="1") == [("moved.safetensors", 0.5, (1, 1)), other]
+    assert chosen("c.safetensors", "moved.safetensors")[1:] == [other, ("c.safetensors", 1.0, None)]
+    assert not caplog.messages
+    assert chosen("c.safetensors") == [("c.safetensors", 1.0, None)]
+    assert "x.png are replaced by those of --lora: a.safetensors, b.safetensors" in caplog.text
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(InputError, match=r"the adapters a\.safetensors of .*, b\.safetensors of .* name them with"):
+        chosen()
 
 
 def test_an_image_that_is_there_was_made_with_other_adapters(caplog):

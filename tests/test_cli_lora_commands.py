@@ -217,6 +217,20 @@ def test_what_can_not_be_folded_is_refused_before_anything_is_written(tensors, s
     assert said in refusal("convert", "demo", "made", "--lora", "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("scale", "factor", "said"),
+    [
+        ("5000", 1, "the scale of style.safetensors must be -1000.0 to 1000.0, got 5000"),
+        ("1e999", 1, "the scale of style.safetensors must be -1000.0 to 1000.0, got inf"),
+        ("1000", 1e19, f"{LAYER} with style.safetensors × 1000 has values that are not finite numbers"),
+    ],
+)
+def test_what_would_not_be_finite_is_not_folded(scale, factor, said):
+    save(Path("style.safetensors"), {name: x * np.float32(factor) for name, x in TENSORS.items()})
+    assert said in refusal("convert", "demo", "made", "--lora", f"style.safetensors:{scale}")
+    assert not Path("made").exists()
+
+
 def test_a_folder_of_a_diffusers_model_is_folded_too(official, tmp_path):
     tensors = lora("transformer.transformer_blocks.0.attn.to_out.0", 64, 64)
     save(Path("x.safetensors"), tensors)

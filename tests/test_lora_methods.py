@@ -11,8 +11,10 @@ from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 
 from flux2_mlx import Flux2Pipeline, InputError
 from flux2_mlx.advice import workload
+from flux2_mlx.branches import range_errors
 from flux2_mlx.embedding_cache import EmbeddingCache, fingerprint
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.errors import CheckpointError, RangeError
+from flux2_mlx.layers import check_finite
 from flux2_mlx.store import find_adapter
 
 SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 3, "seed": 3, "max_sequence_length": 40}
@@ -283,6 +285,30 @@ def test_wrong_choices_are_refused(pipe, files, names, weights, said):
     pipe.load_lora_weights(files["first"], adapter_name="taken")
     with pytest.raises(InputError, match=said):
         pipe.set_adapters(names, weights)
+
+
+def test_steps_after_the_last_of_a_run_are_refused(pipe, files):
+    pipe.load_lora_weights(files["first"], steps=(5, 9))
+    said = r"steps 5-9 of .*first\.safetensors begin after the run's 3 steps"
+    with pytest.raises(InputError, match=said):
+        latents(pipe)
+    with pytest.raises(InputError, match=said):
+        pipe.plan(pipe.request(["a"], steps=3))
+
+
+def test_values_that_are_not_finite_are_blamed_on_adapters(pipe, files, tmp_path):
+    tensors = lora("diffusion_model.single_blocks.0.linear2", D, 4 * D)
+    path = save(tmp_path / "huge.safetensors", {key: x * np.float32(1e19) for key, x in tensors.items()})
+    pipe.load_lora_weights(path, scale=1000)
+    with pytest.raises(RangeError, match=r"numbers with the adapters .*huge\.safetensors at work; give a smaller"):
+        latents(pipe)
+
+
+def test_float16_may_overflow_without_adapters_too(pipe, files):
+    pipe.load_lora_weights(files["first"])
+    said = "float16 with the adapters .* at work; give a smaller scale, or use dtype='bfloat16'"
+    with pytest.raises(RangeError, match=said), range_errors(pipe.networks.adapters):
+        check_finite(mx.array(np.inf, mx.float16), "transformer")
 
 
 def test_an_adapter_of_another_model_is_refused(pipe, tmp_path):

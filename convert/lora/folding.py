@@ -9,15 +9,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux2_mlx.adapters import Placed, folded
+from flux2_mlx.adapters import MOST_SCALE, Placed, folded
 from flux2_mlx.config import Config
-from flux2_mlx.errors import CheckpointError
+from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.weights import Tensors
 
 from .adapter_file import AdapterFile
 
 _WEIGHT = ".weight"
 _BIASES = {"bias", "diff_b"}
+_Change = tuple[str, Sequence[Placed], float]  # of an adapter of this name, and its scale
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Fold:
     found: AdapterFile
     scale: float
     source: str
+
+    def __post_init__(self) -> None:
+        if not -MOST_SCALE <= self.scale <= MOST_SCALE:
+            limits = f"{-MOST_SCALE} to {MOST_SCALE}"
+            raise InputError(f"the scale of {self.source} must be {limits}, got {self.scale:g}")
 
     def check(self, configs: Mapping[str, Config], model: str) -> None:
         """CheckpointError unless it is for networks of these geometries, those of `model`, and changes weights only."""
@@ -51,10 +57,10 @@ class Folds:
 
     def into(self, network: str, tensors: Tensors) -> Tensors:
         """The weights of a network with what the adapters change; themselves where that is nothing."""
-        changes: dict[str, list[tuple[Sequence[Placed], float]]] = {}
+        changes: dict[str, list[_Change]] = {}
         for adapter, scale in self._adapters:
             for layer, placed in adapter.layers.get(network, {}).items():
-                changes.setdefault(f"{layer}{_WEIGHT}", []).append((placed, scale))
+                changes.setdefault(f"{layer}{_WEIGHT}", []).append((adapter.name, placed, scale))
         return _Folded(tensors, changes) if changes else tensors
 
     def change(self, network: str) -> bool:
@@ -63,23 +69,27 @@ class Folds:
 
 
 class _Folded:
-    """Tensors with changes, each in the dtype that it had."""
+    """Tensors with changes, each in the dtype that it had; CheckpointError if one is too large then."""
 
-    def __init__(self, tensors: Tensors, changes: Mapping[str, Sequence[tuple[Sequence[Placed], float]]]):
+    def __init__(self, tensors: Tensors, changes: Mapping[str, Sequence[_Change]]):
         self._tensors, self._changes, self.infos = tensors, changes, tensors.infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
         for name, array in zip(names, self._tensors.read(names), strict=True):
-            yield _changed(array, self._changes[name]) if name in self._changes else array
+            yield _changed(name, array, self._changes[name]) if name in self._changes else array
 
 
-def _changed(weight: mx.array, changes: Sequence[tuple[Sequence[Placed], float]]) -> mx.array:
+def _changed(name: str, weight: mx.array, changes: Sequence[_Change]) -> mx.array:
     """All adapters start from the model's own weight, as they do beside a layer."""
     base = weight.astype(mx.float32)
     whole = base
-    for placed, scale in changes:
+    for _, placed, scale in changes:
         whole = whole + (folded(base, placed, scale) - base)
+    if not mx.isfinite(whole.astype(mx.bfloat16)).all().item():
+        adapters = ", ".join(f"{adapter} × {scale:g}" for adapter, _, scale in changes)
+        layer = name.removesuffix(_WEIGHT)
+        raise CheckpointError(f"{layer} with {adapters} has values that are not finite numbers; give a smaller scale")
     return whole.astype(weight.dtype)
 
 

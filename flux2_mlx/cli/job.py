@@ -158,8 +158,9 @@ class Job:
         is_named = given["model"] is not None
         remembered = {} if replay is None else read_image(replay)
         given["loras"] = read_loras(given.pop("lora"), given.pop("lora_steps"))
-        if replay is not None and not given["loras"]:
-            given["loras"] = remembered_loras(remembered.get("adapters"), replay, given["models_dir"])
+        if replay is not None:
+            told = remembered.get("adapters")
+            given["loras"] = remembered_loras(told, replay, given["models_dir"], given["loras"])
         schedule.complete(given, given["loras"])
         given["shift_steps"] = None
         if replay is not None:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter, the scale of what it changes, and the first and last step that it works in."""
+    """An adapter, the scale of what it changes, the first and last step that it works in, and whether the command line
+    has its scale."""
 
     source: str
     scale: float = 1.0
     steps: tuple[int, int] | None = None
+    is_scaled: bool = field(default=False, compare=False)
 
 
 def read(texts: Sequence[str], steps: str | None) -> tuple[Lora, ...]:
@@ -48,7 +50,7 @@ def _lora(text: str, steps: tuple[int, int] | None) -> Lora:
     if not source or _exists(text):
         return Lora(text, steps=steps)
     if _NUMBER.fullmatch(scale):
-        return Lora(source, float(scale), steps)
+        return Lora(source, float(scale), steps, is_scaled=True)
     if colon and (_LIKE_A_NUMBER.fullmatch(scale) or source.lower().endswith(_SUFFIX) or _exists(source)):
         raise InputError(f"--lora {text!r}: the scale {scale!r} is no number; write {source}:0.8, say")
     return Lora(text, steps=steps)
@@ -68,30 +70,74 @@ def _steps(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def remembered(adapters: Any, image: Path, models_dir: Path | None) -> tuple[Lora, ...]:
-    """The adapters that `image` was made with, from its settings; none if they tell of none.
+def remembered(adapters: Any, image: Path, models_dir: Path | None, given: Sequence[Lora] = ()) -> tuple[Lora, ...]:
+    """The adapters that `image` was made with, from its settings, and those of `given` besides.
+
+    One of `given` that is a file of theirs has the scale and the steps of theirs that it was not given itself. If none
+    is, they take the place of theirs.
 
     Raises:
-        InputError: one is not here, or has changed; or the settings are damaged.
+        InputError: some are not here, or have changed; or the settings are damaged.
     """
-    return tuple(_found(one, image, models_dir) for one in adapters or ())
+    told: list[Mapping[str, Any]] = list(adapters or ())
+    for one in told:
+        replay.check_kinds(one, _REMEMBERED, image)
+    own, others = _matched(told, given)
+    if given and not own:
+        if told:
+            names = ", ".join(Path(one["source"]).name for one in told)
+            _log.warning("the adapters of %s are replaced by those of --lora: %s", image, names)
+        return tuple(given)
+    found = [own.get(number) or _found(one, image, models_dir) for number, one in enumerate(told)]
+    if missing := [one for one, lora in zip(told, found, strict=True) if lora is None]:
+        raise InputError(_missing(missing, image))
+    return (*(lora for lora in found if lora is not None), *others)
 
 
-def _found(told: Mapping[str, Any], image: Path, models_dir: Path | None) -> Lora:
+def _matched(told: Sequence[Mapping[str, Any]], given: Sequence[Lora]) -> tuple[dict[int, Lora], list[Lora]]:
+    """Those of `given` that an image tells of, completed with that, by their places there; and the others."""
+    from ..store import adapter_hash
+
+    own: dict[int, Lora] = {}
+    others = []
+    for lora in given if told else ():
+        sha256 = adapter_hash(Path(os.path.expanduser(lora.source)))
+        places = (number for number, one in enumerate(told) if number not in own and one["sha256"] == sha256)
+        if (number := next(places, None)) is None:
+            others.append(lora)
+        else:
+            own[number] = _completed(lora, told[number])
+    return own, others
+
+
+def _completed(lora: Lora, told: Mapping[str, Any]) -> Lora:
+    scale = lora.scale if lora.is_scaled else told["scale"]
+    return replace(lora, scale=scale, steps=lora.steps or _told_steps(told))
+
+
+def _told_steps(told: Mapping[str, Any]) -> tuple[int, int] | None:
+    return tuple(told["steps"]) if told.get("steps") else None
+
+
+def _found(told: Mapping[str, Any], image: Path, models_dir: Path | None) -> Lora | None:
+    """An adapter that an image tells of; None: it is not here."""
     from ..store import adapter_with
 
-    replay.check_kinds(told, _REMEMBERED, image)
-    name = Path(told["source"]).name
-    sha256 = told["sha256"]
-    origin = told.get("origin")
-    path = adapter_with(sha256, name, [image.parent, Path()], models_dir)
-    if path is None:
-        way = f"fetch {origin}, or name it with --lora" if origin else "name it with --lora"
-        raise InputError(
-            f"the adapter {name} of SHA-256 {sha256:.64}, which {image} was made with, is neither beside it nor here, "
-            f"nor in the folder loras of the models folder or in the Hub's cache, or has changed; {way}"
-        )
-    return Lora(str(path), told["scale"], tuple(told["steps"]) if told.get("steps") else None)
+    path = adapter_with(told["sha256"], Path(told["source"]).name, [image.parent, Path()], models_dir)
+    return None if path is None else Lora(str(path), told["scale"], _told_steps(told))
+
+
+def _missing(told: Sequence[Mapping[str, Any]], image: Path) -> str:
+    names = ", ".join(f"{Path(one['source']).name} of SHA-256 {one['sha256']:.64}" for one in told)
+    origins = ", ".join(one["origin"] for one in told if one.get("origin"))
+    adapters, are, have, them = (
+        ("adapter", "is", "has", "it") if len(told) == 1 else ("adapters", "are", "have", "them")
+    )
+    way = f"fetch {origins}, or name {them} with --lora" if origins else f"name {them} with --lora"
+    return (
+        f"the {adapters} {names}, which {image} was made with, {are} neither beside it nor here, nor in the folder "
+        f"loras of the models folder or in the Hub's cache, or {have} changed; {way}"
+    )
 
 
 class Adapters:

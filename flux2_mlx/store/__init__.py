@@ -3,7 +3,7 @@ and the converter."""
 
 from ..convert.lora import Inspection, Preset
 from ..hub import Download
-from .adapter_sources import FoundAdapter, adapter_with, find_adapter
+from .adapter_sources import FoundAdapter, adapter_hash, adapter_with, find_adapter
 from .adapters import (
     StoredAdapter,
     adapters_folder,
@@ -43,6 +43,7 @@ __all__ = [
     "Preset",
     "Progress",
     "StoredAdapter",
+    "adapter_hash",
     "adapter_with",
     "adapters_folder",
     "conversions",

@@ -179,15 +179,15 @@ def adapter_with(
     home = models_folder(models_dir) / ADAPTERS
     places = [folder / name for folder in (*folders, home)]
     named = (file for place in places for file in ([place] if place.is_file() else sorted(place.glob(f"*{_SUFFIX}"))))
-    if found := next((file for file in dict.fromkeys(named) if _sha256(file) == sha256), None):
+    if found := next((file for file in dict.fromkeys(named) if adapter_hash(file) == sha256), None):
         return found
     for storage in hub.cache_folder().glob("models--*--*"):
         if os.path.lexists(blob := storage / "blobs" / sha256):
             return next((file for file in snapshot_files(storage) if os.path.samefile(file, blob)), None)
-    return next((file for file in sorted(home.rglob(f"*{_SUFFIX}")) if _sha256(file) == sha256), None)
+    return next((file for file in sorted(home.rglob(f"*{_SUFFIX}")) if adapter_hash(file) == sha256), None)
 
 
-def _sha256(path: Path) -> str | None:
+def adapter_hash(path: Path) -> str | None:
     """The hash of a file; None if there is none that can be read."""
     try:
         with open_regular(path) as file:
