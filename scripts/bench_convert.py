@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 from flux2_mlx.convert import Source, assembled, write_checkpoint
 from flux2_mlx.convert.assembly import _loose_parts
+from flux2_mlx.convert.lora import Folds
 from flux2_mlx.convert.write import _checked_plans, _part
 
 from flux2_mlx.checkpoint import Component
@@ -96,14 +97,14 @@ def opened(path: Path, component: Component) -> Source:
     base = assembled(demo_folder(), {})
     stored = {name: part for name, part in base.stored.items() if name != "transformer"}
     configs = {**base.configs, "transformer": component.config}
-    return replace(base, configs=configs, parts=_loose_parts(path), stored=stored)
+    return replace(base, configs=configs, parts=_loose_parts(path, None), stored=stored)
 
 
 def steps(path: Path, component: Component, quant: str, target: Path) -> dict[str, Callable[[], None]]:
     """What a conversion does, each with all before it."""
     source = opened(path, component)
     (plan,) = _checked_plans(source, quant, "bf16")
-    tensors, part = source.parts["transformer"].tensors, _part(source, plan)
+    tensors, part = source.parts["transformer"].tensors, _part(source, plan, Folds((), {}))
     raw = Files([path]) if path.suffix == ".safetensors" else None
 
     def result() -> Iterator[memoryview]:
