@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.adapters import lora, save
-from helpers.cli_runner import DEMO, PROMPT, SMALL, make, pixels, refusal, run
+from helpers.adapters import save_for_demo
+from helpers.cli_runner import PROMPT, SMALL, make, pixels, refusal, run
 
-from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.cli import loras
 from flux2_mlx.cli.loras import Lora
 from flux2_mlx.errors import InputError
@@ -18,9 +17,7 @@ from flux2_mlx.images import read_settings
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    infos = Checkpoint.open(DEMO).components["transformer"].quantized("bf16").infos
-    outputs, inputs = infos["single_blocks.0.linear2.weight"].shape
-    save(tmp_path / "a.safetensors", lora("diffusion_model.single_blocks.0.linear2", outputs, inputs))
+    save_for_demo(tmp_path / "a.safetensors")
     return tmp_path
 
 

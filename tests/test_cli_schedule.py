@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 from flux2_mlx.convert.lora.presets import Preset, preset
-from helpers.adapters import lora, save
-from helpers.cli_runner import DEMO, PROMPT, done, make, pixels, refusal, run
+from helpers.adapters import lora, save, save_for_demo
+from helpers.cli_runner import PROMPT, done, make, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.images import read_settings
 
@@ -21,9 +20,7 @@ FAST = {"sigmas": [1.0, 0.4], "guidance_scale": 2.5, "preferred weight": 0.8}
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    infos = Checkpoint.open(DEMO).components["transformer"].quantized("bf16").infos
-    outputs, inputs = infos["single_blocks.0.linear2.weight"].shape
-    save(tmp_path / "a.safetensors", lora("diffusion_model.single_blocks.0.linear2", outputs, inputs))
+    save_for_demo(tmp_path / "a.safetensors")
     return tmp_path
 
 

@@ -1,26 +1,14 @@
 """Runs within others, which a callback makes: they have what the outer one leaves of the memory, and take nothing of
 it away."""
 
-import gc
-
 import mlx.core as mx
 import pytest
+from helpers.in_memory import demo, taken
 
-from flux2_mlx import Flux2Pipeline
 from flux2_mlx.errors import InputError
 
 OUTER = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3}
 INNER = {"width": 16, "height": 16, "num_inference_steps": 1, "seed": 5}
-
-
-def demo(**options) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained("demo", **({"dtype": "float32", "prompt_cache": False} | options))
-
-
-def taken() -> int:
-    gc.collect()
-    mx.clear_cache()
-    return mx.get_active_memory()
 
 
 @pytest.fixture(scope="module")

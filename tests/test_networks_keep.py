@@ -1,6 +1,5 @@
 """Networks that stay in memory between runs: which, that they change nothing but the loading, and who gives way."""
 
-import gc
 import threading
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.checkpoints import convert
+from helpers.in_memory import demo, taken
 from helpers.mlx_state import mlx_limits
 from PIL import Image
 
@@ -18,16 +18,6 @@ from flux2_mlx.memory import PhasePlan, Plan
 
 PHASES = ["text_encoder", "transformer", "vae"]
 SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3}
-
-
-def demo(**options) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained("demo", **({"dtype": "float32", "prompt_cache": False} | options))
-
-
-def taken() -> int:
-    gc.collect()
-    mx.clear_cache()
-    return mx.get_active_memory()
 
 
 def planned_with_kept(pipe: Flux2Pipeline, **settings) -> Plan:

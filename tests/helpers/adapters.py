@@ -8,9 +8,11 @@ import numpy as np
 from flux2_mlx.convert.lora import read_adapter
 
 from flux2_mlx.adapters import BiasDifference, Decomposed, Placed
+from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import Config
 
 from .checkpoints import TEXT, TRANSFORMER
+from .cli_runner import DEMO
 
 CONFIGS: dict[str, Config] = {"transformer": TRANSFORMER, "text_encoder": TEXT}
 Arrays = dict[str, np.ndarray]
@@ -34,6 +36,13 @@ def lora(module: str, outputs: int, inputs: int = D, rank: int = 3, ends: Sequen
     """A LoRA of a module, by the names of PEFT, or of kohya with other `ends`."""
     down, up = (f"lora_{end}__weight" for end in ends)
     return factors(module, seed, **{down: (rank, inputs), up: (outputs, rank)})
+
+
+def save_for_demo(path: Path) -> Path:
+    """A LoRA of one layer of the built-in model."""
+    infos = Checkpoint.open(DEMO).components["transformer"].quantized("bf16").infos
+    outputs, inputs = infos["single_blocks.0.linear2.weight"].shape
+    return save(path, lora("diffusion_model.single_blocks.0.linear2", outputs, inputs))
 
 
 def changed(path: Path, configs: Mapping[str, Config] = CONFIGS) -> dict[str, np.ndarray]:
