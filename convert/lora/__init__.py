@@ -1,12 +1,15 @@
 """Adapters as trainers save them: which of our layers they change, and how."""
 
-from .adapter_file import AdapterFile, read_adapter
+from .adapter_file import USUAL_FILES, AdapterFile, read_adapter
 from .folding import Fold, Folds, folded_source
 from .inspection import InspectedModule, Inspection, inspect
 from .presets import Preset
 from .saving import save_adapter, saving_notes
+from .settings import PEFT_CONFIG
 
 __all__ = [
+    "PEFT_CONFIG",
+    "USUAL_FILES",
     "AdapterFile",
     "Fold",
     "Folds",

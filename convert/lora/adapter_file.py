@@ -28,7 +28,7 @@ from .presets import Preset, preset
 from .settings import PEFT_CONFIG, Settings, Strength, settings
 from .shapes import Factors
 
-_USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+USUAL_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _SUFFIX = ".safetensors"
 _MAX_TENSORS = 10_000  # several times what all layers of the largest model take, in the most factors
 _NO_LAYER = "no layer that can be adapted"
@@ -249,7 +249,7 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
     if len(files.infos) > _MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(files.infos)} tensors, more than any adapter has")
     beside = path.with_name(PEFT_CONFIG)
-    config = read_json(beside) if path.name == _USUAL[0] and beside.is_file() else None
+    config = read_json(beside) if path.name == USUAL_FILES[0] and beside.is_file() else None
     try:
         found, others = modules(files.infos)
         check_run(others)
@@ -283,7 +283,7 @@ def _file(source: Path, weight_name: str | None) -> Path:
             raise CheckpointError(f"{source} holds no file {weight_name!r}")
         return source / weight_name
     found = sorted(path for path in source.glob("*") if path.suffix.lower() == _SUFFIX)
-    usual = [path for path in found if path.name in _USUAL] or found
+    usual = [path for path in found if path.name in USUAL_FILES] or found
     if len(usual) == 1:
         return usual[0]
     if not found:

@@ -13,7 +13,7 @@ from ..adapters import Adapter
 from ..checkpoint import Checkpoint
 from ..config import Config
 from ..convert import formats
-from ..convert.lora import AdapterFile, read_adapter
+from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, read_adapter
 from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
@@ -24,9 +24,7 @@ from .names import cached_repo
 from .parts import Remote, located
 
 ADAPTERS = "loras"  # in the models folder
-_USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _SUFFIX = ".safetensors"
-_PEFT_CONFIG = "adapter_config.json"
 _ALPHAS = ("alpha",)  # single numbers, which are read with the header
 _SOME = 5
 
@@ -146,13 +144,13 @@ def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
     weights = sorted(name for name in names if name.lower().endswith(_SUFFIX))
     chosen = [wanted.path] if wanted.path in weights else [x for x in weights if os.path.dirname(x) == wanted.path]
     chosen = chosen if chosen or wanted.path else weights
-    usual = [name for name in chosen if os.path.basename(name) in _USUAL]
+    usual = [name for name in chosen if os.path.basename(name) in USUAL_FILES]
     chosen = usual if len(usual) == 1 else chosen
     if len(chosen) != 1:
         raise DownloadError(_several(wanted, chosen, weights))
     stem = chosen[0].removesuffix(_SUFFIX)
     folder = os.path.dirname(chosen[0])
-    beside = (os.path.join(folder, _PEFT_CONFIG), f"{stem}.json")
+    beside = (os.path.join(folder, PEFT_CONFIG), f"{stem}.json")
     return [*(name for name in beside if name in names), *chosen]
 
 
