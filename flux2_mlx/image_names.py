@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .files import free_path
@@ -41,6 +42,24 @@ def slug(text: str) -> str:
 def model_name(model: str) -> str:
     """What a file can be called after a model: the last part of its name, repo id or folder."""
     return Path(model).absolute().name.lstrip(".") or "model"
+
+
+def values_of(images: Sequence[Mapping[str, Any]]) -> list[Values]:
+    """The values of images: of each are given what the placeholders stand for but `index`, which is its place.
+
+    Without a `prompt` or a `seed` there is another word, or the place, for it.
+    """
+    digits = len(str(len(images)))
+    return [
+        {
+            "index": (index := f"{place:0{digits}}"),
+            "seed": index if image["seed"] is None else str(image["seed"]),
+            "prompt": slug(image["prompt"] or ""),
+            "model": model_name(image["model"]),
+            **{name: str(image[name]) for name in ("width", "height", "steps")},
+        }
+        for place, image in enumerate(images, 1)
+    ]
 
 
 def expanded(template: str, values: Values) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .image_names import model_name, paths, slug
+from .image_names import paths, values_of
 from .images import FORMATS, save, to_pil
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -116,16 +116,13 @@ class Flux2Output:
         """The file of each of so many images."""
         if not Path(text).suffix and "{" not in text:
             text = os.path.join(text, "")  # a folder, which may be a new one
-        values = []
-        digits = len(str(count))
+        known = []
         for place in range(count):
             own = self.settings[place] if self.settings else {}
-            index = f"{place + 1:0{digits}}"
-            sizes = {name: str(own.get(name, "")) for name in ("width", "height", "steps")}
-            seed = str(self.seeds[place]) if self.seeds else index
-            words = {"prompt": slug(own.get("prompt") or ""), "model": model_name(own.get("model") or "flux2")}
-            values.append({"seed": seed, "index": index, **words, **sizes})
-        return paths([text] * count, values, listed=False, keep=replace)
+            words = {"prompt": own.get("prompt"), "model": own.get("model") or "flux2"}
+            sizes = {name: own.get(name, "") for name in ("width", "height", "steps")}
+            known.append({"seed": self.seeds[place] if self.seeds else None, **words, **sizes})
+        return paths([text] * count, values_of(known), listed=False, keep=replace)
 
 
 def _is_taken(path: Path) -> bool:
