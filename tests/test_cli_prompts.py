@@ -8,7 +8,7 @@ import pytest
 from helpers.cli_runner import PROMPT, SMALL, difference, done, make, pixels, refusal, run
 
 from flux2_mlx import Flux2Pipeline, request
-from flux2_mlx.cli.prompts import Prompt, read_prompts
+from flux2_mlx.cli.prompts import Prompt, named, read_prompts
 from flux2_mlx.errors import InputError
 from flux2_mlx.images import read_settings
 
@@ -257,9 +257,9 @@ def test_an_own_size_does_not_go_with_a_mask():
 
 
 def test_a_line_is_named_by_the_library_s_error():
-    with pytest.raises(InputError, match=r"^line 2 of a\.txt: it failed$"), Prompt("a", "line 2 of a.txt").named():
+    with pytest.raises(InputError, match=r"^line 2 of a\.txt: it failed$"), named("line 2 of a.txt"):
         raise InputError("it failed")
-    with pytest.raises(InputError, match=r"^it failed$"), Prompt("a").named():
+    with pytest.raises(InputError, match=r"^it failed$"), named(None):
         raise InputError("it failed")
 
 

@@ -30,7 +30,8 @@ def cache(clear: bool, models_dir: Path | None, as_json: bool) -> None:
     if clear:
         prompts.clear()
     entries = prompts.entries()
-    count, size = len(entries), sum(entry.size for entry in entries)
+    count = len(entries)
+    size = sum(entry.size for entry in entries)
     if as_json:
         values = {"folder": str(prompts.folder), "entries": count, "bytes": size, "limit": prompts.max_bytes}
         print_result(to_json(values))

@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from .options import writing_options
-from .progress import Bars, Stream
+from .progress import Bars
 from .terminal import print_result, to_json
-from .writing import check_sight, open_writer
+from .writing import described, model_of, open_writer
 
 
 @click.command()
@@ -33,12 +33,10 @@ def describe(
       flux2-mlx describe photo.jpg
     """
     from ..images import open_image
-    from ..store import resolve
 
     picture = open_image(image)
-    resolved = resolve(model, options["models_dir"])
-    check_sight(resolved)
-    with Bars(quiet) as bars, Stream(quiet) as stream:
+    resolved = model_of(model, options["models_dir"], must_see=True)
+    with Bars(quiet) as bars:
         writer = open_writer(resolved, bars, **options)
-        answer = writer.describe([picture], seed=seed, temperature=temperature, on_text=stream.show)[0]
+        (answer,) = described(writer, [picture], quiet, seed=seed, temperature=temperature)
     print_result(to_json({"image": str(image), "description": answer}) if as_json else answer)

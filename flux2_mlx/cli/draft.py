@@ -1,62 +1,62 @@
-"""What a job asks of its model: requests, pictures, files. All of it is checked before anything is fetched."""
+"""What a job asks of its model: requests, files, plans. All of it is checked before anything is fetched."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from .. import image_names
+from .frames import Frame
 from .job import Job
+from .pictures import Opened
+from .prompts import named
+from .saving import checkpoint_path
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from .. import Edit, Flux2Pipeline, Plan, Request
 
-    from .. import Flux2Pipeline, Plan, Request
-    from ..references import Edit
+
+@dataclass(frozen=True)
+class Target:
+    """An image as the model makes it: what it is made with besides prompt and seed, its file, and whether that is there
+    already and stays."""
+
+    frame: Frame
+    settings: dict[str, Any]
+    path: Path
+    is_kept: bool
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that one run makes: its settings, the images' places in the job, and what the run may take."""
+    """Images that one run makes, the steps after which there are previews of them, and what the run may take."""
 
     request: "Request"
-    places: Sequence[int]
-    planned: "Plan | None" = None
+    targets: Sequence[Target]
+    previews: range
+    planned: "Plan"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The images of a job as the model makes them, by their places among the job's frames.
+    """The images of a job as the model makes them: `targets` has all, `batches` the runs that make what is missing.
 
-    `requests` has for each the request that it is one of, `paths` its file, and `batches` are the runs that make what
-    is not there already. Build it with `Drafts.of`.
+    `first` are the settings of the run that the first image is of. Build it with `Drafts.of`.
     """
 
     edit: "Edit"
-    requests: "list[Request]"
-    paths: list[Path]
+    first: "Request"
+    targets: list[Target]
     batches: list[Batch]
 
-    @property
-    def missing(self) -> list[int]:
-        """The places of the images to make."""
-        return sorted(place for batch in self.batches for place in batch.places)
 
-
+@dataclass
 class Drafts:
-    """Makes the draft of a job when its model is known, and only then another if the model turns out to be another.
+    """Makes the draft of a job with its pictures once the model is known, and another only for another model."""
 
-    Args:
-        job: what is asked for.
-        images: the pictures of the edit.
-        settings: what is done with them, as `Flux2Pipeline.edit` takes it.
-    """
-
-    def __init__(self, job: Job, images: "list[Image.Image]", settings: dict[str, Any]):
-        self._job = job
-        self._images = images
-        self._settings = settings
-        self._known: tuple[Any, Draft] | None = None
+    job: Job
+    opened: Opened
+    _known: tuple[Any, Draft] | None = field(default=None, init=False)
 
     def of(self, pipe: "Flux2Pipeline") -> Draft:
         """The draft for a model, of which there may be no more than the outline yet.
@@ -70,89 +70,73 @@ class Drafts:
         return self._known[1]
 
     def _draft(self, pipe: "Flux2Pipeline") -> Draft:
-        job = self._job
-        edit = pipe.edit(self._images, **self._settings)
-        whole = _batches(job, lambda prompts, **settings: pipe.request(prompts, edit=edit, **settings))
-        request_of = {place: batch.request for batch in whole for place in batch.places}
-        requests = [request_of[place] for place in range(len(job.frames))]
-        paths = _paths(job, edit, requests)
-        for path in paths:
-            check_path(job, path)
-        missing = {place for place, path in enumerate(paths) if not is_kept(job, path)}
+        edit = pipe.edit(self.opened.images, **self.opened.edit)
+        runs = [(_request(pipe, edit, frames), frames) for frames in _groups(self.job.frames)]
+        targets = _targets(self.job, edit, runs)
+        for target in targets:
+            self.job.saving.check(target.path)
         batches = []
-        for batch in whole:
-            if places := [place for place in batch.places if place in missing]:
-                request = batch.request.only([batch.places.index(place) for place in places])
-                _check_images(request, edit, job, [paths[place] for place in places])
-                planned = pipe.plan(request, edit, previews=has_previews(job, request))
-                batches.append(Batch(request, places, planned))
-        return Draft(edit, requests, paths, batches)
+        for request, frames in runs:
+            missing = [number for number, frame in enumerate(frames) if not targets[frame.place].is_kept]
+            made = [targets[frames[number].place] for number in missing]
+            if made:
+                rest = request if len(made) == len(frames) else request.only(missing)
+                batches.append(self._batch(pipe, edit, rest, made))
+        return Draft(edit, runs[0][0], targets, batches)
+
+    def _batch(self, pipe: "Flux2Pipeline", edit: "Edit", request: "Request", targets: list[Target]) -> Batch:
+        from ..images import check_size
+
+        every = self.job.checkpoint or request.steps
+        previews = range(every, request.steps, every)
+        for target in targets:
+            check_size(target.path, target.settings["width"], target.settings["height"])
+            for step in previews:
+                self.job.saving.check(checkpoint_path(target.path, step))
+        return Batch(request, targets, previews, pipe.plan(request, edit, previews=bool(previews)))
 
 
-def _batches(job: Job, build: "Callable[..., Request]") -> list[Batch]:
-    """The images of a job in as few runs as their settings allow; `build` makes a request of prompts and settings."""
+def _groups(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """The images of as few runs as their settings allow."""
     from ..request import MAX_IMAGES
 
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for place, frame in enumerate(job.frames):
-        groups.setdefault(tuple(job.settings(frame.prompt).values()), []).append(place)
-    parts = (
+    groups: dict[tuple[Any, ...], list[Frame]] = {}
+    for frame in frames:
+        groups.setdefault(tuple(frame.settings.values()), []).append(frame)
+    return [
         group[start : start + MAX_IMAGES] for group in groups.values() for start in range(0, len(group), MAX_IMAGES)
+    ]
+
+
+def _request(pipe: "Flux2Pipeline", edit: "Edit", frames: Sequence[Frame]) -> "Request":
+    """The settings of a run, which those of its images are."""
+    with named(frames[0].line):
+        return pipe.request(
+            [frame.prompt for frame in frames],
+            edit=edit,
+            seed=[frame.seed for frame in frames],
+            negative_prompt=[frame.negative_prompt or "" for frame in frames],
+            **frames[0].settings,
+        )
+
+
+def _targets(job: Job, edit: "Edit", runs: "Sequence[tuple[Request, Sequence[Frame]]]") -> list[Target]:
+    """All images in their order."""
+    from ..provenance import sampled
+
+    settings: dict[int, dict[str, Any]] = {}
+    for request, frames in runs:
+        settings |= dict.fromkeys((frame.place for frame in frames), sampled(request, edit))
+    if any(frame.negative_prompt for frame in job.frames):
+        settings = {x.place: settings[x.place] | {"negative_prompt": x.negative_prompt} for x in job.frames}
+    known = [settings[x.place] | {"prompt": x.prompt, "seed": x.seed, "model": job.model} for x in job.frames]
+    paths = image_names.paths(
+        [frame.template for frame in job.frames],
+        image_names.values_of(known),
+        listed=job.listed,
+        keep=job.saving.expects_files,
     )
-    return [Batch(_request(job, build, places), places) for places in parts]
-
-
-def _request(job: Job, build: "Callable[..., Request]", places: list[int]) -> "Request":
-    """The request of images whose settings are the same."""
-    frames = [job.frames[place] for place in places]
-    first = frames[0].prompt
-    negatives = [job.negative(frame.prompt) or "" for frame in frames]
-    with first.named():
-        prompts, seeds = [frame.prompt.text for frame in frames], [frame.seed for frame in frames]
-        return build(prompts, seed=seeds, negative_prompt=negatives, **job.settings(first))
-
-
-def _paths(job: Job, edit: "Edit", requests: "Sequence[Request]") -> list[Path]:
-    values = []
-    for request in requests:
-        width, height = edit.output_size(request.width, request.height)
-        values.append({"width": width, "height": height, "steps": request.steps})
-    return job.paths(values)
-
-
-def _check_images(request: "Request", edit: "Edit", job: Job, paths: list[Path]) -> None:
-    """Raise InputError if images of this size, or those between their steps, can't be written to their files."""
-    from ..images import check_size
-
-    for path in paths:
-        check_size(path, *edit.output_size(request.width, request.height))
-        for step in range(job.checkpoint or request.steps, request.steps, job.checkpoint or 1):
-            check_path(job, job.checkpoint_path(path, step))
-
-
-def check_path(job: Job, path: Path) -> None:
-    """Raise InputError if an image can't be written to `path`, or one that is to be left there is damaged."""
-    from ..images import check_output, check_whole
-
-    if not is_kept(job, path):
-        check_output(path, job.force or is_empty(job, path))
-        return
-    try:
-        check_whole(path)
-    except InputError as error:
-        raise InputError(f"{error}; remove it to have it made again") from error
-
-
-def is_kept(job: Job, path: Path) -> bool:
-    """Whether a file that is there is left and not made."""
-    return job.skip_existing and path.is_file() and path.stat().st_size > 0
-
-
-def is_empty(job: Job, path: Path) -> bool:
-    """Whether a file is there that a killed run has left on a disk without links, and that is not to be kept."""
-    return job.skip_existing and path.is_file() and path.stat().st_size == 0
-
-
-def has_previews(job: Job, request: "Request") -> bool:
-    """Whether there are images between the steps."""
-    return job.checkpoint is not None and job.checkpoint < request.steps
+    return [
+        Target(frame, settings[frame.place], path, job.saving.is_kept(path))
+        for frame, path in zip(job.frames, paths, strict=True)
+    ]

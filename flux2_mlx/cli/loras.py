@@ -176,6 +176,8 @@ class Adapters:
         Raises:
             CheckpointError: one is for another model. InputError: a scale or steps are wrong.
         """
+        if not self._found:
+            return pipe
         for found in self._found:
             self._note(found, found.check(pipe.checkpoint))
         return pipe.expecting([(x, lora.scale, lora.steps) for x, lora in zip(self._found, self._loras, strict=True)])

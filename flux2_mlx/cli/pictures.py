@@ -21,6 +21,21 @@ _EXTEND = dict.fromkeys(("left", "right", "top", "bottom", "overlap"), int)
 
 
 @dataclass(frozen=True)
+class Opened:
+    """What is read of the images of an edit.
+
+    `edit` is what `Flux2Pipeline.edit` is to do with the `images`, and `settings` what image files remember of it, the
+    files by name and by content; None: there are none. `others` are the files that are not those which a replayed image
+    was made from, each with the name that it had.
+    """
+
+    images: "list[Image.Image]"
+    edit: dict[str, Any]
+    settings: dict[str, Any] | None
+    others: list[tuple[Path, str]]
+
+
+@dataclass(frozen=True)
 class Pictures:
     """The images of an edit and what is done with them. `extend` are pixels added on each side (see `extended`).
 
@@ -36,12 +51,12 @@ class Pictures:
     match_colors: bool = False
     former: tuple[dict[str, str], ...] = ()
 
-    def open(self) -> "tuple[list[Image.Image], dict[str, Any], dict[Path, str]]":
-        """The images, what `Edit.checked` is to do with them, and the SHA-256 of every file as it was read."""
+    def open(self) -> Opened:
+        """Read the files, each of them once; InputError if one is no image."""
         from ..images import open_hashed
         from ..references import extended
 
-        hashes = {}
+        hashes: dict[Path, str] = {}  # SHA-256 of each file as it was read
 
         def read(path: Path, ground: str = "white") -> "Image.Image":
             image, hashes[path] = open_hashed(path, ground)
@@ -58,10 +73,9 @@ class Pictures:
             "feather": 0 if self.extend is None else self.extend["overlap"] // 2,
             "match_colors": self.match_colors,
         }
-        return images, edit, hashes
+        return Opened(images, edit, self._settings(hashes), self._others(hashes))
 
-    def settings(self, hashes: dict[Path, str]) -> dict[str, Any] | None:
-        """What an image file remembers of the edit: the files by name and by content, which `open` gives."""
+    def _settings(self, hashes: dict[Path, str]) -> dict[str, Any] | None:
         if not self.paths:
             return None
         files = {path: {"path": path.name, "sha256": sha256} for path, sha256 in hashes.items()}
@@ -74,8 +88,7 @@ class Pictures:
             **({"match_colors": True} if self.match_colors else {}),
         }
 
-    def others(self, hashes: dict[Path, str]) -> list[tuple[Path, str]]:
-        """The images that are not those that a replayed one was made from, each with the name that it had."""
+    def _others(self, hashes: dict[Path, str]) -> list[tuple[Path, str]]:
         pairs = zip(self.paths, self.former, strict=False)
         return [(path, Path(file["path"]).name) for path, file in pairs if hashes[path] != file["sha256"]]
 
@@ -97,7 +110,8 @@ class Pictures:
             raise InputError(f"the settings in {image} are damaged: images is []")
         if len(edit["images"]) > MAX_REFERENCES:
             raise InputError(f"the settings in {image} are damaged: it was made from {len(edit['images'])} images")
-        mask, extend = edit.get("mask"), edit.get("extend")
+        mask = edit.get("mask")
+        extend = edit.get("extend")
         if extend is not None:
             replay.check_kinds(extend, _EXTEND, image)
             extend = {name: extend[name] for name in _EXTEND}

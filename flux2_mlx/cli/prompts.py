@@ -52,13 +52,14 @@ class Prompt:
     guidance: float | None = None
     output: str | None = None
 
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Let an InputError name the line that the prompt is in."""
-        try:
-            yield
-        except InputError as error:
-            raise InputError(f"{self.line}: {error}" if self.line else str(error)) from error
+
+@contextmanager
+def named(line: str | None) -> Iterator[None]:
+    """Let an InputError name the line of the prompt that it is about, if that has one."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{line}: {error}" if line else str(error)) from error
 
 
 def read_prompt(name: str) -> str:
@@ -206,8 +207,7 @@ def _check_keys(keys: list[str], where: str, what: str) -> None:
 def _prompt(values: Mapping[str, Any], where: str, read: Callable[[str, Any, type], Any]) -> Prompt:
     """The prompt of a line; `read` checks a value that should be of a type."""
     _check_keys(list(values), where, "key")
-    prompt = Prompt(text="", line=where)
-    with prompt.named():
+    with named(where):
         found = {key: read(key, value, _KINDS[key]) for key, value in values.items() if value is not None}
         if "prompt" not in found:
             raise InputError("there is no prompt")

@@ -7,73 +7,60 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .draft import Draft
+from .draft import Target
 from .job import Job
-from .replay import without_folders
 from .terminal import print_result
 
 if TYPE_CHECKING:
-    from ..output import Flux2Output, Phase
-    from ..pipeline import Flux2Pipeline
+    from PIL import Image
 
-# What must be the same for an image to be the one that is asked for.
-_COMPARED = (
-    "prompt", "seed", "variant", "fingerprint", "quant", "text_quant", "width", "height", "steps", "guidance",
-)  # fmt: skip
-_EFFECT = "sha256", "scale", "steps"  # what that of an adapter depends on
-_WORDS = {"variant": "model", "fingerprint": "weights", "text_quant": "quant of the text encoder"}
+    from .. import Flux2Output, Flux2Pipeline
 
 
 def _new_output() -> "Flux2Output":
-    from ..output import Flux2Output
+    from .. import Flux2Output
 
     return Flux2Output()
 
 
 @dataclass
 class Record:
-    """What is known of the images of a job, by their places among its frames.
+    """What is known of the images of a job, the `targets`.
 
-    `edited` is what image files remember of the edit, `texts` has for each prompt what was made of it, and `paths` the
-    file of each image: of those that are `made`, and of those that were there already and are `skipped`.
+    `edited` is what image files remember of the edit, `texts` has for each prompt what was made of it, and `made` the
+    file of each image that is finished, by its place.
     """
 
     job: Job
+    targets: list[Target]
     pipe: "Flux2Pipeline"
-    draft: Draft
     edited: dict[str, Any] | None
+    texts: list[str]
     output: "Flux2Output" = field(default_factory=_new_output)
-    made: list[int] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
+    made: dict[int, Path] = field(default_factory=dict)
     _start: float = field(default_factory=time.perf_counter)
 
-    def __post_init__(self) -> None:
-        self.texts = [prompt.text for prompt in self.job.prompts]
-        self.paths = list(self.draft.paths)
-
-    def sampled(self, place: int) -> dict[str, Any]:
-        """The settings of an image, besides its prompt and seed, that may differ from image to image."""
-        from ..provenance import sampled
-
-        settings = sampled(self.draft.requests[place], self.draft.edit)
-        if any(map(self.job.negative, self.job.prompts)):
-            settings["negative_prompt"] = self.job.negative(self.job.frames[place].prompt)
-        return settings
-
-    def settings(self, place: int) -> dict[str, Any]:
+    def settings(self, target: Target) -> dict[str, Any]:
         """What an image remembers: all that is needed to make it again, and of files and folders their names only."""
         from ..provenance import image_settings
 
-        frame = self.job.frames[place]
+        frame = target.frame
         return image_settings(
             self.pipe.networks,
             model=self.job.label,
-            prompt=frame.prompt.text,
+            prompt=frame.prompt,
             text=self.texts[frame.number],
-            settings=self.sampled(place),
+            settings=target.settings,
             seed=frame.seed,
             edited=self.edited,
         )
+
+    def save(self, target: Target, image: "Image.Image") -> Path:
+        """Write an image with its settings, and give the path that it is at."""
+        settings = self.settings(target) if self.job.metadata else None
+        path = self.job.saving.save(image, target.path, settings)
+        self.made[target.frame.place] = path
+        return path
 
     def report(self, *, complete: bool) -> dict[str, Any]:
         """The object that --json prints; `complete` is whether nothing is missing.
@@ -82,14 +69,15 @@ class Record:
         """
         from ..provenance import adapters, weights
 
-        asked = [prompt.text for prompt in self.job.prompts]
-        places = range(len(self.paths))
+        asked = self.job.prompts
         texts = self.texts if self.texts != asked else [None]
-        settings = [self.sampled(place) for place in places]
-        shared = {name: x if all(other[name] == x for other in settings) else None for name, x in settings[0].items()}
+        first, *others = (target.settings for target in self.targets)
+        shared = {name: x if all(other[name] == x for other in others) else None for name, x in first.items()}
+        made = [self._file(self.targets[place], self.made[place], shared) for place in sorted(self.made)]
+        skipped = [self._file(target, target.path, shared) for target in self.targets if target.is_kept]
         return {
-            "images": self._files(self.made, shared),
-            **({"skipped": self._files(self.skipped, shared)} if self.skipped else {}),
+            "images": made,
+            **({"skipped": skipped} if skipped else {}),
             **({} if complete else {"interrupted": True}),
             "prompt": asked[0] if len(asked) == 1 else asked,
             "upsampled_prompt": texts[0] if len(texts) == 1 else texts,
@@ -97,8 +85,8 @@ class Record:
             **weights(self.pipe.networks),
             **adapters(self.pipe.networks),
             **shared,
-            **self._edited(),
-            "phases": [_phase(phase) for phase in self.output.timings],
+            **({} if self.edited is None else {"edit": self.edited}),
+            "phases": _phases(self.output),
             "seconds": self.seconds,
             "peak_memory": self.output.peak_memory,
         }
@@ -107,42 +95,11 @@ class Record:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def _edited(self) -> dict[str, Any]:
-        return {} if self.edited is None else {"edit": self.edited}
-
-    def _files(self, places: list[int], shared: dict[str, Any]) -> list[dict[str, Any]]:
-        return [self._file(place, shared) for place in sorted(places)]
-
-    def _file(self, place: int, shared: dict[str, Any]) -> dict[str, Any]:
-        frame = self.job.frames[place]
-        own = {name: value for name, value in self.sampled(place).items() if shared[name] is None}
-        prompt = {"prompt": frame.prompt.text} if len(self.job.prompts) > 1 else {}
-        return {"path": str(self.paths[place]), "seed": frame.seed, **prompt, **own}
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The settings in which an image differs from what is wanted, in words. What either does not tell is no
-    difference."""
-    changed = [
-        name for name in _COMPARED if None not in (found.get(name), wanted[name]) and found[name] != wanted[name]
-    ]
-    if found.get("negative_prompt") != wanted.get("negative_prompt"):
-        changed.append("negative prompt")
-    if found.get("sigmas") != wanted.get("sigmas"):
-        changed.append("set of noise levels")
-    if _at_work(found) != _at_work(wanted):
-        changed.append("set of adapters")
-    if without_folders(found.get("edit")) != wanted.get("edit"):
-        changed.append("pictures")
-    return [_WORDS.get(name, name) for name in changed]
-
-
-def _at_work(settings: dict[str, Any]) -> Any:
-    """What the adapters of an image do, whatever they are called and wherever they come from."""
-    told = settings.get("adapters") or []
-    if not isinstance(told, list):
-        return told
-    return [[one.get(key) for key in _EFFECT] if isinstance(one, dict) else one for one in told]
+    def _file(self, target: Target, path: Path, shared: dict[str, Any]) -> dict[str, Any]:
+        frame = target.frame
+        own = {name: value for name, value in target.settings.items() if shared[name] is None}
+        prompt = {"prompt": frame.prompt} if len(self.job.prompts) > 1 else {}
+        return {"path": str(path), "seed": frame.seed, **prompt, **own}
 
 
 def is_image(name: str) -> bool:
@@ -171,10 +128,12 @@ def _flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     return shown
 
 
-def _phase(phase: "Phase") -> dict[str, Any]:
-    """What is known of a phase; what was read only if something was."""
-    values = asdict(phase)
-    return values if phase.read else {key: values[key] for key in ("name", "seconds", "peak_memory")}
+def _phases(output: "Flux2Output") -> list[dict[str, Any]]:
+    """What is known of each phase; what was read only if something was."""
+    always = ("name", "seconds", "peak_memory")
+    return [
+        {key: value for key, value in asdict(phase).items() if phase.read or key in always} for phase in output.timings
+    ]
 
 
 def print_profile(output: "Flux2Output", seconds: float) -> None:
@@ -182,7 +141,8 @@ def print_profile(output: "Flux2Output", seconds: float) -> None:
     for phase in output.timings:
         line = _line(phase.name, phase.seconds, phase.peak_memory)
         if phase.read:
-            read, each = phase.read / 2**30, phase.streamed / 2**30
+            read = phase.read / 2**30
+            each = phase.streamed / 2**30
             line += f", {read:.3f} GiB read, {each:.3f} a pass, {phase.overlap:.0%} of the time beside the computation"
         click.echo(line, err=True)
     click.echo(_line("whole run", seconds, output.peak_memory), err=True)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .loras import Lora
-from .prompts import Prompt
 
 if TYPE_CHECKING:
     from ..store import Preset
@@ -26,14 +25,6 @@ def complete(given: dict[str, Any], loras: Sequence[Lora]) -> None:
     steps, sigmas = given["steps"], given["sigmas"]
     if sigmas and steps not in (None, len(sigmas)):
         raise InputError(f"{steps} steps don't go with {len(sigmas)} sigmas; leave out --steps, or give one for each")
-
-
-def check_steps(prompts: Sequence[Prompt], sigmas: Sequence[float] | None) -> None:
-    """Raise InputError if a prompt has other steps of its own than there are sigmas."""
-    for prompt in prompts:
-        with prompt.named():
-            if sigmas and prompt.steps not in (None, len(sigmas)):
-                raise InputError(f"{prompt.steps} steps don't go with {len(sigmas)} sigmas; leave out one of them")
 
 
 def _sigmas(text: str) -> tuple[float, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from .options import image_option, writing_options
-from .progress import Bars, Stream
+from .progress import Bars
 from .terminal import print_result, to_json
-from .writing import check_sight, open_writer
+from .writing import model_of, open_writer, upsampled
 
 
 @click.command()
@@ -36,15 +36,13 @@ def upsample(
       flux2-mlx upsample "put the hat on the cat" -m dev -i cat.png -i hat.png
     """
     from ..images import open_image
-    from ..store import resolve
-    from ..upsampling import check_prompts
+    from ..request import check_prompt, check_words
 
-    check_prompts([prompt])
+    check_words(prompt)
+    check_prompt(prompt)
     pictures = [open_image(path) for path in images]
-    resolved = resolve(model, options["models_dir"])
-    if pictures:
-        check_sight(resolved)
-    with Bars(quiet) as bars, Stream(quiet) as stream:
+    resolved = model_of(model, options["models_dir"], must_see=bool(pictures))
+    with Bars(quiet) as bars:
         writer = open_writer(resolved, bars, **options)
-        answer = writer.upsample([prompt], pictures, seed=seed, temperature=temperature, on_text=stream.show)[0]
+        (answer,) = upsampled(writer, [prompt], pictures, quiet, seed=seed, temperature=temperature)
     print_result(to_json({"prompt": prompt, "upsampled_prompt": answer}) if as_json else answer)
