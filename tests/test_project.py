@@ -46,8 +46,8 @@ ROOMS = {room: place for place, room in enumerate(itertools.chain.from_iterable(
 # What the command line may know beside facts: the public face and the values that go in and out of it, the store, and
 # what a command is about: files of images and prompts, a check-up, encoded prompts, the proof of a checkpoint.
 OF_THE_CLI = {
-    *STOREYS["facts"], "pipeline", "upsampling", "store", "request", "output", "provenance", "references", "images",
-    "image_names", "files", "json_files", "doctor", "embedding_cache", "verification",
+    *STOREYS["facts"], "pipeline", "store", "request", "provenance", "references", "images", "image_names", "files",
+    "json_files", "doctor", "embedding_cache", "verification",
 }  # fmt: skip
 MAX_LINES = 400
 
