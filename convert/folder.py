@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from flux2_mlx import files
+from flux2_mlx import staging
 from flux2_mlx.checkpoint import (
     FILES,
     FORMAT_VERSION,
@@ -149,7 +149,7 @@ def check_writable(target: Path) -> None:
     try:
         # A link whose disk is not there counts as existing.
         existing = next(path for path in target.absolute().parents if path.exists() or path.is_symlink())
-        files.check_writable(existing)
+        staging.check_writable(existing)
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror}; choose another folder") from error
 

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 from .config import QUANTIZATIONS
 from .errors import InputError
+from .kept import held
 from .layout import told
 from .memory import Plan, Workload, Writing
 from .networks import Networks
@@ -47,54 +48,79 @@ def workload(
     )
 
 
-def checked_plan(networks: Networks, work: Workload) -> Plan:
-    """The plan of a run; InputError that says what would fit if that does not."""
-    planned = networks.plan(work)
+def checked_plan(networks: Networks, work: Workload, limit: int) -> Plan:
+    """The plan of a run within `limit` bytes; InputError that says what would fit if that does not."""
+    planned = networks.needs(work).plan(limit)
     if not planned.fits:
-        raise _refusal(networks, planned, advice(networks, work))
+        raise _refusal(planned, advice(networks, work, limit))
     return planned
 
 
-def checked_phase_plan(networks: Networks, work: Workload, name: str) -> Plan:
+def checked_phase_plan(networks: Networks, work: Workload, name: str, limit: int) -> Plan:
     """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
-    planned = networks.plan(work).only(name)
+    planned = networks.needs(work).plan(limit).only(name)
     if not planned.fits:
-        way = "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT
-        raise _refusal(networks, planned, way)
+        raise _refusal(planned, "choose a smaller image or a higher limit" if name == "vae" else _SMALLER_TEXT)
     return planned
 
 
-def checked_writing_plan(networks: Networks, writing: Writing) -> Plan:
+def checked_writing_plan(networks: Networks, writing: Writing, limit: int) -> Plan:
     """What writing text holds in memory; InputError if that does not fit."""
-    planned = networks.writing_plan(writing)
+    planned = networks.writing_needs(writing).plan(limit)
     if not planned.fits:
-        raise _refusal(networks, planned, _SMALLER_TEXT)
+        raise _refusal(planned, _SMALLER_TEXT)
     return planned
 
 
-def check_possible(networks: Networks) -> None:
-    """InputError if not even the smallest image fits into memory or, of a language model alone, a word."""
+def check_possible(networks: Networks, limit: int) -> None:
+    """InputError if not even the smallest image fits into `limit` bytes or, of a language model alone, a word."""
     if networks.paints:
         size = networks.checkpoint.model.vae.token_size
         request = Request.checked(networks.checkpoint.model, size, [""], width=size, height=size)
-        checked_plan(networks, workload(request))
+        checked_plan(networks, workload(request), limit)
     elif "language_model" in networks.checkpoint.components:
-        checked_writing_plan(networks, Writing(1, 1))
+        checked_writing_plan(networks, Writing(1, 1), limit)
 
 
-def advice(networks: Networks, work: Workload) -> str:
+@dataclass(frozen=True)
+class _Within:
+    """Networks and the bytes of memory that there are for a run of them."""
+
+    networks: Networks
+    limit: int
+
+    def fits(self, work: Workload) -> bool:
+        return self.networks.needs(work).plan(self.limit).fits
+
+    @property
+    def token_size(self) -> int:
+        return self.networks.checkpoint.model.vae.token_size
+
+    def largest(self, work_of: Callable[[int], Workload], least: int, most: int, step: int = 1) -> int:
+        """The largest of `step`, twice that and so on, from `least` to `most`, with which the run fits; 0: none."""
+        low, high = least // step - 1, most // step
+        if high * step < least or not self.fits(work_of(least)):
+            return 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits(work_of(middle * step)) else (low, middle - 1)
+        return low * step
+
+
+def advice(networks: Networks, work: Workload, limit: int) -> str:
     """What would fit instead of a run that does not: the same with less beside it, smaller pictures, fewer bits."""
-    if _is_convertible(networks) and networks.stored_as(networks.quant, networks.text_quant).plan(work).fits:
+    within = _Within(networks, limit)
+    if _is_convertible(networks) and _Within(networks.stored_as(networks.quant, networks.text_quant), limit).fits(work):
         return f"convert the model with {_settings(networks.quant, networks.text_quant)}, which lets it be streamed"
-    if work.previews and networks.plan(replace(work, previews=False)).fits:
+    if work.previews and within.fits(replace(work, previews=False)):
         return "without images between the steps it would fit"
-    if count := _largest(networks, lambda count: _only(work, count), 1, work.images):
+    if count := within.largest(lambda count: _only(work, count), 1, work.images):
         return f"{count} at a time would fit"
-    if pictures := _smaller_pictures(networks, work):
+    if pictures := _smaller_pictures(within, work):
         return f"{pictures} would fit"
-    if networks.adapters and networks.with_adapters([]).plan(work).fits:
+    if networks.adapters and _Within(networks.with_adapters([]), limit).fits(work):
         return "without adapters it would fit"
-    if bits := _fewer_bits(networks, work):
+    if bits := _fewer_bits(within, work):
         return f"no size fits, but {bits} it would"
     return "no size fits; choose a smaller model or a higher limit"
 
@@ -104,39 +130,39 @@ def _only(work: Workload, images: int) -> Workload:
     return replace(work, images=images, prompts=min(images, work.prompts), negatives=min(images, work.negatives))
 
 
-def _smaller_pictures(networks: Networks, work: Workload) -> str | None:
+def _smaller_pictures(within: _Within, work: Workload) -> str | None:
     """The largest references, or else the largest image, or else the largest of both, with which the run fits."""
     if not work.on_canvas:
-        if smaller := _smaller_references(networks, work):
+        if smaller := _smaller_references(within, work):
             return smaller
-        if smaller := _smaller_image(networks, work):
+        if smaller := _smaller_image(within, work):
             return smaller
-    return _smaller_all(networks, work) if work.references else None
+    return _smaller_all(within, work) if work.references else None
 
 
-def _smaller_references(networks: Networks, work: Workload) -> str | None:
+def _smaller_references(within: _Within, work: Workload) -> str | None:
     count = len(work.references)
     most = max((max(size) for size in work.references), default=0)
 
     def smaller(side: int) -> Workload:
         return replace(work, references=((side, side),) * count)
 
-    side = _largest(networks, smaller, MIN_SIDE, most, _token(networks))
+    side = within.largest(smaller, MIN_SIDE, most, within.token_size)
     return f"{f'{count} references' if count > 1 else 'a reference'} of {side}×{side} pixels" if side else None
 
 
-def _smaller_image(networks: Networks, work: Workload) -> str | None:
-    token = _token(networks)
+def _smaller_image(within: _Within, work: Workload) -> str | None:
+    token = within.token_size
 
     def smaller(side: int) -> Workload:
         return _with_image(work, side, token)
 
-    side = _largest(networks, smaller, token, max(work.width, work.height), token)
+    side = within.largest(smaller, token, max(work.width, work.height), token)
     return f"an image of {smaller(side).width}×{smaller(side).height}" if side else None
 
 
-def _smaller_all(networks: Networks, work: Workload) -> str | None:
-    token = _token(networks)
+def _smaller_all(within: _Within, work: Workload) -> str | None:
+    token = within.token_size
     most = max(max(size) for size in work.references)
     # No reference may be narrower than the least that there may be.
     least = max(math.ceil(MIN_SIDE * max(size) / min(size)) for size in work.references)
@@ -145,17 +171,18 @@ def _smaller_all(networks: Networks, work: Workload) -> str | None:
         references = tuple(_within(size, side, token) for size in work.references)
         return replace(_with_image(work, side, token), references=references)
 
-    side = _largest(networks, smaller, -(-least // token) * token, most, token)
+    side = within.largest(smaller, -(-least // token) * token, most, token)
     return f"pictures and an image of at most {side} pixels a side" if side else None
 
 
-def _fewer_bits(networks: Networks, work: Workload) -> str | None:
+def _fewer_bits(within: _Within, work: Workload) -> str | None:
     """The settings of the mildest quantization with which the run fits."""
+    networks = within.networks
     left = [QUANTIZATIONS[QUANTIZATIONS.index(quant) :] for quant in (networks.quant, networks.text_quant)]
     converted = _is_convertible(networks)
     for quant, text_quant in sorted(product(*left), key=lambda pair: sorted(map(QUANTIZATIONS.index, pair))[::-1]):
-        at_loading = replace(networks, quant=quant, text_quant=text_quant)
-        if (networks.stored_as(quant, text_quant) if converted else at_loading).plan(work).fits:
+        fewer = networks.stored_as(quant, text_quant) if converted else networks.quantized(quant, text_quant)
+        if _Within(fewer, within.limit).fits(work):
             return f"{'converted ' if converted else ''}with {_settings(quant, text_quant)}"
     return None
 
@@ -167,21 +194,6 @@ def _is_convertible(networks: Networks) -> bool:
 
 def _settings(quant: str, text_quant: str) -> str:
     return f"quant={quant!r}, text_quant={text_quant!r}"
-
-
-def _token(networks: Networks) -> int:
-    return networks.checkpoint.model.vae.token_size
-
-
-def _largest(networks: Networks, work_of: Callable[[int], Workload], least: int, most: int, step: int = 1) -> int:
-    """The largest multiple of `step` from `least` to `most` with which the run fits; 0 if there is none."""
-    low, high = least // step - 1, most // step
-    if high * step < least or not networks.plan(work_of(least)).fits:
-        return 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if networks.plan(work_of(middle * step)).fits else (low, middle - 1)
-    return low * step
 
 
 def _with_image(work: Workload, side: int, token: int) -> Workload:
@@ -196,10 +208,10 @@ def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
     return width, height
 
 
-def _refusal(networks: Networks, planned: Plan, advice: str) -> InputError:
+def _refusal(planned: Plan, advice: str) -> InputError:
     name = told([planned.worst.name])
     needed, limit = (_shown(x, planned.peak_memory - planned.limit) for x in (planned.peak_memory, planned.limit))
-    if planned.limit < networks.memory_limit:
+    if held():
         return InputError(f"the {name} needs {needed}, and the run that is going on leaves {limit}; {advice}")
     return InputError(f"the {name} needs {needed}, the limit is {limit}; {advice}")
 

@@ -1,6 +1,7 @@
 """Runs of settings and pictures that are checked, and the parts of one."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -11,16 +12,17 @@ from .advice import checked_phase_plan, checked_plan, workload
 from .branches import AtWork, check_steps
 from .checkpoint import Checkpoint
 from .config import Variant
-from .device import dtype_name
+from .device import dtype_name, memory_bytes
 from .diffusers_methods import DiffusersMethods
 from .embedding_cache import EmbeddingCache
 from .errors import InputError
 from .images import to_pil
+from .kept import held
 from .lora_methods import LoraMethods
 from .memory import Plan
-from .metering import turn
+from .metering import Phases, running, turn
 from .networks import Networks
-from .output import Flux2Output, check_output_type, to_torch
+from .output import Flux2Output, Phase, check_output_type, to_torch
 from .references import Edit
 from .request import OnProgress, Request
 from .run import Run
@@ -30,8 +32,8 @@ from .upsampling import WritingMethods
 
 
 class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
-    """Networks with what is done with them. They are loaded for their phase of a run and released after it, unless
-    they may stay (see `Networks`)."""
+    """Networks with what is done with them. They are loaded for their phase of a run and released after it. With `keep`
+    they stay in memory as far as all that stays fits into `memory_limit`, in bytes, beside each phase."""
 
     def __init__(
         self,
@@ -39,10 +41,15 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         prompt_cache: EmbeddingCache | None = None,
         unfinished: Unfinished | None = None,
         name: str | None = None,
+        *,
+        memory_limit: int | str | None = None,
+        keep: bool = False,
     ):
         if not isinstance(networks, Networks):
             raise InputError(f"write Flux2Pipeline.from_pretrained({networks or 'klein-4b'!r:.80})")
         self.networks = networks
+        self.memory_limit = memory_bytes(memory_limit)
+        self.keep = keep
         self.prompt_cache = prompt_cache
         self.unfinished = unfinished
         self.name = str(networks.checkpoint.folder) if name is None else name
@@ -52,7 +59,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
 
     def __repr__(self) -> str:
         weights = f"quant={self.quant!r}, text_quant={self.text_quant!r}, dtype={dtype_name(self.dtype)!r}"
-        limit = f"memory_limit='{self.networks.memory_limit / 2**30:.3g}GiB'"
+        limit = f"memory_limit='{self.memory_limit / 2**30:.3g}GiB'"
         return f"Flux2Pipeline({self.name!r}, variant={self.variant.name!r}, {weights}, {limit})"
 
     def edit(
@@ -127,7 +134,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
                 the run's last.
         """
         check_steps(self.networks.adapters, request.steps)
-        return checked_plan(self.networks, workload(request, edit, previews=previews))
+        return checked_plan(self.networks, workload(request, edit, previews=previews), self._limit)
 
     def run(
         self,
@@ -169,7 +176,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
             negative_prompt_embeds = None  # up to a guidance of 1
         if planned is None:
             texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
-            planned = checked_plan(self.networks, workload(request, edit, previews=previews, texts=texts))
+            planned = checked_plan(self.networks, workload(request, edit, previews=previews, texts=texts), self._limit)
         if latents is not None:
             latents = self._noise(request, latents)
         given = [values for values in (latents, prompt_embeds, negative_prompt_embeds) if values is not None]
@@ -177,11 +184,11 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         output = Flux2Output() if output is None else output
         unfinished = None if waiting is None else waiting.of(self.networks, request, edit)
         try:
-            with turn(), self.networks.keeping(planned) as planned:
+            with self._running(planned, output.timings) as phases:
                 run = Run(
                     self.networks,
+                    phases,
                     request,
-                    planned,
                     edit,
                     self.prompt_cache,
                     unfinished,
@@ -204,9 +211,9 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         """Text states `[B, L, C]` for the transformer, padding included."""
         prompts = arguments.texts("prompt", prompt)
         request = self.request(prompts, max_sequence_length=max_sequence_length)
-        planned = checked_phase_plan(self.networks, workload(request), "text_encoder")
-        with turn(), self.networks.keeping(planned) as planned:
-            states = Run(self.networks, request, planned, prompt_cache=self.prompt_cache).encode(prompts)
+        planned = checked_phase_plan(self.networks, workload(request), "text_encoder", self._limit)
+        with self._running(planned, []) as phases:
+            states = Run(self.networks, phases, request, prompt_cache=self.prompt_cache).encode(prompts)
             stacked = mx.stack([states[p] for p in prompts])
             mx.eval(stacked)  # or only this thread could use it
         return stacked
@@ -230,9 +237,9 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         latents = arguments.latents(latents, (None, config.latent_channels, None, None))
         height, width = (side * config.scale_factor for side in latents.shape[2:])
         request = Request.checked(self.variant, self.token_size, [""], height=height, width=width)
-        planned = checked_phase_plan(self.networks, workload(request), "vae")
-        with turn(), self.networks.keeping(planned) as planned:
-            images = Run(self.networks, request, planned).decode(latents.transpose(0, 2, 3, 1))
+        planned = checked_phase_plan(self.networks, workload(request), "vae", self._limit)
+        with self._running(planned, []) as phases:
+            images = Run(self.networks, phases, request).decode(latents.transpose(0, 2, 3, 1))
         return to_pil(images) if output_type == "pil" else to_torch(images) if output_type == "pt" else images
 
     def release(self) -> None:
@@ -248,9 +255,17 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         Raises:
             InputError: the VAE does not fit into the memory limit, or into what a run leaves of it that is going on.
         """
-        planned = checked_phase_plan(self.networks, workload(request), "vae")
-        with turn(), self.networks.keeping(planned) as planned:
-            return Run(self.networks, request, planned, edit or Edit()).preview(tokens)
+        planned = checked_phase_plan(self.networks, workload(request), "vae", self._limit)
+        with self._running(planned, []) as phases:
+            return Run(self.networks, phases, request, edit or Edit()).preview(tokens)
+
+    def _running(self, planned: Plan, timings: list[Phase]) -> AbstractContextManager[Phases]:
+        return running(self.networks, planned, timings, keep=self.keep)
+
+    @property
+    def _limit(self) -> int:
+        """Bytes that a run may take now: in a callback, those that the runs around it leave."""
+        return max(0, self.memory_limit - held())
 
     @property
     def checkpoint(self) -> Checkpoint:

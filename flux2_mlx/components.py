@@ -26,6 +26,7 @@ class Network:
         counts: how many blocks a geometry has, by the start of their names: the key of the config that says so, and
             the number.
         group: the network that is named for how it is quantized; None: never quantized.
+        phases: the phases of runs that it is in memory for.
         streamed: its lists of blocks that can be streamed, in the order that they are run in.
         paints: whether images are made with it. The others write text, which needs neither transformer nor VAE.
         every_run: whether images are never made without it. Without the text encoder they are, of encoded prompts.
@@ -41,6 +42,7 @@ class Network:
     part: str
     counts: Callable[[Any], dict[str, tuple[str, int]]]
     group: str | None
+    phases: tuple[str, ...]
     streamed: tuple[str, ...] = ()
     paints: bool = False
     every_run: bool = False
@@ -59,6 +61,7 @@ COMPONENTS = {
             "single_blocks.": ("num_single_layers", config.num_single_layers),
         },
         group="transformer",
+        phases=("transformer",),
         streamed=("double_blocks", "single_blocks"),
         paints=True,
         every_run=True,
@@ -72,6 +75,7 @@ COMPONENTS = {
         part="text_encoder",
         counts=lambda config: {"layers.": ("num_hidden_layers", config.num_hidden_layers)},
         group="text_encoder",
+        phases=("text_encoder", "language_model"),
         streamed=("layers",),
         paints=True,
     ),
@@ -83,6 +87,7 @@ COMPONENTS = {
         part="text_encoder",
         counts=lambda config: {"layers.": ("num_later_layers", config.num_later_layers)},
         group="text_encoder",
+        phases=("language_model",),
         streamed=("layers",),
     ),
     "vision": Network(
@@ -93,6 +98,7 @@ COMPONENTS = {
         part="text_encoder",
         counts=lambda config: {"vision_tower.transformer.layers.": ("num_hidden_layers", config.num_hidden_layers)},
         group="text_encoder",
+        phases=("vision_tower",),
     ),
     "vae": Network(
         VAEConfig,
@@ -105,6 +111,7 @@ COMPONENTS = {
             "encoder.down_blocks.0.resnets.": ("layers_per_block", config.layers_per_block),
         },
         group=None,  # 168 MB, mostly convolutions, and its rounding errors would be seen as colour noise
+        phases=("vae_encoder", "vae"),
         paints=True,
         every_run=True,
     ),
@@ -113,6 +120,12 @@ PARTS = tuple(dict.fromkeys(network.part for network in COMPONENTS.values()))
 WRITING_PARTS = tuple(dict.fromkeys(network.part for network in COMPONENTS.values() if not network.paints))
 GROUPS = tuple(name for name, network in COMPONENTS.items() if network.group == name)
 PAINTING = tuple(name for name, network in COMPONENTS.items() if network.paints)
+EVERY_RUN = tuple(name for name, network in COMPONENTS.items() if network.every_run)
+
+
+def in_phase(phase: str) -> tuple[str, ...]:
+    """The networks that are in memory for a phase of a run."""
+    return tuple(name for name, network in COMPONENTS.items() if phase in network.phases)
 
 
 def network_dtype(name: str, dtype: mx.Dtype) -> mx.Dtype:

@@ -1,6 +1,5 @@
 """Methods that scripts for diffusers call: each does what is asked for, or says what to write instead."""
 
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +32,7 @@ class DiffusersMethods:
     is; and the bar of steps."""
 
     networks: Networks
+    keep: bool
     _bar: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
@@ -68,7 +68,8 @@ class DiffusersMethods:
 
     def enable_model_cpu_offload(self, device: Any = None) -> None:
         """Have only the network of the current phase in memory, as with `keep=False`."""
-        self.networks = replace(self.networks, keep=False)
+        self.keep = False
+        self.networks.release()
 
     def enable_sequential_cpu_offload(self, device: Any = None) -> None:
         """The same: what does not fit into `memory_limit` then is read from disk at every step anyway."""

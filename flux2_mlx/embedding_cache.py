@@ -19,7 +19,8 @@ from . import __version__
 from .checkpoint import FORMAT_VERSION, Checkpoint, Component
 from .device import MLX_VERSION
 from .errors import CheckpointError, InputError
-from .files import read_bytes, remove_parts, write
+from .files import read_bytes
+from .staging import remove_leftovers, write
 from .text import TextEncoder
 
 # Within the models folder.
@@ -123,7 +124,7 @@ class EmbeddingCache:
 
     def clear(self) -> None:
         """Remove all entries; InputError if that can't be done."""
-        remove_parts(self.folder)
+        remove_leftovers(self.folder)
         for path in self._found(_ENTRIES):
             try:
                 path.unlink(missing_ok=True)

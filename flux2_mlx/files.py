@@ -1,23 +1,17 @@
-"""Files read within a size, and written whole or not at all."""
+"""Files read within a size, free names for new ones, and holds on folders."""
 
-import ctypes
 import errno
 import fcntl
 import itertools
 import os
-import re
-import secrets
 import stat
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import InputError
 
-# The mark of a file that is being written: its process and a random number, and a lock as long as that process lives.
-_PART = re.compile(r"\.flux2-mlx-\d+-[0-9a-f]{16}\.part")
 _MAX_NAME_BYTES = 255
 _KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
@@ -100,10 +94,11 @@ def _is_free(path: Path) -> bool:
 
 def free_path(path: Path, is_free: Callable[[Path], bool] = _is_free) -> Path:
     """`path`, or if that is not free, the first free one with -2, -3 and so on before the suffix."""
-    return next(filter(is_free, _candidates(path)))
+    return next(filter(is_free, candidates(path)))
 
 
-def _candidates(path: Path) -> Iterator[Path]:
+def candidates(path: Path) -> Iterator[Path]:
+    """`path`, and then the same with -2, -3 and so on before the suffix."""
     yield path
     for number in itertools.count(2):
         ending = f"-{number}{path.suffix}"
@@ -112,123 +107,6 @@ def _candidates(path: Path) -> Iterator[Path]:
         while len(os.fsencode(stem)) > room:
             stem = stem[:-1]
         yield path.with_name(stem + ending)
-
-
-def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
-    """Write `data` to `path`, on the disk and whole or not at all, and give the path that it is at.
-
-    Unless `replace`, what is at `path` already stays, and the data go to the next name of `free_path`.
-    """
-    with _part(path.parent) as (part, descriptor):
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]  # a full disk may take a part without an error
-        os.fsync(descriptor)
-        if replace:
-            os.replace(part, path)
-            return path
-        return next(candidate for candidate in _candidates(path) if _placed(part, candidate))
-
-
-def check_writable(folder: Path) -> None:
-    """Raise OSError if no file can be made in `folder`."""
-    with _part(folder):
-        pass
-
-
-@contextmanager
-def _part(folder: Path) -> Iterator[tuple[Path, int]]:
-    """A new file and its descriptor. It is removed at the end, or by a later run if this one is killed."""
-    remove_parts(folder)
-    part = folder / f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part"
-    descriptor = None
-    try:  # from before there is a file, since a signal may raise at any moment
-        descriptor = create_locked(part)
-        yield part, descriptor
-    finally:
-        with suppress(OSError):
-            os.unlink(part)
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def create_locked(path: Path) -> int:
-    """Open a new file for writing, locked, with the rights of any new file."""
-    while True:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with suppress(OSError):  # a file system may have no locks, and then has nothing removed either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
-            return descriptor
-        os.close(descriptor)  # another run took it for a leftover before it was locked
-
-
-def put(part: Path, target: Path, *, replace: bool) -> bool:
-    """Give a finished file its name. Unless `replace`, what has that name already stays, and False is returned."""
-    if not replace:
-        return _placed(part, target)
-    os.replace(part, target)
-    return True
-
-
-def _placed(part: Path, target: Path) -> bool:
-    """Give `part` the name `target`; False if something has that name."""
-    try:
-        os.link(part, target)
-    except FileExistsError:
-        return False
-    except OSError:  # exFAT and some network disks have no hard links
-        return _placed_without_links(part, target)
-    return True
-
-
-def _placed_without_links(part: Path, target: Path) -> bool:
-    with suppress(OSError, AttributeError):  # of the disk, or of the system
-        return _renamed(part, target)
-    try:  # who is killed from here on leaves an empty file
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-    except FileExistsError:
-        return False
-    try:
-        os.replace(part, target)
-    except BaseException:
-        os.unlink(target)
-        raise
-    return True
-
-
-def _renamed(part: Path, target: Path) -> bool:
-    """Rename `part` to a free `target` in one call, which not every system has and not every disk knows."""
-    library = ctypes.CDLL(None, use_errno=True)
-    here = -100  # AT_FDCWD
-    only_new = 1  # RENAME_NOREPLACE
-    old, new = os.fsencode(part), os.fsencode(target)
-    if sys.platform == "darwin":
-        failed = library.renamex_np(old, new, ctypes.c_uint(4))  # RENAME_EXCL
-    else:
-        failed = library.renameat2(here, old, here, new, ctypes.c_uint(only_new))
-    if failed and ctypes.get_errno() != errno.EEXIST:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
-    return not failed
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove the unfinished files in `folder` whose processes are gone."""
-    with suppress(OSError):  # what can't be listed or removed is in nobody's way
-        for name in filter(_PART.fullmatch, os.listdir(folder)):
-            remove_abandoned(folder / name)
-
-
-def remove_abandoned(path: Path, *, empty: bool = False) -> None:
-    """Remove a file of `create_locked` whose process is gone; with `empty` only if nothing is in it."""
-    with suppress(OSError):  # BlockingIOError: it is being written
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not empty or os.fstat(descriptor).st_size == 0:
-                os.unlink(path)
-        finally:
-            os.close(descriptor)
 
 
 class Claim:

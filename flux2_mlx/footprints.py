@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,9 +11,12 @@ import mlx.core as mx
 from .checkpoint import Component
 from .components import COMPONENTS
 from .layers import WIDENED
-from .loading import memory_dtype, tensor_bytes
+from .loading import in_memory
 from .memory import Footprint
 from .quantization import quantizing_bytes, stored_names
+from .weights import FLOATS, TensorInfo
+
+_NO_BLOCK = ""
 
 
 def loaded_footprint(stored: Component, quant: str, dtype: mx.Dtype) -> Footprint:
@@ -44,30 +48,36 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
 
 def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
     """The footprint of `component` in memory while activations are in `dtype`."""
+    stored = component.infos
+    kept = in_memory(stored, dtype)
     sizes = Counter[str]()
-    cast = Counter[str]()
-    widened = Counter[str]()
+    cast = Counter[str]()  # bytes as they are stored of what is cast on its way into memory
     loading = 0
-    for name, tensor in component.infos.items():
-        block = _block_of(component.name, name) or ""
-        sizes[block] += tensor_bytes(name, tensor, dtype)
-        if tensor.dtype == "U32":
-            continue
-        kept = memory_dtype(name, tensor.shape, dtype)
-        if kept != mx.bfloat16:
-            cast[block] += tensor.nbytes
-            loading = max(loading, tensor.nbytes)
-        if kept != dtype and not name.startswith("embed_tokens"):
-            # Weights are widened one after the other, the scales of packed ones all at once where MLX evaluates them.
-            count = math.prod(tensor.shape)
-            if component.quantization:
-                widened[_evaluated_with(name)] += dtype.size * count
-            else:
-                widened[name] = dtype.size * min(WIDENED, count)
-    rest = sizes.pop("", 0)
-    _ = cast.pop("", 0)
+    for name, tensor in kept.items():
+        block = _block_of(component.name, name)
+        sizes[block] += tensor.nbytes
+        if tensor.dtype != stored[name].dtype:
+            cast[block] += stored[name].nbytes
+            loading = max(loading, stored[name].nbytes)
+    rest = sizes.pop(_NO_BLOCK, 0)
+    _ = cast.pop(_NO_BLOCK, 0)
     blocks = tuple(sizes[block] for block in _blocks(component, sizes))
-    return Footprint(rest, blocks, max(cast.values(), default=0), max(widened.values(), default=0), loading)
+    return Footprint(rest, blocks, max(cast.values(), default=0), _widened(component, kept, dtype), loading)
+
+
+def _widened(component: Component, kept: Mapping[str, TensorInfo], dtype: mx.Dtype) -> int:
+    """Bytes that weights take at most which are widened at one time: one after the other, but the scales of packed ones
+    all at once where MLX evaluates them."""
+    widened = Counter[str]()
+    for name, tensor in kept.items():
+        if tensor.dtype in ("U32", FLOATS[dtype]) or name.startswith("embed_tokens"):
+            continue
+        count = math.prod(tensor.shape)
+        if component.quantization:
+            widened[_evaluated_with(name)] += dtype.size * count
+        else:
+            widened[name] = dtype.size * min(WIDENED, count)
+    return max(widened.values(), default=0)
 
 
 def _evaluated_with(name: str) -> str:
@@ -76,10 +86,10 @@ def _evaluated_with(name: str) -> str:
     return layer[0] if layer else name.split(".")[0]
 
 
-def _block_of(component: str, name: str) -> str | None:
-    """The block that a weight belongs to, such as `double_blocks.3`."""
+def _block_of(component: str, name: str) -> str:
+    """The block that a weight belongs to, such as `double_blocks.3`, if it does."""
     head, number, *_ = [*name.split("."), ""]
-    return f"{head}.{number}" if head in COMPONENTS[component].streamed else None
+    return f"{head}.{number}" if head in COMPONENTS[component].streamed else _NO_BLOCK
 
 
 def _blocks(component: Component, found: dict[str, int]) -> list[str]:

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
-from .files import opened, read_bytes, write
+from .files import opened, read_bytes
 from .settings import metadata, stored
+from .staging import write
 
 MAX_INPUT_PIXELS = 100_000_000
 MAX_INPUT_BYTES = 10 * MAX_INPUT_PIXELS  # RGBA of 16 bits takes 8 a pixel

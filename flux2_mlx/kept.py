@@ -2,15 +2,13 @@
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-
-from .memory import Plan
 
 
 class Kept:
@@ -52,24 +50,25 @@ class Kept:
         return sum(array.nbytes for module in modules for array in dict(tree_flatten(module.parameters())).values())
 
     @contextmanager
-    def during(self, planned: Plan) -> Iterator[None]:
-        """A run in which nothing but what is planned to be kept is."""
-        self._make_room(planned)
+    def during(self, names: Sequence[str], spare: int) -> Iterator[None]:
+        """A run that keeps these networks and no others of its pipeline, and leaves `spare` bytes for those that other
+        pipelines keep."""
+        self._make_room(names, spare)
         _PIPELINES.add(self)
         around = self._allowed
-        self._allowed = planned.kept
+        self._allowed = tuple(names)
         try:
             with _RUNS.another(self):
                 yield
         finally:
             self._allowed = around
 
-    def _make_room(self, planned: Plan) -> None:
+    def _make_room(self, names: Sequence[str], spare: int) -> None:
         """Give back what does not fit beside a run, first of this pipeline and then of others, but nothing in use."""
         if self not in _RUNS.going_on:
-            self._drop([name for name in self._modules if name not in planned.kept])
+            self._drop([name for name in self._modules if name not in names])
         others = [kept for kept in idle() if kept is not self]
-        if planned.peak_memory + sum(kept.nbytes for kept in others) > planned.limit:
+        if sum(kept.nbytes for kept in others) > spare:
             for kept in others:
                 kept.clear()
 

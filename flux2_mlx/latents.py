@@ -1,16 +1,13 @@
 """Pictures as tokens, and tokens as pictures."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 
 from .errors import RangeError
-from .images import to_pil, to_unit
 from .layers import check_finite
-from .references import Edit, to_pixels
 from .sampling import References
 from .transformer import image_ids
 from .vae import VAE
@@ -30,21 +27,23 @@ class EncodedEdit:
     source: mx.array | None = None
     mask: mx.array | None = None
 
+    @classmethod
+    def of(cls, pictures: Sequence[References], on_canvas: bool, mask: np.ndarray | None) -> "EncodedEdit":
+        """Of pictures one by one. `mask` `[h, w]` says which tokens of the first are painted over if it is the canvas;
+        None: all."""
+        tokens = mx.concatenate([one.tokens for one in pictures], axis=1)
+        references = References(tokens, np.concatenate([one.ids for one in pictures]))
+        if not on_canvas:
+            return cls(references)
+        return cls(references, pictures[0].tokens, None if mask is None else mx.array(mask.reshape(1, -1, 1)))
 
-def encode_edit(vae: VAE, edit: Edit, dtype: mx.Dtype, on_image: Callable[[int], object]) -> EncodedEdit:
-    """The pictures of `edit`; `on_image` hears of how many are encoded."""
-    tokens, ids = [], []
-    for number, image in enumerate(edit.references, 1):
-        latents = vae.encode(mx.array(to_pixels(image)).astype(dtype)).astype(mx.float32)
-        tokens.append(vae.to_tokens(latents))
-        check_finite(tokens[-1], "VAE")
-        ids.append(image_ids(latents.shape[1] // 2, latents.shape[2] // 2, t=_T_STEP * number))
-        on_image(number)
-    references = References(mx.concatenate(tokens, axis=1), np.concatenate(ids))
-    if edit.canvas is None:
-        return EncodedEdit(references)
-    mask = None if edit.canvas.tokens is None else mx.array(edit.canvas.tokens.reshape(1, -1, 1))
-    return EncodedEdit(references, tokens[0], mask)
+
+def encode_picture(vae: VAE, pixels: np.ndarray, number: int, dtype: mx.Dtype) -> References:
+    """A picture `[1, H, W, 3]` in −1..1 as tokens, where it is the reference of that `number`, counted from 1."""
+    latents = vae.encode(mx.array(pixels).astype(dtype)).astype(mx.float32)
+    tokens = vae.to_tokens(latents)
+    check_finite(tokens, "VAE")
+    return References(tokens, image_ids(latents.shape[1] // 2, latents.shape[2] // 2, t=_T_STEP * number))
 
 
 def latents_of(vae: VAE, tokens: mx.array, grid: tuple[int, int]) -> np.ndarray:
@@ -74,8 +73,3 @@ def decode_latents(vae: VAE, latents: mx.array) -> np.ndarray:
             "`flux2_mlx.verification.verify` tells whether the weights are damaged"
         )
     return pixels
-
-
-def finished_image(pixels: np.ndarray, edit: Edit) -> Image.Image:
-    """The image of decoder output `[1, H, W, 3]`, put into the picture that it paints over, if there is one."""
-    return edit.finished(to_pil(to_unit(pixels))[0])

@@ -1,6 +1,6 @@
 """From stored tensors to a network in memory."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -9,6 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .weights import FLOATS, READER, TensorInfo, Tensors, evaluated
+
+_FLOAT_DTYPES = {code: dtype for dtype, code in FLOATS.items()}
 
 
 def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
@@ -29,23 +31,12 @@ def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype
     return mx.bfloat16 if dtype == mx.float32 and len(shape) == 2 and not looked_up else dtype
 
 
-def in_memory(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A stored tensor as it is kept in memory, still unread. It is cast on the stream that files are read on."""
-    if not mx.issubdtype(array.dtype, mx.floating):
-        return array
-    return array.astype(memory_dtype(name, array.shape, dtype), stream=READER)
-
-
-def in_memory_info(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> TensorInfo:
-    """What a stored tensor is in memory while activations are in `dtype`."""
-    if tensor.dtype not in FLOATS.values():
-        return tensor
-    return replace(tensor, dtype=FLOATS[memory_dtype(name, tensor.shape, dtype)])
-
-
-def tensor_bytes(name: str, tensor: TensorInfo, dtype: mx.Dtype) -> int:
-    """Bytes of a stored tensor in memory while activations are in `dtype`."""
-    return in_memory_info(name, tensor, dtype).nbytes
+def in_memory(infos: Mapping[str, TensorInfo], dtype: mx.Dtype) -> dict[str, TensorInfo]:
+    """What stored tensors are in memory while activations are in `dtype`."""
+    return {
+        name: replace(x, dtype=FLOATS[memory_dtype(name, x.shape, dtype)]) if x.dtype in FLOATS.values() else x
+        for name, x in infos.items()
+    }
 
 
 class InMemory:
@@ -57,12 +48,17 @@ class InMemory:
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        return {name: in_memory_info(name, x, self._dtype) for name, x in self._tensors.infos.items()}
+        return in_memory(self._tensors.infos, self._dtype)
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
-        arrays = self._tensors.read(names)
-        return (in_memory(name, array, self._dtype) for name, array in zip(names, arrays, strict=True))
+        dtypes = [_FLOAT_DTYPES.get(self.infos[name].dtype) for name in names]
+        return map(cast, self._tensors.read(names), dtypes)
+
+
+def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """An array, still unread, in a dtype if it is to have another. It is cast on the stream that files are read on."""
+    return array if dtype is None else array.astype(dtype, stream=READER)
 
 
 def fill(module: nn.Module, tensors: Tensors) -> None:

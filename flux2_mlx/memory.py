@@ -2,28 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, reduce
+from operator import add
+from typing import Any
 
 import mlx.core as mx
 
+from .components import EVERY_RUN, in_phase
 from .config import Variant
-
-if TYPE_CHECKING:
-    from .text import TextCost, VisionCost
-    from .transformer import TransformerCost
-    from .vae import VAECost
 
 # Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
 # more memory and be no faster.
 _TOKENS_PER_PASS = 4096
-# The networks of phases that are not called as theirs.
-_NETWORKS = {
-    "vae_encoder": ("vae",),
-    "vision_tower": ("vision",),
-    "language_model": ("text_encoder", "language_model"),
-}
-_BESIDE = "transformer", "vae"
 
 
 @dataclass(frozen=True)
@@ -61,15 +51,6 @@ class Footprint:
         """How many blocks can stay within `budget` bytes; 0 also if not even the least fits."""
         fitting = [count for count in range(len(self.blocks) + 1) if self.held(count) <= budget]
         return max(fitting, default=0)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the networks that paint take beside their weights."""
-
-    text_encoder: "TextCost"
-    transformer: "TransformerCost"
-    vae: "VAECost"
 
 
 @dataclass(frozen=True)
@@ -158,139 +139,156 @@ class Plan:
         """The plan of one phase by itself."""
         return replace(self, phases=(self.phase(name),))
 
-    def besides(self, nbytes: int, limit: int) -> "Plan":
-        """This plan with `nbytes` more in memory all the time, and a `limit` that is for these as well."""
-        phases = (replace(phase, weights=phase.weights + nbytes) for phase in self.phases)
-        return replace(self, phases=tuple(phases), limit=limit)
-
-    def networks(self, name: str) -> tuple[str, ...]:
+    def networks(self, phase: str) -> tuple[str, ...]:
         """The names of the networks that are in memory for a phase."""
-        return _BESIDE if self.beside and name in _BESIDE else _NETWORKS.get(name, (name,))
+        return EVERY_RUN if self.beside and phase in EVERY_RUN else in_phase(phase)
 
-    def keeping(self, weights: Mapping[str, int]) -> "Plan":
+    def keeping(self, weights: Mapping[str, int], there: Sequence[str] = ()) -> "Plan":
         """The plan where networks stay in memory after their phases, as many as fit beside every phase.
 
         Args:
-            weights: bytes of networks by their names, those first that are worth most. One that is streamed can't stay.
+            weights: bytes of networks that may stay, those first that are worth most. One that is streamed can't.
+            there: the names of those that are in memory now. Others stay only if this run has use for them.
         """
+        wanted = {name for phase in self.phases for name in self.networks(phase.name)}.union(there)
         streamed = {name for phase in self.phases if phase.streamed for name in self.networks(phase.name)}
         kept: dict[str, int] = {}
         for name, nbytes in weights.items():
             more = kept | {name: nbytes}
-            if name not in streamed and all(
-                phase.peak_memory + self._besides(phase, more) <= self.limit for phase in self.phases
-            ):
+            if name in wanted - streamed and self._fits_with(more):
                 kept = more
         phases = [replace(phase, weights=phase.weights + self._besides(phase, kept)) for phase in self.phases]
         return replace(self, phases=tuple(phases), kept=tuple(kept))
+
+    def _fits_with(self, kept: Mapping[str, int]) -> bool:
+        return all(phase.peak_memory + self._besides(phase, kept) <= self.limit for phase in self.phases)
 
     def _besides(self, phase: PhasePlan, kept: Mapping[str, int]) -> int:
         """Bytes of what is kept besides the networks of a phase."""
         return sum(nbytes for name, nbytes in kept.items() if name not in self.networks(phase.name))
 
 
-def plan(variant: Variant, networks: Mapping[str, Footprint], costs: Costs, work: Workload, limit: int) -> Plan:
-    """What a run takes if as much as fits into `limit` bytes stays in memory.
-
-    Where there is more to denoise after an image is finished, it is decoded at once if the VAE fits beside the
-    transformer without blocks of that having to be streamed for its sake.
+@dataclass(frozen=True)
+class WritingNeeds:
+    """What text that a language model writes takes, whatever the limit.
 
     Args:
-        variant: the model.
-        networks: the weights of `text_encoder`, `transformer` and `vae` in memory.
-        costs: what these take besides.
-        work: what is made.
-        limit: bytes that there are.
-    """
-    needs = _Needs(variant, networks, costs, work)
-    activations = {"text_encoder": needs.encoding}
-    if work.references:
-        activations["vae_encoder"] = needs.seeing
-    activations |= {"transformer": needs.denoising, "vae": needs.decoding}
-    alone = replace(_plan(networks, activations, limit), longest=needs.longest)
-    if not work.previews and len(_passes(variant, work)) == 1:
-        return alone
-    activations["vae"] = needs.decoding_beside
-    beside = replace(_plan_beside(networks, activations, limit), longest=needs.longest)
-    streams = beside.phase("transformer").streamed > 0 and not alone.phase("transformer").streamed
-    return beside if work.previews or (beside.fits and not streams) else alone
-
-
-def writing_plan(
-    networks: Mapping[str, Footprint], text: "TextCost", vision: "VisionCost | None", work: Writing, limit: int
-) -> Plan:
-    """The plan of text that a language model writes.
-
-    Args:
-        networks: the weights of `language_model` in memory, and those of `vision_tower`.
-        text: what the language model takes besides.
-        vision: what its vision tower takes besides, if images are looked at.
+        networks: the weights of each network in memory.
+        costs: what each one takes besides: a `TextCost` of the language model, a `VisionCost` of its eyes.
         work: what is read and written.
-        limit: bytes that there are.
+        always: bytes that are in memory at every phase besides.
     """
-    features = 0
-    embeddings = 0
-    activations = {}
-    longest = text.longest_read(work.tokens)
-    if vision is not None:
-        longest = max(longest, vision.longest(max(work.pixels)))
-        features = vision.features(sum(work.pixels))
-        embeddings = text.embeddings(work.tokens)
-        activations["vision_tower"] = vision.seeing(max(work.pixels), networks["vision_tower"].widened) + features
-    model = networks["language_model"]
-    reading = max(text.reading(work.tokens, model.widened), model.loading)
-    cache = text.cache(work.tokens + work.answer)
-    activations["language_model"] = cache + reading + text.logits() + features + embeddings
-    return replace(_plan(networks, activations, limit), longest=longest)
+
+    networks: Mapping[str, Footprint]
+    costs: Mapping[str, Any]
+    work: Writing
+    always: int = 0
+
+    def plan(self, limit: int) -> Plan:
+        """What it holds where as much as fits into `limit` bytes stays in memory."""
+        longest = self.costs["language_model"].longest_read(self.work.tokens)
+        activations = {}
+        if self.work.pixels:
+            longest = max(longest, self.costs["vision"].longest(max(self.work.pixels)))
+            activations["vision_tower"] = self._seeing
+        activations["language_model"] = self._writing
+        return replace(_plan(self.networks, activations, self.always, limit), longest=longest)
+
+    @property
+    def _features(self) -> int:
+        return self.costs["vision"].features(sum(self.work.pixels)) if self.work.pixels else 0
+
+    @property
+    def _seeing(self) -> int:
+        widened = _together(self.networks, "vision_tower").widened
+        return self.costs["vision"].seeing(max(self.work.pixels), widened) + self._features
+
+    @property
+    def _writing(self) -> int:
+        text = self.costs["language_model"]
+        tokens = self.work.tokens
+        model = _together(self.networks, "language_model")
+        reading = max(text.reading(tokens, model.widened), model.loading)
+        embeddings = text.embeddings(tokens) if self.work.pixels else 0
+        return text.cache(tokens + self.work.answer) + reading + text.logits() + self._features + embeddings
 
 
 @dataclass(frozen=True)
-class _Needs:
-    """Bytes that the phases of a run take beside the weights of their networks."""
+class Needs:
+    """What a run that makes images takes, whatever the limit.
+
+    Args:
+        variant: the model.
+        networks: the weights of each network in memory.
+        costs: what each one takes besides: a `TextCost`, a `TransformerCost` and a `VAECost`.
+        work: what is made.
+        always: bytes that are in memory at every phase besides, such as those of adapters.
+    """
 
     variant: Variant
     networks: Mapping[str, Footprint]
-    costs: Costs
+    costs: Mapping[str, Any]
     work: Workload
+    always: int = 0
+
+    def plan(self, limit: int) -> Plan:
+        """What the run holds where as much as fits into `limit` bytes stays in memory.
+
+        Where there is more to denoise after an image is finished, that one is decoded at once if the VAE fits beside
+        the transformer without blocks of that having to be streamed for its sake.
+        """
+        activations = {"text_encoder": self._encoding}
+        if self.work.references:
+            activations["vae_encoder"] = self._seeing
+        activations |= {"transformer": self._denoising, "vae": self._decoding}
+        alone = replace(_plan(self.networks, activations, self.always, limit), longest=self._longest)
+        if not self.work.previews and len(_passes(self.variant, self.work)) == 1:
+            return alone
+        activations["vae"] = self._decoding_beside
+        beside = replace(_plan_beside(self.networks, activations, self.always, limit), longest=self._longest)
+        streams = beside.phase("transformer").streamed > 0 and not alone.phase("transformer").streamed
+        return beside if self.work.previews or (beside.fits and not streams) else alone
 
     @property
-    def encoding(self) -> int:
+    def _encoding(self) -> int:
         encoder = self.networks["text_encoder"]
-        encoding = self.costs.text_encoder.encoding(self.work.length, encoder.widened)
+        encoding = self.costs["text_encoder"].encoding(self.work.length, encoder.widened)
         # What loading takes besides is given back before anything is computed.
         return max(encoding + (self._texts - 1) * self._states, encoder.loading)
 
     @property
-    def seeing(self) -> int:
+    def _seeing(self) -> int:
         """The bytes of encoding the pictures, beside the encoded texts."""
-        encoding = [self.costs.vae.encoding(height, width) for width, height in set(self.work.references)]
+        encoding = [self.costs["vae"].encoding(height, width) for width, height in set(self.work.references)]
         return max(encoding) + self._texts * self._states + self._pictures
 
     @property
-    def denoising(self) -> int:
+    def _denoising(self) -> int:
         past, passing = self._passing
         return max(past + passing, self.networks["transformer"].loading) + self._held + 2 * self._latents
 
     @property
-    def decoding(self) -> int:
+    def _decoding(self) -> int:
         return self._decoded + self._pictures + self._latents
 
     @property
-    def decoding_beside(self) -> int:
+    def _decoding_beside(self) -> int:
         """The bytes of decoding an image while others are denoised."""
         return self._passing[0] + self._decoded + self._held + 2 * self._latents
 
     @property
-    def longest(self) -> int:
+    def _longest(self) -> int:
         """Operations of the longest product or attention of the text encoder and the transformer; the VAE's are
         shorter."""
         text = self.work.length
         others = self._image + self._references
-        return max(self.costs.transformer.longest(text, others, self._together), self.costs.text_encoder.longest(text))
+        return max(
+            self.costs["transformer"].longest(text, others, self._together), self.costs["text_encoder"].longest(text)
+        )
 
     @cached_property
     def _decoded(self) -> int:
-        return self.costs.vae.decoding(self.work.height, self.work.width)
+        return self.costs["vae"].decoding(self.work.height, self.work.width)
 
     @cached_property
     def _passing(self) -> tuple[int, int]:
@@ -298,14 +296,14 @@ class _Needs:
         widened = self.networks["transformer"].widened
         kv_cache = self.variant.kv_cache
         tokens = self.work.length, self._image, self._references
-        return self.costs.transformer.denoising(*tokens, self._together, widened, kv_cache=kv_cache)
+        return self.costs["transformer"].denoising(*tokens, self._together, widened, kv_cache=kv_cache)
 
     @property
     def _held(self) -> int:
         """Texts before and after their projection, pictures, and the rotations of all positions."""
-        texts = self._texts * (self._states + self.costs.transformer.projected(self.work.length))
+        texts = self._texts * (self._states + self.costs["transformer"].projected(self.work.length))
         positions = self.work.length + self._image + self._references
-        return texts + self._pictures + self.costs.transformer.rotations(positions)
+        return texts + self._pictures + self.costs["transformer"].rotations(positions)
 
     @property
     def _texts(self) -> int:
@@ -313,7 +311,7 @@ class _Needs:
 
     @property
     def _states(self) -> int:
-        return self.costs.transformer.states(self.work.length)
+        return self.costs["transformer"].states(self.work.length)
 
     @property
     def _pictures(self) -> int:
@@ -341,24 +339,34 @@ class _Needs:
         return len(_passes(self.variant, self.work)[0])
 
 
-def _plan(networks: Mapping[str, Footprint], activations: Mapping[str, int], limit: int) -> Plan:
-    return Plan(tuple(_phase(name, networks, needed, limit) for name, needed in activations.items()), limit)
+def _together(networks: Mapping[str, Footprint], phase: str) -> Footprint:
+    """The weights in memory for a phase."""
+    return reduce(add, (networks[name] for name in in_phase(phase)))
 
 
-def _plan_beside(networks: Mapping[str, Footprint], activations: Mapping[str, int], limit: int) -> Plan:
-    """The plan where the transformer stays in memory with the VAE for both their phases."""
-    before = {name: needed for name, needed in activations.items() if name not in _BESIDE}
-    both = replace(networks["transformer"], rest=networks["transformer"].rest + networks["vae"].all)
-    resident = both.resident(limit - max(activations["transformer"], activations["vae"]))
-    streamed = {"transformer": sum(both.blocks[resident:]), "vae": 0}
-    phases = [PhasePlan(x, both.held(resident), activations[x], resident, streamed[x]) for x in _BESIDE]
-    return Plan((*_plan(networks, before, limit).phases, *phases), limit, beside=True)
+def _plan(networks: Mapping[str, Footprint], activations: Mapping[str, int], always: int, limit: int) -> Plan:
+    """The plan of phases that give their weights back; `activations` are bytes by the names of these phases."""
+    phases = (_phase(name, _together(networks, name), needed, always, limit) for name, needed in activations.items())
+    return Plan(tuple(phases), limit)
 
 
-def _phase(name: str, networks: Mapping[str, Footprint], activations: int, limit: int) -> PhasePlan:
-    network = networks["vae" if name == "vae_encoder" else name]
-    resident = network.resident(limit - activations)
-    return PhasePlan(name, network.held(resident), activations, resident, sum(network.blocks[resident:]))
+def _plan_beside(networks: Mapping[str, Footprint], activations: Mapping[str, int], always: int, limit: int) -> Plan:
+    """The plan where the networks of every run stay in memory together for their phases, which are the last ones."""
+    before = {name: needed for name, needed in activations.items() if name not in EVERY_RUN}
+    together = {name: activations[name] for name in EVERY_RUN}
+    transformer, *others = (networks[name] for name in EVERY_RUN)
+    both = replace(transformer, rest=transformer.rest + sum(network.all for network in others))
+    worst = _phase("transformer", both, max(together.values()), always, limit)
+    phases = [replace(worst, name=name, activations=needed) for name, needed in together.items()]
+    phases[1:] = [replace(phase, streamed=0) for phase in phases[1:]]
+    return Plan((*_plan(networks, before, always, limit).phases, *phases), limit, beside=True)
+
+
+def _phase(name: str, network: Footprint, activations: int, always: int, limit: int) -> PhasePlan:
+    resident = network.resident(limit - always - activations)
+    return PhasePlan(
+        name, always + network.held(resident), activations, resident, streamed=sum(network.blocks[resident:])
+    )
 
 
 def _passes(variant: Variant, work: Workload) -> list[Sequence[int]]:

@@ -1,4 +1,4 @@
-"""One run at a time, and what each of its phases takes."""
+"""One run at a time: its phases, each kept within what is planned for it, and what each one takes."""
 
 import atexit
 import gc
@@ -24,7 +24,8 @@ from .device import (
     on_metal,
 )
 from .errors import DeviceError
-from .memory import Plan
+from .memory import PhasePlan, Plan
+from .networks import Networks
 from .output import Phase
 from .streaming import Reading
 
@@ -101,36 +102,48 @@ class _Span:
         self.seconds += time.perf_counter() - self._start
         self.peak = max(self.peak, mx.get_peak_memory())
 
-    def phase(self, planned: Plan) -> Phase:
-        streamed = planned.phase(self.name).streamed if self.read.nbytes else 0
+    def phase(self, planned: PhasePlan) -> Phase:
+        streamed = planned.streamed if self.read.nbytes else 0
         return Phase(self.name, self.seconds, self.peak, self.read.nbytes, streamed, self.read.overlap)
 
 
 _OPEN: list[_Span] = []  # the phases that whoever has the turn is in, each within the one before
 
 
-class Meter:
-    """Measures the phases of a run that starts now, and keeps each within what is planned.
+class Phases:
+    """The phases of a run, which begins when this is made.
 
-    What is in memory already does not belong to the run, but for what is kept. A phase that is entered within another,
-    be it of the same run or of one that a callback makes, interrupts that.
+    In each of them MLX is held to what is planned for it, and what it takes is measured. What was in memory before the
+    run is left out of that, unless the plan counts it. A phase may be entered within another one, of this run or of one
+    around it, which is neither timed nor measured meanwhile.
 
     Args:
-        timings: gets a `Phase` for each phase.
         planned: the plan of the run.
+        timings: gets a `Phase` for each phase.
         reading: what is streamed from disk.
-        kept: bytes in memory that the plan includes, as they were kept for the run.
+        counted: bytes that are in memory already and counted in the plan.
+
+    Attributes:
+        beside: whether images are decoded while others are denoised.
+        longest: operations that the device is given at one time, at most.
     """
 
-    def __init__(self, timings: list[Phase], planned: Plan, reading: Reading, kept: int = 0):
+    def __init__(self, planned: Plan, timings: list[Phase], reading: Reading, counted: int = 0):
+        self.beside = planned.beside
+        self.longest = planned.longest
+        self._planned = {phase.name: phase for phase in planned.phases}
+        self._spare = {phase.name: planned.limit - phase.peak_memory for phase in planned.phases}
         self._timings = timings
-        self._planned = planned
         self._reading = reading
-        self._others = max(0, mx.get_active_memory() - kept)
+        self._others = max(0, mx.get_active_memory() - counted)
         self._spans: dict[str, _Span] = {}
 
+    def planned(self, name: str) -> PhasePlan:
+        """What is planned for a phase."""
+        return self._planned[name]
+
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def enter(self, name: str) -> Iterator[None]:
         """Count what is done inside as phase `name`, and give its memory back at the end."""
         span = self._span(name)
         for outer in _OPEN[-1:]:
@@ -138,12 +151,13 @@ class Meter:
         _OPEN.append(span)
         mx.clear_cache()
         span.start()
+        planned = self._planned[name]
         try:
-            with limits(self._planned, name, self._others):
+            with limits(planned, self._spare[name], self._others):
                 yield
         finally:
             span.stop()
-            self._timings[span.place] = span.phase(self._planned)
+            self._timings[span.place] = span.phase(planned)
             _OPEN.pop()
             gc.collect()
             mx.clear_cache()
@@ -158,8 +172,22 @@ class Meter:
 
 
 @contextmanager
-def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
-    """MLX's own limits as the plan has them for a phase; the former ones are back afterwards.
+def running(networks: Networks, planned: Plan, timings: list[Phase], *, keep: bool) -> Iterator[Phases]:
+    """A run of `networks` as it is `planned`, alone on the device.
+
+    With `keep`, networks stay in memory after their phases as far as they fit beside all the others. `timings` gets
+    what each phase took.
+    """
+    with turn():
+        planned = planned.keeping(networks.may_stay if keep else {}, networks.kept.names)
+        spare = min(planned.limit - phase.peak_memory for phase in planned.phases)
+        with networks.keeping(planned.kept, spare):
+            yield Phases(planned, timings, networks.reading, networks.planned_bytes)
+
+
+@contextmanager
+def limits(phase: PhasePlan, spare: int, others: int) -> Iterator[None]:
+    """MLX's own limits as a phase is planned; the former ones are back afterwards.
 
     Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. Cache: freed
     buffers are kept within what the phase leaves. A GPU, which takes long for new ones, keeps up to the activations of
@@ -167,28 +195,26 @@ def limits(planned: Plan, name: str, others: int) -> Iterator[None]:
     Wired: on Metal, what the phase needs is never paged out.
 
     Args:
-        planned: the plan of the run.
-        name: that of the phase.
+        phase: what is planned.
+        spare: bytes of the run's limit that the phase leaves.
         others: bytes that are in memory besides the run.
     """
-    phase = planned.phase(name)
-    peak = phase.peak_memory
     ahead = int(_AHEAD * phase.activations)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
         if on_metal():  # or it may be more than a Mac's GPU can have wired
-            former.callback(mx.set_wired_limit, mx.set_wired_limit(min(peak, device_memory())))
+            former.callback(mx.set_wired_limit, mx.set_wired_limit(min(phase.peak_memory, device_memory())))
         cache = mx.set_cache_limit(0)
         former.callback(mx.set_cache_limit, cache)
         kept = phase.activations if on_gpu() else 0
-        mx.set_cache_limit(min(cache, max(kept, planned.limit - peak)))
+        mx.set_cache_limit(min(cache, max(kept, spare)))
         yield
         mx.synchronize()
 
 
-def warn_of_long_operations(planned: Plan, smaller: str) -> None:
-    """Say that the system may stop what is planned, and what would be `smaller`."""
-    seconds = dispatch_seconds(planned.longest)
+def warn_of_long_operations(longest: int, smaller: str) -> None:
+    """Say that the system may stop a product or attention of so many operations, and what would be `smaller`."""
+    seconds = dispatch_seconds(longest)
     if seconds is not None and seconds > MOST_DISPATCH:
         _log.warning(
             "an operation takes this GPU about %.1f s%s, and macOS may stop it; let the display sleep, or choose %s",

@@ -124,18 +124,16 @@ class Flux2Pipeline(PreparedPipeline):
         """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of `from_pretrained`,
         and `name` is what the model was asked for as."""
         name = str(folder) if name is None else name
-        networks = Networks.open(
-            Checkpoint.open(folder),
-            quant=quant,
-            text_quant=text_quant,
-            dtype=dtype,
+        networks = Networks.open(Checkpoint.open(folder), quant=quant, text_quant=text_quant, dtype=dtype)
+        models = models_folder(models_dir)
+        return cls(
+            networks,
+            EmbeddingCache(models / PROMPTS) if prompt_cache else None,
+            Unfinished(models / UNFINISHED) if prompt_cache else None,
+            name,
             memory_limit=memory_limit,
             keep=keep,
         )
-        if not prompt_cache:
-            return cls(networks, name=name)
-        folder = models_folder(models_dir)
-        return cls(networks, EmbeddingCache(folder / PROMPTS), Unfinished(folder / UNFINISHED), name)
 
     @arguments.named
     def __call__(

@@ -33,7 +33,8 @@ class PreparedPipeline(BasePipeline):
     ) -> Self:
         """The pipeline of what a `model` is or will be, which can check and plan runs; see `Networks.open`."""
         return cls(
-            Networks.open(model, quant=quant, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit),
+            Networks.open(model, quant=quant, text_quant=text_quant, dtype=dtype),
+            memory_limit=memory_limit,
         )
 
     @classmethod
@@ -66,7 +67,7 @@ class PreparedPipeline(BasePipeline):
 
         def look(checkpoint: Checkpoint) -> None:
             pipe = cls.outline(checkpoint, quant=quant, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit)
-            check_possible(pipe.networks) if check is None else check(pipe)
+            check_possible(pipe.networks, pipe.memory_limit) if check is None else check(pipe)
 
         return find_checkpoint(
             source,
@@ -83,8 +84,8 @@ class PreparedPipeline(BasePipeline):
     def expected(self, request: Request, edit: Edit = Edit()) -> tuple[Plan, str | None]:  # noqa: B008 (it is frozen)
         """The plan of a run, and what would fit in its place if that does not."""
         work = workload(request, edit)
-        planned = self.networks.plan(work)
-        return planned, None if planned.fits else advice(self.networks, work)
+        planned = self.networks.needs(work).plan(self._limit)
+        return planned, None if planned.fits else advice(self.networks, work, self._limit)
 
     def is_faster_in_bf16(self, request: Request, edit: Edit, text_quant: str | None = None) -> bool:
         """Whether a run takes longer with `qint4` here than it would with the 16 bits for which there is memory.
@@ -101,7 +102,6 @@ class PreparedPipeline(BasePipeline):
             own.checkpoint.model,
             text_quant=text_quant,
             dtype=dtype_name(own.dtype),
-            memory_limit=own.memory_limit,
         )
-        planned = plain.plan(workload(request, edit))
+        planned = plain.needs(workload(request, edit)).plan(self._limit)
         return planned.fits and not planned.phase("transformer").streamed

@@ -15,15 +15,15 @@ from PIL import Image
 from .branches import range_errors
 from .device import failures, foreign
 from .embedding_cache import CachedEncoder, EmbeddingCache
-from .images import to_unit
-from .latents import EncodedEdit, decode_latents, decode_tokens, encode_edit, finished_image, latents_of
+from .images import to_pil, to_unit
+from .latents import EncodedEdit, decode_latents, decode_tokens, encode_picture, latents_of
 from .layers import cast, check_finite
-from .memory import Plan, passes
-from .metering import Meter, end_with_process, warn_of_long_operations
+from .memory import passes
+from .metering import Phases, end_with_process, warn_of_long_operations
 from .networks import Networks
 from .noise import initial_noise
 from .output import Flux2Output
-from .references import Edit
+from .references import Edit, to_pixels
 from .request import OnProgress, Progress, Request, Step
 from .sampling import Conditions, Denoiser, Painting, beside, by_step, denoise, guided, read
 from .scheduler import noise_levels
@@ -37,7 +37,7 @@ Texts = dict[int, mx.array]  # states `[L, F]` of prompts by their numbers
 
 @dataclass
 class Run:
-    """What the phases of a run share. Build it where the run has its `turn`, as memory is measured from there on.
+    """A run that makes images.
 
     An image is decoded when its denoising ends, if the plan has the VAE beside the transformer. Else all are decoded
     after the transformer has made room; until then `unfinished` keeps their tokens. A run that is cut short still
@@ -45,19 +45,19 @@ class Run:
 
     Args:
         networks: what computes.
+        phases: what each phase may take; see `running`.
         request: the settings.
-        planned: what the run may take.
         edit: the pictures.
         prompt_cache: keeps encoded prompts.
         unfinished: keeps what is denoised and not yet decoded.
         output_type: `pil`, `np` or `latent`.
         on_progress: hears of everything.
-        output: is filled in.
+        output: is filled in. Its timings are what `phases` fills in.
     """
 
     networks: Networks
+    phases: Phases
     request: Request
-    planned: Plan
     edit: Edit = field(default_factory=Edit)
     prompt_cache: EmbeddingCache | None = None
     unfinished: Waiting | None = None
@@ -66,12 +66,11 @@ class Run:
     output: Flux2Output = field(default_factory=Flux2Output)
 
     def __post_init__(self) -> None:
-        networks = self.networks
-        self._meter = Meter(self.output.timings, self.planned, networks.reading, networks.planned_bytes)
         self._components = self.networks.checkpoint.components
         self._variant = self.networks.checkpoint.variant
         self._denoised: dict[int, mx.array] = {}  # tokens `[L, C]` of images that wait for their decoding
         self._images: dict[int, Any] = {}  # what they have become
+        self._per_prompt = self.request.images_per_prompt
         self._vae: VAE | None = None
 
     def make(
@@ -108,19 +107,19 @@ class Run:
 
     def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Text states `[L, F]` of each prompt, in a phase of their own."""
-        with range_errors(self.networks.adapters), self._meter.phase("text_encoder"):
+        with range_errors(self.networks.adapters), self.phases.enter("text_encoder"):
             return self._encode(prompts)
 
     def decode(self, latents: mx.array) -> np.ndarray:
         """Images `[B, H, W, 3]` in 0..1 of un-normalised latents `[B, H/8, W/8, c]`, in a phase of their own."""
-        with self._meter.phase("vae"):
+        with self.phases.enter("vae"):
             vae = self._decoder()
             dtype = self.networks.dtype_of("vae")
             return np.concatenate([to_unit(decode_latents(vae, image[None].astype(dtype))) for image in latents])
 
     def preview(self, tokens: mx.array) -> list[Image.Image]:
         """Images of the tokens `[B, L, C]` of a step, in a phase of their own, which may interrupt another."""
-        with failures(), self._meter.phase("vae"):
+        with failures(), self.phases.enter("vae"):
             return [self._decoded(image, self._decoder()) for image in tokens]
 
     def _make(self, latents: mx.array | None, *embeds: mx.array | None) -> None:
@@ -138,15 +137,15 @@ class Run:
 
     def _make_tokens(self, images: list[int], latents: mx.array | None, *embeds: mx.array | None) -> None:
         """Denoise `images`, and decode them if that can be done beside the transformer."""
-        with self._meter.phase("text_encoder"):
+        with self.phases.enter("text_encoder"):
             texts, negatives = self._texts(images, *embeds)
         encoded = None
         if self.edit.references:
             self._warn_of_pictures()
-            with self._meter.phase("vae_encoder"):
+            with self.phases.enter("vae_encoder"):
                 encoded = self._encoded()
-        warn_of_long_operations(self.planned, "a smaller image or fewer references")
-        with self._meter.phase("transformer"):
+        warn_of_long_operations(self.phases.longest, "a smaller image or fewer references")
+        with self.phases.enter("transformer"):
             self._denoise(images, latents, texts, negatives, encoded)
             self._vae = None
 
@@ -176,7 +175,7 @@ class Run:
             self.networks.text_quant,
             dtype,
             self.prompt_cache,
-            lambda: self.networks.load("text_encoder", self.planned),
+            lambda: self.networks.load("text_encoder", self.phases.planned("text_encoder")),
         )
         states = {}
         for done, prompt in enumerate(distinct, 1):
@@ -214,8 +213,12 @@ class Run:
         count = len(self.edit.references)
         self._tell("vae_encoder", 0, count)
         vae = self.networks.load("vae")
-        dtype = self.networks.dtype_of("vae")
-        return encode_edit(vae, self.edit, dtype, lambda done: self._tell("vae_encoder", done, count))
+        pictures = []
+        for number, image in enumerate(self.edit.references, 1):
+            pictures.append(encode_picture(vae, to_pixels(image), number, self.networks.dtype_of("vae")))
+            self._tell("vae_encoder", number, count)
+        canvas = self.edit.canvas
+        return EncodedEdit.of(pictures, canvas is not None, None if canvas is None else canvas.tokens)
 
     def _denoise(
         self,
@@ -229,7 +232,7 @@ class Run:
         batches = passes(images, height * width + (0 if encoded is None else len(encoded.references.ids)))
         total = self.request.steps * len(batches)
         self._tell("transformer", 0, total)
-        transformer = self.networks.load("transformer", self.planned)
+        transformer = self.networks.load("transformer", self.phases.planned("transformer"))
         adapters = self._components["transformer"].adapters
         condition = partial(self._conditions, transformer, [*texts.values(), *negatives.values()], encoded)
         once = cache(condition)
@@ -241,7 +244,7 @@ class Run:
             steps = self._steps(batch, denoiser, latents, encoded)
             tokens = dict(zip(batch, self._stepped(steps, batch, done * self.request.steps, total), strict=True))
             self._denoised |= tokens
-            if self.planned.beside:
+            if self.phases.beside:
                 self._finish()
             elif self.unfinished is not None and len(images) > 1:
                 self.unfinished.keep(tokens)
@@ -295,7 +298,7 @@ class Run:
         step = next(steps)
         while True:
             end_with_process()
-            preview = partial(self.preview, step.estimate) if self.planned.beside else None
+            preview = partial(self.preview, step.estimate) if self.phases.beside else None
             replaced = self._tell("transformer", before + step.number, total, step, images, preview=preview)
             try:
                 step = steps.send(replaced)
@@ -321,7 +324,7 @@ class Run:
         if not self._denoised:
             return
         failure = None
-        with self._meter.phase("vae"):
+        with self.phases.enter("vae"):
             self._tell("vae", len(self._images), len(self.request.seeds))
             vae = self._decoder()
             for place in sorted(self._denoised):
@@ -348,7 +351,8 @@ class Run:
             self.unfinished.drop(place)
 
     def _decoded(self, tokens: mx.array, vae: VAE) -> Image.Image:
-        return finished_image(decode_tokens(vae, tokens, self._grid, self.networks.dtype_of("vae")), self.edit)
+        pixels = decode_tokens(vae, tokens, self._grid, self.networks.dtype_of("vae"))
+        return self.edit.finished(to_pil(to_unit(pixels))[0])
 
     def _joined(self) -> Any:
         images = [self._images[place] for place in sorted(self._images)]
@@ -363,7 +367,7 @@ class Run:
 
     def _number(self, image: int) -> int:
         """The number of the prompt of an image."""
-        return image // self.request.images_per_prompt
+        return image // self._per_prompt
 
     @cached_property
     def _sigmas(self) -> np.ndarray:
@@ -383,9 +387,11 @@ class Run:
 
 
 def _empty(error: BaseException) -> None:
-    """Give back what the frames hold that `error` has left: the transformer, its blocks, and what these were computing,
-    or it would stay in memory for as long as the error is handled. A caller's function, which comes last, keeps its
-    own."""
+    """Give back the transformer, and what its blocks were computing when `error` was raised.
+
+    No scope could do that: the error's traceback holds the frames that it has left, down into the blocks, for as long
+    as it is handled. A caller's function, which comes last, keeps what it holds.
+    """
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_code is Run._tell.__code__:
             break

@@ -1,10 +1,13 @@
-"""Folders that appear whole or not at all, and replace an old one without a moment at which both could be lost.
+"""Files and folders that appear whole or not at all, and what is left of them by processes that were killed.
 
-A folder is made inside a marked one beside its place, and the old one is moved into that before the new one takes its
-place. The mark is a file that names us and is locked for as long as its process lives, so what a killed one left is
-known without guessing, and nothing else is ever touched.
+A file is written beside its place, under a name that is ours alone. A folder is made inside a marked one beside its
+place, and an old one is moved into that before the new one takes its place, so that there is no moment at which both
+could be lost. The file, or the mark, is locked for as long as its process lives, so what a killed one left is known
+without guessing, and nothing else is ever touched.
 """
 
+import ctypes
+import errno
 import fcntl
 import json
 import logging
@@ -13,22 +16,69 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
 from .errors import CheckpointError, InputError
-from .files import create_locked, remove_abandoned
+from .files import candidates
 from .json_files import open_model_file, read_json
 
 _log = logging.getLogger(__name__)
 
+_PART = re.compile(r"\.flux2-mlx-\d+-[0-9a-f]{16}\.part")  # of a file: a process and a random number
 _PREFIX = ".flux2-mlx-convert-"
 _NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}")
 _MARK = "flux2-mlx-convert.json"
 _OWNER = "flux2-mlx convert"
 _NEW, _OLD = "new", "old"
+
+
+def write(path: Path, data: bytes | memoryview, replace: bool = False) -> Path:
+    """Write `data` to `path`, on the disk and whole or not at all, and give the path that it is at.
+
+    Unless `replace`, what is at `path` already stays, and the data go to the next name of `free_path`.
+    """
+    with new_file(path.parent) as (new, descriptor):
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]  # a full disk may take a part without an error
+        os.fsync(descriptor)
+        targets = [path] if replace else candidates(path)
+        return next(target for target in targets if put(new, target, replace=replace))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError if no file can be made in `folder`."""
+    with new_file(folder):
+        pass
+
+
+@contextmanager
+def new_file(folder: Path) -> Iterator[tuple[Path, int]]:
+    """A new file in `folder` and its descriptor. `put` it in its place when it is complete; else it is removed at the
+    end, or by a later run if this one is killed."""
+    _remove_parts(folder)
+    path = folder / f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part"
+    descriptor = None
+    try:  # from before there is a file, since a signal may raise at any moment
+        descriptor = _create_locked(path)
+        yield path, descriptor
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def put(part: Path, target: Path, *, replace: bool) -> bool:
+    """Give a finished file its name. Unless `replace`, what has that name already stays, and False is returned."""
+    if not replace:
+        return _placed(part, target)
+    os.replace(part, target)
+    return True
 
 
 @contextmanager
@@ -92,7 +142,8 @@ def bring_all_back(parent: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes left in `parent`, after putting back what they had moved aside."""
+    """Remove files and folders that killed processes left in `parent`, after putting back what they had moved aside."""
+    _remove_parts(parent)
     for work in _works(parent):
         with _dead(work) as name:
             if name:
@@ -138,7 +189,7 @@ def _create(work: Path) -> int:
     while True:
         work.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError):  # another process took the empty folder for a leftover
-            return create_locked(work / _MARK)
+            return _create_locked(work / _MARK)
 
 
 @contextmanager
@@ -199,7 +250,7 @@ def _remove_bare(work: Path) -> None:
     if _NAME.fullmatch(work.name) and not work.is_symlink():
         with suppress(OSError):
             if os.listdir(work) == [_MARK]:
-                remove_abandoned(work / _MARK, empty=True)
+                _remove_abandoned(work / _MARK, empty=True)
             work.rmdir()
 
 
@@ -217,3 +268,74 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _placed(part: Path, target: Path) -> bool:
+    """Give `part` the name `target`; False if something has that name."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        return False
+    except OSError:  # exFAT and some network disks have no hard links
+        return _placed_without_links(part, target)
+    return True
+
+
+def _placed_without_links(part: Path, target: Path) -> bool:
+    with suppress(OSError, AttributeError):  # of the disk, or of the system
+        return _renamed(part, target)
+    try:  # who is killed from here on leaves an empty file
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(part, target)
+    except BaseException:
+        os.unlink(target)
+        raise
+    return True
+
+
+def _renamed(part: Path, target: Path) -> bool:
+    """Rename `part` to a free `target` in one call, which not every system has and not every disk knows."""
+    library = ctypes.CDLL(None, use_errno=True)
+    here = -100  # AT_FDCWD
+    only_new = 1  # RENAME_NOREPLACE
+    old, new = os.fsencode(part), os.fsencode(target)
+    if sys.platform == "darwin":
+        failed = library.renamex_np(old, new, ctypes.c_uint(4))  # RENAME_EXCL
+    else:
+        failed = library.renameat2(here, old, here, new, ctypes.c_uint(only_new))
+    if failed and ctypes.get_errno() != errno.EEXIST:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
+    return not failed
+
+
+def _create_locked(path: Path) -> int:
+    """Open a new file for writing, locked, with the rights of any new file."""
+    while True:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # a file system may have no locks, and then has nothing removed either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # another run took it for a leftover before it was locked
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove the unfinished files in `folder` whose processes are gone."""
+    with suppress(OSError):  # what can't be listed or removed is in nobody's way
+        for name in filter(_PART.fullmatch, os.listdir(folder)):
+            _remove_abandoned(folder / name)
+
+
+def _remove_abandoned(path: Path, *, empty: bool = False) -> None:
+    """Remove a locked file whose process is gone; with `empty` only if nothing is in it."""
+    with suppress(OSError):  # BlockingIOError: it is being written
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not empty or os.fstat(descriptor).st_size == 0:
+                os.unlink(path)
+        finally:
+            os.close(descriptor)

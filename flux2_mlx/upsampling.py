@@ -16,9 +16,10 @@ from .checkpoint import Checkpoint
 from .device import activation_dtype, check_process, failures, foreign, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
+from .kept import held
 from .layers import check_finite
 from .memory import Plan, Writing
-from .metering import Meter, turn, warn_of_long_operations
+from .metering import Phases, running, warn_of_long_operations
 from .networks import Networks
 from .output import Phase
 from .request import check_prompt, check_words
@@ -42,9 +43,12 @@ OnText = Callable[[int, str], None]
 @dataclass(frozen=True)
 class Writer:
     """Rewrites prompts and describes images with the language model of a checkpoint, which is in memory only while
-    it writes, unless a pipeline's networks are kept. `timings` has a `Phase` for each one of what has been written."""
+    it writes, unless a pipeline keeps it (`keep`), and takes up to `memory_limit` bytes. `timings` has a `Phase` for
+    each one of what has been written."""
 
     networks: Networks
+    memory_limit: int
+    keep: bool = False
     timings: list[Phase] = field(default_factory=list)
 
     @classmethod
@@ -79,13 +83,11 @@ class Writer:
         """
 
         def networks(checkpoint: Checkpoint) -> Networks:
-            return Networks.open(
-                checkpoint, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit, text_only=True
-            )
+            return Networks.open(checkpoint, text_quant=text_quant, dtype=dtype, text_only=True)
 
         check_process()
         activation_dtype(dtype)  # InputError if there is none of that name
-        memory_bytes(memory_limit)
+        limit = memory_bytes(memory_limit)
         folder = find_checkpoint(
             source,
             variant=variant,
@@ -93,11 +95,11 @@ class Writer:
             models_dir=models_dir,
             text_only=True,
             keep_source=keep_source,
-            check=lambda checkpoint: check_possible(networks(checkpoint)),
+            check=lambda checkpoint: check_possible(networks(checkpoint), limit),
             announce=announce,
             progress=progress,
         )
-        return cls(networks(Checkpoint.open(folder)))
+        return cls(networks(Checkpoint.open(folder)), limit)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -168,16 +170,15 @@ class Writer:
         pictures = {id(image): self._pixels(image) for _, images in questions for image in images}
         prompts = [self._ids(text, system, [pictures[id(image)] for image in images]) for text, images in questions]
         planned = self._plan(prompts, list(pictures.values()), max_new_tokens)
-        with turn(), failures(_SMALLER), self.networks.keeping(planned) as planned:
-            meter = Meter(self.timings, planned, self.networks.reading, self.networks.planned_bytes)
+        with running(self.networks, planned, self.timings, keep=self.keep) as phases, failures(_SMALLER):
             features = {}
             if pictures:
-                with meter.phase("vision_tower"):
+                with phases.enter("vision_tower"):
                     features = self._look(pictures)
             seen = [[features[id(image)] for image in images] for _, images in questions]
-            with meter.phase("language_model"):
+            with phases.enter("language_model"):
                 return self._answers(
-                    planned, list(zip(prompts, seen, strict=True)), seed, on_text, temperature, max_new_tokens
+                    phases, list(zip(prompts, seen, strict=True)), seed, on_text, temperature, max_new_tokens
                 )
 
     def _check(self, must_see: bool) -> None:
@@ -205,8 +206,9 @@ class Writer:
 
     def _plan(self, prompts: Sequence[list[int]], images: Sequence[np.ndarray], max_new_tokens: int) -> Plan:
         pixels = tuple(image.shape[0] * image.shape[1] for image in images)
-        planned = checked_writing_plan(self.networks, Writing(max(map(len, prompts)), max_new_tokens, pixels))
-        warn_of_long_operations(planned, _SMALLER)
+        writing = Writing(max(map(len, prompts)), max_new_tokens, pixels)
+        planned = checked_writing_plan(self.networks, writing, max(0, self.memory_limit - held()))
+        warn_of_long_operations(planned.longest, _SMALLER)
         if streamed := planned.phase("language_model").streamed:
             _log.warning(
                 "%.3g GiB of the language model do not fit into memory and are read for every word", streamed / 2**30
@@ -225,7 +227,7 @@ class Writer:
 
     def _answers(
         self,
-        planned: Plan,
+        phases: Phases,
         questions: Sequence[tuple[list[int], list[mx.array]]],
         seed: int | None,
         on_text: OnText,
@@ -233,7 +235,7 @@ class Writer:
         max_tokens: int,
     ) -> list[str]:
         """Answers to token ids with embeddings of images."""
-        model = self.networks.load_language_model(planned)
+        model = self.networks.load_language_model(phases.planned("language_model"))
         answers = []
         for number, (ids, features) in enumerate(questions):
             embeddings = self._embeddings(model, ids, features)
@@ -295,10 +297,12 @@ class WritingMethods:
     """What a pipeline does with its language model."""
 
     networks: Networks
+    memory_limit: int
+    keep: bool
 
     def writer(self) -> Writer:
         """The model's own language model: dev's sees images, klein's does not."""
-        return Writer(self.networks)
+        return Writer(self.networks, self.memory_limit, self.keep)
 
     def upsample_prompt(
         self,

@@ -15,8 +15,8 @@ import numpy as np
 from .checkpoint import DIGEST, MANIFEST, TENSOR_HASHES, Checkpoint, is_checkpoint, recorded
 from .device import foreign
 from .errors import CheckpointError, Flux2Error, InputError, one_line
-from .files import write
 from .json_files import NONSENSE, open_model_file, read_json
+from .staging import write
 from .weights import TensorInfo, raise_problems, read_header
 
 _MEMORY = "verified.json"

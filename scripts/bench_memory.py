@@ -65,8 +65,8 @@ VALUES = 2**20
 def planned(variant: str, quant: str, limit: float) -> Plan:
     """The plan of one 1024×1024 image in bfloat16 within `limit` bytes."""
     model = VARIANTS[variant]
-    networks = Networks.open(model, quant=quant, dtype="bfloat16", memory_limit=int(limit))
-    return networks.plan(workload(Request.checked(model, model.vae.token_size, [""])))
+    networks = Networks.open(model, quant=quant, dtype="bfloat16")
+    return networks.needs(workload(Request.checked(model, model.vae.token_size, [""]))).plan(int(limit))
 
 
 def table() -> str:

@@ -209,13 +209,24 @@ def seconds(tree: Path, *arguments: str, times: int) -> float:
     return round(min(timeit.repeat(call, number=1, repeat=times)), 2)
 
 
-def mypy_errors(tree: Path) -> int | None:
+def mypy_errors(tree: Path) -> int | str:
+    """How many errors mypy finds in a tree, or why it says nothing of that."""
     if importlib.util.find_spec("mypy") is None:
-        return None
+        return "mypy is not installed"
     command = [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "flux2_mlx", "convert"]
-    shown = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"Found (\d+) error", shown)
-    return int(found[1]) if found else 0
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    return found_errors(done.returncode, done.stdout, done.stderr)
+
+
+def found_errors(status: int, shown: str, complaint: str) -> int | str:
+    """The number of errors in what mypy has `shown`; of a run that came to no end, what it said."""
+    if status == 0 and re.search(r"^Success: no issues found", shown, re.MULTILINE):
+        return 0
+    found = re.search(r"^Found (\d+) errors? in", shown, re.MULTILINE)
+    if status == 1 and found:
+        return int(found[1])
+    said = [line for line in f"{shown}\n{complaint}".splitlines() if line.strip()] or ["nothing"]
+    return f"failed with {status}: {said[-1]}"
 
 
 def measure(tree: Path) -> dict[str, dict[str, Any]]:

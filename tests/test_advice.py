@@ -18,7 +18,7 @@ GIB = 2**30
 def refusal(pipe: Flux2Pipeline, images=(), **settings) -> str:
     edit = pipe.edit(images)
     with pytest.raises(InputError) as caught:
-        checked_plan(pipe.networks, workload(pipe.request(["a"], edit=edit, **settings), edit))
+        checked_plan(pipe.networks, workload(pipe.request(["a"], edit=edit, **settings), edit), pipe.memory_limit)
     return str(caught.value)
 
 
@@ -62,7 +62,7 @@ def test_without_previews_it_may_fit():
     limit = pipe.plan(request).peak_memory
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, memory_limit=limit)
     with pytest.raises(InputError, match="; without images between the steps it would fit"):
-        checked_plan(pipe.networks, workload(request, previews=True))
+        checked_plan(pipe.networks, workload(request, previews=True), pipe.memory_limit)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,13 @@ def test_without_previews_it_may_fit():
 )
 def test_fewer_bits_may_fit(limit, text_quant, quants):
     def networks(quant: str, text_quant: str | None) -> Networks:
-        settings = {"quant": quant, "text_quant": text_quant, "dtype": "bfloat16", "memory_limit": int(limit * GIB)}
-        return Networks.open(VARIANTS["dev"], **settings)
+        return Networks.open(VARIANTS["dev"], quant=quant, text_quant=text_quant, dtype="bfloat16")
 
     request = Request.checked(VARIANTS["dev"], 16, ["a"], width=16, height=16)
     expected = "no size fits, but converted with quant='{}', text_quant='{}' it would".format(*quants)
     with pytest.raises(InputError, match=expected):
-        checked_plan(networks("bf16", text_quant), workload(request))
-    assert networks(*quants).plan(workload(request)).fits
+        checked_plan(networks("bf16", text_quant), workload(request), int(limit * GIB))
+    assert networks(*quants).needs(workload(request)).plan(int(limit * GIB)).fits
 
 
 @pytest.mark.parametrize("painted_over", [False, True])
@@ -92,8 +91,9 @@ def test_smaller_pictures_and_a_smaller_image_may_fit(painted_over):
     picture = Image.new("RGB", (512, 384), "teal")
     edit = pipe.edit([picture] * 2, on_canvas=painted_over)
     with pytest.raises(InputError, match="; pictures and an image of at most ") as caught:
-        checked_plan(pipe.networks, workload(pipe.request(["a"], edit=edit), edit))
+        checked_plan(pipe.networks, workload(pipe.request(["a"], edit=edit), edit), pipe.memory_limit)
     side = int(re.search(r"at most (\d+) pixels a side would fit", str(caught.value))[1])
     for longest, fits in ((side, True), (side + 32, False)):
         smaller = pipe.edit([picture.resize((longest, longest * 3 // 4))] * 2, on_canvas=painted_over)
-        assert pipe.networks.plan(workload(pipe.request(["a"], edit=smaller), smaller)).fits == fits
+        needs = pipe.networks.needs(workload(pipe.request(["a"], edit=smaller), smaller))
+        assert needs.plan(pipe.memory_limit).fits == fits

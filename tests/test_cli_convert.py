@@ -153,7 +153,7 @@ def test_what_is_wrong_is_told_before_the_download(arguments, message, monkeypat
     def fail(path, *_):  # the permission bits stop nobody who runs the tests as root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("flux2_mlx.files.create_locked", fail)
+    monkeypatch.setattr("flux2_mlx.staging._create_locked", fail)
     monkeypatch.setattr("flux2_mlx.hub.fetch", lambda *_, **__: pytest.fail("asked for a download"))
     assert refusal(*arguments, "--quiet").startswith(message)
 

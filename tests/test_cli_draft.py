@@ -8,8 +8,9 @@ from helpers.cli_runner import PROMPT, SMALL, done, refusal
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
 
-from flux2_mlx import networks, preparation
+from flux2_mlx import preparation
 from flux2_mlx.checkpoint import Component
+from flux2_mlx.memory import Needs
 from flux2_mlx.request import Request
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -28,7 +29,7 @@ def calls(monkeypatch):
         return call
 
     monkeypatch.setattr(Request, "checked", counted("checked", Request.checked))
-    monkeypatch.setattr(networks, "plan", counted("planned", networks.plan))
+    monkeypatch.setattr(Needs, "plan", counted("planned", Needs.plan))
     monkeypatch.setattr(preparation, "find_checkpoint", counted("opened", preparation.find_checkpoint))
     return counts
 

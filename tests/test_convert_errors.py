@@ -277,7 +277,7 @@ def test_a_folder_without_permission(official, target, monkeypatch):
     def fail(path, *_):  # the permission bits stop nobody who runs the tests as root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("flux2_mlx.files.create_locked", fail)
+    monkeypatch.setattr("flux2_mlx.staging._create_locked", fail)
     assert_refused(official, target, "can't write .*converted: Permission denied", InputError)
 
 

@@ -73,14 +73,14 @@ def test_no_released_model_keeps_the_slowest_chip_for_long(model, monkeypatch):
     """An image of 2048×2048 with as many references as are recommended."""
     on_chip(monkeypatch, "Apple M1")
     variant = VARIANTS[model]
-    networks = Networks.open(variant, dtype="float16", memory_limit=2**40)
+    networks = Networks.open(variant, dtype="float16")
     references = ((1024, 1024),) * (variant.max_image_tokens // 4096)
     work = Workload(2048, 2048, variant.max_sequence_length, references)
-    planned = networks.plan(work)
+    planned = networks.needs(work).plan(2**40)
     assert OPERATIONS_PER_CHUNK / 10 < planned.longest <= OPERATIONS_PER_CHUNK
     assert dispatch_seconds(planned.longest) < MOST_DISPATCH
     monkeypatch.setattr(layers, "OPERATIONS_PER_CHUNK", 10**20)
-    assert dispatch_seconds(networks.plan(work).longest) > MOST_DISPATCH
+    assert dispatch_seconds(networks.needs(work).plan(2**40).longest) > MOST_DISPATCH
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -147,8 +147,8 @@ def test_the_plan_of_text_knows_its_longest_operation(tokens, pixels, monkeypatc
     """mlx-lm reads 2048 tokens of a prompt at a time, which look at all before them."""
     config = VARIANTS["dev"].text
     monkeypatch.setattr(cost, "attention_operations", lambda heads, queries, keys, width, size: queries * keys * heads)
-    networks = Networks.open(VARIANTS["dev"], dtype="bfloat16", memory_limit=2**40)
-    longest = networks.writing_plan(Writing(tokens, 10, pixels)).longest
+    networks = Networks.open(VARIANTS["dev"], dtype="bfloat16")
+    longest = networks.writing_needs(Writing(tokens, 10, pixels)).plan(2**40).longest
     read, heads = min(tokens, 2048), config.num_attention_heads
     text = max(2 * read * config.hidden_size * config.intermediate_size, read * tokens * heads)
     vision = VisionCost(VARIANTS["dev"].vision, mx.bfloat16).longest(pixels[0]) if pixels else 0

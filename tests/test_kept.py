@@ -78,12 +78,12 @@ def test_another_pipeline_keeps_nothing_more_in_a_run_of_the_first():
 
     def make(pipe, step, timestep, tensors):
         other("a hen", **INNER)
-        assert other.networks._kept.names == ("text_encoder",)
+        assert other.networks.kept.names == ("text_encoder",)
 
     outer("a fox", **(OUTER | {"num_inference_steps": 1}), callback_on_step_end=make)
-    assert set(outer.networks._kept.names) == {"text_encoder", "transformer", "vae"}
+    assert set(outer.networks.kept.names) == {"text_encoder", "transformer", "vae"}
     other("a hen", **INNER)
-    assert set(other.networks._kept.names) == {"text_encoder", "transformer", "vae"}
+    assert set(other.networks.kept.names) == {"text_encoder", "transformer", "vae"}
 
 
 def test_phases_of_an_inner_run_are_none_of_the_outer_one_s():

@@ -199,16 +199,16 @@ def test_texts_are_projected_anew_where_that_layer_changes(pipe, files, tmp_path
 
 def test_adapters_are_in_memory_at_every_phase(pipe, files):
     work = workload(pipe.request(["a"], width=64, height=48))
-    bare, before = pipe.networks.plan(work), mx.get_active_memory()
+    bare, before = pipe.networks.needs(work).plan(pipe.memory_limit), mx.get_active_memory()
     pipe.load_lora_weights(files["first"])
     taken = pipe.networks.adapter_bytes
     assert taken == sum(4 * 3 * sum(shape) for shape in LAYERS.values())
     assert taken <= mx.get_active_memory() - before <= 1.1 * taken + 4096
-    planned = pipe.networks.plan(work)
+    planned = pipe.networks.needs(work).plan(pipe.memory_limit)
     assert [x.weights for x in planned.phases] == [x.weights + taken for x in bare.phases]
     assert planned.limit == bare.limit
-    small = replace(pipe.networks, memory_limit=bare.peak_memory + taken - 1)
-    assert small.plan(work).phase("transformer").streamed or not small.plan(work).fits
+    small = pipe.networks.needs(work).plan(bare.peak_memory + taken - 1)
+    assert small.phase("transformer").streamed or not small.fits
 
 
 def test_headers_tell_what_adapters_will_take(pipe, files, tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -244,13 +245,14 @@ def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypa
     monkeypatch.setattr(preparation, "is_slow_with_qint4", lambda: device._WITHOUT_BFLOAT16.match(chip) is not None)
     monkeypatch.setattr(device, "chip", lambda: chip)
     if not enough:
-        opened = Networks.open
+        whole = Networks.needs
         small = 4_500_000  # bytes, in which 16 bits would be streamed
 
-        def limited(model, **given):
-            return opened(model, **given | ({} if "quant" in given else {"memory_limit": small}))
+        def limited(networks, work):
+            plan = whole(networks, work).plan
+            return SimpleNamespace(plan=lambda limit: plan(small if networks.quant == "bf16" else limit))
 
-        monkeypatch.setattr(Networks, "open", limited)
+        monkeypatch.setattr(Networks, "needs", limited)
     result = done("t2i", PROMPT, "-m", "demo", "-W", "64", "-H", "64", "-s", "1", "-q", quant, "-o", "a.png")
     hint = f"on {chip} -q bf16 is faster than qint4, and there is memory enough for it"
     assert (hint in result.stderr.splitlines()) == hinted

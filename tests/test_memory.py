@@ -4,7 +4,6 @@ import gc
 import json
 import re
 import threading
-from functools import partial
 from pathlib import Path
 
 import bench_memory
@@ -50,11 +49,11 @@ def measured_peak(
     gc.collect()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
-    planned = Plan((PhasePlan("transformer", 0, predicted),), predicted)
+    planned = PhasePlan("transformer", 0, predicted)
     # How far MLX allocates ahead of its computing differs, so often enough for the most that it may be.
     for attempt in range(60):
         mx.clear_cache()
-        with limits(planned, "transformer", held):
+        with limits(planned, 0, held):
             mx.eval(model(tokens, states, mx.array([0.5]), rope))
         if attempt >= 2 and predicted <= NEAR * (mx.get_peak_memory() - held):
             break
@@ -172,7 +171,7 @@ def test_a_plan_counts_prompts_given_as_embeds():
     base = mx.get_active_memory()
     output = pipe(prompt_embeds=embeds, width=16, height=16, num_inference_steps=1, seed=0)
     request = pipe.request([""] * 100, width=16, height=16, steps=1)
-    planned = pipe.networks.plan(workload(request, texts=(100, 1, 48)))
+    planned = pipe.networks.needs(workload(request, texts=(100, 1, 48))).plan(pipe.memory_limit)
     measured = max(phase.peak_memory for phase in output.timings if phase.name != "vae") - base
     assert measured <= planned.phase("transformer").peak_memory <= 1.2 * measured
     tight = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="20MB")
@@ -237,9 +236,8 @@ def test_the_limits_of_mlx_follow_the_plan_and_come_back(fails, monkeypatch):
 def test_a_gpu_keeps_freed_buffers_under_a_tight_limit_too(gpu, spare, expected, monkeypatch):
     """Counted in the plan: those of all kinds stay within the memory limit, which is below what is planned."""
     monkeypatch.setattr(metering, "on_gpu", lambda: gpu)
-    planned = Plan((PhasePlan("transformer", 1000, 300),), 1300 + spare)
     before = mlx_limits()
-    with limits(planned, "transformer", 50):
+    with limits(PhasePlan("transformer", 1000, 300), spare, 50):
         most, cache = mlx_limits()
         assert cache == expected
         assert 1050 < most <= 1350
@@ -306,12 +304,12 @@ def test_the_table_of_the_readme_is_the_plan():
     for name, quant, whole, documented, within, measured, least in rows:
         variant = VARIANTS[name]
         work = Workload(1024, 1024, variant.max_sequence_length)
-        networks = partial(Networks.open, variant, quant=quant, dtype="bfloat16")
+        needs = Networks.open(variant, quant=quant, dtype="bfloat16").needs(work)
         limits = {whole: 2**50, least: 10**6} | ({} if documented == "–" else {within: float(documented) * GIB})
         for figure, limit in limits.items():
-            planned = networks(memory_limit=int(limit)).plan(work).peak_memory / GIB
+            planned = needs.plan(int(limit)).peak_memory / GIB
             assert float(figure) == pytest.approx(planned, rel=0.02, abs=0.06), (name, quant, figure)
-        weights = max(phase.weights for phase in networks(memory_limit=2**50).plan(work).phases) / GIB
+        weights = max(phase.weights for phase in needs.plan(2**50).phases) / GIB
         assert float(whole) <= weights + max(0.15 * weights, 1.2)
         for figure in (within, measured):
             assert figure == "–" or float(figure) <= float(documented)

@@ -80,11 +80,11 @@ def test_a_request_has_one_for_each_prompt(guided):
 
 def test_the_plan_counts_them():
     row = VARIANTS["klein-base-4b"]
-    networks = Networks.open(row, quant="qint8", dtype="bfloat16", memory_limit=2**40)
+    networks = Networks.open(row, quant="qint8", dtype="bfloat16")
 
     def peak(negative: str | list[str]) -> int:
         request = Request.checked(row, 16, [*"abcdefghi"], negative_prompt=negative)
-        return networks.plan(workload(request)).phase("text_encoder").peak_memory
+        return networks.needs(workload(request)).plan(2**40).phase("text_encoder").peak_memory
 
     assert peak([*"123456789"]) - peak("red") == 8 * row.max_sequence_length * row.text.output_size * 2
     assert peak("red") == peak("")

@@ -22,8 +22,7 @@ SETTINGS = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3}
 
 def planned_with_kept(pipe: Flux2Pipeline, **settings) -> Plan:
     planned = pipe.plan(pipe.request(["a fox"], width=64, height=48, **settings))
-    with pipe.networks.keeping(planned) as kept:
-        return kept
+    return planned.keeping(pipe.networks.may_stay, pipe.networks.kept.names)
 
 
 def pixels(pipe: Flux2Pipeline, prompt: str = "a fox", **settings) -> bytes:
@@ -178,7 +177,7 @@ def test_another_pipeline_that_needs_the_room_gets_it(limit, loads):
 def test_other_networks_share_nothing(loads):
     pipe = demo()
     pixels(pipe)
-    other = replace(pipe.networks, quant="qint8", text_quant="qint8")
+    other = pipe.networks.quantized("qint8", "qint8")
     assert (other.kept_bytes, pipe.networks.kept_bytes > 0) == (0, True)
     assert other.load("transformer") is not pipe.networks.load("transformer")
 
@@ -250,12 +249,12 @@ def test_a_run_within_another_one_keeps_no_more_than_that():
 
     def nested(pipe, step, timestep, tensors):
         inner.append(pixels(pipe))
-        assert set(pipe.networks._kept.names) <= {"vae"}
+        assert set(pipe.networks.kept.names) <= {"vae"}
 
     pipe("a fox", **(SETTINGS | {"width": 256, "height": 192}), callback_on_step_end=nested)
     assert inner == [pixels(demo(keep=False))] * 2
     pixels(pipe)
-    assert set(pipe.networks._kept.names) == set(PHASES)
+    assert set(pipe.networks.kept.names) == set(PHASES)
 
 
 def test_a_language_model_has_the_encoder_that_is_there(official, tmp_path, monkeypatch, loads):
@@ -294,6 +293,7 @@ def test_what_a_plan_keeps():
 def test_who_gives_way_to_a_language_model():
     writing = Plan((PhasePlan("vision_tower", 2, 1), PhasePlan("language_model", 10, 2)), 20)
     weights = {"transformer": 8, "vae": 1, "text_encoder": 6, "language_model": 4}
-    planned = writing.keeping(weights)
+    assert writing.keeping(weights).kept == ("text_encoder", "language_model")  # what it has no use for is not loaded
+    planned = writing.keeping(weights, ["transformer", "vae"])
     assert planned.kept == ("transformer", "text_encoder")
     assert [phase.peak_memory for phase in planned.phases] == [17, 20]

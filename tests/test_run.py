@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -34,7 +33,7 @@ def pipe(tmp_path) -> Flux2Pipeline:
 def narrow(pipe) -> Flux2Pipeline:
     """Within a limit that the VAE does not fit into beside the whole transformer."""
     planned = pipe.plan(pipe.request([PROMPT], **SIZE))
-    pipe.networks = replace(pipe.networks, memory_limit=planned.peak_memory + 100_000)
+    pipe.memory_limit = planned.peak_memory + 100_000
     return pipe
 
 
@@ -149,7 +148,7 @@ def test_images_of_one_pass_are_kept_until_they_are_decoded(narrow, tmp_path, mo
             kept.append(len(list((tmp_path / UNFINISHED).iterdir())))
 
     planned = narrow.plan(request)
-    narrow.networks = replace(narrow.networks, memory_limit=planned.peak_memory + 100_000)
+    narrow.memory_limit = planned.peak_memory + 100_000
     assert not narrow.plan(request).beside
     narrow.run(request, on_progress=on_progress, resume=True)
     assert kept == [3, 3, 2, 1]

@@ -4,7 +4,6 @@ import functools
 import gc
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from traceback import walk_tb
 
@@ -33,7 +32,7 @@ def pipe(request, tmp_path) -> Flux2Pipeline:
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", models_dir=tmp_path)
     if request.param == "narrow":
         planned = pipe.plan(pipe.request([PROMPT], **RUN))
-        pipe.networks = replace(pipe.networks, memory_limit=planned.peak_memory + 100_000)
+        pipe.memory_limit = planned.peak_memory + 100_000
     several = pipe.plan(pipe.request([PROMPT], images_per_prompt=5, **RUN))
     assert several.beside == (request.param == "beside")
     return pipe
@@ -104,7 +103,7 @@ def test_a_debugger_still_sees_what_a_callback_held(pipe):
 
 
 def test_while_an_error_is_handled_nothing_of_its_run_is_in_memory(pipe):
-    pipe.networks = replace(pipe.networks, keep=False)
+    pipe.keep = False
     pipe(PROMPT, **SIZE, num_inference_steps=1)
     gc.collect()
     before = mx.get_active_memory()

@@ -173,11 +173,12 @@ def test_what_is_quantized_at_loading_stays(official):
     planned = pipe.plan(pipe.request(["a fox"], width=64, height=48))
     tight = open_pipe(folder, quant="qint8", memory_limit=planned.peak_memory - 1)
     request = tight.request(["a fox"], width=64, height=48)
-    assert all(phase.streamed == 0 for phase in tight.networks.plan(workload(request)).phases)
+    needs = tight.networks.needs(workload(request))
+    assert all(phase.streamed == 0 for phase in needs.plan(tight.memory_limit).phases)
     with pytest.raises(
         InputError, match="; convert the model with quant='qint8', text_quant='qint8', which lets it be"
     ):
-        checked_plan(tight.networks, workload(request))
+        checked_plan(tight.networks, workload(request), tight.memory_limit)
     converted = convert(
         official, official.with_name("packed"), quant="qint8", text_quant="qint8", variant=SHALLOW_VARIANT
     )

@@ -72,8 +72,8 @@ def plan_of(writer: Writer, monkeypatch: pytest.MonkeyPatch, images: list[Image.
     """The plan of `describe(images)`."""
     plans, check = [], upsampling.checked_writing_plan
 
-    def record(networks, writing):
-        plans.append(check(networks, writing))
+    def record(networks, writing, limit):
+        plans.append(check(networks, writing, limit))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

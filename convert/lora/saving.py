@@ -10,10 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux2_mlx import files
 from flux2_mlx.adapters import BiasDifference, Decomposed, Delta, Difference, Factor, Hadamard, Kronecker, LowRank
 from flux2_mlx.errors import CheckpointError, InputError
-from flux2_mlx.staging import scratch
+from flux2_mlx.staging import new_file, put
 from flux2_mlx.verification import Meter
 from flux2_mlx.weights import FLOATS, READER, TensorInfo, write_safetensors
 
@@ -87,10 +86,9 @@ def save_adapter(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path.parent, needed, "the adapter")
-        with scratch(path.parent, path.name) as folder:
-            part = folder / path.name
-            write_safetensors(part, infos, (x for _, x in _tensors(found)), metadata, meter.add)
-            if not files.put(part, path, replace=force):
+        with new_file(path.parent) as (new, _):
+            write_safetensors(new, infos, (x for _, x in _tensors(found)), metadata, meter.add)
+            if not put(new, path, replace=force):
                 raise InputError(f"{path} exists; choose another name or pass force=True to replace it")
     except OSError as error:
         raise InputError(f"can't write {path}: {error.strerror or error}") from error

@@ -145,6 +145,6 @@ def fits() -> dict[str, dict[str, int | None]]:
 
 def _streamed(model: str, quant: str) -> int | None:
     variant = VARIANTS[model]
-    networks = Networks.open(variant, quant=quant, memory_limit=device_memory())
-    planned = networks.plan(workload(Request.checked(variant, variant.vae.token_size, [""])))
+    networks = Networks.open(variant, quant=quant)
+    planned = networks.needs(workload(Request.checked(variant, variant.vae.token_size, [""]))).plan(device_memory())
     return planned.phase("transformer").streamed if planned.fits else None

@@ -13,8 +13,8 @@ from ..checkpoint import Component
 from ..config import VARIANTS, TransformerConfig, VAEConfig
 from ..device import device_memory, on_gpu, on_metal
 from ..footprints import footprint
-from ..loading import in_memory
-from ..memory import PhasePlan, Plan
+from ..loading import memory_dtype
+from ..memory import PhasePlan
 from ..metering import limits
 from ..transformer import TransformerCost, image_ids, rope_table, text_ids
 from ..vae import VAECost
@@ -108,15 +108,19 @@ def _step() -> TransformerConfig:
 def _in_memory(component: Component, dtype: mx.Dtype) -> nn.Module:
     """The network with zeros for weights, in memory as it would be for a run."""
     module = component.build()
-    stored = tree_map_with_path(lambda name, x: in_memory(name, x.astype(mx.bfloat16), dtype), module.parameters())
-    module.update(stored)
+    module.update(
+        tree_map_with_path(
+            lambda name, x: x.astype(mx.bfloat16).astype(memory_dtype(name, x.shape, dtype)), module.parameters()
+        )
+    )
     mx.eval(module.parameters())
     return module
 
 
 def _compared(name: str, phase: str, work: Callable[[], mx.array], weights: int, planned: int) -> Finding:
     others = mx.get_active_memory() - weights
-    with limits(Plan((PhasePlan(phase, weights, planned),), device_memory()), phase, max(0, others)):
+    alone = PhasePlan(phase, weights, planned)
+    with limits(alone, device_memory() - alone.peak_memory, max(0, others)):
         ratio = _peak(work) / planned
     figure = f"{ratio:.2f} of the {planned / 2**30:.2f} GiB planned"
     return _between(name, figure, ratio, _LEAST, _MOST)

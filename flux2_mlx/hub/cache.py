@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import DownloadError
-from ..files import write
 from ..layout import INDEX, PARTS, PICKLES, WEIGHTS, WRITING_PARTS
+from ..staging import write
 from .downloads import Blob, remove_partial
 
 FOLDERS = (*PARTS, "tokenizer", "scheduler")
