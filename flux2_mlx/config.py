@@ -80,6 +80,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def admits(self, found: Any) -> bool:
+        """Whether a network of the geometry `found` can be the one of this geometry in a model of the table."""
+        return bool(self == found)
+
 
 # Of a model's networks by name: each is of the class that its row in `components.py` says.
 Geometries = dict[str, Any]
@@ -148,6 +152,10 @@ class VAEConfig(Config):
             f"vae: encoder and decoder differ in depth: {self.block_out_channels}, {self.decoder_channels}",
         )
 
+    def admits(self, found: Any) -> bool:
+        """The same but for the decoder, which may have been made narrower."""
+        return bool(self == dataclasses.replace(found, decoder_block_out_channels=None))
+
     @property
     def decoder_channels(self) -> tuple[int, ...]:
         return self.decoder_block_out_channels or self.block_out_channels
@@ -210,6 +218,11 @@ class TextConfig(Config):
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"text encoder: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} groups",
         )
+
+    def admits(self, found: Any) -> bool:
+        """The same kind and widths: the model may have been cut to the layers that are needed, or given other words."""
+        widths = ("model_type", "hidden_size", "intermediate_size")
+        return all(getattr(self, name) == getattr(found, name) for name in widths)
 
     @property
     def qk_norm(self) -> bool:

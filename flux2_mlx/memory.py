@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from .components import in_phase
 from .config import Variant
 
 if TYPE_CHECKING:
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
 # Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
 # more memory and be no faster.
 _TOKENS_PER_PASS = 4096
-# The networks of phases that are not called as theirs.
-_NETWORKS = {
-    "vae_encoder": ("vae",),
-    "vision_tower": ("vision",),
-    "language_model": ("text_encoder", "language_model"),
-}
 _BESIDE = "transformer", "vae"
 
 
@@ -165,7 +160,7 @@ class Plan:
 
     def networks(self, name: str) -> tuple[str, ...]:
         """The names of the networks that are in memory for a phase."""
-        return _BESIDE if self.beside and name in _BESIDE else _NETWORKS.get(name, (name,))
+        return _BESIDE if self.beside and name in _BESIDE else in_phase(name)
 
     def keeping(self, weights: Mapping[str, int]) -> "Plan":
         """The plan where networks stay in memory after their phases, as many as fit beside every phase.

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
-from ..components import PAINTING
+from ..components import PAINTING, by_group
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import CheckpointError, InputError
 from ..json_files import read_json
@@ -93,7 +93,7 @@ def find_conversion(
     models_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
     """The folder in the models folder that the weights of this `fingerprint` were converted to, stored so."""
-    wanted = (variant, fingerprint, {"transformer": quant, "text_encoder": text_quant})
+    wanted = (variant, fingerprint, by_group(quant, text_quant))
     for folder in stored_checkpoints(models_folder(models_dir)) if fingerprint else ():
         try:
             manifest = read_json(folder / MANIFEST)

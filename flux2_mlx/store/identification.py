@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import hub
 from ..convert import (
     LOOSE,
-    PARTS,
+    TOKENIZER,
     Conversion,
     Identity,
     conversion,
@@ -101,8 +101,8 @@ def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Id
             return known
         raise
     found = identify(tensors, name, titles({**metadata, **said_of(place)}, place.name, repo), variant)
-    if tokenizer_in(place / PARTS[-1]):
-        found = replace(found, missing=tuple(part for part in found.missing if part != "tokenizer"))
+    if tokenizer_in(place / TOKENIZER):
+        found = replace(found, missing=tuple(part for part in found.missing if part != TOKENIZER))
     return found
 
 
