@@ -115,7 +115,7 @@ def _listener(
         if progress.phase == "transformer":
             denoised = progress.done == progress.total
         if denoised or progress.phase != "vae":  # a bar at a time
-            bars.show(progress.phase, progress.done, progress.total)
+            bars.show(progress.label, progress.done, progress.total)
         about = [places[image] for image in progress.images]
         if progress.image is not None:
             path = _save(record, about[0], progress.image)
