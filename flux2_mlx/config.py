@@ -114,10 +114,8 @@ class TransformerConfig(Config):
         )
         _check(len(self.axes_dims_rope) == 4, f"transformer: RoPE needs 4 axes, got {self.axes_dims_rope}")
         _check(self.in_channels % 4 == 0, f"transformer: in_channels {self.in_channels} is not a multiple of 4")
-        _check(
-            self.timestep_guidance_channels % 2 == 0,
-            f"transformer: timestep_guidance_channels {self.timestep_guidance_channels} is not even",
-        )
+        channels = self.timestep_guidance_channels
+        _check(channels % 2 == 0, f"transformer: timestep_guidance_channels {channels} is not even")
 
     @property
     def hidden_size(self) -> int:
@@ -201,10 +199,8 @@ class TextConfig(Config):
     final_norm: bool = False
 
     def __post_init__(self) -> None:
-        _check(
-            self.model_type in TEXT_MODELS,
-            f"text encoder: {reprlib.repr(self.model_type)} is none of {', '.join(TEXT_MODELS)}",
-        )
+        kinds = ", ".join(TEXT_MODELS)
+        _check(self.model_type in TEXT_MODELS, f"text encoder: {reprlib.repr(self.model_type)} is none of {kinds}")
         _check(
             all(a < b for a, b in zip((0, *self.out_layers), self.out_layers, strict=False)),
             f"text encoder: the states {self.out_layers} are not in ascending order",
@@ -387,7 +383,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant_named(name: str) -> Variant:
-    """The row of the table called `name`; InputError lists the names if there is none."""
+    """The row of the table whose name is exactly `name`; InputError lists the names if there is none."""
     if name not in VARIANTS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]

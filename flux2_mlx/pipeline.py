@@ -21,7 +21,7 @@ from .progress_bar import acquisition_bars, announce, progress_bar
 from .provenance import image_settings, sampled
 from .references import Edit
 from .request import Request
-from .store import FILE, FirstUse, get_variant, models_folder, resolve
+from .store import FILE, FirstUse, checked_variant, models_folder, resolve
 from .unfinished import Unfinished
 
 __all__ = ["Flux2Output", "Flux2Pipeline"]
@@ -343,8 +343,7 @@ def _check_opening(
             check_quant(setting)
     if variant in ("fp16", "bf16", "fp32"):
         raise InputError(f"leave out variant={variant!r}: here it names a model, and weights of any precision are read")
-    if variant is not None:
-        get_variant(variant)
+    checked_variant(variant)
 
 
 def _announce(use: FirstUse) -> None:

@@ -21,9 +21,9 @@ from .adapters import open_adapter
 from .first_use import Announce, Fetching, Progress
 from .folder import models_folder, official_first
 from .gathering import Gathering, gather
-from .names import BUILT_IN, REPO, VARIANT, Model, resolve, similar_repo
+from .names import BUILT_IN, REPO, VARIANT, Model, checked_variant, resolve, similar_repo
 from .parts import Remote, files_of, located
-from .sources import Wanted, checked_variant
+from .sources import Wanted
 
 
 def convert_model(
@@ -57,7 +57,7 @@ def convert_model(
         InputError: the target can't be made or replaced, or the model is built in.
     """
     model = resolve(name)
-    variant = checked_variant(model, variant)
+    variant = checked_variant(variant, model)
     check_target(target, force)
     if model.kind == BUILT_IN and not parts and not adapters:
         raise InputError(f"{model.name} is built in and needs no conversion")
