@@ -202,7 +202,8 @@ def _measured_text(infos: Infos) -> dict[str, Any]:
 
 
 def _other_text(told: dict[str, Any], layers: int) -> str:
-    kind, width = told["model_type"], told["hidden_size"]
+    kind = told["model_type"]
+    width = told["hidden_size"]
     name = _OTHERS.get((kind, width, layers), "a language model")
     return (
         f"the text encoder is {name}, with {width} features, {told['intermediate_size']} in between and {layers} "

@@ -19,7 +19,7 @@ TEXT_MODELS = ("qwen3", "mistral3")
 # Whole numbers from 2^63 on are none for MLX.
 MAX_LAYERS = 256
 MAX_SIZE = 2**24
-_MAX_NUMBER = 1e15
+_MAX_NUMBER = 1e15  # float32 still holds its square
 
 
 def _check(condition: bool, message: str) -> None:

@@ -16,11 +16,11 @@ from .colors import matched
 from .errors import InputError
 from .images import MAX_INPUT_PIXELS, flattened
 
+# diffusers' own bounds; larger pictures are scaled down to this area.
 MIN_SIDE = 64
 MAX_ASPECT = 8
-MAX_REFERENCES = 100
-# Larger pictures are scaled down to this area, as in the reference.
 MAX_AREA = 1024 * 1024
+MAX_REFERENCES = 100  # ten times what is recommended for any model
 _LANCZOS = Image.Resampling.LANCZOS
 Box = tuple[int, int, int, int]
 
