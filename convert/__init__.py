@@ -1,12 +1,13 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
 from . import formats
-from .assembly import PARTS, MissingPartsError, assembled
+from .assembly import MissingPartsError, assembled
 from .configs import is_whole, stated
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
 from .mflux import said_of
+from .parts import MODEL_PARTS, TOKENIZER
 from .requantize import requantize, requantized
 from .sources import LOOSE, Source, is_loose, loose_files
 from .strangers import adapter
@@ -16,7 +17,8 @@ from .write import check_folds, check_source, write_checkpoint
 __all__ = [
     "LAST_USED",
     "LOOSE",
-    "PARTS",
+    "MODEL_PARTS",
+    "TOKENIZER",
     "Conversion",
     "Identity",
     "MissingPartsError",

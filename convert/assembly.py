@@ -5,19 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint, Component, check_fit, is_checkpoint
-from flux2_mlx.components import COMPONENTS, PAINTING, WRITING_PARTS, geometries
+from flux2_mlx.components import COMPONENTS, MAIN_PART, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.layout import told
 
 from .configs import RELEASED_SCHEDULE, SCHEDULE, is_like, is_whole, read_index, stated
-from .geometry import candidates, choose, text_name, titles, understood
+from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
-from .parts import LAYOUT
+from .parts import LAYOUT, TOKENIZER
 from .sources import Source, SourcePart, loose_files, parts_of, the_part
+from .text import model_name
 from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files, tokenizer_in
-
-PARTS = (*LAYOUT, "tokenizer")  # what a model needs
 
 
 class MissingPartsError(CheckpointError):
@@ -31,7 +30,7 @@ class MissingPartsError(CheckpointError):
     @property
     def can_be_fetched(self) -> bool:
         """Whether the official repo has them as they are needed. A model is what its transformer is."""
-        return self.source.variant.repo is not None and "transformer" not in self.missing
+        return self.source.variant.repo is not None and MAIN_PART not in self.missing
 
 
 def assembled(
@@ -64,8 +63,8 @@ def assembled(
         CheckpointError: a part is damaged, no part of FLUX.2, or of another model than the others.
     """
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
-    if part_folders(place) and (beside := tokenizer_in(place / PARTS[-1])):
-        given = {PARTS[-1]: beside, **given}
+    if part_folders(place) and (beside := tokenizer_in(place / TOKENIZER)):
+        given = {TOKENIZER: beside, **given}
     is_model = is_checkpoint(place) or is_whole(place)
     own = {} if is_model else _loose_parts(place, variant)
     base = _base(place, variant, text_only=text_only) if is_model else None
@@ -87,9 +86,9 @@ def assembled(
     rows = [base.variant] if base is not None and not configs else candidates(configs)
     _check_sizes(place, {} if base is None else base.configs, configs, places, variant)
     row = choose(rows, hints, variant, str(place))
-    tokenizer = given.get(PARTS[-1]) or (_held_tokenizer(parts) if base is None else None)
-    there = {*parts, *given} if tokenizer is None else {*parts, *given, PARTS[-1]}
-    if base is None and (missing := [name for name in (*wanted, PARTS[-1]) if name not in there]):
+    tokenizer = given.get(TOKENIZER) or (_held_tokenizer(parts) if base is None else None)
+    there = {*parts, *given} if tokenizer is None else {*parts, *given, TOKENIZER}
+    if base is None and (missing := [name for name in (*wanted, TOKENIZER) if name not in there]):
         base = _completion(place, row, missing, others, text_quant)
         if base is None:
             source = Source(place, row, configs, parts, place, RELEASED_SCHEDULE, taken, borrowed=frozenset(borrowed))
@@ -122,7 +121,7 @@ def _check_sizes(
 def _of_size(name: str, rows: list[Variant], wanted: list[Variant]) -> str:
     """What a part is that models `rows` have, and what the `wanted` ones need."""
     names = _either(wanted)
-    own, other = text_name(rows[0].text), text_name(wanted[0].text)
+    own, other = model_name(rows[0].text), model_name(wanted[0].text)
     if name == "text_encoder" and own and other:
         return f"the text encoder {own}; {names} has {other}"
     return f"the {told([name])} of {_either(rows)}; give that of {names}"
@@ -149,7 +148,7 @@ def _stored_part(name: str, folder: Path) -> dict[str, Component]:
 
 def _said(given: Mapping[str, Path]) -> list[str]:
     """Names of models that may be the one, where a whole one is given for its transformer."""
-    place = given.get("transformer", Path())
+    place = given.get(MAIN_PART, Path())
     if is_checkpoint(place):
         return [Checkpoint.open(place).variant.name]
     index = read_index(place) if is_whole(place) else None
@@ -186,7 +185,7 @@ def _completion(
     """The converted model that gives the missing parts, as a source; None if there is none."""
     networks = [name for name in PAINTING if COMPONENTS[name].part in missing]
     # A model is what its transformer is, so that is never another's.
-    fitting = [x for x in others if _fits(x, row, networks)] if "transformer" not in missing else []
+    fitting = [x for x in others if _fits(x, row, networks)] if MAIN_PART not in missing else []
     fitting.sort(key=lambda checkpoint: (checkpoint.text_quant != text_quant, checkpoint.text_quant != "bf16"))
     if fitting:
         note = f"{place} has no {told(missing)}; taken from {fitting[0].folder}"
@@ -196,7 +195,7 @@ def _completion(
 
 def _lacking(place: Path, row: Variant, own: Collection[str], missing: Sequence[str]) -> str:
     has = f"holds only the {told(own)} of a {row.name}" if own else f"is taken for a {row.name}"
-    where = f", or have them fetched from {row.repo}" if row.repo and "transformer" not in missing else ""
+    where = f", or have them fetched from {row.repo}" if row.repo and MAIN_PART not in missing else ""
     where = where if len(missing) > 1 else where.replace("them", "it")
     return f"{place} {has}; say where its {told(missing)} {'are' if len(missing) > 1 else 'is'}{where}"
 
@@ -233,7 +232,7 @@ def _joined(
         )
     if tokenizer is not None:
         found = find_tokenizer(tokenizer)
-        own = () if PARTS[-1] in borrowed else tokenizer_files(found)
+        own = () if TOKENIZER in borrowed else tokenizer_files(found)
         source = replace(source, tokenizer=found, beside=(*source.beside, *own))
     check_fit(source.variant, source.configs)
     return replace(source, beside=(*source.beside, *manifests))

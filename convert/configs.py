@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_mlx.checkpoint import check_fit
+from flux2_mlx.components import MAIN_PART, PARTS
 from flux2_mlx.config import VARIANTS, Geometries, TransformerConfig, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.files import check_kind
@@ -21,7 +22,6 @@ from .geometry import choose, titles
 from .options import SCHEDULER, checked, refuse
 from .parts import LAYOUT
 
-_TELLING = "transformer"  # the part whose geometry tells which model it is
 # The pipelines of diffusers that are saved as such a folder, with what they take for a missing `is_distilled`.
 _DEV = ("Flux2Pipeline", "Flux2ModularPipeline")
 _KV = "Flux2KleinKVPipeline"
@@ -74,16 +74,16 @@ def describe(folder: Path) -> Description:
     """
     index = read_index(folder)
     schedule = schedule_of(folder)
-    for path in (*(folder / name / CONFIG for name in LAYOUT), schedule):
+    for path in (*(folder / name / CONFIG for name in PARTS), schedule):
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
-    parts = {name: stated(folder / name) for name in LAYOUT}
+    parts = {name: stated(folder / name) for name in PARTS}
     return Description(folder, index, parts, read_json(schedule))
 
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder is a model in the layout of diffusers, with or without `model_index.json`."""
-    return (folder / INDEX).is_file() or all((folder / name / CONFIG).is_file() for name in LAYOUT)
+    return (folder / INDEX).is_file() or all((folder / name / CONFIG).is_file() for name in PARTS)
 
 
 def schedule_of(folder: Path) -> Path:
@@ -126,9 +126,9 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     """
     folder = description.folder
     notes = list[str]()
-    configs = _configs(description, _TELLING, None, notes)
-    row = _choose_variant(folder, description.index, configs[_TELLING], variant)
-    for name in [name for name in LAYOUT if name != _TELLING]:
+    configs = _configs(description, MAIN_PART, None, notes)
+    row = _choose_variant(folder, description.index, configs[MAIN_PART], variant)
+    for name in [name for name in PARTS if name != MAIN_PART]:
         configs |= _configs(description, name, row, notes)
     check_fit(row, configs)
     checked(description.scheduler, SCHEDULER, folder / SCHEDULE, notes)
@@ -166,7 +166,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def _classes(folder: Path) -> dict[str, Any]:
     """What a missing `model_index.json` would say of the parts, by their own configs."""
-    own = {name: read_json(folder / name / CONFIG).get("_class_name") for name in _CLASSES if name in LAYOUT}
+    own = {name: read_json(folder / name / CONFIG).get("_class_name") for name in _CLASSES if name in PARTS}
     return {name: [None, str(found)] for name, found in own.items()}
 
 
@@ -204,7 +204,7 @@ def _whereabouts(folder: Path) -> str:
     found = sorted((*folder.glob(f"*/{INDEX}"), *folder.glob("models--*--*/snapshots")))
     if found:
         return f"; give {' or '.join(str(path.parent) for path in found[:3])}"
-    if (folder / "transformer" / "config.json").is_file():
+    if (folder / MAIN_PART / CONFIG).is_file():
         return "; copy that of the model that it was made from into it"
     return ""
 

@@ -12,35 +12,18 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.layout import told
 from flux2_mlx.weights import TensorInfo, Tensors
 
-from .assembly import PARTS, MissingPartsError, assembled
+from .assembly import MissingPartsError, assembled
 from .formats import Gguf, Unpacked, unreadable, usual_quant
 from .geometry import candidates, choose, understood
 from .naming import TEKKEN, Reading, check_size, is_extra, read
+from .parts import LAYOUT, MODEL_PARTS, TOKENIZER
 from .strangers import adapter, stranger
 from .write import check_source
 
 FAMILY = "FLUX.2"
 MODEL, ADAPTER, OTHER = "model", "adapter", "other"
 _FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-# By what canonical names begin with, the layers whose precision is told together. What has one dimension is apart.
-_GROUPS = {
-    "transformer": {
-        "double_blocks.": "double blocks",
-        "single_blocks.": "single blocks",
-        "double_stream_modulation_": "modulation",
-        "single_stream_modulation.": "modulation",
-        "final_layer.": "final layer",
-        "": "embedders",
-    },
-    "text_encoder": {
-        "model.layers.": "layers",
-        "model.embed_tokens.": "embedding",
-        "lm_head.": "head",
-        "": "vision",
-    },
-    "vae": {"": "convolutions and attention"},
-}
-_SMALL = "norms and biases"
+_SMALL = "norms and biases"  # what has one dimension, which is told apart
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ class Part:
     """A part of a FLUX.2 model. Sizes are in bytes.
 
     Attributes:
-        name: `transformer`, `text_encoder` or `vae`.
+        name: one of `PARTS`.
         naming: who names tensors so.
         prefix: what stands before these names.
         tensors: how many there are, a packed one counted once.
@@ -161,7 +144,7 @@ def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: st
     if found := foreign(tensors, what):
         return found
     readings = read(tensors.infos, what)
-    return _model(tensors, {name: readings[name] for name in PARTS if name in readings}, what, hints, variant)
+    return _model(tensors, {name: readings[name] for name in LAYOUT if name in readings}, what, hints, variant)
 
 
 def foreign(tensors: Tensors, what: str) -> Identity | None:
@@ -213,8 +196,8 @@ def _model(
 def _missing(tensors: Tensors, parts: Iterable[str]) -> tuple[str, ...]:
     """What a whole model has besides these parts, of which some hold the tokenizer."""
     has_tokenizer = any(name.rpartition(".")[2] == TEKKEN for name in tensors.infos)
-    there = {*parts, *(PARTS[-1:] if has_tokenizer else ())}
-    return tuple(name for name in PARTS if name not in there)
+    there = {*parts, TOKENIZER} if has_tokenizer else {*parts}
+    return tuple(name for name in MODEL_PARTS if name not in there)
 
 
 def conversion(place: Path, variant: str | None, others: Iterable[Checkpoint]) -> Conversion:
@@ -263,7 +246,7 @@ def _part(reading: Reading, stored: _Stored, configs: Geometries, problem: str |
 
 
 def _precision(reading: Reading, stored: _Stored) -> dict[str, dict[str, int]]:
-    counts: dict[str, Counter[str]] = {group: Counter() for group in (*_GROUPS[reading.part].values(), _SMALL)}
+    counts: dict[str, Counter[str]] = {group: Counter() for group in (*LAYOUT[reading.part].groups.values(), _SMALL)}
     for name, info in reading.sources.items():
         canonical = reading.canonical(name)
         if canonical is not None and info.shape:
@@ -274,4 +257,4 @@ def _precision(reading: Reading, stored: _Stored) -> dict[str, dict[str, int]]:
 def _group(part: str, canonical: str, info: TensorInfo) -> str:
     if len(info.shape) == 1:
         return _SMALL
-    return next(group for start, group in _GROUPS[part].items() if canonical.startswith(start))
+    return next(group for start, group in LAYOUT[part].groups.items() if canonical.startswith(start))

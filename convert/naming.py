@@ -1,6 +1,5 @@
 """Which parts of a model the tensors of a source are, by their names, and how canonical tensors are made of them."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,13 +25,6 @@ _GIVE = "give a transformer, a text encoder, a VAE or the whole model"
 TEKKEN = "tekken_model"  # a tensor whose bytes are the tokenizer
 _EXTRAS = (TEKKEN, "logit_scale")
 _ANGLES = "rotary_emb.inv_freq"  # of positions, which the geometry gives
-_PREFIXES = {
-    "transformer": re.compile(r"model\.diffusion_model\.|diffusion_model\.|transformer\.|model\."),
-    "vae": re.compile(r"vae\.|first_stage_model\."),
-    "text_encoder": re.compile(
-        r"(?:text_encoders\.)?(?:qwen3_4b|qwen3_8b|mistral3_24b)\.(?:transformer\.)?|text_encoder\.|cond_stage_model\."
-    ),
-}
 _UNDERSTOOD = {
     part: {
         template: [
@@ -42,7 +34,7 @@ _UNDERSTOOD = {
         if dialect.part == part
         for template in dialect.canonical
     }
-    for part in _PREFIXES
+    for part in LAYOUT
 }
 
 
@@ -228,7 +220,7 @@ def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:
 def is_extra(name: str) -> bool:
     """Whether a tensor is known to lie beside a model's weights without being one of them."""
     prefix, _, last = name.rpartition(".")
-    is_top = not prefix or any(pattern.fullmatch(f"{prefix}.") for pattern in _PREFIXES.values())
+    is_top = not prefix or any(part.prefix.fullmatch(f"{prefix}.") for part in LAYOUT.values())
     return (last in _EXTRAS and is_top) or name.endswith(_ANGLES)
 
 
@@ -256,8 +248,8 @@ def _ordered(dialect: Dialect, prefix: str, infos: Mapping[str, TensorInfo]) -> 
 
 def _candidates(name: str) -> Iterator[tuple[int, str, str]]:
     """The numbers of the dialects in which a name may be, each with its prefix and template."""
-    for part, prefixes in _PREFIXES.items():
-        match = prefixes.match(name)
+    for part, layout in LAYOUT.items():
+        match = layout.prefix.match(name)
         for prefix in {"", match[0] if match else ""}:
             template, _ = templated(name[len(prefix) :])
             for number in _UNDERSTOOD[part].get(template, ()):

@@ -37,6 +37,8 @@ _INSTEAD = {
     "callback": "write callback_on_step_end=",
     "callback_steps": "callback_on_step_end is called after every step",
     "revision": "give the folder of that revision",
+    "config": "leave it out; files tell which model they are of, or write variant='klein-4b'",
+    "original_config": "leave it out; files tell which model they are of, or write variant='klein-4b'",
     "token": "set HF_TOKEN, or log in with `hf auth login`",
     "use_auth_token": "set HF_TOKEN, or log in with `hf auth login`",
     "cache_dir": "set HF_HOME; models_dir= is where converted models are kept",

@@ -65,8 +65,9 @@ class Component:
             raise _nonsense(self.name, path, error) from error
 
     def build(self) -> nn.Module:
-        """The network with unevaluated zeros for weights."""
+        """The network with unevaluated zeros for weights, of the dtypes that these are stored in."""
         module = COMPONENTS[self.name].module(self.config)
+        module.set_dtype(mx.bfloat16)
         quantize_module(module, self.quantization)
         return module.eval()
 

@@ -19,7 +19,7 @@ TEXT_MODELS = ("qwen3", "mistral3")
 # Whole numbers from 2^63 on are none for MLX.
 MAX_LAYERS = 256
 MAX_SIZE = 2**24
-_MAX_NUMBER = 1e15
+_MAX_NUMBER = 1e15  # float32 still holds its square
 
 
 def _check(condition: bool, message: str) -> None:
@@ -80,6 +80,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def admits(self, found: Any) -> bool:
+        """Whether a network of the geometry `found` can be the one of this geometry in a model of the table."""
+        return bool(self == found)
+
 
 # Of a model's networks by name: each is of the class that its row in `components.py` says.
 Geometries = dict[str, Any]
@@ -110,10 +114,8 @@ class TransformerConfig(Config):
         )
         _check(len(self.axes_dims_rope) == 4, f"transformer: RoPE needs 4 axes, got {self.axes_dims_rope}")
         _check(self.in_channels % 4 == 0, f"transformer: in_channels {self.in_channels} is not a multiple of 4")
-        _check(
-            self.timestep_guidance_channels % 2 == 0,
-            f"transformer: timestep_guidance_channels {self.timestep_guidance_channels} is not even",
-        )
+        channels = self.timestep_guidance_channels
+        _check(channels % 2 == 0, f"transformer: timestep_guidance_channels {channels} is not even")
 
     @property
     def hidden_size(self) -> int:
@@ -147,6 +149,10 @@ class VAEConfig(Config):
             len(self.decoder_channels) == len(self.block_out_channels),
             f"vae: encoder and decoder differ in depth: {self.block_out_channels}, {self.decoder_channels}",
         )
+
+    def admits(self, found: Any) -> bool:
+        """The same but for the decoder, which may have been made narrower."""
+        return bool(self == dataclasses.replace(found, decoder_block_out_channels=None))
 
     @property
     def decoder_channels(self) -> tuple[int, ...]:
@@ -193,10 +199,8 @@ class TextConfig(Config):
     final_norm: bool = False
 
     def __post_init__(self) -> None:
-        _check(
-            self.model_type in TEXT_MODELS,
-            f"text encoder: {reprlib.repr(self.model_type)} is none of {', '.join(TEXT_MODELS)}",
-        )
+        kinds = ", ".join(TEXT_MODELS)
+        _check(self.model_type in TEXT_MODELS, f"text encoder: {reprlib.repr(self.model_type)} is none of {kinds}")
         _check(
             all(a < b for a, b in zip((0, *self.out_layers), self.out_layers, strict=False)),
             f"text encoder: the states {self.out_layers} are not in ascending order",
@@ -210,6 +214,11 @@ class TextConfig(Config):
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"text encoder: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} groups",
         )
+
+    def admits(self, found: Any) -> bool:
+        """The same kind and widths: the model may have been cut to the layers that are needed, or given other words."""
+        widths = ("model_type", "hidden_size", "intermediate_size")
+        return all(getattr(self, name) == getattr(found, name) for name in widths)
 
     @property
     def qk_norm(self) -> bool:
@@ -374,7 +383,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant_named(name: str) -> Variant:
-    """The row of the table called `name`; InputError lists the names if there is none."""
+    """The row of the table whose name is exactly `name`; InputError lists the names if there is none."""
     if name not in VARIANTS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from .arguments import named
+from .components import PAINTING
 from .errors import InputError
 from .networks import Networks
 
@@ -12,10 +13,7 @@ _INSTEAD = {
     "fuse_lora": "adapters run beside the weights, which takes hardly longer; leave it out",
     "unfuse_lora": "adapters run beside the weights; write pipe.unload_lora_weights()",
     "save_pretrained": "write a converted model with `flux2-mlx convert`",
-    "from_single_file": "single files can't be opened yet; give a diffusers folder or a repo id",
-    "transformer": "networks are loaded for their phase of a run; write pipe.networks.load('transformer')",
-    "text_encoder": "networks are loaded for their phase of a run; write pipe.networks.load('text_encoder')",
-    "vae": "networks are loaded for their phase of a run; write pipe.networks.load('vae')",
+    **{name: f"networks are loaded for their phase of a run; write pipe.networks.load({name!r})" for name in PAINTING},
     "scheduler": "the schedule is fixed; write sigmas=[...] for other noise levels",
     "components": "write pipe.checkpoint.components",
     "device": "MLX computes on its default device; write mlx.core.default_device()",

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = ".metadata_never_index"  # Spotlight leaves a folder with such a file alone
-_PATIENCE = 10  # seconds
+_PATIENCE = 10  # seconds that a run waits for the system at most
 
 
 def exclude(folder: Path) -> None:
@@ -24,7 +24,8 @@ def exclude_from_backups(folder: Path) -> None:
     """The same of Time Machine alone, and each time. It leaves no file, so that a cache of others stays what it is."""
     if sys.platform != "darwin":
         return
-    command, silent = ["tmutil", "addexclusion", str(folder.absolute())], subprocess.DEVNULL
+    command = ["tmutil", "addexclusion", str(folder.absolute())]
+    silent = subprocess.DEVNULL
     with suppress(OSError, subprocess.TimeoutExpired):
         # The attribute that this sets is not all that it does, so that setting it alone need not be enough.
         subprocess.run(command, check=False, timeout=_PATIENCE, stdin=silent, stdout=silent, stderr=silent)

@@ -20,11 +20,11 @@ from .files import opened, read_bytes
 from .settings import metadata, stored
 from .staging import write
 
-MAX_INPUT_PIXELS = 100_000_000
+MAX_INPUT_PIXELS = 100_000_000  # such as 12,000 × 8,000, which take 300 MB as RGB
 MAX_INPUT_BYTES = 10 * MAX_INPUT_PIXELS  # RGBA of 16 bits takes 8 a pixel
 _READ = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_QUALITY = 95
+_QUALITY = 95  # the most that Pillow advises for JPEG: above it files grow and images hardly change
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # what libjpeg and libwebp write
 _log = logging.getLogger(__name__)
 

@@ -8,17 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .weights import FLOATS, READER, TensorInfo, Tensors, evaluated
+from .weights import CODES, FLOATS, READER, TensorInfo, Tensors, evaluated
 
 _FLOAT_DTYPES = {code: dtype for dtype, code in FLOATS.items()}
 
 
 def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:
-    """The tensors that `module` loads, without evaluating any: packed weights are U32, all others BF16."""
-    return {
-        name: TensorInfo("U32" if array.dtype == mx.uint32 else "BF16", array.shape)
-        for name, array in dict(tree_flatten(module.parameters())).items()
-    }
+    """The tensors that `module` loads, as it holds them; none is evaluated."""
+    arrays = dict(tree_flatten(module.parameters()))
+    return {name: TensorInfo(CODES[array.dtype], array.shape) for name, array in arrays.items()}
 
 
 def memory_dtype(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.Dtype:

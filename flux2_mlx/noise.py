@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_BLOCK = 16
+_BLOCK = 16  # values that PyTorch makes together: 8 radii and angles give 8 cosines, then 8 sines
 
 
 def torch_randn(seed: int, shape: Sequence[int]) -> np.ndarray:

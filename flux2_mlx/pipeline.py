@@ -21,7 +21,7 @@ from .progress_bar import acquisition_bars, announce, progress_bar
 from .provenance import image_settings, sampled
 from .references import Edit
 from .request import Request
-from .store import FirstUse, get_variant, models_folder
+from .store import FILE, FirstUse, checked_variant, models_folder, resolve
 from .unfinished import Unfinished
 
 __all__ = ["Flux2Output", "Flux2Pipeline"]
@@ -52,9 +52,11 @@ class Flux2Pipeline(PreparedPipeline):
         """Open a model; fetch and convert it first if that has not been done yet.
 
         Args:
-            source: `demo` or another model's name, a Hugging Face repo id or address, or a folder: one in the diffusers
-                layout, of the Hub's cache, or an MLX checkpoint. Text is understood as `store.resolve` says, a `Path`
-                is a path.
+            source: `demo` or another model's name; a repo of Hugging Face, as `owner/name` or its address, or a file of
+                one, as `owner/name:file` or its address; a folder in the diffusers layout, of the Hub's cache, or an
+                MLX checkpoint; or weights, one .safetensors or .gguf file or a folder of nothing else. Where these are
+                of one part only, such as the transformer, the others are taken from a converted model or fetched. Text
+                is understood as `store.resolve` says, a `Path` is a path.
             variant: the model's name where the source can't tell.
             quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16` when converting.
             text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, or 8 bit (4 bit with `qint4`).
@@ -105,6 +107,51 @@ class Flux2Pipeline(PreparedPipeline):
             memory_limit=memory_limit,
             keep=keep,
             name=str(source),
+        )
+
+    @classmethod
+    @arguments.named
+    def from_single_file(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        quant: str | None = None,
+        text_quant: str | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        models_dir: str | os.PathLike[str] | None = None,
+        prompt_cache: bool = True,
+        memory_limit: int | str | None = None,
+        keep_source: bool = True,
+        keep: bool = True,
+        progress: bool = True,
+    ) -> "Flux2Pipeline":
+        """Open a file of weights, as `from_pretrained` does with the same settings.
+
+        Args:
+            source: a .safetensors or .gguf file, or one of a repo of Hugging Face, as `owner/name:file` or its address.
+
+        Raises:
+            InputError: it is no file, or a setting is wrong. CheckpointError, DownloadError, DeviceError: see
+                `from_pretrained`.
+        """
+        model = resolve(source)
+        if model.kind != FILE and not (model.path and model.path.is_file()):
+            raise InputError(f"{source} is no file of weights; write from_pretrained({str(source)!r})")
+        return cls.from_pretrained(
+            source,
+            variant=variant,
+            quant=quant,
+            text_quant=text_quant,
+            dtype=dtype,
+            torch_dtype=torch_dtype,
+            models_dir=models_dir,
+            prompt_cache=prompt_cache,
+            memory_limit=memory_limit,
+            keep_source=keep_source,
+            keep=keep,
+            progress=progress,
         )
 
     @classmethod
@@ -294,8 +341,7 @@ def _check_opening(
             check_quant(setting)
     if variant in ("fp16", "bf16", "fp32"):
         raise InputError(f"leave out variant={variant!r}: here it names a model, and weights of any precision are read")
-    if variant is not None:
-        get_variant(variant)
+    checked_variant(variant)
 
 
 def _announce(use: FirstUse) -> None:

@@ -16,11 +16,11 @@ from .colors import matched
 from .errors import InputError
 from .images import MAX_INPUT_PIXELS, flattened
 
+# diffusers' own bounds; larger pictures are scaled down to this area.
 MIN_SIDE = 64
 MAX_ASPECT = 8
-MAX_REFERENCES = 100
-# Larger pictures are scaled down to this area, as in the reference.
 MAX_AREA = 1024 * 1024
+MAX_REFERENCES = 100  # ten times what is recommended for any model
 _LANCZOS = Image.Resampling.LANCZOS
 Box = tuple[int, int, int, int]
 
@@ -48,7 +48,8 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32)[None] / 255 * 2 - 1
 
 
-def _pixels(name: str, value: Any) -> int:
+def whole_pixels(name: str, value: Any) -> int:
+    """A number of pixels of any type; InputError, which names the setting, if it is no whole one."""
     try:
         return operator.index(value)
     except TypeError as error:
@@ -295,7 +296,7 @@ class Edit:
             raise InputError(f"{len(images)} images are too many; give at most {MAX_REFERENCES}")
         if mask is None and mask_crop is not None:
             raise InputError("cropping to the mask needs a mask")
-        if mask_crop is not None and _pixels("padding_mask_crop", mask_crop) < 0:
+        if mask_crop is not None and whole_pixels("mask_crop", mask_crop) < 0:
             raise InputError(f"the crop must reach 0 or more pixels around the mask, got {mask_crop}")
         if not isinstance(match_colors, bool):
             raise InputError(f"match_colors must be True or False, got {match_colors!r:.40}")

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image
 
+from .components import label
 from .config import VARIANTS, Variant
 from .errors import InputError
 from .scheduler import check_sigmas
@@ -288,6 +289,11 @@ class Progress:
     images: Sequence[int] = ()
     image: Image.Image | None = None
     preview: Callable[[], list[Image.Image]] | None = None
+
+    @property
+    def label(self) -> str:
+        """What a user is told of the phase."""
+        return label(self.phase)
 
 
 OnProgress = Callable[[Progress], mx.array | None]

@@ -12,7 +12,8 @@ import numpy as np
 
 from .errors import InputError
 
-# Lines mu = a·tokens + b fitted to 10 and to 200 steps; long sequences use the second at any number of steps.
+# The reference code's lines mu = a·tokens + b, for 10 and for 200 steps; from so many tokens on the second one is used
+# at any number of steps.
 _MU_10_STEPS = (8.73809524e-05, 1.89833333)
 _MU_200_STEPS = (0.00016927, 0.45666666)
 _LONG_SEQUENCE = 4300

@@ -30,6 +30,7 @@ _DTYPES = (
     | {"U64": mx.uint64, "U32": mx.uint32, "U16": mx.uint16}
     | dict.fromkeys(("U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), mx.uint8)
 )
+CODES = {dtype: code for code, dtype in reversed(_DTYPES.items())}  # of bytes U8, which stands first
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}  # it refuses a whole file for one of them
 _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater ones
 START = 64  # bytes at the beginning of a file that tell of what kind it is

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from helpers.checkpoints import VARIANT, convert
 from helpers.cli_runner import done, error_line, run
-from helpers.hub_client import REPO, storage, using
+from helpers.hub_client import REPO, fetch_here, storage, using
 from helpers.hub_server import HubServer
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.errors import InputError
 from flux2_mlx.files import Claim
-from flux2_mlx.hub import fetch
 from flux2_mlx.store import convert_model, find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("models")
@@ -51,7 +50,7 @@ def test_a_source_stays_while_it_is_fetched_and_converted(hub, home, models):
 
 
 def test_so_do_its_small_files(hub, home, models):
-    fetch(REPO, check=lambda outline, download: (removal(REPO), download)[1])
+    fetch_here(REPO, check=lambda outline, download: (removal(REPO), download)[1])
 
 
 def test_nothing_is_removed_where_one_thing_is_in_use(hub, home, models):
@@ -62,7 +61,7 @@ def test_nothing_is_removed_where_one_thing_is_in_use(hub, home, models):
 
 
 def test_a_cached_folder_stays_while_it_is_converted(hub, home, models, tmp_path, monkeypatch):
-    snapshot = fetch(REPO)
+    snapshot = fetch_here(REPO)
     asked = []
     monkeypatch.chdir(snapshot)
     convert_model("./", tmp_path / "mine", variant=VARIANT, progress=lambda *_: asked or asked.append(removal(REPO)))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
 from helpers.cli_runner import Terminal, done, process
-from helpers.hub_client import REPO, partial, storage, using
+from helpers.hub_client import REPO, fetch_here, partial, storage, using
 from helpers.hub_server import HubServer
 
 from flux2_mlx.cli.progress import Bars, size_text
-from flux2_mlx.hub import fetch
+from flux2_mlx.store.parts import WRITING
 
 pytestmark = pytest.mark.usefixtures("models")
 ARGUMENTS = ("download", REPO, "--variant", VARIANT)
@@ -137,8 +137,8 @@ def test_lines_of_steps(monkeypatch, capsys):
     with Bars(False) as bars:
         for step in range(1, 5):
             clock.now += 6
-            bars.show("transformer", step, 4)
-        bars.show("vae", 1, 1)
+            bars.show("denoising", step, 4)
+        bars.show("decoding", 1, 1)
     assert capsys.readouterr().err.splitlines() == [
         "denoising: 75%, 3/4, 0:06 left",
         "denoising: 100%, 4/4",
@@ -159,7 +159,7 @@ def names(folder):
 
 def test_what_was_there_before_stays(hub, home):
     with using(hub, home):
-        fetch(REPO, text_only=True)
+        fetch_here(REPO, WRITING)
         before = names(home)
         result = done(*ARGUMENTS, "--no-keep-source")
     told = f"a download of {REPO} was there before and stays; `flux2-mlx models rm {REPO} --only source` removes it\n"
@@ -193,7 +193,7 @@ def test_what_another_revision_refers_to_stays(hub, home, official, tmp_path):
     later = shutil.copytree(official, tmp_path / "later")
     (later / "tokenizer/merges.txt").write_text("a b")
     with using(hub, home):
-        older = fetch(REPO)
+        older = fetch_here(REPO)
     link = older / WEIGHTS["vae"]
     (older / WEIGHTS["transformer"]).resolve().unlink()  # which the later one will bring
     with HubServer({REPO: later}) as second, using(second, home):
@@ -211,17 +211,17 @@ def test_the_branch_goes_back_to_what_it_was(hub, home, official, tmp_path):
         if path.suffix == ".json" and path.name != "tokenizer.json":
             path.write_bytes(path.read_bytes() + b"\n")
     with using(hub, home):
-        older = fetch(REPO)
+        older = fetch_here(REPO)
     with HubServer({REPO: later}) as second, using(second, home):
         done(*ARGUMENTS, "--no-keep-source")
     assert (storage(home) / "refs/main").read_text() == older.name
     with using(hub, home, offline=True):
-        assert fetch(REPO) == older
+        assert fetch_here(REPO) == older
 
 
 def test_two_models_in_one_cache(official, home, tmp_path):
     with HubServer({REPO: official, "org/other": official}) as both, using(both, home):
-        fetch("org/other")
+        fetch_here("org/other")
         (home / "hub/models--org--model").mkdir()
         (home / "hub/models--org--model/mine.txt").write_text("precious")
         (home / "hub/datasets--a--b").mkdir()

@@ -9,13 +9,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from helpers.cli_runner import DEMO, done, refusal, run
-from helpers.hub_client import BIG, NEEDED, REPO, storage, using
+from helpers.hub_client import BIG, NEEDED, REPO, fetch_here, storage, using
 from helpers.hub_server import HubServer
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import sealed
 from flux2_mlx.embedding_cache import EmbeddingCache
-from flux2_mlx.hub import fetch
 from flux2_mlx.store import find_checkpoint
 
 KLEIN = "black-forest-labs/FLUX.2-klein-4B"
@@ -53,7 +52,7 @@ def disk(hub, home, models, tmp_path):
     checkpoint(models / "org--model-bf16", variant="klein-4b", source={"name": REPO})
     damaged = checkpoint(models / "klein-9b-qint4", variant="klein-9b", source={"name": "x/y"})
     (damaged / "flux2.json").write_bytes(b"{")
-    fetch(KLEIN)
+    fetch_here(KLEIN)
     EmbeddingCache(models / "prompts").put(KEY, mx.ones((30, 50)))
     EmbeddingCache(models / "unfinished").put(KEY, mx.ones((30, 50)))
     (models / "prompts/mine.txt").write_text("precious")
@@ -228,7 +227,7 @@ def refusal_after_asking(name: str) -> str:
 
 def test_what_others_have_fetched_of_a_repo_stays(home, models):
     with HubServer({KLEIN: NEEDED | OTHERS}) as hub, using(hub, home):
-        folder = fetch(KLEIN)
+        folder = fetch_here(KLEIN)
         for name, data in OTHERS.items():
             blob = folder.parent.parent / "blobs" / hub.repos[KLEIN].etag(name)
             blob.write_bytes(data)
@@ -269,7 +268,7 @@ def test_what_is_no_flux_2_in_the_cache_is_not_listed(hub, home, models):
 
 
 def test_a_linked_source_is_not_followed(hub, home, models, tmp_path):
-    fetch(KLEIN)
+    fetch_here(KLEIN)
     real = shutil.move(home / "hub/models--black-forest-labs--FLUX.2-klein-4B", tmp_path / "real")
     link = home / "hub/models--black-forest-labs--FLUX.2-klein-4B"
     link.symlink_to(real)

@@ -9,7 +9,6 @@ import pytest
 from flux2_mlx.convert.parts import LAYOUT
 from mlx.utils import tree_flatten
 
-from flux2_mlx import layout
 from flux2_mlx.checkpoint import variant_components
 from flux2_mlx.components import (
     COMPONENTS,
@@ -33,7 +32,7 @@ CONFIGS = geometries(VARIANTS["dev"])
 def test_a_row_fits_its_network(name):
     row = COMPONENTS[name]
     assert isinstance(CONFIGS[name], row.config)
-    assert row.field in {field.name for field in fields(Variant)}
+    assert row.geometry in {field.name for field in fields(Variant)}
     assert COMPONENTS[row.part].part == row.part
     assert row.group is None or COMPONENTS[row.group].group == row.group
     names = [name for name, _ in tree_flatten(row.module(CONFIGS[name]).parameters())]
@@ -47,7 +46,6 @@ def test_the_parts_of_a_source_are_known_to_the_converter():
     assert [name for part in PARTS for name in LAYOUT[part].rules] == list(COMPONENTS)
     assert all(COMPONENTS[name].part == part for part in PARTS for name in LAYOUT[part].rules)
     assert WRITING_PARTS == ("text_encoder",)
-    assert (layout.PARTS, layout.WRITING_PARTS) == (PARTS, WRITING_PARTS)
     assert by_group("qint4", "qint8") == {"transformer": "qint4", "text_encoder": "qint8"}
 
 
@@ -75,18 +73,67 @@ def test_only_the_transformer_computes_in_float16():
     assert {network_dtype(name, mx.float32) for name in COMPONENTS} == {mx.float32}
 
 
-def tables_of_networks(path: Path) -> list[int]:
-    """Lines where a dictionary with three or more networks for keys starts."""
-    literals = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Dict)]
-    return [node.lineno for node in literals if len(COMPONENTS.keys() & set(map(_constant, node.keys))) >= 3]
+def names_in(node: ast.AST) -> set[str]:
+    """The components that are named anywhere in a piece of code, as texts or as names of arguments."""
+    pieces = list(ast.walk(node))
+    texts = {piece.value for piece in pieces if isinstance(piece, ast.Constant) and isinstance(piece.value, str)}
+    return (texts | {piece.arg for piece in pieces if isinstance(piece, ast.keyword) and piece.arg}) & COMPONENTS.keys()
 
 
-def _constant(node: ast.expr | None) -> object:
-    return node.value if isinstance(node, ast.Constant) else None
+def compared_in(node: ast.If | ast.Match) -> set[str]:
+    """The components that the branches of a chain are chosen by."""
+    if isinstance(node, ast.Match):
+        return set().union(*(names_in(case.pattern) for case in node.cases))
+    after = node.orelse[0] if len(node.orelse) == 1 else None
+    return names_in(node.test) | (compared_in(after) if isinstance(after, ast.If) else set())
 
 
-def test_there_is_one_table_of_networks():
-    # Besides, `convert` knows what others call them and how their files are told, and two what a user is told of them.
-    told = {"diffusers_methods.py", "progress.py", "naming.py", "geometry.py", "identity.py"}
+def tables_of_components(code: str) -> list[int]:
+    """The lines where an expression, or a chain of branches, starts that names three or more components."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.expr):
+            found += [node.lineno] if len(names_in(node)) >= 3 else []
+        elif isinstance(node, ast.If | ast.Match):
+            found += [node.lineno] if len(compared_in(node)) >= 3 else []
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "NAMES = {'transformer': 1, 'text_encoder': 2, 'vae': 3}",
+        "NAMES = 'transformer', 'language_model', 'vae'",
+        "NAMES = ['transformer', 'text_encoder', 'vision']",
+        "NAMES = {'transformer', 'text_encoder', 'vae'}",
+        "NAMES = (('transformer', 1), ('text_encoder', 2), ('vae', 3))",
+        "NAMES = dict(transformer=1, text_encoder=2, vae=3)",
+        "NAMES = dict.fromkeys(['transformer', 'vision']) | {'vae': 2}",
+        "found = name == 'transformer' or name == 'text_encoder' or name == 'vae'",
+        "found = 1 if name == 'transformer' else 2 if name == 'vision' else 3 if name == 'vae' else 4",
+        "if name == 'transformer':\n    a()\nelif name == 'vision':\n    b()\nelif name == 'vae':\n    c()",
+        "match name:\n    case 'transformer':\n        a()\n    case 'vision' | 'vae':\n        b()",
+    ],
+)
+def test_a_table_of_components_is_seen(code):
+    assert tables_of_components(code) == [1]
+
+
+def test_two_components_are_no_table():
+    assert tables_of_components("a = {'transformer': 1, 'vae': 2}\nb = 'vision'") == []
+
+
+# Where the components are named besides their own table, and why.
+TABLES = {
+    "flux2_mlx/components.py": "the table itself",
+    "convert/parts.py": "what is true of the parts of others' models, which only `convert` knows",
+    "convert/dialects.py": "each of others' namings says which part it is of",
+}
+
+
+def test_there_is_one_table_of_components():
     paths = [path for folder in ("flux2_mlx", "convert") for path in (ROOT / folder).rglob("*.py")]
-    assert {path.name for path in paths if tables_of_networks(path)} - told == {"components.py", "parts.py"}
+    code = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    found = {path: tables_of_components(text) for path, text in code.items()}
+    assert {path: lines for path, lines in found.items() if lines and path not in TABLES} == {}
+    assert all(found[path] for path in TABLES), "there is no table any more"

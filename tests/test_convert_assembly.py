@@ -13,6 +13,7 @@ from helpers.cli_runner import PROMPT, SMALL, done, refusal
 from helpers.stored import in_groups
 from PIL import Image
 
+from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError, InputError
@@ -114,6 +115,18 @@ def test_a_file_is_a_model_for_all_commands(transformer, converted, folder, capl
     done("t2i", PROMPT, "-m", "demo", *SMALL, "--seed", "1", "-o", "b.png")
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
     assert "demo" in done("info", transformer).stdout
+
+
+def test_a_file_is_opened_from_python(transformer, converted, folder):
+    settings = {"text_quant": "bf16", "progress": False}
+    pipe = Flux2Pipeline.from_single_file(transformer, **settings)
+    assert pipe.checkpoint.origins["text_encoder"] == str(converted / "text_encoder")
+    assert Flux2Pipeline.from_pretrained(transformer, **settings).checkpoint.folder == pipe.checkpoint.folder
+    for source in ("demo", str(converted)):
+        with pytest.raises(InputError, match=rf"no file of weights; write from_pretrained\('{source}'\)"):
+            Flux2Pipeline.from_single_file(source)
+    with pytest.raises(InputError, match="from_single_file has no argument 'config'; leave it out"):
+        Flux2Pipeline.from_single_file(transformer, config="black-forest-labs/FLUX.2-dev")
 
 
 def test_what_a_file_lacks_is_said(transformer):

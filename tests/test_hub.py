@@ -36,8 +36,9 @@ SCRIPT = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which those who run tests may have let be ignored
 import flux2_mlx.hub
+from flux2_mlx.store.parts import WHOLE
 try:
-    print(flux2_mlx.hub.fetch(sys.argv[1], **json.loads(sys.argv[2])))
+    print(flux2_mlx.hub.fetch(sys.argv[1], folders=WHOLE, **json.loads(sys.argv[2])))
 except flux2_mlx.hub.repo.DownloadError as error:
     print(error)
     sys.exit(1)

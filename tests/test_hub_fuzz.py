@@ -8,6 +8,7 @@ import pytest
 from helpers.hub_client import NEEDED, SHARD, blob, fetch, files_in, listing, pointer, storage
 
 from flux2_mlx.errors import DownloadError
+from flux2_mlx.store.parts import WHOLE, WRITING
 
 CONFIG = "vae/config.json"  # no LFS file
 VALUES = (None, True, -1, 0, 5, 10**25, 1.5, "", "x", "../../x", "/x", "a" * 40, "a" * 64, [], {}, [None], "\x1b[0m\n")
@@ -60,7 +61,7 @@ def test_a_hundred_odd_listings(hub, filled_home, canary):
         if rng.random() < 0.1:
             text = text[: rng.randrange(len(text))]
         hub.publish(text)
-        outcomes.append(outcome(hub, filled_home, text_only=rng.random() < 0.3))
+        outcomes.append(outcome(hub, filled_home, folders=WRITING if rng.random() < 0.3 else WHOLE))
         assert {path.name for path in filled_home.iterdir()} == {"hub"}
         assert {path.name for path in (filled_home / "hub").iterdir()} == {"models--org--model"}
     assert files_in(canary) == kept

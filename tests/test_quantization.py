@@ -189,6 +189,23 @@ def test_what_is_not_implemented_is_not_built_as_something_else(change):
         changed.build()
 
 
+def test_tensors_of_a_module_are_of_its_own_dtypes():
+    module = nn.Module()
+    codes = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U32": mx.uint32}
+    for code, dtype in codes.items():
+        setattr(module, code, mx.zeros((2, 3), dtype))
+    assert {name: info.dtype for name, info in module_tensors(module).items()} == {code: code for code in codes}
+
+
+@pytest.mark.parametrize("quant", ["bf16", "qint8", "qint4"])
+def test_a_network_is_built_as_it_is_stored(quant):
+    component = Component("text_encoder", DEMO.text, None, ()).quantized(quant)
+    dtypes = {name: array.dtype for name, array in tree_flatten(component.build().parameters())}
+    packed = {f"{layer.rpartition('.')[0]}.weight" for layer in dtypes if layer.endswith(".scales")}
+    assert bool(packed) == (quant != "bf16")
+    assert dtypes == {name: mx.uint32 if name in packed else mx.bfloat16 for name in dtypes}
+
+
 def test_modules_without_statement_stay_as_they_are():
     module = Component("text_encoder", DEMO.text, None, ()).build()
     before = module_tensors(module)

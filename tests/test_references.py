@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from flux2_mlx.errors import InputError
+from flux2_mlx.inputs import Pictures
 from flux2_mlx.references import Edit, extended
 
 
@@ -71,6 +72,14 @@ def test_a_negative_overlap_is_refused():
 def test_a_negative_padding_is_refused():
     with pytest.raises(InputError, match=r"^the crop must reach 0 or more pixels around the mask, got -5$"):
         Edit.checked([picture()], 16, mask=half_mask("L", 0, 255), mask_crop=-5)
+
+
+def test_a_crop_that_is_no_number_is_named_as_it_was_given():
+    with pytest.raises(InputError, match=r"^mask_crop must be a whole number of pixels, got 'x'$"):
+        Edit.checked([picture()], 16, mask=half_mask("L", 0, 255), mask_crop="x")
+    pictures = Pictures.opened(picture(), half_mask("L", 0, 255))
+    with pytest.raises(InputError, match=r"^padding_mask_crop must be a whole number of pixels, got 'x'$"):
+        pictures.edit(16, None, "x", False, "pil")
 
 
 @pytest.mark.parametrize(

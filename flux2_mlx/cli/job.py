@@ -149,9 +149,9 @@ def _rewritten(prompts: list[str], given: Mapping[str, Any], remembered: Mapping
 
 def _check_weights(given: dict[str, Any]) -> None:
     """Raise InputError if the weights can't be used."""
-    from ..store import get_variant
+    from ..store import checked_variant
 
-    for name, check in (("variant", get_variant), ("quant", check_quant), ("text_quant", check_quant)):
+    for name, check in (("variant", checked_variant), ("quant", check_quant), ("text_quant", check_quant)):
         if given[name] is not None:
             check(given[name])
 

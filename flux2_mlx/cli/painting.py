@@ -90,7 +90,7 @@ def _listener(record: Record, batch: Batch, bars: Bars, as_json: bool) -> "Calla
         if progress.phase == "transformer":
             denoised = progress.done == progress.total
         if denoised or progress.phase != "vae":  # a bar at a time
-            bars.show(progress.phase, progress.done, progress.total)
+            bars.show(progress.label, progress.done, progress.total)
         about = [batch.targets[image] for image in progress.images]
         if progress.image is not None:
             path = record.save(about[0], progress.image)

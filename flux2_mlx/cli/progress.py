@@ -15,16 +15,8 @@ from .terminal import line, printable, said
 if TYPE_CHECKING:
     from ..store import Download, FirstUse, Model
 
-_LABELS = {
-    "text_encoder": "text encoder",
-    "vae_encoder": "references",
-    "transformer": "denoising",
-    "vae": "decoding",
-    "download": "downloading",
-    "convert": "converting",
-    "verify": "verifying",
-}
-_BYTES = ("download", "convert", "verify")  # what is counted in bytes
+# What is counted in bytes, and what a user is told of it. Phases of steps are shown as the library calls them.
+_BYTES = {"download": "downloading", "convert": "converting", "verify": "verifying"}
 _PAUSE = 10.0  # seconds between two lines of a phase
 
 
@@ -99,7 +91,7 @@ class _Bar:
         options = {"unit": "B", "unit_scale": True} if phase in _BYTES else {}
         # A phase of steps is first heard of when one is done.
         start = done if phase in _BYTES else 0
-        self._bar = tqdm(desc=_LABELS[phase], total=total, initial=start, leave=True, **options)
+        self._bar = tqdm(desc=_label(phase), total=total, initial=start, leave=True, **options)
 
     def show(self, done: int) -> None:
         self._bar.update(done - self._bar.n)
@@ -124,7 +116,7 @@ class _Lines:
             return
         self._last = now
         self._complete = done >= self._total
-        click.echo(f"{_LABELS[self._phase]}: {self._state(done, now - self._start)}", err=True)
+        click.echo(f"{_label(self._phase)}: {self._state(done, now - self._start)}", err=True)
 
     def close(self) -> None:
         pass
@@ -138,6 +130,10 @@ class _Lines:
         pace = f", {size_text(int(speed))}/s" if self._phase in _BYTES else ""
         left = f", {_clock((self._total - done) / speed)} left" if speed else ""
         return f"{share}{pace}{left}"
+
+
+def _label(phase: str) -> str:
+    return _BYTES.get(phase, phase)
 
 
 def announcement(use: "FirstUse") -> list[str]:

@@ -1,6 +1,6 @@
 """The Hugging Face Hub: which files of a repo are needed, their download, and the cache that they go to."""
 
-from .cache import PARTIAL, Download, is_needed, is_weight, remove_empty, remove_files, snapshot_files, storage_of
+from .cache import PARTIAL, Download, Folders, is_weight, remove_empty, remove_files, snapshot_files, storage_of
 from .downloads import remove_partial
 from .errors import UnindexedError
 from .repo import SHARD, cache_folder, fetch, header, is_repo_id
@@ -10,12 +10,12 @@ __all__ = [
     "PARTIAL",
     "SHARD",
     "Download",
+    "Folders",
     "Selection",
     "UnindexedError",
     "cache_folder",
     "fetch",
     "header",
-    "is_needed",
     "is_repo_id",
     "is_weight",
     "names_of",

@@ -8,22 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import DownloadError
-from ..layout import INDEX, PARTS, PICKLES, WEIGHTS, WRITING_PARTS
+from ..layout import INDEX, PICKLES, WEIGHTS
 from ..staging import write
 from .downloads import Blob, remove_partial
 
-FOLDERS = (*PARTS, "tokenizer", "scheduler")
-# Nothing else of the root: it also holds the transformer as a single file, which would double the download.
-_PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)"
-_NEEDED = re.compile(rf"{INDEX}|(?:{'|'.join(FOLDERS)})/{_PART}")
+_NEEDED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _QUICK = 100_000_000  # files up to this many bytes are hashed: a tenth of a second
 PARTIAL = ".flux2-mlx.incomplete"  # ends as the Hub's own partial files do, so that its tools clear it away
-
-
-def is_needed(name: str) -> bool:
-    """Whether a conversion may need the file `name` of a repo in the diffusers layout."""
-    return _NEEDED.fullmatch(name) is not None
 
 
 def is_weight(name: str) -> bool:
@@ -47,13 +39,42 @@ def described(names: Collection[str]) -> str:
     return " and holds no weights; give another repo id"
 
 
-def pickled_parts(needed: Collection[str], others: Collection[str]) -> Iterator[str]:
-    """The parts of a model whose weights are there as pickles only."""
-    for part in PARTS:
-        if not any(is_weight(name) and name.startswith(f"{part}/") for name in needed) and any(
-            name.startswith(f"{part}/") and name.endswith(PICKLES) for name in others
-        ):
-            yield part
+@dataclass(frozen=True)
+class Folders:
+    """What a conversion needs of a repo in the layout of diffusers: the small files of the folders called `names`, and
+    of some of them the `weights`.
+
+    Nothing else of the root: it also holds the transformer as a single file, which would double the download.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[str, ...]
+
+    def may_need(self, file: str) -> bool:
+        """Whether a file, by its name in the repo, may be needed of a model; its weights may still be left out."""
+        folder, _, name = file.partition("/")
+        return file == INDEX or (folder in self.names and _NEEDED.fullmatch(name) is not None)
+
+    def leaves_out(self, file: str) -> bool:
+        """Whether a file is of weights that are not needed."""
+        return is_weight(file) and file.partition("/")[0] not in self.weights
+
+    def pickled(self, needed: Collection[str], others: Collection[str]) -> str | None:
+        """A folder whose weights are there as pickles only; None: there is none."""
+        for folder in self.weights:
+            if not any(is_weight(name) and name.startswith(f"{folder}/") for name in needed) and any(
+                name.startswith(f"{folder}/") and name.endswith(PICKLES) for name in others
+            ):
+                return folder
+        return None
+
+    def are_complete(self, snapshot: Path, shards: Callable[[Path], Collection[str]]) -> bool:
+        """Whether a snapshot has every part, and each of the `shards` that an index names: other programs may have
+        fetched single files of it."""
+        kinds = [f"{name}/*.json" for name in self.names] + [f"{name}/*.safetensors" for name in self.weights]
+        tables = [table for name in self.weights for table in snapshot.glob(f"{name}/*.safetensors.index.json")]
+        named = [table.parent / shard for table in tables for shard in shards(table)]
+        return all(any(snapshot.glob(kind)) for kind in kinds) and all(shard.exists() for shard in named)
 
 
 def storage_of(cache: Path, repo_id: str) -> Path:
@@ -254,16 +275,6 @@ def make_folder(folder: Path, storage: Path) -> None:
     if not _is_inside(folder, os.path.realpath(storage)):
         raise DownloadError(f"{folder} is a link out of {storage}; delete the link and start the download again")
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def is_complete(folder: Path, shards: Callable[[Path], Collection[str]], text_only: bool) -> bool:
-    """Whether a snapshot has every part, and each of the `shards` that an index names: other programs may have fetched
-    single files of it."""
-    weights = WRITING_PARTS if text_only else PARTS
-    kinds = [f"{name}/*.json" for name in FOLDERS] + [f"{name}/*.safetensors" for name in weights]
-    tables = [table for name in weights for table in folder.glob(f"{name}/*.safetensors.index.json")]
-    named = [table.parent / shard for table in tables for shard in shards(table)]
-    return all(any(folder.glob(kind)) for kind in kinds) and all(shard.exists() for shard in named)
 
 
 def _is_inside(folder: Path, home: str) -> bool:

@@ -21,12 +21,10 @@ from ..json_files import parse_json
 from ..layout import INDEX
 from .cache import (
     Download,
+    Folders,
     described,
-    is_complete,
-    is_needed,
     is_weight,
     make_folder,
-    pickled_parts,
     storage_of,
 )
 from .downloads import (
@@ -72,7 +70,7 @@ def is_repo_id(text: str) -> bool:
 def fetch(
     repo_id: str,
     *,
-    text_only: bool = False,
+    folders: Folders,
     check: Check | None = None,
     progress: Report | None = None,
     pieces: Pieces = header_only,
@@ -84,7 +82,7 @@ def fetch(
 
     Args:
         repo_id: `owner/name`.
-        text_only: leave out the weights of the transformer and the VAE.
+        folders: those that are needed of it.
         check: called before the first weight, unless nobody can be asked. Its folder is an outline of the model:
             small files as they are, and weights of the right size with nothing in them but these `pieces`.
         progress: called with the bytes that are there and those in all.
@@ -99,15 +97,15 @@ def fetch(
         raise DownloadError(f"{repo_id!r} is no Hugging Face repo id; give it as owner/name")
     hub, offline = open_hub()
     if offline:
-        if folder := _find_cached(repo_id, text_only):
+        if folder := _find_cached(repo_id, folders):
             return folder
         absent = f"{repo_id} is not complete in the cache {hub.cache} and offline mode is on"
         raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
     try:
-        listed = list_files(hub, repo_id, is_needed)
+        listed = list_files(hub, repo_id, folders.may_need)
     except UNLISTED as error:
         reason = explain_listing(error, hub, repo_id)
-        if folder := _find_cached(repo_id, text_only):
+        if folder := _find_cached(repo_id, folders):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
         raise DownloadError(reason) from error
@@ -115,13 +113,13 @@ def fetch(
         names = [*listed.files, *listed.others]
         wrong = f"{repo_id} has no {INDEX}, so it is no model in the diffusers layout{described(names)}"
         raise UnindexedError(wrong, names)
-    if pickled := next(pickled_parts(listed.files, listed.others), None):
+    if pickled := folders.pickled(listed.files, listed.others):
         raise DownloadError(
             f"{repo_id}/{pickled} holds pickles, which could run code; give a repo with .safetensors files"
         )
     try:
         with Claim(storage_of(hub.cache, repo_id), make=True):
-            return _download(hub, _planned(hub, repo_id, listed, text_only), check, progress, pieces)
+            return _download(hub, _planned(hub, repo_id, listed, folders), check, progress, pieces)
     except (RefusedError, BrokenError, DamagedError, OSError) as error:
         raise DownloadError(explain_download(error, hub, repo_id)) from error
 
@@ -295,14 +293,14 @@ def _get(entry: Any, key: str, kind: type) -> Any:
     return value
 
 
-def _find_cached(repo_id: str, text_only: bool) -> Path | None:
+def _find_cached(repo_id: str, folders: Folders) -> Path | None:
     """Look up a snapshot with no part and no shard missing: other programs may have fetched single files of it."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         index = try_to_load_from_cache(repo_id, INDEX)
         folder = Path(index).parent if isinstance(index, str) else None
-        return folder if folder and is_complete(folder, _shards, text_only) else None
+        return folder if folder and folders.are_complete(folder, _shards) else None
     except (OSError, ValueError):  # a damaged ref or index
         return None
 
@@ -311,12 +309,10 @@ def _shards(table: Path) -> list[str]:
     return [str(shard) for shard in _get(parse_json(table.read_bytes()), "weight_map", dict).values()]
 
 
-def _planned(hub: Hub, repo_id: str, listed: Listing, text_only: bool) -> Download:
-    def is_read(name: str) -> bool:
-        return not (text_only and is_weight(name)) or name.startswith("text_encoder/")
-
+def _planned(hub: Hub, repo_id: str, listed: Listing, folders: Folders) -> Download:
+    read = (name for name in listed.files if not folders.leaves_out(name))
     # Small ones first, so that what goes wrong goes wrong early.
-    names = sorted(filter(is_read, listed.files), key=lambda name: (is_weight(name), listed.files[name].size))
+    names = sorted(read, key=lambda name: (is_weight(name), listed.files[name].size))
     files = {name: listed.files[name] for name in names}
     return download_of(hub, repo_id, listed, files)
 

@@ -25,7 +25,7 @@ from .converted import (
 )
 from .first_use import Announce, FirstUse, Progress
 from .folder import demo_folder, is_official, models_folder
-from .names import BUILT_IN, CHECKPOINT, FILE, REPO, SOURCE, VARIANT, Model, find_variant, get_variant, resolve
+from .names import BUILT_IN, CHECKPOINT, FILE, REPO, SOURCE, VARIANT, Model, checked_variant, find_variant, resolve
 
 __all__ = [
     "BUILT_IN",
@@ -46,6 +46,7 @@ __all__ = [
     "adapter_hash",
     "adapter_with",
     "adapters_folder",
+    "checked_variant",
     "conversions",
     "convert_adapter",
     "convert_model",
@@ -56,7 +57,6 @@ __all__ = [
     "find_checkpoint",
     "find_conversion",
     "find_variant",
-    "get_variant",
     "inspect_adapter",
     "is_official",
     "models_folder",

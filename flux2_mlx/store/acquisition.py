@@ -14,6 +14,7 @@ from ..files import Claim
 from ..hub import Download, is_weight
 from ..quantization import DEFAULT_TEXT_QUANT
 from .first_use import Fetching
+from .parts import WHOLE, WRITING
 from .sources import Wanted
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def acquire(
     with claims:
         pieces = formats.outline.pieces
         progress = fetching.report("download")
-        folder = hub.fetch(repo, text_only=wanted.text_only, check=look, progress=progress, pieces=pieces)
+        folders = WRITING if wanted.text_only else WHOLE
+        folder = hub.fetch(repo, folders=folders, check=look, progress=progress, pieces=pieces)
         claims.enter_context(Claim(folder.parent.parent))
         source = Source.open(folder, wanted.variant, text_only=wanted.text_only)
         convert_source(source, target, wanted, name=repo, force=force, progress=fetching.report("convert"))

@@ -19,8 +19,8 @@ from .conversion import claim, holding, make_checkpoint, make_from_parts
 from .converted import checkpoint_name, conversions, folder_name
 from .first_use import Announce, Check, Fetching, Progress
 from .folder import models_folder
-from .names import FILE, SOURCE, Model, resolve
-from .sources import Wanted, checked_variant, what_is_here
+from .names import FILE, SOURCE, Model, checked_variant, resolve
+from .sources import Wanted, what_is_here
 
 
 def find_checkpoint(
@@ -56,7 +56,7 @@ def find_checkpoint(
         InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
     """
     model = resolve(source, models_dir)
-    wanted = Wanted(checked_variant(model, variant), quant, text_quant, text_only)
+    wanted = Wanted(checked_variant(variant, model), quant, text_quant, text_only)
     if model.is_checkpoint:
         return holding(model.place, wanted.variant)
     with claim(model):

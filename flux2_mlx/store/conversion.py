@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..checkpoint import MANIFEST, Checkpoint
-from ..convert import PARTS, check_target, requantize
+from ..components import MAIN_PART
+from ..convert import MODEL_PARTS, check_target, requantize
 from ..convert.lora import Fold
 from ..errors import DownloadError, InputError
 from ..files import Claim
@@ -20,9 +21,9 @@ from .adapters import open_adapter
 from .first_use import Announce, Fetching, Progress
 from .folder import models_folder, official_first
 from .gathering import Gathering, gather
-from .names import BUILT_IN, REPO, VARIANT, Model, resolve, similar_repo
+from .names import BUILT_IN, REPO, VARIANT, Model, checked_variant, resolve, similar_repo
 from .parts import Remote, files_of, located
-from .sources import Wanted, checked_variant
+from .sources import Wanted
 
 
 def convert_model(
@@ -56,7 +57,7 @@ def convert_model(
         InputError: the target can't be made or replaced, or the model is built in.
     """
     model = resolve(name)
-    variant = checked_variant(model, variant)
+    variant = checked_variant(variant, model)
     check_target(target, force)
     if model.kind == BUILT_IN and not parts and not adapters:
         raise InputError(f"{model.name} is built in and needs no conversion")
@@ -126,9 +127,9 @@ def make_from_parts(
     where = Remote(model.repo, model.file) if model.path is None and model.repo else model.place
     if model.kind in (REPO, VARIANT) and given:
         name = f"{name} with another {' and '.join(given)}"
-        if PARTS[0] in (own := _part_folders(model)):
-            given = {**dict.fromkeys(own, where), PARTS[0]: Remote(model.origin, PARTS[0]), **given}
-            where = given.pop(PARTS[0])
+        if MAIN_PART in (own := _part_folders(model)):
+            given = {**dict.fromkeys(own, where), MAIN_PART: Remote(model.origin, MAIN_PART), **given}
+            where = given.pop(MAIN_PART)
     gathering = Gathering(where, given, wanted, partial(official_first, models_folder(models_dir)))
     with claim(model):
         return gather(name, gathering, target, wanted, fetching, force=force)
@@ -137,7 +138,8 @@ def make_from_parts(
 def _part_folders(model: Model) -> Sequence[str]:
     """The parts that have folders of their own in a model of the Hub; none if it is files of weights alone."""
     names = [INDEX] if model.kind == VARIANT else names_of(model.origin)
-    return PARTS if INDEX in names else [part for part in PARTS if any(name.startswith(f"{part}/") for name in names)]
+    own = [part for part in MODEL_PARTS if any(name.startswith(f"{part}/") for name in names)]
+    return MODEL_PARTS if INDEX in names else own
 
 
 def _check_single(where: Remote, error: UnindexedError) -> None:

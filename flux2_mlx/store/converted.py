@@ -7,14 +7,14 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
-from ..components import PAINTING
+from ..components import PAINTING, by_group
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import CheckpointError, InputError
 from ..json_files import read_json
 from ..quantization import DEFAULT_TEXT_QUANT
 from .folder import models_folder, stored_checkpoints
-from .names import DEMO, SOURCE, VARIANT, Model, resolve
-from .sources import Wanted, checked_variant, what_is_here
+from .names import DEMO, SOURCE, VARIANT, Model, checked_variant, resolve
+from .sources import Wanted, what_is_here
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def conversions(
         return [model.place]
     digest = None
     if model.kind == SOURCE:
-        source, _ = what_is_here(model, Wanted(checked_variant(model, variant)))
+        source, _ = what_is_here(model, Wanted(checked_variant(variant, model)))
         digest = source.fingerprint
     found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
     return [path for path in found if not painting or _can_paint(path)]
@@ -93,7 +93,7 @@ def find_conversion(
     models_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
     """The folder in the models folder that the weights of this `fingerprint` were converted to, stored so."""
-    wanted = (variant, fingerprint, {"transformer": quant, "text_encoder": text_quant})
+    wanted = (variant, fingerprint, by_group(quant, text_quant))
     for folder in stored_checkpoints(models_folder(models_dir)) if fingerprint else ():
         try:
             manifest = read_json(folder / MANIFEST)
@@ -128,7 +128,7 @@ def described(
     Raises:
         InputError: nothing is known of it before it is fetched.
     """
-    said = checked_variant(model, variant)
+    said = checked_variant(variant, model)
     if model.kind == SOURCE:
         source, is_whole = what_is_here(model, Wanted(said))
         for note in source.notes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .. import hub
 from ..checkpoint import Checkpoint
+from ..components import MAIN_PART
 from ..convert import MissingPartsError, Source, assembled, check_folds, check_source, formats, is_loose
 from ..errors import CheckpointError, DownloadError, InputError
 from ..hub import Download
@@ -19,7 +20,6 @@ from .parts import Remote, files_of, main_file
 from .sources import Wanted
 
 _TEKKEN = ("tekken_model",)  # a tensor that is a tokenizer
-_TRANSFORMER = "transformer"
 Others = Callable[[], Iterable[Checkpoint]]
 
 
@@ -92,7 +92,7 @@ class Gathering:
         wanted = self._wanted
         if not given and not is_loose(place):
             return Source.open(place, wanted.variant, text_only=wanted.text_only)
-        transformer = self._given.get(_TRANSFORMER, self._where)
+        transformer = self._given.get(MAIN_PART, self._where)
         repo = transformer.repo if isinstance(transformer, Remote) else ""
         with self.named():
             source = assembled(

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import hub
 from ..convert import (
     LOOSE,
-    PARTS,
+    TOKENIZER,
     Conversion,
     Identity,
     conversion,
@@ -27,7 +27,7 @@ from ..convert import (
 from ..errors import CheckpointError, InputError
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
-from .names import get_variant
+from .names import checked_variant
 from .parts import Remote, files_of
 
 
@@ -60,7 +60,7 @@ def identify_files(place: Path, name: str, variant: str | None = None, models_di
     Raises:
         CheckpointError: it is damaged, nothing is known of it, or it can't be the `variant`.
     """
-    said = None if variant is None else get_variant(variant).name
+    said = checked_variant(variant)
     identity = _identity(place, name, said)
     return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
 
@@ -77,7 +77,7 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
         DownloadError: see `hub.header`.
         CheckpointError: see `identify_files`.
     """
-    said = None if variant is None else get_variant(variant).name
+    said = checked_variant(variant)
     name = f"{repo}:{file}" if file else repo
     choose = partial(_weights_of, Remote(repo, file or ""))
     with hub.header(repo, file, choose, formats.outline.pieces) as (folder, names):
@@ -101,8 +101,8 @@ def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Id
             return known
         raise
     found = identify(tensors, name, titles({**metadata, **said_of(place)}, place.name, repo), variant)
-    if tokenizer_in(place / PARTS[-1]):
-        found = replace(found, missing=tuple(part for part in found.missing if part != "tokenizer"))
+    if tokenizer_in(place / TOKENIZER):
+        found = replace(found, missing=tuple(part for part in found.missing if part != TOKENIZER))
     return found
 
 

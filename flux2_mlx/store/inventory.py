@@ -20,7 +20,6 @@ from ..files import Claim
 from ..hub import (
     PARTIAL,
     cache_folder,
-    is_needed,
     remove_empty,
     remove_files,
     remove_partial,
@@ -31,6 +30,7 @@ from ..json_files import read_json
 from ..layout import INDEX
 from ..staging import bring_all_back, is_work, leftovers, remove_leftovers
 from .adapter_sources import ADAPTERS
+from .parts import WHOLE
 
 _IGNORED = (".DS_Store",)
 _REPOS = {variant.repo.lower(): variant.name for variant in VARIANTS.values() if variant.repo}
@@ -172,7 +172,7 @@ def _remove(folder: Path) -> list[Path]:
 def _sources(cache: Path) -> Iterator[Item]:
     for storage in sorted(cache.glob("models--*--*")):
         repo = storage.name.removeprefix("models--").replace("--", "/", 1)
-        files = [path for path in snapshot_files(storage) if is_needed(_within_snapshot(path, storage))]
+        files = [path for path in snapshot_files(storage) if WHOLE.may_need(_within_snapshot(path, storage))]
         partials = list((storage / "blobs").glob(f"*{PARTIAL}"))
         if not partials and not (repo.lower() in _REPOS and files) and not any(map(_is_flux2, files)):
             continue

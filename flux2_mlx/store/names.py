@@ -215,11 +215,20 @@ def find_variant(text: str) -> Variant | None:
     return next((v for v in VARIANTS.values() if _key(v.name) == _key(name) and (v.repo or not owner)), None)
 
 
-def get_variant(text: str) -> Variant:
-    """The model of the table that `text` names; InputError says what there is if there is none."""
-    if (variant := find_variant(text)) is None:
-        raise InputError(f"unknown model {text!r}; {did_you_mean(text) or f'choose one of {NAMES}'}")
-    return variant
+def checked_variant(said: str | None, model: Model | None = None) -> str | None:
+    """The name of the row of the table that a user says a model is, or that `model` is; None: its files must tell.
+
+    Raises:
+        InputError: what is `said` names no row, or another one than `model` is of.
+    """
+    own = model.variant if model else None
+    if said is None:
+        return own.name if own else None
+    if (variant := find_variant(said)) is None:
+        raise InputError(f"unknown model {said!r}; {did_you_mean(said) or f'choose one of {NAMES}'}")
+    if model and own and variant != own and not model.is_checkpoint:
+        raise InputError(f"{model.name} is not {variant.name}; leave the variant out, or choose another model")
+    return variant.name
 
 
 def did_you_mean(text: str, others: Iterable[str] = ()) -> str | None:

@@ -3,15 +3,19 @@
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..components import PARTS, WRITING_PARTS
+from ..convert import TOKENIZER
 from ..errors import DownloadError, InputError
-from ..hub import SHARD, is_repo_id, is_weight
+from ..hub import SHARD, Folders, is_repo_id, is_weight
 from ..layout import PICKLES
 from .names import addressed_file, is_address
 
-_TOKENIZER = "tokenizer"
+# What is fetched of a model in the layout of diffusers, and what suffices to write text.
+WHOLE = Folders((*PARTS, TOKENIZER, "scheduler"), PARTS)
+WRITING = replace(WHOLE, weights=WRITING_PARTS)
 # What tokenizers are made from, the best first, and what says more of all but the last.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tekken.json",))
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
@@ -63,7 +67,7 @@ def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[s
     """
     if remote.path.endswith(PICKLES):
         raise InputError(f"{remote} is a pickle, which could run code; give a .safetensors file")
-    if part == _TOKENIZER:
+    if part == TOKENIZER:
         return _tokenizer(remote, names)
     weights = _weights(remote, part, sorted(filter(is_weight, names)))
     folder = os.path.dirname(weights[0])
@@ -115,7 +119,7 @@ def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:
     if remote.path in names:
         folders = [os.path.dirname(remote.path)]
     else:
-        folders = [remote.path] if remote.path else [_TOKENIZER, ""]
+        folders = [remote.path] if remote.path else [TOKENIZER, ""]
     for folder in folders:
         for form in _TOKENIZERS:
             if os.path.join(folder, form[0]) in names:

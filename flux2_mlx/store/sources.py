@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from ..convert import MissingPartsError, Source, assembled, is_loose
 from ..convert.lora import Fold
-from ..errors import InputError
 from .folder import models_folder, official_first
-from .names import Model, get_variant
+from .names import Model
 
 
 @dataclass(frozen=True)
@@ -27,18 +26,6 @@ class Wanted:
     text_quant: str | None = None
     text_only: bool = False
     folds: tuple[Fold, ...] = ()
-
-
-def checked_variant(model: Model, variant: str | None) -> str | None:
-    """The name of the row of the table that `model` is, or that it is said to be; None: its files must tell.
-
-    Raises:
-        InputError: the `variant` that it is said to be is unknown, or another than the model is.
-    """
-    said = get_variant(variant) if variant is not None else model.variant
-    if said and model.variant and said != model.variant and not model.is_checkpoint:
-        raise InputError(f"{model.name} is not {said.name}; leave the variant out, or choose another model")
-    return said.name if said else None
 
 
 def open_source(model: Model, wanted: Wanted, models_dir: str | os.PathLike[str] | None = None) -> Source:

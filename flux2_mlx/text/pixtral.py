@@ -17,7 +17,7 @@ from ..layers import Conv2d, GatedMLP, Linear, attention, gelu
 # Mean and deviation of CLIP's training images, which the tower was trained with.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-_LN_PRE_EPS = 1e-5
+_LN_PRE_EPS = 1e-5  # a number of the code in transformers, and of no config
 
 
 def preprocess(image: Image.Image, config: VisionConfig) -> np.ndarray:

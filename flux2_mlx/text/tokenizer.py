@@ -47,7 +47,8 @@ class PromptTokenizer(ABC):
         self._tokenizer = read_tokenizer(path)
         settings = read_settings(path.parent, self.fixed)
         with answers(path):
-            padding, truncation = self._tokenizer.padding or {}, self._tokenizer.truncation or {}
+            padding = self._tokenizer.padding or {}
+            truncation = self._tokenizer.truncation or {}
             processor = self._tokenizer.post_processor
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()

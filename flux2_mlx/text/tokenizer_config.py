@@ -17,7 +17,7 @@ from ..json_files import read_json
 CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
-_MAX_TEMPLATE = 1 << 20
+_MAX_TEMPLATE = 1 << 20  # bytes; those of released models have a few thousand
 _SIDES = {"left": True, "right": False, None: None}
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -102,17 +102,11 @@ def _side(key: str, values: dict[str, Any], path: Path) -> bool | None:
 
 def _template(folder: Path, values: dict[str, Any]) -> tuple[Path, str] | None:
     """The chat template and the file it stands in. One in a file of its own comes first."""
-    path, template = folder / _TEMPLATE, None
-    if path.exists():
-        try:
-            template = read_bytes(path, _MAX_TEMPLATE).decode("utf-8")
-        except (InputError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no chat template: {error}") from error
-    elif (folder / _OLD_TEMPLATE).exists():
-        path = folder / _OLD_TEMPLATE
-        template = read_json(path).get("chat_template")
+    path = next(filter(Path.exists, (folder / _TEMPLATE, folder / _OLD_TEMPLATE)), folder / CONFIG)
+    if path.name == _TEMPLATE:
+        template: Any = _own_template(path)
     else:
-        path, template = folder / CONFIG, values.get("chat_template")
+        template = (values if path.name == CONFIG else read_json(path)).get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = {entry.get("name"): entry.get("template") for entry in template}
     if isinstance(template, dict):
@@ -122,3 +116,11 @@ def _template(folder: Path, values: dict[str, Any]) -> tuple[Path, str] | None:
     if not isinstance(template, str | None):
         raise CheckpointError(f"{path}: chat_template is {reprlib.repr(template)}, which is no text")
     return None if template is None else (path, template)
+
+
+def _own_template(path: Path) -> str:
+    """The template that a file holds."""
+    try:
+        return read_bytes(path, _MAX_TEMPLATE).decode("utf-8")
+    except (InputError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no chat template: {error}") from error

@@ -160,9 +160,11 @@ class Convolved(Rows):
     def read(self, start: int, stop: int) -> mx.array:
         first, last, top, bottom = self._window(start, stop, 1)
         _, _, left, right = self._window(0, self.shape[2], 2)
-        x, padding = self._sources[0].read(first, last), (top, left)
+        x = self._sources[0].read(first, last)
+        padding = (top, left)
         if padding != (bottom, right):
-            x, padding = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)]), (0, 0)
+            x = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)])
+            padding = (0, 0)
         return mx.conv2d(x, self._conv.weight, self._conv.stride, padding) + self._conv.bias
 
     def drop(self, stop: int) -> None:

@@ -12,6 +12,7 @@ import flux2_mlx.hub
 import flux2_mlx.hub.downloads
 from flux2_mlx.errors import DownloadError
 from flux2_mlx.hub.cache import PARTIAL
+from flux2_mlx.store.parts import WHOLE
 
 REPO = "org/model"
 SHARD = "text_encoder/model-00002-of-00002.safetensors"
@@ -69,10 +70,15 @@ def using(hub, home, *, token=None, endpoint=None, offline=False):
             huggingface_hub.close_session()
 
 
+def fetch_here(repo, folders=WHOLE, **options):
+    """What `hub.fetch` gives for this process's own user."""
+    return flux2_mlx.hub.fetch(repo, folders=folders, **options)
+
+
 def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
     """What `hub.fetch` gives for that user."""
     with using(hub, home, token=token, endpoint=endpoint, offline=offline):
-        return flux2_mlx.hub.fetch(repo, **options)
+        return fetch_here(repo, **options)
 
 
 def refusal(hub, home, **options):
