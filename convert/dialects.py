@@ -8,7 +8,7 @@ payload is looked at here.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from .rules import Rule, Shape, copy, join_rows, swap_halves
 
@@ -81,6 +81,7 @@ class Dialect:
         return {theirs: ours for ours, all_ in self.table.items() for one in all_ for theirs in one.templates}
 
 
+@lru_cache(2**14)  # the same names are asked for several times
 def templated(name: str) -> tuple[str, list[int]]:
     """A name with stars for its blocks' numbers, and these numbers; nothing for a name that has stars itself."""
     if "*" in name:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is collected and imported stays, so that looking for garbage in it meanwhile finds none."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
-    """A run collects garbage after each phase, which takes as long as there is something to look through: half a second
-    with all tests and what they import, all of which stays."""
+    _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    before = len(sys.modules)
+    done = yield
+    if len(sys.modules) > before + 100:  # as mlx_lm brings transformers where text is first written
+        _freeze()
+    return done
+
+
+def _freeze() -> None:
+    """A run collects garbage after each phase, which takes as long as there is something to look through: a quarter of a
+    second with what a large library has, all of which stays."""
+    gc.collect()
     gc.freeze()
 
 

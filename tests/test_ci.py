@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_project import PYPROJECT, ROOT, commands, understand
+from helpers.project import PYPROJECT, ROOT, commands, understand
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_dev, save_small
 from helpers.cli_runner import PROMPT, SMALL, error_line, run
+from helpers.device_messages import INTERACTIVITY, OUT_OF_MEMORY, TIMEOUT, TOO_LARGE
 from PIL import Image
-from test_device import INTERACTIVITY, OUT_OF_MEMORY, TIMEOUT, TOO_LARGE
 
 from flux2_mlx import Flux2Pipeline, upsampling
 

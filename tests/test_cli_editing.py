@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.cli_runner import PROMPT, difference, done, pixels, refusal, run
-from PIL import Image, PngImagePlugin
+from helpers.remembered import remember
+from PIL import Image
 
 from flux2_mlx.files import read_bytes
 from flux2_mlx.images import read_settings
@@ -226,15 +227,6 @@ def test_what_is_given_of_an_edit_wins_and_the_rest_stays(arguments, name, value
     assert again == first
 
 
-def remember(path, **changes):
-    """Write a picture whose edit is that of `first.png` with some of it changed."""
-    with Image.open("first.png") as image:
-        settings = json.loads(image.text["flux2-mlx"])
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("flux2-mlx", json.dumps(settings | {"edit": settings["edit"] | changes}))
-        image.save(path, pnginfo=info)
-
-
 SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 16}
 
 
@@ -256,7 +248,7 @@ SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 16}
 )
 def test_a_damaged_edit(changes, message, made_before):
     made_before("-i", "a.png")
-    remember("b.png", **changes)
+    remember("b.png", "first.png", edit=read_settings("first.png")["edit"] | changes)
     assert refusal("i2i", "--replay", "b.png", "-o", "c.png") == message
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.cli_runner import DEMO, PROMPT, difference, done, make, pixels, refusal, run
-from PIL import Image, PngImagePlugin
+from helpers.remembered import remember
+from PIL import Image
 
 from flux2_mlx import device
 from flux2_mlx.checkpoint import sealed
@@ -160,13 +161,6 @@ def test_files_that_are_given_are_compared(home):
     other = done("i2i", "--replay", "first.png", "-i", "b.png", "-o", "other.png")
     assert "b.png is not the a.png that the image was made from, so the new one will differ\n" in other.stderr
     assert done("i2i", "--replay", "first.png", "-i", "b.png", "-o", "o.png", "--quiet").stderr == ""
-
-
-def remember(path, source, **changes):
-    """Write a picture with the settings of another, some of them changed."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("flux2-mlx", json.dumps(read_settings(Path(source)) | changes))
-    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
 
 
 def test_an_image_of_before_with_whole_paths_is_made_again(home, monkeypatch):

@@ -1,13 +1,13 @@
 """`t2i --replay`: an image made again from what its file remembers."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.cli_runner import PROMPT, difference, done, make, pixels, refusal
-from PIL import Image, PngImagePlugin
+from helpers.remembered import remember
+from PIL import Image
 
 from flux2_mlx.images import read_settings
 
@@ -35,14 +35,6 @@ def a_png(folder, seven):
 
 def replay(*arguments):
     return done("t2i", "--replay", *arguments)
-
-
-def remember(path, **changes):
-    """Write a picture whose settings are those of `a.png` with some changed."""
-    with Image.open("a.png") as image:
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("flux2-mlx", json.dumps(json.loads(image.text["flux2-mlx"]) | changes))
-        image.save(path, pnginfo=info)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.cli_runner import DEMO, PROMPT, SMALL, done, refusal, run
+from helpers.remembered import save_remembering
 from PIL import Image, PngImagePlugin
 
 from flux2_mlx.config import VARIANTS
@@ -47,9 +48,7 @@ def folder(tmp_path, monkeypatch):
 
 def remember(path="a.png", **changes):
     """A picture with these settings."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("flux2-mlx", json.dumps(BASE | changes))
-    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
+    save_remembering(path, BASE | changes)
 
 
 @pytest.fixture(params=["a named pipe", "a device"])

@@ -103,15 +103,20 @@ def test_nonsense_in_a_checkpoint_is_one_line(part, value, checkpoint, tmp_path)
         assert passes_or_says_so(lambda: Checkpoint.open(copy)), key
 
 
-@pytest.mark.parametrize("part", [*PARTS, "scheduler", ""])
 @pytest.mark.parametrize("value", NONSENSE, ids=lambda value: repr(value)[:20])
-def test_nonsense_in_a_source_is_one_line(part, value, official, tmp_path):
-    copy = linked(official, tmp_path / "copy")
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [*(("source", part) for part in (*PARTS, "scheduler", "")), ("official", "text_encoder")],
+    ids=lambda name: name or "model_index",
+)
+def test_nonsense_in_a_source_is_one_line(model, part, value, request, tmp_path):
+    copy = linked(request.getfixturevalue(model), tmp_path / "copy")
+    variant = {"source": SHALLOW_VARIANT, "official": "dev"}[model]
     name = {"scheduler": "scheduler_config.json", "": "model_index.json"}.get(part, "config.json")
     values = json.loads((copy / part / name).read_text())
     for key in keys(values):
         write(copy / part / name, replaced(values, key, value))
-        assert passes_or_says_so(lambda: Source.open(copy, "dev").check()), key
+        assert passes_or_says_so(lambda: Source.open(copy, variant).check()), key
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.device_messages import HEAD, INTERACTIVITY, OUT_OF_MEMORY, TIMEOUT, TOO_LARGE
 
 from flux2_mlx import device, layers
 from flux2_mlx.device import (
@@ -23,15 +24,6 @@ from flux2_mlx.device import (
     parse_memory,
 )
 from flux2_mlx.errors import DeviceError, InputError
-
-HEAD = "[METAL] Command buffer execution failed: "
-OUT_OF_MEMORY = f"{HEAD}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
-TIMEOUT = f"{HEAD}Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)"
-INTERACTIVITY = f"{HEAD}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
-TOO_LARGE = (
-    "[metal::malloc] Attempting to allocate 40000000000 bytes which is greater than the maximum allowed buffer size of "
-    "22906503168 bytes."
-)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, metal: bool = True, **info: Any) -> None:

@@ -27,7 +27,7 @@ import os, random, sys, time
 from pathlib import Path
 import mlx.core as mx
 from flux2_mlx.embedding_cache import EmbeddingCache
-from test_embedding_cache import FORM, KEYS, STATES, bits, states_of
+from helpers.cached_prompts import FORM, KEYS, STATES, bits, states_of
 cache = EmbeddingCache(Path({str(cache.folder)!r}), {cache.max_bytes})
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}

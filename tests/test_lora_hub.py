@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.adapter_headers import ai_toolkit
 from helpers.adapters import D, lora, save
 from helpers.cli_runner import DEMO, PROMPT, done, pixels, refusal
 from helpers.headers import write
 from helpers.hub_client import REPO, using
 from helpers.hub_server import HubServer
-from test_lora_models import ai_toolkit
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint, Component

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 from helpers.cli_runner import PROMPT, done, make, refusal, run
-from test_cli_replay import remember
-from test_device import OUT_OF_MEMORY
+from helpers.device_messages import OUT_OF_MEMORY
+from helpers.remembered import remember
 
 from flux2_mlx import Flux2Pipeline, device, preparation
 from flux2_mlx.device import GIB, computing_dtype, cuts_float32, machine, memory_reason

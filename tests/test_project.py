@@ -4,23 +4,19 @@ import ast
 import importlib
 import itertools
 import re
-import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 import readme_tables
+from helpers.project import PYPROJECT, ROOT, commands, understand
 from helpers.slow import SLOW
 
 import flux2_mlx
 from flux2_mlx.cli.main import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # The house of CONTRIBUTING.md: a module imports only from storeys below its own and from rooms of its own storey that
 # stand left of its room; a package may import from itself. The embedding cache stands below the runs that use it, as
 # the store counts and clears what it keeps.
@@ -261,17 +257,6 @@ def test_python_in_the_readme_compiles_and_its_imports_exist():
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "flux2_mlx":
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names)
-
-
-def commands(text: str) -> list[list[str]]:
-    """The arguments of every `flux2-mlx` line in shell text."""
-    lines = (line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines())
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("flux2-mlx ")]
-
-
-def understand(name: str, arguments: list[str]) -> None:
-    """Parse the arguments of a command as the group does, whose settings a command keeps once it has seen them."""
-    cli.commands[name].make_context(name, arguments, parent=click.Context(cli, **cli.context_settings))
 
 
 def test_commands_in_the_readme_are_understood():

@@ -85,8 +85,10 @@ def same(images, others) -> bool:
     )
 
 
-@pytest.mark.parametrize("kind", [FullError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
+@pytest.mark.parametrize(
+    ("kind", "output_type"),
+    [(FullError, "pil"), (FullError, "np"), (FullError, "latent"), (KeyboardInterrupt, "pil"), (SystemExit, "latent")],
+)
 def test_an_exception_takes_along_what_is_finished(kind, output_type, pipe, whole):
     error = kind()
     partial = stopped(pipe, error, output_type=output_type).partial_output

@@ -24,12 +24,6 @@ START = 65_536  # bytes of a file of weights that are read for its header
 NAMED = {"variant": VARIANT}
 
 
-@pytest.fixture(scope="module")
-def official(small_model):
-    """Its transformer has 35 MB."""
-    return small_model(transformer=LARGE_TRANSFORMER)
-
-
 def refused(source, home, kind=(CheckpointError, InputError), act=None, **options):
     """The line that a repo is refused with, after a look at what was fetched of it: no more than headers."""
     with HubServer({REPO: source}) as hub, using(hub, home):

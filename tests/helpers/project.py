@@ -1,0 +1,23 @@
+"""What tests ask of the project's own files: where they are, and which commands a text shows."""
+
+import shlex
+import tomllib
+from pathlib import Path
+
+import click
+
+from flux2_mlx.cli.main import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `flux2-mlx` line in shell text."""
+    lines = (line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines())
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("flux2-mlx ")]
+
+
+def understand(name: str, arguments: list[str]) -> None:
+    """Parse the arguments of a command as the group does, whose settings a command keeps once it has seen them."""
+    cli.commands[name].make_context(name, arguments, parent=click.Context(cli, **cli.context_settings))
