@@ -112,11 +112,14 @@ class LowRanks:
         self._rows = _side_by_side([up for up in self._ups if up.scale])
 
     def beside(self, layer: nn.Module, x: mx.array) -> mx.array:
-        """What the layer gives for `x`, with what is added to it.
+        """What the layer gives for `x`, with what is added to it."""
+        flat = x.reshape(-1, x.shape[-1])  # `addmm` would take a batch apart
+        return self._beside(layer, flat).reshape(*x.shape[:-1], -1)
 
-        Where one product adds to all outputs the layer's own goes on top of it, so that outputs, of which there are far
-        more than ranks, are not read and written once more. Under float16 only their sum is sure to be in the range.
-        """
+    def _beside(self, layer: nn.Module, x: mx.array) -> mx.array:
+        """Where one product adds to all outputs the layer's own goes on top of it, so that outputs, of which there are
+        far more than ranks, are not read and written once more. Under float16 only their sum is sure to be in the
+        range."""
         ups = [up for row in self._rows for up in row]
         if len(ups) == 1 and _is_plain(layer, x.dtype) and ups[0].span == slice(0, len(layer.weight)):
             return mx.addmm(ups[0].of(x @ self._down.astype(x.dtype)), x, layer.weight.T, beta=ups[0].scale)
