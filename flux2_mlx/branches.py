@@ -1,12 +1,11 @@
 """Adapters at work: side branches of the layers of a network, whose weights stay as they are."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,9 +13,9 @@ import mlx.nn as nn
 from .adapters import Adapter, BiasDifference, Decomposed, Difference, Hadamard, Kronecker, LowRank, Placed
 from .errors import InputError, RangeError
 from .layers import cast
+from .low_ranks import Change, LowRanks, changed
 from .transformer.headroom import output_unit
 
-_Form = TypeVar("_Form")
 _Other = Kronecker | Hadamard | Difference | Decomposed | BiasDifference
 
 
@@ -100,6 +99,7 @@ class Branches:
         self._scales = scales
         if changed:
             self._weigh(scales)
+            mx.eval(self.arrays)  # what is made in this thread, another one may go on with
         return changed
 
     def _weigh(self, scales: Sequence[float]) -> None:
@@ -121,13 +121,14 @@ class Branches:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All arrays once, those of the adapters themselves included."""
-        return list({id(array): array for branch in self._branches.values() for array in branch.arrays}.values())
+        """All arrays, those of the adapters themselves included; some are views of others."""
+        return [array for branch in self._branches.values() for array in branch.arrays]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in self.arrays)
+        """Bytes of all arrays, of which those of the adapters count once."""
+        own = {id(array): array.nbytes for branch in self._branches.values() for array in branch.own}
+        return sum(own.values()) + sum(branch.copied_bytes for branch in self._branches.values())
 
     def beside(self, name: str, layer: nn.Module) -> nn.Module:
         """The layer of this name with its branch; itself if no adapter changes it."""
@@ -149,44 +150,46 @@ class _Branched(nn.Module):
         return self._branch(x, self.layer)
 
 
-@dataclass(frozen=True, eq=False)
-class _Change(Generic[_Form]):
-    """A change of outputs of a `span` that the adapter of this number makes."""
-
-    adapter: int
-    span: slice
-    form: _Form
-
-
 class _Branch:
     """All changes of one layer: those of low rank together, and each of the others by itself."""
 
     def __init__(self, name: str, adapters: Sequence[Sequence[Placed]]):
         self._name = name
         placed = [(number, x.span, x.change) for number, some in enumerate(adapters) for x in some]
-        low = [_Change(number, span, form) for number, span, form in placed if isinstance(form, LowRank)]
-        self._low = _LowRanks(low) if low else None
-        self._others = [_Change(number, span, form) for number, span, form in placed if not isinstance(form, LowRank)]
+        low = [Change(number, span, form) for number, span, form in placed if isinstance(form, LowRank)]
+        self._low = LowRanks(low) if low else None
+        self._others = [Change(number, span, form) for number, span, form in placed if not isinstance(form, LowRank)]
+        self._changes = [*low, *self._others]
         self._strengths: Sequence[float] = ()
-        self._ratios: dict[_Change[_Other], mx.array] = {}
+        self._working: list[Change[_Other]] = []
+        self._ratios: dict[Change[_Other], mx.array] = {}
 
     def copied(self) -> "_Branch":
         """A copy that shares the arrays, to be weighed otherwise."""
         other = copy(self)
-        other._low = copy(self._low)
+        other._low = self._low and self._low.copied()
         return other
 
     def weigh(self, strengths: Sequence[float]) -> None:
         self._strengths = strengths
+        self._working = [other for other in self._others if strengths[other.adapter]]
         if self._low is not None:
             self._low.weigh(strengths)
 
     @property
-    def arrays(self) -> Iterator[mx.array]:
-        for other in self._others:
-            yield from other.form.arrays
-        if self._low is not None:
-            yield from self._low.arrays
+    def own(self) -> list[mx.array]:
+        """The arrays of the changes themselves."""
+        return [array for change in self._changes for array in change.form.arrays]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that are computed with, or kept to be."""
+        return [*self.own, *(self._low.arrays if self._low is not None else ())]
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the arrays besides those of the changes themselves."""
+        return 0 if self._low is None else self._low.copied_bytes
 
     def measure(self, layer: nn.Module) -> None:
         """Work out what needs the weight of the layer, the first time that it is in memory."""
@@ -195,16 +198,17 @@ class _Branch:
                 self._ratios[other] = other.form.ratio(partial(_weight, layer, other.span))
 
     def __call__(self, x: mx.array, layer: nn.Module) -> mx.array:
+        if self._low is not None and not self._working:
+            return self._low.beside(layer, x)
         own = y = layer(x)
         if self._low is not None:
             y = self._low.added(y, x)
-        for other in self._others:
-            if self._strengths[other.adapter]:
-                addition = cast(self._addition(other, x, own, layer), x.dtype)
-                y = _changed(y, [(other.span, partial(mx.add, addition))])
+        for other in self._working:
+            addition = cast(self._addition(other, x, own, layer), x.dtype)
+            y = changed(y, [(other.span, partial(mx.add, addition))])
         return y
 
-    def _addition(self, other: _Change[_Other], x: mx.array, own: mx.array, layer: nn.Module) -> mx.array:
+    def _addition(self, other: Change[_Other], x: mx.array, own: mx.array, layer: nn.Module) -> mx.array:
         """What a change adds to the outputs of its span; `own` is the output of the layer without any change."""
         form = other.form
         span = other.span
@@ -218,92 +222,6 @@ class _Branch:
             return more + (strength * ratio).astype(x.dtype) * form.change.delta(x)
         longer, whole = (cast(strength * factor * x.astype(mx.float32), x.dtype) for factor in (ratio - 1, ratio))
         return _without_bias(layer(longer), layer)[..., span] + form.change.delta(whole)
-
-
-@dataclass(frozen=True, eq=False)
-class _Up:
-    """The product up from some `ranks` to the outputs of a `span`."""
-
-    matrix: mx.array
-    ranks: slice
-    span: slice
-
-    @classmethod
-    def of(cls, changes: Sequence[_Change[LowRank]], rank: int) -> "_Up":
-        """The product of changes of the same outputs, whose ranks begin with this one."""
-        matrix = _joined([change.form.up for change in changes], axis=1)
-        return cls(matrix, slice(rank, rank + matrix.shape[1]), changes[0].span)
-
-    def added(self, inner: mx.array, y: mx.array) -> mx.array:
-        return mx.addmm(y, inner[..., self.ranks], self.matrix.astype(y.dtype).T)
-
-
-class _LowRanks:
-    """Changes of low rank as one product down, and one up for each part of the outputs that there is one for."""
-
-    def __init__(self, changes: Sequence[_Change[LowRank]]):
-        self._changes = sorted(changes, key=_span)
-        self._down = _joined([change.form.down for change in self._changes], axis=0)
-        self._ups: list[_Up] = []
-        for _, group in groupby(self._changes, key=_span):
-            self._ups.append(_Up.of([*group], self._ups[-1].ranks.stop if self._ups else 0))
-        self._rows = _side_by_side(self._ups)
-        self._scales: mx.array | None = None
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """The joined arrays that are computed with, and those of the changes, which are the same objects for one
-        alone."""
-        own = [array for change in self._changes for array in change.form.arrays]
-        return [self._down, *(up.matrix for up in self._ups), *own]
-
-    def weigh(self, strengths: Sequence[float]) -> None:
-        low = [(strengths[change.adapter] * change.form.scale, change) for change in self._changes]
-        scales = [scale for scale, change in low for _ in range(len(change.form.down))]
-        self._at_work = any(scales)
-        self._scales = None if {*scales} == {1} else mx.array(scales)
-
-    def added(self, y: mx.array, x: mx.array) -> mx.array:
-        """The output `y` for `x` and what is added to it."""
-        if not self._at_work:
-            return y
-        inner = cast(x @ self._down.astype(x.dtype).T, x.dtype)
-        if self._scales is not None:
-            inner = cast(self._scales * inner.astype(mx.float32), x.dtype)
-        for row in self._rows:
-            y = _changed(y, [(up.span, partial(up.added, inner)) for up in row])
-        return y
-
-
-def _span(change: _Change[LowRank]) -> tuple[int, int]:
-    return change.span.start, change.span.stop
-
-
-def _side_by_side(ups: Sequence[_Up]) -> list[list[_Up]]:
-    """The products in as few lists as may be. No two of a list have outputs in common; they are in the outputs'
-    order."""
-    lists: list[list[_Up]] = []
-    for up in ups:
-        free = next((some for some in lists if some[-1].span.stop <= up.span.start), None)
-        if free is None:
-            lists.append(free := [])
-        free.append(up)
-    return lists
-
-
-def _joined(arrays: Sequence[mx.array], axis: int) -> mx.array:
-    return mx.concatenate(list(arrays), axis) if len(arrays) > 1 else arrays[0]
-
-
-def _changed(y: mx.array, changes: Sequence[tuple[slice, Callable[[mx.array], mx.array]]]) -> mx.array:
-    """`y` with what becomes of some of its outputs, from the first to the last."""
-    parts = []
-    end = 0
-    for span, change in changes:
-        parts += [y[..., end : span.start], change(y[..., span])]
-        end = span.stop
-    parts = [part for part in [*parts, y[..., end:]] if part.shape[-1]]
-    return _joined(parts, axis=-1)
 
 
 def _without_bias(y: mx.array, layer: nn.Module) -> mx.array:

@@ -1,36 +1,49 @@
 """Time one denoising step of the transformer with adapters on all its linear layers, beside the step without.
 
     python scripts/bench_lora.py --ranks 16 32 --times 9
+    python scripts/bench_lora.py --blocks 5 20 --dtype bfloat16 --side 64 --text 512 --times 15 --quant qint8
 
-Random weights at the width of klein-4b with fewer blocks. The steps take turns in one process, and ratios are taken
-turn by turn, so that a machine that slows down does not distort them; on a CPU of the process' own time. What is
-printed of each adapter: the median ratio and the quartiles, the bytes of its factors, and those that the peak of a step
-rises by. `--ranks 16 16+16` is one of rank 16, and two of them at once.
+Random weights at the width of klein-4b; the first line is sized for a CPU, the second is a whole step of klein-4b at
+1024 × 1024 on a GPU. The steps take turns in one process, each time in another order, and ratios are taken turn by
+turn, so that a machine that slows down does not distort them; on a CPU of the process' own time. What is printed of
+each adapter: the median ratio and the quartiles, the bytes of its factors, and those that the peak of a step rises by.
+`--ranks 16 16+16` is one of rank 16, and two of them at once; `32/3` is one of rank 32 that changes q, k and v apart,
+as adapters of diffusers do.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from flux2_mlx.adapters import Adapter, Layers, LowRank, Placed
 from flux2_mlx.branches import AtWork, Branches
-from flux2_mlx.config import TransformerConfig
+from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 from flux2_mlx.device import on_gpu
 from flux2_mlx.layers import adapted
+from flux2_mlx.quantization import quantize_module, statement
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
 SIGMA = 0.9
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def adapter(network: Flux2Transformer, rank: int, dtype: mx.Dtype) -> Layers:
-    """One of this rank on each linear layer."""
-    weights = [(name.removesuffix(".weight"), x.shape) for name, x in tree_flatten(network.parameters()) if x.ndim == 2]
-    return {name: (Placed(factors(outputs, inputs, rank, dtype)),) for name, (outputs, inputs) in weights}
+def adapter(shapes: Shapes, rank: int, parts: int, dtype: mx.Dtype) -> Layers:
+    """One of this rank on each linear layer, with so many changes of each `qkv`."""
+    return {
+        name: tuple(changes(*shape, rank, parts if name.endswith(".qkv") else 1, dtype))
+        for name, shape in shapes.items()
+    }
+
+
+def changes(outputs: int, inputs: int, rank: int, parts: int, dtype: mx.Dtype) -> list[Placed]:
+    size = outputs // parts
+    return [Placed(factors(size, inputs, rank, dtype), slice(start, start + size)) for start in range(0, outputs, size)]
 
 
 def factors(outputs: int, inputs: int, rank: int, dtype: mx.Dtype) -> LowRank:
@@ -40,12 +53,28 @@ def factors(outputs: int, inputs: int, rank: int, dtype: mx.Dtype) -> LowRank:
     return LowRank(down, up, 0.5)
 
 
+def branches(ranks: str, shapes: Shapes, dtype: mx.Dtype) -> Branches:
+    found = []
+    for text in ranks.split("+"):
+        rank, _, parts = text.partition("/")
+        found.append(Adapter(text, {"transformer": adapter(shapes, int(rank), int(parts or 1), dtype)}))
+    made = Branches("transformer", [AtWork(one) for one in found])
+    mx.eval(made.arrays)
+    return made
+
+
 def network(double: int, single: int, dtype: mx.Dtype) -> Flux2Transformer:
-    model = Flux2Transformer(TransformerConfig(double, single, 24, 7680, guidance_embeds=False))
-    model.update(tree_map(lambda x: mx.random.normal(x.shape, scale=x.shape[-1] ** -0.5), model.parameters()))
-    model.set_dtype(dtype)
-    mx.eval(model.parameters())
+    config = replace(VARIANTS["klein-4b"].transformer, num_layers=double, num_single_layers=single)
+    model = Flux2Transformer(config)
+    for name, empty in tree_flatten(model.parameters()):
+        weight = mx.random.normal(empty.shape, scale=empty.shape[-1] ** -0.5).astype(dtype)
+        mx.eval(weight)  # one by one, as each is several times as large before it is cast
+        model.load_weights([(name, weight)], strict=False)
     return model
+
+
+def linear_shapes(model: Flux2Transformer) -> Shapes:
+    return {name.removesuffix(".weight"): x.shape for name, x in tree_flatten(model.parameters()) if x.ndim == 2}
 
 
 def stepper(model: Flux2Transformer, side: int, text: int, dtype: mx.Dtype) -> Callable[[Flux2Transformer], float]:
@@ -72,34 +101,45 @@ def peak(step: Callable[[], float]) -> int:
     return mx.get_peak_memory() - before
 
 
+def turn(step: Callable[[Flux2Transformer], float], networks: Mapping[str, Flux2Transformer], number: int):
+    """The seconds of a step of each network, of which that of this number is the first."""
+    names = [*networks]
+    first = number % len(names)
+    return {name: step(networks[name]) for name in (*names[first:], *names[:first])}
+
+
+def show(name: str, turns: Sequence[Mapping[str, float]], nbytes: int, peaks: Mapping[str, int]) -> None:
+    low, middle, high = statistics.quantiles([turn[name] / turn["without"] for turn in turns], n=4)
+    more = (peaks[name] - peaks["without"]) / 2**20
+    print(
+        f"rank {name}: {middle:.4f} of the step ({low:.4f} to {high:.4f}), factors {nbytes / 2**20:.1f} MiB, "
+        f"peak {more:+.1f} MiB on {peaks['without'] / 2**20:.0f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", default=["16", "32"])
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--side", type=int, default=32, help="of the image, in tokens")
-    parser.add_argument("--text", type=int, default=512, help="tokens of text")
-    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--times", type=int, default=9, help="turns")
+    parser.add_argument("--quant", choices=QUANTIZATIONS, default="bf16", help="of the weights; bf16: as --dtype says")
+    parser.add_argument("--side", type=int, default=16, help="of the image, in tokens")
+    parser.add_argument("--text", type=int, default=64, help="tokens of text")
+    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--times", type=int, default=5, help="turns")
     arguments = parser.parse_args()
     dtype = getattr(mx, arguments.dtype)
     plain = network(*arguments.blocks, dtype)
+    shapes = linear_shapes(plain)
+    quantize_module(plain, statement(arguments.quant, "transformer", shapes.items()))
+    mx.eval(plain.parameters())
     step = stepper(plain, arguments.side, arguments.text, dtype)
-    networks, nbytes = {"without": plain}, {"without": 0}
-    for ranks in arguments.ranks:
-        changes = [adapter(plain, int(rank), dtype) for rank in ranks.split("+")]
-        branches = Branches("transformer", [AtWork(Adapter(ranks, {"transformer": some})) for some in changes])
-        mx.eval(branches.arrays)
-        networks[ranks], nbytes[ranks] = adapted(plain, branches), branches.nbytes
+    made = {ranks: branches(ranks, shapes, dtype) for ranks in arguments.ranks}
+    networks = {"without": plain} | {ranks: adapted(plain, one) for ranks, one in made.items()}
     peaks = {name: peak(lambda network=network: step(network)) for name, network in networks.items()}
-    turns = [{name: step(network) for name, network in networks.items()} for _ in range(arguments.times)]
+    turns = [turn(step, networks, number) for number in range(arguments.times)]
     print(f"without: {statistics.median(turn['without'] for turn in turns):.3f} s")
-    for name in arguments.ranks:
-        low, middle, high = statistics.quantiles([turn[name] / turn["without"] for turn in turns], n=4)
-        more = (peaks[name] - peaks["without"]) / 2**20
-        print(
-            f"rank {name}: {middle:.4f} of the step ({low:.4f} to {high:.4f}), factors {nbytes[name] / 2**20:.1f} MiB, "
-            f"peak {more:+.1f} MiB on {peaks['without'] / 2**20:.0f}"
-        )
+    for ranks, one in made.items():
+        show(ranks, turns, one.nbytes, peaks)
 
 
 if __name__ == "__main__":

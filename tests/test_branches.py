@@ -118,12 +118,38 @@ def test_changes_of_some_outputs_add_up(adapters):
     assert relative_error(beside(own, *adapters)(x), x @ weight.T) <= 1e-5
 
 
-def test_low_ranks_of_a_layer_are_one_product_down_and_one_up_for_the_same_outputs(monkeypatch):
+def products(monkeypatch) -> list[tuple[tuple[int, ...], ...]]:
+    """The shapes of what is multiplied and added at once from now on."""
+    seen, added = [], mx.addmm
+    monkeypatch.setattr(
+        mx, "addmm", lambda *xs, **scales: seen.append(tuple(x.shape for x in xs[:3])) or added(*xs, **scales)
+    )
+    return seen
+
+
+def test_low_ranks_of_a_layer_are_one_product_up(monkeypatch):
+    own, x, seen = layer(), mx.ones((5, 64)), products(monkeypatch)
+    beside(own, thirds(), thirds(9), [Placed(low_rank(24, 64))])(x)
+    beside(own.to_quantized(64, 8, "affine"), thirds())(x)
+    beside(own, thirds()[::2])(x)
+    assert seen == [((5, 24), (5, 64), (64, 24)), ((5, 24), (5, 12), (12, 24)), ((5, 16), (5, 8), (8, 16))]
+
+
+def test_many_ranks_are_a_product_up_for_the_same_outputs(monkeypatch):
+    monkeypatch.setattr("flux2_mlx.low_ranks._MOST_PADDED", 27)
     both, x = beside(layer(), thirds(), thirds(9), [Placed(low_rank(24, 64))]), mx.ones((5, 64))
-    ups, added = [], mx.addmm
-    monkeypatch.setattr(mx, "addmm", lambda y, inner, up: ups.append((inner.shape, up.shape)) or added(y, inner, up))
+    seen = products(monkeypatch)
     both(x)
-    assert sorted(ups) == [((5, 4), (4, 24)), *[((5, 8), (8, 8))] * 3]
+    assert sorted(seen) == [((5, 8), (5, 8), (8, 8))] * 3 + [((5, 24), (5, 4), (4, 24))]
+
+
+def test_a_step_multiplies_nothing_by_scales(monkeypatch):
+    x = mx.ones((5, 64))
+    both = beside(layer(), thirds(), [Placed(low_rank(24, 64, scale=0.3))], strengths=[0.5, -2.0])
+    both(x)
+    for name in ("__mul__", "__rmul__"):
+        monkeypatch.setattr(mx.array, name, lambda *_: pytest.fail("multiplied"))
+    both(x)
 
 
 def test_a_bias_is_added():

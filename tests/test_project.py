@@ -26,7 +26,7 @@ STOREYS = {
         "files", "json_files", "exclusion", "settings", "weights", "staging", "images", "image_names", "colors",
         "references", "hub", "demo",
     ),
-    "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "branches"),
+    "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "low_ranks", "branches"),
     "models": (
         "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks",
         "verification", "convert", "embedding_cache", "store",
