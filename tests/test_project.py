@@ -27,8 +27,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 STOREYS = {
     "facts": ("errors", "config", "layout", "requirements", "device", "noise", "scheduler"),
     "files": (
-        "files", "json_files", "exclusion", "settings", "weights", "staging", "images", "image_names", "colors",
-        "references", "hub", "demo",
+        "files", "json_files", "exclusion", "settings", "copying", "weights", "staging", "images", "image_names",
+        "colors", "references", "hub", "demo",
     ),
     "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "branches"),
     "models": (
