@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from flux2_mlx import staging
 from flux2_mlx.checkpoint import (
@@ -21,6 +23,7 @@ from flux2_mlx.checkpoint import (
     sealed,
 )
 from flux2_mlx.components import COMPONENTS
+from flux2_mlx.copying import Copied
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
@@ -54,10 +57,18 @@ _METADATA = {"format": "mlx", "flux2-mlx": str(FORMAT_VERSION)}
 
 @dataclass(frozen=True)
 class Part:
-    """A network as it is written, and its tensors as they are stored."""
+    """A network as it is written, and its tensors as they are stored; those that are only `copied` are not read."""
 
     component: Component
     tensors: Tensors
+    copied: Mapping[str, Copied] = field(default_factory=dict)
+
+    def contents(self, names: Iterable[str]) -> Iterator[mx.array | Copied]:
+        """What is written of each tensor, in this order."""
+        names = list(names)
+        made = iter(self.tensors.read([name for name in names if name not in self.copied]))
+        for name in names:
+            yield self.copied[name] if name in self.copied else next(made)
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,7 @@ def _write_part(folder: _Folder, part: Part, progress: Meter) -> None:
     if len(shards) == 1:
         names = ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        folder.put_weights(f"{place}/{name}", shard, part.tensors.read(shard), _METADATA, progress.add)
+        folder.put_weights(f"{place}/{name}", shard, part.contents(shard), _METADATA, progress.add)
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": part.component.nbytes}, "weight_map": weight_map}

@@ -15,7 +15,7 @@ from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
 from .dialects import AFTER, DIALECTS, DIFFUSERS_VAE, MLX_VAE, Dialect, Spelling, filled, matrix, templated, unpermute
 from .formats import unreadable
 from .parts import LAYOUT
-from .rules import Rule, Shape, copy
+from .rules import Rule, Shape, copy, moved
 from .strangers import refusal
 
 # Several times what any model of this family has, its quantized forms included.
@@ -93,6 +93,7 @@ class Reading:
             inner.sources,
             lambda *arrays: rule.apply(inner.apply(*arrays)),
             lambda shape: inner.source_shape(rule.source_shape(shape)),
+            moved(inner, rule),
         )
 
     def rules_for(self, network: str, config: Any) -> Callable[[str, Shape], Rule]:

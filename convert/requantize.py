@@ -14,12 +14,13 @@ import numpy as np
 from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, as_stored
 from flux2_mlx.components import by_group, quantizations
 from flux2_mlx.config import QUANTIZATIONS, check_quant
+from flux2_mlx.copying import Copied
 from flux2_mlx.errors import InputError
 from flux2_mlx.json_files import read_json
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, GROUP_SIZE, quantize_array, stored_names
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
-from flux2_mlx.weights import Tensors
+from flux2_mlx.weights import Files, Tensors
 
 from .folder import Inspection, Part, check_target, write_folder
 from .formats import SETTINGS, unpacked
@@ -129,7 +130,8 @@ def stored_part(stored: Component, wanted: Component, adapters: Folds | None = N
             "checkpoint in bf16"
         )
     if stored.quantization == wanted.quantization and not changes:
-        return Part(wanted, stored.tensors)
+        files = Files(stored.files)
+        return Part(wanted, files, {name: Copied((files.range_of(name),)) for name in wanted.infos})
     before, after = _bits(stored), _bits(wanted)
     if after > before:
         raise InputError(f"{place} is stored in {before} bits, which gain nothing as {after}; ask for the same")

@@ -2,24 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
 from flux2_mlx.components import COMPONENTS, by_group, quantizations
 from flux2_mlx.config import check_quant
+from flux2_mlx.copying import Range
 from flux2_mlx.quantization import DEFAULT_TEXT_QUANT
 from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
-from flux2_mlx.weights import TensorInfo
+from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
+from .formats import range_of
 from .lora import Fold, Folds, folded_source
 from .requantize import stored_part, warn_of_loss
-from .rules import Converted, Finite, Placed, Rule
+from .rules import Converted, Finite, Placed, Rule, copied
 from .sources import Source
 from .tokenizer import check_tokenizer, opened_tokenizer
 
@@ -165,4 +170,14 @@ def _part(source: Source, plan: _Plan, adapters: Folds) -> Part:
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
     converted = Finite(Converted(Placed(part.tensors, part.place), plan.rules, plan.plain), complaint)
-    return Part(plan.component, as_stored(adapters.into(plan.component.name, converted), plan.component))
+    tensors = as_stored(adapters.into(plan.component.name, converted), plan.component)
+    if adapters.change(plan.component.name):
+        return Part(plan.component, tensors)
+    stored = plan.component.infos
+    names = [name for name, info in plan.plain.items() if stored.get(name) == info]
+    return Part(plan.component, tensors, copied(names, plan.rules, partial(_bfloat16, part.tensors), complaint))
+
+
+def _bfloat16(tensors: Tensors, name: str) -> Range | None:
+    """Where the bytes of a tensor are, if they are those of its numbers in bfloat16."""
+    return range_of(tensors, name) if tensors.infos[name].dtype == FLOATS[mx.bfloat16] else None

@@ -10,6 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeGuard, cast
 import mlx.core as mx
 import numpy as np
 
+from .copying import Copied, Hashed, Range, pieces_of
 from .errors import CheckpointError
 from .json_files import open_model_file, parse_json
 
@@ -231,6 +233,12 @@ class Files:
                 opened[path] = self._reader(path)
             yield opened[path](name)
 
+    def range_of(self, name: str) -> Range:
+        """Where the bytes of a tensor are."""
+        path = self._places[name]
+        header = self._headers[path]
+        return Range(path, header.starts[name], header.tensors[name].nbytes, header.size)
+
     @cached_property
     def _places(self) -> dict[str, Path]:
         return {name: path for path, header in self._headers.items() for name in header.tensors}
@@ -323,11 +331,11 @@ class Written(NamedTuple):
 def write_safetensors(
     path: Path,
     tensors: dict[str, TensorInfo],
-    arrays: Iterable[mx.array],
+    contents: Iterable[mx.array | Copied],
     metadata: dict[str, str],
     report: Callable[[int], None],
 ) -> Written:
-    """Write a safetensors file of `tensors`, whose `arrays` come in the same order and are dropped one by one."""
+    """Write a safetensors file of `tensors`, whose `contents` come in the same order and are dropped one by one."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, tensor in tensors.items():
@@ -337,21 +345,28 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     start = struct.pack("<Q", len(encoded)) + encoded
-    digest = hashlib.sha256(start)
     digests = {}
-    with path.open("wb") as file:
-        file.write(start)
-        for (name, tensor), array in zip(tensors.items(), evaluated(arrays), strict=True):
-            values = np.ascontiguousarray(array.view(mx.uint16) if tensor.dtype == "BF16" else array)
-            if values.shape != tensor.shape:
-                raise AssertionError(f"planned {tensor.shape}, made {values.shape}")
-            data = values.data
-            digest.update(data)
-            digests[name] = hashlib.sha256(data).hexdigest()
-            file.write(data)
+    with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
+        hashed = Hashed(file, pool)
+        hashed.write([start])
+        for (name, tensor), content in zip(tensors.items(), contents, strict=True):
+            digests[name] = hashed.write(_pieces(tensor, content))
             report(tensor.nbytes)
         _sync(file)
-    return Written(len(start) + offset, digest.hexdigest(), digests)
+    return Written(len(start) + offset, hashed.sha256, digests)
+
+
+def _pieces(tensor: TensorInfo, content: mx.array | Copied) -> Iterable[memoryview]:
+    """The bytes of a tensor; AssertionError if it is not what was planned."""
+    if isinstance(content, Copied):
+        if content.nbytes != tensor.nbytes:
+            raise AssertionError(f"planned {tensor.nbytes} bytes, found {content.nbytes}")
+        return content.pieces()
+    mx.eval(content)
+    values = np.ascontiguousarray(content.view(mx.uint16) if tensor.dtype == "BF16" else content)
+    if values.shape != tensor.shape:
+        raise AssertionError(f"planned {tensor.shape}, made {values.shape}")
+    return pieces_of(values.reshape(-1).view(np.uint8).data)
 
 
 def write_bytes(path: Path, data: bytes) -> Written:

@@ -72,8 +72,8 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 
 
 def _freeze() -> None:
-    """A run collects garbage after each phase, which takes as long as there is something to look through: a quarter of a
-    second with what a large library has, all of which stays."""
+    """A run collects garbage after each phase, which takes as long as there is something to look through: a quarter of
+    a second with what a large library has, all of which stays."""
     gc.collect()
     gc.freeze()
 

@@ -23,8 +23,8 @@ from flux2_mlx.cli.main import cli
 STOREYS = {
     "facts": ("errors", "config", "layout", "requirements", "device", "noise", "scheduler"),
     "files": (
-        "files", "json_files", "exclusion", "settings", "weights", "staging", "images", "image_names", "colors",
-        "references", "hub", "demo",
+        "files", "json_files", "exclusion", "settings", "copying", "weights", "staging", "images", "image_names",
+        "colors", "references", "hub", "demo",
     ),
     "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "low_ranks", "branches"),
     "models": (

@@ -136,8 +136,7 @@ def test_loading_and_streaming_leave_the_computing_stream_alone(form, dtype, req
             list(blocks)
 
 
-@pytest.mark.parametrize("quant", ["bf16", "qint4"])
-def test_conversion(official, quant, tmp_path, monkeypatch):
+def test_conversion(official, tmp_path, monkeypatch):
     taken, read = [], Files.read
 
     def counted(files: Files, names: Iterable[str]) -> Iterator[mx.array]:
@@ -145,11 +144,12 @@ def test_conversion(official, quant, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Files, "read", counted)
     watch = Watch(monkeypatch)
-    convert(official, tmp_path / "converted", quant, quant, variant=SHALLOW_VARIANT)
+    convert(official, tmp_path / "converted", "qint4", "qint4", variant=SHALLOW_VARIANT)
     assert watch.faults == set()
-    assert watch.read == len(taken) > 200
+    assert watch.read == len(taken) > 100
 
 
 def test_requantizing(plain, tmp_path):
-    with watched(*plain.components.values()):
+    changed = [component for name, component in plain.components.items() if name != "vae"]  # whose bytes are copied
+    with watched(*changed):
         requantize(plain, tmp_path / "fewer", "qint8", "qint8")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from flux2_mlx.copying import Range
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files, Tensors, raise_problems, read_header
 
@@ -21,6 +22,7 @@ __all__ = [
     "Unpacked",
     "outline",
     "plain",
+    "range_of",
     "starts",
     "unpacked",
     "unreadable",
@@ -82,6 +84,11 @@ def starts(path: Path) -> list[int]:
         return [stored.offset for stored in read_gguf_header(path)[1].values()]
     sizes = [info.nbytes for info in read_header(path).values()]
     return [*accumulate(sizes[:-1], initial=path.stat().st_size - sum(sizes))]
+
+
+def range_of(tensors: Tensors, name: str) -> Range | None:
+    """Where the bytes are that a tensor is read from as they are; None: it is made of others, or they are nowhere."""
+    return tensors.range_of(name) if isinstance(tensors, Files | Unpacked | Gguf) else None
 
 
 def usual_quant(tensors: Tensors) -> str:

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from flux2_mlx.copying import Range
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import decoded, open_model_file
 from flux2_mlx.weights import HEADER_LIMIT, READER, START, TensorInfo, raise_problems, refuse_other
@@ -126,6 +127,12 @@ class Gguf:
         matrices = [stored for stored in self._stored.values() if len(stored.info.shape) > 1]
         chosen = [stored for stored in matrices if stored.kind.name not in _PLAIN] or matrices
         return 8 * sum(x.nbytes for x in chosen) / max(1, sum(math.prod(x.info.shape) for x in chosen))
+
+    def range_of(self, name: str) -> Range | None:
+        """Where the bytes of a tensor are that is not quantized."""
+        stored = self._stored[name]
+        size = stored.path.stat().st_size
+        return Range(stored.path, stored.offset, stored.nbytes, size) if stored.kind.name in _PLAIN else None
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         """The tensors of these `names`, in this order (see `Tensors.read`). CheckpointError, too, if a file became

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
-from flux2_mlx.weights import TensorInfo, Tensors, evaluated
+from flux2_mlx.copying import Range
+from flux2_mlx.weights import Files, TensorInfo, Tensors, evaluated
 
 Shapes = Mapping[str, tuple[int, ...]]
 NO_SHAPES: Shapes = MappingProxyType({})
@@ -65,6 +66,10 @@ class Unpacked:
             sizes[name] = sum(self._tensors.infos[x].nbytes for x in stored)
             counted |= stored
         return sizes
+
+    def range_of(self, name: str) -> Range | None:
+        """Where the bytes of a tensor are that is stored plainly in a file."""
+        return self._tensors.range_of(name) if name not in self._packed and isinstance(self._tensors, Files) else None
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)

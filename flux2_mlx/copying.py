@@ -1,0 +1,102 @@
+"""Bytes on their way into a file, from memory or from other files; threads hash them meanwhile."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, wait
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import CheckpointError
+from .json_files import open_model_file
+
+_PIECE = 1 << 22  # bytes that are read and hashed at a time
+_WRITE = 1 << 20  # bytes that are written at a time: of several megabytes Linux takes up to five times as long
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes `start` to `start + nbytes` of a file that has `size` bytes."""
+
+    path: Path
+    start: int
+    nbytes: int
+    size: int
+
+    @property
+    def halves(self) -> "tuple[Range, Range]":
+        half = self.nbytes // 2
+        return replace(self, nbytes=half), replace(self, start=self.start + half, nbytes=half)
+
+    def pieces(self, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes, read into one buffer after the other; CheckpointError if the file has changed its size."""
+        with open_model_file(self.path) as file:
+            if os.fstat(file.fileno()).st_size != self.size:
+                raise CheckpointError(f"{self.path} was changed since its header was read; try again")
+            for start in range(self.start, self.start + self.nbytes, _PIECE):
+                piece = next(buffers)[: self.start + self.nbytes - start]
+                self._read(file, piece, start)
+                yield piece
+
+    def _read(self, file: BinaryIO, piece: memoryview, start: int) -> None:
+        try:
+            count = os.preadv(file.fileno(), [piece], start)
+        except OSError as error:
+            raise CheckpointError(f"can't read {self.path}: {error.strerror}") from error
+        if count != len(piece):
+            raise CheckpointError(f"{self.path} became shorter while it was read")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A tensor whose bytes are those of `ranges`, one after the other; `check` sees each piece and raises what is wrong
+    with it."""
+
+    ranges: tuple[Range, ...]
+    check: Callable[[memoryview], object] = lambda piece: None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.ranges)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes; a piece lasts until the one after the next is asked for."""
+        buffers = cycle([memoryview(bytearray(min(_PIECE, self.nbytes))) for _ in range(2)])
+        for one in self.ranges:
+            for piece in one.pieces(buffers):
+                self.check(piece)
+                yield piece
+
+
+def pieces_of(data: memoryview) -> Iterator[memoryview]:
+    """Bytes that are in memory."""
+    return (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
+
+
+class Hashed:
+    """A file that is written part by part. Two threads of `pool` hash, the whole and the part, while the next bytes are
+    made."""
+
+    def __init__(self, file: BinaryIO, pool: Executor):
+        self._file = file
+        self._pool = pool
+        self._whole = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written."""
+        return self._whole.hexdigest()
+
+    def write(self, pieces: Iterable[memoryview | bytes]) -> str:
+        """Write a part, and give its SHA-256. Each piece has to last until the one after the next is asked for."""
+        part = hashlib.sha256()
+        hashing = []
+        for piece in pieces:
+            wait(hashing)
+            hashing = [self._pool.submit(digest.update, piece) for digest in (self._whole, part)]
+            for start in range(0, len(piece), _WRITE):
+                self._file.write(piece[start : start + _WRITE])
+        wait(hashing)
+        return part.hexdigest()

@@ -1,0 +1,96 @@
+"""What is written as it was read: whole, hashed, and looked at piece by piece."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from flux2_mlx.convert import rules
+
+from flux2_mlx import copying
+from flux2_mlx.copying import Copied, Hashed, Range, pieces_of
+from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import Files, TensorInfo, write_safetensors
+
+DATA = bytes(range(256)) * 5
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(copying, "_PIECE", 96)
+    monkeypatch.setattr(copying, "_WRITE", 40)
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(DATA)
+    return path
+
+
+def test_ranges_and_memory_go_into_a_file_and_are_hashed(file, tmp_path):
+    upper, lower = Range(file, 100, 1000, len(DATA)).halves
+    parts = [b"start", DATA[600:1100] + DATA[100:600], DATA, b""]
+    seen = []
+    with (tmp_path / "made").open("wb") as made, ThreadPoolExecutor(2) as pool:
+        hashed = Hashed(made, pool)
+        digests = [hashed.write([parts[0]])]
+        digests.append(hashed.write(Copied((lower, upper), lambda piece: seen.append(bytes(piece))).pieces()))
+        digests.append(hashed.write(pieces_of(memoryview(DATA))))
+        digests.append(hashed.write(Copied((Range(file, 7, 0, len(DATA)),)).pieces()))
+    assert (tmp_path / "made").read_bytes() == b"".join(parts)
+    assert digests == [hashlib.sha256(part).hexdigest() for part in parts]
+    assert hashed.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
+    assert b"".join(seen) == parts[1]
+
+
+def test_a_file_that_changes_its_size_is_refused(file):
+    before = Range(file, 0, 10, len(DATA) + 1)
+    with pytest.raises(CheckpointError, match=f"{file} was changed since its header was read; try again"):
+        list(Copied((before,)).pieces())
+    pieces = Copied((Range(file, 0, len(DATA), len(DATA)),)).pieces()
+    next(pieces)
+    file.write_bytes(DATA[:150])
+    with pytest.raises(CheckpointError, match=f"{file} became shorter while it was read"):
+        list(pieces)
+
+
+def test_rules_that_move_bytes_give_the_same_as_with_arrays(tmp_path):
+    arrays = {name: mx.random.normal((6, 40), key=mx.random.key(i)).astype(mx.bfloat16) for i, name in enumerate("qkv")}
+    infos = {name: TensorInfo("BF16", array.shape) for name, array in arrays.items()}
+    write_safetensors(tmp_path / "source", infos, arrays.values(), {}, lambda count: None)
+    files = Files([tmp_path / "source"])
+    made = {
+        "copied": rules.copy("k"),
+        "joined": rules.join_rows("q", "k", "v"),
+        "swapped": rules.swap_halves("v"),
+    }
+    expected = {name: rule.apply(*(arrays[x] for x in rule.sources)) for name, rule in made.items()}
+    infos = {name: TensorInfo("BF16", array.shape) for name, array in expected.items()}
+    copied = rules.copied(made, made, files.range_of, "{} is not finite".format)
+    assert copied.keys() == made.keys()
+    whole = [
+        write_safetensors(tmp_path / name, infos, contents, {"a": "b"}, lambda count: None)
+        for name, contents in (("computed", expected.values()), ("copied", copied.values()))
+    ]
+    assert whole[0] == whole[1]
+    assert (tmp_path / "computed").read_bytes() == (tmp_path / "copied").read_bytes()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_copied_has_to_be_finite(value, tmp_path):
+    array = mx.zeros((4, 60), mx.bfloat16)
+    array[3, 59] = float(value)
+    info = {"a": TensorInfo("BF16", array.shape)}
+    write_safetensors(tmp_path / "source", info, [array], {}, lambda count: None)
+    place = Files([tmp_path / "source"]).range_of
+    one = rules.copied(info, {"a": rules.copy("a")}, place, "{} is not finite".format)["a"]
+    with pytest.raises(CheckpointError, match="a is not finite"):
+        list(one.pieces())
+
+
+def test_what_is_computed_is_not_copied(tmp_path):
+    made = {"kernel": rules.channels_last("a"), "elsewhere": rules.copy("b")}
+    place = {"a": Range(tmp_path, 0, 2, 2), "b": None}.get
+    assert rules.copied(made, made, place, str) == {}
