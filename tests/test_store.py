@@ -147,8 +147,8 @@ def place(models, monkeypatch):
     monkeypatch.setattr(Checkpoint, "open", door("checkpoint"))
     for room in ("flux2_mlx.store", "flux2_mlx.store.converted"):
         monkeypatch.setattr(f"{room}.conversions", conversions)
-    for command in ("describe", "upsample"):  # which models see images is another question
-        monkeypatch.setattr(f"flux2_mlx.cli.{command}.check_sight", lambda model: None)
+    # Which models see images is another question.
+    monkeypatch.setattr("flux2_mlx.cli.writing.is_blind", lambda model: False)
 
 
 def command(*arguments: str) -> Callable[[str], str]:
