@@ -89,7 +89,7 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
     edit = pipe.edit(images)
     request = pipe.request(settings.pop("prompts", ["a red ring"]), edit=edit, steps=1, seed=0, **settings)
     planned = pipe.plan(request, edit)
-    pipe.run(request, edit)
+    pipe("a red ring", width=16, height=16, num_inference_steps=1, seed=0)  # what stays of any run is no run's
     ratios = plan_ratios(planned, lambda: pipe.run(request, edit).timings, most, attempts=40)
     assert all(1 <= ratio <= most for ratio in ratios.values()), ratios
 
