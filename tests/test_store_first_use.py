@@ -199,7 +199,11 @@ def test_what_is_told_is_what_happens(source, home, models):
     (use,) = told
     total = sum(blob.size for blob in use.downloads[0].files.values())
     assert (use.downloads[0].licence, use.target, use.keep_source) == ("flux-dev", target, True)
-    assert (use.downloads[0].size, use.downloads[0].present, use.downloads[0].storage) == (total, 400_000, storage(home))
+    assert (use.downloads[0].size, use.downloads[0].present, use.downloads[0].storage) == (
+        total,
+        400_000,
+        storage(home),
+    )
     weights = [path.stat().st_size for path in target.rglob("*.safetensors")]
     assert 0 <= sum(weights) - use.converted < 100_000  # headers
     assert use.staying == use.converted + total
