@@ -86,6 +86,14 @@ def _models_folder(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_disks():
+    """No test cuts the power; each of thousands of files would wait until the disk has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _log_level():
     """The command line sets the level of the package's logger for the whole process; give it back."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
-from helpers.cli_runner import Terminal, done, process
-from helpers.hub_client import REPO, fetch_here, partial, storage, using
+from helpers.cli_runner import Terminal, done, process, refusal
+from helpers.hub_client import REPO, fetch_here, partial, storage, unreachable, using
 from helpers.hub_server import HubServer
 
 from flux2_mlx.cli.progress import Bars, size_text
@@ -109,6 +109,18 @@ def test_every_command_that_fetches_tells(command, hub, home):
     assert "org/model is not converted yet:\n  from " in shown
     assert ", once the 3.4 MB fetched now are removed\n" in shown
     assert not list(home.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", [("t2i", "a red fox", "-m"), ("download",), ("convert",)])
+@pytest.mark.parametrize("source", ["klein-4b", "black-forest-labs/FLUX.2-klein-4B"])
+def test_no_network(command, source, hub, home, models):
+    nowhere = unreachable()
+    target = ("mine",) if command == ("convert",) else ()
+    with using(hub, home, endpoint=nowhere):
+        message = refusal(*command, source, *target)
+    assert message.startswith(f"cannot reach {nowhere} (")
+    assert message.endswith("; check the connection, or give a folder")
+    assert not models.exists()
 
 
 class Clock:

@@ -6,7 +6,6 @@ Most downloads are in this process; `start` makes one in a process of its own.
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from helpers.hub_client import (
     refusal,
     starts,
     storage,
+    unreachable,
 )
 from helpers.hub_server import HubServer
 
@@ -97,12 +97,6 @@ def blobs(home):
 def wait_for_part(hub, home):
     path = partial(hub, home, BIG)
     wait_for(lambda: path.exists() and path.stat().st_size > 200_000)
-
-
-def closed_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_fetches_only_what_a_conversion_needs(hub, home):
@@ -220,7 +214,7 @@ def test_offline_uses_the_cache_and_asks_nobody(hub, home, full_home):
 
 
 def test_no_connection(hub, home, full_home):
-    nowhere = f"http://127.0.0.1:{closed_port()}"
+    nowhere = unreachable()
     message = refusal(hub, home, endpoint=nowhere)
     assert message.startswith(f"cannot reach {nowhere} (")
     assert message.endswith("check the connection, or give a folder")

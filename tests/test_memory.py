@@ -69,7 +69,7 @@ def measured_peak(
         (4, 3, 16, 64, mx.float32, True),
         (2, 1, 52, 64, mx.float32, True),
         (2, 1, 24, 64, mx.bfloat16, True),
-        (2, 1, 48, 64, mx.bfloat16, True),
+        (2, 1, 46, 64, mx.bfloat16, True),
         (8, 1, 24, 64, mx.float32, False),
         (12, 1, 8, 64, mx.float32, False),
         (12, 1, 28, 64, mx.float32, False),
@@ -89,7 +89,7 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
     edit = pipe.edit(images)
     request = pipe.request(settings.pop("prompts", ["a red ring"]), edit=edit, steps=1, seed=0, **settings)
     planned = pipe.plan(request, edit)
-    pipe.run(request, edit)
+    pipe("a red ring", width=16, height=16, num_inference_steps=1, seed=0)  # what stays of any run is no run's
     ratios = plan_ratios(planned, lambda: pipe.run(request, edit).timings, most, attempts=40)
     assert all(1 <= ratio <= most for ratio in ratios.values()), ratios
 
@@ -99,7 +99,7 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
     [
         ("float32", None, (128, 128)),
         ("float32", None, (256, 192)),
-        ("float32", None, (512, 512)),
+        ("float32", None, (448, 384)),  # whose picture is decoded in strips
         ("bfloat16", None, (128, 128)),
         ("float16", None, (128, 128)),
         ("float32", "qint8", (128, 128)),
@@ -114,8 +114,8 @@ def test_a_plan_is_near_what_a_run_takes_and_never_below(dtype, quant, size):
 
 def test_a_plan_counts_prompts_and_images():
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False)
-    prompts = [f"a red ring on a {colour} background" for colour in ("white", "blue", "black", "green")]
-    compare(pipe, prompts=prompts, images_per_prompt=3, most=1.2)
+    prompts = [f"a red ring on a {colour} background" for colour in ("white", "blue", "black")]
+    compare(pipe, prompts=prompts, images_per_prompt=2, most=1.2)
 
 
 @pytest.mark.parametrize("sizes", [[(256, 192)], [(128, 144), (320, 256)]])
@@ -138,7 +138,7 @@ def kv_pipe(small_folder):
 
 
 def test_a_plan_counts_the_keys_and_values_of_references(kv_pipe):
-    compare(kv_pipe, [Image.new("RGB", (512, 384), "teal")] * 2, width=64, height=64, most=1.15)
+    compare(kv_pipe, [Image.new("RGB", (384, 320), "teal")] * 2, width=64, height=64, most=1.15)
 
 
 def compare_previews(pipe: Flux2Pipeline, images=(), **settings) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers.checkpoints import LARGE_TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights, save_tensors
+from helpers.checkpoints import TRANSFORMER, VARIANT, WEIGHTS, edit_json, edit_weights, save_tensors
 from helpers.cli_runner import done, refusal
 from helpers.hub_client import REPO, partial, storage, using
 from helpers.hub_server import HubServer
@@ -100,7 +100,7 @@ def test_too_little_disk_for_the_conversion_beside_the_download(source, home, mo
     free_space(monkeypatch, listed_size(source) + 1_000_000)
     message = refused(source, home, InputError, **NAMED)
     assert message.startswith(f"no space: fetching the rest of {REPO} takes 0.0")
-    assert f" and converting it 0.0378 GB in {models}, the disk of {home / 'hub'} has 0.0" in message
+    assert f" and converting it 0.00227 GB in {models}, the disk of {home / 'hub'} has 0.0" in message
     assert message.endswith("; make room, or set HF_HOME or FLUX2_MLX_HOME to a folder on another disk")
 
 
@@ -124,7 +124,7 @@ def test_disks_of_their_own_need_room_each(source, home, models, monkeypatch):
     small = {models: 1_000_000}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=small.get(path, 10**9)))
     message = refused(source, home, InputError, **NAMED)
-    assert message.startswith(f"no space: converting it 0.0378 GB in {models}, the disk of {models} has 0.001 GB free")
+    assert message.startswith(f"no space: converting it 0.00227 GB in {models}, the disk of {models} has 0.001 GB free")
 
 
 def test_too_little_memory_for_any_image(source, home):
@@ -192,14 +192,18 @@ def test_what_is_told_is_what_happens(source, home, models):
         hub.cards[REPO] = {"license": "other", "license_name": "flux-dev"}
         blobs = storage(home) / "blobs"
         blobs.mkdir(parents=True)
-        partial(hub, home, WEIGHTS["transformer"]).write_bytes((source / WEIGHTS["transformer"]).read_bytes()[: 10**7])
+        partial(hub, home, WEIGHTS["transformer"]).write_bytes((source / WEIGHTS["transformer"]).read_bytes()[:400_000])
         options = {"announce": told.append, "progress": lambda *report: reports.append(report)}
         target = find_checkpoint(REPO, **NAMED, **options)
         repo = hub.repos[REPO]
     (use,) = told
     total = sum(blob.size for blob in use.downloads[0].files.values())
     assert (use.downloads[0].licence, use.target, use.keep_source) == ("flux-dev", target, True)
-    assert (use.downloads[0].size, use.downloads[0].present, use.downloads[0].storage) == (total, 10**7, storage(home))
+    assert (use.downloads[0].size, use.downloads[0].present, use.downloads[0].storage) == (
+        total,
+        400_000,
+        storage(home),
+    )
     weights = [path.stat().st_size for path in target.rglob("*.safetensors")]
     assert 0 <= sum(weights) - use.converted < 100_000  # headers
     assert use.staying == use.converted + total
@@ -220,7 +224,7 @@ def test_a_text_only_use_checks_and_fetches_what_it_needs(source, home):
 
 def test_what_a_check_raises_comes_before_any_weight(source, home):
     def check(checkpoint):
-        assert checkpoint.model.transformer == LARGE_TRANSFORMER
+        assert checkpoint.model.transformer == TRANSFORMER
         raise InputError("no")
 
     assert refused(source, home, InputError, **NAMED, check=check) == "no"

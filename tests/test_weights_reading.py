@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from flux2_mlx.convert import requantize
-from helpers.checkpoints import LARGE_TRANSFORMER, SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
+from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert, save_small
 from mlx.utils import tree_flatten
 
 from flux2_mlx.checkpoint import Checkpoint, Component
@@ -62,7 +62,7 @@ def watched(*components: Component) -> Iterator[Watch]:
 @contextmanager
 def busy() -> Iterator[None]:
     """The computing stream is busy longer than the body takes, which must not need it; if it is not, with more work."""
-    numbers = mx.random.uniform(shape=(3_000_000,), key=mx.random.key(0))
+    numbers = mx.random.uniform(shape=(1_000_000,), key=mx.random.key(0))
     mx.eval(numbers)
     work = [mx.sort(numbers + number) for number in range(4)]
     start = time.perf_counter()
@@ -75,8 +75,8 @@ def busy() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("large") / "official"
-    return save_small(folder, transformer=LARGE_TRANSFORMER, text=SHALLOW_TEXT)
+    folder = tmp_path_factory.mktemp("small") / "official"
+    return save_small(folder, text=SHALLOW_TEXT)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from contextlib import contextmanager
 
 import huggingface_hub
@@ -73,6 +74,13 @@ def using(hub, home, *, token=None, endpoint=None, offline=False):
 def fetch_here(repo, folders=WHOLE, **options):
     """What `hub.fetch` gives for this process's own user."""
     return flux2_mlx.hub.fetch(repo, folders=folders, **options)
+
+
+def unreachable() -> str:
+    """The address of a hub that is not there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def fetch(hub, home, *, repo=REPO, token=None, endpoint=None, offline=False, **options):
