@@ -7,7 +7,7 @@ from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify
 from .mflux import said_of
-from .parts import MODEL_PARTS, TOKENIZER
+from .parts import MODEL_PARTS, TOKENIZER_PART
 from .requantize import requantize, requantized
 from .sources import LOOSE, Source, is_loose, loose_files
 from .strangers import adapter
@@ -18,7 +18,7 @@ __all__ = [
     "LAST_USED",
     "LOOSE",
     "MODEL_PARTS",
-    "TOKENIZER",
+    "TOKENIZER_PART",
     "Conversion",
     "Identity",
     "MissingPartsError",

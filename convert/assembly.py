@@ -13,7 +13,7 @@ from flux2_mlx.layout import told
 from .configs import RELEASED_SCHEDULE, SCHEDULE, is_like, is_whole, read_index, stated
 from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
-from .parts import LAYOUT, TOKENIZER
+from .parts import LAYOUT, TOKENIZER_PART
 from .sources import Source, SourcePart, loose_files, parts_of, the_part
 from .text import model_name
 from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files, tokenizer_in
@@ -63,8 +63,8 @@ def assembled(
         CheckpointError: a part is damaged, no part of FLUX.2, or of another model than the others.
     """
     wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
-    if part_folders(place) and (beside := tokenizer_in(place / TOKENIZER)):
-        given = {TOKENIZER: beside, **given}
+    if part_folders(place) and (beside := tokenizer_in(place / TOKENIZER_PART)):
+        given = {TOKENIZER_PART: beside, **given}
     is_model = is_checkpoint(place) or is_whole(place)
     own = {} if is_model else _loose_parts(place, variant)
     base = _base(place, variant, text_only=text_only) if is_model else None
@@ -86,9 +86,9 @@ def assembled(
     rows = [base.variant] if base is not None and not configs else candidates(configs)
     _check_sizes(place, {} if base is None else base.configs, configs, places, variant)
     row = choose(rows, hints, variant, str(place))
-    tokenizer = given.get(TOKENIZER) or (_held_tokenizer(parts) if base is None else None)
-    there = {*parts, *given} if tokenizer is None else {*parts, *given, TOKENIZER}
-    if base is None and (missing := [name for name in (*wanted, TOKENIZER) if name not in there]):
+    tokenizer = given.get(TOKENIZER_PART) or (_held_tokenizer(parts) if base is None else None)
+    there = {*parts, *given} if tokenizer is None else {*parts, *given, TOKENIZER_PART}
+    if base is None and (missing := [name for name in (*wanted, TOKENIZER_PART) if name not in there]):
         base = _completion(place, row, missing, others, text_quant)
         if base is None:
             source = Source(place, row, configs, parts, place, RELEASED_SCHEDULE, taken, borrowed=frozenset(borrowed))
@@ -232,7 +232,7 @@ def _joined(
         )
     if tokenizer is not None:
         found = find_tokenizer(tokenizer)
-        own = () if TOKENIZER in borrowed else tokenizer_files(found)
+        own = () if TOKENIZER_PART in borrowed else tokenizer_files(found)
         source = replace(source, tokenizer=found, beside=(*source.beside, *own))
     check_fit(source.variant, source.configs)
     return replace(source, beside=(*source.beside, *manifests))

@@ -16,7 +16,7 @@ from .assembly import MissingPartsError, assembled
 from .formats import Gguf, Unpacked, unreadable, usual_quant
 from .geometry import candidates, choose, understood
 from .naming import TEKKEN, Reading, check_size, is_extra, read
-from .parts import LAYOUT, MODEL_PARTS, TOKENIZER
+from .parts import LAYOUT, MODEL_PARTS, TOKENIZER_PART
 from .strangers import adapter, stranger
 from .write import check_source
 
@@ -196,7 +196,7 @@ def _model(
 def _missing(tensors: Tensors, parts: Iterable[str]) -> tuple[str, ...]:
     """What a whole model has besides these parts, of which some hold the tokenizer."""
     has_tokenizer = any(name.rpartition(".")[2] == TEKKEN for name in tensors.infos)
-    there = {*parts, TOKENIZER} if has_tokenizer else {*parts}
+    there = {*parts, TOKENIZER_PART} if has_tokenizer else {*parts}
     return tuple(name for name in MODEL_PARTS if name not in there)
 
 

@@ -15,8 +15,8 @@ from .rules import Rule, Shape, kernels_last, same
 from .shapes import Infos
 
 _Rules = Callable[[str, Shape], Rule]
-TOKENIZER = "tokenizer"
-MODEL_PARTS = (*PARTS, TOKENIZER)  # what a model needs
+TOKENIZER_PART = "tokenizer"
+MODEL_PARTS = (*PARTS, TOKENIZER_PART)  # what a model needs
 
 
 def _own_counts(configs: Geometries) -> dict[str, tuple[str, int]]:

@@ -45,10 +45,15 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class SourcePart:
-    """A part of a source: where it is, and the tensors in its files, unread.
+    """A part of a source.
 
-    `reading` says how they are named, `metadata` is what the files say of themselves, and `config` is the file that
-    states their geometry, where it is not told by shapes.
+    Attributes:
+        place: the folder or file that it is.
+        files: those of its weights.
+        tensors: what is in them, unread.
+        reading: how these are named.
+        metadata: what the files say of themselves.
+        config: the file that states its geometry; None: shapes tell it.
     """
 
     place: Path
@@ -73,12 +78,20 @@ class SourcePart:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source: geometries of its networks and, part by part, its weight files and the tensors in them, unread.
+    """What a model is converted from, of which only small files and headers have been read. Build it with `Source.open`
+    or `assembled`.
 
-    `place` is the folder or file that it is, `tokenizer` where its tokenizer is, `schedule` the file of its
-    schedule, `stored` are networks that are taken from a checkpoint of ours, `beside` small files that stand for parts
-    in its fingerprint, `notes` say what a user should know of it, and `borrowed` names the parts that are another
-    model's. Build it with `Source.open` or `assembled`.
+    Attributes:
+        place: the folder or file that it is.
+        variant: the model's row of the table.
+        configs: the geometries of its networks, by their names.
+        parts: where weights of others are converted from, by the names of parts.
+        tokenizer: where its tokenizer is.
+        schedule: the file of its schedule.
+        stored: networks that are taken as they are from a checkpoint of ours, by their names.
+        beside: further files that its fingerprint depends on.
+        notes: what a user should know of it.
+        borrowed: the names of the parts that are another model's.
     """
 
     place: Path

@@ -109,7 +109,7 @@ COMPONENTS = {
         part="text_encoder",
         counts=lambda config: {"vision_tower.transformer.layers.": ("num_hidden_layers", config.num_hidden_layers)},
         group="text_encoder",
-        phases=("vision_tower",),
+        phases=("vision",),
     ),
     "vae": ComponentKind(
         VAEConfig,

@@ -1,4 +1,4 @@
-"""Text states of prompts seen before, kept on disk, so that the text encoder need not run or even be loaded."""
+"""A folder of states, such as those of prompts seen before, each a file under a key that stands for what it is of."""
 
 import hashlib
 import json
@@ -6,22 +6,17 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from . import __version__
-from .checkpoint import FORMAT_VERSION, Checkpoint, Component
-from .device import MLX_VERSION
-from .errors import CheckpointError, InputError
+from .errors import InputError
 from .files import read_bytes
 from .staging import remove_leftovers, write
-from .text import TextEncoder
+from .weights import FLOATS
 
 # Within the models folder.
 FOLDER = "prompts"
@@ -32,10 +27,6 @@ _MAX_DIGITS = 18  # of the variable
 # It matches nothing but our files, since the folder may have been the user's before.
 _ENTRIES = "[0-9a-f]" * 64 + ".safetensors"
 _HEADER_BYTES = 512  # more than an entry's header takes
-_CODES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}  # of the safetensors format
-# An encoder is known by this many pieces of this many bytes from each of its files, among other things.
-_SAMPLES = 256
-_SAMPLE_BYTES = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -151,93 +142,12 @@ class EmbeddingCache:
             excess -= entry.size
 
 
-class CachedEncoder:
-    """The text encoder of a checkpoint; `load` is called for the first prompt that `cache` does not hold."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        quant: str,
-        dtype: mx.Dtype,
-        cache: EmbeddingCache | None,
-        load: Callable[[], TextEncoder],
-    ):
-        self._checkpoint = checkpoint
-        self._quant = quant
-        self._dtype = dtype
-        self._cache = cache
-        self._load = load
-
-    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> mx.array:
-        """States `[L, C]` of one prompt's token ids and attention mask `[1, L]`, evaluated."""
-        if self._cache is None:
-            return self._encode(ids, mask)
-        key = entry_key(self._checkpoint, self._fingerprint, self._quant, self._dtype, ids, mask)
-        features = self._checkpoint.components["text_encoder"].config.output_size
-        states = self._cache.get(key, Form((ids.shape[1], features), self._dtype))
-        if states is None:
-            states = self._encode(ids, mask)
-            self._cache.put(key, states)
-        return states
-
-    def _encode(self, ids: np.ndarray, mask: np.ndarray) -> mx.array:
-        states = self._encoder(mx.array(ids), mx.array(mask))[0]
-        mx.eval(states)
-        return states
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self._checkpoint.components["text_encoder"])
-
-    @cached_property
-    def _encoder(self) -> TextEncoder:
-        return self._load()
-
-
-def entry_key(
-    checkpoint: Checkpoint, fingerprint: str, quant: str, dtype: mx.Dtype, ids: np.ndarray, mask: np.ndarray
-) -> str:
-    """SHA-256 of all that the states depend on. Ids and mask stand for prompt, template, tokenizer and length."""
-    facts = {
-        "format": FORMAT_VERSION,
-        "versions": [__version__, MLX_VERSION],
-        "device": str(mx.default_device()),
-        "weights": fingerprint,
-        "variant": checkpoint.variant.name,
-        "quant": quant,
-        "dtype": str(dtype),
-        "ids": ids.tolist(),
-        "mask": mask.tolist(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def default_limit() -> int:
     """Bytes that a cache may take; InputError if the variable is no number of them."""
     text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_LIMIT)
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise InputError(f"{LIMIT_VARIABLE} must be a number of bytes, got {text[:40]!r}")
     return int(text)
-
-
-def fingerprint(network: Component) -> str:
-    """SHA-256 of what tells a network from all others, and its files from a copy: its adapters, and of each file its
-    place, its size, when it was last changed, and pieces of its content. What a folder says about itself would be a
-    claim."""
-    adapters = [network.adapters.identity] if network.adapters else []
-    digest = hashlib.sha256(repr((network.config, network.quantization, *adapters)).encode())
-    for path in network.files:
-        try:
-            with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                changed = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-                digest.update(repr((os.path.realpath(path), changed)).encode())
-                for start in range(0, status.st_size, max(_SAMPLE_BYTES, status.st_size // _SAMPLES)):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE_BYTES))
-        except OSError as error:
-            raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -250,7 +160,7 @@ def _read(path: Path, most: int) -> bytes:
 
 def _header(key: str, payload: bytes, form: Form) -> bytes:
     """What stands before the `payload` of an entry: the header of a safetensors file, with a hash."""
-    info = {"dtype": _CODES[form.dtype], "shape": list(form.shape), "data_offsets": [0, len(payload)]}
+    info = {"dtype": FLOATS[form.dtype], "shape": list(form.shape), "data_offsets": [0, len(payload)]}
     digest = hashlib.sha256(key.encode() + payload).hexdigest()
     header = json.dumps({"__metadata__": {"sha256": digest}, "states": info}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

@@ -69,8 +69,9 @@ def _widened(component: Component, kept: Mapping[str, TensorInfo], dtype: mx.Dty
     """Bytes that weights take at most which are widened at one time: one after the other, but the scales of packed ones
     all at once where MLX evaluates them."""
     widened = Counter[str]()
+    looked_up = COMPONENTS[component.name].looked_up
     for name, tensor in kept.items():
-        if tensor.dtype in ("U32", FLOATS[dtype]) or name.startswith("embed_tokens"):
+        if tensor.dtype in ("U32", FLOATS[dtype]) or name.startswith(looked_up):
             continue
         count = math.prod(tensor.shape)
         if component.quantization:

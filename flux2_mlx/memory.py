@@ -190,7 +190,7 @@ class WritingNeeds:
         activations = {}
         if self.work.pixels:
             longest = max(longest, self.costs["vision"].longest(max(self.work.pixels)))
-            activations["vision_tower"] = self._seeing
+            activations["vision"] = self._seeing
         activations["language_model"] = self._writing
         return replace(_plan(self.networks, activations, self.always, limit), longest=longest)
 
@@ -200,7 +200,7 @@ class WritingNeeds:
 
     @property
     def _seeing(self) -> int:
-        widened = _together(self.networks, "vision_tower").widened
+        widened = _together(self.networks, "vision").widened
         return self.costs["vision"].seeing(max(self.work.pixels), widened) + self._features
 
     @property

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from .branches import range_errors
+from .cached_encoder import CachedEncoder
 from .device import failures, foreign
-from .embedding_cache import CachedEncoder, EmbeddingCache
+from .embedding_cache import EmbeddingCache
 from .images import to_pil, to_unit
 from .latents import EncodedEdit, decode_latents, decode_tokens, encode_picture, latents_of
 from .layers import cast, check_finite
@@ -169,11 +170,10 @@ class Run:
     def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         distinct = list(dict.fromkeys(prompts))
         self._tell("text_encoder", 0, len(distinct))
-        dtype = self.networks.dtype_of("text_encoder")
         encoder = CachedEncoder(
             self.networks.checkpoint,
             self.networks.text_quant,
-            dtype,
+            self.networks.dtype_of("text_encoder"),
             self.prompt_cache,
             lambda: self.networks.load("text_encoder", self.phases.planned("text_encoder")),
         )

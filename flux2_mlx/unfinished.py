@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from . import __version__
+from .cached_encoder import fingerprint
 from .device import MLX_VERSION, dtype_name
-from .embedding_cache import EmbeddingCache, Form, fingerprint
+from .embedding_cache import EmbeddingCache, Form
 from .networks import Networks
 from .references import Edit
 from .request import Request

@@ -173,7 +173,7 @@ class Writer:
         with running(self.networks, planned, self.timings, keep=self.keep) as phases, failures(_SMALLER):
             features = {}
             if pictures:
-                with phases.enter("vision_tower"):
+                with phases.enter("vision"):
                     features = self._look(pictures)
             seen = [[features[id(image)] for image in images] for _, images in questions]
             with phases.enter("language_model"):

@@ -234,14 +234,14 @@ def test_interpret_adds_descriptions(dev):
     report = painted(dev, "--interpret", "photo.png", "--interpret", "photo.png", "--seed", "6", "-o", "a.png")
     expected = "\n\n".join([PROMPT, answered(DESCRIBED, 6), answered(DESCRIBED, 7)])
     assert (report["prompt"], report["upsampled_prompt"]) == (PROMPT, expected)
-    assert phases(report) == ["vision_tower", "language_model", "text_encoder", "transformer", "vae"]
+    assert phases(report) == ["vision", "language_model", "text_encoder", "transformer", "vae"]
     assert read_settings("a.png")["upsampled_prompt"] == expected
 
 
 def test_interpret_and_upsample(dev):
     report = painted(dev, "--interpret", "photo.png", "--upsample-prompt", "--seed", "6", "-o", "a.png")
     assert report["upsampled_prompt"] == answered(answered(DESCRIBED, 6), 6)
-    assert phases(report) == ["vision_tower", "language_model", "language_model", "text_encoder", "transformer", "vae"]
+    assert phases(report) == ["vision", "language_model", "language_model", "text_encoder", "transformer", "vae"]
 
 
 def test_all_that_is_written_is_shown(dev):
@@ -256,7 +256,7 @@ def test_another_model_describes_for_one_that_does_not_see(dev):
     report = painted("demo", *arguments)
     assert report["upsampled_prompt"] == "\n\n".join([PROMPT, answered(DESCRIBED, 6)])
     assert report["model"] == "demo"
-    assert phases(report) == ["vision_tower", "language_model", "text_encoder", "transformer", "vae"]
+    assert phases(report) == ["vision", "language_model", "text_encoder", "transformer", "vae"]
 
 
 def edited(model: str | Path, *arguments: object) -> dict[str, Any]:
@@ -267,14 +267,14 @@ def edited(model: str | Path, *arguments: object) -> dict[str, Any]:
 def test_another_model_looks_at_the_references_for_one_that_does_not_see(dev, calls):
     report = edited("demo", "--upsample-prompt", "--vision-model", dev, "--seed", "6", "-o", "a.png")
     assert report["upsampled_prompt"] == answered(PROMPT, 6)
-    assert phases(report) == ["vision_tower", "language_model", "text_encoder", "vae_encoder", "transformer", "vae"]
+    assert phases(report) == ["vision", "language_model", "text_encoder", "vae_encoder", "transformer", "vae"]
     assert calls[0]["embeddings"] is not None  # it saw the image
 
 
 def test_dev_looks_at_the_references_itself(dev, calls):
     report = edited(dev, "--upsample-prompt", "--interpret", "photo.png", "--seed", "6", "-o", "a.png")
     assert phases(report) == [
-        *["vision_tower", "language_model"] * 2,
+        *["vision", "language_model"] * 2,
         "text_encoder",
         "vae_encoder",
         "transformer",
@@ -364,7 +364,7 @@ def test_profile_names_the_phases_of_writing(dev):
     )  # fmt: skip
     names = [line.split("  ")[0] for line in result.stderr.splitlines()]
     assert names == [
-        "vision_tower",
+        "vision",
         "language_model",
         "language_model",
         "text_encoder",

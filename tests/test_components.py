@@ -18,6 +18,8 @@ from flux2_mlx.components import (
     by_field,
     by_group,
     geometries,
+    in_phase,
+    label,
     network_dtype,
     quantizations,
 )
@@ -38,6 +40,8 @@ def test_a_row_fits_its_network(name):
     names = [name for name, _ in tree_flatten(row.module(CONFIGS[name]).parameters())]
     for prefix, (_, count) in row.counts(CONFIGS[name]).items():
         assert len({key[len(prefix) :].partition(".")[0] for key in names if key.startswith(prefix)}) == count
+    assert all(f"{name}.weight" in names for name in row.looked_up)
+    assert row.labels.keys() <= set(row.phases)
     assert [f"{blocks}." for blocks in row.streamed] in ([], list(row.counts(CONFIGS[name])))
 
 
@@ -47,6 +51,24 @@ def test_the_parts_of_a_source_are_known_to_the_converter():
     assert all(COMPONENTS[name].part == part for part in PARTS for name in LAYOUT[part].rules)
     assert WRITING_PARTS == ("text_encoder",)
     assert by_group("qint4", "qint8") == {"transformer": "qint4", "text_encoder": "qint8"}
+
+
+def test_what_users_are_told_of_phases():
+    told = {phase: label(phase) for name in PAINTING for phase in COMPONENTS[name].phases}
+    assert told == {
+        "text_encoder": "text encoder",
+        "language_model": "language model",
+        "vae_encoder": "references",
+        "transformer": "denoising",
+        "vae": "decoding",
+    }
+    assert label("vision") == "vision tower"
+
+
+def test_which_components_a_phase_needs():
+    assert in_phase("language_model") == ("text_encoder", "language_model")
+    assert in_phase("vae_encoder") == in_phase("vae") == ("vae",)
+    assert in_phase("vision") == ("vision",)
 
 
 def test_what_images_are_made_with():

@@ -28,10 +28,11 @@ from helpers.checkpoints import edit_json
 from helpers.cli_runner import DEMO, PROMPT
 from safetensors.numpy import save_file
 
-from flux2_mlx import CheckpointError, Flux2Pipeline, embedding_cache
+from flux2_mlx import CheckpointError, Flux2Pipeline, cached_encoder, embedding_cache
+from flux2_mlx.cached_encoder import entry_key
 from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
-from flux2_mlx.embedding_cache import Form, entry_key
+from flux2_mlx.embedding_cache import Form
 from flux2_mlx.request import Progress
 
 pytestmark = pytest.mark.usefixtures("models")
@@ -116,7 +117,7 @@ def test_the_key_depends_on(change):
 @pytest.mark.parametrize("name", ["__version__", "FORMAT_VERSION"])
 def test_another_version_has_other_keys(name, monkeypatch, loads):
     open_demo().encode_prompt(PROMPT)
-    monkeypatch.setattr(embedding_cache, name, "another")
+    monkeypatch.setattr(cached_encoder, name, "another")
     open_demo().encode_prompt(PROMPT)
     assert loads == ["text_encoder"] * 2
 

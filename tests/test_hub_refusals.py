@@ -11,6 +11,7 @@ from helpers.hub_server import REFUSED, HubServer
 import flux2_mlx.hub.downloads
 from flux2_mlx.errors import InputError
 from flux2_mlx.hub import is_repo_id
+from flux2_mlx.store.parts import WRITING
 
 GATED = {"gated": [REPO], "token": "hf_access"}
 
@@ -88,6 +89,12 @@ def test_pickles_only(home):
         message = "holds pickles, which could run code; give a repo with .safetensors files"
         assert refusal(hub, home) == f"{REPO}/transformer {message}"
         assert hub.fetched == []
+        # To write text the transformer is not needed.
+        fetch(hub, home, folders=WRITING)
+        weights = {name for name in hub.fetched if name.endswith(".safetensors")}
+        assert weights == {
+            name for name in NEEDED if name.startswith("text_encoder/") and name.endswith(".safetensors")
+        }
 
 
 def test_a_pointer_that_was_uploaded(home):

@@ -12,7 +12,8 @@ from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 from flux2_mlx import Flux2Pipeline, InputError
 from flux2_mlx.advice import workload
 from flux2_mlx.branches import range_errors
-from flux2_mlx.embedding_cache import EmbeddingCache, fingerprint
+from flux2_mlx.cached_encoder import fingerprint
+from flux2_mlx.embedding_cache import EmbeddingCache
 from flux2_mlx.errors import CheckpointError, RangeError
 from flux2_mlx.layers import check_finite
 from flux2_mlx.store import find_adapter

@@ -289,7 +289,7 @@ def test_what_a_plan_keeps():
 
 
 def test_who_gives_way_to_a_language_model():
-    writing = Plan((PhasePlan("vision_tower", 2, 1), PhasePlan("language_model", 10, 2)), 20)
+    writing = Plan((PhasePlan("vision", 2, 1), PhasePlan("language_model", 10, 2)), 20)
     weights = {"transformer": 8, "vae": 1, "text_encoder": 6, "language_model": 4}
     assert writing.keeping(weights).kept == ("text_encoder", "language_model")  # what it has no use for is not loaded
     planned = writing.keeping(weights, ["transformer", "vae"])

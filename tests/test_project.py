@@ -18,23 +18,22 @@ import flux2_mlx
 from flux2_mlx.cli.main import cli
 
 # The house of CONTRIBUTING.md: a module imports only from storeys below its own and from rooms of its own storey that
-# stand left of its room; a package may import from itself. The embedding cache stands below the runs that use it, as
-# the store counts and clears what it keeps.
+# stand left of its room; a package may import from itself.
 STOREYS = {
     "facts": ("errors", "config", "layout", "requirements", "device", "noise", "scheduler"),
     "files": (
         "files", "json_files", "exclusion", "settings", "copying", "weights", "staging", "images", "image_names",
-        "colors", "references", "hub", "demo",
+        "colors", "references", "hub", "demo", "embedding_cache",
     ),
     "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "low_ranks", "branches"),
     "models": (
         "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks",
-        "verification", "convert", "embedding_cache", "store",
+        "verification", "convert", "store",
     ),
     "runs": (
-        "request", "output", "sampling", "metering", "advice", "arguments", "latents", "unfinished", "upsampling",
-        "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods", "base_pipeline", "inputs",
-        "preparation", "pipeline",
+        "request", "output", "sampling", "metering", "advice", "arguments", "latents", "cached_encoder", "unfinished",
+        "upsampling", "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods", "base_pipeline",
+        "inputs", "preparation", "pipeline",
     ),
     "faces": ("doctor", "cli", "__main__"),
 }  # fmt: skip

@@ -86,7 +86,7 @@ def plan_of(writer: Writer, monkeypatch: pytest.MonkeyPatch, images: list[Image.
 def test_the_plan_is_near_what_writing_takes_and_never_below(folder, picture, monkeypatch):
     writer = open_writer(folder)
     planned = plan_of(writer, monkeypatch, [picture])
-    assert [phase.name for phase in planned.phases] == ["vision_tower", "language_model"]
+    assert [phase.name for phase in planned.phases] == ["vision", "language_model"]
 
     def run() -> list[Phase]:
         writer.timings.clear()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from flux2_mlx.checkpoint import Component
+from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import Config
 
 from ..dialects import DIALECTS
@@ -77,7 +78,7 @@ def layer_shapes(network: str, config: Config) -> Mapping[str, Shape]:
     return {
         name.removesuffix(_WEIGHT): info.shape
         for name, info in infos.items()
-        if len(info.shape) == 2 and name.endswith(_WEIGHT) and not name.startswith("embed_tokens")
+        if len(info.shape) == 2 and name.endswith(_WEIGHT) and not name.startswith(COMPONENTS[network].looked_up)
     }
 
 

@@ -108,11 +108,8 @@ def _step() -> TransformerConfig:
 def _in_memory(component: Component, dtype: mx.Dtype) -> nn.Module:
     """The network with zeros for weights, in memory as it would be for a run."""
     module = component.build()
-    module.update(
-        tree_map_with_path(
-            lambda name, x: x.astype(mx.bfloat16).astype(memory_dtype(name, x.shape, dtype)), module.parameters()
-        )
-    )
+    stored = module.parameters()
+    module.update(tree_map_with_path(lambda name, x: x.astype(memory_dtype(name, x.shape, dtype)), stored))
     mx.eval(module.parameters())
     return module
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, is_checkpoint, variant_components
-from ..components import COMPONENTS
+from ..components import COMPONENTS, WRITING_PARTS
 from ..config import QUANTIZATIONS
 from ..convert import LAST_USED, Source, check_source, check_writable
 from ..errors import CheckpointError, InputError
@@ -149,7 +149,7 @@ class _OfModel:
             return None
         components = variant_components(variant, *self._quants)
         if self._wanted.text_only:
-            components = {name: part for name, part in components.items() if COMPONENTS[name].part == "text_encoder"}
+            components = {name: part for name, part in components.items() if COMPONENTS[name].part in WRITING_PARTS}
         return Checkpoint.outline(variant, *self._quants, components)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import hub
 from ..convert import (
     LOOSE,
-    TOKENIZER,
+    TOKENIZER_PART,
     Conversion,
     Identity,
     conversion,
@@ -101,8 +101,8 @@ def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Id
             return known
         raise
     found = identify(tensors, name, titles({**metadata, **said_of(place)}, place.name, repo), variant)
-    if tokenizer_in(place / TOKENIZER):
-        found = replace(found, missing=tuple(part for part in found.missing if part != TOKENIZER))
+    if tokenizer_in(place / TOKENIZER_PART):
+        found = replace(found, missing=tuple(part for part in found.missing if part != TOKENIZER_PART))
     return found
 
 

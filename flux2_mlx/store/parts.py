@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..components import PARTS, WRITING_PARTS
-from ..convert import TOKENIZER
+from ..convert import TOKENIZER_PART
 from ..errors import DownloadError, InputError
 from ..hub import SHARD, Folders, is_repo_id, is_weight
 from ..layout import PICKLES
 from .names import addressed_file, is_address
 
 # What is fetched of a model in the layout of diffusers, and what suffices to write text.
-WHOLE = Folders((*PARTS, TOKENIZER, "scheduler"), PARTS)
+WHOLE = Folders((*PARTS, TOKENIZER_PART, "scheduler"), PARTS)
 WRITING = replace(WHOLE, weights=WRITING_PARTS)
 # What tokenizers are made from, the best first, and what says more of all but the last.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tekken.json",))
@@ -67,7 +67,7 @@ def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[s
     """
     if remote.path.endswith(PICKLES):
         raise InputError(f"{remote} is a pickle, which could run code; give a .safetensors file")
-    if part == TOKENIZER:
+    if part == TOKENIZER_PART:
         return _tokenizer(remote, names)
     weights = _weights(remote, part, sorted(filter(is_weight, names)))
     folder = os.path.dirname(weights[0])
@@ -119,7 +119,7 @@ def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:
     if remote.path in names:
         folders = [os.path.dirname(remote.path)]
     else:
-        folders = [remote.path] if remote.path else [TOKENIZER, ""]
+        folders = [remote.path] if remote.path else [TOKENIZER_PART, ""]
     for folder in folders:
         for form in _TOKENIZERS:
             if os.path.join(folder, form[0]) in names:
