@@ -46,7 +46,7 @@ def test_a_number_at_the_end_is_the_scale(folder, text, lora):
     assert loras.read([text], None) == (lora,)
 
 
-@pytest.mark.parametrize("scale", ["0,8", "abc", "", "nan", "-inf", "1.2.3", "+"])
+@pytest.mark.parametrize("scale", ["٠.٨", "1_0", "0,8", "abc", "", "nan", "-inf", "1.2.3", "+"])
 def test_another_scale_is_refused(scale):
     with pytest.raises(InputError) as caught:
         loras.read([f"a.safetensors:{scale}"], None)
@@ -64,7 +64,7 @@ def test_steps_are_a_range(text, steps):
     assert loras.read(["a"], text) == (Lora("a", 1.0, steps),)
 
 
-@pytest.mark.parametrize("text", ["", "1-", "a-b", "-1", "1-2-3"])
+@pytest.mark.parametrize("text", ["", "1-", "١-٢", "a-b", "-1", "1-2-3"])
 def test_other_steps_are_refused(text):
     with pytest.raises(InputError, match="is no range of steps"):
         loras.read(["a"], text)
@@ -123,6 +123,11 @@ def test_an_adapter_given_again_has_what_the_image_tells_of_it(folder, caplog):
         chosen()
 
 
+def test_an_image_tells_of_no_more_adapters_than_there_can_be(folder):
+    with pytest.raises(InputError, match="101 adapters are too many; at most 100"):
+        loras.remembered([{}] * 101, folder / "x.png", None)
+
+
 def test_an_image_that_is_there_was_made_with_other_adapters(caplog):
     make("--seed", "7", "-o", "a.png")
     run("t2i", PROMPT, *SMALL, "--seed", "7", "-o", "a.png", "--lora", "a.safetensors", "--skip-existing")
@@ -133,6 +138,8 @@ def test_an_image_that_is_there_was_made_with_other_adapters(caplog):
     ("arguments", "said"),
     [
         (("--lora", "b.safetensors"), "there is no file or folder b.safetensors"),
+        (("--lora", ""), "--lora is empty; give a file, a folder"),
+        (("--lora", "a.safetensors") * 101, "101 adapters are too many; at most 100 can be at work at once"),
         (("--lora-steps", "1-2"), "--lora-steps 1-2 needs adapters"),
         (("--lora", "a.safetensors", "--lora-steps", "2-1"), "steps must be a first and a last one"),
         (("--lora", "a.safetensors:5000"), "scale must be -1000.0 to 1000.0"),

@@ -74,6 +74,7 @@ def test_a_preset_is_that_of_the_adapter(folder):
     ("arguments", "said"),
     [
         (("--sigmas", "1,a"), "--sigmas 1,a is no list of noise levels"),
+        (("--sigmas", "١"), "is no list of noise levels"),
         (("--sigmas", ""), "is no list of noise levels"),
         (("--sigmas", "1,0.5", "-s", "3"), "3 steps don't go with 2 sigmas"),
         (("--sigmas", "0.5,0.7"), "sigmas must fall from at most 1 to above 0, got 0.5, 0.7"),
@@ -133,6 +134,7 @@ def test_published_adapters_have_what_their_card_says(name, tmp_path):
         ('{"sigmas": [1, true]}', "sigmas must be a list of numbers"),
         ('{"sigmas": [0.5, 1]}', "sigmas must fall"),
         ('{"sigmas": [1, 0.5], "steps": 8}', "there are 2 sigmas for 8 steps"),
+        ('{"steps": 4, "steps": 8}', "'steps' stands there twice"),
         ('{"steps": 0}', "steps must be 1 to 1000, got 0"),
         ('{"steps": 4.5}', "steps must be 1 to 1000"),
         ('{"guidance": -1}', "guidance must be a number from 0 to 1000"),

@@ -96,6 +96,10 @@ def test_damaged_adapters(tensors, match, tmp_path):
         ("[]", "its lora_adapter_metadata holds no JSON object"),
         ('{"r": 1e999}', "its lora_adapter_metadata can't be read"),
         ("{" + " " * 1_000_001, "it has more than 1000000 characters"),
+        (
+            '{"lora_alpha": 1, "lora_alpha": 8}',
+            "its lora_adapter_metadata can't be read: 'lora_alpha' stands there twice",
+        ),
         ({"r": 4}, r"img_attn\.proj is of rank 3, but its config says 4"),
         ({"transformer.r": 4, "r": 3}, "is of rank 3, but its config says 4"),
         ({"r": 3, "rank_pattern": {"proj": 2}}, "is of rank 3, but its config says 2"),
@@ -154,6 +158,9 @@ def test_files_and_folders(tmp_path):
         save(folder / name, LORA)
     with pytest.raises(CheckpointError, match=r"holds several files: a\.safetensors, b\.safetensors; give one of them"):
         read_adapter(folder)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is a file, so weight_name='b\.safetensors' is none in"):
+        read_adapter(folder / "a.safetensors", "b.safetensors")
+    assert read_adapter(folder / "a.safetensors", "a.safetensors").path.name == "a.safetensors"
     assert read_adapter(folder, "b.safetensors").path.name == "b.safetensors"
     outside = save(tmp_path / "x.safetensors", LORA)
     for name in ("../x.safetensors", str(outside), "c.safetensors", ""):
@@ -169,6 +176,10 @@ def test_files_and_folders(tmp_path):
 def test_a_config_beside_other_files_says_nothing_of_them(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 7, "lora_alpha": 1}')
     read_adapter(save(tmp_path / "x.safetensors", LORA)).load(CONFIGS, "x")
+    twice = save(tmp_path / "b/adapter_model.safetensors", LORA)
+    twice.with_name("adapter_config.json").write_text('{"r": 7, "r": 3}')
+    with pytest.raises(CheckpointError, match="'r' stands there twice"):
+        read_adapter(twice)
     found = read_adapter(save(tmp_path / "adapter_model.safetensors", LORA))
     with pytest.raises(CheckpointError, match="is of rank 3, but its config says 7"):
         found.load(CONFIGS, "x")

@@ -143,6 +143,17 @@ def test_which_file_is_meant(path, names, chosen):
     assert adapter_files(Remote("me/a", path), names) == chosen
 
 
+def test_nothing_is_fetched_to_be_folded_into_another_model(hub, home):
+    said = refusal("convert", "demo", "made", "--lora", OTHER)
+    assert said.startswith(f"{OTHER}:x.safetensors is a LoRA of another model than demo: ")
+    assert hub.sent["x.safetensors"] <= START
+    assert not list(home.rglob("*.safetensors"))
+    done("convert", "demo", "made", "--lora", f"{STYLE}:0.5", "--quiet")
+    (told,) = Checkpoint.open(Path("made")).source["adapters"]
+    assert (told["source"], told["scale"]) == (STYLE, 0.5)
+    assert hub.sent[FILE] <= START + len(hub.repos[STYLE].files[FILE])
+
+
 def test_a_gated_one_is_told(repos, models, home):
     with HubServer(repos, gated={STYLE}) as hub, using(hub, home):
         assert f"{STYLE} is gated: accept its licence at {hub.url}/{STYLE}" in refusal("t2i", PROMPT, "--lora", STYLE)

@@ -249,7 +249,7 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
     if len(files.infos) > _MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(files.infos)} tensors, more than any adapter has")
     beside = path.with_name(PEFT_CONFIG)
-    config = read_json(beside) if path.name == USUAL_FILES[0] and beside.is_file() else None
+    config = read_json(beside, unique=True) if path.name == USUAL_FILES[0] and beside.is_file() else None
     try:
         found, others = modules(files.infos)
         check_run(others)
@@ -277,6 +277,8 @@ def _file(source: Path, weight_name: str | None) -> Path:
         raise CheckpointError(f"there is no file or folder {source}")
     check_kind(source)
     if source.is_file():
+        if weight_name not in (None, source.name):
+            raise CheckpointError(f"{source} is a file, so weight_name={weight_name!r} is none in it; leave that out")
         return source
     if weight_name is not None:
         if Path(weight_name).is_absolute() or ".." in Path(weight_name).parts or not (source / weight_name).is_file():

@@ -53,7 +53,7 @@ def preset(path: Path) -> Preset | None:
         CheckpointError: the file can't be read, or what it says is no such setting.
     """
     beside = path.with_suffix(".json")
-    said = read_json(beside) if beside.is_file() else {}
+    said = read_json(beside, unique=True) if beside.is_file() else {}
     known = {_NAMES[key]: value for key, value in said.items() if key in _NAMES and value is not None}
     if not known:
         return _CARDS.get(path.name.lower())

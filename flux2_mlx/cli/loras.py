@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ..pipeline import Flux2Pipeline
     from ..store import FoundAdapter
 
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _LIKE_A_NUMBER = re.compile(r"[+-]?[\d.,]*|[+-]?(?:nan|inf)", re.IGNORECASE)
-_STEPS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+_STEPS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 _SUFFIX = ".safetensors"
 _REMEMBERED = {"name": str, "source": str, "sha256": str, "scale": float, "steps": list | None, "origin": str | None}
 _log = logging.getLogger(__name__)
@@ -38,8 +38,13 @@ class Lora:
 
 def read(texts: Sequence[str], steps: str | None) -> tuple[Lora, ...]:
     """The adapters that `--lora` names, in the steps of `--lora-steps`; InputError if these can't be read."""
+    from ..request import check_count
+
     if steps is not None and not texts:
         raise InputError(f"--lora-steps {steps} needs adapters; give them with --lora")
+    if "" in texts:
+        raise InputError("--lora is empty; give a file, a folder, a repo id or REPO:FILE")
+    check_count(len(texts))
     own = None if steps is None else _steps(steps)
     return tuple(_lora(text, own) for text in texts)
 
@@ -77,9 +82,12 @@ def remembered(adapters: Any, image: Path, models_dir: Path | None, given: Seque
     is, they take the place of theirs.
 
     Raises:
-        InputError: some are not here, or have changed; or the settings are damaged.
+        InputError: some are not here, or have changed, or they are too many; or the settings are damaged.
     """
+    from ..request import check_count
+
     told: list[Mapping[str, Any]] = list(adapters or ())
+    check_count(len(told))
     for one in told:
         replay.check_kinds(one, _REMEMBERED, image)
     own, others = _matched(told, given)
@@ -180,7 +188,7 @@ class Adapters:
             return pipe
         for found in self._found:
             self._note(found, found.check(pipe.checkpoint))
-        return pipe.expecting([(x, lora.scale, lora.steps) for x, lora in zip(self._found, self._loras, strict=True)])
+        return pipe.expecting(self._uses)
 
     def fetch(self) -> None:
         """Bring them here; DownloadError if that can't be done."""
@@ -196,8 +204,11 @@ class Adapters:
 
     def load(self, pipe: "Flux2Pipeline") -> None:
         """Have them at work."""
-        for found, lora in zip(self._found, self._loras, strict=True):
-            pipe.use_adapter(found, scale=lora.scale, steps=lora.steps)
+        pipe.use_adapters(self._uses)
+
+    @property
+    def _uses(self) -> "list[tuple[FoundAdapter, float, tuple[int, int] | None]]":
+        return [(found, lora.scale, lora.steps) for found, lora in zip(self._found, self._loras, strict=True)]
 
     def _note(self, found: "FoundAdapter", notes: Sequence[str]) -> None:
         """Say what a user should know, once of each adapter."""

@@ -29,6 +29,8 @@ def complete(given: dict[str, Any], loras: Sequence[Lora]) -> None:
 
 def _sigmas(text: str) -> tuple[float, ...]:
     try:
+        if not text.isascii() or "_" in text:  # which Python would read
+            raise ValueError
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         message = f"--sigmas {text:.80} is no list of noise levels; write 1,0.75,0.5,0.25, say"

@@ -62,7 +62,7 @@ class FoundAdapter:
         Raises:
             CheckpointError: it is for another model.
         """
-        with self._named():
+        with self.named():
             self.file.check(_configs(checkpoint), checkpoint.variant.name)
         return self.file.notes(_configs(checkpoint), checkpoint.variant.name)
 
@@ -79,16 +79,22 @@ class FoundAdapter:
         if self._selection is not None and not self._is_here:
             self._selection.fetch(labelled(progress, "download"))
             self._is_here = True
-            with self._named():
+            with self.named():
                 self.file = _read(self._selection)
+
+    def fetched(self, progress: Progress | None = None) -> AdapterFile:
+        """What it is once it is here; see `fetch`."""
+        self.fetch(progress)
+        return self.file
 
     def load(self, checkpoint: Checkpoint, name: str) -> Adapter:
         """The adapter for a model that `check` has seen, once it is here; raises as `AdapterFile.load` does."""
-        with self._named():
+        with self.named():
             return self.file.load(_configs(checkpoint), name, self.source, self.origin)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
+        """Let errors say the repo in place of the folder that its files lie in."""
         with _named(self._selection):
             yield
 
@@ -108,8 +114,10 @@ def find_adapter(
         InputError: no such address. DownloadError: it is not there, or can't be asked for. CheckpointError: it is
             damaged, or no adapter for FLUX.2.
     """
-    where = located(source)
     told = os.fspath(source)
+    if not told:
+        raise InputError("an adapter's name is empty; give a file, a folder, a repo id or REPO:FILE")
+    where = located(source)
     inside = "/".join(filter(None, (subfolder, weight_name)))
     if isinstance(where, Path):
         folder = where if subfolder is None else where / _within(where, subfolder)
