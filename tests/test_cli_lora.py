@@ -3,10 +3,11 @@
 from hashlib import sha256
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import save_for_demo
-from helpers.cli_runner import PROMPT, SMALL, make, pixels, refusal, run
+from helpers.cli_runner import PROMPT, SMALL, done, make, pixels, refusal, run
 
 from flux2_mlx.cli import loras
 from flux2_mlx.cli.loras import Lora
@@ -147,3 +148,19 @@ def test_an_image_that_is_there_was_made_with_other_adapters(caplog):
 )
 def test_what_is_no_adapter_is_refused(arguments, said):
     assert said in refusal("t2i", PROMPT, *SMALL, "-o", "b.png", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt", "is_told"),
+    [
+        ({"trigger_word": "t0y"}, "a ring", True),
+        ({"trigger_word": "t0y"}, "a T0Y ring", False),
+        ({"modelspec.trigger_phrase": "t0y, sks dog"}, "an sks dog", False),
+        ({}, "a ring", False),
+    ],
+)
+def test_a_prompt_without_a_trigger_word(words, prompt, is_told, folder):
+    infos = mx.load("a.safetensors")
+    mx.save_safetensors("b.safetensors", infos, words)
+    said = done("t2i", prompt, *SMALL, "-s", "1", "-o", "b.png", "--lora", "b.safetensors").stderr
+    assert ("b.safetensors: none of its trigger words is in the prompt; they are t0y" in said) is is_told

@@ -48,6 +48,10 @@ def loha(**shapes):
         (without(f"{MODULE}.lokr_w2_b", of=lokr()), "lokr_w1 has no lokr_w2_b beside it"),
         (without(f"{MODULE}.hada_w2_a", of=loha()), "hada_w1_a has no hada_w2_a beside it"),
         (loha(hada_t1=(2, 2)), "has no hada_t2 beside it"),
+        (
+            {DOWN: np.ones((D, 3), np.float32), UP: np.ones((3, 3 * D), np.float32)},
+            r"the factors of diffusion_model\.double_blocks\.0\.img_attn\.proj are stored transposed",
+        ),
         (lokr(lokr_w2=(16, 16)), "are no factors of one change of a layer"),
         (LORA | lokr(), "are no factors of one change of a layer"),
         (LORA | {UP: np.ones((D, 4), np.float32)}, r"lora_B\.weight is of shape \[64, 4\] instead of \[64, 3\]"),
@@ -130,6 +134,12 @@ def test_what_only_informs_may_be_anything(text, tmp_path):
     metadata = dict.fromkeys(("ss_tag_frequency", "software", "trigger_word", "modelspec.title"), text)
     said = read_adapter(save(tmp_path / "x.safetensors", LORA, metadata)).said
     assert all(len(word) <= 500 for word in (said.title, *said.trigger_words))
+
+
+def test_transposed_factors_of_a_square_layer_are_told(tmp_path):
+    path = save(tmp_path / "x.safetensors", {DOWN: np.ones((D, 3), np.float32), UP: np.ones((3, D), np.float32)})
+    with pytest.raises(CheckpointError, match=r"a layer of \[3, 3\] instead of .* and its factors may be transposed"):
+        read_adapter(path).check(CONFIGS, "small")
 
 
 def test_tensors_of_no_layer_are_named(tmp_path):

@@ -90,7 +90,7 @@ class AdapterFile:
     @property
     def preset(self) -> Preset | None:
         """What it is made to be run with, by a file beside it or its model card; CheckpointError if that is wrong."""
-        return preset(self.path)
+        return preset(self.path, self.said.title)
 
     @cached_property
     def sha256(self) -> str:
@@ -228,7 +228,8 @@ class AdapterFile:
                 lines.append(f"{name} is of no layer that it has")
             outputs, inputs = self._factors[name].outputs, self._factors[name].inputs
             if want is not None and (outputs != want[0] or inputs not in (want[1], None)):
-                lines.append(f"{name} is for a layer of {[outputs, inputs]} instead of {list(want)}")
+                swapped = " and its factors may be transposed" * (self._factors[name].rank == want[0] == want[1])
+                lines.append(f"{name} is for a layer of {[outputs, inputs]} instead of {list(want)}{swapped}")
         return lines
 
 
