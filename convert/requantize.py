@@ -24,7 +24,7 @@ from flux2_mlx.weights import Files, Tensors
 
 from .folder import Inspection, Part, check_target, write_folder
 from .formats import SETTINGS, unpacked
-from .lora import Fold, Folds, folded_source
+from .lora import Fold, Folds, check_folds, folded_source
 from .rules import Finite
 
 _log = logging.getLogger(__name__)
@@ -70,8 +70,7 @@ def requantize(
             f"{checkpoint.folder} is an MLX checkpoint already, {stored}; use it as it is, or ask for less"
         )
     configs = {name: component.config for name, component in checkpoint.components.items()}
-    for fold in folds:
-        fold.check(configs, checkpoint.variant.name)
+    check_folds(folds, configs, checkpoint.variant.name)
     check_target(target, force)
     if usual not in (None, text_quant):
         stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"

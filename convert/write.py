@@ -19,6 +19,7 @@ from flux2_mlx.text import TOKENIZER_FILES
 from flux2_mlx.verification import check_hashes, hashed_bytes
 from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 
+from . import lora
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
 from .formats import range_of
@@ -131,9 +132,9 @@ def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Compo
 
 
 def check_folds(source: Source, folds: Sequence[Fold]) -> None:
-    """CheckpointError if an adapter is none of the model, or can't be folded into it."""
-    for fold in folds:
-        fold.check(source.configs, source.variant.name)
+    """CheckpointError if an adapter is none of the model, or can't be folded into it. One that is to be fetched is
+    here then."""
+    lora.check_folds(folds, source.configs, source.variant.name)
 
 
 def _checked_plans(source: Source, quant: str, text_quant: str) -> list[_Plan]:

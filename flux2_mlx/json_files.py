@@ -28,14 +28,14 @@ def open_model_file(path: Path) -> BinaryIO:
         raise CheckpointError(f"can't read {str(path)!r}: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError if there is none."""
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError if there is none, or a name stands twice where names are `unique`."""
     with open_model_file(path) as file:
         try:
             data = file.read(_MAX_BYTES + 1)
             if len(data) > _MAX_BYTES:
                 raise CheckpointError(f"{path} has more than {_MAX_BYTES} bytes, so it is no part of a model")
-            value = parse_json(data)
+            value = parse_json(data, unique=unique)
         except OSError as error:
             raise CheckpointError(f"can't read {path}: {error.strerror}") from error
         except ValueError as error:

@@ -16,9 +16,10 @@ from .errors import InputError
 from .metering import turn
 from .networks import Networks
 from .progress_bar import acquisition_bars, announce
-from .request import MAX_STEPS
+from .request import MAX_STEPS, check_count
 from .store import FoundAdapter, find_adapter
 
+FoundUse = tuple[FoundAdapter, float, tuple[int, int] | None]  # and its scale and steps
 _log = logging.getLogger(__name__)
 
 
@@ -64,38 +65,47 @@ class LoraMethods:
         kinds(weight_name=(weight_name, str), adapter_name=(adapter_name, str), subfolder=(subfolder, str))
         self._free_name(adapter_name)
         _checked(scale, steps)
+        check_count(len(self._chosen) + 1)
         with find_adapter(source, weight_name, subfolder) as found, acquisition_bars(disable=not progress) as show:
             for note in found.check(self.networks.checkpoint):
                 _log.warning("%s: %s", found.source, note)
             if progress and found.download:
                 announce(found.download)
             found.fetch(show)
-            self.use_adapter(found, adapter_name, scale, steps)
+            self._use([(self._free_name(adapter_name), found, scale, steps)])
 
-    def use_adapter(
-        self,
-        found: FoundAdapter,
-        adapter_name: str | None = None,
-        scale: float = 1.0,
-        steps: tuple[int, int] | None = None,
-    ) -> None:
-        """Have an adapter at work that was fetched after its `check`; see `load_lora_weights`."""
-        name = self._free_name(adapter_name)
+    def use_adapters(self, adapters: Sequence[FoundUse]) -> None:
+        """Have adapters at work besides, each with its scale and steps, that were fetched after their `check`.
+
+        Raises:
+            InputError: a scale or steps are wrong, or they are too many. CheckpointError: one is damaged.
+        """
+        check_count(len(self._chosen) + len(adapters))
+        free = (name for number in count() if (name := f"default_{number}") not in self._loaded)
+        self._use([(next(free), *use) for use in adapters])
+
+    def _use(self, named: Sequence[tuple[str, FoundAdapter, float, tuple[int, int] | None]]) -> None:
+        """Have all of them at work, or none; each comes with its name."""
         with turn():
             begin_computing()
-            adapter = found.load(self.networks.checkpoint, name).cast(self.networks.dtype_of)
-            self._loaded[name] = AtWork(adapter, *_checked(scale, steps))
-            self._choose([*self._chosen, self._loaded[name]])
+            checkpoint, dtype_of = self.networks.checkpoint, self.networks.dtype_of
+            loaded = {
+                name: AtWork(found.load(checkpoint, name).cast(dtype_of), *_checked(*use))
+                for name, found, *use in named
+            }
+            self._choose([*self._chosen, *loaded.values()])
+            self._loaded |= loaded
 
-    def expecting(self, adapters: Sequence[tuple[FoundAdapter, float, tuple[int, int] | None]]) -> Self:
+    def expecting(self, adapters: Sequence[FoundUse]) -> Self:
         """A pipeline like this, to check and plan runs, with adapters at work that need not be here yet.
 
         Args:
             adapters: each with its scale and steps, after its `check`.
 
         Raises:
-            InputError: a scale or steps are wrong.
+            InputError: a scale or steps are wrong, or they are too many.
         """
+        check_count(len(self.networks.adapters) + len(adapters))
         outlines = [
             AtWork(found.outline(self.networks.checkpoint, found.source).cast(self.networks.dtype_of), *_checked(*use))
             for found, *use in adapters

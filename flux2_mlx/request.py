@@ -18,6 +18,7 @@ from .scheduler import check_sigmas
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
+MAX_ADAPTERS = 100  # at work at one time
 MAX_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
 _SHIFT_STEPS = 50  # the default of diffusers' pipelines, whose shift of given sigmas follows from it
@@ -244,6 +245,13 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     wrong = next((one for one in seeds if not 0 <= one <= MAX_SEED), None)
     _require(wrong is None, f"seeds must be 0 to {MAX_SEED}, got {wrong}")
     return seeds
+
+
+def check_count(adapters: int) -> None:
+    """Raise InputError if so many adapters are too many to be at work at one time."""
+    _require(
+        adapters <= MAX_ADAPTERS, f"{adapters} adapters are too many; at most {MAX_ADAPTERS} can be at work at once"
+    )
 
 
 def check_prompt(prompt: str, tokens: int | None = None) -> None:

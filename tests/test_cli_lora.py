@@ -3,10 +3,11 @@
 from hashlib import sha256
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import save_for_demo
-from helpers.cli_runner import PROMPT, SMALL, make, pixels, refusal, run
+from helpers.cli_runner import PROMPT, SMALL, done, make, pixels, refusal, run
 
 from flux2_mlx.cli import loras
 from flux2_mlx.cli.loras import Lora
@@ -46,7 +47,7 @@ def test_a_number_at_the_end_is_the_scale(folder, text, lora):
     assert loras.read([text], None) == (lora,)
 
 
-@pytest.mark.parametrize("scale", ["0,8", "abc", "", "nan", "-inf", "1.2.3", "+"])
+@pytest.mark.parametrize("scale", ["٠.٨", "1_0", "0,8", "abc", "", "nan", "-inf", "1.2.3", "+"])
 def test_another_scale_is_refused(scale):
     with pytest.raises(InputError) as caught:
         loras.read([f"a.safetensors:{scale}"], None)
@@ -64,7 +65,7 @@ def test_steps_are_a_range(text, steps):
     assert loras.read(["a"], text) == (Lora("a", 1.0, steps),)
 
 
-@pytest.mark.parametrize("text", ["", "1-", "a-b", "-1", "1-2-3"])
+@pytest.mark.parametrize("text", ["", "1-", "١-٢", "a-b", "-1", "1-2-3"])
 def test_other_steps_are_refused(text):
     with pytest.raises(InputError, match="is no range of steps"):
         loras.read(["a"], text)
@@ -123,6 +124,11 @@ def test_an_adapter_given_again_has_what_the_image_tells_of_it(folder, caplog):
         chosen()
 
 
+def test_an_image_tells_of_no_more_adapters_than_there_can_be(folder):
+    with pytest.raises(InputError, match="101 adapters are too many; at most 100"):
+        loras.remembered([{}] * 101, folder / "x.png", None)
+
+
 def test_an_image_that_is_there_was_made_with_other_adapters(caplog):
     make("--seed", "7", "-o", "a.png")
     run("t2i", PROMPT, *SMALL, "--seed", "7", "-o", "a.png", "--lora", "a.safetensors", "--skip-existing")
@@ -133,6 +139,8 @@ def test_an_image_that_is_there_was_made_with_other_adapters(caplog):
     ("arguments", "said"),
     [
         (("--lora", "b.safetensors"), "there is no file or folder b.safetensors"),
+        (("--lora", ""), "--lora is empty; give a file, a folder"),
+        (("--lora", "a.safetensors") * 101, "101 adapters are too many; at most 100 can be at work at once"),
         (("--lora-steps", "1-2"), "--lora-steps 1-2 needs adapters"),
         (("--lora", "a.safetensors", "--lora-steps", "2-1"), "steps must be a first and a last one"),
         (("--lora", "a.safetensors:5000"), "scale must be -1000.0 to 1000.0"),
@@ -140,3 +148,19 @@ def test_an_image_that_is_there_was_made_with_other_adapters(caplog):
 )
 def test_what_is_no_adapter_is_refused(arguments, said):
     assert said in refusal("t2i", PROMPT, *SMALL, "-o", "b.png", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt", "is_told"),
+    [
+        ({"trigger_word": "t0y"}, "a ring", True),
+        ({"trigger_word": "t0y"}, "a T0Y ring", False),
+        ({"modelspec.trigger_phrase": "t0y, sks dog"}, "an sks dog", False),
+        ({}, "a ring", False),
+    ],
+)
+def test_a_prompt_without_a_trigger_word(words, prompt, is_told, folder):
+    infos = mx.load("a.safetensors")
+    mx.save_safetensors("b.safetensors", infos, words)
+    said = done("t2i", prompt, *SMALL, "-s", "1", "-o", "b.png", "--lora", "b.safetensors").stderr
+    assert ("b.safetensors: none of its trigger words is in the prompt; they are t0y" in said) is is_told

@@ -258,3 +258,11 @@ def test_info_of_an_adapter_points_here(file):
     rows = done("info", file).stdout.splitlines()
     assert rows[0].startswith("style.safetensors: a LoRA")
     assert "more       flux2-mlx lora inspect style.safetensors" in rows
+
+
+def test_what_is_written_of_an_adapter_drives_no_terminal(file):
+    save(file, lora("single_blocks.0.linear2", 40, 160), SAID)
+    said = done("lora", "convert", file, "made.safetensors").stderr
+    assert "it is for no model that is known here" in said
+    metadata = read_adapter(Path("made.safetensors")).files.metadata
+    assert (metadata["modelspec.title"], metadata["modelspec.trigger_phrase"]) == ("To[31my", "t0y")

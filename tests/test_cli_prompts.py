@@ -96,6 +96,11 @@ def test_a_line_of_text_is_a_prompt(line):
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "sed": 1}', "line 2 of a.jsonl has an unknown key 'sed'; known"),
         ("a.jsonl", '{"seed": ' + "1" * 5000 + "}", "line 1 of a.jsonl is no JSON (a number has 5,000 digits, of"),
         ("a.jsonl", '{"prompt": "a"}\nb', "line 2 of a.jsonl is no JSON (Expecting value: line 1 column 1 (char 0));"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "lora": "x.safetensors:0.5"}',
+            "line 1 of a.jsonl has the key 'lora', but all prompts have the same adapters; use --lora",
+        ),
         ("a.json", '[\n{"prompt": "a"}]', "line 1 of a.json is no JSON ("),
         ("a.jsonl", "[1]", "line 1 of a.jsonl is no JSON object; write one such as {"),
         ("a.jsonl", "[" * 100_000, "line 1 of a.jsonl is no JSON (it is nested too deeply); write"),

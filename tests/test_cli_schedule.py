@@ -1,6 +1,7 @@
 """`--sigmas` and `--preset`: noise levels of a command line, those of adapters, and of an image that is made again."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from helpers.adapters import lora, save, save_for_demo
 from helpers.cli_runner import PROMPT, done, make, pixels, refusal, run
 from PIL import Image, PngImagePlugin
 
-from flux2_mlx import Flux2Pipeline
+from flux2_mlx import Flux2Pipeline, store
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.images import read_settings
 
@@ -74,6 +75,7 @@ def test_a_preset_is_that_of_the_adapter(folder):
     ("arguments", "said"),
     [
         (("--sigmas", "1,a"), "--sigmas 1,a is no list of noise levels"),
+        (("--sigmas", "١"), "is no list of noise levels"),
         (("--sigmas", ""), "is no list of noise levels"),
         (("--sigmas", "1,0.5", "-s", "3"), "3 steps don't go with 2 sigmas"),
         (("--sigmas", "0.5,0.7"), "sigmas must fall from at most 1 to above 0, got 0.5, 0.7"),
@@ -121,6 +123,7 @@ def test_published_adapters_have_what_their_card_says(name, tmp_path):
     (tmp_path / name).with_suffix(".json").write_text('{"num_inference_steps": 4, "guidance": 1}')
     assert preset(tmp_path / name) == Preset((tmp_path / name).with_suffix(".json").name, None, 4, 1.0)
     assert preset(tmp_path / "other.safetensors") is None
+    assert preset(tmp_path / "other.safetensors", Path(name).stem).steps == 8
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,7 @@ def test_published_adapters_have_what_their_card_says(name, tmp_path):
         ('{"sigmas": [1, true]}', "sigmas must be a list of numbers"),
         ('{"sigmas": [0.5, 1]}', "sigmas must fall"),
         ('{"sigmas": [1, 0.5], "steps": 8}', "there are 2 sigmas for 8 steps"),
+        ('{"steps": 4, "steps": 8}', "'steps' stands there twice"),
         ('{"steps": 0}', "steps must be 1 to 1000, got 0"),
         ('{"steps": 4.5}', "steps must be 1 to 1000"),
         ('{"guidance": -1}', "guidance must be a number from 0 to 1000"),
@@ -143,3 +147,27 @@ def test_what_is_beside_an_adapter_and_no_setting_is_told(text, said, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(CheckpointError, match=said):
         preset(tmp_path / "a.safetensors")
+
+
+def test_a_preset_that_is_not_used_is_told(folder):
+    said = "a.safetensors is made for 2 steps and a guidance of 2.5, as a.json says; --preset turbo sets that"
+    (folder / "a.json").write_text(json.dumps(FAST))
+    free = ("t2i", PROMPT, *FREE, "-W", "16", "-H", "16", "--lora", "a.safetensors")
+    assert said in done(*free, "-o", "a.png").stderr.splitlines()
+    for number, given in enumerate([("-s", "1"), ("-g", "1"), ("--sigmas", "1"), ("--preset", "turbo"), ("--quiet",)]):
+        assert "is made for" not in done(*free, *given, "-o", f"{number}.png").stderr
+    (folder / "a.json").write_text('{"steps": 20000}')
+    assert "is made for" not in done(*free, "-s", "1", "-o", "b.png").stderr
+    (folder / "a.json").write_text('{"guidance": 1.5}')
+    assert (
+        "preset     a guidance of 1.5, as a.json says; --preset turbo sets that"
+        in done("lora", "inspect", "a.safetensors").stdout.splitlines()
+    )
+
+
+def test_a_preset_takes_one_look_at_an_adapter(folder, monkeypatch):
+    looks, look = [], store.find_adapter
+    monkeypatch.setattr(store, "find_adapter", lambda *given: looks.append(given) or look(*given))
+    (folder / "a.json").write_text(json.dumps(FAST))
+    done("t2i", PROMPT, *FREE, "-o", "a.png", "--lora", "a.safetensors", "--preset", "turbo")
+    assert looks == [("a.safetensors",)]

@@ -6,13 +6,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from flux2_mlx.convert.lora import read_adapter
-from helpers.adapters import CONFIGS, D, changed, factors, lora, save
+from helpers.adapters import CONFIGS, D, changed, factors, lora, numbers, save
 
 from flux2_mlx.adapters import Decomposed, LowRank
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import TensorInfo, write_safetensors
 
 KOHYA = ("down", "up")
 QKV, MLP = 3 * D, 6 * D
+MODULE = "diffusion_model.double_blocks.0.img_attn.proj"
+TENSORS = lora(MODULE, D)
 Q = slice(0, D)
 
 
@@ -248,3 +251,38 @@ def test_text_encoders(form, tmp_path):
     assert all(name in note for name in later)
     with pytest.raises(CheckpointError, match="changes no layer that images are made with"):
         found.check({"transformer": CONFIGS["transformer"]}, "small")
+
+
+def save_in_8_bits(path, tensors, others=None):
+    """Factors in 8 bits and other tensors in 32; and what the factors are then."""
+    codes = {name: mx.to_fp8(mx.array(x)) for name, x in tensors.items()}
+    others = {name: mx.array(x) for name, x in (others or {}).items()}
+    infos = {name: TensorInfo("F8_E4M3", x.shape) for name, x in codes.items()}
+    infos |= {name: TensorInfo("F32", x.shape) for name, x in others.items()}
+    write_safetensors(path, infos, [*codes.values(), *others.values()], {}, lambda nbytes: None)
+    return path, {name: np.array(mx.from_fp8(x, mx.float32)) for name, x in codes.items()}
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_factors_of_8_bits(scale, tmp_path):
+    scales = {} if scale is None else {f"{name}_scale": np.full(1, scale, np.float32) for name in TENSORS}
+    path, exact = save_in_8_bits(tmp_path / "x.safetensors", TENSORS, scales)
+    close(changed(path), {"transformer.double_blocks.0.img_attn.proj": product(exact, (scale or 1) ** 2)})
+    found = read_adapter(path)
+    assert set(found.fates(CONFIGS).values()) == {"transformer.double_blocks.0.img_attn.proj"}
+    assert found.fates(CONFIGS).keys() == found.files.infos.keys()
+
+
+def test_factors_of_8_bits_beside_magnitudes(tmp_path):
+    lengths = factors(MODULE, dora_scale=(D, 1))
+    path, exact = save_in_8_bits(tmp_path / "x.safetensors", TENSORS, lengths)
+    (placed,) = read_adapter(path).load(CONFIGS, "x").layers["transformer"]["double_blocks.0.img_attn.proj"]
+    assert np.array_equal(numbers(placed.change.change.up), exact[f"{MODULE}.lora_B.weight"])
+    assert np.array_equal(numbers(placed.change.magnitude), lengths[f"{MODULE}.dora_scale"])
+
+
+def test_factors_of_8_bits_of_which_one_has_no_scale(tmp_path):
+    scales = {f"{MODULE}.lora_A.weight_scale": np.ones(1, np.float32)}
+    path, _ = save_in_8_bits(tmp_path / "x.safetensors", TENSORS, scales)
+    with pytest.raises(CheckpointError, match=r"lora_B\.weight is F8_E4M3 and has no scale"):
+        read_adapter(path)

@@ -48,6 +48,10 @@ def loha(**shapes):
         (without(f"{MODULE}.lokr_w2_b", of=lokr()), "lokr_w1 has no lokr_w2_b beside it"),
         (without(f"{MODULE}.hada_w2_a", of=loha()), "hada_w1_a has no hada_w2_a beside it"),
         (loha(hada_t1=(2, 2)), "has no hada_t2 beside it"),
+        (
+            {DOWN: np.ones((D, 3), np.float32), UP: np.ones((3, 3 * D), np.float32)},
+            r"the factors of diffusion_model\.double_blocks\.0\.img_attn\.proj are stored transposed",
+        ),
         (lokr(lokr_w2=(16, 16)), "are no factors of one change of a layer"),
         (LORA | lokr(), "are no factors of one change of a layer"),
         (LORA | {UP: np.ones((D, 4), np.float32)}, r"lora_B\.weight is of shape \[64, 4\] instead of \[64, 3\]"),
@@ -96,6 +100,10 @@ def test_damaged_adapters(tensors, match, tmp_path):
         ("[]", "its lora_adapter_metadata holds no JSON object"),
         ('{"r": 1e999}', "its lora_adapter_metadata can't be read"),
         ("{" + " " * 1_000_001, "it has more than 1000000 characters"),
+        (
+            '{"lora_alpha": 1, "lora_alpha": 8}',
+            "its lora_adapter_metadata can't be read: 'lora_alpha' stands there twice",
+        ),
         ({"r": 4}, r"img_attn\.proj is of rank 3, but its config says 4"),
         ({"transformer.r": 4, "r": 3}, "is of rank 3, but its config says 4"),
         ({"r": 3, "rank_pattern": {"proj": 2}}, "is of rank 3, but its config says 2"),
@@ -128,6 +136,12 @@ def test_what_only_informs_may_be_anything(text, tmp_path):
     assert all(len(word) <= 500 for word in (said.title, *said.trigger_words))
 
 
+def test_transposed_factors_of_a_square_layer_are_told(tmp_path):
+    path = save(tmp_path / "x.safetensors", {DOWN: np.ones((D, 3), np.float32), UP: np.ones((3, D), np.float32)})
+    with pytest.raises(CheckpointError, match=r"a layer of \[3, 3\] instead of .* and its factors may be transposed"):
+        read_adapter(path).check(CONFIGS, "small")
+
+
 def test_tensors_of_no_layer_are_named(tmp_path):
     norm = "diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff"
     found = read_adapter(save(tmp_path / "x.safetensors", LORA | {norm: np.ones(16, np.float32)}))
@@ -154,6 +168,9 @@ def test_files_and_folders(tmp_path):
         save(folder / name, LORA)
     with pytest.raises(CheckpointError, match=r"holds several files: a\.safetensors, b\.safetensors; give one of them"):
         read_adapter(folder)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is a file, so weight_name='b\.safetensors' is none in"):
+        read_adapter(folder / "a.safetensors", "b.safetensors")
+    assert read_adapter(folder / "a.safetensors", "a.safetensors").path.name == "a.safetensors"
     assert read_adapter(folder, "b.safetensors").path.name == "b.safetensors"
     outside = save(tmp_path / "x.safetensors", LORA)
     for name in ("../x.safetensors", str(outside), "c.safetensors", ""):
@@ -169,6 +186,10 @@ def test_files_and_folders(tmp_path):
 def test_a_config_beside_other_files_says_nothing_of_them(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 7, "lora_alpha": 1}')
     read_adapter(save(tmp_path / "x.safetensors", LORA)).load(CONFIGS, "x")
+    twice = save(tmp_path / "b/adapter_model.safetensors", LORA)
+    twice.with_name("adapter_config.json").write_text('{"r": 7, "r": 3}')
+    with pytest.raises(CheckpointError, match="'r' stands there twice"):
+        read_adapter(twice)
     found = read_adapter(save(tmp_path / "adapter_model.safetensors", LORA))
     with pytest.raises(CheckpointError, match="is of rank 3, but its config says 7"):
         found.load(CONFIGS, "x")

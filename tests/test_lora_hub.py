@@ -143,6 +143,27 @@ def test_which_file_is_meant(path, names, chosen):
     assert adapter_files(Remote("me/a", path), names) == chosen
 
 
+def test_nothing_is_fetched_to_be_folded_into_another_model(hub, home):
+    said = refusal("convert", "demo", "made", "--lora", OTHER)
+    assert said.startswith(f"{OTHER}:x.safetensors is a LoRA of another model than demo: ")
+    assert hub.sent["x.safetensors"] <= START
+    assert not list(home.rglob("*.safetensors"))
+    done("convert", "demo", "made", "--lora", f"{STYLE}:0.5", "--quiet")
+    (told,) = Checkpoint.open(Path("made")).source["adapters"]
+    assert (told["source"], told["scale"]) == (STYLE, 0.5)
+    assert hub.sent[FILE] <= START + len(hub.repos[STYLE].files[FILE])
+
+
+def test_which_of_several_files_is_taken_is_said(repos, models, home, caplog):
+    style = repos[STYLE][FILE]
+    with HubServer({STYLE: {FILE: style, "old/x.safetensors": style}}) as hub, using(hub, home):
+        done("t2i", PROMPT, *SMALL, "-o", "a.png", "--lora", STYLE)
+        assert f"{STYLE}: {STYLE}:{FILE} is taken, one of 2 files" in caplog.messages
+        caplog.clear()
+        done("t2i", PROMPT, *SMALL, "-o", "b.png", "--lora", f"{STYLE}:{FILE}")
+        assert not caplog.messages
+
+
 def test_a_gated_one_is_told(repos, models, home):
     with HubServer(repos, gated={STYLE}) as hub, using(hub, home):
         assert f"{STYLE} is gated: accept its licence at {hub.url}/{STYLE}" in refusal("t2i", PROMPT, "--lora", STYLE)

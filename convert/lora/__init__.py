@@ -1,7 +1,7 @@
 """Adapters as trainers save them: which of our layers they change, and how."""
 
 from .adapter_file import USUAL_FILES, AdapterFile, read_adapter
-from .folding import Fold, Folds, folded_source
+from .folding import Fold, Folds, check_folds, folded_source
 from .inspection import InspectedModule, Inspection, inspect
 from .presets import Preset
 from .saving import save_adapter, saving_notes
@@ -16,6 +16,7 @@ __all__ = [
     "InspectedModule",
     "Inspection",
     "Preset",
+    "check_folds",
     "folded_source",
     "inspect",
     "read_adapter",

@@ -15,8 +15,9 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.files import check_kind
 from flux2_mlx.json_files import open_model_file, read_json
 from flux2_mlx.layout import PICKLES
-from flux2_mlx.weights import Files, TensorInfo, evaluated, raise_problems
+from flux2_mlx.weights import Files, TensorInfo, Tensors, evaluated, raise_problems
 
+from ..formats import Packed, Unpacked, fp8
 from ..geometry import choose, titles
 from ..naming import check_size
 from ..others import other_model
@@ -29,7 +30,7 @@ from .settings import PEFT_CONFIG, Settings, Strength, settings
 from .shapes import Factors
 
 USUAL_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_SUFFIX = ".safetensors"
+_SUFFIX, _MAGNITUDE = ".safetensors", ".dora_scale"
 _MAX_TENSORS = 10_000  # several times what all layers of the largest model take, in the most factors
 _NO_LAYER = "no layer that can be adapted"
 _UNREAD = "a layer of the text encoder whose states no image is made of"
@@ -45,6 +46,8 @@ class AdapterFile:
         modules: those that change a layer of FLUX.2, by their names there.
         places: which layer of ours each of them is.
         unknown: all other tensors.
+        files: the tensors as they are stored.
+        packed: how those of 8 bits are made, by their names.
     """
 
     path: Path
@@ -53,6 +56,12 @@ class AdapterFile:
     places: Mapping[str, Place]
     unknown: tuple[str, ...]
     files: Files
+    packed: Mapping[str, Packed]
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The tensors as numbers that are computed with."""
+        return Unpacked(self.files, self.packed) if self.packed else self.files
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -68,7 +77,7 @@ class AdapterFile:
     @cached_property
     def naming(self) -> str:
         """Who names layers so: `diffusers`, `the original release`, or `kohya`, which has underscores for dots."""
-        found = adapter(self.files.infos)
+        found = adapter(self.tensors.infos)
         return "kohya" if all("." not in x for x in self.modules) else found.naming if found else "the original release"
 
     @cached_property
@@ -90,7 +99,7 @@ class AdapterFile:
     @property
     def preset(self) -> Preset | None:
         """What it is made to be run with, by a file beside it or its model card; CheckpointError if that is wrong."""
-        return preset(self.path)
+        return preset(self.path, self.said.title)
 
     @cached_property
     def sha256(self) -> str:
@@ -105,7 +114,7 @@ class AdapterFile:
             CheckpointError: a config says another rank.
         """
         named = {name: module.keys["alpha"] for name, module in self.modules.items() if "alpha" in module.keys}
-        alphas = dict(zip(named, evaluated(self.files.read(named.values())), strict=True))
+        alphas = dict(zip(named, evaluated(self.tensors.read(named.values())), strict=True))
         strengths = {name: self.said.strengths[where.network] for name, where in self.places.items()}
         try:
             return {name: scale(x, strengths[name], alphas.get(name)) for name, x in self._factors.items()}
@@ -128,10 +137,12 @@ class AdapterFile:
 
     def fates(self, configs: Mapping[str, Config]) -> dict[str, str]:
         """What becomes of each tensor: the layer of ours that it changes, or why it is not used, in brackets."""
-        fates = dict.fromkeys(self.files.infos, f"({_NO_LAYER})")
+        fates = dict.fromkeys(self.tensors.infos, f"({_NO_LAYER})")
         for name, module in self.modules.items():
             told = str(self.places[name]) if self._is_used(name, configs) else f"({_UNREAD})"
             fates |= dict.fromkeys(module.keys.values(), told)
+        for name, one in self.packed.items():
+            fates |= dict.fromkeys((*one.sources, *one.unused), fates[name])
         return fates
 
     def notes(self, configs: Mapping[str, Config], model: str) -> list[str]:
@@ -189,7 +200,7 @@ class AdapterFile:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, list[Placed]]]:
         """The changes of each of these modules, by its name, in memory; CheckpointError as `load` has it."""
         names = list(names)
-        arrays = evaluated(self.files.read([key for name in names for key in self.modules[name].keys.values()]))
+        arrays = evaluated(self.tensors.read([key for name in names for key in self.modules[name].keys.values()]))
         for name in names:
             factors, where = self._factors[name], self.places[name]
             found = {role: next(arrays) for role in self.modules[name].keys}
@@ -202,11 +213,11 @@ class AdapterFile:
 
     @cached_property
     def _factors(self) -> dict[str, Factors]:
-        return {name: Factors(module, self.files.infos) for name, module in self.modules.items()}
+        return {name: Factors(module, self.tensors.infos) for name, module in self.modules.items()}
 
     @cached_property
     def _may_be_flux1(self) -> bool:
-        found = adapter(self.files.infos)
+        found = adapter(self.tensors.infos)
         return found is not None and FLUX1 in found.models
 
     @property
@@ -228,7 +239,8 @@ class AdapterFile:
                 lines.append(f"{name} is of no layer that it has")
             outputs, inputs = self._factors[name].outputs, self._factors[name].inputs
             if want is not None and (outputs != want[0] or inputs not in (want[1], None)):
-                lines.append(f"{name} is for a layer of {[outputs, inputs]} instead of {list(want)}")
+                swapped = " and its factors may be transposed" * (self._factors[name].rank == want[0] == want[1])
+                lines.append(f"{name} is for a layer of {[outputs, inputs]} instead of {list(want)}{swapped}")
         return lines
 
 
@@ -249,16 +261,18 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
     if len(files.infos) > _MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(files.infos)} tensors, more than any adapter has")
     beside = path.with_name(PEFT_CONFIG)
-    config = read_json(beside) if path.name == USUAL_FILES[0] and beside.is_file() else None
+    config = read_json(beside, unique=True) if path.name == USUAL_FILES[0] and beside.is_file() else None
     try:
-        found, others = modules(files.infos)
+        packed = _packed(files)
+        infos = Unpacked(files, packed).infos
+        found, others = modules(infos)
         check_run(others)
         places = {name: where for name in found if (where := place(name))}
-        _check_model(files.infos, found, places)
+        _check_model(infos, found, places)
         _check_understood(others, places)
         said = settings(files.metadata, config)
         said = replace(said, bases=(*said.bases, *bases))
-        factors = [Factors(found[name], files.infos) for name in places]
+        factors = [Factors(found[name], infos) for name in places]
         for one in factors:
             one.module.check()
             one.check()
@@ -267,7 +281,17 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     unplaced = [key for name in found if name not in places for key in found[name].keys.values()]
-    return AdapterFile(path, said, {name: found[name] for name in places}, places, (*unplaced, *others), files)
+    known = {name: found[name] for name in places}
+    return AdapterFile(path, said, known, places, (*unplaced, *others), files, packed)
+
+
+def _packed(files: Files) -> dict[str, Packed]:
+    """How factors of 8 bits become numbers; CheckpointError if one of them lacks its scale."""
+    if all(info.dtype not in fp8.LARGEST for info in files.infos.values()):
+        return {}
+    # The magnitudes of DoRA are called scales, which would have all factors need one.
+    infos = {name: info for name, info in files.infos.items() if not name.endswith(_MAGNITUDE)}
+    return fp8.packed(infos, files.metadata)
 
 
 def _file(source: Path, weight_name: str | None) -> Path:
@@ -277,6 +301,8 @@ def _file(source: Path, weight_name: str | None) -> Path:
         raise CheckpointError(f"there is no file or folder {source}")
     check_kind(source)
     if source.is_file():
+        if weight_name not in (None, source.name):
+            raise CheckpointError(f"{source} is a file, so weight_name={weight_name!r} is none in it; leave that out")
         return source
     if weight_name is not None:
         if Path(weight_name).is_absolute() or ".." in Path(weight_name).parts or not (source / weight_name).is_file():

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ _Change = tuple[str, Sequence[Placed], float]  # of an adapter of this name, and
 
 @dataclass(frozen=True)
 class Fold:
-    """An adapter that is to be folded in, the `scale` of what it changes, and the `source` that it was asked for as."""
+    """An adapter that is to be folded in, the `scale` of what it changes, and the `source` that it was asked for as.
+
+    Where no more than its header is here, `fetch` brings it and gives what it is then.
+    """
 
     found: AdapterFile
     scale: float
     source: str
+    fetch: Callable[[], AdapterFile] | None = None
 
     def __post_init__(self) -> None:
         if not -MOST_SCALE <= self.scale <= MOST_SCALE:
@@ -43,17 +48,30 @@ class Fold:
                 "the adapter when images are made"
             )
 
+    @cached_property
+    def fetched(self) -> AdapterFile:
+        """The adapter with its values."""
+        return self.found if self.fetch is None else self.fetch()
+
     @property
     def stamp(self) -> dict[str, Any]:
         """What the checkpoint says of it."""
-        return {"source": self.source, "sha256": self.found.sha256, "scale": self.scale}
+        return {"source": self.source, "sha256": self.fetched.sha256, "scale": self.scale}
+
+
+def check_folds(folds: Sequence[Fold], configs: Mapping[str, Config], model: str) -> None:
+    """Check all (see `Fold.check`), and only then bring those that are not here."""
+    for fold in folds:
+        fold.check(configs, model)
+    for fold in folds:
+        _ = fold.fetched
 
 
 class Folds:
     """Adapters in memory, as `folds` say it, for networks of these geometries."""
 
     def __init__(self, folds: Sequence[Fold], configs: Mapping[str, Config]):
-        self._adapters = [(x.found.load(configs, Path(x.source).name), x.scale) for x in folds]
+        self._adapters = [(x.fetched.load(configs, Path(x.source).name), x.scale) for x in folds]
 
     def into(self, network: str, tensors: Tensors) -> Tensors:
         """The weights of a network with what the adapters change; themselves where that is nothing."""

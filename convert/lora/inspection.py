@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flux2_mlx.config import VARIANTS, Config
+from flux2_mlx.errors import CheckpointError
 
 from .adapter_file import AdapterFile
 from .places import TEXT, TRANSFORMER
+from .presets import Preset
 from .shapes import Factors
 
 _MAX_TEXT = 500
@@ -36,6 +38,7 @@ class Inspection:
         kinds: `LoRA` and the like; see `AdapterFile.kinds`.
         models: those of the table that it fits; `trained_on`: the one that its trainer names, or None.
         title, trainer, trigger_words: what it says of itself.
+        preset: what it is made to be run with, or None.
         naming: who names layers so.
         nbytes: of its tensors, and `dtypes` how many there are of each dtype.
         layers: how many of each network it changes.
@@ -52,6 +55,7 @@ class Inspection:
     title: str | None
     trainer: str | None
     trigger_words: tuple[str, ...]
+    preset: Preset | None
     naming: str
     nbytes: int
     dtypes: Mapping[str, int]
@@ -78,6 +82,7 @@ def inspect(found: AdapterFile, source: str) -> Inspection:
         found.said.title,
         found.said.trainer,
         found.said.trigger_words,
+        _preset(found),
         found.naming,
         sum(info.nbytes for info in infos.values()),
         dict(Counter(info.dtype for info in infos.values())),
@@ -89,12 +94,19 @@ def inspect(found: AdapterFile, source: str) -> Inspection:
     )
 
 
+def _preset(found: AdapterFile) -> Preset | None:
+    try:
+        return found.preset
+    except CheckpointError:  # the file beside it may be about something else
+        return None
+
+
 def _modules(found: AdapterFile, configs: Mapping[str, Config]) -> tuple[InspectedModule, ...]:
     scales = found.scales()
     fates = found.fates(configs) if configs else {}
     rows = []
     for name, module in found.modules.items():
-        rank, where = Factors(module, found.files.infos).rank, found.places[name]
+        rank, where = Factors(module, found.tensors.infos).rank, found.places[name]
         is_root = found.said.strengths[where.network].is_root and "alpha" not in module.keys
         alpha = None if rank is None else scales[name] * (math.sqrt(rank) if is_root else rank)
         kind = f"{'DoRA on ' if 'magnitude' in module.keys else ''}{module.kind or 'bias'}"

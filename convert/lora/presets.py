@@ -30,6 +30,10 @@ class Preset:
     steps: int | None = None
     guidance: float | None = None
 
+    def __str__(self) -> str:
+        guidance = "" if self.guidance is None else f"a guidance of {self.guidance:g}"
+        return " and ".join(filter(None, (f"{self.steps} steps" * (self.steps is not None), guidance)))
+
 
 _TURBO = Preset(
     "the model card of fal/FLUX.2-dev-Turbo",
@@ -37,14 +41,16 @@ _TURBO = Preset(
     steps=8,
     guidance=2.5,
 )
-# By the names of files in lower case: in the releaser's repo, in its folder for ComfyUI, and in others' copies of that.
+# By the names of files in lower case, or what these call themselves: in the releaser's repo, in its folder for ComfyUI,
+# and in others' copies of that.
 _CARDS = dict.fromkeys(
     ("flux.2-turbo-lora.safetensors", "flux_2-turbo-lora_comfyui.safetensors", "flux2turbocomfyv2.safetensors"), _TURBO
 )
 
 
-def preset(path: Path) -> Preset | None:
+def preset(path: Path, title: str | None = None) -> Preset | None:
     """What the JSON file of the same name beside an adapter's file says, or else its model card; None: neither does.
+    The card is known by the file's name, or by the `title` that the file gives itself.
 
     The JSON file holds an object with `sigmas`, `steps` and `guidance`, or some of these, or with the names that these
     have in diffusers. All else in it is left alone.
@@ -53,10 +59,10 @@ def preset(path: Path) -> Preset | None:
         CheckpointError: the file can't be read, or what it says is no such setting.
     """
     beside = path.with_suffix(".json")
-    said = read_json(beside) if beside.is_file() else {}
+    said = read_json(beside, unique=True) if beside.is_file() else {}
     known = {_NAMES[key]: value for key, value in said.items() if key in _NAMES and value is not None}
     if not known:
-        return _CARDS.get(path.name.lower())
+        return _CARDS.get(path.name.lower()) or _CARDS.get(f"{title}.safetensors".lower())
     try:
         return _checked(beside.name, known)
     except InputError as error:

@@ -102,6 +102,8 @@ def saving_notes(found: AdapterFile) -> list[str]:
         notes.append(f"{' and '.join(others)} became LoRA factors of the same product, whose rank is higher")
     if any(where.network == TEXT for where in found.places.values()):
         notes.append("diffusers reads no adapters of FLUX.2's text encoder, which are in the file nevertheless")
+    if not found.models:
+        notes.append("it is for no model that is known here: none has all of its layers in these sizes")
     if found.unknown:
         notes.append(f"{len(found.unknown)} tensors of no layer were left out, such as {found.unknown[0]:.80}")
     return notes
@@ -225,8 +227,13 @@ def _metadata(found: AdapterFile, infos: dict[str, TensorInfo]) -> dict[str, str
             said |= {f"{network}.{key}": value for key, value in _config(ranks, infos).items()}
     titles = {"modelspec.title": found.said.title, "modelspec.trigger_phrase": ", ".join(found.said.trigger_words)}
     titles["base_model"] = next(iter(found.said.bases), None)
-    named = {key: text for key, text in titles.items() if text}
+    named = {key: plain for key, text in titles.items() if text and (plain := _plain(text))}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(said, indent=2, sort_keys=True)} | named
+
+
+def _plain(text: str) -> str:
+    """What can be shown of a text, in one line: whoever reads the file may print it as it is."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())
 
 
 def _config(ranks: dict[str, int], infos: dict[str, TensorInfo]) -> dict[str, Any]:

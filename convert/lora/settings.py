@@ -184,7 +184,7 @@ def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         if len(text) > _MAX_JSON:
             raise ValueError(f"it has more than {_MAX_JSON} characters")
-        value = parse_json(text.encode())
+        value = parse_json(text.encode(), unique=True)
     except ValueError as error:
         raise CheckpointError(f"its {key} can't be read: {error!s:.200}") from error
     if not isinstance(value, dict):

@@ -73,7 +73,18 @@ class Factors:
                 raise CheckpointError(f"{key} is stored as {info.dtype}, which is not read; fetch it as F16 or BF16")
             if 0 in info.shape or (role == "alpha" and info.shape not in ((), (1,))):
                 raise CheckpointError(f"{key} is of shape {list(info.shape)}, which is no {_what(role)}")
+        if self._is_transposed:
+            raise CheckpointError(f"the factors of {self.module.name} are stored transposed; fetch the adapter again")
         _ = self._sizes
+
+    @property
+    def _is_transposed(self) -> bool:
+        """Whether a LoRA's factors fit each other the other way round only."""
+        shapes = [matrix(self._infos[role].shape) for role in ("down", "up") if role in self._infos]
+        if self.module.kind != LORA or "mid" in self._infos or [len(shape) for shape in shapes] != [2, 2]:
+            return False
+        down, up = shapes
+        return down[0] != up[1] and down[1] == up[0] < min(down[0], up[1])
 
     @cached_property
     def _sizes(self) -> dict[str, int]:

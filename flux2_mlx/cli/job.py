@@ -11,7 +11,7 @@ import click
 from ..config import check_quant
 from . import replay, schedule
 from .frames import OPTIONS, Frame, frames_of
-from .loras import Lora
+from .loras import Adapters
 from .loras import read as read_loras
 from .loras import remembered as remembered_loras
 from .options import DEFAULT_MODEL
@@ -60,11 +60,17 @@ class Job:
     vision_model: str
     quiet: bool
     pictures: Pictures
-    loras: tuple[Lora, ...] = ()
+    adapters: Adapters
     preset: str | None = None
     rewritten: list[str] | None = None
     fingerprint: str | None = None
     replayed: tuple[Path, dict[str, Any]] | None = None
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether anything is given of what an adapter's preset is about."""
+        settings = [frame.settings[name] for frame in self.frames for name in ("steps", "guidance")]
+        return self.preset is not None or any(value is not None for value in settings)
 
     @classmethod
     def of(cls, prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> "Job":
@@ -101,12 +107,13 @@ def _check_usage(prompt: str | None, replay: Path | None, prompts_file: str | No
 
 def _complete(given: dict[str, Any], replay: Path | None, remembered: dict[str, Any]) -> None:
     """Read the options that are texts, and complete what is `given` with a preset, an image and defaults."""
-    given["loras"] = read_loras(given.pop("lora"), given.pop("lora_steps"))
+    loras = read_loras(given.pop("lora"), given.pop("lora_steps"))
     if replay is not None:
-        told = remembered.get("adapters")
-        given["loras"] = remembered_loras(told, replay, given["models_dir"], given["loras"])
+        loras = remembered_loras(remembered.get("adapters"), replay, given["models_dir"], loras)
+    given["adapters"] = Adapters(loras)
+    click.get_current_context().call_on_close(given["adapters"].close)
     noise = {name: given[name] for name in _NOISE}
-    schedule.complete(noise, given["loras"])
+    schedule.complete(noise, given["adapters"])
     given |= noise | {"shift_steps": None}
     if replay is not None:
         _take_over(given, replay, remembered)

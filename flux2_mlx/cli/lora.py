@@ -144,6 +144,7 @@ def _summary(found: "Inspection") -> list[str]:
         "trainer": _shown(found.trainer or "not known"),
         "trained on": found.trained_on if len(found.models) > 1 else None,
         "trigger": ", ".join(map(_shown, found.trigger_words)),
+        "preset": found.preset and f"{found.preset}, as {_shown(found.preset.source)} says; --preset turbo sets that",
         "stored": f"{size_text(found.nbytes)}; {dtypes}",
         "names": f"as of {found.naming}",
         "rank": _range(x.rank for x in found.modules),

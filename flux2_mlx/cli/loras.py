@@ -6,21 +6,23 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from . import replay
 from .progress import Bars, notice, size_text
 
 if TYPE_CHECKING:
     from ..pipeline import Flux2Pipeline
-    from ..store import FoundAdapter
+    from ..store import FoundAdapter, Preset
 
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _LIKE_A_NUMBER = re.compile(r"[+-]?[\d.,]*|[+-]?(?:nan|inf)", re.IGNORECASE)
-_STEPS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+_STEPS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 _SUFFIX = ".safetensors"
+_SOME = 5
 _REMEMBERED = {"name": str, "source": str, "sha256": str, "scale": float, "steps": list | None, "origin": str | None}
 _log = logging.getLogger(__name__)
 
@@ -38,8 +40,13 @@ class Lora:
 
 def read(texts: Sequence[str], steps: str | None) -> tuple[Lora, ...]:
     """The adapters that `--lora` names, in the steps of `--lora-steps`; InputError if these can't be read."""
+    from ..request import check_count
+
     if steps is not None and not texts:
         raise InputError(f"--lora-steps {steps} needs adapters; give them with --lora")
+    if "" in texts:
+        raise InputError("--lora is empty; give a file, a folder, a repo id or REPO:FILE")
+    check_count(len(texts))
     own = None if steps is None else _steps(steps)
     return tuple(_lora(text, own) for text in texts)
 
@@ -77,9 +84,12 @@ def remembered(adapters: Any, image: Path, models_dir: Path | None, given: Seque
     is, they take the place of theirs.
 
     Raises:
-        InputError: some are not here, or have changed; or the settings are damaged.
+        InputError: some are not here, or have changed, or they are too many; or the settings are damaged.
     """
+    from ..request import check_count
+
     told: list[Mapping[str, Any]] = list(adapters or ())
+    check_count(len(told))
     for one in told:
         replay.check_kinds(one, _REMEMBERED, image)
     own, others = _matched(told, given)
@@ -141,34 +151,43 @@ def _missing(told: Sequence[Mapping[str, Any]], image: Path) -> str:
 
 
 class Adapters:
-    """The adapters of a job, from their headers on. Use it as a context manager.
+    """The adapters of a job. Their headers are looked up once, when they are first needed, or as a context manager is
+    entered that lets go of what that has taken."""
 
-    Args:
-        loras: which, and how they are used.
-        bars: hears of downloads.
-        quiet: say nothing of these.
-
-    Raises:
-        InputError, DownloadError, CheckpointError: one is not there, or none for FLUX.2.
-    """
-
-    def __init__(self, loras: Sequence[Lora], bars: Bars, quiet: bool):
+    def __init__(self, loras: Sequence[Lora]):
         self._loras = loras
-        self._bars = bars
-        self._quiet = quiet
         self._noted: set[str] = set()
         self._held = ExitStack()
 
     def __enter__(self) -> "Adapters":
-        from ..store import find_adapter
-
-        with ExitStack() as held:
-            self._found = [held.enter_context(find_adapter(lora.source)) for lora in self._loras]
-            self._held = held.pop_all()
+        _ = self._found
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._held.close()
+
+    @property
+    def names(self) -> str:
+        """As the command line has them; empty if there are none."""
+        return ", ".join(lora.source for lora in self._loras)
+
+    @cached_property
+    def _found(self) -> "list[FoundAdapter]":
+        """InputError, DownloadError or CheckpointError: one is not there, or none for FLUX.2."""
+        from ..store import find_adapter
+
+        return [self._held.enter_context(find_adapter(lora.source)) for lora in self._loras]
+
+    @property
+    def _uses(self) -> "list[tuple[FoundAdapter, float, tuple[int, int] | None]]":
+        return [(found, lora.scale, lora.steps) for found, lora in zip(self._found, self._loras, strict=True)]
+
+    def presets(self) -> "list[Preset]":
+        """What they are made to be run with, each once; CheckpointError if a file beside one can't be read."""
+        return list(dict.fromkeys(preset for found in self._found if (preset := found.file.preset)))
 
     def expected(self, pipe: "Flux2Pipeline") -> "Flux2Pipeline":
         """A pipeline to check and plan runs with them, before anything but their headers is here.
@@ -176,18 +195,16 @@ class Adapters:
         Raises:
             CheckpointError: one is for another model. InputError: a scale or steps are wrong.
         """
-        if not self._found:
-            return pipe
         for found in self._found:
             self._note(found, found.check(pipe.checkpoint))
-        return pipe.expecting([(x, lora.scale, lora.steps) for x, lora in zip(self._found, self._loras, strict=True)])
+        return pipe.expecting(self._uses)
 
-    def fetch(self) -> None:
-        """Bring them here; DownloadError if that can't be done."""
+    def fetch(self, bars: Bars, quiet: bool) -> None:
+        """Bring them here, and unless `quiet` say what is fetched; DownloadError if that can't be done."""
         for found in self._found:
             if found.download:
-                notice(_announcement(found), self._quiet)
-            found.fetch(self._bars)
+                notice(_announcement(found), quiet)
+            found.fetch(bars)
 
     def read(self, pipe: "Flux2Pipeline") -> None:
         """Raise CheckpointError if the values of one are damaged. Nothing stays in memory."""
@@ -196,8 +213,19 @@ class Adapters:
 
     def load(self, pipe: "Flux2Pipeline") -> None:
         """Have them at work."""
-        for found, lora in zip(self._found, self._loras, strict=True):
-            pipe.use_adapter(found, scale=lora.scale, steps=lora.steps)
+        pipe.use_adapters(self._uses)
+
+    def hints(self, prompts: Sequence[str], *, is_preset: bool) -> list[str]:
+        """What may be missing for them: their words in `prompts`, and the settings that they are made for unless others
+        are given, or theirs (`is_preset`)."""
+        found = {one.source: one for one in self._found}
+        missing = {source: one for source, one in found.items() if _lacks(prompts, one.file.said.trigger_words)}
+        where = "in the prompt" if len(prompts) == 1 else "in all prompts"
+        hints = [
+            f"{source}: none of its trigger words is {where}; they are {', '.join(one.file.said.trigger_words[:_SOME])}"
+            for source, one in missing.items()
+        ]
+        return hints if is_preset else [*hints, *filter(None, map(_preset_hint, found.values()))]
 
     def _note(self, found: "FoundAdapter", notes: Sequence[str]) -> None:
         """Say what a user should know, once of each adapter."""
@@ -205,6 +233,20 @@ class Adapters:
             if text not in self._noted:
                 self._noted.add(text)
                 _log.warning("%s", text)
+
+
+def _lacks(prompts: Sequence[str], words: Sequence[str]) -> bool:
+    """Whether a prompt has none of the words, of which commas separate several."""
+    single = [word for text in words for part in text.casefold().split(",") if (word := part.strip())]
+    return bool(single) and not all(any(word in text.casefold() for word in single) for text in prompts)
+
+
+def _preset_hint(found: "FoundAdapter") -> str | None:
+    try:
+        preset = found.file.preset
+    except CheckpointError:  # the file beside it may be about something else
+        return None
+    return preset and f"{found.source} is made for {preset}, as {preset.source} says; --preset turbo sets that"
 
 
 def _announcement(found: "FoundAdapter") -> str:

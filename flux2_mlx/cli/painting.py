@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from .draft import Batch, Draft, Drafts, Target
 from .finished import compare
 from .job import Job
-from .loras import Adapters
 from .progress import Bars, notice
 from .prompts import named
 from .replay import elsewhere
@@ -130,11 +129,11 @@ def _check(job: Job, is_edit: bool) -> None:
 def _open(job: Job, drafts: Drafts, bars: Bars) -> "tuple[Flux2Pipeline, Draft]":
     """The pipeline of a job with its adapters, and the draft, which is made with these before anything is fetched or
     loaded."""
-    with Adapters(job.loras, bars, job.quiet) as adapters:
+    with job.adapters as adapters:
 
         def look(pipe: "Flux2Pipeline") -> Draft:
             draft = drafts.of(adapters.expected(pipe))
-            adapters.fetch()
+            adapters.fetch(bars, job.quiet)
             return draft
 
         def look_closely(pipe: "Flux2Pipeline") -> None:
@@ -181,6 +180,8 @@ def _notices(job: Job, pipe: "Flux2Pipeline", draft: Draft) -> None:
     variant = checkpoint.variant
     if job.preset:
         notice(job.preset, job.quiet)
+    for hint in job.adapters.hints(job.rewritten or job.prompts, is_preset=job.is_preset):
+        notice(hint, job.quiet)
     if job.replayed and (said := elsewhere(job.replayed[1], job.replayed[0])):
         notice(said, job.quiet)
     if not variant.commercial_use:

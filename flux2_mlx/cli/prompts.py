@@ -200,6 +200,8 @@ def _head(cells: list[str], where: str) -> list[str]:
 
 def _check_keys(keys: list[str], where: str, what: str) -> None:
     for key in keys:
+        if key.startswith("lora"):
+            raise InputError(f"{where} has the {what} {key[:40]!r}, but all prompts have the same adapters; use --lora")
         if key not in _KINDS:
             raise InputError(f"{where} has an unknown {what} {key[:40]!r}; known are {', '.join(_KINDS)}")
 

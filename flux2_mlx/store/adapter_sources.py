@@ -37,10 +37,11 @@ class FoundAdapter:
         file: what it is. Where it lies on the Hub only, its path lasts no longer than the context of `find_adapter`.
     """
 
-    def __init__(self, source: str, file: AdapterFile, selection: Selection | None = None):
+    def __init__(self, source: str, file: AdapterFile, selection: Selection | None = None, others: int = 0):
         self.source = source
         self.file = file
         self._selection = selection
+        self._others = others  # files that might have been meant
         self._is_here = selection is None
 
     @property
@@ -62,9 +63,10 @@ class FoundAdapter:
         Raises:
             CheckpointError: it is for another model.
         """
-        with self._named():
+        with self.named():
             self.file.check(_configs(checkpoint), checkpoint.variant.name)
-        return self.file.notes(_configs(checkpoint), checkpoint.variant.name)
+        chosen = [f"{self.origin} is taken, one of {self._others + 1} files"] if self._others else []
+        return [*chosen, *self.file.notes(_configs(checkpoint), checkpoint.variant.name)]
 
     def outline(self, checkpoint: Checkpoint, name: str) -> Adapter:
         """The adapter for a model that `check` has seen, without values: what memory it takes can be asked of it."""
@@ -79,16 +81,22 @@ class FoundAdapter:
         if self._selection is not None and not self._is_here:
             self._selection.fetch(labelled(progress, "download"))
             self._is_here = True
-            with self._named():
+            with self.named():
                 self.file = _read(self._selection)
+
+    def fetched(self, progress: Progress | None = None) -> AdapterFile:
+        """What it is once it is here; see `fetch`."""
+        self.fetch(progress)
+        return self.file
 
     def load(self, checkpoint: Checkpoint, name: str) -> Adapter:
         """The adapter for a model that `check` has seen, once it is here; raises as `AdapterFile.load` does."""
-        with self._named():
+        with self.named():
             return self.file.load(_configs(checkpoint), name, self.source, self.origin)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
+        """Let errors say the repo in place of the folder that its files lie in."""
         with _named(self._selection):
             yield
 
@@ -108,29 +116,38 @@ def find_adapter(
         InputError: no such address. DownloadError: it is not there, or can't be asked for. CheckpointError: it is
             damaged, or no adapter for FLUX.2.
     """
-    where = located(source)
     told = os.fspath(source)
+    if not told:
+        raise InputError("an adapter's name is empty; give a file, a folder, a repo id or REPO:FILE")
+    where = located(source)
     inside = "/".join(filter(None, (subfolder, weight_name)))
     if isinstance(where, Path):
         folder = where if subfolder is None else where / _within(where, subfolder)
         yield FoundAdapter(told, read_adapter(folder, weight_name))
         return
     wanted = Remote(where.repo, "/".join(filter(None, (where.path, inside))))
+    names: list[str] = []
     with ExitStack() as held:
         try:
-            selection = held.enter_context(_selected(wanted))
+            selection = held.enter_context(_selected(wanted, names))
         except DownloadError as error:
             if told != where.repo:
                 raise
             raise DownloadError(f"there is no file or folder {told} here, and as a repo: {error}") from error
         with _named(selection):
             file = _read(selection)
-        yield FoundAdapter(told, file, selection)
+        is_named = wanted.path.lower().endswith(_SUFFIX)
+        yield FoundAdapter(told, file, selection, 0 if is_named else len(names) - 1)
 
 
-def _selected(wanted: Remote) -> AbstractContextManager[Selection]:
-    pieces = partial(formats.outline.pieces, early=_ALPHAS)
-    return hub.select(wanted.repo, partial(adapter_files, wanted), pieces)
+def _selected(wanted: Remote, weights: list[str]) -> AbstractContextManager[Selection]:
+    """The files of an adapter in a repo, all of whose files of weights are then in `weights`."""
+
+    def choose(names: Collection[str]) -> list[str]:
+        weights[:] = [name for name in names if name.lower().endswith(_SUFFIX)]
+        return adapter_files(wanted, names)
+
+    return hub.select(wanted.repo, choose, partial(formats.outline.pieces, early=_ALPHAS))
 
 
 def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:

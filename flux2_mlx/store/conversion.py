@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from ..hub import UnindexedError, names_of
 from ..json_files import read_json
 from ..layout import INDEX
 from .acquisition import acquire
-from .adapters import open_adapter
+from .adapter_sources import find_adapter
 from .first_use import Announce, Fetching, Progress
 from .folder import models_folder, official_first
 from .gathering import Gathering, gather
@@ -49,7 +49,7 @@ def convert_model(
         quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
         text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
         parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
-        adapters: what is folded into its weights, as `open_adapter` takes it, with the scale of each.
+        adapters: what is folded into its weights, as `find_adapter` takes it, with the scale of each.
         force: replace an MLX checkpoint at `target`.
         keep_source, announce, progress: of what is fetched; see `Fetching`.
 
@@ -61,11 +61,19 @@ def convert_model(
     check_target(target, force)
     if model.kind == BUILT_IN and not parts and not adapters:
         raise InputError(f"{model.name} is built in and needs no conversion")
-    folds = tuple(Fold(open_adapter(name, progress=progress), scale, name) for name, scale in adapters)
-    wanted = Wanted(variant, quant, text_quant, folds=folds)
-    fetching = Fetching(keep_source, announce=announce, progress=progress)
-    make_checkpoint(model, target, wanted, fetching, parts=parts, force=force)
+    with ExitStack() as held:
+        folds = tuple(_fold(source, scale, progress, held) for source, scale in adapters)
+        wanted = Wanted(variant, quant, text_quant, folds=folds)
+        fetching = Fetching(keep_source, announce=announce, progress=progress)
+        make_checkpoint(model, target, wanted, fetching, parts=parts, force=force)
     return model
+
+
+def _fold(source: str, scale: float, progress: Progress | None, held: ExitStack) -> Fold:
+    """An adapter that is fetched when it is known to be for the model."""
+    found = held.enter_context(find_adapter(source))
+    held.enter_context(found.named())
+    return Fold(found.file, scale, source, partial(found.fetched, progress))
 
 
 def make_checkpoint(
