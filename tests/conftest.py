@@ -42,10 +42,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.name == "reference" and "not reference" in config.option.markexpr else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Files of few tests would come last where they are given out whole, and some of these take longest."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):  # side by side: long ones first, or a worker waits for the last one at the end
+        items.sort(key=lambda item: item.path.stem not in SLOW)
 
 
 @pytest.hookimpl(wrapper=True)
