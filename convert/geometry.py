@@ -126,8 +126,8 @@ def choose(rows: list[Variant], hints: Iterable[str], name: str | None, what: st
 def _told(rows: list[Variant], hint: str) -> list[Variant]:
     """The rows that a name points to; none if it tells nothing.
 
-    Words have to do: base models, those distilled from them and the one with a cache of keys and values have the same
-    tensors of the same shapes. Only files that say nothing else of themselves are told so.
+    Words have to do here: a base model, the one distilled from it and the one with a cache of keys and values have the
+    same tensors of the same shapes. Where there is a `model_index.json`, that tells (see `configs.is_like`).
     """
     text = _CASE.sub(" ", hint).lower()
     words = set(re.findall("[a-z]+", text))
