@@ -75,8 +75,8 @@ def checked_writing_plan(networks: Networks, writing: Writing, limit: int) -> Pl
 def check_possible(networks: Networks, limit: int) -> None:
     """InputError if not even the smallest image fits into `limit` bytes or, of a language model alone, a word."""
     if networks.paints:
-        size = networks.checkpoint.model.vae.token_size
-        request = Request.checked(networks.checkpoint.model, size, [""], width=size, height=size)
+        size = networks.checkpoint.fitted_variant.vae.token_size
+        request = Request.checked(networks.checkpoint.fitted_variant, size, [""], width=size, height=size)
         checked_plan(networks, workload(request), limit)
     elif "language_model" in networks.checkpoint.components:
         checked_writing_plan(networks, Writing(1, 1), limit)
@@ -94,7 +94,7 @@ class _Within:
 
     @property
     def token_size(self) -> int:
-        return self.networks.checkpoint.model.vae.token_size
+        return self.networks.checkpoint.fitted_variant.vae.token_size
 
     def largest(self, work_of: Callable[[int], Workload], least: int, most: int, step: int = 1) -> int:
         """The largest of `step`, twice that and so on, from `least` to `most`, with which the run fits; 0: none."""
@@ -152,26 +152,26 @@ def _smaller_references(within: _Within, work: Workload) -> str | None:
 
 
 def _smaller_image(within: _Within, work: Workload) -> str | None:
-    token = within.token_size
+    token_size = within.token_size
 
     def smaller(side: int) -> Workload:
-        return _with_image(work, side, token)
+        return _with_image(work, side, token_size)
 
-    side = within.largest(smaller, token, max(work.width, work.height), token)
+    side = within.largest(smaller, token_size, max(work.width, work.height), token_size)
     return f"an image of {smaller(side).width}×{smaller(side).height}" if side else None
 
 
 def _smaller_all(within: _Within, work: Workload) -> str | None:
-    token = within.token_size
+    token_size = within.token_size
     most = max(max(size) for size in work.references)
     # No reference may be narrower than the least that there may be.
     least = max(math.ceil(MIN_SIDE * max(size) / min(size)) for size in work.references)
 
     def smaller(side: int) -> Workload:
-        references = tuple(_within(size, side, token) for size in work.references)
-        return replace(_with_image(work, side, token), references=references)
+        references = tuple(_within(size, side, token_size) for size in work.references)
+        return replace(_with_image(work, side, token_size), references=references)
 
-    side = within.largest(smaller, -(-least // token) * token, most, token)
+    side = within.largest(smaller, -(-least // token_size) * token_size, most, token_size)
     return f"pictures and an image of at most {side} pixels a side" if side else None
 
 
@@ -196,15 +196,15 @@ def _settings(quant: str, text_quant: str) -> str:
     return f"quant={quant!r}, text_quant={text_quant!r}"
 
 
-def _with_image(work: Workload, side: int, token: int) -> Workload:
-    width, height = _within((work.width, work.height), side, token)
+def _with_image(work: Workload, side: int, token_size: int) -> Workload:
+    width, height = _within((work.width, work.height), side, token_size)
     return replace(work, width=width, height=height)
 
 
-def _within(size: tuple[int, int], side: int, token: int) -> tuple[int, int]:
+def _within(size: tuple[int, int], side: int, token_size: int) -> tuple[int, int]:
     """A size of the same shape, of at most `side` pixels a side, in whole tokens."""
     scale = min(1, side / max(size))
-    width, height = (max(token, int(x * scale) // token * token) for x in size)
+    width, height = (max(token_size, int(x * scale) // token_size * token_size) for x in size)
     return width, height
 
 

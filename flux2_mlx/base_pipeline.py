@@ -203,7 +203,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
 
     def _noise(self, request: Request, latents: Any) -> mx.array:
         """The noise of a run that a caller has given; InputError if it can't be that."""
-        vae = self.checkpoint.model.vae
+        vae = self.checkpoint.fitted_variant.vae
         grid = request.height // vae.token_size, request.width // vae.token_size
         return arguments.latents(latents, (len(request.seeds), vae.token_channels, *grid))
 

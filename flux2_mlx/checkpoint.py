@@ -30,7 +30,7 @@ MANIFEST = "flux2.json"
 FILES = "files"  # in the manifest: bytes and SHA-256 of every other file
 DIGEST = "sha256"  # in the manifest: of its other keys
 TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
-_FEW_BLOCKS = 8
+_FEW_BLOCKS = 8  # missing ones, whose tensors are told by name: as many as an error lists
 _SMALL = 1 << 25  # bytes; the largest tokenizer has 17 million, which take some 10 ms to hash
 
 
@@ -274,8 +274,8 @@ class Checkpoint:
         return {str(part): str(place) for part, place in parts.items()} if isinstance(parts, dict) else {}
 
     @property
-    def model(self) -> Variant:
-        """The variant with the geometries that are really here."""
+    def fitted_variant(self) -> Variant:
+        """`variant` with the geometries of the networks that are here, which may be others than the released ones."""
         return fitted(self.variant, {name: component.config for name, component in self.components.items()})
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from .errors import InputError
 
-_MAX_NAME_BYTES = 255
+_MAX_NAME_BYTES = 255  # of the file systems of macOS and Linux
 _KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 

@@ -66,12 +66,12 @@ class Pictures:
             raise InputError(f"{len(masks)} masks are too many; give one, of the size of the first image")
         return cls(images, masks[0] if masks else None, origins, mask_origins[0] if masks else None)
 
-    def edit(self, multiple: int, strength: Any, padding_mask_crop: Any, match_colors: Any, output_type: Any) -> Edit:
+    def edit(self, token_size: int, strength: Any, padding_mask_crop: Any, match_colors: Any, output_type: Any) -> Edit:
         """The pictures as a run takes them, given arguments of a call; see `Edit.checked`."""
         on_canvas = strength is not None
         mask_crop = None if padding_mask_crop is None else whole_pixels("padding_mask_crop", padding_mask_crop)
         edit = Edit.checked(
-            self.images, multiple, mask=self.mask, on_canvas=on_canvas, mask_crop=mask_crop, match_colors=match_colors
+            self.images, token_size, mask=self.mask, on_canvas=on_canvas, mask_crop=mask_crop, match_colors=match_colors
         )
         if match_colors and output_type != "pil":
             raise InputError(

@@ -12,16 +12,22 @@ from mlx.utils import tree_flatten
 
 
 class Kept:
-    """The networks of one pipeline that stay in memory, as the plan of its run allows."""
+    """The networks of one pipeline that stay in memory after their phases.
+
+    A run says which ones may (`during`), and offers each one that it has loaded (`offer`). They stay until a run that
+    does not want them, or until another pipeline's run needs their room.
+    """
 
     def __init__(self) -> None:
-        self._modules: dict[str, nn.Module] = {}
-        self._allowed: tuple[str, ...] = ()  # by the plan of the run that is going on
+        self._modules: dict[str, nn.Module] = {}  # by the names of networks
+        self._allowed: tuple[str, ...] = ()  # those that the run which is going on may keep
 
     def get(self, name: str) -> nn.Module | None:
+        """A network that has stayed."""
         return self._modules.get(name)
 
     def offer(self, name: str, module: nn.Module) -> None:
+        """Have a network stay if the run may keep it."""
         if name in self._allowed:
             self._modules[name] = module
 
@@ -32,7 +38,7 @@ class Kept:
 
     @property
     def in_use(self) -> tuple[str, ...]:
-        """The networks that a run which is going on keeps, and another one within it uses with it."""
+        """The networks that have stayed and belong to a run that is going on; a run within that one uses them too."""
         return self.names if self in _RUNS.going_on else ()
 
     @property
@@ -85,7 +91,8 @@ class Kept:
 
 
 class _Runs(threading.local):
-    """The runs of a thread that are `going_on`, each within the one before. Only who has the turn has any."""
+    """The runs of a thread that have begun and not ended, `going_on`: the first one, and those that callbacks make,
+    each within the one before. Only the thread that has the turn has any."""
 
     def __init__(self) -> None:
         self.going_on: list[Kept] = []
@@ -119,6 +126,6 @@ def idle() -> list[Kept]:
 
 
 def held() -> int:
-    """Bytes of memory that the runs of this thread hold within which a callback makes the next one; 0 outside of
-    any."""
+    """Bytes of memory that are not there for a run which a callback makes, as the runs around it hold them; 0 if there
+    are none."""
     return _RUNS.nbytes

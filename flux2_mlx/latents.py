@@ -12,7 +12,7 @@ from .sampling import References
 from .transformer import image_ids
 from .vae import VAE
 
-# References lie this far apart on the T axis; the image that is made is at 0.
+# References lie this far apart on the T axis, as in training; the image that is made is at 0.
 _T_STEP = 10
 # No image is a thousand times as bright as white; what a decoder gives beyond that is damage, though it is finite.
 _MOST_INTENSITY = 1000

@@ -12,17 +12,21 @@ from .components import EVERY_RUN, in_phase
 from .config import Variant
 
 # Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
-# more memory and be no faster.
+# more memory and be no faster: of the demo's images, 16 to 32 a pass take 2 to 3 times as long for each as 8 do
+# (flux2-mlx t2i -m demo -n 32 --profile).
 _TOKENS_PER_PASS = 4096
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a network's weights in memory: of each block in order, and of the rest, which always stays.
+    """Bytes of a network's weights in memory.
 
-    `reading` is what a streamed block takes besides while it is cast from how it is stored, `widened` what the weights
-    take that are widened at one time, and `loading` what a weight takes besides while it is cast or quantized at
-    loading.
+    Attributes:
+        rest: what belongs to no block. It always stays in memory.
+        blocks: each block, in the order that they run in. The last ones may be read from disk at every pass instead.
+        reading: what such a block takes more while it is read, if its weights are cast.
+        widened: the most that weights take more at one time while the network computes, in a wider dtype.
+        loading: the most that a weight takes more while the network is loaded, as it is cast or quantized.
     """
 
     rest: int
@@ -55,9 +59,16 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run makes: `images` of `width`×`height` pixels from `prompts` texts of `length` tokens, with `references`
-    of so many (width, height) pixels, and `previews` of it between the steps. Models with classifier-free guidance have
-    `negatives` texts besides. `on_canvas` says that the first reference is what is painted over, of the image's size.
+    """What a run makes.
+
+    Attributes:
+        width, height: pixels of an image.
+        length: tokens of a prompt.
+        references: width and height in pixels of each picture that the model sees.
+        prompts, images: how many there are; prompts that are the same count once.
+        previews: whether there are images between the steps.
+        negatives: how many negative prompts there are, which only classifier-free guidance reads.
+        on_canvas: whether the first reference is what is painted over, which has the size of the image.
     """
 
     width: int
@@ -70,19 +81,19 @@ class Workload:
     negatives: int = 1
     on_canvas: bool = False
 
-    def image_tokens(self, size: int) -> int:
-        """Tokens of one image, each of `size`×`size` pixels."""
-        return (self.width // size) * (self.height // size)
+    def image_tokens(self, token_size: int) -> int:
+        """Tokens of one image, each of `token_size`×`token_size` pixels."""
+        return (self.width // token_size) * (self.height // token_size)
 
-    def reference_tokens(self, size: int) -> int:
+    def reference_tokens(self, token_size: int) -> int:
         """Tokens of all references."""
-        return sum(width * height for width, height in self.references) // size**2
+        return sum(width * height for width, height in self.references) // token_size**2
 
 
 @dataclass(frozen=True)
 class Writing:
-    """What a language model does at a time: it reads `tokens`, those of images of so many `pixels` included, and writes
-    up to `answer` more."""
+    """What a language model does at a time: it reads `tokens`, of text and of images with so many `pixels` each, and
+    writes up to `answer` more."""
 
     tokens: int
     answer: int
@@ -91,8 +102,14 @@ class Writing:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What a phase is expected to hold, in bytes. The first `resident` blocks stay in memory; `streamed` bytes of the
-    others are read from disk at every pass."""
+    """What a phase of a run is expected to hold in memory, in bytes.
+
+    Attributes:
+        weights: of networks, adapters, and all else that stays as it is.
+        activations: what is computed, at its peak.
+        resident: how many blocks of the network stay in memory, the first ones.
+        streamed: weights of the other blocks, which are read from disk at every pass.
+    """
 
     name: str
     weights: int
@@ -107,11 +124,14 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The phases of a run and the memory that there is, in bytes. Networks of different phases are not in memory
-    together, but for the transformer and the VAE where images are decoded `beside` the denoising of others, and for
-    those that are `kept` after their phases, which the weights of the other phases include.
+    """What a run is expected to hold in memory.
 
-    `longest` is how many operations the device is given at one time, which it can't be interrupted in.
+    Attributes:
+        phases: one after the other. Each has only its own networks in memory, but for what the next two say.
+        limit: bytes that there are.
+        beside: whether images are decoded while others are denoised, with the networks of both in memory.
+        longest: operations that the device is given at one time, at most. It can't be interrupted in them.
+        kept: the networks that stay in memory after their phases, which the weights of all phases include.
     """
 
     phases: tuple[PhasePlan, ...]
@@ -170,14 +190,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class WritingNeeds:
-    """What text that a language model writes takes, whatever the limit.
-
-    Args:
-        networks: the weights of each network in memory.
-        costs: what each one takes besides: a `TextCost` of the language model, a `VisionCost` of its eyes.
-        work: what is read and written.
-        always: bytes that are in memory at every phase besides.
-    """
+    """What writing text takes, whatever the limit. As for `Needs`, but the costs are a `TextCost` of the language model
+    and a `VisionCost` of its eyes."""
 
     networks: Mapping[str, Footprint]
     costs: Mapping[str, Any]
@@ -370,8 +384,8 @@ def _phase(name: str, network: Footprint, activations: int, always: int, limit: 
 
 
 def _passes(variant: Variant, work: Workload) -> list[Sequence[int]]:
-    size = variant.vae.token_size
-    return passes(range(work.images), work.image_tokens(size) + work.reference_tokens(size))
+    token_size = variant.vae.token_size
+    return passes(range(work.images), work.image_tokens(token_size) + work.reference_tokens(token_size))
 
 
 def passes(images: Sequence[int], tokens: int) -> list[Sequence[int]]:

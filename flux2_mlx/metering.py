@@ -34,7 +34,8 @@ _TURN = threading.RLock()
 _THREAD = threading.local()
 _ENDING = threading.Event()
 # The share of a phase's activations up to which MLX may allocate ahead of what it computes. It looks before it
-# allocates, so that one more array comes on top.
+# allocates, so that one more array comes on top. With this share peaks reach 99 % of the plan, with 1.0 they pass it
+# by 1 % in the first cases of: python -m pytest -s tests/test_memory.py -k near_the_peak
 _AHEAD = 0.9
 
 

@@ -186,7 +186,7 @@ class Networks:
 
     def needs(self, work: Workload) -> Needs:
         """What a run that makes images takes, which can be planned within a limit."""
-        return Needs(self.checkpoint.model, self._all_added, self._costs, work, self.adapter_bytes)
+        return Needs(self.checkpoint.fitted_variant, self._all_added, self._costs, work, self.adapter_bytes)
 
     def writing_needs(self, work: Writing) -> WritingNeeds:
         """What writing text takes, which can be planned within a limit."""

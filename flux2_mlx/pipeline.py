@@ -284,7 +284,7 @@ class Flux2Pipeline(PreparedPipeline):
             negative_prompt=negative_prompt,
         )
         output = pipe._made(request, edit, given, latents, output_type, callback_on_step_end)
-        arguments.draw(generator, request, self.checkpoint.model.vae)
+        arguments.draw(generator, request, self.checkpoint.fitted_variant.vae)
         edited = pictures.settings(strength, padding_mask_crop, match_colors)
         unsaid = beyond(latents, prompt_embeds, negative_prompt_embeds, max_sequence_length, callback_on_step_end)
         output.settings = [pipe._settings(request, edit, place, edited, unsaid) for place in range(len(request.seeds))]

@@ -99,7 +99,7 @@ class PreparedPipeline(BasePipeline):
             return False
         own = self.networks
         plain = Networks.open(
-            own.checkpoint.model,
+            own.checkpoint.fitted_variant,
             text_quant=text_quant,
             dtype=dtype_name(own.dtype),
         )

@@ -35,10 +35,10 @@ def check_picture(width: int, height: int) -> None:
         )
 
 
-def fit_reference(image: Image.Image, multiple: int) -> Image.Image:
-    """`image` at no more than `MAX_AREA`, its middle cut out to sides that are multiples of `multiple`."""
+def fit_reference(image: Image.Image, token_size: int) -> Image.Image:
+    """`image` at no more than `MAX_AREA`, its middle cut out to sides that are multiples of `token_size`."""
     image = _shrunk(image)
-    width, height = _floored(image.size, multiple)
+    width, height = _floored(image.size, token_size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
@@ -64,8 +64,8 @@ def _shrunk(image: Image.Image) -> Image.Image:
     return image.resize((int(image.width * scale), int(image.height * scale)), _LANCZOS)
 
 
-def _floored(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    return size[0] // multiple * multiple, size[1] // multiple * multiple
+def _floored(size: tuple[int, int], token_size: int) -> tuple[int, int]:
+    return size[0] // token_size * token_size, size[1] // token_size * token_size
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Canvas:
         cls,
         image: Image.Image,
         mask: Image.Image | None,
-        multiple: int,
+        token_size: int,
         *,
         mask_crop: int | None = None,
         feather: int = 0,
@@ -99,7 +99,7 @@ class Canvas:
         Args:
             image: the original, of a size that `check_picture` lets pass.
             mask: of the same size; what is lighter than middle grey is painted over. None: everything.
-            multiple: pixels per token along one side.
+            token_size: pixels per token along one side.
             mask_crop: work on the mask's surroundings only, so many pixels around it. None: on the whole image.
             feather: pixels inside the mask over which the original fades into what was painted.
 
@@ -107,9 +107,9 @@ class Canvas:
             InputError: sizes differ, or the mask marks nothing.
         """
         if mask is None:
-            return cls(fit_reference(image, multiple), image, None, None, (0, 0, *image.size), feather)
+            return cls(fit_reference(image, token_size), image, None, None, (0, 0, *image.size), feather)
         small = _shrunk(image)
-        width, height = _floored(small.size, multiple)
+        width, height = _floored(small.size, token_size)
         mask = _binary(mask, image.size)
         if mask_crop is None:
             box = (0, 0, *image.size)
@@ -117,9 +117,9 @@ class Canvas:
         else:
             box = crop_box(mask, width / height, mask_crop)
             picture, shown = (_filled(layer.crop(box), width, height) for layer in (image, mask))
-        tokens = _token_mask(np.asarray(shown) >= 128, multiple)
+        tokens = _token_mask(np.asarray(shown) >= 128, token_size)
         if not tokens.any():
-            least = math.ceil(multiple * max((box[2] - box[0]) / width, (box[3] - box[1]) / height))
+            least = math.ceil(token_size * max((box[2] - box[0]) / width, (box[3] - box[1]) / height))
             raise InputError(f"the mask marks too little: make the white parts at least {least} pixels wide")
         return cls(picture, image, mask, tokens, box, feather)
 
@@ -176,14 +176,14 @@ def _marked(mask: Image.Image) -> Box:
     return box
 
 
-def _token_mask(mask: np.ndarray, multiple: int) -> np.ndarray:
+def _token_mask(mask: np.ndarray, token_size: int) -> np.ndarray:
     """Share of the middle four pixels of each token that a boolean `[H, W]` mask marks: float32 `[h, w]`.
 
     PyTorch's bilinear interpolation, which the reference scales masks with, comes down to these four.
     """
     height, width = mask.shape
-    cells = mask.reshape(height // multiple, multiple, width // multiple, multiple)
-    middle = slice(multiple // 2 - 1, multiple // 2 + 1)
+    cells = mask.reshape(height // token_size, token_size, width // token_size, token_size)
+    middle = slice(token_size // 2 - 1, token_size // 2 + 1)
     return cells[:, middle, :, middle].mean(axis=(1, 3), dtype=np.float32)
 
 
@@ -277,7 +277,7 @@ class Edit:
     def checked(
         cls,
         images: Sequence[Image.Image],
-        multiple: int,
+        token_size: int,
         *,
         mask: Image.Image | None = None,
         on_canvas: bool = False,
@@ -310,10 +310,10 @@ class Edit:
         for image in images:
             check_picture(*image.size)
         if mask is None and not on_canvas:
-            return cls(tuple(fit_reference(image, multiple) for image in images), match_colors=match_colors)
+            return cls(tuple(fit_reference(image, token_size) for image in images), match_colors=match_colors)
         mask = None if mask is None else flattened(mask, "black")
-        canvas = Canvas.checked(images[0], mask, multiple, mask_crop=mask_crop, feather=feather)
-        return cls((canvas.picture, *(fit_reference(image, multiple) for image in images[1:])), canvas, match_colors)
+        canvas = Canvas.checked(images[0], mask, token_size, mask_crop=mask_crop, feather=feather)
+        return cls((canvas.picture, *(fit_reference(image, token_size) for image in images[1:])), canvas, match_colors)
 
     def working_size(self, width: int | None, height: int | None) -> tuple[int | None, int | None]:
         """Width and height that a run works at if asked for these: by default the first reference's, if there is one.
@@ -342,6 +342,6 @@ class Edit:
             return self.canvas.original.size
         return width, height
 
-    def token_counts(self, multiple: int) -> list[int]:
+    def token_counts(self, token_size: int) -> list[int]:
         """How many tokens each reference is."""
-        return [image.width * image.height // multiple**2 for image in self.references]
+        return [image.width * image.height // token_size**2 for image in self.references]

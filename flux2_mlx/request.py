@@ -15,6 +15,8 @@ from .config import VARIANTS, Variant
 from .errors import InputError
 from .scheduler import check_sigmas
 
+# Limits that no sensible run meets, so that a slip of the pen is told at once: 16 times the pixels and 20 times the
+# steps that models are made for, a thousand images, and 5 times the characters of the 512 tokens that a model reads.
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
@@ -164,10 +166,10 @@ class Request:
         return length
 
 
-def _nearest(side: int, multiple: int) -> str:
-    """What to say of the multiples that are next to `side`."""
-    below = side // multiple * multiple
-    return f"nearest are {below} and {below + multiple}" if below > 0 else f"the smallest is {multiple}"
+def _nearest(side: int, token_size: int) -> str:
+    """What to say of the multiples of a token that are next to `side`."""
+    below = side // token_size * token_size
+    return f"nearest are {below} and {below + token_size}" if below > 0 else f"the smallest is {token_size}"
 
 
 def _require(condition: bool, message: str) -> None:

@@ -106,11 +106,12 @@ def guided(denoiser: Denoiser, negative: Denoiser, scale: float) -> Denoiser:
 
 
 def by_step(make: Callable[[], Denoiser], at: Callable[[int], bool]) -> Denoiser:
-    """The denoiser that `make` gives, made anew for each step that changes what it is made with, such as adapters.
+    """A denoiser for adapters that work in some steps only.
 
     Args:
-        make: gives a denoiser.
-        at: is told the number of each step, from 1; whether anything is different from before.
+        make: gives a denoiser with the adapters that are at work now.
+        at: is called before each step with its number, from 1. It puts those of this step to work, and says whether
+            they are others than before, so that the denoiser has to be made again.
     """
     numbers = count(1)
     made = list[Denoiser]()

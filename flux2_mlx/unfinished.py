@@ -18,22 +18,25 @@ from .networks import Networks
 from .references import Edit
 from .request import Request
 
-_LIMIT = 4_000_000_000  # 2,000 images of 1024²
+_LIMIT = 4_000_000_000  # bytes: 2,000 images of 1024², each of 64² tokens of 128 float32
 
 
 class Unfinished:
-    """The tokens of denoised images in a folder, a file each until the image is decoded."""
+    """A folder of images that are denoised: the tokens of each in a file, which is removed when it is decoded."""
 
     def __init__(self, folder: Path):
         self._files = EmbeddingCache(folder, _LIMIT, "denoised images")
 
     def of(self, networks: Networks, request: Request, edit: Edit) -> "Waiting":
-        """The denoised images of a run."""
+        """Those that a run with these settings makes, or has made before it was killed."""
         return Waiting(self._files, networks, request, edit)
 
 
 class Waiting:
-    """The denoised images of one run. Build it with `Unfinished.of`."""
+    """The images of one run that are denoised and wait for their decoding. Build it with `Unfinished.of`.
+
+    Each is known by all that its tokens depend on, so that only a run that would make the very same goes on with it.
+    """
 
     def __init__(self, files: EmbeddingCache, networks: Networks, request: Request, edit: Edit):
         self._files = files
@@ -43,7 +46,7 @@ class Waiting:
         self._places: set[int] = set()
 
     def kept(self) -> dict[int, mx.array]:
-        """The tokens `[L, C]` that an earlier run of the same settings has left, by the place of their image."""
+        """The tokens `[L, C]` that an earlier run has left, by the place of their image in the run."""
         if not self._files.entries():
             return {}
         request = self._request

@@ -29,11 +29,12 @@ from .text.generation import embed, generate, image_placeholder
 from .text.pixtral import preprocess
 from .text.prompts import DESCRIBE, UPSAMPLE_I2I, UPSAMPLE_T2I, mistral_image_chat
 
+# The reference's own numbers for the language models of FLUX.2.
 TEMPERATURE = 0.15
 MAX_NEW_TOKENS = 512
 # Images are shown to the language model at no more than this area, as in the reference.
 _MAX_AREA = 768 * 768
-_MAX_ANSWER = 100_000
+_MAX_ANSWER = 100_000  # tokens: of the order of what the models can read, and beyond any prompt
 _SMALLER = "fewer images or a shorter prompt"  # than an answer needs too much for
 _log = logging.getLogger(__name__)
 # Hears the number of the answer and its text so far.

@@ -38,7 +38,7 @@ _MAX_DIMENSION = 2**31 - 1  # MLX keeps sizes in 32 bits and would wrap greater 
 START = 64  # bytes at the beginning of a file that tell of what kind it is
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _MAX_TENSORS = 100_000  # of a file; models have a few thousand
-_MAX_PROBLEMS = 8
+_MAX_PROBLEMS = 8  # told by name in one error, which is to stay readable
 # Files are read, and what they hold is cast, on a stream of the CPU of its own: a computation would queue behind it.
 READER = mx.new_thread_local_stream(mx.cpu)
 POINTER = b"version "  # so begins a Git LFS pointer, which stands for a file in a clone without its weights

@@ -224,7 +224,7 @@ def test_a_text_only_use_checks_and_fetches_what_it_needs(source, home):
 
 def test_what_a_check_raises_comes_before_any_weight(source, home):
     def check(checkpoint):
-        assert checkpoint.model.transformer == TRANSFORMER
+        assert checkpoint.fitted_variant.transformer == TRANSFORMER
         raise InputError("no")
 
     assert refused(source, home, InputError, **NAMED, check=check) == "no"

@@ -64,7 +64,7 @@ class Drafts:
         Raises:
             InputError: what can be known to be wrong with the job.
         """
-        model = pipe.checkpoint.model
+        model = pipe.checkpoint.fitted_variant
         if self._known is None or self._known[0] != model:
             self._known = model, self._draft(pipe)
         return self._known[1]

@@ -190,7 +190,7 @@ def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict
         "parts": checkpoint.origins,
         "adapters": checkpoint.folded,
         "repo": checkpoint.variant.repo if official else model.repo,
-        **_row(checkpoint.model),
+        **_row(checkpoint.fitted_variant),
         "folders": [str(folder) for folder in folders],
         "verified": _verified(folders),
     }

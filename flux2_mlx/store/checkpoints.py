@@ -155,7 +155,7 @@ class _OfModel:
 
 def _check_again(check: Check, outline: Checkpoint, found: Checkpoint) -> None:
     """Have what the files say checked, if it is something else than the `outline` that was."""
-    if outline.model != found.model:
+    if outline.fitted_variant != found.fitted_variant:
         check(found)
 
 
