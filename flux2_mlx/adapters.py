@@ -253,7 +253,8 @@ def folded(weight: mx.array, changes: Sequence[Placed], strength: float = 1.0) -
     base = _float32(weight)
     whole = mx.array(base)
     for placed in changes:
-        rows, change = placed.span, placed.change
+        rows = placed.span
+        change = placed.change
         if isinstance(change, Decomposed):
             whole[rows] += strength * change.weight(base[rows])
         elif not isinstance(change, BiasDifference):

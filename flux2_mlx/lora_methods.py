@@ -88,7 +88,8 @@ class LoraMethods:
         """Have all of them at work, or none; each comes with its name."""
         with turn():
             begin_computing()
-            checkpoint, dtype_of = self.networks.checkpoint, self.networks.dtype_of
+            checkpoint = self.networks.checkpoint
+            dtype_of = self.networks.dtype_of
             loaded = {
                 name: AtWork(found.load(checkpoint, name).cast(dtype_of), *_checked(*use))
                 for name, found, *use in named

@@ -119,9 +119,10 @@ class LowRanks:
     def _beside(self, layer: nn.Module, x: mx.array) -> mx.array:
         """Where one product adds to all outputs the layer's own goes on top of it, so that outputs, of which there are
         far more than ranks, are not read and written once more. Under float16 only their sum is sure to be in the
-        range."""
+        range, and GPUs have a kernel of its own for a layer's product with a single token."""
         ups = [up for row in self._rows for up in row]
-        if len(ups) == 1 and _is_plain(layer, x.dtype) and ups[0].span == slice(0, len(layer.weight)):
+        is_worth_it = len(ups) == 1 and len(x) > 1 and x.dtype != mx.float16
+        if is_worth_it and _is_plain(layer, x.dtype) and ups[0].span == slice(0, len(layer.weight)):
             return mx.addmm(ups[0].of(x @ self._down.astype(x.dtype)), x, layer.weight.T, beta=ups[0].scale)
         return self.added(layer(x), x)
 
@@ -136,9 +137,8 @@ class LowRanks:
 
 
 def _is_plain(layer: nn.Module, dtype: mx.Dtype) -> bool:
-    """Whether the layer is nothing but a product of its weight and an input of this dtype, which is not float16."""
-    is_product = isinstance(layer, nn.Linear) and "bias" not in layer
-    return is_product and layer.weight.dtype == dtype != mx.float16
+    """Whether the layer is nothing but a product of its weight and an input of this dtype."""
+    return isinstance(layer, nn.Linear) and "bias" not in layer and layer.weight.dtype == dtype
 
 
 def _ranks(changes: Sequence[Change[LowRank]]) -> int:

@@ -138,6 +138,20 @@ def test_one_adapter_twice_is_both_times_at_work(pipe, files):
     assert np.abs(latents(pipe) - plain).max() < 1e-4
 
 
+def test_several_adapters_are_put_to_work_together(pipe, files, monkeypatch):
+    chosen, choose = [], type(pipe.networks).with_adapters
+    monkeypatch.setattr(type(pipe.networks), "with_adapters", lambda *given: chosen.append(given) or choose(*given))
+    with find_adapter(files["first"]) as found:
+        pipe.use_adapters([(found, 0.5, None)] * 3)
+        assert len(chosen) == 1
+        assert pipe.get_active_adapters() == ["default_0", "default_1", "default_2"]
+        with pytest.raises(InputError, match="101 adapters are too many; at most 100 can be at work at once"):
+            pipe.use_adapters([(found, 0.5, None)] * 98)
+        monkeypatch.setattr("flux2_mlx.request.MAX_ADAPTERS", 3)
+        with pytest.raises(InputError, match="4 adapters are too many"):
+            pipe.load_lora_weights(files["first"])
+
+
 def test_networks_stay_in_memory_when_adapters_change(pipe, files, loads):
     latents(pipe)
     before = len(loads)

@@ -192,4 +192,4 @@ def test_what_a_user_should_know(tmp_path):
     tensors = CASES["LoHa"][0] | CASES["text"][0] | {"other.lora_A.weight": np.zeros((2, 2), np.float32)}
     tensors["other.lora_B.weight"] = np.zeros((2, 2), np.float32)
     notes = saving_notes(read_adapter(save(tmp_path / "source.safetensors", tensors)))
-    assert [note.partition(" ")[0] for note in notes] == ["LoHa", "diffusers", "2"]
+    assert [note.partition(" ")[0] for note in notes] == ["LoHa", "diffusers", "it", "2"]

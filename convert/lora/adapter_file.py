@@ -30,7 +30,8 @@ from .settings import PEFT_CONFIG, Settings, Strength, settings
 from .shapes import Factors
 
 USUAL_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_SUFFIX, _MAGNITUDE = ".safetensors", ".dora_scale"
+_SUFFIX = ".safetensors"
+_MAGNITUDE = ".dora_scale"
 _MAX_TENSORS = 10_000  # several times what all layers of the largest model take, in the most factors
 _NO_LAYER = "no layer that can be adapted"
 _UNREAD = "a layer of the text encoder whose states no image is made of"
@@ -193,7 +194,8 @@ class AdapterFile:
 
     def _outlined(self, names: Iterable[str]) -> Iterator[tuple[str, list[Placed]]]:
         for name in names:
-            factors, where = self._factors[name], self.places[name]
+            factors = self._factors[name]
+            where = self.places[name]
             rows = where.rows(factors.outputs)
             yield name, [Placed(x, rows) for x in outlined(factors, is_swapped=where.is_swapped)]
 
@@ -202,7 +204,8 @@ class AdapterFile:
         names = list(names)
         arrays = evaluated(self.tensors.read([key for name in names for key in self.modules[name].keys.values()]))
         for name in names:
-            factors, where = self._factors[name], self.places[name]
+            factors = self._factors[name]
+            where = self.places[name]
             found = {role: next(arrays) for role in self.modules[name].keys}
             try:
                 made = changes(factors, self.said.strengths[where.network], found, is_swapped=where.is_swapped)
@@ -237,10 +240,12 @@ class AdapterFile:
                 want = _first(where).shape(configs)
             elif want is None:
                 lines.append(f"{name} is of no layer that it has")
-            outputs, inputs = self._factors[name].outputs, self._factors[name].inputs
-            if want is not None and (outputs != want[0] or inputs not in (want[1], None)):
-                swapped = " and its factors may be transposed" * (self._factors[name].rank == want[0] == want[1])
-                lines.append(f"{name} is for a layer of {[outputs, inputs]} instead of {list(want)}{swapped}")
+            factors = self._factors[name]
+            if want is not None and (factors.outputs != want[0] or factors.inputs not in (want[1], None)):
+                swapped = " and its factors may be transposed" * (factors.rank == want[0] == want[1])
+                lines.append(
+                    f"{name} is for a layer of {[factors.outputs, factors.inputs]} instead of {list(want)}{swapped}"
+                )
         return lines
 
 

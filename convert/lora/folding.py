@@ -90,7 +90,9 @@ class _Folded:
     """Tensors with changes, each in the dtype that it had; CheckpointError if one is too large then."""
 
     def __init__(self, tensors: Tensors, changes: Mapping[str, Sequence[_Change]]):
-        self._tensors, self._changes, self.infos = tensors, changes, tensors.infos
+        self._tensors = tensors
+        self._changes = changes
+        self.infos = tensors.infos
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)

@@ -106,7 +106,8 @@ def _modules(found: AdapterFile, configs: Mapping[str, Config]) -> tuple[Inspect
     fates = found.fates(configs) if configs else {}
     rows = []
     for name, module in found.modules.items():
-        rank, where = Factors(module, found.tensors.infos).rank, found.places[name]
+        rank = Factors(module, found.tensors.infos).rank
+        where = found.places[name]
         is_root = found.said.strengths[where.network].is_root and "alpha" not in module.keys
         alpha = None if rank is None else scales[name] * (math.sqrt(rank) if is_root else rank)
         kind = f"{'DoRA on ' if 'magnitude' in module.keys else ''}{module.kind or 'bias'}"

@@ -84,7 +84,8 @@ def modules(names: Iterable[str]) -> tuple[dict[str, Module], list[str]]:
         CheckpointError: a factor is there twice, or factors are of several adapters.
     """
     found: dict[str, Module] = {}
-    others, twice = [], []
+    others: list[str] = []
+    twice: list[str] = []
     adapters: set[str] = set()
     for key in names:
         match = _KEY.search(key)

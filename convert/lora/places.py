@@ -12,7 +12,8 @@ from flux2_mlx.config import Config
 from ..dialects import DIALECTS
 from ..rules import Shape, swap_halves
 
-TRANSFORMER, TEXT = "transformer", "text_encoder"
+TRANSFORMER = "transformer"
+TEXT = "text_encoder"
 _WEIGHT = ".weight"
 _PREFIX = re.compile(
     r"^(?:base_model_model_|model_diffusion_model_|diffusion_model_|lora_unet_|lora_transformer_|lycoris_|"

@@ -25,7 +25,8 @@ from .keys import LORA
 from .places import TEXT, TRANSFORMER, Place
 
 USUAL_NAME = "pytorch_lora_weights.safetensors"
-_SUFFIX, _WEIGHT = ".safetensors", ".weight"
+_SUFFIX = ".safetensors"
+_WEIGHT = ".weight"
 _halves = swap_halves("").apply
 _HERE = "it can be used here as it is"
 
@@ -82,7 +83,8 @@ def save_adapter(
     _check_expressible(found)
     infos = {name: TensorInfo(FLOATS[x.dtype], x.shape) for name, x in _tensors(found)}
     needed = sum(info.nbytes for info in infos.values())
-    meter, metadata = Meter(needed, progress), _metadata(found, infos)
+    meter = Meter(needed, progress)
+    metadata = _metadata(found, infos)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path.parent, needed, "the adapter")

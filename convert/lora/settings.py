@@ -11,7 +11,9 @@ from flux2_mlx.json_files import parse_json
 PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS = "lora_adapter_metadata"
 # Several times what all layers of a model take, and the dataset's tags.
-_MAX_JSON, _MAX_TEXT, _MAX_WORDS = 1_000_000, 500, 20
+_MAX_JSON = 1_000_000
+_MAX_TEXT = 500
+_MAX_WORDS = 20
 _ROLES = {"use_dora": "magnitude", "lora_bias": "bias"}
 _TYPES = ("LORA", "LOKR", "LOHA")
 # Inits that take what the factors begin with out of the base's weights. PEFT undoes it for those of the first line.
@@ -50,7 +52,8 @@ class Strength:
         said = _matching(self.ranks, module, self.rank)
         if None not in (said, rank) and said != rank:
             raise CheckpointError(f"{module} is of rank {rank}, but its config says {said:g}; fetch the adapter again")
-        alpha, divisor = _matching(self.alphas, module, self.alpha), said if rank is None else rank
+        alpha = _matching(self.alphas, module, self.alpha)
+        divisor = said if rank is None else rank
         if alpha is None or not divisor:
             return 1.0
         return alpha / (math.sqrt(divisor) if self.is_root else divisor)

@@ -116,7 +116,8 @@ class Factors:
             raise self._misfit("magnitude", f"{list(shapes[0])} or {list(shapes[2])}")
 
     def _misfit(self, role: str, wanted: str) -> CheckpointError:
-        key, shape = self.module.keys[role], list(self._infos[role].shape)
+        key = self.module.keys[role]
+        shape = list(self._infos[role].shape)
         return CheckpointError(f"{key} is of shape {shape} instead of {wanted}, which the factors beside it ask for")
 
 

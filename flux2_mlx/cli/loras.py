@@ -219,11 +219,11 @@ class Adapters:
         """What may be missing for them: their words in `prompts`, and the settings that they are made for unless others
         are given, or theirs (`is_preset`)."""
         found = {one.source: one for one in self._found}
-        missing = {source: one for source, one in found.items() if _lacks(prompts, one.file.said.trigger_words)}
-        where = "in the prompt" if len(prompts) == 1 else "in all prompts"
+        who = "the prompt has" if len(prompts) == 1 else "some prompts have"
+        lacking = [one for one in found.values() if _lacks(prompts, one.file.said.trigger_words)]
         hints = [
-            f"{source}: none of its trigger words is {where}; they are {', '.join(one.file.said.trigger_words[:_SOME])}"
-            for source, one in missing.items()
+            f"{one.source}: {who} none of its trigger words, {', '.join(one.file.said.trigger_words[:_SOME])}"
+            for one in lacking
         ]
         return hints if is_preset else [*hints, *filter(None, map(_preset_hint, found.values()))]
 

@@ -48,7 +48,7 @@ class FoundAdapter:
     def origin(self) -> str | None:
         """The repo and file of the Hub, also of one that was found in its cache; None: it is of neither."""
         if self._selection is None:
-            return _cached_origin(Path(os.path.abspath(self.file.path)))
+            return cached_origin(Path(os.path.abspath(self.file.path)))
         return f"{self._selection.repo}:{_weights(self._selection)}"
 
     @property
@@ -196,10 +196,24 @@ def adapter_with(
     named = (file for place in places for file in ([place] if place.is_file() else sorted(place.glob(f"*{_SUFFIX}"))))
     if found := next((file for file in dict.fromkeys(named) if adapter_hash(file) == sha256), None):
         return found
-    for storage in hub.cache_folder().glob("models--*--*"):
-        if os.path.lexists(blob := storage / "blobs" / sha256):
-            return next((file for file in snapshot_files(storage) if os.path.samefile(file, blob)), None)
-    return next((file for file in sorted(home.rglob(f"*{_SUFFIX}")) if adapter_hash(file) == sha256), None)
+    blobs = (file for file, blob in cached_files() if blob.name == sha256 and file.is_file())
+    return next(blobs, None) or next((file for file in own_files(models_dir) if adapter_hash(file) == sha256), None)
+
+
+def own_files(models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """All files that may be adapters in the folder `loras` of the models folder."""
+    return sorted((models_folder(models_dir) / ADAPTERS).rglob(f"*{_SUFFIX}"))
+
+
+def cached_files() -> Iterator[tuple[Path, Path]]:
+    """All files that may be adapters in the Hub's cache, each once, with its blob, which is named as its hash."""
+    seen = set()
+    for storage in sorted(hub.cache_folder().glob("models--*--*")):
+        for file in sorted(snapshot_files(storage)):
+            blob = Path(os.path.realpath(file))
+            if file.suffix == _SUFFIX and blob not in seen:
+                seen.add(blob)
+                yield file, blob
 
 
 def adapter_hash(path: Path) -> str | None:
@@ -211,7 +225,7 @@ def adapter_hash(path: Path) -> str | None:
         return None
 
 
-def _cached_origin(path: Path) -> str | None:
+def cached_origin(path: Path) -> str | None:
     """The repo and file whose copy in the Hub's cache is at a path; None: it is none."""
     for folder in path.parents:
         if folder.name == "snapshots" and (repo := cached_repo(folder.parent.name)):

@@ -5,18 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import hub
 from ..convert import adapter
 from ..convert.lora import AdapterFile, Inspection, inspect, read_adapter, save_adapter, saving_notes
 from ..errors import CheckpointError, InputError
-from ..hub import snapshot_files
 from ..weights import read_header
-from .adapter_sources import ADAPTERS, find_adapter
+from .adapter_sources import ADAPTERS, cached_files, cached_origin, find_adapter, own_files
 from .first_use import Progress, labelled
 from .folder import models_folder
-from .names import cached_repo
-
-_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,16 +70,11 @@ def adapters_folder(models_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def stored_adapters(models_dir: str | os.PathLike[str] | None = None) -> Iterator[StoredAdapter]:
     """The adapters in the folder `loras` of the models folder, and those in the Hub's cache, by their headers."""
-    folder = adapters_folder(models_dir)
-    for path in sorted(folder.rglob(f"*{_SUFFIX}")) if folder.is_dir() else ():
+    for path in own_files(models_dir):
         yield _stored(path, str(path))
-    seen = set()
-    for storage in sorted(hub.cache_folder().glob("models--*--*")):
-        for path in sorted(snapshot_files(storage)):
-            if path.suffix == _SUFFIX and (blob := os.path.realpath(path)) not in seen and _is_adapter(path):
-                seen.add(blob)
-                inside = "/".join(path.relative_to(storage / "snapshots").parts[1:])
-                yield _stored(path, f"{cached_repo(storage.name)}:{inside}")
+    for path, _ in cached_files():
+        if _is_adapter(path):
+            yield _stored(path, cached_origin(path) or str(path))
 
 
 def _stored(path: Path, source: str) -> StoredAdapter:
