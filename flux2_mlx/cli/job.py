@@ -66,12 +66,6 @@ class Job:
     fingerprint: str | None = None
     replayed: tuple[Path, dict[str, Any]] | None = None
 
-    @property
-    def is_preset(self) -> bool:
-        """Whether anything is given of what an adapter's preset is about."""
-        settings = [frame.settings[name] for frame in self.frames for name in ("steps", "guidance")]
-        return self.preset is not None or any(value is not None for value in settings)
-
     @classmethod
     def of(cls, prompt: str | None, *, replay: Path | None, prompts_file: str | None, **given: Any) -> "Job":
         """The job of a command line; `given` are its options by name, and its `pictures`."""

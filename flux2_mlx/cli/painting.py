@@ -180,8 +180,8 @@ def _notices(job: Job, pipe: "Flux2Pipeline", draft: Draft) -> None:
     variant = checkpoint.variant
     if job.preset:
         notice(job.preset, job.quiet)
-    for hint in job.adapters.hints(job.rewritten or job.prompts, is_preset=job.is_preset):
-        notice(hint, job.quiet)
+    if job.adapters.names:
+        _adapter_hints(job)
     if job.replayed and (said := elsewhere(job.replayed[1], job.replayed[0])):
         notice(said, job.quiet)
     if not variant.commercial_use:
@@ -192,6 +192,14 @@ def _notices(job: Job, pipe: "Flux2Pipeline", draft: Draft) -> None:
         notice(f"{job.model} has other weights than when the image was made, so the new one will differ", job.quiet)
     if job.quant is not None and pipe.is_faster_in_bf16(draft.first, draft.edit, job.text_quant):
         _recommend_bf16(job, checkpoint.quant)
+
+
+def _adapter_hints(job: Job) -> None:
+    """Say what the adapters may lack: words of the prompts, or settings, where none are given that they may set."""
+    settings = [frame.settings[name] for frame in job.frames for name in ("steps", "guidance")]
+    is_preset = job.preset is not None or any(value is not None for value in settings)
+    for hint in job.adapters.hints(job.rewritten or job.prompts, is_preset=is_preset):
+        notice(hint, job.quiet)
 
 
 def _recommend_bf16(job: Job, stored: str) -> None:
