@@ -65,14 +65,10 @@ class Run:
     output_type: str = "pil"
     on_progress: OnProgress = lambda progress: None
     output: Flux2Output = field(default_factory=Flux2Output)
-
-    def __post_init__(self) -> None:
-        self._components = self.networks.checkpoint.components
-        self._variant = self.networks.checkpoint.variant
-        self._denoised: dict[int, mx.array] = {}  # tokens `[L, C]` of images that wait for their decoding
-        self._images: dict[int, Any] = {}  # what they have become
-        self._per_prompt = self.request.images_per_prompt
-        self._vae: VAE | None = None
+    # Tokens `[L, C]` of images that wait for their decoding, what they have become, and what decodes them.
+    _denoised: dict[int, mx.array] = field(default_factory=dict, init=False)
+    _images: dict[int, Any] = field(default_factory=dict, init=False)
+    _vae: VAE | None = field(default=None, init=False)
 
     def make(
         self,
@@ -200,12 +196,12 @@ class Run:
             _log.warning("the mask is white all over, so nothing of the image is kept")
         height, width = self._grid
         count = height * width + sum(self.edit.token_counts(self._token_size))
-        limit = self._variant.max_image_tokens
+        limit = self.networks.checkpoint.variant.max_image_tokens
         if count > limit:
             _log.warning(
                 "the image and its references are %d tokens, %s is recommended for %d; use fewer or smaller images",
                 count,
-                self._variant.name,
+                self.networks.checkpoint.variant.name,
                 limit,
             )
 
@@ -233,7 +229,7 @@ class Run:
         total = self.request.steps * len(batches)
         self._tell("transformer", 0, total)
         transformer = self.networks.load("transformer", self.phases.planned("transformer"))
-        adapters = self._components["transformer"].adapters
+        adapters = self.networks.checkpoint.components["transformer"].adapters
         condition = partial(self._conditions, transformer, [*texts.values(), *negatives.values()], encoded)
         once = cache(condition)
         for done, batch in enumerate(batches):
@@ -256,7 +252,7 @@ class Run:
         guidance = mx.array([self.request.guidance]) if transformer.config.guidance_embeds else None
         ids = image_ids(*self._grid)
         past = None
-        if encoded is not None and self._variant.kv_cache:
+        if encoded is not None and self.networks.checkpoint.variant.kv_cache:
             past = read(transformer, encoded.references, dtype, guidance)
         elif encoded is not None:
             ids = np.concatenate([ids, encoded.references.ids])
@@ -275,7 +271,7 @@ class Run:
 
         def of(texts: Texts) -> Denoiser:
             denoiser = given.denoiser([texts[self._number(image)] for image in images])
-            if encoded is None or self._variant.kv_cache:
+            if encoded is None or self.networks.checkpoint.variant.kv_cache:
                 return denoiser
             return beside(denoiser, encoded.references.tokens)
 
@@ -307,7 +303,7 @@ class Run:
 
     def _noise(self, images: Sequence[int], latents: mx.array | None) -> mx.array:
         """Noise tokens `[B, L, C]`, float32."""
-        channels = self._components["transformer"].config.in_channels
+        channels = self.networks.checkpoint.components["transformer"].config.in_channels
         if latents is None:
             noise = mx.array(initial_noise([self.request.seeds[image] for image in images], channels, *self._grid))
         else:
@@ -367,7 +363,11 @@ class Run:
 
     def _number(self, image: int) -> int:
         """The number of the prompt of an image."""
-        return image // self._per_prompt
+        return image // self._images_per_prompt
+
+    @cached_property
+    def _images_per_prompt(self) -> int:
+        return self.request.images_per_prompt
 
     @cached_property
     def _sigmas(self) -> np.ndarray:
@@ -378,7 +378,7 @@ class Run:
 
     @property
     def _token_size(self) -> int:
-        return self._components["vae"].config.token_size
+        return self.networks.checkpoint.components["vae"].config.token_size
 
     @property
     def _grid(self) -> tuple[int, int]:

@@ -103,7 +103,8 @@ def _read_header(path: Path) -> _Header:
 
 def _header_length(start: bytes, size: int) -> int:
     """The bytes of the header of a file of `size` that begins with `start`; ValueError if it can have none."""
-    length, brace = int.from_bytes(start[:8], "little"), start[8:9]
+    length = int.from_bytes(start[:8], "little")
+    brace = start[8:9]
     if brace != b"{" or length > HEADER_LIMIT:
         refuse_other(start)
     if size < 8:
@@ -142,7 +143,8 @@ def _parse_header(data: bytes, start: int) -> _Header:
         raise ValueError("__metadata__ is not a table of texts")
     entries = [(*_parse_entry(name, entry), name) for name, entry in header.items()]
     entries.sort(key=lambda entry: entry[:2])
-    tensors, starts = {}, {}
+    tensors = {}
+    starts = {}
     end = 0
     for first, last, tensor, name in entries:
         if first != end:
