@@ -72,7 +72,7 @@ def base(home):
     shutil.copytree(DEMO, "base")
     manifest = json.loads(Path("base/flux2.json").read_text())
     Path("base/flux2.json").write_text(json.dumps(sealed(manifest | {"variant": "klein-base-4b"})))
-    return ("-m", "base", "-W", "64", "-H", "64", "-s", "2", "--seed", "7")
+    return ("-m", "base", "-W", "64", "-H", "64", "-s", "1", "--seed", "7")
 
 
 def test_a_negative_prompt_is_kept_and_made_again(base):
@@ -83,7 +83,7 @@ def test_a_negative_prompt_is_kept_and_made_again(base):
     assert "negative_prompt" not in read_settings(Path("plain.png"))
     assert read_settings(Path("made.png"))["negative_prompt"] == "a blue ring"
     with Image.open("made.png") as image:
-        assert image.text["parameters"].startswith(f"{PROMPT}\nNegative prompt: a blue ring\nSteps: 2, ")
+        assert image.text["parameters"].startswith(f"{PROMPT}\nNegative prompt: a blue ring\nSteps: 1, ")
     done("t2i", "--replay", "made.png", "-o", "again.png")
     assert Path("made.png").read_bytes() == Path("again.png").read_bytes()
     done("t2i", "--replay", "made.png", "--negative-prompt", "", "-o", "without.png")
