@@ -1,12 +1,12 @@
 """Time one denoising step of the transformer with adapters on all its linear layers, beside the step without.
 
-    python scripts/bench_lora.py --ranks 16 32 --times 9
-    python scripts/bench_lora.py --blocks 5 20 --dtype bfloat16 --side 64 --text 512 --times 15 --quant qint8
+    python scripts/bench_lora.py --ranks 16 32 --quant qint8
 
-Random weights at the width of klein-4b; the first line is sized for a CPU, the second is a whole step of klein-4b at
-1024 × 1024 on a GPU. The steps take turns in one process, each time in another order, and ratios are taken turn by
-turn, so that a machine that slows down does not distort them; on a CPU of the process' own time. What is printed of
-each adapter: the median ratio and the quartiles, the bytes of its factors, and those that the peak of a step rises by.
+Random weights at the width of klein-4b. On a GPU the step is a whole one at 1024 × 1024, in bfloat16, unless other
+sizes are given; on a CPU one that takes a second. The steps take turns in one process, each time in another order, and
+ratios are taken turn by turn, so that a machine that slows down does not distort them; on a CPU of the process' own
+time. What is printed of each adapter: the median ratio and the quartiles, the bytes of its factors, and those that the
+peak of a step rises by.
 `--ranks 16 16+16` is one of rank 16, and two of them at once; `32/3` is one of rank 32 that changes q, k and v apart,
 as adapters of diffusers do.
 """
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +31,8 @@ from flux2_mlx.quantization import quantize_module, statement
 from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
 
 SIGMA = 0.9
+WHOLE: dict[str, Any] = {"dtype": "bfloat16", "side": 64, "text": 512, "blocks": (5, 20), "times": 15}
+SMALL: dict[str, Any] = {"dtype": "float32", "side": 6, "text": 16, "blocks": (1, 1), "times": 4}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -119,13 +122,14 @@ def show(name: str, turns: Sequence[Mapping[str, float]], nbytes: int, peaks: Ma
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = WHOLE if on_gpu() else SMALL
     parser.add_argument("--ranks", nargs="+", default=["16", "32"])
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default=usual["dtype"])
     parser.add_argument("--quant", choices=QUANTIZATIONS, default="bf16", help="of the weights; bf16: as --dtype says")
-    parser.add_argument("--side", type=int, default=12, help="of the image, in tokens")
-    parser.add_argument("--text", type=int, default=32, help="tokens of text")
-    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--times", type=int, default=5, help="turns")
+    parser.add_argument("--side", type=int, default=usual["side"], help="of the image, in tokens")
+    parser.add_argument("--text", type=int, default=usual["text"], help="tokens of text")
+    parser.add_argument("--blocks", type=int, nargs=2, default=usual["blocks"], metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--times", type=int, default=usual["times"], help="turns")
     arguments = parser.parse_args()
     dtype = getattr(mx, arguments.dtype)
     plain = network(*arguments.blocks, dtype)
