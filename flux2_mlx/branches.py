@@ -159,7 +159,7 @@ class _Branch:
         low = [Change(number, span, form) for number, span, form in placed if isinstance(form, LowRank)]
         self._low = LowRanks(low) if low else None
         self._others = [Change(number, span, form) for number, span, form in placed if not isinstance(form, LowRank)]
-        self._changes = [*low, *self._others]
+        self._changes: list[Change[Any]] = [*low, *self._others]
         self._strengths: Sequence[float] = ()
         self._working: list[Change[_Other]] = []
         self._ratios: dict[Change[_Other], mx.array] = {}

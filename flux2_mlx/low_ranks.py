@@ -43,6 +43,7 @@ class _Up:
         self.span = slice(min(one.span.start for one in changes), max(one.span.stop for one in changes))
         self.ranks = slice(start, start + _ranks(changes))
         self.scale = 1.0
+        self.matrix: mx.array  # `[ranks, outputs]`, from `weigh` on
         self._factors: list[float] = []
 
     @property
@@ -89,6 +90,7 @@ class LowRanks:
         self._ups: list[_Up] = []
         for part in parts:
             self._ups.append(_Up(part, self._ups[-1].ranks.stop if self._ups else 0))
+        self._rows: list[list[_Up]] = []
 
     def copied(self) -> "LowRanks":
         other = copy(self)

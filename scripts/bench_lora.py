@@ -104,7 +104,9 @@ def peak(step: Callable[[], float]) -> int:
     return mx.get_peak_memory() - before
 
 
-def turn(step: Callable[[Flux2Transformer], float], networks: Mapping[str, Flux2Transformer], number: int):
+def turn(
+    step: Callable[[Flux2Transformer], float], networks: Mapping[str, Flux2Transformer], number: int
+) -> dict[str, float]:
     """The seconds of a step of each network, of which that of this number is the first."""
     names = [*networks]
     first = number % len(names)
