@@ -7,6 +7,7 @@ import mlx.core as mx
 from .arguments import named
 from .components import PAINTING
 from .errors import InputError
+from .metering import turn
 from .networks import Networks
 
 _INSTEAD = {
@@ -67,7 +68,8 @@ class DiffusersMethods:
     def enable_model_cpu_offload(self, device: Any = None) -> None:
         """Have only the network of the current phase in memory, as with `keep=False`."""
         self.keep = False
-        self.networks.release()
+        with turn():
+            self.networks.release()
 
     def enable_sequential_cpu_offload(self, device: Any = None) -> None:
         """The same: what does not fit into `memory_limit` then is read from disk at every step anyway."""

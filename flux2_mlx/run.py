@@ -182,10 +182,10 @@ class Run:
     def _encoded_prompt(self, encoder: CachedEncoder, prompt: str) -> mx.array:
         tokenizer = self.networks.checkpoint.tokenizer
         length = self.request.max_sequence_length
-        count = tokenizer.count(prompt)
-        if count > length:
-            _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", count, length, prompt)
-        encoded = encoder(*tokenizer([prompt], length))
+        ids = tokenizer.ids(prompt)
+        if len(ids) > length:
+            _log.warning("the prompt takes %d tokens, the model sees the first %d: %.40s…", len(ids), length, prompt)
+        encoded = encoder(*tokenizer.padded([ids], length))
         check_finite(encoded, "text encoder")
         states = cast(encoded, self.networks.dtype)
         mx.eval(states)  # or both dtypes would stay in memory

@@ -143,20 +143,27 @@ class PromptTokenizer(ABC):
         with answers(self._path):
             return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def ids(self, prompt: str) -> list[int]:
+        """Ids of `prompt` in its template, all of them."""
+        return self.encode(self.chat(prompt))
+
     def count(self, prompt: str) -> int:
-        """Tokens of `prompt` in its template, before truncation."""
-        return len(self.encode(self.chat(prompt)))
+        """How many tokens `ids` gives."""
+        return len(self.ids(prompt))
 
     def __call__(self, prompts: list[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and attention mask, int32 and boolean `[B, max_length]`.
+        """Token ids and attention mask of prompts; see `padded`."""
+        return self.padded([self.ids(prompt) for prompt in prompts], max_length)
+
+    def padded(self, prompts: Sequence[list[int]], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and attention mask, int32 and boolean `[B, max_length]`, of what `ids` gives of prompts.
 
         A long prompt is cut, on the right unless the model's files say otherwise, the end of its template included; a
         short one is padded.
         """
         ids = np.full((len(prompts), max_length), self._pad_id, dtype=np.int32)
         mask = np.zeros((len(prompts), max_length), dtype=bool)
-        for row, prompt in enumerate(prompts):
-            tokens = self.encode(self.chat(prompt))
+        for row, tokens in enumerate(prompts):
             tokens = tokens[max(0, len(tokens) - max_length) :] if self._cuts_left else tokens[:max_length]
             place = slice(max_length - len(tokens), None) if self._pads_left else slice(len(tokens))
             ids[row, place] = tokens
