@@ -1,6 +1,5 @@
 """The reference pipelines with small random weights, and what they save in the official layout."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ from .checkpoints import (
 from .parity import randomize
 
 torch.set_num_threads(1)  # more threads only wait for each other on networks so small
-gc.freeze()  # the pipeline collects garbage after each phase, which the libraries' many objects make very slow
 
 
 def small_pipeline(

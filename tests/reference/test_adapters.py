@@ -1,6 +1,5 @@
 """Adapters against diffusers and PEFT: the same file, the same images."""
 
-import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +19,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.config import TextConfig, TransformerConfig
 
-gc.freeze()  # as `helpers.references` does, now that PEFT is there
 TEXT = TextConfig("qwen3", 16, 24, 27, 151936, (9, 18, 27), 3, 1, 8)
 TRANSFORMER = TransformerConfig(2, 3, 2, 48, 16, 16, axes_dims_rope=(2, 6, 4, 4), guidance_embeds=False)
 SETTINGS = {"prompt": "a red box", "height": 48, "width": 80, "num_inference_steps": 3, "max_sequence_length": 48}
