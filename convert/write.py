@@ -22,7 +22,7 @@ from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 from . import lora
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
-from .formats import range_of
+from .formats import range_of, rounded
 from .lora import Fold, Folds, folded_source
 from .requantize import stored_part, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule, copied
@@ -170,7 +170,7 @@ def _part(source: Source, plan: _Plan, adapters: Folds) -> Part:
         what = f"{part.place}: {', '.join(plan.rules[name].sources)} is not finite"
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
-    converted = Finite(Converted(Placed(part.tensors, part.place), plan.rules, plan.plain), complaint)
+    converted = Finite(Converted(Placed(rounded(part.tensors), part.place), plan.rules, plan.plain), complaint)
     tensors = as_stored(adapters.into(plan.component.name, converted), plan.component)
     if adapters.change(plan.component.name):
         return Part(plan.component, tensors)

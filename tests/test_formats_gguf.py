@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from flux2_mlx.convert.dialects import unpermute
-from flux2_mlx.convert.formats import gguf
+from flux2_mlx.convert.formats import blocks as block_types
+from flux2_mlx.convert.formats import gguf, rounded, rounding
 from flux2_mlx.convert.formats.gguf import Gguf, split_files
 
 from flux2_mlx.errors import CheckpointError
@@ -88,9 +89,9 @@ def test_quantized_weights_are_those_of_the_library(kind, tmp_path):
 
 
 def test_every_type_of_the_library_is_read_or_refused():
-    unread = set(Type.__members__) - {kind.name for kind in gguf._kinds().values()}
+    unread = set(Type.__members__) - {kind.name for kind in block_types.kinds().values()}
     assert unread == {"Q8_1", "Q8_K", "Q1_0", "F64", "NVFP4"}
-    assert {kind.name for kind in gguf._kinds().values()} == {*WRITTEN, *GIVEN, *gguf._PLAIN}
+    assert {kind.name for kind in block_types.kinds().values()} == {*WRITTEN, *GIVEN, *block_types.PLAIN}
 
 
 def half(data: bytes) -> float:
@@ -152,9 +153,9 @@ def test_bfloat16_stays_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("kind", ["Q5_K", "F16"])
 def test_large_tensors_are_read_in_pieces_and_little_memory(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_JOB", 2**15)
-    monkeypatch.setattr(gguf, "_STEP", 2**12)
-    monkeypatch.setattr(gguf, "_THREADS", 2)
+    monkeypatch.setattr(block_types, "_JOB", 2**15)
+    monkeypatch.setattr(block_types, "_STEP", 2**12)
+    monkeypatch.setattr(block_types, "_THREADS", 2)
     stored = blocks(kind, 300, 4096) if kind == "Q5_K" else random(300, 4096).astype(np.float16)
     path = write(tmp_path / "a.gguf", {"a": ("F32", random(3)), NAME: (kind, stored)})
     tensors = Gguf([path])
@@ -163,6 +164,23 @@ def test_large_tensors_are_read_in_pieces_and_little_memory(kind, tmp_path, monk
     expected = library.quants.dequantize(stored, Type[kind]) if kind == "Q5_K" else stored
     assert np.array_equal(np.asarray(array), expected)
     assert peak() < array.nbytes / 8
+
+
+def test_values_are_rounded_in_the_memory_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounding, "_STEP", 2**12)
+    stored = {"a": ("F32", random(3)), NAME: ("Q4_K", blocks("Q4_K", 256, 4096))}
+    tensors = Gguf([write(tmp_path / "a.gguf", stored)])
+    plain, expected = (array.astype(mx.bfloat16) for array in tensors.read(["a", NAME]))
+    mx.eval(plain, expected)
+    held, nbytes = mx.get_active_memory(), 2 * expected.nbytes
+    mx.reset_peak_memory()
+    kept, found = rounded(tensors).read(["a", NAME])
+    assert mx.get_peak_memory() - held < 1.1 * nbytes  # of float32, alone
+    assert found.dtype == mx.bfloat16
+    assert found.shape == expected.shape
+    assert mx.array_equal(found.view(mx.uint16), expected.view(mx.uint16))
+    assert kept.dtype == mx.float32
+    assert mx.array_equal(kept.astype(mx.bfloat16), plain)
 
 
 def test_tensors_come_as_they_are_asked_for(tmp_path):
@@ -330,7 +348,7 @@ BROKEN = {
 def test_broken_headers(case, tmp_path):
     changes, message = BROKEN[case]
     path = save(tmp_path / "a.gguf", **changes)
-    gguf._kinds()  # the library is not what is measured
+    block_types.kinds()  # the library is not what is measured
     with allocating() as peak, refused(message) as caught:
         Gguf([path])
     assert str(path) in str(caught.value)
