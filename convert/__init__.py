@@ -5,7 +5,7 @@ from .assembly import MissingPartsError, assembled
 from .configs import is_whole, stated
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
-from .identity import Conversion, Identity, conversion, foreign, identify
+from .identity import Conversion, Identity, conversion, foreign, identify, identify_whole
 from .mflux import said_of
 from .parts import MODEL_PARTS, TOKENIZER_PART
 from .requantize import requantize, requantized
@@ -33,6 +33,7 @@ __all__ = [
     "foreign",
     "formats",
     "identify",
+    "identify_whole",
     "is_loose",
     "is_own",
     "is_whole",

@@ -18,7 +18,7 @@ GROUP_SIZE = 64
 # The most weights that are quantized at one time, so few that a CPU's cache holds them, and the bytes that each takes
 # meanwhile, measured.
 _SLICE = 512 * 1024
-_WORK_BYTES = 10
+_WORK_BYTES = 12
 _PARTS = ("weight", "scales", "biases")
 _DTYPES = (mx.uint32, mx.bfloat16, mx.bfloat16)
 BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))

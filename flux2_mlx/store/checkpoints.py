@@ -11,15 +11,18 @@ from ..checkpoint import Checkpoint, is_checkpoint, variant_components
 from ..components import COMPONENTS, WRITING_PARTS
 from ..config import QUANTIZATIONS
 from ..convert import LAST_USED, Source, check_source, check_writable
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, DownloadError, InputError
 from ..exclusion import exclude
 from ..files import Claim
+from ..hub import names_of
+from ..layout import INDEX
 from .acquisition import convert_source, in_full
 from .conversion import claim, holding, make_checkpoint, make_from_parts
 from .converted import checkpoint_name, conversions, folder_name
 from .first_use import Announce, Check, Fetching, Progress
 from .folder import models_folder
-from .names import FILE, SOURCE, Model, checked_variant, resolve
+from .names import FILE, REPO, SOURCE, Model, checked_variant, resolve
+from .parts import Remote, files_of
 from .sources import Wanted, what_is_here
 
 
@@ -62,6 +65,9 @@ def find_checkpoint(
     with claim(model):
         conversion = (_OfFile if model.kind == FILE else _OfModel)(model, wanted, models_folder(models_dir))
         folder = conversion.stored()
+        if folder is None and model.kind == REPO and quant is None and _is_of_files(model.origin):
+            conversion = _OfFile(model, wanted, models_folder(models_dir))
+            folder = conversion.stored()
         if folder is not None:
             holding(folder, wanted.variant)
         elif only_converted:
@@ -74,7 +80,7 @@ def find_checkpoint(
 
 
 class _OfFile:
-    """The conversion of a file of the Hub, which alone tells what it would be stored as without a quantization."""
+    """The conversion of files of the Hub, which alone tell what they would be stored as without a quantization."""
 
     def __init__(self, model: Model, wanted: Wanted, folder: Path):
         self._model = model
@@ -94,6 +100,16 @@ class _OfFile:
 
     def _target(self, quant: str, text_quant: str) -> Path:
         return self._folder / _sufficient(folder_name(self._model), quant, text_quant, self._wanted.text_only)[0]
+
+
+def _is_of_files(repo: str) -> bool:
+    """Whether a repo holds weights of one thing only, and no whole model; so does one of which nothing is known, as
+    nobody can be asked and what was fetched is gone."""
+    names = names_of(repo)
+    try:
+        return INDEX not in names and (not names or bool(files_of(Remote(repo), None, names)))
+    except DownloadError:
+        return False
 
 
 def _place(checkpoint: Checkpoint) -> tuple[int, int]:
