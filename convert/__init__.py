@@ -12,9 +12,10 @@ from .requantize import requantize, requantized
 from .sources import LOOSE, Source, is_loose, loose_files
 from .strangers import adapter
 from .tokenizer import tokenizer_in
-from .write import check_folds, check_source, write_checkpoint
+from .write import KEPT, check_folds, check_source, write_checkpoint
 
 __all__ = [
+    "KEPT",
     "LAST_USED",
     "LOOSE",
     "MODEL_PARTS",

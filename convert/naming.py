@@ -28,9 +28,7 @@ _EMA = "model_ema."
 _EXTRAS = (TEKKEN, "logit_scale", "decay", "num_updates")  # the last two of an average over training
 _ANGLES = "rotary_emb.inv_freq"  # of positions, which the geometry gives
 _WRAPPERS = r"(?:model_ema\.|module\.|_orig_mod\.|net\.)*"  # of training, of several devices, and of torch.compile
-_PREFIXES = {
-    part: re.compile(f"{_WRAPPERS}(?:{layout.prefix.pattern})?{_WRAPPERS}") for part, layout in LAYOUT.items()
-}
+_PREFIXES = {part: re.compile(f"{_WRAPPERS}(?:{layout.prefix.pattern})?{_WRAPPERS}") for part, layout in LAYOUT.items()}
 _UNDERSTOOD = {
     part: {
         template: [
@@ -122,7 +120,10 @@ class Reading:
         """
         shapes = self.shapes(configs)
         expected = {name: TensorInfo(self._read_as(name), shape) for name, shape in shapes.items()}
-        raise_problems(what, mismatches(expected, self._kept(configs)))
+        problems = mismatches(expected, self._kept(configs))
+        if problems and (mixed := self.mixed):
+            problems = [f"it {mixed}; fetch the file again, or give one that names all alike"]
+        raise_problems(what, problems)
 
     def shapes(self, configs: Mapping[str, Any]) -> dict[str, Shape]:
         """The shapes of the source's tensors that networks of these geometries are made of, by their full names."""

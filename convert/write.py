@@ -29,6 +29,8 @@ from .rules import Converted, Finite, Placed, Rule, copied
 from .sources import Source
 from .tokenizer import check_tokenizer, opened_tokenizer
 
+KEPT = "quant"  # in what a manifest says of the source: the quantization that keeps the few bits of its transformer
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -117,7 +119,8 @@ def _origin(source: Source, name: str | None) -> dict[str, Any]:
     """What a checkpoint says of what it was made from: `parts` are those that were elsewhere."""
     elsewhere = {part: str(x) for part, x in source.places.items() if source.place not in (x, *x.parents)}
     stamp = {"name": name or source.place.name, "fingerprint": source.fingerprint}
-    return stamp | ({"parts": elsewhere} if elsewhere else {})
+    usual = source.parts["transformer"].usual_quant if "transformer" in source.parts else "bf16"
+    return stamp | ({"parts": elsewhere} if elsewhere else {}) | ({KEPT: usual} if usual != "bf16" else {})
 
 
 def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Component]:

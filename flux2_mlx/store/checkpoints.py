@@ -11,18 +11,15 @@ from ..checkpoint import Checkpoint, is_checkpoint, variant_components
 from ..components import COMPONENTS, WRITING_PARTS
 from ..config import QUANTIZATIONS
 from ..convert import LAST_USED, Source, check_source, check_writable
-from ..errors import CheckpointError, DownloadError, InputError
+from ..errors import CheckpointError, InputError
 from ..exclusion import exclude
 from ..files import Claim
-from ..hub import names_of
-from ..layout import INDEX
 from .acquisition import convert_source, in_full
 from .conversion import claim, holding, make_checkpoint, make_from_parts
-from .converted import checkpoint_name, conversions, folder_name
+from .converted import checkpoint_name, conversions, folder_name, keeps_bits
 from .first_use import Announce, Check, Fetching, Progress
 from .folder import models_folder
 from .names import FILE, REPO, SOURCE, Model, checked_variant, resolve
-from .parts import Remote, files_of
 from .sources import Wanted, what_is_here
 
 
@@ -65,9 +62,6 @@ def find_checkpoint(
     with claim(model):
         conversion = (_OfFile if model.kind == FILE else _OfModel)(model, wanted, models_folder(models_dir))
         folder = conversion.stored()
-        if folder is None and model.kind == REPO and quant is None and _is_of_files(model.origin):
-            conversion = _OfFile(model, wanted, models_folder(models_dir))
-            folder = conversion.stored()
         if folder is not None:
             holding(folder, wanted.variant)
         elif only_converted:
@@ -102,16 +96,6 @@ class _OfFile:
         return self._folder / _sufficient(folder_name(self._model), quant, text_quant, self._wanted.text_only)[0]
 
 
-def _is_of_files(repo: str) -> bool:
-    """Whether a repo holds weights of one thing only, and no whole model; so does one of which nothing is known, as
-    nobody can be asked and what was fetched is gone."""
-    names = names_of(repo)
-    try:
-        return INDEX not in names and (not names or bool(files_of(Remote(repo), None, names)))
-    except DownloadError:
-        return False
-
-
 def _place(checkpoint: Checkpoint) -> tuple[int, int]:
     """Where a checkpoint stands among those of a model, by the bits of its transformer and its text encoder."""
     return QUANTIZATIONS.index(checkpoint.quant), QUANTIZATIONS.index(checkpoint.text_quant)
@@ -135,7 +119,13 @@ class _OfModel:
         self._targets = [folder / name for name in _sufficient(self._name, *self._quants, wanted.text_only)]
 
     def stored(self) -> Path | None:
-        return next(filter(is_checkpoint, self._targets), None)
+        return next(filter(is_checkpoint, self._targets), None) or self._kept()
+
+    def _kept(self) -> Path | None:
+        """One that has as few bits as the files of a repo had that nothing else was asked of."""
+        if self._model.kind != REPO or self._wanted.quant is not None:
+            return None
+        return next((x for x in conversions(self._model, self._folder) if keeps_bits(x, self._wanted.text_quant)), None)
 
     def make(self, fetching: Fetching) -> Path:
         target = self._targets[0]
@@ -152,8 +142,13 @@ class _OfModel:
             else:
                 model = self._model if stored is None else resolve(stored)
                 wanted = replace(self._wanted, quant=self._quants[0], text_quant=self._quants[1])
-                make_checkpoint(model, target, wanted, fetching, models_dir=self._folder)
+                return make_checkpoint(
+                    model, target, wanted, fetching, models_dir=self._folder, of_files=(self._target, self._wanted)
+                )
         return target
+
+    def _target(self, quant: str, text_quant: str) -> Path:
+        return self._folder / _sufficient(self._name, quant, text_quant, self._wanted.text_only)[0]
 
     def _outline(self) -> Checkpoint | None:
         """What the model will be when it is converted; None: its files must tell, which are not here."""
