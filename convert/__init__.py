@@ -5,16 +5,17 @@ from .assembly import MissingPartsError, assembled
 from .configs import is_whole, stated
 from .folder import LAST_USED, check_target, check_writable, is_own
 from .geometry import titles
-from .identity import Conversion, Identity, conversion, foreign, identify
+from .identity import Conversion, Identity, conversion, foreign, identify, identify_whole
 from .mflux import said_of
 from .parts import MODEL_PARTS, TOKENIZER_PART
 from .requantize import requantize, requantized
 from .sources import LOOSE, Source, is_loose, loose_files
 from .strangers import adapter
 from .tokenizer import tokenizer_in
-from .write import check_folds, check_source, write_checkpoint
+from .write import KEPT, check_folds, check_source, write_checkpoint
 
 __all__ = [
+    "KEPT",
     "LAST_USED",
     "LOOSE",
     "MODEL_PARTS",
@@ -33,6 +34,7 @@ __all__ = [
     "foreign",
     "formats",
     "identify",
+    "identify_whole",
     "is_loose",
     "is_own",
     "is_whole",

@@ -17,6 +17,7 @@ from .formats import Gguf, Unpacked, unreadable, usual_quant
 from .geometry import candidates, choose, understood
 from .naming import TEKKEN, Reading, check_size, is_extra, read
 from .parts import LAYOUT, MODEL_PARTS, TOKENIZER_PART
+from .sources import Source
 from .strangers import adapter, stranger
 from .write import check_source
 
@@ -43,6 +44,15 @@ class _Stored:
             sizes |= tensors.sizes
             formats |= {name: kind for name, kind in tensors.kinds.items() if sizes[name] != infos[name].nbytes}
         return cls(infos, {name: _FLOATS.get(kind, kind) for name, kind in formats.items()}, sizes)
+
+    @classmethod
+    def together(cls, parts: Mapping[str, "_Stored"]) -> "_Stored":
+        """All tensors of several parts, whose names may be the same."""
+        return cls(
+            {f"{part}.{name}": x for part, own in parts.items() for name, x in own.infos.items()},
+            {f"{part}.{name}": x for part, own in parts.items() for name, x in own.formats.items()},
+            {f"{part}.{name}": x for part, own in parts.items() for name, x in own.sizes.items()},
+        )
 
     @property
     def nbytes(self) -> int:
@@ -190,6 +200,22 @@ def _model(
         _missing(tensors, readings),
         usual_quant(tensors),
         advice if rows or advice else "its parts are of different models",
+    )
+
+
+def identify_whole(source: Source) -> Identity:
+    """What the parts of an opened source are, but for those that it takes from a checkpoint of ours."""
+    stored = {name: _Stored.of(part.tensors) for name, part in source.parts.items()}
+    together = _Stored.together(stored)
+    return Identity(
+        MODEL,
+        f"{told(source.parts)} of {FAMILY} {source.variant.name}",
+        together.shares,
+        together.nbytes,
+        tuple(row.name for row in candidates(source.configs)),
+        source.variant.name,
+        tuple(_part(part.reading, stored[name], source.configs_of(name), None) for name, part in source.parts.items()),
+        quant=source.quants(None, None)[0],
     )
 
 

@@ -1,5 +1,6 @@
 """Which parts of a model the tensors of a source are, by their names, and how canonical tensors are made of them."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,8 +24,11 @@ MAX_TENSORS = 50_000
 _MAX_NAME = 500
 _GIVE = "give a transformer, a text encoder, a VAE or the whole model"
 TEKKEN = "tekken_model"  # a tensor whose bytes are the tokenizer
-_EXTRAS = (TEKKEN, "logit_scale")
+_EMA = "model_ema."
+_EXTRAS = (TEKKEN, "logit_scale", "decay", "num_updates")  # the last two of an average over training
 _ANGLES = "rotary_emb.inv_freq"  # of positions, which the geometry gives
+_WRAPPERS = r"(?:model_ema\.|module\.|_orig_mod\.|net\.)*"  # of training, of several devices, and of torch.compile
+_PREFIXES = {part: re.compile(f"{_WRAPPERS}(?:{layout.prefix.pattern})?{_WRAPPERS}") for part, layout in LAYOUT.items()}
 _UNDERSTOOD = {
     part: {
         template: [
@@ -116,7 +120,10 @@ class Reading:
         """
         shapes = self.shapes(configs)
         expected = {name: TensorInfo(self._read_as(name), shape) for name, shape in shapes.items()}
-        raise_problems(what, mismatches(expected, self._kept(configs)))
+        problems = mismatches(expected, self._kept(configs))
+        if problems and (mixed := self.mixed):
+            problems = [f"it {mixed}; fetch the file again, or give one that names all alike"]
+        raise_problems(what, problems)
 
     def shapes(self, configs: Mapping[str, Any]) -> dict[str, Shape]:
         """The shapes of the source's tensors that networks of these geometries are made of, by their full names."""
@@ -201,6 +208,7 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
         raise CheckpointError(f"{what} is {how}")
     names = [name for name in infos if not is_extra(name)]
     found = _recognised(names)
+    _check_average(names, found, what)
     if not found:
         first = ", ".join(f"{name:.60}" for name in sorted(names)[:3])
         raise CheckpointError(f"{what} holds no FLUX.2 model, but {first or 'no tensors'}; {_GIVE}")
@@ -208,6 +216,17 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
     for name in names:
         sources[_home(name, found)][name] = infos[name]
     return {part: Reading(_ordered(*key, infos), key[1], sources[part]) for part, key in found.items()}
+
+
+def _check_average(names: list[str], found: Mapping[str, tuple[Dialect, str]], what: str) -> None:
+    """CheckpointError if there is an average over training beside other weights, or in names that do not tell it."""
+    averaged = [name for name in names if name.startswith(_EMA)]
+    if averaged and len(averaged) < len(names):
+        raise CheckpointError(f"{what} holds weights twice, the second time after {_EMA}; give a file of one of them")
+    if averaged and not found:
+        raise CheckpointError(
+            f"{what} holds {averaged[0]:.60}, whose name after {_EMA} is of no FLUX.2 model; save it by its own names"
+        )
 
 
 def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:
@@ -221,7 +240,7 @@ def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:
 def is_extra(name: str) -> bool:
     """Whether a tensor is known to lie beside a model's weights without being one of them."""
     prefix, _, last = name.rpartition(".")
-    is_top = not prefix or any(part.prefix.fullmatch(f"{prefix}.") for part in LAYOUT.values())
+    is_top = not prefix or any(start.fullmatch(f"{prefix}.") for start in _PREFIXES.values())
     return (last in _EXTRAS and is_top) or name.endswith(_ANGLES)
 
 
@@ -249,8 +268,8 @@ def _ordered(dialect: Dialect, prefix: str, infos: Mapping[str, TensorInfo]) -> 
 
 def _candidates(name: str) -> Iterator[tuple[int, str, str]]:
     """The numbers of the dialects in which a name may be, each with its prefix and template."""
-    for part, layout in LAYOUT.items():
-        match = layout.prefix.match(name)
+    for part, start in _PREFIXES.items():
+        match = start.match(name)
         for prefix in {"", match[0] if match else ""}:
             template, _ = templated(name[len(prefix) :])
             for number in _UNDERSTOOD[part].get(template, ()):

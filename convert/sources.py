@@ -106,13 +106,16 @@ class Source:
     borrowed: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, folder: Path, variant: str | None = None, *, text_only: bool = False) -> "Source":
+    def open(
+        cls, folder: Path, variant: str | None = None, *, text_only: bool = False, tokenizer: Path | None = None
+    ) -> "Source":
         """Read the configurations and file headers of a diffusers folder.
 
         Args:
             folder: holds `model_index.json`, or else a config of each part.
             variant: the model's name where geometry and `model_index.json` can't tell, or None.
             text_only: leave out the transformer and the VAE, whose weights need not be there.
+            tokenizer: where it is; None: in the folder.
 
         Raises:
             CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
@@ -120,7 +123,7 @@ class Source:
         description = describe(folder)
         wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
         parts = {name: _layout_part(description, name, variant) for name in wanted}
-        if (tokenizer := tokenizer_in(folder / "tokenizer")) is None:
+        if (tokenizer := tokenizer or tokenizer_in(folder / "tokenizer")) is None:
             advice = "add that of the model that it was made from, in a local copy of a repo"
             raise CheckpointError(f"{folder} is incomplete: there is no tokenizer/{TOKENIZER}; {advice}")
         row, configs, notes = read_configs(description, variant)

@@ -22,12 +22,14 @@ from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 from . import lora
 from .blobs import blobs, check_blob
 from .folder import Inspection, Part, check_target, write_folder
-from .formats import range_of
+from .formats import range_of, rounded
 from .lora import Fold, Folds, folded_source
 from .requantize import stored_part, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule, copied
 from .sources import Source
 from .tokenizer import check_tokenizer, opened_tokenizer
+
+KEPT = "quant"  # in what a manifest says of the source: the quantization that keeps the few bits of its transformer
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def _origin(source: Source, name: str | None) -> dict[str, Any]:
     """What a checkpoint says of what it was made from: `parts` are those that were elsewhere."""
     elsewhere = {part: str(x) for part, x in source.places.items() if source.place not in (x, *x.parents)}
     stamp = {"name": name or source.place.name, "fingerprint": source.fingerprint}
-    return stamp | ({"parts": elsewhere} if elsewhere else {})
+    usual = source.parts["transformer"].usual_quant if "transformer" in source.parts else "bf16"
+    return stamp | ({"parts": elsewhere} if elsewhere else {}) | ({KEPT: usual} if usual != "bf16" else {})
 
 
 def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Component]:
@@ -170,7 +173,7 @@ def _part(source: Source, plan: _Plan, adapters: Folds) -> Part:
         what = f"{part.place}: {', '.join(plan.rules[name].sources)} is not finite"
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
-    converted = Finite(Converted(Placed(part.tensors, part.place), plan.rules, plan.plain), complaint)
+    converted = Finite(Converted(Placed(rounded(part.tensors), part.place), plan.rules, plan.plain), complaint)
     tensors = as_stored(adapters.into(plan.component.name, converted), plan.component)
     if adapters.change(plan.component.name):
         return Part(plan.component, tensors)

@@ -42,7 +42,7 @@ def _quantizing(stored: Component, wanted: Component, whole: int) -> int:
         if parts != [name]:
             nbytes = sum(packed[part].nbytes for part in parts)
             held += nbytes
-            peak = max(peak, held + quantizing_bytes(tensor.shape, nbytes))
+            peak = max(peak, held + quantizing_bytes(tensor.shape))
     return max(0, peak - whole)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .components import COMPONENTS
 from .config import QUANTIZATIONS
@@ -14,10 +15,12 @@ from .errors import CheckpointError, InputError
 from .weights import TensorInfo, Tensors
 
 GROUP_SIZE = 64
-# The most weights that are quantized at one time, and the bytes that each takes meanwhile, measured.
-_SLICE = 4 * 1024 * 1024
-_WORK_BYTES = 10
+# The most weights that are quantized at one time, so few that a CPU's cache holds them, and the bytes that each takes
+# meanwhile, measured.
+_SLICE = 512 * 1024
+_WORK_BYTES = 12
 _PARTS = ("weight", "scales", "biases")
+_DTYPES = (mx.uint32, mx.bfloat16, mx.bfloat16)
 BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))
 # A text encoder in 8 bits is hardly told from bfloat16 and half the size; 4 bits are for who asks for 4 bits.
 DEFAULT_TEXT_QUANT = {"bf16": "qint8", "qint8": "qint8", "qint4": "qint4"}
@@ -62,14 +65,26 @@ def check_statement(values: Any) -> None:
 def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:
     """`weight` `[rows, columns]` as `weight` (packed uint32), and bfloat16 `scales` and `biases`, evaluated.
 
-    Rows are taken in slices, since the work needs several times the memory of the weight.
+    Rows are taken in slices, since the work needs several times the memory of the weight, and each is put into its
+    place, since there may be no room for all of them twice.
     """
-    slices = []
-    rows = max(1, _SLICE // weight.shape[1])
-    for start in range(0, len(weight), rows):
-        slices.append(_quantize_rows(weight[start : start + rows].astype(mx.float32), bits))
-        mx.eval(slices[-1])
-    return {part: mx.concatenate(list(arrays)) for part, arrays in zip(_PARTS, zip(*slices, strict=True), strict=True)}
+    rows, columns = weight.shape
+    widths = (columns * bits // 32, columns // GROUP_SIZE, columns // GROUP_SIZE)
+    made = [mx.zeros((rows, width), dtype) for width, dtype in zip(widths, _DTYPES, strict=True)]
+    mx.eval(made)
+    places = [_numbers(array) for array in made]
+    step = max(1, _SLICE // columns)
+    for start in range(0, rows, step):
+        pieces = _quantize_rows(weight[start : start + step].astype(mx.float32), bits)
+        mx.eval(pieces)
+        for place, piece in zip(places, pieces, strict=True):
+            place[start : start + step] = _numbers(piece)
+    return dict(zip(_PARTS, made, strict=True))
+
+
+def _numbers(array: mx.array) -> np.ndarray:
+    """The memory of an array; NumPy has no bfloat16."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
 
 
 def stored_names(name: str, stored: Mapping[str, TensorInfo]) -> list[str]:
@@ -108,10 +123,10 @@ class Quantized:
         )
 
 
-def quantizing_bytes(shape: tuple[int, ...], packed: int) -> int:
-    """What quantizing a bfloat16 weight of `shape` takes, itself included, above the `packed` bytes that it gives."""
+def quantizing_bytes(shape: tuple[int, ...]) -> int:
+    """What quantizing a bfloat16 weight of `shape` takes, itself included, above what it gives."""
     count = math.prod(shape)
-    return mx.bfloat16.size * count + max(packed, _WORK_BYTES * min(count, max(_SLICE, shape[-1])))
+    return mx.bfloat16.size * count + _WORK_BYTES * min(count, max(_SLICE, shape[-1]))
 
 
 def _quantize_rows(weight: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -120,10 +135,12 @@ def _quantize_rows(weight: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.
     _, scales, biases = (x.astype(mx.bfloat16) for x in mx.quantize(weight, group_size=GROUP_SIZE, bits=bits))
     grouped = weight.reshape(*scales.shape, GROUP_SIZE)
     safe_scales = mx.where(scales == 0, 1, scales)[..., None].astype(mx.float32)
-    codes = mx.clip(mx.round((grouped - biases[..., None]) / safe_scales), 0, 2**bits - 1).astype(mx.uint32)
-    shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
-    packed = mx.left_shift(codes.reshape(len(weight), -1, 32 // bits), shifts).sum(axis=-1)
-    return packed, scales, biases
+    offsets = biases[..., None].astype(mx.float32)
+    codes = mx.clip(mx.round((grouped - offsets) / safe_scales), 0, 2**bits - 1).astype(mx.uint8)
+    if bits == 4:
+        pairs = codes.view(mx.uint16)  # the second code of a pair is its higher byte
+        codes = (pairs | pairs >> 4).astype(mx.uint8)
+    return codes.reshape(len(weight), -1).view(mx.uint32), scales, biases
 
 
 def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> None:

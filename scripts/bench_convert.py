@@ -3,9 +3,10 @@
     python scripts/bench_convert.py                        # two gigabytes of klein-4b's layers
     python scripts/bench_convert.py --blocks 5 20 --forms bf16:bf16
 
-What is printed of a form: gigabytes of the source a second as `cp` copies them, and as they are converted; where that
-time goes, by doing its steps one more at a time; and the most memory beyond the largest tensor in float32. Each form is
-written into a temporary folder first, which needs as much space again for the result.
+What is printed of a form: gigabytes of the source a second as `cp` copies them, and as they are converted, both with
+what they take of processors, since of a busy machine the clock tells little; what the steps take alone; and the most
+memory beyond the largest tensor in float32. Each form is written into a temporary folder first, which needs as much
+space again for the result.
 """
 
 import argparse
@@ -15,23 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import mlx.core as mx
 import numpy as np
-from flux2_mlx.convert import Source, assembled, write_checkpoint
-from flux2_mlx.convert.assembly import _loose_parts
-from flux2_mlx.convert.lora import Folds
-from flux2_mlx.convert.write import _checked_plans, _part
+from flux2_mlx.convert import Source, assembled, formats, write_checkpoint
+from flux2_mlx.convert.configs import Stated
+from flux2_mlx.convert.sources import parts_of
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.store import demo_folder
-from flux2_mlx.weights import Files, TensorInfo, evaluated, write_safetensors
+from flux2_mlx.weights import TensorInfo, Tensors, evaluated, write_safetensors
 
 FORMS = ("bf16:bf16", "fp8:qint8", "gguf:qint4")
 Q4_K = gguf.GGMLQuantizationType.Q4_K
@@ -97,49 +98,45 @@ def opened(path: Path, component: Component) -> Source:
     base = assembled(demo_folder(), {})
     stored = {name: part for name, part in base.stored.items() if name != "transformer"}
     configs = {**base.configs, "transformer": component.config}
-    return replace(base, configs=configs, parts=_loose_parts(path, None), stored=stored)
+    return replace(base, configs=configs, parts=parts_of(path, [path], Stated(), list), stored=stored)
 
 
-def steps(path: Path, component: Component, quant: str, target: Path) -> dict[str, Callable[[], None]]:
-    """What a conversion does, each with all before it."""
-    source = opened(path, component)
-    (plan,) = _checked_plans(source, quant, "bf16")
-    tensors, part = source.parts["transformer"].tensors, _part(source, plan, Folds((), {}))
-    raw = Files([path]) if path.suffix == ".safetensors" else None
-
-    def result() -> Iterator[memoryview]:
-        for array in evaluated(part.tensors.read(part.tensors.infos)):
-            yield np.ascontiguousarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).data
-
-    def written() -> None:
-        with target.open("wb") as file:
-            for data in result():
-                file.write(data)
-            os.fsync(file.fileno())
-
-    done = {"reading": lambda: each(raw) if raw else path.read_bytes()}
-    done["dequantizing"] = lambda: each(tensors)
-    done["rounding, checking, quantizing"] = lambda: [None for _ in result()]
-    done["hashing twice"] = lambda: [(sha256(data).digest(), sha256(data).digest()) for data in result()]
-    return done | {"writing": written}
+def steps(path: Path, made: Path) -> dict[str, Callable[[], object]]:
+    """What a conversion does, each by itself, of this source and this result."""
+    tensors, _ = formats.plain([path])
+    return {
+        "reading": path.read_bytes,
+        "reading and dequantizing": lambda: each(tensors),
+        "hashing twice": lambda: [sha256(made.read_bytes()).digest() for _ in range(2)],
+    }
 
 
-def each(tensors: object) -> None:
+def each(tensors: Tensors) -> None:
     for _ in evaluated(tensors.read(tensors.infos)):
         pass
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+class Taken(NamedTuple):
+    """Seconds by the clock, and of all processors."""
+
+    seconds: float
+    processors: float
+
+    @classmethod
+    def by(cls, work: Callable[[], object]) -> "Taken":
+        start, before = time.perf_counter(), time.process_time()
+        work()
+        return cls(time.perf_counter() - start, time.process_time() - before)
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, {self.processors:.1f} of processors"
 
 
 def convert(path: Path, component: Component, quant: str, target: Path) -> None:
     """Convert alone, and print the seconds and the bytes that were taken most."""
     source, before = opened(path, component), resident("VmRSS")
-    seconds = timed(lambda: write_checkpoint(source, target, quant, "bf16"))
-    print(seconds, resident("VmHWM") - before)
+    taken = Taken.by(lambda: write_checkpoint(source, target, quant, "bf16"))
+    print(*taken, resident("VmHWM") - before)
 
 
 def resident(what: str) -> int:
@@ -148,30 +145,24 @@ def resident(what: str) -> int:
 
 
 def measured(form: str, blocks: tuple[int, int], folder: Path) -> None:
-    component, tensors = shapes(blocks)
+    _, tensors = shapes(blocks)
     kind, quant = form.split(":")
     path, target = folder / ("a.gguf" if kind == "gguf" else "a.safetensors"), folder / "made"
     write_source(kind, path, tensors)
     os.sync()
     size, largest = path.stat().st_size, 4 * max(int(np.prod(shape)) for shape in tensors.values())
-    copying = timed(lambda: (shutil.copyfile(path, folder / "copy"), os.sync()))
+    copying = Taken.by(lambda: (shutil.copyfile(path, folder / "copy"), os.sync()))
     (folder / "copy").unlink()
-    took = {name: timed(step) for name, step in steps(path, component, quant, folder / "written").items()}
-    (folder / "written").unlink()
     command = [sys.executable, __file__, "--blocks", *map(str, blocks), "--convert", str(path), quant, str(target)]
-    seconds, most = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-    shutil.rmtree(target)
-    print(f"{kind} to {quant}: {size / 1e9:.2f} GB, copied at {size / copying / 1e9:.2f} GB/s, converted at ", end="")
-    print(f"{size / seconds / 1e9:.2f} GB/s ({seconds:.0f} s)")
-    quantizing = took["rounding, checking, quantizing"]
-    parts = {
-        "reading": took["reading"],
-        "dequantizing": took["dequantizing"] - took["reading"],
-        "rounding, checking, quantizing": quantizing - took["dequantizing"],
-        "hashing twice": took["hashing twice"] - quantizing,
-        "writing": took["writing"] - quantizing,
-    }
-    print("  " + ", ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    *taken, most = map(float, printed)
+    converting = Taken(*taken)
+    print(f"{kind} to {quant}: {size / 1e9:.2f} GB")
+    for name, x in {"copied": copying, "converted": converting}.items():
+        print(f"  {name} at {size / x.seconds / 1e9:.2f} GB/s: {x}")
+    made = next((target / "transformer").glob("*.safetensors"))
+    for name, step in steps(path, made).items():
+        print(f"  {name}: {Taken.by(step)}")
     print(f"  most memory {most / 2**30:.2f} GiB, {(most - largest) / 2**30:+.2f} GiB beyond the largest tensor")
 
 

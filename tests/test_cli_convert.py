@@ -314,9 +314,11 @@ def test_info_of_a_source_is_about_its_own_sizes_and_fetches_nothing(official, f
     values = json.loads(done("info", official, "--variant", VARIANT, "--json").stdout)
     assert sum(values["bytes"]["bf16"].values()) < 10_000_000
     with HubServer({"me/tune": official}) as hub, using(hub, folder / "home"):
-        message = refusal("info", "me/tune")
-        assert hub.fetched == []
-    assert message == "me/tune is not converted yet, so nothing is known of it; download it first"
+        found = done("info", "me/tune", "--variant", VARIANT).stdout
+        assert not any("tokenizer" in name for name in hub.fetched)
+    assert not [*(folder / "home").rglob("*.safetensors")]
+    assert found.startswith(f"me/tune: transformer, text encoder and VAE of FLUX.2 {VARIANT}\n")
+    assert found.endswith("convert    stored as bf16, the text encoder as qint8\n")
 
 
 def test_what_can_not_make_images_is_not_on_the_list(official, folder, caplog, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from helpers.cli_runner import done, error_line, refusal, run
 from helpers.headers import NUMBER, cast, declared, header, in_nf4, lora, scaled, write, write_gguf
@@ -13,7 +14,7 @@ from helpers.hub_server import HubServer
 from helpers.listings import listing, prefixed
 
 from flux2_mlx.store import demo_folder
-from flux2_mlx.weights import TensorInfo
+from flux2_mlx.weights import TensorInfo, write_safetensors
 
 pytestmark = pytest.mark.usefixtures("models")
 FOUR = listing("transformer_klein-4b_bfl")
@@ -187,10 +188,37 @@ def test_repos_of_several_files_of_none_and_of_whole_models(official, home):
             "e.safetensors and 2 more; give one as org/model:FILE"
         )
         assert refusal("info", "org/none").startswith("org/none has no file of weights and")
-        assert refusal("info", "org/whole").startswith("org/whole is not converted yet, so nothing is known of it")
         assert refusal("info", "org/nothing").startswith("unknown repo id 'org/nothing'")
         hub.fail(500)
         assert "answers HTTP 500" in refusal("info", f"{REPO}:a.safetensors")
+
+
+def in_fp8(source: Path) -> None:
+    """Round the matrices of a model's transformer to fp8, without scales."""
+    file = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = mx.load(str(file))
+    mx.eval(tensors)
+    infos = {name: TensorInfo("F8_E4M3" if x.ndim == 2 else "BF16", x.shape) for name, x in tensors.items()}
+    packed = (mx.to_fp8(x) if x.ndim == 2 else x for x in tensors.values())
+    write_safetensors(file, infos, packed, {}, lambda count: None)
+
+
+def test_a_whole_model_on_the_hub_is_told_like_files_of_one(source, home):
+    in_fp8(source)
+    said = ("org/model", "--variant", "klein-4b")
+    with HubServer({"org/model": source}) as hub, using(hub, home):
+        lines = done("info", *said).stdout.splitlines()
+        assert lines[0] == "org/model: transformer, text encoder and VAE of FLUX.2 klein-4b"
+        assert any(line.startswith("transformer    double blocks: ") and line.endswith(" fp8") for line in lines)
+        assert any(line.startswith("text encoder   layers: ") and line.endswith(" bf16") for line in lines)
+        assert lines[-1] == "convert    stored as qint8, the text encoder as qint8"
+        assert not any("tokenizer" in name for name in hub.fetched)
+        done("convert", *said, "made", "--quiet")
+        assert json.loads(Path("made/flux2.json").read_text())["quantization"]["transformer"] == "qint8"
+    (source / "model_index.json").unlink()
+    with HubServer({"org/model": source}) as hub, using(hub, home.with_name("other")):
+        again = done("info", *said).stdout.splitlines()
+        assert again[2:] == lines[2:]
 
 
 def test_a_file_that_is_in_the_cache_is_not_asked_for(home):

@@ -11,6 +11,7 @@ from helpers.mlx_state import nothing_allocated
 
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.config import VARIANTS, VAEConfig
+from flux2_mlx.errors import CheckpointError
 from flux2_mlx.loading import module_tensors
 from flux2_mlx.weights import TensorInfo
 
@@ -18,6 +19,7 @@ KLEIN = "transformer_klein-4b_bfl"
 ORIGINAL, DIFFUSERS = "the original release", "diffusers"
 SMALL_DECODER = VAEConfig(decoder_block_out_channels=(96, 192, 384, 384))
 TRANSFORMER_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+WRAPPERS = ("net.", "module.", "_orig_mod.", "model_ema.", "module._orig_mod.", "model._orig_mod.", "model_ema.module.")
 VAE_PREFIXES = ("", "vae.", "first_stage_model.")
 QWEN_PREFIXES = ("", "text_encoder.", "text_encoders.qwen3_4b.transformer.", "qwen3_8b.transformer.", "qwen3_4b.")
 MISTRAL_PREFIXES = ("", "text_encoders.mistral3_24b.transformer.", "cond_stage_model.")
@@ -200,6 +202,27 @@ def test_the_vae_of_mflux_has_channels_last():
     assert rule.source_shape((4, 2, 1, 3)) == (4, 2, 1, 3)
     kernel = mx.arange(24).reshape(4, 2, 1, 3)
     assert mx.array_equal(rule.apply(kernel), kernel)
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize(("name", "part"), [(KLEIN, "transformer"), ("ae_bfl", "vae"), ("qwen3-4b", "text_encoder")])
+def test_what_training_puts_before_names(name, part, prefix):
+    own = {"transformer": "model.", "text_encoder": "text_encoder.", "vae": "vae."}[part]
+    prefix = prefix.replace("model.", own)
+    counters = {"model_ema.decay": TensorInfo("F32", ()), "model_ema.num_updates": TensorInfo("I64", ())}
+    extras = counters if prefix.startswith("model_ema.") else {}
+    reading, _ = understood(prefixed(listing(name), prefix) | extras, part)
+    assert reading.prefix == prefix
+
+
+def test_an_average_beside_the_weights_is_refused():
+    tensors = prefixed(listing(KLEIN), "diffusion_model.")
+    twice = "holds weights twice, the second time after model_ema.; give a file of one of them"
+    with pytest.raises(CheckpointError, match=f"^x {twice}$"):
+        naming.read(tensors | prefixed(listing(KLEIN), "model_ema.diffusion_model."), "x")
+    joined = {f"model_ema.{name.replace('.', '')}": info for name, info in listing(KLEIN).items()}
+    with pytest.raises(CheckpointError, match=r"whose name after model_ema\. is of no FLUX\.2 model"):
+        naming.read(joined, "x")
 
 
 def test_an_all_in_one_file():

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from flux2_mlx.convert.dialects import unpermute
+from flux2_mlx.convert.formats import blocks as block_types
 from flux2_mlx.convert.formats import gguf
 from flux2_mlx.convert.formats.gguf import Gguf, split_files
 
@@ -88,9 +89,9 @@ def test_quantized_weights_are_those_of_the_library(kind, tmp_path):
 
 
 def test_every_type_of_the_library_is_read_or_refused():
-    unread = set(Type.__members__) - {kind.name for kind in gguf._kinds().values()}
+    unread = set(Type.__members__) - {kind.name for kind in block_types.kinds().values()}
     assert unread == {"Q8_1", "Q8_K", "Q1_0", "F64", "NVFP4"}
-    assert {kind.name for kind in gguf._kinds().values()} == {*WRITTEN, *GIVEN, *gguf._PLAIN}
+    assert {kind.name for kind in block_types.kinds().values()} == {*WRITTEN, *GIVEN, *block_types.PLAIN}
 
 
 def half(data: bytes) -> float:
@@ -152,9 +153,8 @@ def test_bfloat16_stays_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("kind", ["Q5_K", "F16"])
 def test_large_tensors_are_read_in_pieces_and_little_memory(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_JOB", 2**15)
-    monkeypatch.setattr(gguf, "_STEP", 2**12)
-    monkeypatch.setattr(gguf, "_THREADS", 2)
+    for name, value in {"_JOB": 2**15, "_STEP": 2**12, "_THREADS": 2}.items():
+        monkeypatch.setattr(block_types, name, value)
     stored = blocks(kind, 300, 4096) if kind == "Q5_K" else random(300, 4096).astype(np.float16)
     path = write(tmp_path / "a.gguf", {"a": ("F32", random(3)), NAME: (kind, stored)})
     tensors = Gguf([path])
@@ -330,7 +330,7 @@ BROKEN = {
 def test_broken_headers(case, tmp_path):
     changes, message = BROKEN[case]
     path = save(tmp_path / "a.gguf", **changes)
-    gguf._kinds()  # the library is not what is measured
+    block_types.kinds()  # the library is not what is measured
     with allocating() as peak, refused(message) as caught:
         Gguf([path])
     assert str(path) in str(caught.value)

@@ -1,9 +1,11 @@
 """Models put together from files of the Hub: what is fetched, what is told first, and what is found again."""
 
 import json
+import struct
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from helpers.cli_runner import done, refusal
 from helpers.hub_client import using
@@ -29,6 +31,18 @@ def part(name: str) -> dict[str, mx.array]:
 def weights(path: Path, tensors: dict[str, mx.array], prefix: str = "") -> bytes:
     mx.save_safetensors(str(path), {prefix + name: array for name, array in tensors.items()}, {"format": "pt"})
     return path.read_bytes()
+
+
+def fp8_cast(tensors: dict[str, mx.array]) -> bytes:
+    """A file of the matrices among `tensors` in fp8, without scales, and of the rest."""
+    header, data = {}, b""
+    for name, array in tensors.items():
+        code, stored = ("F8_E4M3", mx.to_fp8(array)) if array.ndim == 2 else ("BF16", array.view(mx.uint16))
+        values = np.array(stored).tobytes()
+        header[name] = {"dtype": code, "shape": array.shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    encoded = json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + data
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +158,18 @@ def test_a_repo_of_one_file_is_that_file(hub):
     assert same_weights(Path("made"))
 
 
+def test_a_repo_of_one_file_in_few_bits_keeps_them(repos, home, models, caplog):
+    few = {"few.safetensors": fp8_cast(part("transformer"))}
+    with HubServer(repos | {"me/few": few}) as server, using(server, home):
+        made = find_checkpoint("me/few")
+        assert Checkpoint.open(made).quant == "qint8"
+        assert caplog.messages[-1].endswith("holds the transformer in few bits, which becomes qint8")
+        assert find_checkpoint("me/few") == made
+        assert find_checkpoint("me/few", quant="qint4") != made
+        assert find_checkpoint("me/few", quant="qint8") == made
+    assert find_checkpoint("me/few", only_converted=True) == made
+
+
 def test_a_whole_model_takes_other_parts(hub, home):
     done("convert", OFFICIAL, "made", "--transformer", f"{TUNE}:{TUNED}", "--variant", "demo", "--text-quant", "bf16")
     assert same_weights(Path("made"))
@@ -245,6 +271,10 @@ def test_info_says_what_would_be_fetched(hub, repos):
     fetched = f"text encoder, VAE, tokenizer from {OFFICIAL} (Apache-2.0 licence)"
     assert last == f"convert    {fetched}; stored as bf16, the text encoder as qint8"
     assert hub.requests == []
+
+
+def test_a_tokenizer_beside_an_encoder_is_not_missing(hub):
+    assert json.loads(done("info", ENCODER, "--json").stdout)["missing"] == ["transformer", "vae"]
 
 
 def test_names_of_files(models):

@@ -12,6 +12,7 @@ from . import bitsandbytes, fp8, mlx, nvfp4, outline, quanto, torchao
 from .gguf import Gguf, split_files
 from .gguf import read_header as read_gguf_header
 from .packed import NO_SHAPES, Packed, Shapes, Unpacked
+from .rounding import rounded
 from .unreadable import unreadable
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "outline",
     "plain",
     "range_of",
+    "rounded",
     "starts",
     "unpacked",
     "unreadable",

@@ -15,22 +15,18 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import mlx.core as mx
-import numpy as np
 
 from flux2_mlx.copying import Range
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import decoded, open_model_file
-from flux2_mlx.weights import HEADER_LIMIT, READER, START, TensorInfo, raise_problems, refuse_other
+from flux2_mlx.weights import HEADER_LIMIT, START, TensorInfo, raise_problems, refuse_other
 
-from .checks import MOST
+from .blocks import PLAIN, Kind, Stored, kind_names, kinds, read_stored
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -44,47 +40,8 @@ _MAX_NAME = 255
 _MAX_DIMENSIONS, _MAX_DIMENSION = 4, 2**31 - 1
 _ALIGNMENT = 32
 _ALIGNMENTS = tuple(2**n for n in range(17))
-# Types that hold numbers as they are, and the arrays that they are read into: NumPy has no bfloat16.
-_PLAIN = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.uint16,
-    "I8": mx.int8,
-    "I16": mx.int16,
-    "I32": mx.int32,
-    "I64": mx.int64,
-}
-_SCALED_APART = "NVFP4"  # a further scale lies in another tensor, under one of several names
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_FILES = 999
-_THREADS = min(8, os.cpu_count() or 1)
-_JOB = 2**22  # values that a thread makes at a time
-_STEP = 2**17  # values of these that it makes at once, in the cache of its core
-
-
-class Kind(NamedTuple):
-    """A type of GGUF: its name, its code, and how many values and bytes a block of it has."""
-
-    name: str
-    code: int
-    values: int
-    nbytes: int
-
-    @property
-    def dtype(self) -> str:
-        """The dtype that it is read in, as a code of safetensors."""
-        return self.name if self.name in _PLAIN else "F32"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in its file: `offset` and `nbytes` say where, `info` the dtype and shape that it is read in."""
-
-    path: Path
-    kind: Kind
-    info: TensorInfo
-    offset: int
-    nbytes: int
 
 
 class Gguf:
@@ -125,20 +82,20 @@ class Gguf:
     def bits(self) -> float:
         """Bits that a quantized weight takes on average, or one of several rows where none is quantized."""
         matrices = [stored for stored in self._stored.values() if len(stored.info.shape) > 1]
-        chosen = [stored for stored in matrices if stored.kind.name not in _PLAIN] or matrices
+        chosen = [stored for stored in matrices if stored.kind.name not in PLAIN] or matrices
         return 8 * sum(x.nbytes for x in chosen) / max(1, sum(math.prod(x.info.shape) for x in chosen))
 
     def range_of(self, name: str) -> Range | None:
         """Where the bytes of a tensor are that is not quantized."""
         stored = self._stored[name]
         size = stored.path.stat().st_size
-        return Range(stored.path, stored.offset, stored.nbytes, size) if stored.kind.name in _PLAIN else None
+        return Range(stored.path, stored.offset, stored.nbytes, size) if stored.kind.name in PLAIN else None
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         """The tensors of these `names`, in this order (see `Tensors.read`). CheckpointError, too, if a file became
         shorter or a scale is not finite."""
         for name in names:
-            yield _read(name, self._stored[name])
+            yield read_stored(name, self._stored[name])
 
 
 def split_files(path: Path) -> list[Path]:
@@ -314,10 +271,10 @@ def _entry(header: _Header, path: Path, name: str, alignment: int) -> Stored:
 
 
 def _kind(name: str, code: int) -> Kind:
-    if code not in _kinds():
-        readable = ", ".join(kind.name for kind in _kinds().values())
-        raise ValueError(f"{name!r} is of type {_names().get(code, code)}, which is not one of {readable}")
-    return _kinds()[code]
+    if code not in kinds():
+        readable = ", ".join(kind.name for kind in kinds().values())
+        raise ValueError(f"{name!r} is of type {kind_names().get(code, code)}, which is not one of {readable}")
+    return kinds()[code]
 
 
 def _placed(header: _Header, stored: Mapping[str, Stored], alignment: int) -> dict[str, Stored]:
@@ -334,72 +291,3 @@ def _placed(header: _Header, stored: Mapping[str, Stored], alignment: int) -> di
     if not end <= header.size <= end + alignment:  # most writers fill up to the alignment
         raise ValueError(f"it has {header.size} bytes where its header says {end}; fetch it again")
     return placed
-
-
-@cache
-def _names() -> dict[int, str]:
-    """All types that the library knows."""
-    from gguf import GGMLQuantizationType
-
-    return {int(kind): kind.name for kind in GGMLQuantizationType}
-
-
-@cache
-def _kinds() -> dict[int, Kind]:
-    """The types that can be read, by code."""
-    from gguf import GGML_QUANT_SIZES
-
-    kinds = [Kind(kind.name, int(kind), *size) for kind, size in GGML_QUANT_SIZES.items() if kind.name != _SCALED_APART]
-    return {kind.code: kind for kind in kinds if kind.name in _PLAIN or _is_dequantized(kind)}
-
-
-def _is_dequantized(kind: Kind) -> bool:
-    """Whether the library can dequantize a type. Trying also makes its tables before threads ask for them."""
-    try:
-        _dequantize(np.zeros(kind.nbytes, np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _dequantize(blocks: np.ndarray, kind: Kind) -> np.ndarray:
-    from gguf import GGMLQuantizationType, quants
-
-    with np.errstate(all="ignore"):  # scales may be infinite, which the caller finds
-        return quants.dequantize(blocks[None], GGMLQuantizationType(kind.code))[0]
-
-
-def _read(name: str, stored: Stored) -> mx.array:
-    """A tensor, in memory. Threads fill it piece by piece, so that nothing else of its size is needed."""
-    shape = stored.info.shape
-    dtype = stored.info.dtype
-    array = mx.zeros(shape, _PLAIN[dtype], stream=READER)
-    mx.eval(array)
-    values = np.array(array, copy=False).reshape(-1)
-    with open_model_file(stored.path) as file, ThreadPoolExecutor(_THREADS) as pool:
-        fill = partial(_fill, file.fileno(), name, stored, values)
-        for _ in pool.map(fill, range(0, len(values), _JOB)):
-            pass
-    return array.view(mx.bfloat16, stream=READER) if dtype == "BF16" else array
-
-
-def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) -> None:
-    """Fill `values` from number `start` on, as far as one job goes."""
-    kind = stored.kind
-    values = values[start : start + _JOB]
-    quantized = kind.name not in _PLAIN
-    data = np.empty(len(values) // kind.values * kind.nbytes, np.uint8) if quantized else values.view(np.uint8)
-    try:
-        count = os.preadv(file, [data.data], stored.offset + start // kind.values * kind.nbytes)
-    except OSError as error:
-        raise CheckpointError(f"can't read {stored.path}: {error.strerror}") from error
-    if count != len(data):
-        raise CheckpointError(f"{stored.path} became shorter while it was read")
-    if not quantized:
-        return
-    step = _STEP // kind.values * kind.nbytes
-    for number, first in enumerate(range(0, len(data), step)):
-        made = _dequantize(data[first : first + step], kind)
-        if not -MOST <= made.min() <= made.max() <= MOST:  # false, too, if one is no number
-            raise CheckpointError(f"{name} in {stored.path} has scales that no weight has; fetch the file again")
-        values[number * _STEP :][: len(made)] = made

@@ -43,14 +43,13 @@ def acquire(
         InputError, CheckpointError, DownloadError: the repo is no such model, can't be fetched, or does not fit on the
             disk.
     """
-    quants = in_full(wanted.quant, wanted.text_quant)
-    wanted = replace(wanted, quant=quants[0], text_quant=quants[1])
     fetched: list[Download] = []
     claims = ExitStack()  # nobody removes the source before it is converted
 
     def look(outline: Path, download: Download) -> Download:
         claims.enter_context(Claim(download.storage))
         source = Source.open(outline, wanted.variant, text_only=wanted.text_only)
+        quants = source.quants(wanted.quant, wanted.text_quant)
         components = check_source(source, *quants)
         check_folds(source, wanted.folds)
         download = download.without_weights(_unread(source, download))

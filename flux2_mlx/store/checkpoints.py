@@ -16,10 +16,10 @@ from ..exclusion import exclude
 from ..files import Claim
 from .acquisition import convert_source, in_full
 from .conversion import claim, holding, make_checkpoint, make_from_parts
-from .converted import checkpoint_name, conversions, folder_name
+from .converted import checkpoint_name, conversions, folder_name, keeps_bits
 from .first_use import Announce, Check, Fetching, Progress
 from .folder import models_folder
-from .names import FILE, SOURCE, Model, checked_variant, resolve
+from .names import FILE, REPO, SOURCE, Model, checked_variant, resolve
 from .sources import Wanted, what_is_here
 
 
@@ -74,7 +74,7 @@ def find_checkpoint(
 
 
 class _OfFile:
-    """The conversion of a file of the Hub, which alone tells what it would be stored as without a quantization."""
+    """The conversion of files of the Hub, which alone tell what they would be stored as without a quantization."""
 
     def __init__(self, model: Model, wanted: Wanted, folder: Path):
         self._model = model
@@ -119,7 +119,13 @@ class _OfModel:
         self._targets = [folder / name for name in _sufficient(self._name, *self._quants, wanted.text_only)]
 
     def stored(self) -> Path | None:
-        return next(filter(is_checkpoint, self._targets), None)
+        return next(filter(is_checkpoint, self._targets), None) or self._kept()
+
+    def _kept(self) -> Path | None:
+        """One that has as few bits as the files of a repo had that nothing else was asked of."""
+        if self._model.kind != REPO or self._wanted.quant is not None:
+            return None
+        return next((x for x in conversions(self._model, self._folder) if keeps_bits(x, self._wanted.text_quant)), None)
 
     def make(self, fetching: Fetching) -> Path:
         target = self._targets[0]
@@ -136,8 +142,13 @@ class _OfModel:
             else:
                 model = self._model if stored is None else resolve(stored)
                 wanted = replace(self._wanted, quant=self._quants[0], text_quant=self._quants[1])
-                make_checkpoint(model, target, wanted, fetching, models_dir=self._folder)
+                return make_checkpoint(
+                    model, target, wanted, fetching, models_dir=self._folder, of_files=(self._target, self._wanted)
+                )
         return target
+
+    def _target(self, quant: str, text_quant: str) -> Path:
+        return self._folder / _sufficient(self._name, quant, text_quant, self._wanted.text_only)[0]
 
     def _outline(self) -> Checkpoint | None:
         """What the model will be when it is converted; None: its files must tell, which are not here."""

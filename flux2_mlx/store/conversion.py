@@ -85,8 +85,10 @@ def make_checkpoint(
     parts: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
     models_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
-) -> None:
-    """Convert `model` into a new checkpoint, fetched first if need be; one that is a checkpoint gets fewer bits.
+    of_files: tuple[Callable[[str, str], Path], Wanted] | None = None,
+) -> Path:
+    """Convert `model` into a new checkpoint, fetched first if need be; one that is a checkpoint gets fewer bits. Gives
+    the folder.
 
     Args:
         model: see `resolve`.
@@ -96,6 +98,8 @@ def make_checkpoint(
         parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
         models_dir: where converted models are that give what single files lack, which else the official repo does.
         force: replace an MLX checkpoint at `target`.
+        of_files: the folder, by its quantizations, and what is wanted of a repo that turns out to hold weights of one
+            thing only; None: the same.
     """
     given = {name: located(where) for name, where in parts.items()}
     if model.is_checkpoint and not given:
@@ -109,15 +113,16 @@ def make_checkpoint(
             force=force,
             progress=fetching.report("convert"),
         )
-        return
+        return target
     with _suggesting(model.origin) if model.path is None else nullcontext():
         if model.kind in (REPO, VARIANT) and not given:
             try:
                 acquire(model.origin, target, wanted, fetching, known=model.variant, force=force)
-                return
+                return target
             except UnindexedError as error:
                 _check_single(Remote(model.origin), error)
-        make_from_parts(model, given, lambda *_: target, wanted, fetching, models_dir=models_dir, force=force)
+        folder, wanted = of_files or (lambda *_: target, wanted)
+        return make_from_parts(model, given, folder, wanted, fetching, models_dir=models_dir, force=force)
 
 
 def make_from_parts(

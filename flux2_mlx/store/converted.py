@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
 from ..components import PAINTING, by_group
 from ..config import QUANTIZATIONS, VARIANTS, Variant
+from ..convert import KEPT
 from ..errors import CheckpointError, InputError
 from ..json_files import read_json
 from ..quantization import DEFAULT_TEXT_QUANT
@@ -107,6 +108,16 @@ def find_conversion(
         ):
             return folder
     return None
+
+
+def keeps_bits(folder: Path, text_quant: str | None) -> bool:
+    """Whether a checkpoint has as few bits as the files had that it was made from, and this text encoder, if one is
+    asked for."""
+    manifest = read_json(folder / MANIFEST)
+    source, stored = manifest.get("source"), manifest.get("quantization")
+    if not isinstance(source, dict) or not isinstance(stored, dict) or KEPT not in source:
+        return False
+    return bool(source[KEPT] == stored.get("transformer") and text_quant in (None, stored.get("text_encoder")))
 
 
 def described(

@@ -9,13 +9,16 @@ from pathlib import Path
 from .. import hub
 from ..convert import (
     LOOSE,
+    MODEL_PARTS,
     TOKENIZER_PART,
     Conversion,
     Identity,
+    Source,
     conversion,
     foreign,
     formats,
     identify,
+    identify_whole,
     is_loose,
     is_whole,
     loose_files,
@@ -24,7 +27,7 @@ from ..convert import (
     titles,
     tokenizer_in,
 )
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, DownloadError, InputError
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
 from .names import checked_variant
@@ -78,6 +81,13 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
         CheckpointError: see `identify_files`.
     """
     said = checked_variant(variant)
+    names = [] if file else hub.names_of(repo)
+    found = _identify_folder(repo, told, said) if (told := _of_folders(names)) else _identify_file(repo, file, said)
+    missing = [part for part in found.identity.missing if part != TOKENIZER_PART or not _has_tokenizer(repo, names)]
+    return replace(found, identity=replace(found.identity, missing=tuple(missing)))
+
+
+def _identify_file(repo: str, file: str | None, said: str | None) -> Found:
     name = f"{repo}:{file}" if file else repo
     choose = partial(_weights_of, Remote(repo, file or ""))
     with hub.header(repo, file, choose, formats.outline.pieces) as (folder, names):
@@ -85,6 +95,34 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
         own = {str(path): name} if len(names) == 1 else {}
         with _called({**own, f"{folder}/": f"{repo}:", str(folder): repo}):
             return Found(name, _identity(path, name, said, repo), None)
+
+
+def _has_tokenizer(repo: str, names: Collection[str]) -> bool:
+    try:
+        return bool(names and files_of(Remote(repo), TOKENIZER_PART, names))
+    except DownloadError:
+        return False
+
+
+def _of_folders(names: Collection[str]) -> list[str]:
+    """Of the files of a repo those that tell what it is, if it has folders of several parts of a model."""
+    folders = {name.partition("/")[0] for name in names if hub.is_weight(name)} & {*MODEL_PARTS}
+    told = {"", "scheduler", *folders}
+    small = [name for name in names if name.endswith(".json") and name.rpartition("/")[0] in told]
+    weights = [name for name in names if hub.is_weight(name) and name.rpartition("/")[0] in folders]
+    return [*small, *weights] if len(folders) > 1 else []
+
+
+def _identify_folder(repo: str, names: Collection[str], variant: str | None) -> Found:
+    """What a repo is whose parts lie in folders. Its tokenizer, which may be large, is not looked at."""
+    with hub.select(repo, lambda _: names, formats.outline.pieces) as selection:
+        folder = selection.folder
+        with _called({f"{folder}/": f"{repo}:", str(folder): repo}):
+            if not is_whole(folder):
+                return Found(repo, _identity(folder, repo, variant, repo), None)
+            source = Source.open(folder, variant, tokenizer=folder / TOKENIZER_PART)
+            places: dict[str, Path | str] = dict.fromkeys(MODEL_PARTS, repo)
+            return Found(repo, identify_whole(source), Conversion(places, *source.quants(None, None)))
 
 
 def _weights_of(remote: Remote, names: Collection[str]) -> list[str]:
