@@ -11,7 +11,8 @@ import mlx.nn as nn
 from .device import fused, fuses_attention
 from .errors import RangeError
 
-# Where scores are stored for all queries at once, the queries are taken in chunks of at most this many scores.
+# Where scores are stored for all queries at once, the queries are taken in chunks of at most this many scores. Timed
+# over 1,536 tokens and 24 heads on two Linux cores: 1 Mi takes 1.40 times as long, 4 Mi 1.01, 16 Mi and all 1.04.
 _SCORES_PER_CHUNK = 8 * 1024 * 1024
 # Elsewhere in chunks of at most so many operations, about a second of the slowest GPU: macOS stops what takes longer
 # than some five seconds, and less while the display is on.
