@@ -5,6 +5,7 @@ each with a read and a write) and once over values. The body is written in what 
 that one text serves both; a test interprets it against the plain path (tests/test_kernel.py).
 """
 
+import logging
 import math
 from functools import cache
 from typing import Any
@@ -14,8 +15,12 @@ import mlx.core as mx
 from ..device import on_gpu, on_metal
 from ..layers import FLOAT16_MAX
 from .headroom import clips, unit
+from .rope import rotate
 
 LANES = 32  # threads that add up what each has without memory: a SIMD group of Metal, a warp of CUDA
+_log = logging.getLogger(__name__)
+# Of the largest value, which is rounded to 1/256 of itself at most; a channel at a wrong place is off by about 1.
+_TOLERANCE = 1 / 32
 _THREADS = 256  # in a group at most, as MLX has them in kernels of its own
 
 # Each lane has two neighbours of every 64 channels of a head, so that a group reads and writes what lies together, and
@@ -95,7 +100,36 @@ OUTPUTS = ("queries", "keys", "values")
 
 def fits(projected: mx.array, head_dim: int, *scales: mx.array) -> bool:
     """Whether the kernel can make heads of `head_dim` channels of what was projected, with norms of these `scales`."""
-    return on_gpu() and head_dim % (2 * LANES) == 0 and all(scale.dtype == projected.dtype for scale in scales)
+    dtype = projected.dtype
+    return on_gpu() and head_dim % (2 * LANES) == 0 and all(x.dtype == dtype for x in scales) and is_right(dtype)
+
+
+@cache
+def is_right(dtype: mx.Dtype) -> bool:
+    """Whether this device builds the kernel and gives with it, of a few numbers, what MLX's own operations give; else a
+    warning says that these are used."""
+    B, heads, L, head_dim, eps = 2, 3, 5, 4 * LANES, 1e-6
+    projected, *scales = (
+        mx.random.normal(shape, dtype, key=mx.random.key(seed))
+        for seed, shape in enumerate([(B, L, 4 * heads * head_dim), (head_dim,), (head_dim,)])
+    )
+    table = mx.random.normal((L, 2, head_dim), key=mx.random.key(3))
+    q, k, v = projected[..., : 3 * heads * head_dim].reshape(B, L, 3, heads, head_dim).transpose(2, 0, 3, 1, 4)
+    turned = [rotate(mx.fast.rms_norm(x, scale, eps), table) for x, scale in zip((q, k), scales, strict=True)]
+    try:
+        got = fused_heads(projected, heads, (scales[0], scales[1]), eps, table)
+        pairs = zip(got, (*turned, v / unit(dtype)), strict=True)
+        off = [(mx.abs(a - b).max() / mx.abs(b).max()).item() for a, b in pairs]
+    except RuntimeError as error:
+        return _refused(str(error).splitlines()[0])
+    return all(x < _TOLERANCE for x in off) or _refused(f"its results are off by {', '.join(f'{x:.2g}' for x in off)}")
+
+
+def _refused(why: str) -> bool:
+    _log.warning(
+        "queries and keys are made by many kernels in place of one, which takes longer: %s; please report it", why
+    )
+    return False
 
 
 def fused_heads(

@@ -56,6 +56,7 @@ class FakeGPU:
         self.counted = Counted()
         pretend(monkeypatch)
         monkeypatch.setattr(layers, "fuses_attention", lambda *_: True)
+        monkeypatch.setattr(kernel, "is_right", lambda dtype: True)
         monkeypatch.setattr(kernel, "_kernel", lambda: self._heads)
         monkeypatch.setattr(mx, "eval", lambda *_: self._add("waits"))
         monkeypatch.setattr(mx, "async_eval", lambda *_: self._add("asked"))
