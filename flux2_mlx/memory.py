@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .components import EVERY_RUN, in_phase
 from .config import Variant
+from .transformer import PLAIN, Execution
 
 # Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
 # more memory and be no faster: of the demo's images, 16 to 32 a pass take 2 to 3 times as long for each as 8 do
@@ -132,6 +133,8 @@ class Plan:
         beside: whether images are decoded while others are denoised, with the networks of both in memory.
         longest: operations that the device is given at one time, at most. It can't be interrupted in them.
         kept: the networks that stay in memory after their phases, which the weights of all phases include.
+        execution: how a pass of the transformer is computed.
+        largest: bytes of the transformer's activations that are kept free until one array takes them.
     """
 
     phases: tuple[PhasePlan, ...]
@@ -139,6 +142,8 @@ class Plan:
     beside: bool = False
     longest: int = 0
     kept: tuple[str, ...] = ()
+    execution: Execution = PLAIN
+    largest: int = 0
 
     @property
     def worst(self) -> PhasePlan:
@@ -214,17 +219,16 @@ class WritingNeeds:
 
     @property
     def _seeing(self) -> int:
-        widened = _together(self.networks, "vision").widened
-        return self.costs["vision"].seeing(max(self.work.pixels), widened) + self._features
+        model = _together(self.networks, "vision")
+        return self.costs["vision"].seeing(max(self.work.pixels), model.widened) + self._features
 
     @property
     def _writing(self) -> int:
         text = self.costs["language_model"]
-        tokens = self.work.tokens
         model = _together(self.networks, "language_model")
-        reading = max(text.reading(tokens, model.widened), model.loading)
-        embeddings = text.embeddings(tokens) if self.work.pixels else 0
-        return text.cache(tokens + self.work.answer) + reading + text.logits() + self._features + embeddings
+        reading = max(text.reading(self.work.tokens, model.widened), model.loading)
+        features = self._features + (text.embeddings(self.work.tokens) if self.work.pixels else 0)
+        return text.cache(self.work.tokens + self.work.answer) + reading + text.logits() + features
 
 
 @dataclass(frozen=True)
@@ -249,17 +253,24 @@ class Needs:
         """What the run holds where as much as fits into `limit` bytes stays in memory.
 
         Where there is more to denoise after an image is finished, that one is decoded at once if the VAE fits beside
-        the transformer without blocks of that having to be streamed for its sake.
+        the transformer without blocks of that having to be streamed for its sake. The fastest way of computing is taken
+        that nothing else is given up for.
         """
+        cost = self.costs["transformer"]
+        ways = [replace(self, costs={**self.costs, "transformer": way})._plan(limit) for way in cost.ways]
+        possible = [way for way in ways if not way.phase("transformer").streamed or way.execution.waits_for_blocks]
+        return max(possible, key=lambda way: (way.fits, way.beside, -way.phase("transformer").streamed))
+
+    def _plan(self, limit: int) -> Plan:
         activations = {"text_encoder": self._encoding}
         if self.work.references:
             activations["vae_encoder"] = self._seeing
         activations |= {"transformer": self._denoising, "vae": self._decoding}
-        alone = replace(_plan(self.networks, activations, self.always, limit), longest=self._longest)
-        if not self.work.previews and len(_passes(self.variant, self.work)) == 1:
+        alone = replace(_plan(self.networks, activations, self.always, limit), **self._of_passes)
+        if not self.work.previews and len(self._passes) == 1:
             return alone
         activations["vae"] = self._decoding_beside
-        beside = replace(_plan_beside(self.networks, activations, self.always, limit), longest=self._longest)
+        beside = replace(_plan_beside(self.networks, activations, self.always, limit), **self._of_passes)
         streams = beside.phase("transformer").streamed > 0 and not alone.phase("transformer").streamed
         return beside if self.work.previews or (beside.fits and not streams) else alone
 
@@ -272,7 +283,6 @@ class Needs:
 
     @property
     def _seeing(self) -> int:
-        """The bytes of encoding the pictures, beside the encoded texts."""
         encoding = [self.costs["vae"].encoding(height, width) for width, height in set(self.work.references)]
         return max(encoding) + self._texts * self._states + self._pictures
 
@@ -287,18 +297,15 @@ class Needs:
 
     @property
     def _decoding_beside(self) -> int:
-        """The bytes of decoding an image while others are denoised."""
         return self._passing[0] + self._decoded + self._held + 2 * self._latents
 
     @property
-    def _longest(self) -> int:
-        """Operations of the longest product or attention of the text encoder and the transformer; the VAE's are
-        shorter."""
-        text = self.work.length
-        others = self._image + self._references
-        return max(
-            self.costs["transformer"].longest(text, others, self._together), self.costs["text_encoder"].longest(text)
-        )
+    def _of_passes(self) -> dict[str, Any]:
+        """How the transformer is computed, and its longest operation, or the text encoder's. The VAE's are shorter."""
+        cost, text, images = self.costs["transformer"], self.work.length, self._together
+        more = self._image + self._references
+        longest = max(cost.longest(text, more, images), self.costs["text_encoder"].longest(text))
+        return {"longest": longest, "execution": cost.execution, "largest": cost.largest(images * (text + more))}
 
     @cached_property
     def _decoded(self) -> int:
@@ -308,9 +315,8 @@ class Needs:
     def _passing(self) -> tuple[int, int]:
         """What stays from the first pass of a run to its last, and the peak of a pass above that and the weights."""
         widened = self.networks["transformer"].widened
-        kv_cache = self.variant.kv_cache
         tokens = self.work.length, self._image, self._references
-        return self.costs["transformer"].denoising(*tokens, self._together, widened, kv_cache=kv_cache)
+        return self.costs["transformer"].denoising(*tokens, self._together, widened, kv_cache=self.variant.kv_cache)
 
     @property
     def _held(self) -> int:
@@ -349,8 +355,12 @@ class Needs:
         return self.work.reference_tokens(self.variant.vae.token_size)
 
     @property
+    def _passes(self) -> list[Sequence[int]]:
+        return passes(range(self.work.images), self._image + self._references)
+
+    @property
     def _together(self) -> int:
-        return len(_passes(self.variant, self.work)[0])
+        return len(self._passes[0])
 
 
 def _together(networks: Mapping[str, Footprint], phase: str) -> Footprint:
@@ -378,14 +388,8 @@ def _plan_beside(networks: Mapping[str, Footprint], activations: Mapping[str, in
 
 def _phase(name: str, network: Footprint, activations: int, always: int, limit: int) -> PhasePlan:
     resident = network.resident(limit - always - activations)
-    return PhasePlan(
-        name, always + network.held(resident), activations, resident, streamed=sum(network.blocks[resident:])
-    )
-
-
-def _passes(variant: Variant, work: Workload) -> list[Sequence[int]]:
-    token_size = variant.vae.token_size
-    return passes(range(work.images), work.image_tokens(token_size) + work.reference_tokens(token_size))
+    weights, streamed = always + network.held(resident), sum(network.blocks[resident:])
+    return PhasePlan(name, weights, activations, resident, streamed)
 
 
 def passes(images: Sequence[int], tokens: int) -> list[Sequence[int]]:

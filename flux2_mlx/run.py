@@ -250,13 +250,13 @@ class Run:
     ) -> Conditions:
         dtype = self.networks.dtype
         guidance = mx.array([self.request.guidance]) if transformer.config.guidance_embeds else None
-        ids = image_ids(*self._grid)
-        past = None
+        past = along = None
         if encoded is not None and self.networks.checkpoint.variant.kv_cache:
-            past = read(transformer, encoded.references, dtype, guidance)
+            past = read(transformer, encoded.references, dtype, guidance, self.phases.execution)
         elif encoded is not None:
-            ids = np.concatenate([ids, encoded.references.ids])
-        return Conditions(transformer, dtype, ids, texts, guidance=guidance, past=past)
+            along = encoded.references.ids
+        conditions = partial(Conditions, transformer, dtype, image_ids(*self._grid), texts)
+        return conditions(guidance=guidance, past=past, along=along, execution=self.phases.execution)
 
     def _denoiser(
         self,

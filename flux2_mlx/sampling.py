@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from .errors import InputError
 from .layers import check_finite
 from .request import Step
 from .scheduler import euler_step
-from .transformer import Flux2Transformer, KeysValues, rope_table, text_ids
+from .transformer import PLAIN, Execution, Flux2Transformer, KeysValues, rope_table, text_ids
 
 # Gives the velocity `[B, L, C]` of float32 tokens `[B, L, C]` at a noise level σ in 0..1.
 Denoiser = Callable[[mx.array, float], mx.array]
@@ -34,10 +35,12 @@ class Conditions:
     Args:
         transformer: the network.
         dtype: what it computes in.
-        ids: positions `[L, 4]` of the tokens of a pass: an image's, then those that go along with it (see `beside`).
+        ids: positions `[L, 4]` of the tokens of an image.
         texts: states `[Lt, F]` of all prompts of the run, negative ones included; the same array may come repeatedly.
         guidance: the embedded scale `[1]`; only for models that were trained with one.
         past: keys and values that all tokens see besides (see `read`).
+        along: positions of tokens that go along with them (see `beside`), which get no velocity.
+        execution: how it is computed.
     """
 
     def __init__(
@@ -49,15 +52,18 @@ class Conditions:
         *,
         guidance: mx.array | None = None,
         past: list[KeysValues] | None = None,
+        along: np.ndarray | None = None,
+        execution: Execution = PLAIN,
     ):
-        self._transformer = transformer
         self._dtype = dtype
         self._guidance = guidance
         self._past = past
+        self._step = partial(transformer, image=len(ids), execution=execution)
+        seen = ids if along is None else np.concatenate([ids, along])
         distinct = {id(states): states for states in texts}
         self._projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
         lengths = {len(states) for states in texts}
-        self._ropes = {n: rope_table(np.concatenate([text_ids(n), ids]), transformer.config) for n in lengths}
+        self._ropes = {n: rope_table(np.concatenate([text_ids(n), seen]), transformer.config) for n in lengths}
 
     def denoiser(self, texts: Sequence[mx.array]) -> Denoiser:
         """The denoiser of images with these `texts`, which have one length."""
@@ -67,17 +73,21 @@ class Conditions:
         def velocity(tokens: mx.array, sigma: float) -> mx.array:
             tokens = tokens.astype(self._dtype)
             timestep = mx.array([sigma])
-            return self._transformer(tokens, states, timestep, rope, self._guidance, self._past)
+            return self._step(tokens, states, timestep, rope, self._guidance, self._past)
 
         return velocity
 
 
 def read(
-    transformer: Flux2Transformer, references: References, dtype: mx.Dtype, guidance: mx.array | None
+    transformer: Flux2Transformer,
+    references: References,
+    dtype: mx.Dtype,
+    guidance: mx.array | None,
+    execution: Execution = PLAIN,
 ) -> list[KeysValues]:
     """Keys and values of `references`, for a model that was trained to see them through these only."""
     rope = rope_table(references.ids, transformer.config)
-    return transformer.read(references.tokens.astype(dtype), rope, guidance)
+    return transformer.read(references.tokens.astype(dtype), rope, guidance, execution)
 
 
 def beside(denoiser: Denoiser, references: mx.array) -> Denoiser:

@@ -1,10 +1,12 @@
 """Time one denoising step of the transformer beside mflux's and diffusers', in alternating runs.
 
 All use float32 and random weights at the width of klein-4b with fewer blocks. Each implementation runs in a process
-of its own, told when to step; the ratios are taken run by run, so that a drifting machine does not distort them.
+of its own, told when to step; the ratios are taken run by run, so that a drifting machine does not distort them. CPU
+seconds are those of all threads of a process. What is not measured is "–".
 `complex` is ours with queries and keys rotated as complex numbers, which have no gradient in MLX.
-mflux goes into an environment of its own, with the same version of MLX (on Linux: `pip install mflux==0.24.*`,
-`pip uninstall mlx-cuda-13`, `pip install 'mlx[cpu]'`).
+mflux compiles its step except on M1 and M2, and so does this; on Linux that needs a C++ compiler. It goes into an
+environment of its own, with the same version of MLX (on Linux: `pip install mflux==0.24.*`, then `pip uninstall
+mlx-cuda-13` and `pip install 'mlx[cpu]'`), and diffusers may do so.
 
     python scripts/bench_transformer.py --mflux-python ~/mflux/bin/python --blas /usr/lib/…/libblas.so.3
 """
@@ -17,22 +19,27 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 DOUBLE, SINGLE, HEADS, CONTEXT = 2, 4, 24, 7680
 SIDE, TEXT = 32, 512  # 1024 image tokens, those of a 512×512 image
 SIGMA = 0.9
 
 
-def ours() -> tuple[Callable[[], object], Callable[[], int]]:
+Implementation = tuple[Callable[[], object], Callable[[], int | None]]  # a step, and bytes of its activations
+
+
+def ours() -> Implementation:
     import mlx.core as mx
     import numpy as np
     from mlx.utils import tree_map
 
     from flux2_mlx.config import TransformerConfig
     from flux2_mlx.transformer import Flux2Transformer, image_ids, rope_table, text_ids
+    from flux2_mlx.transformer.execution import executions
 
     config = TransformerConfig(DOUBLE, SINGLE, HEADS, CONTEXT, guidance_embeds=False)
+    execution = next(executions(config))
     model = Flux2Transformer(config)
     model.update(tree_map(lambda x: mx.random.normal(x.shape, scale=x.shape[-1] ** -0.5), model.parameters()))
     mx.eval(model.parameters())
@@ -41,13 +48,13 @@ def ours() -> tuple[Callable[[], object], Callable[[], int]]:
     # Text projection and rotations belong to the run, not to the step; they are made anew here to be fair.
     def step():
         rope = rope_table(np.concatenate([text_ids(TEXT), image_ids(SIDE, SIDE)]), config)
-        mx.eval(model(tokens, model.txt_in(text), mx.array([SIGMA]), rope))
+        mx.eval(model(tokens, model.txt_in(text), mx.array([SIGMA]), rope, execution=execution))
 
     mx.eval(tokens, text)
     return step, _mlx_activations(step)
 
 
-def ours_complex() -> tuple[Callable[[], object], Callable[[], int]]:
+def ours_complex() -> Implementation:
     import mlx.core as mx
 
     from flux2_mlx import transformer
@@ -66,10 +73,11 @@ def ours_complex() -> tuple[Callable[[], object], Callable[[], int]]:
     return ours()
 
 
-def mflux() -> tuple[Callable[[], object], Callable[[], int]]:
+def mflux() -> Implementation:
     import mlx.core as mx
     from mflux.models.common.config.model_config import ModelConfig
     from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
+    from mflux.utils.apple_silicon import AppleSiliconUtil
 
     ModelConfig.precision = mx.float32
     model = Flux2Transformer(num_layers=DOUBLE, num_single_layers=SINGLE)
@@ -80,12 +88,17 @@ def mflux() -> tuple[Callable[[], object], Callable[[], int]]:
     zeros = mx.zeros_like(rows)
     img_ids = mx.stack([zeros, rows, columns, zeros], axis=-1).reshape(1, -1, 4)
     txt_ids = mx.pad(mx.arange(TEXT)[:, None], [(0, 0), (3, 0)])[None]
-    mx.eval(tokens, text, img_ids, txt_ids)
-    step = lambda: mx.eval(model(tokens, text, SIGMA, img_ids, txt_ids))  # noqa: E731
+    timestep = mx.array(SIGMA)
+    predict = model if AppleSiliconUtil.is_m1_or_m2() else mx.compile(lambda *arrays: model(*arrays))
+
+    def step():
+        mx.eval(predict(tokens, text, timestep, img_ids, txt_ids))
+
+    mx.eval(tokens, text, timestep, img_ids, txt_ids)
     return step, _mlx_activations(step)
 
 
-def diffusers() -> tuple[Callable[[], object], Callable[[], int]]:
+def diffusers() -> Implementation:
     import torch
     from diffusers import Flux2Transformer2DModel
 
@@ -102,7 +115,7 @@ def diffusers() -> tuple[Callable[[], object], Callable[[], int]]:
         with torch.no_grad():
             model(tokens, text, torch.tensor([SIGMA]), img_ids[None], txt_ids[None], None)
 
-    return step, lambda: 0
+    return step, lambda: None
 
 
 def _mlx_activations(step: Callable[[], object]) -> Callable[[], int]:
@@ -120,13 +133,16 @@ def _mlx_activations(step: Callable[[], object]) -> Callable[[], int]:
 
 
 def work(name: str) -> None:
-    """Step whenever a line comes in, and answer with the seconds it took."""
+    """Step whenever a line comes in, and answer with the seconds it took, the CPU's as well. The first step, which
+    compiles, is not counted."""
     step, activations = {"ours": ours, "complex": ours_complex, "mflux": mflux, "diffusers": diffusers}[name]()
+    step()
     print(json.dumps({"activations": activations()}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         step()
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+        taken = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+        print(json.dumps(taken), flush=True)
 
 
 class Worker:
@@ -139,8 +155,9 @@ class Worker:
         )  # fmt: skip
         self.activations = self._read()["activations"]
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, float | None]:
         line = self._process.stdout.readline()
         if not line:
             sys.exit(f"the {self.name} worker ended early")
@@ -149,14 +166,29 @@ class Worker:
     def step(self) -> None:
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
-        self.seconds.append(self._read()["seconds"])
+        taken = self._read()
+        self.seconds.append(taken["seconds"])
+        self.cpu.append(taken["cpu"])
+
+    def row(self, first: "Worker") -> str:
+        """What it took, beside the `first` one, run by run."""
+        ratios = [mine / theirs for mine, theirs in zip(first.seconds, self.seconds, strict=True)]
+        activations = "–" if self.activations is None else f"{self.activations / 1e9:.3f}"
+        return f"{self.name:10} {spread(self.seconds)}  {spread(self.cpu)}  {spread(ratios)} {activations:>12}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Minimum, median and maximum; "–" if there is none."""
+    if not values:
+        return f"{'–':>24}"
+    return " ".join(f"{x:7.3f}" for x in (min(values), statistics.median(values), max(values)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mflux-python", help="python of an environment with mflux; left out: no mflux")
     parser.add_argument("--complex", action="store_true", help="compare with rotation by complex numbers as well")
-    parser.add_argument("--diffusers", action="store_true", help="compare with diffusers as well")
+    parser.add_argument("--diffusers-python", help="python of one with diffusers and PyTorch; left out: no diffusers")
     parser.add_argument("--blas", help="BLAS library to preload on Linux, where MLX's wheel links the reference BLAS")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -169,18 +201,16 @@ def main() -> None:
         workers.append(Worker("complex", sys.executable, arguments.blas))
     if arguments.mflux_python:
         workers.append(Worker("mflux", arguments.mflux_python, arguments.blas))
-    if arguments.diffusers:
-        workers.append(Worker("diffusers", sys.executable, None))
+    if arguments.diffusers_python:
+        workers.append(Worker("diffusers", arguments.diffusers_python, None))
     for _ in range(arguments.runs):
         for worker in workers:
             worker.step()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.runs} runs each")
+    columns = ("seconds: min, median, max", "CPU seconds", "ours / it")
+    print(f"{'':10} " + "  ".join(f"{column:>23}" for column in columns) + " activations, GB")
     for worker in workers:
-        ratios = [mine / theirs for mine, theirs in zip(workers[0].seconds, worker.seconds, strict=True)]
-        print(
-            f"{worker.name:10} median {statistics.median(worker.seconds):7.2f} s   "
-            f"ours/{worker.name} {statistics.median(ratios):.3f}   activations {worker.activations / 1e9:.3f} GB"
-        )
+        print(worker.row(workers[0]))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def measured_peak(
     ],
 )
 def test_the_prediction_is_near_the_peak_and_never_below(heads, batch, side, text, dtype, wide):
-    config = TransformerConfig(1, 1, heads, 64, guidance_embeds=False)
+    config = TransformerConfig(1, 2, heads, 64, guidance_embeds=False)
     widened = 0 if wide else 4 * Flux2Transformer(config).single_blocks[0].linear1.weight.size
     predicted = TransformerCost(config, dtype).passing(batch * (side * side + text), batch, widened)
     measured = measured_peak(config, batch, side, text, dtype, wide, predicted)

@@ -9,7 +9,7 @@ import pytest
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.errors import InputError
 from flux2_mlx.sampling import Conditions, Painting, References, beside, denoise, guided, read
-from flux2_mlx.transformer import image_ids, rope_table, text_ids
+from flux2_mlx.transformer import PLAIN, Execution, image_ids, rope_table, text_ids
 
 SIGMAS = np.array([1, 0.75, 0.5, 0], dtype=np.float32)
 
@@ -144,12 +144,13 @@ class Network:
         self.was_read.append(arguments)
         return "past"
 
-    def __call__(self, tokens, text, timestep, rope, guidance, past):
-        self.calls.append(SimpleNamespace(tokens=tokens, text=text, rope=rope, guidance=guidance, past=past))
+    def __call__(self, tokens, text, timestep, rope, guidance, past, **how):
+        self.calls.append(SimpleNamespace(tokens=tokens, text=text, rope=rope, guidance=guidance, past=past, **how))
         self.calls[-1].sigma = timestep.item()
-        return tokens
+        return tokens[:, : how["image"]]
 
 
+WAY = Execution(part=7)
 TEXTS = [mx.zeros((6, 2)), mx.ones((6, 2)), mx.full((9, 2), 5.0)]
 REFERENCES = References(mx.full((1, 4, 4), 7.0), image_ids(2, 2, 10))
 
@@ -165,7 +166,7 @@ def test_the_texts_of_a_pass(noise):
     conditions.denoiser([TEXTS[2], TEXTS[2]])(noise, 0.25)
     first, second = network.calls
     assert (velocity.shape, first.tokens.dtype, first.sigma, second.sigma) == (noise.shape, mx.bfloat16, 0.5, 0.25)
-    assert (first.guidance, first.past) == (None, None)
+    assert (first.guidance, first.past, first.image, first.execution) == (None, None, 3, PLAIN)
     assert mx.array_equal(first.text, mx.stack([mx.full((6, 2), 2.0), mx.ones((6, 2))]))
     assert mx.array_equal(second.text, mx.full((2, 9, 2), 6.0))
     assert_rope(first.rope, text_ids(6), image_ids(1, 3))
@@ -181,11 +182,12 @@ def test_embedded_guidance(noise):
 
 def test_references_as_keys_and_values(noise):
     network, guidance = Network(), mx.array([2.5])
-    past = read(network, REFERENCES, mx.float32, guidance)
+    past = read(network, REFERENCES, mx.float32, guidance, WAY)
     conditions = Conditions(network, mx.float32, image_ids(1, 3), TEXTS, guidance=guidance, past=past)
     assert conditions.denoiser(TEXTS[:2])(noise, 0.5).shape == noise.shape
     (call,) = network.calls
-    ((tokens, rope, seen),) = network.was_read
+    ((tokens, rope, seen, execution),) = network.was_read
+    assert execution == WAY
     assert (call.past, call.tokens.shape, seen.item()) == ("past", noise.shape, 2.5)
     assert mx.array_equal(tokens, REFERENCES.tokens)
     assert_rope(rope, REFERENCES.ids)
@@ -194,10 +196,11 @@ def test_references_as_keys_and_values(noise):
 
 def test_references_as_tokens(noise):
     network = Network()
-    conditions = Conditions(network, mx.float32, np.concatenate([image_ids(1, 3), REFERENCES.ids]), TEXTS)
+    conditions = Conditions(network, mx.float32, image_ids(1, 3), TEXTS, along=REFERENCES.ids, execution=WAY)
     assert beside(conditions.denoiser(TEXTS[:2]), REFERENCES.tokens)(noise, 0.5).shape == noise.shape
     (call,) = network.calls
     assert (call.past, call.tokens.shape, network.was_read) == (None, (2, 7, 4), [])
+    assert (call.image, call.execution) == (3, WAY)
     assert_rope(call.rope, text_ids(6), image_ids(1, 3), REFERENCES.ids)
 
 

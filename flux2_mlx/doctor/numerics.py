@@ -17,6 +17,7 @@ from ..pipeline import Flux2Pipeline
 from ..quantization import GROUP_SIZE, quantize_array
 from ..transformer import image_ids, rope_table, text_ids
 from ..transformer.blocks import DoubleBlock, SingleBlock
+from ..transformer.execution import executions
 from ..transformer.headroom import in_units, unit
 from .finding import Finding, judged, skipped
 
@@ -136,7 +137,10 @@ def double_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype) ->
     img, txt = _stream(_SIDE**2, config, dtype), _stream(_TEXT, config, dtype)
     mods = [[_modulation(config, dtype, seed) for seed in range(6)] for _ in range(2)]
     rope = _rope(config, _SIDE)
-    return lambda: mx.concatenate(block(img, txt, *mods, rope), axis=1).astype(mx.float32) * unit(dtype)
+    execution = next(executions(config))
+    return lambda: (
+        mx.concatenate(block(img, txt, *mods, rope, None, execution), axis=1).astype(mx.float32) * unit(dtype)
+    )
 
 
 def single_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype, side: int = _SIDE) -> Pass:
@@ -144,7 +148,8 @@ def single_pass(block: nn.Module, config: TransformerConfig, dtype: mx.Dtype, si
     x = _stream(side**2 + _TEXT, config, dtype)
     rope = _rope(config, side)
     mods = [_modulation(config, dtype, seed) for seed in range(3)]
-    return lambda: block(x, mods, rope).astype(mx.float32) * unit(dtype)
+    execution = next(executions(config))
+    return lambda: block(x, mods, rope, None, execution).astype(mx.float32) * unit(dtype)
 
 
 def random_weights(module: nn.Module) -> nn.Module:

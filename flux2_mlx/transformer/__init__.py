@@ -2,7 +2,17 @@
 
 from .blocks import KeysValues
 from .cost import TransformerCost
+from .execution import PLAIN, Execution
 from .model import Flux2Transformer
 from .rope import image_ids, rope_table, text_ids
 
-__all__ = ["Flux2Transformer", "KeysValues", "TransformerCost", "image_ids", "rope_table", "text_ids"]
+__all__ = [
+    "PLAIN",
+    "Execution",
+    "Flux2Transformer",
+    "KeysValues",
+    "TransformerCost",
+    "image_ids",
+    "rope_table",
+    "text_ids",
+]

@@ -14,14 +14,14 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import TransformerConfig
-from ..layers import Linear, attention, silu
+from ..layers import Linear, attention, project_sum, project_to, silu
+from .execution import PLAIN, Execution
 from .headroom import clipped, gated_sum, in_units, swiglu, unit
+from .kernel import fits, fused_heads
 from .rope import rotate
 
 KeysValues = tuple[mx.array, mx.array]
 Heads = tuple[mx.array, mx.array, mx.array]
-# What is several times as wide as the stream is worked out for this many tokens at a time.
-TOKENS_PER_PART = 1024
 
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
@@ -79,40 +79,76 @@ class HeadNorm(nn.Module):
 class QKNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
+        self._eps = eps
         self.query_norm = HeadNorm(dim, eps)
         self.key_norm = HeadNorm(dim, eps)
 
+    @property
+    def eps(self) -> float:
+        return self._eps
 
-def by_parts(x: mx.array, work: Callable[[slice], Any]) -> Iterator[Any]:
-    """What `work` makes of the tokens of `x` `[B, L, D]`, one slice of the sequence after the other."""
+    @property
+    def scales(self) -> tuple[mx.array, mx.array]:
+        return self.query_norm.scale, self.key_norm.scale
+
+
+def by_parts(
+    x: mx.array, work: Callable[[slice], Any], execution: Execution, stream: int | None = None
+) -> Iterator[Any]:
+    """What `work` makes of the tokens of `x` `[B, L, D]`, one slice of the sequence after the other. They may be of a
+    longer `stream` of so many, which is worked on in several parts then."""
     B, L, _ = x.shape
-    size = max(1, TOKENS_PER_PART // B)
+    size = max(1, execution.part // B)
     for start in range(0, L, size):
         part = work(slice(start, start + size))
-        if size < L:
-            mx.eval(part)
+        if size < (stream or L):
+            execution.settle(part)
         yield part
 
 
-def rotated_heads(qkv: mx.array, heads: int, norm: QKNorm, rope: mx.array) -> Heads:
-    """Split `[B, L, 3D]` into q and k, normalised and rotated, and v, in units, each `[B, heads, L, head_dim]`."""
-    B, L, _ = qkv.shape
+def rotated_heads(projected: mx.array, heads: int, norm: QKNorm, rope: mx.array, execution: Execution) -> Heads:
+    """Queries and keys, normalised and rotated, and values, in units, each `[B, heads, L, head_dim]`, of a projection
+    `[B, L, W]` that begins with them, in `[3, heads, head_dim]`."""
+    B, L, _ = projected.shape
+    head_dim = norm.query_norm.scale.size
+    if execution.fused and fits(projected, head_dim, *norm.scales):
+        return fused_heads(projected, heads, norm.scales, norm.eps, rope)
+    qkv = projected[..., : 3 * heads * head_dim]
     q, k, v = qkv.reshape(B, L, 3, heads, -1).transpose(2, 0, 3, 1, 4)
-    q, k = norm.query_norm(clipped(q)), norm.key_norm(clipped(k))
     # v is copied, for a view would keep the whole projection that it is cut from alive.
-    return rotate(q, rope), rotate(k, rope), mx.contiguous(in_units(v))
+    return (
+        rotate(norm.query_norm(clipped(q)), rope),
+        rotate(norm.key_norm(clipped(k)), rope),
+        mx.contiguous(in_units(v)),
+    )
 
 
-def joined_attention(parts: Iterator[Heads], past: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
-    """Attention over all tokens of `parts`: `[B, L, D]`, with the keys and the values.
+def keys_values(projected: mx.array, heads: int, norm: QKNorm, rope: mx.array) -> KeysValues:
+    """Keys, normalised and rotated, and values, in units, each `[B, heads, L, head_dim]`, of `[B, L, 2D]`."""
+    B, L, _ = projected.shape
+    k, v = projected.reshape(B, L, 2, heads, -1).transpose(2, 0, 3, 1, 4)
+    return rotate(norm.key_norm(clipped(k)), rope), mx.contiguous(in_units(v))
 
-    `past` are keys and values `[1, heads, Lr, head_dim]` that all tokens see as well.
-    """
+
+def joined(parts: Iterator[tuple[mx.array, ...]], execution: Execution) -> Iterator[mx.array]:
+    """Queries, keys and values of all tokens of `parts`, as many of these as a part has."""
     columns = [list(column) for column in zip(*parts, strict=True)]
     # The parts of a column are gone before the next is joined, so that no two columns are in memory twice.
-    q, k, v = (_joined(columns.pop(0)) for _ in range(3))
-    keys, values = (k, v) if past is None else (_before(k, past[0]), _before(v, past[1]))
-    return attention(q, keys, values), (k, v)
+    while columns:
+        yield _joined(columns.pop(0), execution)
+
+
+def attended(q: mx.array, k: mx.array, v: mx.array, past: KeysValues | None, execution: Execution) -> mx.array:
+    """What each query sees: `[B, L, D]`. `past` are keys and values `[1, heads, Lr, head_dim]` that all see as well."""
+    if past is not None:
+        k, v = _before(k, past[0]), _before(v, past[1])
+    return attention(q, k, v, settle=execution.settle)
+
+
+def side_by_side(parts: Iterator[mx.array]) -> mx.array:
+    """The tokens `[B, L, D]` of all parts."""
+    arrays = list(parts)
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=1)
 
 
 def _before(new: mx.array, old: mx.array) -> mx.array:
@@ -120,11 +156,11 @@ def _before(new: mx.array, old: mx.array) -> mx.array:
     return mx.concatenate([new, mx.repeat(old, len(new), axis=0)], axis=2)
 
 
-def _joined(column: list[mx.array]) -> mx.array:
+def _joined(column: list[mx.array], execution: Execution) -> mx.array:
     if len(column) == 1:
         return column[0]
     whole = mx.concatenate(column, axis=2)
-    mx.eval(whole)
+    execution.settle(whole)
     return whole
 
 
@@ -143,8 +179,8 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(config.attention_head_dim, config.eps)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def __call__(self, x: mx.array, rope: mx.array) -> Heads:
-        return rotated_heads(self.qkv(x), self._heads, self.norm, rope)
+    def __call__(self, x: mx.array, rope: mx.array, execution: Execution = PLAIN) -> Heads:
+        return rotated_heads(self.qkv(x), self._heads, self.norm, rope, execution)
 
 
 def _mlp(config: TransformerConfig) -> list[nn.Module]:
@@ -171,33 +207,49 @@ class DoubleBlock(nn.Module):
         txt_mod: list[mx.array],
         rope: mx.array,
         past: KeysValues | None = None,
+        execution: Execution = PLAIN,
     ) -> tuple[mx.array, mx.array]:
         L = txt.shape[1]
-        txt_heads = self._heads(txt, self.txt_attn, txt_mod, rope[:L])
-        out, _ = joined_attention(chain(txt_heads, self._heads(img, self.img_attn, img_mod, rope[L:])), past)
-        txt = self._add(txt, out[:, :L], self.txt_attn, self.txt_mlp, txt_mod)
-        img = self._add(img, out[:, L:], self.img_attn, self.img_mlp, img_mod)
+        txt_heads = self._heads(txt, self.txt_attn, txt_mod, rope[:L], execution)
+        heads = chain(txt_heads, self._heads(img, self.img_attn, img_mod, rope[L:], execution))
+        seen = attended(*joined(heads, execution), past, execution)  # keys and values are gone with this line
+        txt = self._add(txt, seen[:, :L], self.txt_attn, self.txt_mlp, txt_mod, execution)
+        img = self._add(img, seen[:, L:], self.img_attn, self.img_mlp, img_mod, execution)
         return img, txt
 
-    def read(self, img: mx.array, img_mod: list[mx.array], rope: mx.array) -> tuple[mx.array, KeysValues]:
+    def read(
+        self, img: mx.array, img_mod: list[mx.array], rope: mx.array, execution: Execution = PLAIN
+    ) -> tuple[mx.array, KeysValues]:
         """The image stream alone, and the keys and values that others see of it."""
-        out, seen = joined_attention(self._heads(img, self.img_attn, img_mod, rope))
-        return self._add(img, out, self.img_attn, self.img_mlp, img_mod), seen
+        q, k, v = joined(self._heads(img, self.img_attn, img_mod, rope, execution), execution)
+        seen = attended(q, k, v, None, execution)
+        return self._add(img, seen, self.img_attn, self.img_mlp, img_mod, execution), (k, v)
 
-    def _heads(self, x: mx.array, attn: StreamAttention, mod: list[mx.array], rope: mx.array) -> Iterator[Heads]:
-        return by_parts(x, lambda tokens: attn(modulate(x[:, tokens], mod[0], mod[1], self._eps), rope[tokens]))
+    def _heads(
+        self, x: mx.array, attn: StreamAttention, mod: list[mx.array], rope: mx.array, execution: Execution
+    ) -> Iterator[Heads]:
+        def heads(tokens: slice) -> Heads:
+            return attn(modulate(x[:, tokens], mod[0], mod[1], self._eps), rope[tokens], execution)
+
+        return by_parts(x, heads, execution)
 
     def _add(
-        self, x: mx.array, attended: mx.array, attn: StreamAttention, mlp: list[nn.Module], mod: list[mx.array]
+        self,
+        x: mx.array,
+        seen: mx.array,
+        attn: StreamAttention,
+        mlp: list[nn.Module],
+        mod: list[mx.array],
+        execution: Execution,
     ) -> mx.array:
         def added(tokens: slice) -> mx.array:
-            part = gated_sum(x[:, tokens], mod[2], attn.proj(attended[:, tokens]))
+            part = gated_sum(x[:, tokens], mod[2], attn.proj(seen[:, tokens]))
             y = modulate(part, mod[3], mod[4], self._eps)
             for layer in mlp:
                 y = layer(y)
             return gated_sum(part, mod[5], y)
 
-        return mx.concatenate(list(by_parts(x, added)), axis=1)
+        return side_by_side(by_parts(x, added, execution))
 
 
 class SingleBlock(nn.Module):
@@ -207,41 +259,109 @@ class SingleBlock(nn.Module):
         super().__init__()
         D, M = config.hidden_size, config.mlp_hidden_size
         self._eps = config.eps
-        self._heads = config.num_attention_heads
+        self._heads_count = config.num_attention_heads
+        self._keys = slice(D, 3 * D)  # and values, among the outputs of linear1
         self._split = (3 * D, 3 * D + M)
         self.linear1 = Linear(D, 3 * D + 2 * M)
         self.linear2 = Linear(D + M, D)
         self.norm = QKNorm(config.attention_head_dim, config.eps)
 
-    def __call__(self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None = None) -> mx.array:
-        return self._run(x, mod, rope, past)[0]
+    def __call__(
+        self,
+        x: mx.array,
+        mod: list[mx.array],
+        rope: mx.array,
+        past: KeysValues | None = None,
+        execution: Execution = PLAIN,
+        wanted: slice | None = None,
+    ) -> mx.array:
+        """The tokens after this block: all, or those of a slice, for which alone queries and MLP are worked out."""
+        if wanted is not None:
+            return self._some(x, mod, rope, past, execution, wanted)
+        hidden: list[mx.array] = []
+        heads = self._heads(x, slice(None), mod, rope, execution, hidden)
+        seen = attended(*joined(heads, execution), past, execution)  # keys and values are gone with this line
+        return self._add(x, seen, hidden, mod[2], execution)
 
-    def read(self, x: mx.array, mod: list[mx.array], rope: mx.array) -> tuple[mx.array, KeysValues]:
-        """The tokens after this block, and the keys and values that others see of them."""
-        return self._run(x, mod, rope, None)
-
-    def _run(
-        self, x: mx.array, mod: list[mx.array], rope: mx.array, past: KeysValues | None
+    def read(
+        self, x: mx.array, mod: list[mx.array], rope: mx.array, execution: Execution = PLAIN
     ) -> tuple[mx.array, KeysValues]:
-        shift, scale, gate = mod
-        hidden = []  # of the MLP, each part until it is added
+        """The tokens after this block, and the keys and values that others see of them."""
+        hidden: list[mx.array] = []
+        q, k, v = joined(self._heads(x, slice(None), mod, rope, execution, hidden), execution)
+        return self._add(x, attended(q, k, v, None, execution), hidden, mod[2], execution), (k, v)
+
+    def _some(
+        self,
+        x: mx.array,
+        mod: list[mx.array],
+        rope: mx.array,
+        past: KeysValues | None,
+        execution: Execution,
+        wanted: slice,
+    ) -> mx.array:
+        hidden: list[mx.array] = []
+        queries: list[mx.array] = []
+
+        def keys_values() -> Iterator[KeysValues]:
+            """Of all tokens, in their order."""
+            yield from self._keys_values(x, slice(wanted.start), mod, rope, execution)
+            for q, k, v in self._heads(x, wanted, mod, rope, execution, hidden):
+                queries.append(q)
+                yield k, v
+            yield from self._keys_values(x, slice(wanted.stop, None), mod, rope, execution)
+
+        def seen() -> mx.array:
+            k, v = joined(keys_values(), execution)
+            q = _joined(queries, execution)
+            queries.clear()
+            return attended(q, k, v, past, execution)
+
+        return self._add(x[:, wanted], seen(), hidden, mod[2], execution)
+
+    def _heads(
+        self,
+        x: mx.array,
+        span: slice,
+        mod: list[mx.array],
+        rope: mx.array,
+        execution: Execution,
+        hidden: list[mx.array],
+    ) -> Iterator[Heads]:
+        """Heads of a span of the tokens by parts. The MLP of each part goes to `hidden`, until it is added."""
+        some, turned = x[:, span], rope[span]
 
         def projected(tokens: slice) -> tuple[Heads, mx.array]:
-            y = self.linear1(modulate(x[:, tokens], shift, scale, self._eps))
-            qkv, mlp_gate, mlp = mx.split(y, self._split, axis=-1)
-            return rotated_heads(qkv, self._heads, self.norm, rope[tokens]), swiglu(mlp_gate, mlp)
+            y = self.linear1(modulate(some[:, tokens], mod[0], mod[1], self._eps))
+            mlp_gate, mlp = mx.split(y, self._split, axis=-1)[1:]
+            return rotated_heads(y, self._heads_count, self.norm, turned[tokens], execution), swiglu(mlp_gate, mlp)
 
-        def heads() -> Iterator[Heads]:
-            for part, mlp in by_parts(x, projected):
-                hidden.append(mlp)
-                yield part
+        for part, mlp in by_parts(some, projected, execution, x.shape[1]):
+            hidden.append(mlp)
+            yield part
 
+    def _keys_values(
+        self, x: mx.array, span: slice, mod: list[mx.array], rope: mx.array, execution: Execution
+    ) -> Iterator[KeysValues]:
+        """Those of a span of the tokens alone."""
+        some, turned = x[:, span], rope[span]
+
+        def projected(tokens: slice) -> KeysValues:
+            y = modulate(some[:, tokens], mod[0], mod[1], self._eps)
+            return keys_values(project_to(self.linear1, y, self._keys), self._heads_count, self.norm, turned[tokens])
+
+        return by_parts(some, projected, execution, x.shape[1])
+
+    def _add(
+        self, x: mx.array, seen: mx.array, hidden: list[mx.array], gate: mx.array, execution: Execution
+    ) -> mx.array:
         def added(tokens: slice) -> mx.array:
-            y = mx.concatenate([out[:, tokens], hidden.pop(0)], axis=-1)
-            return gated_sum(x[:, tokens], gate, self.linear2(y))
+            mlp = hidden.pop(0)
+            if execution.summed:
+                return gated_sum(x[:, tokens], gate, project_sum(self.linear2, seen[:, tokens], mlp))
+            return gated_sum(x[:, tokens], gate, self.linear2(mx.concatenate([seen[:, tokens], mlp], axis=-1)))
 
-        out, seen = joined_attention(heads(), past)
-        return mx.concatenate(list(by_parts(x, added)), axis=1), seen
+        return side_by_side(by_parts(x, added, execution))
 
 
 class LastLayer(nn.Module):

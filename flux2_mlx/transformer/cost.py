@@ -1,12 +1,13 @@
 """What the transformer takes beside its weights: bytes of its activations, and its longest operation."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ..config import TransformerConfig
 from ..layers import attention_operations, score_bytes
-from .blocks import TOKENS_PER_PART
+from .execution import PLAIN, Execution, executions, widest
 
 # Arrays as wide as the stream. Kept of each token that is projected until all can attend: queries, keys, values, and
 # the gated MLP of a single block, three times as wide. While all attend, these and the stream before and after it.
@@ -17,14 +18,23 @@ _WIDENING_ARRAYS = 11
 # float32 for norms and rotation. Fitted to peaks: python -m pytest -s tests/test_memory.py -k near_the_peak
 _PROJECTED_ARRAYS = 3
 _FLOAT32_BYTES = 75
+# The same on a GPU, whose kernels have no intermediates: what a projection reads and gives (1 and 9), heads and the
+# gated MLP (3 each), and two for heads that no kernel makes.
+_ON_GPU_ARRAYS = 18
 
 
 @dataclass(frozen=True)
 class TransformerCost:
-    """Costs of a transformer of such a geometry, computing in `dtype`."""
+    """Costs of a transformer of such a geometry, computing in `dtype`, in one of its ways."""
 
     config: TransformerConfig
     dtype: mx.Dtype
+    execution: Execution = PLAIN
+
+    @property
+    def ways(self) -> "Iterator[TransformerCost]":
+        """These costs in each way of computing that there is on this device, the fastest first."""
+        return (replace(self, execution=execution) for execution in executions(self.config))
 
     def states(self, tokens: int) -> int:
         """Bytes of the states of so many text tokens before they are projected."""
@@ -70,7 +80,7 @@ class TransformerCost:
         config = self.config
         itemsize = self.dtype.size
         array = itemsize * config.hidden_size
-        part = min(tokens, TOKENS_PER_PART)
+        part = min(tokens, self.execution.part)
         scores = score_bytes(images * config.num_attention_heads, tokens // images, config.attention_head_dim, itemsize)
         # A chunk of queries is scaled before it attends, and kept until it has.
         chunk = min(scores * 2 * config.attention_head_dim * images // tokens, 2 * tokens * array)
@@ -80,18 +90,36 @@ class TransformerCost:
             projected += scores  # all is evaluated at once, attention included, unless that is in chunks
         projected = max(projected, part * _WIDENING_ARRAYS * array + widened)
         kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
+        if self.execution.runs_ahead:
+            return max(attending, part * _WIDENING_ARRAYS * array + widened, self._running_ahead(tokens, part) + scores)
         return max(attending, kept * array + projected)
+
+    def _running_ahead(self, tokens: int, part: int) -> int:
+        """Bytes of the part of so many `tokens` that takes most beside what is kept of those before it, which is the
+        last one or the last whole one, and room for the largest array."""
+        before = (tokens - 1) // part * part
+        last = before * _KEPT_ARRAYS + (tokens - before) * _ON_GPU_ARRAYS
+        whole = (before - part) * _KEPT_ARRAYS + part * _ON_GPU_ARRAYS
+        arrays = tokens + max(last, whole)
+        return arrays * self.config.hidden_size * self.dtype.size + self.largest(tokens)
+
+    def largest(self, tokens: int) -> int:
+        """Bytes of the largest array of a pass over so many tokens, where nothing is waited for meanwhile: a GPU's
+        memory is full of what is worked on and what is asked for until MLX's limit is reached, and MLX looks at that
+        before it allocates. Where parts are waited for it is not, and this is 0."""
+        if not self.execution.runs_ahead:
+            return 0
+        return min(tokens, self.execution.part) * widest(self.config) * self.dtype.size
 
     def longest(self, text: int, others: int, images: int) -> int:
         """Operations of the longest product or attention of a pass, with `others` besides the tokens of the text."""
         config = self.config
         D = config.hidden_size
         tokens = text + others
-        part = min(images * tokens, TOKENS_PER_PART)
-        widest = 3 * D + 2 * config.mlp_hidden_size
+        part = min(images * tokens, self.execution.part)
         heads = images * config.num_attention_heads
         return max(
-            2 * part * D * widest,
+            2 * part * D * widest(config),
             attention_operations(heads, tokens, tokens, config.attention_head_dim, self.dtype.size),
             2 * images * text * config.joint_attention_dim * D,
         )

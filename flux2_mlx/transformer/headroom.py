@@ -15,9 +15,14 @@ from ..layers import clip_float16
 UNIT = 32
 
 
+def clips(dtype: mx.Dtype) -> bool:
+    """Whether what is too large for this dtype is put at the end of its range."""
+    return dtype == mx.float16
+
+
 def unit(dtype: mx.Dtype) -> int:
     """What 1 stands for in a stream of this dtype."""
-    return UNIT if dtype == mx.float16 else 1
+    return UNIT if clips(dtype) else 1
 
 
 def output_unit(layer: str, dtype: mx.Dtype) -> int:

@@ -17,7 +17,7 @@ from helpers.parity import BLOCK, random_tensor, randomize, relative_error, to_m
 from helpers.source_rules import rules_for
 from mlx.utils import tree_flatten, tree_map
 
-from flux2_mlx.transformer import blocks, rope_table
+from flux2_mlx.transformer import Execution, rope_table
 from flux2_mlx.transformer.blocks import DoubleBlock, SingleBlock
 from reference.test_blocks import TINY, block_arguments, positions, reference_rope
 
@@ -52,11 +52,11 @@ def weighting(shape: tuple[int, ...]) -> torch.Tensor:
     return random_tensor(*shape, seed=100 + shape[1])
 
 
-def double_case() -> Case:
+def double_case(execution: Execution) -> Case:
     reference = randomize(Flux2TransformerBlock(**block_arguments(TINY)))
 
     def call(block, img, txt, img_mod, txt_mod):
-        return block(img, txt, split(img_mod, 6), split(txt_mod, 6), rope_table(IDS, TINY))
+        return block(img, txt, split(img_mod, 6), split(txt_mod, 6), rope_table(IDS, TINY), None, execution)
 
     def call_reference(img, txt, img_mod, txt_mod):
         return reference(img, txt, img_mod, txt_mod, reference_rope(TINY, IDS))[::-1]
@@ -66,35 +66,40 @@ def double_case() -> Case:
     return Case(DoubleBlock(TINY), reference, prefixes, shapes, call, call_reference)
 
 
-def single_case() -> Case:
+def single_case(execution: Execution, wanted: slice | None = None) -> Case:
     reference = randomize(Flux2SingleTransformerBlock(**block_arguments(TINY)))
 
     def call(block, x, mod):
-        return (block(x, split(mod, 3), rope_table(IDS, TINY)),)
+        return (block(x, split(mod, 3), rope_table(IDS, TINY), None, execution, wanted),)
 
     def call_reference(x, mod):
-        return (reference(x, None, mod, reference_rope(TINY, IDS)),)
+        return (reference(x, None, mod, reference_rope(TINY, IDS))[:, wanted or slice(None)],)
 
     shapes = [(BATCH, len(IDS), D), (BATCH, 3 * D)]
     prefixes = ("single_blocks.3.", "single_transformer_blocks.3.")
     return Case(SingleBlock(TINY), reference, prefixes, shapes, call, call_reference)
 
 
+def last_case(execution: Execution) -> Case:
+    """A single block of which some tokens are wanted, neither the first nor the last."""
+    return single_case(execution, slice(TEXT, len(IDS) - 2))
+
+
 def split(modulation: mx.array, count: int) -> list[mx.array]:
     return mx.split(modulation[:, None], count, axis=-1)
 
 
-@pytest.fixture(params=[double_case, single_case], ids=["double", "single"])
-def case(request, _no_gradients) -> Iterator[Case]:
-    made = request.param()
+@pytest.fixture(params=[1024, 7], ids=["at one time", "in parts"])
+def execution(request) -> Execution:
+    return Execution(request.param)
+
+
+@pytest.fixture(params=[double_case, single_case, last_case], ids=["double", "single", "last"])
+def case(request, execution, _no_gradients) -> Iterator[Case]:
+    made = request.param(execution)
     transfer(made.reference, made.ours, "transformer", TINY, *made.prefixes)
     with torch.enable_grad():
         yield made
-
-
-@pytest.fixture(params=[blocks.TOKENS_PER_PART, 7], ids=["at one time", "in parts"], autouse=True)
-def _parts(request, monkeypatch) -> None:
-    monkeypatch.setattr(blocks, "TOKENS_PER_PART", request.param)
 
 
 def gradients(case: Case) -> tuple[Any, list[mx.array]]:

@@ -1,0 +1,91 @@
+"""How a pass through the transformer is computed: ways that differ in memory and time, not in what they give."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import TransformerConfig
+from ..device import on_gpu, on_metal
+from ..layers import OPERATIONS_PER_CHUNK
+
+# What is several times as wide as the stream is worked out for this many tokens at a time where memory counts: in
+# float32 that takes 47 bytes a token and channel, and all 4,608 tokens of an image of 1024² at once 104.
+TOKENS_PER_PART = 1024
+
+
+class Waits(Enum):
+    """What a pass waits for before it asks for more."""
+
+    PARTS = "each part of a sequence and what is joined of parts, so that little is in memory at one time"
+    BLOCKS = "each block"
+    NEVER = "nothing: MLX waits where its memory limit makes it"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A way of computing a pass. All give the same within rounding; the default one is the reference for others.
+
+    Attributes:
+        part: how many tokens of all images together a block projects at one time.
+        waits: what is waited for.
+        fused: whether one kernel makes heads of projections, which needs a GPU and has no gradient.
+        summed: whether what attends and the MLP are projected each by itself and added, instead of side by side.
+    """
+
+    part: int = TOKENS_PER_PART
+    waits: Waits = Waits.PARTS
+    fused: bool = False
+    summed: bool = False
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether more is asked for than is waited for within a block."""
+        return self.waits is not Waits.PARTS
+
+    @property
+    def waits_for_blocks(self) -> bool:
+        return self.waits is not Waits.NEVER
+
+    def settle(self, *arrays: Any) -> None:
+        """Have what a part of a block gives computed."""
+        if self.runs_ahead:
+            mx.async_eval(*arrays)
+        else:
+            mx.eval(*arrays)
+
+    def finish(self, *arrays: Any) -> None:
+        """Have what a block gives computed."""
+        if self.waits_for_blocks:
+            mx.eval(*arrays)
+        else:
+            mx.async_eval(*arrays)
+
+
+PLAIN = Execution()
+
+
+def executions(config: TransformerConfig) -> Iterator[Execution]:
+    """The ways of computing that this device has, the fastest first and the one that takes least memory last.
+
+    A CPU starts working when it is asked to, so that waiting costs nothing there, and parts stay in its cache. A GPU
+    stands still for about 0.25 ms at every wait (MLX issue 4265), 340 times a step of klein-4b at 1024². A product
+    still is no longer than other operations, or macOS would stop it.
+    """
+    if on_gpu():
+        token = 2 * config.hidden_size * widest(config)
+        part = max(TOKENS_PER_PART, OPERATIONS_PER_CHUNK // token)
+        # Metal multiplies by some columns of a weight as they lie; CUDA and CPUs would copy them first.
+        fused = Execution(part, Waits.NEVER, fused=True, summed=on_metal())
+        yield fused
+        yield replace(fused, waits=Waits.BLOCKS)
+        yield replace(fused, waits=Waits.BLOCKS, part=TOKENS_PER_PART)
+    else:
+        yield PLAIN
+
+
+def widest(config: TransformerConfig) -> int:
+    """Channels of the widest projection of the stream."""
+    return 3 * config.hidden_size + 2 * config.mlp_hidden_size
