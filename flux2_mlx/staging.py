@@ -152,6 +152,19 @@ def remove_leftovers(parent: Path) -> None:
         _remove_bare(work)
 
 
+def remove_abandoned(path: Path, *, empty: bool = False) -> None:
+    """Remove a file that its process holds locked while it lives, if that is gone; with `empty` only if nothing is in
+    it."""
+    with suppress(OSError):  # BlockingIOError: it is being written
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not empty or os.fstat(descriptor).st_size == 0:
+                os.unlink(path)
+        finally:
+            os.close(descriptor)
+
+
 def is_work(path: Path) -> bool:
     """Whether `path` has the name of a folder in which something is made."""
     return path.name.startswith(_PREFIX)
@@ -250,7 +263,7 @@ def _remove_bare(work: Path) -> None:
     if _NAME.fullmatch(work.name) and not work.is_symlink():
         with suppress(OSError):
             if os.listdir(work) == [_MARK]:
-                _remove_abandoned(work / _MARK, empty=True)
+                remove_abandoned(work / _MARK, empty=True)
             work.rmdir()
 
 
@@ -326,16 +339,4 @@ def _remove_parts(folder: Path) -> None:
     """Remove the unfinished files in `folder` whose processes are gone."""
     with suppress(OSError):  # what can't be listed or removed is in nobody's way
         for name in filter(_PART.fullmatch, os.listdir(folder)):
-            _remove_abandoned(folder / name)
-
-
-def _remove_abandoned(path: Path, *, empty: bool = False) -> None:
-    """Remove a locked file whose process is gone; with `empty` only if nothing is in it."""
-    with suppress(OSError):  # BlockingIOError: it is being written
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not empty or os.fstat(descriptor).st_size == 0:
-                os.unlink(path)
-        finally:
-            os.close(descriptor)
+            remove_abandoned(folder / name)

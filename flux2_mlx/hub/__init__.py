@@ -1,7 +1,6 @@
 """The Hugging Face Hub: which files of a repo are needed, their download, and the cache that they go to."""
 
 from .cache import PARTIAL, Download, Folders, is_weight, remove_empty, remove_files, snapshot_files, storage_of
-from .downloads import remove_partial
 from .errors import UnindexedError
 from .repo import SHARD, cache_folder, fetch, header, is_repo_id
 from .selection import Selection, names_of, select
@@ -21,7 +20,6 @@ __all__ = [
     "names_of",
     "remove_empty",
     "remove_files",
-    "remove_partial",
     "select",
     "snapshot_files",
     "storage_of",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..errors import DownloadError
 from ..layout import INDEX, PICKLES, WEIGHTS
-from ..staging import write
-from .downloads import Blob, remove_partial
+from ..staging import remove_abandoned, write
+from .downloads import Blob
 
 _NEEDED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)")
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -186,7 +186,7 @@ class Download:
         listed = {blob.digest for blob in self.files.values()}
         for partial in (self.storage / "blobs").glob(f"*{PARTIAL}"):
             if partial.name.removesuffix(PARTIAL) not in listed:
-                remove_partial(partial)
+                remove_abandoned(partial)
 
     def discard(self) -> int:
         """Remove what this download has brought, unless something else refers to it; gives the bytes removed."""

@@ -146,13 +146,6 @@ def download(
         return True
 
 
-def remove_partial(partial: Path) -> None:
-    """Delete a partial file, unless a process is at work on it."""
-    with suppress(OSError), partial.open("rb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        partial.unlink()
-
-
 @contextmanager
 def _claim(partial: Path) -> Iterator[BinaryIO]:
     """Open `partial` for this process alone."""

@@ -22,13 +22,12 @@ from ..hub import (
     cache_folder,
     remove_empty,
     remove_files,
-    remove_partial,
     snapshot_files,
     storage_of,
 )
 from ..json_files import read_json
 from ..layout import INDEX
-from ..staging import bring_all_back, is_work, leftovers, remove_leftovers
+from ..staging import bring_all_back, is_work, leftovers, remove_abandoned, remove_leftovers
 from .adapter_sources import ADAPTERS
 from .parts import WHOLE
 
@@ -211,7 +210,7 @@ def _removed_source(storage: Path, files: list[Path], partials: list[Path]) -> C
         except OSError as error:
             raise InputError(f"can't remove {error.filename}: {error.strerror}") from error
         for partial in partials:
-            remove_partial(partial)
+            remove_abandoned(partial)
         remove_empty(storage / "snapshots")
         if not (storage / "snapshots").exists():  # what the Hub's library notes of them
             with suppress(OSError):
