@@ -112,6 +112,11 @@ def on_metal() -> bool:
     return mx.metal.is_available() and on_gpu()
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes on another GPU."""
+    return on_gpu() and not mx.metal.is_available()
+
+
 def activation_dtype(name: str | None) -> mx.Dtype:
     """The dtype called `name`; InputError if there is none.
 

@@ -246,7 +246,9 @@ def _preset_hint(found: "FoundAdapter") -> str | None:
         preset = found.file.preset
     except CheckpointError:  # the file beside it may be about something else
         return None
-    return preset and f"{found.source} is made for {preset}, as {preset.source} says; --preset turbo sets that"
+    if preset is None:
+        return None
+    return f"{found.source} is made for {preset}, as {preset.source} says; --preset turbo sets that"
 
 
 def _announcement(found: "FoundAdapter") -> str:
