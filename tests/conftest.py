@@ -74,7 +74,7 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_protocol() -> Generator[None, object, object]:
     before = len(sys.modules)
     done = yield
-    if len(sys.modules) > before + 100:  # as mlx_lm brings transformers where text is first written
+    if len(sys.modules) > before + 10:  # as mlx_lm brings transformers where text is first written
         _freeze()
     return done
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.checkpoints import VARIANT, WEIGHTS, edit_json
-from helpers.cli_runner import DEMO, done, error_line, pixels, process, refusal, run, tree
+from helpers.cli_runner import DEMO, done, pixels, refusal, run, tree
 from helpers.hub_client import using
 from helpers.hub_server import HubServer
 
@@ -236,34 +236,28 @@ def test_download_does_not_pass_off_another_quantization(options):
 
 
 def test_download_fetches_converts_and_then_has_it(official, folder):
-    with HubServer({REPO: official}) as hub:
-        environment = hub.environment(folder / "hub") | {"FLUX2_MLX_HOME": str(folder / "models")}
+    with HubServer({REPO: official}) as hub, using(hub, folder / "hub"):
         arguments = ("download", REPO, "--variant", VARIANT, "-q", "qint8")
-        first = process(*arguments, environment=environment)
-        assert first.returncode == 0, first.stderr
+        first = done(*arguments)
         assert "converting: 100%" in first.stderr
         path = Path(first.stdout.removesuffix("\n"))
         assert path == folder / "models" / "org--model-qint8"
         assert quants(path) == (VARIANT, "qint8", "qint8")
         assert set(WEIGHTS.values()) <= set(hub.fetched)
         hub.requests.clear()
-        second = process(*arguments, environment=environment)
-        assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
+        second = done(*arguments)
+        assert (second.stdout, second.stderr) == (first.stdout, "")
+        assert done("t2i", "a red fox", "-m", REPO, "-q", "qint8", *SMALL).stdout == "model-7.png\n"
         assert hub.requests == []
-    image = process("t2i", "a red fox", "-m", REPO, "-q", "qint8", *SMALL, environment=environment)
-    assert (image.returncode, image.stdout) == (0, "model-7.png\n")
     assert pixels("model-7.png").shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("token", [None, "hf_other"])
 def test_a_gated_model_says_how_to_get_access(official, folder, token):
     repo = MODELS["klein-9b"]
-    with HubServer({repo: official}, gated=[repo]) as hub:
-        environment = hub.environment(folder / "hub", token) | {"FLUX2_MLX_HOME": str(folder / "models")}
-        result = process("download", "klein-9b", environment=environment)
+    with HubServer({repo: official}, gated=[repo]) as hub, using(hub, folder / "hub", token=token):
+        message = refusal("download", "klein-9b")
         page = f"{hub.url}/{repo}"
-    assert (result.returncode, result.stdout) == (1, "")
-    message = error_line(result.stderr)
     assert message.startswith(f"{repo} is gated")
     assert f"accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN" in message
     assert ("your token has no access" in message) == (token is not None)

@@ -190,7 +190,7 @@ def test_what_was_read_is_counted(folder):
     free = open_pipe(folder)
     limit = free.plan(free.request(["a"], width=64, height=48, max_sequence_length=40)).peak_memory * 3 // 4
     pipe = open_pipe(folder, memory_limit=limit)
-    for steps in (2, 3):
+    for steps in (1, 2):
         phases = {phase.name: phase for phase in pipe("a", **SETTINGS | {"num_inference_steps": steps}).timings}
         took = phases["transformer"]
         assert took.read == steps * took.streamed > 0

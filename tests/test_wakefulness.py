@@ -44,6 +44,12 @@ with awake():
 """
 
 
+def run_on(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be elsewhere to the modules in question; the rest of the process would then need a Mac's processor."""
+    for module in (wakefulness, exclusion):
+        monkeypatch.setattr(module, "sys", SimpleNamespace(platform=platform))
+
+
 @pytest.fixture
 def mac(tmp_path, monkeypatch):
     """A Mac, as far as its programs go; the folder of their notes."""
@@ -55,7 +61,7 @@ def mac(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("NOTES", str(tmp_path))
     monkeypatch.setenv("STATUS", "0")
-    monkeypatch.setattr(sys, "platform", "darwin")
+    run_on("darwin", monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -122,7 +128,7 @@ def test_ctrl_c_of_the_terminal_does_not_reach_it(mac):
 def test_where_it_is_not_there_nothing_happens(broken, mac, monkeypatch):
     program = mac / "bin" / "caffeinate"
     if broken == "linux":
-        monkeypatch.setattr(sys, "platform", "linux")
+        run_on("linux", monkeypatch)
     elif broken == "missing":
         monkeypatch.setenv("PATH", str(mac / "none"))
     elif broken == "not executable":
@@ -179,7 +185,7 @@ def test_a_relative_folder_is_named_in_full(mac):
 
 def test_nothing_is_excluded_elsewhere(mac, monkeypatch):
     exclude(mac / "none")
-    monkeypatch.setattr(sys, "platform", "linux")
+    run_on("linux", monkeypatch)
     (mac / "model").mkdir()
     exclude(mac / "model")
     assert not (mac / "tmutil").exists()
@@ -193,10 +199,8 @@ def test_a_mac_without_the_program(mac, monkeypatch):
     assert [path.name for path in (mac / "model").iterdir()] == [MARK]
 
 
-def test_a_download_is_left_out_of_backups_once(hub, home, mac, monkeypatch):
+def test_a_download_is_left_out_of_backups_once(hub, home, mac):
     """What is fetched can be fetched again. No file is left in the Hub's cache that is not the Hub's."""
-    monkeypatch.setattr(sys, "platform", "linux")  # Python's own modules ask as well
-    monkeypatch.setattr(exclusion, "sys", SimpleNamespace(platform="darwin"))
     fetch(hub, home)
     assert (mac / "tmutil").read_text() == f"addexclusion {storage(home)}\n"
     assert not (storage(home) / MARK).exists()
