@@ -241,7 +241,8 @@ def _joined(
 def _loose_parts(place: Path, variant: str | None) -> dict[str, SourcePart]:
     """The parts that weights of a file or a folder are of."""
     paths = loose_files(place)
-    rows = VARIANTS.values() if variant is None else [variant_named(variant)]
+    # All, so that one that is said and is wrong is told by `choose`, and not by weights of which shapes are not known.
+    rows = [*([] if variant is None else [variant_named(variant)]), *VARIANTS.values()]
     parts = parts_of(place, paths, stated(paths[0].parent), lambda: [geometries(row) for row in rows])
     return {name: replace(part, metadata={**part.metadata, **said_of(place)}) for name, part in parts.items()}
 

@@ -199,8 +199,14 @@ def _model(
         parts,
         _missing(tensors, readings),
         usual_quant(tensors),
-        advice if rows or advice else "its parts are of different models",
+        advice if rows or advice else f"its parts are of different models: {_sizes(configs)}",
     )
+
+
+def _sizes(configs: Mapping[str, Geometries]) -> str:
+    """Of which models each part can be."""
+    found = {name: [row.name for row in candidates(part)] for name, part in configs.items() if part}
+    return ", ".join(f"the {told([name])} of {' or '.join(rows) or 'none'}" for name, rows in found.items())
 
 
 def identify_whole(source: Source) -> Identity:

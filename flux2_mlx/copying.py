@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -92,7 +92,7 @@ class Hashed:
     def write(self, pieces: Iterable[memoryview | bytes]) -> str:
         """Write a part, and give its SHA-256. Each piece has to last until the one after the next is asked for."""
         part = hashlib.sha256()
-        hashing = []
+        hashing: list[Future[None]] = []
         for piece in pieces:
             wait(hashing)
             hashing = [self._pool.submit(digest.update, piece) for digest in (self._whole, part)]

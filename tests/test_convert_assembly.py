@@ -194,6 +194,8 @@ def test_shapes_that_weights_do_not_have_are_those_of_the_model_that_fits(folder
     done("convert", "demo", "made", "--transformer", path, "-q", "bf16", "--text-quant", "bf16")
     made = mx.load(str(folder / "made" / "transformer" / "model.safetensors"))
     assert mx.array_equal(made[name], weight.astype(mx.bfloat16)).item()
+    with pytest.raises(CheckpointError, match="can't be klein-9b: its geometry is that of demo"):
+        assembled(path, {}, "klein-9b")
 
 
 @pytest.mark.parametrize(("asked", "stored_as"), [((), "qint8"), (("-q", "bf16"), "bf16"), (("-q", "qint4"), "qint4")])

@@ -296,7 +296,11 @@ def test_a_file_of_all_parts():
 
 def test_parts_of_different_models():
     found = identify(plain(transformer("klein-4b") | listing("qwen3-8b")), "x")
-    assert (found.kind, found.variants, found.advice) == (MODEL, (), "its parts are of different models")
+    assert (found.kind, found.variants) == (MODEL, ())
+    assert found.advice == (
+        "its parts are of different models: the transformer of klein-4b or klein-base-4b, the text encoder of klein-9b "
+        "or klein-base-9b or klein-9b-kv"
+    )
 
 
 def test_what_a_conversion_fetches(tmp_path):

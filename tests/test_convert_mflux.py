@@ -12,6 +12,8 @@ from flux2_mlx.convert.dialects import DIFFUSERS, filled, templated
 from flux2_mlx.convert.geometry import choose
 from flux2_mlx.convert.rules import join_rows
 from helpers.cli_runner import done
+from helpers.hub_client import REPO, using
+from helpers.hub_server import HubServer
 
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError
@@ -167,3 +169,12 @@ def test_a_file_that_is_missing_is_named(folder):
     (saved(folder / "mine") / "vae/1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"vae is incomplete: there is no 1\.safetensors"):
         assembled(folder / "mine", {})
+
+
+def test_a_repo_of_the_hub_is_told_as_a_folder_is(tmp_path, models):
+    folder = saved(tmp_path / "saved", 8)
+    local = json.loads(done("info", folder, "--variant", "demo", "--json").stdout)
+    with HubServer({REPO: folder}) as hub, using(hub, tmp_path / "home"):
+        found = json.loads(done("info", REPO, "--variant", "demo", "--json").stdout)
+        assert not any(name.startswith("tokenizer") for name in hub.fetched)
+    assert {**found, "file": None, "conversion": None} == {**local, "file": None, "conversion": None}

@@ -121,8 +121,8 @@ def make_checkpoint(
                 return target
             except UnindexedError as error:
                 _check_single(Remote(model.origin), error)
-        folder, wanted = of_files or (lambda *_: target, wanted)
-        return make_from_parts(model, given, folder, wanted, fetching, models_dir=models_dir, force=force)
+        folder, of_these = of_files or (lambda quant, text_quant: target, wanted)
+        return make_from_parts(model, given, folder, of_these, fetching, models_dir=models_dir, force=force)
 
 
 def make_from_parts(
