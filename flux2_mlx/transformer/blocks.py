@@ -214,9 +214,8 @@ class DoubleBlock(nn.Module):
         L = txt.shape[1]
         txt_heads = self._heads(txt, self.txt_attn, txt_mod, rope[:L], execution)
         heads = chain(txt_heads, self._heads(img, self.img_attn, img_mod, rope[L:], execution))
-        seen = attended(
-            *joined(heads, execution), past=past, execution=execution
-        )  # keys and values are gone with this line
+        # Keys and values are held by nobody else, so that they are gone when this is done.
+        seen = attended(*joined(heads, execution), past=past, execution=execution)
         txt = self._add(txt, seen[:, :L], self.txt_attn, self.txt_mlp, txt_mod, execution)
         img = self._add(img, seen[:, L:], self.img_attn, self.img_mlp, img_mod, execution)
         return img, txt
@@ -284,9 +283,8 @@ class SingleBlock(nn.Module):
             return self._some(x, mod, rope, past, execution, wanted)
         hidden: list[mx.array] = []
         heads = self._heads(x, slice(None), mod, rope, execution, hidden)
-        seen = attended(
-            *joined(heads, execution), past=past, execution=execution
-        )  # keys and values are gone with this line
+        # Keys and values are held by nobody else, so that they are gone when this is done.
+        seen = attended(*joined(heads, execution), past=past, execution=execution)
         return self._add(x, seen, hidden, mod[2], execution)
 
     def read(
