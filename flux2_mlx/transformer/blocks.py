@@ -138,7 +138,9 @@ def joined(parts: Iterator[tuple[mx.array, ...]], execution: Execution) -> Itera
         yield _joined(columns.pop(0), execution)
 
 
-def attended(q: mx.array, k: mx.array, v: mx.array, past: KeysValues | None, execution: Execution) -> mx.array:
+def attended(
+    q: mx.array, k: mx.array, v: mx.array, *, past: KeysValues | None = None, execution: Execution
+) -> mx.array:
     """What each query sees: `[B, L, D]`. `past` are keys and values `[1, heads, Lr, head_dim]` that all see as well."""
     if past is not None:
         k, v = _before(k, past[0]), _before(v, past[1])
@@ -212,7 +214,8 @@ class DoubleBlock(nn.Module):
         L = txt.shape[1]
         txt_heads = self._heads(txt, self.txt_attn, txt_mod, rope[:L], execution)
         heads = chain(txt_heads, self._heads(img, self.img_attn, img_mod, rope[L:], execution))
-        seen = attended(*joined(heads, execution), past, execution)  # keys and values are gone with this line
+        # Keys and values are held by nobody else, so that they are gone when this is done.
+        seen = attended(*joined(heads, execution), past=past, execution=execution)
         txt = self._add(txt, seen[:, :L], self.txt_attn, self.txt_mlp, txt_mod, execution)
         img = self._add(img, seen[:, L:], self.img_attn, self.img_mlp, img_mod, execution)
         return img, txt
@@ -222,7 +225,7 @@ class DoubleBlock(nn.Module):
     ) -> tuple[mx.array, KeysValues]:
         """The image stream alone, and the keys and values that others see of it."""
         q, k, v = joined(self._heads(img, self.img_attn, img_mod, rope, execution), execution)
-        seen = attended(q, k, v, None, execution)
+        seen = attended(q, k, v, execution=execution)
         return self._add(img, seen, self.img_attn, self.img_mlp, img_mod, execution), (k, v)
 
     def _heads(
@@ -280,7 +283,8 @@ class SingleBlock(nn.Module):
             return self._some(x, mod, rope, past, execution, wanted)
         hidden: list[mx.array] = []
         heads = self._heads(x, slice(None), mod, rope, execution, hidden)
-        seen = attended(*joined(heads, execution), past, execution)  # keys and values are gone with this line
+        # Keys and values are held by nobody else, so that they are gone when this is done.
+        seen = attended(*joined(heads, execution), past=past, execution=execution)
         return self._add(x, seen, hidden, mod[2], execution)
 
     def read(
@@ -289,7 +293,7 @@ class SingleBlock(nn.Module):
         """The tokens after this block, and the keys and values that others see of them."""
         hidden: list[mx.array] = []
         q, k, v = joined(self._heads(x, slice(None), mod, rope, execution, hidden), execution)
-        return self._add(x, attended(q, k, v, None, execution), hidden, mod[2], execution), (k, v)
+        return self._add(x, attended(q, k, v, execution=execution), hidden, mod[2], execution), (k, v)
 
     def _some(
         self,
@@ -315,7 +319,7 @@ class SingleBlock(nn.Module):
             k, v = joined(keys_values(), execution)
             q = _joined(queries, execution)
             queries.clear()
-            return attended(q, k, v, past, execution)
+            return attended(q, k, v, past=past, execution=execution)
 
         return self._add(x[:, wanted], seen(), hidden, mod[2], execution)
 
