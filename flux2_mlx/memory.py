@@ -134,7 +134,6 @@ class Plan:
         longest: operations that the device is given at one time, at most. It can't be interrupted in them.
         kept: the networks that stay in memory after their phases, which the weights of all phases include.
         execution: how a pass of the transformer is computed.
-        largest: bytes of the transformer's activations that are kept free until one array takes them.
     """
 
     phases: tuple[PhasePlan, ...]
@@ -143,7 +142,6 @@ class Plan:
     longest: int = 0
     kept: tuple[str, ...] = ()
     execution: Execution = PLAIN
-    largest: int = 0
 
     @property
     def worst(self) -> PhasePlan:
@@ -258,7 +256,7 @@ class Needs:
         """
         cost = self.costs["transformer"]
         ways = [replace(self, costs={**self.costs, "transformer": way})._plan(limit) for way in cost.ways]
-        possible = [way for way in ways if not way.phase("transformer").streamed or way.execution.waits_for_blocks]
+        possible = [way for way in ways if not way.phase("transformer").streamed or way.execution.blocks == 1]
         return max(possible, key=lambda way: (way.fits, way.beside, -way.phase("transformer").streamed))
 
     def _plan(self, limit: int) -> Plan:
@@ -305,7 +303,7 @@ class Needs:
         cost, text, images = self.costs["transformer"], self.work.length, self._together
         more = self._image + self._references
         longest = max(cost.longest(text, more, images), self.costs["text_encoder"].longest(text))
-        return {"longest": longest, "execution": cost.execution, "largest": cost.largest(images * (text + more))}
+        return {"longest": longest, "execution": cost.execution}
 
     @cached_property
     def _decoded(self) -> int:

@@ -134,7 +134,6 @@ class Phases:
         self.beside = planned.beside
         self.longest = planned.longest
         self.execution = planned.execution
-        self._largest = {"transformer": planned.largest}
         self._planned = {phase.name: phase for phase in planned.phases}
         self._spare = {phase.name: planned.limit - phase.peak_memory for phase in planned.phases}
         self._timings = timings
@@ -157,7 +156,7 @@ class Phases:
         span.start()
         planned = self._planned[name]
         try:
-            with limits(planned, self._spare[name], self._others, self._largest.get(name, 0)):
+            with limits(planned, self._spare[name], self._others):
                 yield
         finally:
             span.stop()
@@ -190,7 +189,7 @@ def running(networks: Networks, planned: Plan, timings: list[Phase], *, keep: bo
 
 
 @contextmanager
-def limits(phase: PhasePlan, spare: int, others: int, largest: int = 0) -> Iterator[None]:
+def limits(phase: PhasePlan, spare: int, others: int) -> Iterator[None]:
     """MLX's own limits as a phase is planned; the former ones are back afterwards.
 
     Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. Cache: freed
@@ -202,9 +201,8 @@ def limits(phase: PhasePlan, spare: int, others: int, largest: int = 0) -> Itera
         phase: what is planned.
         spare: bytes of the run's limit that the phase leaves.
         others: bytes that are in memory besides the run.
-        largest: bytes of activations that are kept free until one array takes them.
     """
-    ahead = min(int(_AHEAD * phase.activations), phase.activations - largest)
+    ahead = int(_AHEAD * phase.activations)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
         if on_metal():  # or it may be more than a Mac's GPU can have wired

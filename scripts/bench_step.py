@@ -55,20 +55,20 @@ class Way:
 def ways(best: Execution) -> list[Way]:
     """Today's way, each change by itself or on top of the last, and all of them."""
     whole = best.part
-    plain = Execution(whole, Waits.NEVER)
+    plain = Execution(whole, Waits.BEFORE)
     return [
         Way("parts, a wait each (as on a CPU)", PLAIN, last_whole=True),
         Way("parts, a wait each block", Execution(TOKENS_PER_PART, Waits.BLOCKS), last_whole=True),
         Way("whole, a wait each part", Execution(whole, Waits.PARTS), last_whole=True),
         Way("whole, a wait each block", Execution(whole, Waits.BLOCKS), last_whole=True),
-        Way("whole, no wait", plain, last_whole=True),
-        Way("whole, no wait, one kernel", replace(plain, fused=True), last_whole=True),
-        Way("whole, no wait, two products", replace(plain, summed=True), last_whole=True),
-        Way("whole, no wait, short last block", plain),
-        Way("all changes, no wait", replace(plain, fused=True, summed=True)),
+        Way("whole, a block ahead", plain, last_whole=True),
+        Way("whole, a block ahead, one kernel", replace(plain, fused=True), last_whole=True),
+        Way("whole, a block ahead, two products", replace(plain, summed=True), last_whole=True),
+        Way("whole, a block ahead, short last block", plain),
+        Way("all changes, a block ahead", replace(plain, fused=True, summed=True)),
         Way("all changes, a wait each block", Execution(whole, Waits.BLOCKS, True, True)),
-        Way("all changes in parts, a wait each block", Execution(TOKENS_PER_PART, Waits.BLOCKS, True, True)),
-        Way("all changes, no wait, limited by plan", replace(plain, fused=True, summed=True), limited=True),
+        Way("all changes in parts, a wait each", Execution(TOKENS_PER_PART, Waits.PARTS, True, True)),
+        Way("all changes, a block ahead, limited by plan", replace(plain, fused=True, summed=True), limited=True),
         Way("all changes, block waits, limited by plan", Execution(whole, Waits.BLOCKS, True, True), limited=True),
     ]
 
@@ -92,11 +92,11 @@ class Step:
             if way.last_whole:  # the last argument says what is wanted of a single block
                 call = getattr(block, "func", None)
                 if call.__name__ == "_run_single":
-                    x = call(*block.args[:-1], None, x)
-                    way.execution.finish(x)
+                    before, x = x, call(*block.args[:-1], None, x)
+                    way.execution.finish(x, before=before)
                     continue
-            x = block(x)
-            way.execution.finish(x)
+            before, x = x, block(x)
+            way.execution.finish(x, before=before)
         y = self._model.end(x, shared)
         mx.eval(y)
         return y
@@ -193,7 +193,7 @@ def check_steps(model: Flux2Transformer, text: int, dtype: mx.Dtype, best: Execu
 def measure(step: Step, way: Way, cost: TransformerCost, held: int) -> None:
     """Take one turn of a way."""
     costs = replace(cost, execution=way.execution)
-    ahead = costs.passing(step.count) - costs.largest(step.count)
+    ahead = costs.passing(step.count)
     before = mx.set_memory_limit(held + ahead) if way.limited else None
     try:
         if way.limited:  # buffers that others have freed don't fit, and giving them back would be counted

@@ -42,10 +42,12 @@ def test_what_a_step_takes_on_a_gpu(side, waits, kernels, gigabytes, monkeypatch
     assert (before.waits, before.kernels, round(before.nbytes / 1e9, 1)) == (waits, kernels, gigabytes)
     after = count_step(monkeypatch, KLEIN, side, fastest(monkeypatch))
     print(before, after)
-    assert (after.waits, after.kernels) == (0, 320)
+    blocks_of_it = KLEIN.num_layers + KLEIN.num_single_layers
+    assert (after.waits, after.kernels) == (blocks_of_it, 320)
+    assert after.asked > blocks_of_it
     assert after.nbytes < 0.53 * before.nbytes
     by_block = count_step(monkeypatch, KLEIN, side, replace(fastest(monkeypatch), waits=Waits.BLOCKS))
-    assert by_block.waits == KLEIN.num_layers + KLEIN.num_single_layers
+    assert by_block.waits == blocks_of_it
 
 
 def test_a_cpu_has_one_way():
@@ -62,7 +64,7 @@ def test_no_product_of_a_gpu_is_long(name, monkeypatch):
         product = 2 * way.part * config.hidden_size * (3 * config.hidden_size + 2 * config.mlp_hidden_size)
         assert product <= OPERATIONS_PER_CHUNK
         assert way.part >= TOKENS_PER_PART
-    assert [way.waits for way in ways] == [Waits.NEVER, Waits.BLOCKS, Waits.BLOCKS]
+    assert [way.waits for way in ways] == [Waits.BEFORE, Waits.BLOCKS, Waits.PARTS]
     assert ways[-1].part == TOKENS_PER_PART
 
 
@@ -80,21 +82,21 @@ def planned(monkeypatch, limit: int) -> Plan:
 def test_a_plan_gives_up_nothing_for_the_fastest_way(monkeypatch):
     free = planned(monkeypatch, 2**40)
     assert free.execution == fastest(monkeypatch)
-    assert free.largest == 4608 * 9 * KLEIN.hidden_size * 2
     needed = free.phase("transformer").peak_memory
     assert planned(monkeypatch, needed).execution == free.execution
     tight = planned(monkeypatch, needed - 1)
-    assert (tight.execution.part, tight.execution.waits) == (TOKENS_PER_PART, Waits.BLOCKS)
-    assert tight.fits
-    assert not tight.phase("transformer").streamed
-    assert 0.2e9 < needed - tight.phase("transformer").peak_memory < 0.5e9
+    assert tight.execution.waits is Waits.BLOCKS
+    assert 1.4e9 < needed - tight.phase("transformer").peak_memory < 1.7e9
+    tightest = planned(monkeypatch, tight.phase("transformer").peak_memory - 1)
+    assert (tightest.execution.part, tightest.execution.waits) == (TOKENS_PER_PART, Waits.PARTS)
+    assert all(plan.fits and not plan.phase("transformer").streamed for plan in (free, tight, tightest))
 
 
 @pytest.mark.parametrize("gigabytes", [1, 2, 3, 5])
 def test_streamed_blocks_are_waited_for(gigabytes, monkeypatch):
     streamed = planned(monkeypatch, gigabytes * 10**9)
     assert streamed.phase("transformer").streamed
-    assert streamed.execution.waits_for_blocks
+    assert streamed.execution.blocks == 1
     monkeypatch.setattr("flux2_mlx.transformer.cost.executions", lambda config: [streamed.execution])
     assert planned(monkeypatch, gigabytes * 10**9).phase("transformer") == streamed.phase("transformer")
 
@@ -121,7 +123,7 @@ def assert_rounded(a: mx.array, b: mx.array) -> None:
 def test_parts_and_waits_and_what_is_wanted_change_nothing(part, past, dtype):
     expected = velocity(Execution(part), dtype, past=past)
     assert_rounded(expected, velocity(PLAIN, dtype, past=past))
-    for waits in (Waits.BLOCKS, Waits.NEVER):
+    for waits in (Waits.BLOCKS, Waits.BEFORE):
         assert mx.array_equal(velocity(Execution(part, waits), dtype, past=past), expected)
         assert_rounded(velocity(Execution(part, waits), dtype, OWN, past), expected[:, :OWN])
 
@@ -213,8 +215,8 @@ def as_one_kernel(projected, heads, norm, rope, execution):
     return tuple(mx.contiguous(x) for x in qkv)
 
 
-@pytest.mark.parametrize("waits", [Waits.BLOCKS, Waits.NEVER])
-@pytest.mark.parametrize("part", [TOKENS_PER_PART, 1500, 4000])
+@pytest.mark.parametrize("waits", [Waits.BLOCKS, Waits.BEFORE])
+@pytest.mark.parametrize("part", [1500, 4000])
 def test_a_gpu_stays_within_what_is_predicted(part, waits, monkeypatch):
     """With MLX's limit of the plan, and kernels without intermediates, as a GPU has them."""
     monkeypatch.setattr(blocks, "rotated_heads", as_one_kernel)
@@ -235,12 +237,12 @@ def test_a_gpu_stays_within_what_is_predicted(part, waits, monkeypatch):
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     plan = PhasePlan("transformer", 0, predicted)
-    with limits(plan, 0, held, cost.largest(count)):
+    with limits(plan, 0, held):
         for _ in range(3):
             mx.eval(model(tokens, states, mx.array([0.5]), rope, execution=execution))
     ratio = predicted / (mx.get_peak_memory() - held)
     print(f"{ratio:.3f}")
-    assert 1 <= ratio < 2
+    assert 1 <= ratio < 3
 
 
 def test_a_run_is_computed_as_planned_and_has_no_velocity_of_references(monkeypatch):
@@ -251,7 +253,7 @@ def test_a_run_is_computed_as_planned_and_has_no_velocity_of_references(monkeypa
         seen.append((arguments[0].shape[1], how["image"], how["execution"]))
         return call(model, *arguments, **how)
 
-    way = Execution(50, Waits.NEVER)
+    way = Execution(50, Waits.BEFORE)
     monkeypatch.setattr(Flux2Transformer, "__call__", spied)
     monkeypatch.setattr("flux2_mlx.transformer.cost.executions", lambda config: [way])
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..config import TransformerConfig
+from ..device import on_cuda
 from ..layers import attention_operations, score_bytes
 from .execution import PLAIN, Execution, executions, widest
 
@@ -18,9 +19,13 @@ _WIDENING_ARRAYS = 11
 # float32 for norms and rotation. Fitted to peaks: python -m pytest -s tests/test_memory.py -k near_the_peak
 _PROJECTED_ARRAYS = 3
 _FLOAT32_BYTES = 75
-# The same on a GPU, whose kernels have no intermediates: what a projection reads and gives (1 and 9), heads and the
-# gated MLP (3 each), and two for heads that no kernel makes.
-_ON_GPU_ARRAYS = 18
+# Arrays as wide as the stream that a block makes, all of which are there where nothing is waited for within it. A
+# single block's: the stream with its norm and modulation 2, the projection 9, heads 3, the gated MLP 3, attention 3,
+# both side by side 4, and 2 of the sum; parts are joined once more, 7, and adapters add to every projection, 10. A
+# double block's are fewer.
+_BLOCK_ARRAYS = 43
+# What CUDA's library takes for each of at most ten products of a block besides (MLX gives it 32 MiB on these cards).
+_CUDA_WORK_BYTES = 10 * 2**25
 
 
 @dataclass(frozen=True)
@@ -91,25 +96,9 @@ class TransformerCost:
         projected = max(projected, part * _WIDENING_ARRAYS * array + widened)
         kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
         if self.execution.runs_ahead:
-            return max(attending, part * _WIDENING_ARRAYS * array + widened, self._running_ahead(tokens, part) + scores)
+            work = _CUDA_WORK_BYTES if on_cuda() else 0
+            return self.execution.blocks * (tokens * _BLOCK_ARRAYS * array + work) + scores + chunk + widened
         return max(attending, kept * array + projected)
-
-    def _running_ahead(self, tokens: int, part: int) -> int:
-        """Bytes of the part of so many `tokens` that takes most beside what is kept of those before it, which is the
-        last one or the last whole one, and room for the largest array."""
-        before = (tokens - 1) // part * part
-        last = before * _KEPT_ARRAYS + (tokens - before) * _ON_GPU_ARRAYS
-        whole = (before - part) * _KEPT_ARRAYS + part * _ON_GPU_ARRAYS
-        arrays = tokens + max(last, whole)
-        return arrays * self.config.hidden_size * self.dtype.size + self.largest(tokens)
-
-    def largest(self, tokens: int) -> int:
-        """Bytes of the largest array of a pass over so many tokens, where nothing is waited for meanwhile: a GPU's
-        memory is full of what is worked on and what is asked for until MLX's limit is reached, and MLX looks at that
-        before it allocates. Where parts are waited for it is not, and this is 0."""
-        if not self.execution.runs_ahead:
-            return 0
-        return min(tokens, self.execution.part) * widest(self.config) * self.dtype.size
 
     def longest(self, text: int, others: int, images: int) -> int:
         """Operations of the longest product or attention of a pass, with `others` besides the tokens of the text."""

@@ -21,7 +21,7 @@ class Waits(Enum):
 
     PARTS = "each part of a sequence and what is joined of parts, so that little is in memory at one time"
     BLOCKS = "each block"
-    NEVER = "nothing: MLX waits where its memory limit makes it"
+    BEFORE = "the block before the one that was asked for last, so that a GPU always has work, but not ever more"
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Execution:
         return self.waits is not Waits.PARTS
 
     @property
-    def waits_for_blocks(self) -> bool:
-        return self.waits is not Waits.NEVER
+    def blocks(self) -> int:
+        """How many blocks are in memory at one time."""
+        return 2 if self.waits is Waits.BEFORE else 1
 
     def settle(self, *arrays: Any) -> None:
         """Have what a part of a block gives computed."""
@@ -56,12 +57,13 @@ class Execution:
         else:
             mx.eval(*arrays)
 
-    def finish(self, *arrays: Any) -> None:
-        """Have what a block gives computed."""
-        if self.waits_for_blocks:
-            mx.eval(*arrays)
-        else:
+    def finish(self, *arrays: Any, before: mx.array) -> None:
+        """Have what a block gives computed from what the one `before` gave."""
+        if self.waits is Waits.BEFORE:
             mx.async_eval(*arrays)
+            mx.eval(before)
+        else:
+            mx.eval(*arrays)
 
 
 PLAIN = Execution()
@@ -78,10 +80,10 @@ def executions(config: TransformerConfig) -> Iterator[Execution]:
         token = 2 * config.hidden_size * widest(config)
         part = max(TOKENS_PER_PART, OPERATIONS_PER_CHUNK // token)
         # Metal multiplies by some columns of a weight as they lie; CUDA and CPUs would copy them first.
-        fused = Execution(part, Waits.NEVER, fused=True, summed=on_metal())
+        fused = Execution(part, Waits.BEFORE, fused=True, summed=on_metal())
         yield fused
         yield replace(fused, waits=Waits.BLOCKS)
-        yield replace(fused, waits=Waits.BLOCKS, part=TOKENS_PER_PART)
+        yield replace(fused, waits=Waits.PARTS, part=TOKENS_PER_PART)
     else:
         yield PLAIN
 
