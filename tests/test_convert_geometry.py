@@ -226,9 +226,7 @@ def test_two_namings_in_one_file_are_told():
     _, problem = geometry.understood(reading, "x", "x is wrong")
     assert str(problem).startswith("x mixes namings: ")
     configs = geometry.geometry("transformer", naming.read(original, "x")["transformer"].infos, "x")
-    with pytest.raises(
-        CheckpointError, match=r"^x is wrong: it mixes namings: .*; fetch the file again, or give"
-    ):
+    with pytest.raises(CheckpointError, match=r"^x is wrong: it mixes namings: .*; fetch the file again, or give"):
         reading.check(configs, "x is wrong")
     assert "as of diffusers" in str(problem)
     assert "as of the original release" in str(problem)
