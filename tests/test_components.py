@@ -113,6 +113,8 @@ def compared_in(node: ast.If | ast.Match) -> set[str]:
 def tables_of_components(code: str) -> list[int]:
     """The lines where an expression, or a chain of branches, starts that names three or more components."""
     found = []
+    if sum(name in code for name in COMPONENTS) < 3:  # which is most files, and soon seen
+        return found
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.expr):
             found += [node.lineno] if len(names_in(node)) >= 3 else []
