@@ -92,11 +92,9 @@ class Step:
             if way.last_whole:  # the last argument says what is wanted of a single block
                 call = getattr(block, "func", None)
                 if call.__name__ == "_run_single":
-                    before, x = x, call(*block.args[:-1], None, x)
-                    way.execution.finish(x, before=before)
+                    x = way.execution.finish(x, call(*block.args[:-1], None, x))
                     continue
-            before, x = x, block(x)
-            way.execution.finish(x, before=before)
+            x = way.execution.finish(x, block(x))
         y = self._model.end(x, shared)
         mx.eval(y)
         return y

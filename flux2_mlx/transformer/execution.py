@@ -57,13 +57,18 @@ class Execution:
         else:
             mx.eval(*arrays)
 
-    def finish(self, *arrays: Any, before: mx.array) -> None:
-        """Have what a block gives computed from what the one `before` gave."""
+    def finish(self, before: mx.array, given: mx.array, *more: Any) -> mx.array:
+        """Have what a block gives computed from what the one `before` gave: the stream, and `more` of it.
+
+        Returns:
+            The stream. So a caller holds no other one while the next block is computed.
+        """
         if self.waits is Waits.BEFORE:
-            mx.async_eval(*arrays)
+            mx.async_eval(given, *more)
             mx.eval(before)
         else:
-            mx.eval(*arrays)
+            mx.eval(given, *more)
+        return given
 
 
 PLAIN = Execution()

@@ -95,8 +95,7 @@ class Flux2Transformer(nn.Module):
         """
         x, shared = self.begin(img, txt, timestep, rope, guidance, image=image, execution=execution)
         for block in self.blocks(shared, past):
-            before, x = x, block(x)
-            execution.finish(x, before=before)  # frees activations before the next ones are allocated
+            x = execution.finish(x, block(x))  # frees activations before the next ones are allocated
         return self.end(x, shared)
 
     def begin(
@@ -152,9 +151,8 @@ class Flux2Transformer(nn.Module):
         x = in_units(self.img_in(img))
         past = []
         for block, mod in zip(chain(self.double_blocks, self.single_blocks), mods, strict=True):
-            before = x
-            x, seen = block.read(before, mod, rope, execution)
-            execution.finish(x, seen, before=before)
+            given, seen = block.read(x, mod, rope, execution)
+            x = execution.finish(x, given, seen)
             past.append(seen)
         return past
 
