@@ -286,8 +286,9 @@ def main() -> None:
     for side in arguments.sides:
         with section(f"turns at {side}²"):
             compare(model, side, arguments.text, cost, best, arguments.seconds / len(arguments.sides))
-    with section("memory of the card"):
-        card_memory()
+    if device.on_gpu() and not device.on_metal():
+        with section("memory of the card"):
+            card_memory()
 
 
 if __name__ == "__main__":
