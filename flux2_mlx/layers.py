@@ -168,7 +168,8 @@ def project_to(layer: nn.Module, x: mx.array, outputs: slice) -> mx.array:
     if type(layer) is Linear and "bias" not in layer:
         return project(x, layer.weight[outputs])
     if type(layer) is nn.QuantizedLinear and "bias" not in layer:
-        packed = (layer.weight[outputs], layer.scales[outputs], layer.biases[outputs])
+        biases = None if layer.biases is None else layer.biases[outputs]
+        packed = (layer.weight[outputs], layer.scales[outputs], biases)
         return mx.quantized_matmul(x, *packed, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
     return layer(x)[..., outputs]
 

@@ -119,7 +119,7 @@ def is_right(dtype: mx.Dtype) -> bool:
     try:
         got = fused_heads(projected, heads, (scales[0], scales[1]), eps, table)
         pairs = zip(got, (*turned, v / unit(dtype)), strict=True)
-        off = [(mx.abs(a - b).max() / mx.abs(b).max()).item() for a, b in pairs]
+        off = [abs((mx.abs(a - b).max() / mx.abs(b).max()).item()) for a, b in pairs]
     except RuntimeError as error:
         return _refused(str(error).splitlines()[0])
     return all(x < _TOLERANCE for x in off) or _refused(f"its results are off by {', '.join(f'{x:.2g}' for x in off)}")
