@@ -72,7 +72,8 @@ def test_adapters_work_in_their_steps():
     assert [changing.at(step) for step in (3, 4)] == [True, True]
     assert relative_error(velocity(whole), velocity(merged(transformer(), [THIRD], [0.5]))) <= 1e-5
     assert changing.at(5)
-    assert mx.array_equal(velocity(whole), plain)
+    # The last block works out all outputs of a layer with branches, and only those that are wanted of others.
+    assert relative_error(velocity(whole), plain) <= 1e-6
 
 
 def test_a_network_that_no_adapter_changes_has_no_branches():
