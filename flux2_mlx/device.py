@@ -24,7 +24,8 @@ _WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
 # Metal's attention kernel has these head sizes; cuDNN's, in 16 bits, has the multiples of 8 up to 128.
 _FUSED_ON_METAL = (64, 80, 128)
 _FUSED_ON_CUDA = tuple(range(8, 129, 8))
-# The share of a card's memory that networks can have; the rest is for its context and what libraries take for work.
+# The share of a card's memory that networks can have. The rest is for its context and its libraries, which on an H200
+# take 0.8 GiB (python scripts/bench_step.py says so at its end), and for a display.
 _CARD_SHARE = 0.9
 # What Apple's GPUs are said to do at most, in 1e12 operations a second in 32 bits; up to the M4 they do about as many
 # in 16 bits, and later ones more.
