@@ -1,13 +1,19 @@
 """Messages are one line, whatever they quote."""
 
+import importlib
+import inspect
 import json
+import pickle
+import pkgutil
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flux2_mlx.convert import Source, write_checkpoint
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, edit_json, save_small
 
+import flux2_mlx
 from flux2_mlx import errors
 from flux2_mlx.errors import CheckpointError, Flux2Error
 from flux2_mlx.json_files import read_json
@@ -34,6 +40,26 @@ def test_every_message_is_one_line(kind, end):
 def test_a_message_without_line_ends_stays_as_it_is():
     assert str(Flux2Error("Füchse\tim Schnee \x1b[0m")) == "Füchse\tim Schnee \x1b[0m"
     assert (str(Flux2Error()), Flux2Error("a", 1).args) == ("", ("a", 1))
+
+
+def kinds(base: type[Flux2Error]) -> Iterator[type[Flux2Error]]:
+    """A class of errors and all that are made from it in this package."""
+    yield base
+    for kind in base.__subclasses__():
+        yield from (one for one in kinds(kind) if one.__module__.startswith("flux2_mlx."))
+
+
+def test_every_error_reaches_another_process_with_its_message():
+    for module in pkgutil.walk_packages(flux2_mlx.__path__, "flux2_mlx."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found = list(kinds(Flux2Error))
+    assert {"MissingPartsError", "UnindexedError", "MissingError"} <= {kind.__name__ for kind in found}
+    for kind in found:
+        count = len(inspect.signature(kind.__init__).parameters) - 2 if inspect.isfunction(kind.__init__) else 0
+        more = [lambda: 0] * count  # which can't be pickled
+        again = pickle.loads(pickle.dumps(kind("no\nsuch file", *more)))
+        assert (type(again), str(again)) == (kind, "no\\nsuch file")
 
 
 @pytest.mark.parametrize("end", ENDS, ids=ascii)
