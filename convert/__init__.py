@@ -9,9 +9,10 @@ from .identity import Conversion, Identity, conversion, foreign, identify, ident
 from .mflux import said_of
 from .parts import MODEL_PARTS, TOKENIZER_PART
 from .requantize import requantize, requantized
-from .sources import LOOSE, Source, is_loose, loose_files
+from .sources import Source
 from .strangers import adapter
 from .tokenizer import tokenizer_in
+from .weight_files import LOOSE, is_loose, loose_files
 from .write import KEPT, check_folds, check_source, write_checkpoint
 
 __all__ = [

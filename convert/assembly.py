@@ -8,15 +8,16 @@ from flux2_mlx.checkpoint import MANIFEST, Checkpoint, Component, check_fit, is_
 from flux2_mlx.components import COMPONENTS, MAIN_PART, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.layout import told
+from flux2_mlx.wording import told
 
 from .configs import RELEASED_SCHEDULE, SCHEDULE, is_like, is_whole, read_index, stated
 from .geometry import candidates, choose, titles, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT, TOKENIZER_PART
-from .sources import Source, SourcePart, loose_files, parts_of, the_part
+from .sources import Source, SourcePart, parts_of, the_part
 from .text import model_name
 from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files, tokenizer_in
+from .weight_files import loose_files
 
 
 class MissingPartsError(CheckpointError):

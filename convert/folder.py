@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from flux2_mlx.checkpoint import (
     is_checkpoint,
     sealed,
 )
-from flux2_mlx.components import COMPONENTS
+from flux2_mlx.components import COMPONENTS, by_group
+from flux2_mlx.config import Variant
 from flux2_mlx.copying import Copied
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
@@ -30,8 +32,10 @@ from flux2_mlx.exclusion import MARK
 from flux2_mlx.json_files import read_json
 from flux2_mlx.staging import bring_back, remove_leftovers, staged
 from flux2_mlx.text import TOKENIZER_FILES
-from flux2_mlx.verification import Meter
+from flux2_mlx.verification import Meter, check_hashes, hashed_bytes
 from flux2_mlx.weights import TensorInfo, Tensors, Written, write_bytes, write_safetensors
+
+from .blobs import check_blob
 
 _SHARD_BYTES = 4 << 30
 LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint
@@ -73,30 +77,71 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A look at all bytes that a checkpoint is made from; `run` calls its argument with bytes read."""
+    """A look at all bytes that a checkpoint is made from.
 
-    nbytes: int
-    run: Callable[[Callable[[int], None]], None]
+    Attributes:
+        stored: checkpoints of ours, each with the networks that are taken from it; None: all.
+        blobs: files of the Hub's cache, each with its blob.
+    """
+
+    stored: Sequence[tuple[Path, Sequence[str] | None]] = ()
+    blobs: Mapping[Path, Path] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are to be read."""
+        hashed = sum(hashed_bytes(folder, names) for folder, names in self.stored)
+        return hashed + sum(blob.stat().st_size for blob in self.blobs.values())
+
+    def run(self, report: Callable[[int], None]) -> None:
+        """Read them, of which `report` is told; CheckpointError if they are not what was recorded or stated."""
+        for path, blob in self.blobs.items():
+            check_blob(path, blob, report)
+        for folder, names in self.stored:
+            check_hashes(folder, report, names)
+
+
+def new_manifest(
+    variant: Variant, components: Iterable[str], quants: tuple[str, str], source: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, besides the record of its files.
+
+    Args:
+        variant: the model.
+        components: the names of its networks.
+        quants: how the transformer and the text encoder are stored.
+        source: what they were made from.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "variant": variant.name,
+        "components": list(components),
+        "quantization": by_group(*quants),
+        "source": source,
+        "version": version("flux2-mlx"),
+    }
 
 
 @failures(smaller=None)
 def write_folder(
     target: Path,
     parts: list[Part],
-    copies: Mapping[str, Path],
     manifest: dict[str, Any],
     *,
+    tokenizer: Path,
+    schedule: Path,
     inspection: Inspection,
     force: bool,
     progress: Callable[[int, int], object] | None,
 ) -> None:
-    """Write a checkpoint of these networks and copies of small files.
+    """Write a checkpoint of these networks, with copies of a tokenizer and a schedule.
 
     Args:
         target: the folder to make; it appears only when it is complete.
         parts: the networks.
-        copies: where each other file comes from.
-        manifest: what it says besides the record of its files.
+        manifest: what it says besides the record of its files; see `new_manifest`.
+        tokenizer: the folder that its tokenizer is in.
+        schedule: the file of its schedule.
         inspection: made before anything is written.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes inspected and written, and those in all.
@@ -116,8 +161,10 @@ def write_folder(
             written = _Folder(folder)
             for part in parts:
                 _write_part(written, part, meter)
-            for name, path in copies.items():
-                written.put(name, path.read_bytes())
+            for path in (tokenizer / name for name in TOKENIZER_FILES):
+                if path.is_file():
+                    written.put(f"tokenizer/{path.name}", path.read_bytes())
+            written.put("scheduler/scheduler_config.json", schedule.read_bytes())
             written.finish(manifest)
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error
@@ -229,7 +276,8 @@ def _shards(tensors: dict[str, TensorInfo]) -> Iterator[dict[str, TensorInfo]]:
         nbytes = sum(tensor.nbytes for tensor in layer.values())
         if shard and size + nbytes > _SHARD_BYTES:
             yield shard
-            shard, size = {}, 0
+            shard = {}
+            size = 0
         shard |= layer
         size += nbytes
     yield shard

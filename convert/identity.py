@@ -9,8 +9,8 @@ from pathlib import Path
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.layout import told
 from flux2_mlx.weights import TensorInfo, Tensors
+from flux2_mlx.wording import told
 
 from .assembly import MissingPartsError, assembled
 from .formats import Gguf, Unpacked, unreadable, usual_quant

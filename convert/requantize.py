@@ -3,26 +3,22 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from flux2_mlx.checkpoint import DIGEST, FILES, MANIFEST, Checkpoint, Component, as_stored
-from flux2_mlx.components import by_group, quantizations
-from flux2_mlx.config import QUANTIZATIONS, check_quant
+from flux2_mlx.checkpoint import Checkpoint, Component, as_stored
+from flux2_mlx.components import GROUPS, quantizations
+from flux2_mlx.config import QUANTIZATIONS
 from flux2_mlx.copying import Copied
 from flux2_mlx.errors import InputError
-from flux2_mlx.json_files import read_json
-from flux2_mlx.quantization import DEFAULT_TEXT_QUANT, GROUP_SIZE, quantize_array, stored_names
-from flux2_mlx.text import TOKENIZER_FILES
-from flux2_mlx.verification import check_hashes, hashed_bytes
+from flux2_mlx.quantization import GROUP_SIZE, quantize_array, quants_from, stored_names, usual_text_quant
 from flux2_mlx.weights import Files, Tensors
+from flux2_mlx.wording import told
 
-from .folder import Inspection, Part, check_target, write_folder
+from .folder import Inspection, Part, check_target, new_manifest, write_folder
 from .formats import SETTINGS, unpacked
 from .lora import Fold, Folds, check_folds, folded_source
 from .rules import Finite
@@ -62,9 +58,9 @@ def requantize(
         InputError: nothing would change, what is quantized already would gain nothing, or `target` can't be written.
         CheckpointError: the checkpoint is not what was converted, or an adapter is none of it.
     """
-    usual = None if quant is None or text_quant else DEFAULT_TEXT_QUANT[check_quant(quant)]
+    usual = None if quant is None or text_quant else usual_text_quant(quant)
     quant, text_quant = requantized(checkpoint, quant, text_quant)
-    if not folds and (quant, text_quant) == (checkpoint.quant, checkpoint.text_quant):
+    if not folds and (quant, text_quant) == checkpoint.quants:
         stored = f"stored as {quant} with the text encoder as {text_quant}"
         raise InputError(
             f"{checkpoint.folder} is an MLX checkpoint already, {stored}; use it as it is, or ask for less"
@@ -75,23 +71,17 @@ def requantize(
     if usual not in (None, text_quant):
         stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"
         _log.warning("%s; %s of the original is better than what could be made of that", stays, usual)
-    wanted, adapters = quantizations(quant, text_quant), Folds(folds, configs)
-    parts = []
-    for name, component in checkpoint.components.items():
-        parts.append(stored_part(component, component.quantized(wanted[name]), adapters))
-        warn_of_loss(component, parts[-1].component)
-    former = read_json(checkpoint.folder / MANIFEST)
-    manifest = {key: value for key, value in former.items() if key not in (FILES, DIGEST)}
-    manifest["quantization"] = by_group(quant, text_quant)
-    manifest["source"] = folded_source(former["source"], folds)
-    manifest["version"] = version("flux2-mlx")
-    copies = [f"tokenizer/{file}" for file in TOKENIZER_FILES if (checkpoint.folder / "tokenizer" / file).is_file()]
+    parts = stored_parts(checkpoint.components, (quant, text_quant), Folds(folds, configs))
+    for part in parts:
+        warn_of_loss(checkpoint.components[part.component.name], part.component)
+    source = folded_source(checkpoint.source, folds)
     write_folder(
         target,
         parts,
-        {file: checkpoint.folder / file for file in (*copies, "scheduler/scheduler_config.json")},
-        manifest,
-        inspection=Inspection(hashed_bytes(checkpoint.folder), partial(check_hashes, checkpoint.folder)),
+        new_manifest(checkpoint.variant, checkpoint.components, (quant, text_quant), source),
+        tokenizer=checkpoint.folder / "tokenizer",
+        schedule=checkpoint.folder / "scheduler" / "scheduler_config.json",
+        inspection=Inspection([(checkpoint.folder, None)]),
         force=force,
         progress=progress,
     )
@@ -99,21 +89,21 @@ def requantize(
 
 def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | None) -> tuple[str, str]:
     """The `quant` and `text_quant` of what `requantize` writes with these settings; InputError if it can't."""
-    if text_quant is None:
-        text_quant = checkpoint.text_quant
-        if quant is not None and text_quant == "bf16":
-            text_quant = DEFAULT_TEXT_QUANT[check_quant(quant)]
-    quant = check_quant(quant or checkpoint.quant)
-    for what, stored, wanted in (
-        ("transformer", checkpoint.quant, quant),
-        ("text encoder", checkpoint.text_quant, check_quant(text_quant)),
-    ):
+    quants = quants_from(checkpoint.quants, quant, text_quant)
+    for group, stored, wanted in zip(GROUPS, checkpoint.quants, quants, strict=True):
         if QUANTIZATIONS.index(wanted) < QUANTIZATIONS.index(stored):
             raise InputError(
-                f"the {what} of {checkpoint.folder} is stored as {stored}, and would gain nothing as {wanted}; convert "
-                "the original, or a checkpoint in bf16"
+                f"the {told([group])} of {checkpoint.folder} is stored as {stored}, and would gain nothing as "
+                f"{wanted}; convert the original, or a checkpoint in bf16"
             )
-    return quant, text_quant
+    return quants
+
+
+def stored_parts(stored: Mapping[str, Component], quants: tuple[str, str], adapters: Folds | None = None) -> list[Part]:
+    """These networks of checkpoints as `stored_part` has each, where the transformer and the text encoder are to be
+    stored in these quantizations."""
+    wanted = quantizations(*quants)
+    return [stored_part(one, one.quantized(wanted[name]), adapters) for name, one in stored.items()]
 
 
 def stored_part(stored: Component, wanted: Component, adapters: Folds | None = None) -> Part:
@@ -122,7 +112,8 @@ def stored_part(stored: Component, wanted: Component, adapters: Folds | None = N
     Raises:
         InputError: it has fewer bits already, or it has few and would change.
     """
-    changes, place = adapters is not None and adapters.change(stored.name), stored.files[0].parent
+    changes = adapters is not None and adapters.change(stored.name)
+    place = stored.files[0].parent
     if changes and stored.quantization is not None:
         raise InputError(
             f"{place} is stored in {_bits(stored)} bits, which no adapter is folded into; convert the original, or a "
@@ -147,8 +138,8 @@ def warn_of_loss(stored: Component, wanted: Component) -> None:
     if stored.quantization in (None, wanted.quantization):
         return
     change = f"{_loss(_plain(stored), wanted):.1%}"
-    told = f"in {_bits(wanted)} its weights change by {change} of their size; of the original they would be better"
-    _log.warning("%s is stored in %d bits already: %s", stored.files[0].parent, _bits(stored), told)
+    loss = f"in {_bits(wanted)} its weights change by {change} of their size; of the original they would be better"
+    _log.warning("%s is stored in %d bits already: %s", stored.files[0].parent, _bits(stored), loss)
 
 
 def _bits(component: Component) -> int:

@@ -1,46 +1,30 @@
 """Where weights come from: files of parts of a model, and folders of such parts in the layout of diffusers."""
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from flux2_mlx.checkpoint import Component, check_counts, is_checkpoint
-from flux2_mlx.components import COMPONENTS, WRITING_PARTS
+from flux2_mlx.checkpoint import Component, check_counts
+from flux2_mlx.components import COMPONENTS, MAIN_PART, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.files import check_kind
-from flux2_mlx.json_files import read_json
-from flux2_mlx.layout import INDEX, PICKLES, told
-from flux2_mlx.quantization import BITS, DEFAULT_TEXT_QUANT
+from flux2_mlx.quantization import BITS, usual_text_quant
 from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors
+from flux2_mlx.wording import told
 
 from . import formats
-from .configs import (
-    COMPLETE,
-    CONFIG,
-    UNQUANTIZED,
-    Description,
-    Stated,
-    describe,
-    is_whole,
-    read_configs,
-    schedule_of,
-)
-from .mflux import part_folders
+from .configs import CONFIG, UNQUANTIZED, Description, Stated, describe, read_configs, schedule_of
 from .naming import Reading, read
 from .parts import LAYOUT
 from .rules import Shape
 from .tokenizer import TOKENIZER, tokenizer_in
+from .weight_files import weight_files
 
-LOOSE = (".safetensors", formats.GGUF)  # endings of files that hold weights of parts of a model
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")  # one file of a set
-_INDEX = ".safetensors.index.json"
 # The fingerprint reads this many pieces of this many bytes from each file at even distances, and one of each tensor.
-_SAMPLES = 1024
-_SAMPLE_BYTES = 4096
+_PIECES = 1024
+_PIECE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -143,18 +127,18 @@ class Source:
     def quants(self, quant: str | None, text_quant: str | None) -> tuple[str, str]:
         """How the transformer and the text encoder are to be stored. None stands for the fewest bits that keep the
         precision that their weights are stored in; of the text encoder at most 8 bits."""
-        quant = check_quant(quant or self._usual_quant("transformer"))
+        quant = check_quant(quant or self._usual_quant(MAIN_PART))
         if text_quant is None and "text_encoder" in self.stored:
             text_quant = self._usual_quant("text_encoder")
-        default = max(DEFAULT_TEXT_QUANT[quant], self._usual_quant("text_encoder"), key=QUANTIZATIONS.index)
+        default = max(usual_text_quant(quant), self._usual_quant("text_encoder"), key=QUANTIZATIONS.index)
         return quant, check_quant(text_quant or default)
 
     def notices(self, quant: str | None) -> list[str]:
         """What a user should know of a conversion to the `quant` that was asked for."""
-        usual = self._usual_quant("transformer")
+        usual = self._usual_quant(MAIN_PART)
         if quant is not None or usual == "bf16":
             return [*self.notes]
-        place = self.places["transformer"]
+        place = self.places[MAIN_PART]
         return [*self.notes, f"{place} holds the transformer in few bits, which becomes {usual}"]
 
     @property
@@ -199,10 +183,10 @@ class Source:
                 size = path.stat().st_size
                 digest.update(f"{component}/{path.name}:{size}\n".encode())
                 with path.open("rb") as file:
-                    evenly = range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES))
+                    evenly = range(0, size, max(_PIECE_BYTES, size // _PIECES))
                     for start in sorted({*evenly, *formats.starts(path)}):
                         file.seek(start)
-                        digest.update(file.read(_SAMPLE_BYTES))
+                        digest.update(file.read(_PIECE_BYTES))
         return digest.hexdigest()
 
 
@@ -237,7 +221,7 @@ def the_part(parts: Mapping[str, SourcePart], name: str, place: Path) -> SourceP
 def _layout_part(description: Description, name: str, variant: str | None) -> SourcePart:
     """A part of a folder in the diffusers layout, whose config says what its geometry is."""
     place = description.folder / name
-    files = _weight_files(place, LAYOUT[name].stem)
+    files = weight_files(place, LAYOUT[name].stem)
     parts = parts_of(place, files, description.parts[name], lambda: [read_configs(description, variant)[1]])
     return replace(the_part(parts, name, place), config=place / CONFIG)
 
@@ -277,116 +261,6 @@ def _shapes(readings: Mapping[str, Reading], configs: Geometries) -> dict[str, S
     for name, reading in readings.items():
         shapes |= reading.shapes({network: x for network, x in configs.items() if COMPONENTS[network].part == name})
     return shapes
-
-
-def is_loose(place: Path) -> bool:
-    """Whether `place` is weights without configs, rather than a whole model folder: a file, the index of a set, a
-    folder that holds nothing but one set, or what mflux saved."""
-    if place.is_dir():
-        return bool(part_folders(place)) or (not _is_model(place) and len(_sets(place)) == 1)
-    return place.is_file() and (place.suffix.lower() in LOOSE or _is_index(place))
-
-
-def loose_files(place: Path) -> list[Path]:
-    """The files of weights that `place` is: itself, those that it lists, or those of a folder that holds one set."""
-    check_kind(place)
-    if place.is_file():
-        if _is_index(place):
-            return _present(place.parent, _indexed(place))
-        if place.suffix.lower() in PICKLES:
-            raise CheckpointError(f"{place} is a pickle, which could run code; fetch it as .safetensors")
-        if place.suffix.lower() not in LOOSE:
-            raise CheckpointError(f"{place} is named neither .safetensors nor .gguf; give such a file, or rename it")
-        if match := _SHARD.fullmatch(place.name):
-            return _present(place.parent, _numbered(place.parent, match[1], ""))
-        return [place]
-    if not place.exists():
-        raise CheckpointError(f"there is no file or folder {place}")
-    for stem in ("model", "diffusion_pytorch_model"):
-        if (place / f"{stem}.safetensors").is_file() or any(place.glob(f"{stem}*.safetensors*")):
-            return _weight_files(place, stem)
-    if folders := part_folders(place):
-        return [path for folder in folders for path in loose_files(folder)]
-    sets = _sets(place)
-    if len(sets) == 1:
-        return _present(place, sets[0])
-    if is_whole(place) or is_checkpoint(place):
-        raise CheckpointError(f"{place} is a whole model; give a file or folder of one part, such as {place / 'vae'}")
-    several = f": {', '.join(names[0] for names in sets[:4])}; give one of them" if sets else ""
-    raise CheckpointError(
-        f"{place} is no model folder, and holds {'several files' if sets else 'no file'} of weights{several}"
-    )
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether a folder is a whole model, or a part of one."""
-    return is_checkpoint(folder) or is_whole(folder) or (folder.parent / INDEX).is_file()
-
-
-def _is_index(file: Path) -> bool:
-    return file.name.endswith(_INDEX)
-
-
-def _sets(folder: Path) -> list[list[str]]:
-    """The names of the files of weights in a folder, those together that an index lists or that are numbered."""
-    names = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in LOOSE)
-    sets = [_indexed(path) for path in folder.glob(f"*{_INDEX}")]
-    for name in names:
-        if not any(name in one for one in sets):
-            match = _SHARD.fullmatch(name)
-            sets.append(_numbered(folder, match[1], "") if match else [name])
-    return [one for one in sets if names]
-
-
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files of a network: those that an index lists, a single one, or numbered ones without an index. Names with
-    `bf16` or `fp16` in them come after names without."""
-    for variant in ("", ".bf16", ".fp16"):
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.is_file():
-            return _present(folder, _indexed(index))
-        if (file := folder / f"{stem}{variant}.safetensors").is_file():
-            return [file]
-        if numbered := _numbered(folder, stem, variant):
-            return _present(folder, numbered)
-    return _present(folder, [f"{stem}.safetensors"])
-
-
-def _indexed(index: Path) -> list[str]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files")
-    if outside := [name for name in shards.values() if Path(name).name != name or "\0" in name]:
-        raise CheckpointError(f"{index} names {outside[0][:80]!r}, which is no file of its folder")
-    return sorted(set(shards.values()))
-
-
-def _numbered(folder: Path, stem: str, variant: str) -> list[str]:
-    """All names of the set that files such as `model-00001-of-00003.safetensors` belong to; none without such files.
-    The variant stands before the numbers or, of older saves, after them."""
-    found = [path.name for path in folder.glob(f"{stem}*.safetensors")]
-    for start, end in ((stem + variant, ""), (stem, variant)):
-        numbers = re.compile(rf"{re.escape(start)}-(\d{{5}})-of-(\d{{5}}){re.escape(end)}\.safetensors")
-        if counts := {int(match[2]) for match in map(numbers.fullmatch, found) if match}:
-            count = max(counts)
-            return [f"{start}-{number:05}-of-{count:05}{end}.safetensors" for number in range(1, count + 1)]
-    return []
-
-
-def _present(folder: Path, names: list[str]) -> list[Path]:
-    """The files of these names; CheckpointError if there are not all of them."""
-    missing = [name for name in names if not (folder / name).is_file()]
-    if not missing and names:
-        return [folder / name for name in names]
-    suffixes = {path.suffix for path in folder.glob("*")}
-    if suffixes & set(PICKLES):
-        raise CheckpointError(f"{folder} holds pickles, which could run code; fetch its .safetensors files")
-    if ".gguf" in suffixes:
-        raise CheckpointError(f"{folder} has no .safetensors files; give one of its GGUF files instead of the folder")
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    raise CheckpointError(
-        f"{folder} is incomplete: there is no {', '.join(missing[:3]) or 'weight file'}{more}; {COMPLETE}"
-    )
 
 
 def _refuse_integers(place: Path, infos: Mapping[str, TensorInfo]) -> None:

@@ -3,28 +3,25 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from flux2_mlx.checkpoint import FORMAT_VERSION, Component, as_stored
-from flux2_mlx.components import COMPONENTS, by_group, quantizations
+from flux2_mlx.checkpoint import Component, as_stored
+from flux2_mlx.components import COMPONENTS, MAIN_PART, quantizations
 from flux2_mlx.config import check_quant
 from flux2_mlx.copying import Range
-from flux2_mlx.quantization import DEFAULT_TEXT_QUANT
-from flux2_mlx.text import TOKENIZER_FILES
-from flux2_mlx.verification import check_hashes, hashed_bytes
+from flux2_mlx.quantization import wanted_quants
 from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 
 from . import lora
-from .blobs import blobs, check_blob
-from .folder import Inspection, Part, check_target, write_folder
+from .blobs import blobs
+from .folder import Inspection, Part, check_target, new_manifest, write_folder
 from .formats import range_of, rounded
 from .lora import Fold, Folds, folded_source
-from .requantize import stored_part, warn_of_loss
+from .requantize import stored_parts, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule, copied
 from .sources import Source
 from .tokenizer import check_tokenizer, opened_tokenizer
@@ -75,41 +72,25 @@ def write_checkpoint(
         CheckpointError: names, shapes or dtypes are not those of the model, weights are not finite, a file of the
             source is not what the Hub states, or an adapter is none of this model.
     """
-    text_quant = text_quant or DEFAULT_TEXT_QUANT[check_quant(quant)]
-    plans = _checked_plans(source, quant, text_quant)
+    quants = wanted_quants(quant, text_quant)
+    plans = _checked_plans(source, *quants)
     check_folds(source, folds)
     check_target(target, force)
-    stated = blobs([*source.small_files, *chain(*source.files.values())])
-
+    linked = blobs([*source.small_files, *chain(*source.files.values())])
     adapters = Folds(folds, source.configs)
-    taken = _taken(source, quant, text_quant, adapters)
+    taken = stored_parts(source.stored, quants, adapters)
     for part in taken:
         warn_of_loss(source.stored[part.component.name], part.component)
-    kept = [(next(iter(part.files)).parent.parent, name) for name, part in source.stored.items()]
-    hashed = sum(hashed_bytes(folder, [name]) for folder, name in kept)
-
-    def inspect(report: Callable[[int], None]) -> None:
-        for path, blob in stated.items():
-            check_blob(path, blob, report)
-        for folder, name in kept:
-            check_hashes(folder, report, [name])
-
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "variant": source.variant.name,
-        "components": [name for name in COMPONENTS if name in source.configs],
-        "quantization": by_group(quant, text_quant),
-        "source": folded_source(_origin(source, name), folds),
-        "version": version("flux2-mlx"),
-    }
+    stored = [(network.files[0].parent.parent, [network.name]) for network in source.stored.values()]
+    networks = [one for one in COMPONENTS if one in source.configs]
     with opened_tokenizer(source.tokenizer) as tokenizer:
-        copies = {f"tokenizer/{file}": tokenizer / file for file in TOKENIZER_FILES if (tokenizer / file).is_file()}
         write_folder(
             target,
             [*(_part(source, plan, adapters) for plan in plans), *taken],
-            {**copies, "scheduler/scheduler_config.json": source.schedule},
-            manifest,
-            inspection=Inspection(hashed + sum(blob.stat().st_size for blob in stated.values()), inspect),
+            new_manifest(source.variant, networks, quants, folded_source(_origin(source, name), folds)),
+            tokenizer=tokenizer,
+            schedule=source.schedule,
+            inspection=Inspection(stored, linked),
             force=force,
             progress=progress,
         )
@@ -119,7 +100,7 @@ def _origin(source: Source, name: str | None) -> dict[str, Any]:
     """What a checkpoint says of what it was made from: `parts` are those that were elsewhere."""
     elsewhere = {part: str(x) for part, x in source.places.items() if source.place not in (x, *x.parents)}
     stamp = {"name": name or source.place.name, "fingerprint": source.fingerprint}
-    usual = source.parts["transformer"].usual_quant if "transformer" in source.parts else "bf16"
+    usual = source.parts[MAIN_PART].usual_quant if MAIN_PART in source.parts else "bf16"
     return stamp | ({"parts": elsewhere} if elsewhere else {}) | ({KEPT: usual} if usual != "bf16" else {})
 
 
@@ -130,7 +111,7 @@ def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Compo
         CheckpointError: what can be known to be wrong with the source from its small files and headers.
     """
     made = {plan.component.name: plan.component for plan in _checked_plans(source, quant, text_quant)}
-    made |= {part.component.name: part.component for part in _taken(source, quant, text_quant)}
+    made |= {part.component.name: part.component for part in stored_parts(source.stored, (quant, text_quant))}
     return {name: made[name] for name in COMPONENTS if name in made}
 
 
@@ -155,15 +136,6 @@ def _plan(source: Source, name: str, quant: str) -> _Plan:
     rule_for = source.parts[COMPONENTS[name].part].reading.rules_for(name, bare.config)
     rules = {key: rule_for(key, tensor.shape) for key, tensor in plain.items()}
     return _Plan(bare.quantized(quant), plain, rules)
-
-
-def _taken(source: Source, quant: str, text_quant: str, adapters: Folds | None = None) -> list[Part]:
-    """The networks that are taken from a checkpoint of ours, in these quantizations; InputError if they can't be."""
-    quants = quantizations(quant, text_quant)
-    parts = []
-    for name, stored in source.stored.items():
-        parts.append(stored_part(stored, stored.quantized(quants[name]), adapters))
-    return parts
 
 
 def _part(source: Source, plan: _Plan, adapters: Folds) -> Part:

@@ -8,12 +8,12 @@ from itertools import product
 from .config import QUANTIZATIONS
 from .errors import InputError
 from .kept import held
-from .layout import told
 from .memory import Plan, Workload, Writing
 from .networks import Networks
 from .references import MIN_SIDE, Edit
 from .request import Request
 from .store import demo_folder
+from .wording import told
 
 _SMALLER_TEXT = "choose a smaller model, one converted with text_quant='qint4', or a higher limit"
 

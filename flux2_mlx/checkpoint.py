@@ -13,14 +13,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .components import COMPONENTS, GROUPS, PAINTING, by_field, geometries, quantizations
+from .components import COMPONENTS, GROUPS, by_field, can_paint, geometries, quantizations
 from .config import Variant, variant_named
 from .errors import CheckpointError, InputError
 from .files import Claim, read_bytes
 from .json_files import NONSENSE, read_json
 from .layers import Adapters, adapted
 from .loading import InMemory, fill, module_tensors
-from .quantization import BITS, DEFAULT_TEXT_QUANT, Quantized, check_statement, quantize_module, statement
+from .quantization import BITS, Quantized, check_statement, quantize_module, statement, wanted_quants
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
 from .weights import Files, TensorInfo, Tensors, mismatches, raise_problems
@@ -262,6 +262,16 @@ class Checkpoint:
                 raise CheckpointError(f"{path} was not there after the conversion; remove it, or {again}")
 
     @property
+    def quants(self) -> tuple[str, str]:
+        """How the transformer and the text encoder are stored."""
+        return self.quant, self.text_quant
+
+    @property
+    def paints(self) -> bool:
+        """Whether images can be made, and not only text be written."""
+        return can_paint(self.components)
+
+    @property
     def folded(self) -> list[dict[str, Any]]:
         """The adapters that are folded into the weights: `source`, `sha256` and `scale` of each."""
         adapters = self.source.get("adapters")
@@ -300,7 +310,7 @@ def fitted(variant: Variant, configs: dict[str, Any]) -> Variant:
 
 def check_fit(variant: Variant, configs: dict[str, Any]) -> None:
     """Raise CheckpointError if networks of these geometries can't work together as `variant`."""
-    if configs.keys() >= set(PAINTING):
+    if can_paint(configs):
         fitted(variant, configs)
 
 
@@ -350,7 +360,7 @@ def _digest(path: Path) -> str:
 
 def variant_components(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, Component]:
     """The networks of a variant as they would be stored, without files."""
-    quants = quantizations(quant, text_quant or DEFAULT_TEXT_QUANT[quant])
+    quants = quantizations(*wanted_quants(quant, text_quant))
     configs = geometries(variant)
     return {name: Component(name, config, None, ()).quantized(quants[name]) for name, config in configs.items()}
 

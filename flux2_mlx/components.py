@@ -1,6 +1,6 @@
 """The components of a model, a row each. What is true of one of them stands in its row; other code asks the rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig
-from .layout import told
 from .text import LaterLayers, PixtralVision, TextCost, TextEncoder, VisionCost
 from .transformer import Flux2Transformer, TransformerCost
 from .vae import VAE, VAECost
+from .wording import told
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,11 @@ PAINTING = tuple(name for name, kind in COMPONENTS.items() if kind.paints)
 EVERY_RUN = tuple(name for name, kind in COMPONENTS.items() if kind.every_run)
 _LABELS = {phase: label for kind in COMPONENTS.values() for phase, label in kind.labels.items()}
 _Quant = TypeVar("_Quant", str, str | None)
+
+
+def can_paint(names: Collection[str]) -> bool:
+    """Whether images can be made with the networks of these names, and not only text be written."""
+    return all(name in names for name in PAINTING)
 
 
 def in_phase(phase: str) -> tuple[str, ...]:

@@ -1,14 +1,10 @@
 """What is where in a model's folder as diffusers lays it out."""
 
-from collections.abc import Iterable
+import re
 
 INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".gguf")  # endings of files that are read
-_WORDS = {"vae": "VAE", "vision": "vision tower"}  # of names, that users read otherwise
-
-
-def told(names: Iterable[str]) -> str:
-    """Names of networks and phases as users read them in a sentence."""
-    *most, last = [" ".join(_WORDS.get(word, word) for word in name.split("_")) for name in names]
-    return f"{', '.join(most)} and {last}" if most else last
+SET_INDEX = ".safetensors.index.json"  # the ending of the file that lists a set
+NUMBERS = r"-(?P<number>\d{5})-of-(?P<count>\d{5})"  # of a file in its set
+SHARD = re.compile(rf"(?P<stem>.+?){NUMBERS}(?P<end>\.[a-z0-9]+)")  # one file of a set

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from .branches import AtWork, Branches
 from .checkpoint import Checkpoint, Component
-from .components import COMPONENTS, PAINTING, network_dtype, quantizations
+from .components import COMPONENTS, network_dtype, quantizations
 from .config import Variant
 from .device import begin_computing, computing_dtype
 from .errors import CheckpointError, DeviceError
@@ -19,7 +19,7 @@ from .footprints import loaded_footprint
 from .kept import Kept
 from .layers import Adapters, adapted
 from .memory import Footprint, Needs, PhasePlan, Workload, Writing, WritingNeeds
-from .quantization import DEFAULT_TEXT_QUANT, loadable_quant
+from .quantization import check_loadable, quants_from, wanted_quants
 from .streaming import Reading, load_streamed
 from .text import LanguageModel, PixtralVision, TextEncoder
 from .transformer import Flux2Transformer
@@ -66,14 +66,11 @@ class Networks:
                 make images.
         """
         if isinstance(model, Variant):
-            wanted = quant or "bf16"
-            model = Checkpoint.outline(model, wanted, text_quant or DEFAULT_TEXT_QUANT[wanted])
-        if not text_only and not model.components.keys() >= set(PAINTING):
+            model = Checkpoint.outline(model, *wanted_quants(quant, text_quant))
+        if not text_only and not model.paints:
             raise CheckpointError(f"{model.folder} holds a language model only; it can't make images")
-        if quant is not None and text_quant is None and model.text_quant == "bf16":
-            text_quant = DEFAULT_TEXT_QUANT[quant]
-        quant = loadable_quant("transformer", model.quant, quant)
-        text_quant = loadable_quant("text encoder", model.text_quant, text_quant)
+        quant, text_quant = quants_from(model.quants, quant, text_quant)
+        check_loadable(model.quants, (quant, text_quant))
         return cls(model, quant, text_quant, computing_dtype(dtype))
 
     @overload
@@ -195,7 +192,7 @@ class Networks:
     @property
     def paints(self) -> bool:
         """Whether images can be made, and not only text be written."""
-        return self.checkpoint.components.keys() >= set(PAINTING)
+        return self.checkpoint.paints
 
     def stored_as(self, quant: str, text_quant: str) -> "Networks":
         """The networks of the checkpoint converted to other quantizations, with nothing to quantize at loading."""

@@ -9,10 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .components import COMPONENTS
-from .config import QUANTIZATIONS
+from .components import COMPONENTS, GROUPS
+from .config import QUANTIZATIONS, check_quant
 from .errors import CheckpointError, InputError
 from .weights import TensorInfo, Tensors
+from .wording import told
 
 GROUP_SIZE = 64
 # The most weights that are quantized at one time, so few that a CPU's cache holds them, and the bytes that each takes
@@ -23,7 +24,7 @@ _PARTS = ("weight", "scales", "biases")
 _DTYPES = (mx.uint32, mx.bfloat16, mx.bfloat16)
 BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))
 # A text encoder in 8 bits is hardly told from bfloat16 and half the size; 4 bits are for who asks for 4 bits.
-DEFAULT_TEXT_QUANT = {"bf16": "qint8", "qint8": "qint8", "qint4": "qint4"}
+_TEXT_QUANT = {"bf16": "qint8", "qint8": "qint8", "qint4": "qint4"}
 
 
 def is_quantizable(component: str, shape: tuple[int, ...]) -> bool:
@@ -156,11 +157,40 @@ def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> N
         )
 
 
-def loadable_quant(what: str, stored: str, wanted: str | None) -> str:
-    """The quantization that a network is loaded with; InputError if it is not how `what` is stored and can't be made
-    from that."""
-    if wanted in (None, stored):
-        return stored
-    if stored != "bf16":
-        raise InputError(f"the {what} is stored as {stored}, which can't become {wanted}; convert the model again")
-    return wanted
+def usual_text_quant(quant: str) -> str:
+    """How the text encoder is stored beside a transformer in `quant` unless something else is asked for."""
+    return _TEXT_QUANT[check_quant(quant)]
+
+
+def wanted_quants(quant: str | None, text_quant: str | None) -> tuple[str, str]:
+    """How the transformer and the text encoder are stored of a model in 16 bits; None stands for what is usual.
+
+    Raises:
+        InputError: there is no such quantization.
+    """
+    quant = check_quant(quant or "bf16")
+    return quant, check_quant(text_quant or usual_text_quant(quant))
+
+
+def quants_from(stored: tuple[str, str], quant: str | None, text_quant: str | None) -> tuple[str, str]:
+    """What is asked for of a transformer and a text encoder that are `stored` in these quantizations.
+
+    None stands for what is stored, and where a transformer's is given, for what usually goes with that if the text
+    encoder is in 16 bits.
+
+    Raises:
+        InputError: there is no such quantization.
+    """
+    own, own_text = stored
+    usual = usual_text_quant(quant) if quant is not None and own_text == "bf16" else own_text
+    return check_quant(quant or own), check_quant(text_quant or usual)
+
+
+def check_loadable(stored: tuple[str, str], wanted: tuple[str, str]) -> None:
+    """InputError if a transformer and a text encoder that are `stored` in these quantizations can't become what is
+    `wanted` while they are loaded."""
+    for group, own, other in zip(GROUPS, stored, wanted, strict=True):
+        if own not in (other, "bf16"):
+            raise InputError(
+                f"the {told([group])} is stored as {own}, which can't become {other}; convert the model again"
+            )

@@ -273,8 +273,8 @@ def test_fingerprints(official, source, tmp_path):
 
 
 def test_a_fingerprint_has_something_of_every_tensor(source, monkeypatch):
-    monkeypatch.setattr("flux2_mlx.convert.sources._SAMPLES", 1)
-    monkeypatch.setattr("flux2_mlx.convert.sources._SAMPLE_BYTES", 64)
+    monkeypatch.setattr("flux2_mlx.convert.sources._PIECES", 1)
+    monkeypatch.setattr("flux2_mlx.convert.sources._PIECE_BYTES", 64)
     before = Source.open(source, VARIANT).fingerprint
     for name in list(mx.load(str(source / WEIGHTS["vae"])))[::20]:
         edit_weights(source / WEIGHTS["vae"], lambda x, name=name: x.update({name: x[name] + 1}))

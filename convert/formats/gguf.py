@@ -24,6 +24,7 @@ import mlx.core as mx
 from flux2_mlx.copying import Range
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import decoded, open_model_file
+from flux2_mlx.layout import NUMBERS
 from flux2_mlx.weights import HEADER_LIMIT, START, TensorInfo, raise_problems, refuse_other
 
 from .blocks import PLAIN, Kind, Stored, kind_names, kinds, read_stored
@@ -40,7 +41,7 @@ _MAX_NAME = 255
 _MAX_DIMENSIONS, _MAX_DIMENSION = 4, 2**31 - 1
 _ALIGNMENT = 32
 _ALIGNMENTS = tuple(2**n for n in range(17))
-_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SPLIT = re.compile(rf"(?P<stem>.+){NUMBERS}\.gguf")
 _MAX_FILES = 999
 
 

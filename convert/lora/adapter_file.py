@@ -16,6 +16,7 @@ from flux2_mlx.files import check_kind
 from flux2_mlx.json_files import open_model_file, read_json
 from flux2_mlx.layout import PICKLES
 from flux2_mlx.weights import Files, TensorInfo, Tensors, evaluated, raise_problems
+from flux2_mlx.wording import some
 
 from ..formats import Packed, Unpacked, fp8
 from ..geometry import choose, titles
@@ -370,6 +371,4 @@ def _first(where: Place) -> Place:
 
 
 def _listed(names: Iterable[str]) -> str:
-    names = [f"{name:.80}" for name in names]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return some([f"{name:.80}" for name in names], 3)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..config import QUANTIZATIONS, VARIANTS
-from ..layout import told
+from ..wording import told
 from .terminal import in_flags, print_result, printable
 
 if TYPE_CHECKING:

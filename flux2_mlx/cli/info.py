@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..config import DTYPES, QUANTIZATIONS, VARIANTS, Variant
-from ..layout import told
+from ..wording import told
 from .identified import found_values, print_found
 from .options import dtype_option, json_option, memory_option, models_dir_option, variant_option, weight_options
 from .progress import notice

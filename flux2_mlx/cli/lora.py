@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..layout import told
+from ..wording import told
 from .options import json_option, models_dir_option, quiet_option
 from .progress import Bars, notice, size_text
 from .terminal import print_result, printable, to_json

@@ -2,12 +2,11 @@
 
 from .cache import PARTIAL, Download, Folders, is_weight, remove_empty, remove_files, snapshot_files, storage_of
 from .errors import UnindexedError
-from .repo import SHARD, cache_folder, fetch, header, is_repo_id
+from .repo import cache_folder, fetch, header, is_repo_id
 from .selection import Selection, names_of, select
 
 __all__ = [
     "PARTIAL",
-    "SHARD",
     "Download",
     "Folders",
     "Selection",

@@ -18,7 +18,7 @@ from ..errors import DownloadError, Flux2Error
 from ..exclusion import exclude_from_backups
 from ..files import Claim
 from ..json_files import parse_json
-from ..layout import INDEX
+from ..layout import INDEX, SHARD
 from .cache import (
     Download,
     Folders,
@@ -48,9 +48,7 @@ _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.(?:git|gguf|safetensors)$)){_NAME}/{_
 _SINGLE = re.compile(
     r"(?:[A-Za-z0-9_][ -.0-\[\]-~]{0,199}/){0,5}[A-Za-z0-9_][ -.0-\[\]-~]{0,199}\.(?:safetensors|gguf)"
 )
-# One file of a numbered set.
-SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-(?P<count>\d{5})(?P<end>\.[a-z0-9]+)")
-_SOME = 5
+_BASES = 5  # at most, that a card names
 UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError)
 _LISTING = 4_000_000  # bytes; the listing of FLUX.2-dev has some 50,000
 _LARGEST = 10**15  # bytes
@@ -283,7 +281,7 @@ def _bases(card: Any) -> tuple[str, ...]:
     """The models that a model's card says it was made from."""
     value = card.get("base_model") if isinstance(card, dict) else None
     names = value if isinstance(value, list) else [value]
-    return tuple(name for name in names[:_SOME] if isinstance(name, str) and is_repo_id(name))
+    return tuple(name for name in names[:_BASES] if isinstance(name, str) and is_repo_id(name))
 
 
 def _get(entry: Any, key: str, kind: type) -> Any:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from .. import hub
 from ..checkpoint import Checkpoint
-from ..config import Variant, check_quant
+from ..config import Variant
 from ..convert import Source, check_folds, check_source, formats, write_checkpoint
 from ..files import Claim
 from ..hub import Download, is_weight
-from ..quantization import DEFAULT_TEXT_QUANT
 from .first_use import Fetching
 from .parts import WHOLE, WRITING
 from .sources import Wanted
@@ -94,12 +93,6 @@ def convert_source(
     target.parent.mkdir(parents=True, exist_ok=True)
     quants = source.quants(wanted.quant, wanted.text_quant)
     write_checkpoint(source, target, *quants, name=name, folds=wanted.folds, force=force, progress=progress)
-
-
-def in_full(quant: str | None, text_quant: str | None) -> tuple[str, str]:
-    """How a model is to be stored that is in 16 bits, as those on the Hub are."""
-    quant = check_quant(quant or "bf16")
-    return quant, check_quant(text_quant or DEFAULT_TEXT_QUANT[quant])
 
 
 def _unread(source: Source, download: Download) -> set[str]:

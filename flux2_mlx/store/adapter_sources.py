@@ -18,6 +18,7 @@ from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
 from ..layout import PICKLES
+from ..wording import some
 from .first_use import Progress, labelled
 from .folder import models_folder
 from .names import cached_repo
@@ -26,7 +27,6 @@ from .parts import Remote, located
 ADAPTERS = "loras"  # in the models folder
 _SUFFIX = ".safetensors"
 _ALPHAS = ("alpha",)  # single numbers, which are read with the header
-_SOME = 5
 
 
 class FoundAdapter:
@@ -175,8 +175,7 @@ def _several(wanted: Remote, chosen: list[str], weights: list[str]) -> str:
     """What is there in place of one adapter, and what to write."""
     what = f"{len(chosen)} adapters" if chosen else f"no {_SUFFIX} file" + " there" * bool(wanted.path and weights)
     names = [f"{wanted.repo}:{name}" for name in chosen or weights]
-    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
-    way = f"give one as {', '.join(names[:_SOME])}{more}" if names else "give another repo"
+    way = f"give one as {some(names)}" if names else "give another repo"
     return f"{wanted} has {what}; {way}"
 
 

@@ -14,7 +14,8 @@ from ..convert import LAST_USED, Source, check_source, check_writable
 from ..errors import CheckpointError, InputError
 from ..exclusion import exclude
 from ..files import Claim
-from .acquisition import convert_source, in_full
+from ..quantization import wanted_quants
+from .acquisition import convert_source
 from .conversion import claim, holding, make_checkpoint, make_from_parts
 from .converted import checkpoint_name, conversions, folder_name, keeps_bits
 from .first_use import Announce, Check, Fetching, Progress
@@ -112,7 +113,7 @@ class _OfModel:
         self._is_whole = True
         if model.kind == SOURCE:
             self._source, self._is_whole = what_is_here(model, wanted, folder)
-        store_as = in_full if self._source is None else self._source.quants
+        store_as = wanted_quants if self._source is None else self._source.quants
         self._quants = store_as(wanted.quant, wanted.text_quant)
         source = self._source
         self._name = f"{source.variant.name}-{source.fingerprint[:12]}" if source else folder_name(model)

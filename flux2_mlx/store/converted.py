@@ -7,12 +7,12 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
-from ..components import PAINTING, by_group
+from ..components import by_group, can_paint
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..convert import KEPT
 from ..errors import CheckpointError, InputError
 from ..json_files import read_json
-from ..quantization import DEFAULT_TEXT_QUANT
+from ..quantization import usual_text_quant
 from .folder import models_folder, stored_checkpoints
 from .names import DEMO, SOURCE, VARIANT, Model, checked_variant, resolve
 from .sources import Wanted, what_is_here
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 def checkpoint_name(model: str, quant: str, text_quant: str) -> str:
     """The folder of a converted model: its name and quantization, the text encoder's where it is not the default."""
-    text = "" if text_quant == DEFAULT_TEXT_QUANT[quant] else f"-text-{text_quant}"
+    text = "" if text_quant == usual_text_quant(quant) else f"-text-{text_quant}"
     return f"{model}-{quant}{text}"
 
 
@@ -187,4 +187,4 @@ def _can_paint(folder: Path) -> bool:
     except CheckpointError as error:
         _log.warning("%s; remove %s, or convert the model again", error, folder)
         return False
-    return isinstance(components, list) and all(part in components for part in PAINTING)
+    return isinstance(components, list) and can_paint(components)

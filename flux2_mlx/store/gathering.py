@@ -13,7 +13,7 @@ from ..components import MAIN_PART
 from ..convert import MissingPartsError, Source, assembled, check_folds, check_source, formats, is_loose
 from ..errors import CheckpointError, DownloadError, InputError
 from ..hub import Download
-from ..layout import told
+from ..wording import told
 from .acquisition import convert_source
 from .first_use import Fetching
 from .parts import Remote, files_of, main_file

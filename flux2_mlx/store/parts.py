@@ -9,8 +9,9 @@ from pathlib import Path
 from ..components import PARTS, WRITING_PARTS
 from ..convert import TOKENIZER_PART
 from ..errors import DownloadError, InputError
-from ..hub import SHARD, Folders, is_repo_id, is_weight
-from ..layout import PICKLES
+from ..hub import Folders, is_repo_id, is_weight
+from ..layout import NUMBERS, PICKLES, SET_INDEX, SHARD
+from ..wording import some
 from .names import addressed_file, is_address
 
 # What is fetched of a model in the layout of diffusers, and what suffices to write text.
@@ -19,9 +20,8 @@ WRITING = replace(WHOLE, weights=WRITING_PARTS)
 # What tokenizers are made from, the best first, and what says more of all but the last.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tekken.json",))
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-_CONFIG, _INDEX = "config.json", ".safetensors.index.json"
-_USUAL = re.compile(r"(?:.*/)?(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safetensors")
-_SOME = 5
+_CONFIG = "config.json"
+_USUAL = re.compile(rf"(?:.*/)?(?:diffusion_pytorch_model|model)(?:{NUMBERS})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[s
         return _tokenizer(remote, names)
     weights = _weights(remote, part, sorted(filter(is_weight, names)))
     folder = os.path.dirname(weights[0])
-    beside = [name for name in names if os.path.dirname(name) == folder and name.endswith((_CONFIG, _INDEX))]
+    beside = [name for name in names if os.path.dirname(name) == folder and name.endswith((_CONFIG, SET_INDEX))]
     return [*sorted(name for name in beside if _belongs(name, weights)), *weights]
 
 
@@ -94,7 +94,7 @@ def _weights(remote: Remote, part: str | None, weights: list[str]) -> list[str]:
     if len(usual or distinct) == 1:
         return (usual or distinct)[0]
     if distinct:
-        raise DownloadError(f"{remote} holds several files of weights: {_some(found)}; give one as {remote.repo}:FILE")
+        raise DownloadError(f"{remote} holds several files of weights: {some(found)}; give one as {remote.repo}:FILE")
     what = f"no file of weights {remote.path[:80]!r}" if remote.path else "no weights"
     raise DownloadError(f"{remote.repo} has {what}{_named(remote, weights)}")
 
@@ -111,7 +111,7 @@ def _set_of(name: str, weights: list[str]) -> list[str]:
 def _belongs(name: str, weights: list[str]) -> bool:
     """Whether a small file says something of these weights: a config, or the index of a set."""
     own, first = os.path.basename(name), os.path.basename(weights[0])
-    return own == _CONFIG or (len(weights) > 1 and first.startswith(own.removesuffix(_INDEX) + "-"))
+    return own == _CONFIG or (len(weights) > 1 and first.startswith(own.removesuffix(SET_INDEX) + "-"))
 
 
 def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:
@@ -133,10 +133,5 @@ def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:
 
 def _named(remote: Remote, weights: list[str]) -> str:
     """How files of weights can be named, as the end of a sentence."""
-    shown = _some([f"{remote.repo}:{name}" for name in weights])
+    shown = some([f"{remote.repo}:{name}" for name in weights])
     return f"; give one as {shown}" if weights else "; give another repo"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
-    return f"{', '.join(names[:_SOME])}{more}"
