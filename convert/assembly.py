@@ -69,22 +69,14 @@ def assembled(
     is_model = is_checkpoint(place) or is_whole(place)
     own = {} if is_model else _loose_parts(place, variant)
     base = _base(place, variant, text_only=text_only) if is_model else None
-    replaced = [name for name in LAYOUT if name in given and name in (own if base is None else LAYOUT)]
-    notes = [
-        f"the {told([name])} of {place} is not used; taken from {given[name]}"
-        for name in replaced
-        if given[name] != place
-    ]
     ours = {name: _stored_part(name, given[name]) for name in wanted if name in given and is_checkpoint(given[name])}
     parts = own | {name: _given_part(name, given[name], variant) for name in LAYOUT if name in given.keys() - ours}
     parts = {name: part for name, part in parts.items() if name in wanted and name not in ours}
     taken = {name: network for part in ours.values() for name, network in part.items()}
     configs = _geometries(parts) | {name: network.config for name, network in taken.items()}
     places = {name: part.place for name, part in parts.items()} | {name: given[name] for name in ours}
-    hints = [*_said(given), *(x for part in parts.values() for x in titles(part.metadata, part.place.name, repo))]
-    if base is not None:
-        hints.append(base.variant.name)
     rows = [base.variant] if base is not None and not configs else candidates(configs)
+    hints = _hints(given, parts, base, repo)
     _check_sizes(place, {} if base is None else base.configs, configs, places, variant)
     row = choose(rows, hints, variant, str(place))
     tokenizer = given.get(TOKENIZER_PART) or (_held_tokenizer(parts) if base is None else None)
@@ -95,7 +87,20 @@ def assembled(
             source = Source(place, row, configs, parts, place, RELEASED_SCHEDULE, taken, borrowed=frozenset(borrowed))
             raise MissingPartsError(_lacking(place, row, own, missing), source, missing)
     joined = _joined(place, row, parts, configs, tokenizer, base, borrowed, taken)
-    return replace(joined, notes=(*notes, *joined.notes), borrowed=frozenset(borrowed))
+    notes = (*_unused(place, LAYOUT if is_model else own, given), *joined.notes)
+    return replace(joined, notes=notes, borrowed=frozenset(borrowed))
+
+
+def _hints(given: Mapping[str, Path], parts: Mapping[str, SourcePart], base: Source | None, repo: str) -> list[str]:
+    """What may say which model it is, what says it best first."""
+    of_parts = (title for part in parts.values() for title in titles(part.metadata, part.place.name, repo))
+    return [*_said(given), *of_parts, *([] if base is None else [base.variant.name])]
+
+
+def _unused(place: Path, held: Collection[str], given: Mapping[str, Path]) -> list[str]:
+    """Notes of the parts that are `held` at `place` and taken from elsewhere."""
+    replaced = [name for name in LAYOUT if name in held and given.get(name, place) != place]
+    return [f"the {told([name])} of {place} is not used; taken from {given[name]}" for name in replaced]
 
 
 def _check_sizes(

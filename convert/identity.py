@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux2_mlx.checkpoint import Checkpoint, Component
+from flux2_mlx.components import MAIN_PART
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo, Tensors
@@ -120,6 +121,11 @@ class Identity:
     missing: tuple[str, ...] = ()
     quant: str | None = None
     advice: str | None = None
+
+    @property
+    def lacks_main_part(self) -> bool:
+        """Whether that is missing which tells what model it is, so that it completes another one at most."""
+        return MAIN_PART in self.missing
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ def copied(
     """
     found = {}
     for name in names:
-        rule, places = rules[name], [place(source) for source in rules[name].sources]
+        rule = rules[name]
+        places = [place(source) for source in rule.sources]
         ranges = tuple(one for one in places if one is not None)
         if rule.moved and len(ranges) == len(places):
             found[name] = Copied(rule.moved(ranges), partial(_check, name, complaint))

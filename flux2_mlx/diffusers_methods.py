@@ -45,7 +45,8 @@ class DiffusersMethods:
         Raises:
             InputError: that is not the device asked for, or a dtype is.
         """
-        kind, own = str(device).partition(":")[0], "mps" if mx.default_device() == mx.gpu else "cpu"
+        kind = str(device).partition(":")[0]
+        own = "mps" if mx.default_device() == mx.gpu else "cpu"
         if dtype is not None or "float" in kind:
             raise InputError("the dtype is chosen when a model is opened; write from_pretrained(..., dtype='bfloat16')")
         if device is not None and kind != own:
@@ -72,7 +73,8 @@ class DiffusersMethods:
             self.networks.release()
 
     def enable_sequential_cpu_offload(self, device: Any = None) -> None:
-        """The same: what does not fit into `memory_limit` then is read from disk at every step anyway."""
+        """Have only the network of the current phase in memory; what of it does not fit into `memory_limit` is read
+        from disk at every step anyway."""
         self.enable_model_cpu_offload(device)
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:

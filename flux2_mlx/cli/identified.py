@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from ..store.identification import Found
 
 _LABEL = 11
-_TRANSFORMER = "transformer"
 
 
 def found_values(found: "Found") -> dict[str, Any]:
@@ -63,7 +62,7 @@ def _print_parts(found: "Found") -> None:
 
 def _converting(found: "Found") -> str:
     identity, conversion = found.identity, found.conversion
-    if _TRANSFORMER in identity.missing:
+    if identity.lacks_main_part:
         options = " ".join(f"--{part.name.replace('_', '-')} FILE" for part in identity.parts)
         return f"give it beside a transformer: flux2-mlx convert MODEL TARGET {options}"
     if conversion is None:

@@ -74,10 +74,7 @@ def info(
     elif is_image(model):
         _show_image(Path(model), as_json)
     elif found := _found(model, variant, models_dir, planned):
-        if as_json:
-            print_result(to_json(found_values(found)))
-        else:
-            print_found(found)
+        _show_found(found, as_json)
     else:
         from ..device import memory_reason
         from ..pipeline import Flux2Pipeline
@@ -94,6 +91,13 @@ def info(
         )
         row = _one_row(resolved, pipe, folders) | _plan(pipe, width, height)
         _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
+
+
+def _show_found(found: "Found", as_json: bool) -> None:
+    if as_json:
+        print_result(to_json(found_values(found)))
+    else:
+        print_found(found)
 
 
 def _show_image(path: Path, as_json: bool) -> None:

@@ -99,7 +99,7 @@ def make_checkpoint(
         models_dir: where converted models are that give what single files lack, which else the official repo does.
         force: replace an MLX checkpoint at `target`.
         of_files: the folder, by its quantizations, and what is wanted of a repo that turns out to hold weights of one
-            thing only; None: the same.
+            thing only; None: `target` and `wanted`.
     """
     given = {name: located(where) for name, where in parts.items()}
     if model.is_checkpoint and not given:

@@ -7,20 +7,19 @@ import mlx.core as mx
 from ..config import TextConfig, VisionConfig
 from ..layers import attention_operations, score_bytes
 
-# While a layer attends: arrays as wide as the stream, the queries, and the keys, and bytes of a query in float32 for
-# norms and rotation. While its MLP computes: arrays as wide as the stream and the MLP, which has the gate, its product
-# and what it is multiplied by. Fitted to peaks: python scripts/bench_memory.py measure klein-4b bf16 --work FOLDER
-_STREAMS = 6
-_QUERIES = 4.9
-_KEYS = 2
-_FLOAT32_BYTES = 18
-_MLP_STREAMS, _MLP_ARRAYS = 4, 3
+# What a language model's layer holds at its peak, fitted to peaks: python scripts/bench_memory.py measure klein-4b bf16
+# --work FOLDER
+_STREAMS = 6  # arrays as wide as the stream, while it attends
+_QUERIES = 4.9  # as wide as the queries
+_KEYS = 2  # as wide as the keys
+_FLOAT32_BYTES = 18  # of a query in float32, for norms and rotation
 _MASKS = 3  # who sees whom, as it is made of the triangle and the padding, a byte each
-# Of the vision tower: bytes for a patch and channel while it attends, and arrays as wide as the stream beside its MLP.
-# Of the logits: arrays in float32, as mlx-lm normalises them and a token is sampled. Fitted to peaks:
-# python -m pytest -s tests/test_upsampling_memory.py -k near_what_writing_takes
-_VISION_BYTES, _VISION_MLP_STREAMS = 92, 3
-_LOGITS_ARRAYS = 6
+_MLP_STREAMS = 4  # arrays as wide as the stream, while its MLP computes
+_MLP_ARRAYS = 3  # as wide as the MLP: the gate, its product, and what that is multiplied by
+# Fitted to peaks: python -m pytest -s tests/test_upsampling_memory.py -k near_what_writing_takes
+_VISION_BYTES = 92  # of the vision tower, for a patch and channel while it attends
+_VISION_MLP_STREAMS = 3  # arrays as wide as its stream, while its MLP computes
+_LOGITS_ARRAYS = 6  # of logits in float32, as mlx-lm normalises them and a token is sampled
 # mlx-lm's own numbers of tokens.
 _CACHE_STEP = 256  # what `KVCache` grows by (its `step`)
 _TOKENS_READ_TOGETHER = 2048  # what `generate_step` reads of a prompt at one time (its `prefill_step_size`)
