@@ -104,6 +104,16 @@ def test_every_module_has_a_room():
     assert sorted(found) == sorted(itertools.chain.from_iterable(STOREYS.values()))
 
 
+def test_the_map_for_contributors_names_each_room_once_and_in_its_storey():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    *storeys, top = re.split(
+        r"^\d\. |On top stand", text.partition("The house\n")[2].partition("How data")[0], flags=re.M
+    )[1:]
+    for storey, place in zip([*storeys, top], STOREYS, strict=True):
+        named = [name.rstrip("/") for name in re.findall(r"`(\w+/?)`", storey)]
+        assert sorted(named) == sorted(STOREYS[place])
+
+
 @pytest.mark.parametrize("module", [name for name in FILES if name != "flux2_mlx.__init__"])
 def test_imports_go_down_or_left(module):
     home = module.split(".")[1]
