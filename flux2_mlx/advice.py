@@ -12,7 +12,6 @@ from .memory import Plan, Workload, Writing
 from .networks import Networks
 from .references import MIN_SIDE, Edit
 from .request import Request
-from .store import demo_folder
 from .wording import told
 
 _SMALLER_TEXT = "choose a smaller model, one converted with text_quant='qint4', or a higher limit"
@@ -56,6 +55,24 @@ def checked_plan(networks: Networks, work: Workload, limit: int) -> Plan:
     return planned
 
 
+def check_given_plan(planned: Plan, work: Workload, limit: int) -> None:
+    """InputError if a plan is not one of a run that makes `work` within `limit` bytes."""
+    if planned.limit > limit or not _covers(planned.work, work):
+        raise InputError(
+            "the plan is of another request, edit, previews or memory_limit than this run; plan this one, or leave "
+            "planned out"
+        )
+
+
+def _covers(planned: Workload | Writing | None, work: Workload) -> bool:
+    """Whether what makes `work` is `planned`, or is the same but for shorter or fewer texts."""
+    if not isinstance(planned, Workload):
+        return False
+    fewer = work.length <= planned.length and work.prompts <= planned.prompts and work.negatives <= planned.negatives
+    same = replace(work, length=planned.length, prompts=planned.prompts, negatives=planned.negatives)
+    return fewer and same == planned
+
+
 def checked_phase_plan(networks: Networks, work: Workload, name: str, limit: int) -> Plan:
     """What encoding the prompts or decoding an image holds in memory alone; InputError if that does not fit."""
     planned = networks.needs(work).plan(limit).only(name)
@@ -83,7 +100,7 @@ def check_possible(networks: Networks, limit: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Within:
+class _Budget:
     """Networks and the bytes of memory that there are for a run of them."""
 
     networks: Networks
@@ -109,18 +126,18 @@ class _Within:
 
 def advice(networks: Networks, work: Workload, limit: int) -> str:
     """What would fit instead of a run that does not: the same with less beside it, smaller pictures, fewer bits."""
-    within = _Within(networks, limit)
-    if _is_convertible(networks) and _Within(networks.stored_as(networks.quant, networks.text_quant), limit).fits(work):
+    budget = _Budget(networks, limit)
+    if _is_convertible(networks) and _Budget(networks.stored_as(networks.quant, networks.text_quant), limit).fits(work):
         return f"convert the model with {_settings(networks.quant, networks.text_quant)}, which lets it be streamed"
-    if work.previews and within.fits(replace(work, previews=False)):
+    if work.previews and budget.fits(replace(work, previews=False)):
         return "without images between the steps it would fit"
-    if count := within.largest(lambda count: _only(work, count), 1, work.images):
+    if count := budget.largest(lambda count: _only(work, count), 1, work.images):
         return f"{count} at a time would fit"
-    if pictures := _smaller_pictures(within, work):
+    if pictures := _smaller_pictures(budget, work):
         return f"{pictures} would fit"
-    if networks.adapters and _Within(networks.with_adapters([]), limit).fits(work):
+    if networks.adapters and _Budget(networks.with_adapters([]), limit).fits(work):
         return "without adapters it would fit"
-    if bits := _fewer_bits(within, work):
+    if bits := _fewer_bits(budget, work):
         return f"no size fits, but {bits} it would"
     return "no size fits; choose a smaller model or a higher limit"
 
@@ -130,66 +147,66 @@ def _only(work: Workload, images: int) -> Workload:
     return replace(work, images=images, prompts=min(images, work.prompts), negatives=min(images, work.negatives))
 
 
-def _smaller_pictures(within: _Within, work: Workload) -> str | None:
+def _smaller_pictures(budget: _Budget, work: Workload) -> str | None:
     """The largest references, or else the largest image, or else the largest of both, with which the run fits."""
     if not work.on_canvas:
-        if smaller := _smaller_references(within, work):
+        if smaller := _smaller_references(budget, work):
             return smaller
-        if smaller := _smaller_image(within, work):
+        if smaller := _smaller_image(budget, work):
             return smaller
-    return _smaller_all(within, work) if work.references else None
+    return _smaller_all(budget, work) if work.references else None
 
 
-def _smaller_references(within: _Within, work: Workload) -> str | None:
+def _smaller_references(budget: _Budget, work: Workload) -> str | None:
     count = len(work.references)
     most = max((max(size) for size in work.references), default=0)
 
     def smaller(side: int) -> Workload:
         return replace(work, references=((side, side),) * count)
 
-    side = within.largest(smaller, MIN_SIDE, most, within.token_size)
+    side = budget.largest(smaller, MIN_SIDE, most, budget.token_size)
     return f"{f'{count} references' if count > 1 else 'a reference'} of {side}×{side} pixels" if side else None
 
 
-def _smaller_image(within: _Within, work: Workload) -> str | None:
-    token_size = within.token_size
+def _smaller_image(budget: _Budget, work: Workload) -> str | None:
+    token_size = budget.token_size
 
     def smaller(side: int) -> Workload:
         return _with_image(work, side, token_size)
 
-    side = within.largest(smaller, token_size, max(work.width, work.height), token_size)
+    side = budget.largest(smaller, token_size, max(work.width, work.height), token_size)
     return f"an image of {smaller(side).width}×{smaller(side).height}" if side else None
 
 
-def _smaller_all(within: _Within, work: Workload) -> str | None:
-    token_size = within.token_size
+def _smaller_all(budget: _Budget, work: Workload) -> str | None:
+    token_size = budget.token_size
     most = max(max(size) for size in work.references)
     # No reference may be narrower than the least that there may be.
     least = max(math.ceil(MIN_SIDE * max(size) / min(size)) for size in work.references)
 
     def smaller(side: int) -> Workload:
-        references = tuple(_within(size, side, token_size) for size in work.references)
+        references = tuple(_scaled_to(size, side, token_size) for size in work.references)
         return replace(_with_image(work, side, token_size), references=references)
 
-    side = within.largest(smaller, -(-least // token_size) * token_size, most, token_size)
+    side = budget.largest(smaller, -(-least // token_size) * token_size, most, token_size)
     return f"pictures and an image of at most {side} pixels a side" if side else None
 
 
-def _fewer_bits(within: _Within, work: Workload) -> str | None:
+def _fewer_bits(budget: _Budget, work: Workload) -> str | None:
     """The settings of the mildest quantization with which the run fits."""
-    networks = within.networks
+    networks = budget.networks
     left = [QUANTIZATIONS[QUANTIZATIONS.index(quant) :] for quant in (networks.quant, networks.text_quant)]
     converted = _is_convertible(networks)
     for quant, text_quant in sorted(product(*left), key=lambda pair: sorted(map(QUANTIZATIONS.index, pair))[::-1]):
         fewer = networks.stored_as(quant, text_quant) if converted else networks.quantized(quant, text_quant)
-        if _Within(fewer, within.limit).fits(work):
+        if _Budget(fewer, budget.limit).fits(work):
             return f"{'converted ' if converted else ''}with {_settings(quant, text_quant)}"
     return None
 
 
 def _is_convertible(networks: Networks) -> bool:
     """Whether the model can be stored in other bits: not the one that comes with the package, which is as it is."""
-    return networks.checkpoint.folder != demo_folder()
+    return not networks.checkpoint.is_built_in
 
 
 def _settings(quant: str, text_quant: str) -> str:
@@ -197,11 +214,11 @@ def _settings(quant: str, text_quant: str) -> str:
 
 
 def _with_image(work: Workload, side: int, token_size: int) -> Workload:
-    width, height = _within((work.width, work.height), side, token_size)
+    width, height = _scaled_to((work.width, work.height), side, token_size)
     return replace(work, width=width, height=height)
 
 
-def _within(size: tuple[int, int], side: int, token_size: int) -> tuple[int, int]:
+def _scaled_to(size: tuple[int, int], side: int, token_size: int) -> tuple[int, int]:
     """A size of the same shape, of at most `side` pixels a side, in whole tokens."""
     scale = min(1, side / max(size))
     width, height = (max(token_size, int(x * scale) // token_size * token_size) for x in size)

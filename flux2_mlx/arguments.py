@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from .config import VAEConfig
 from .device import check_process
-from .errors import InputError
+from .errors import InputError, SettingError
 from .images import flattened, open_hashed
 from .request import Request
 
@@ -66,6 +67,15 @@ def named(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result
         return method(*args, **kwargs)
 
     return checked
+
+
+@contextmanager
+def spelled(**names: str) -> Iterator[None]:
+    """Have errors name settings as the caller does: `names` are these by those that they have here."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(names.get(error.setting, error.setting), error.reason) from error
 
 
 def _advice(name: str, signature: inspect.Signature) -> str:
@@ -300,15 +310,15 @@ def _text_size(texts: Sequence[str], embeds: mx.array | None, longest: int) -> t
     return (len(set(texts)), longest) if embeds is None else (embeds.shape[0], embeds.shape[1])
 
 
-def latents(given: Any, shape: tuple[int | None, ...]) -> mx.array:
+def latents(given: Any, shape: tuple[int | None, ...], name: str = "latents") -> mx.array:
     """Latents that the caller has given, of a shape in which None is any number."""
-    values = array("latents", given)
+    values = array(name, given)
     fits = len(shape) == values.ndim and all(want in (None, got) for want, got in zip(shape, values.shape, strict=True))
     if not fits or 0 in values.shape:
         wanted = f"({', '.join('any' if want is None else str(want) for want in shape)})"
-        raise InputError(f"latents have shape {values.shape}, this run needs {wanted}")
+        raise InputError(f"{name} have shape {values.shape}, this run needs {wanted}")
     if not mx.isfinite(values).all().item():
-        raise InputError("latents have values that are not finite numbers")
+        raise InputError(f"{name} have values that are not finite numbers")
     return values
 
 

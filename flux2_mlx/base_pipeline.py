@@ -1,5 +1,6 @@
 """Runs of settings and pictures that are checked, and the parts of one."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,7 +9,7 @@ import mlx.core as mx
 from PIL import Image
 
 from . import arguments
-from .advice import checked_phase_plan, checked_plan, workload
+from .advice import check_given_plan, checked_phase_plan, checked_plan, workload
 from .branches import AtWork, check_steps
 from .checkpoint import Checkpoint
 from .config import Variant
@@ -48,7 +49,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         if not isinstance(networks, Networks):
             raise InputError(f"write Flux2Pipeline.from_pretrained({networks or 'klein-4b'!r:.80})")
         self.networks = networks
-        self.memory_limit = memory_bytes(memory_limit)
+        self._memory_limit = memory_bytes(memory_limit)
         self.keep = keep
         self.prompt_cache = prompt_cache
         self.unfinished = unfinished
@@ -164,19 +165,23 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
                 before that of the next pass where memory allows it. After a step it may return tokens to go on from,
                 call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.
             previews: plan for those, so that the VAE stays in memory.
-            planned: what `plan` gave for this; None: it is planned now.
+            planned: what `plan` gave for this run; None: it is planned now.
             resume: where images wait for their decoding, keep them on disk meanwhile, and go on from those that an
                 earlier run of the same settings has left.
             output: what to fill in and return; of a run that is cut short it has the timings, and the images that were
                 finished with their seeds. The exception has it as `partial_output` then, as for a call.
         """
         check_output_type(output_type)
+        self._check(request, edit)
         check_steps(self.networks.adapters, request.steps)
         if not request.negative_prompts:
             negative_prompt_embeds = None  # up to a guidance of 1
+        texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
+        work = workload(request, edit, previews=previews, texts=texts)
         if planned is None:
-            texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
-            planned = checked_plan(self.networks, workload(request, edit, previews=previews, texts=texts), self._limit)
+            planned = checked_plan(self.networks, work, self._limit)
+        else:
+            check_given_plan(planned, work, self._limit)
         if latents is not None:
             latents = self._noise(request, latents)
         given = [values for values in (latents, prompt_embeds, negative_prompt_embeds) if values is not None]
@@ -201,11 +206,21 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
             if output_type == "pt" and output.images is not None:
                 output.images = to_torch(output.images)
 
+    def _check(self, request: Request, edit: Edit) -> None:
+        """InputError if a request or an edit, which may be built by hand, can't be run with this model and each
+        other."""
+        arguments.kinds(request=(request, Request), edit=(edit, Edit))
+        request.check(self.variant, self.token_size)
+        edit.working_size(request.width, request.height)
+
     def _noise(self, request: Request, latents: Any) -> mx.array:
         """The noise of a run that a caller has given; InputError if it can't be that."""
-        vae = self.checkpoint.fitted_variant.vae
-        grid = request.height // vae.token_size, request.width // vae.token_size
-        return arguments.latents(latents, (len(request.seeds), vae.token_channels, *grid))
+        channels = self.checkpoint.fitted_variant.vae.token_channels
+        return arguments.latents(latents, (len(request.seeds), channels, *self._grid(request)))
+
+    def _grid(self, request: Request) -> tuple[int, int]:
+        """Height and width of an image in tokens."""
+        return request.height // self.token_size, request.width // self.token_size
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> mx.array:
         """Text states `[B, L, C]` for the transformer, padding included."""
@@ -253,14 +268,28 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         A callback can ask for them while the run goes on; other threads wait for its end.
 
         Raises:
-            InputError: the VAE does not fit into the memory limit, or into what a run leaves of it that is going on.
+            InputError: the tokens have another shape than `[B, L, C]`, or values that are not finite. The VAE does not
+                fit into the memory limit, or into what a run leaves of it that is going on.
         """
+        edit = edit or Edit()
+        self._check(request, edit)
+        channels = self.checkpoint.fitted_variant.vae.token_channels
+        tokens = arguments.latents(tokens, (None, math.prod(self._grid(request)), channels), "tokens")
         planned = checked_phase_plan(self.networks, workload(request), "vae", self._limit)
         with self._running(planned, []) as phases:
-            return Run(self.networks, phases, request, edit or Edit()).preview(tokens)
+            return Run(self.networks, phases, request, edit).preview(tokens)
 
     def _running(self, planned: Plan, timings: list[Phase]) -> AbstractContextManager[Phases]:
         return running(self.networks, planned, timings, keep=self.keep)
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that a run stays within. It is set as for `from_pretrained`."""
+        return self._memory_limit
+
+    @memory_limit.setter
+    def memory_limit(self, limit: int | str | None) -> None:
+        self._memory_limit = memory_bytes(limit)
 
     @property
     def _limit(self) -> int:

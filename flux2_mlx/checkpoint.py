@@ -31,6 +31,7 @@ FILES = "files"  # in the manifest: bytes and SHA-256 of every other file
 DIGEST = "sha256"  # in the manifest: of its other keys
 TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
 _FEW_BLOCKS = 8  # missing ones, whose tensors are told by name: as many as an error lists
+_PACKAGE = Path(__file__).parent
 _SMALL = 1 << 25  # bytes; the largest tokenizer has 17 million, which take some 10 ms to hash
 
 
@@ -270,6 +271,11 @@ class Checkpoint:
     def paints(self) -> bool:
         """Whether images can be made, and not only text be written."""
         return can_paint(self.components)
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it comes with this package, so that it stays as it is."""
+        return self.folder.is_relative_to(_PACKAGE)
 
     @property
     def folded(self) -> list[dict[str, Any]]:

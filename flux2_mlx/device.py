@@ -324,7 +324,7 @@ def parse_memory(text: str | int) -> int:
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     number = float(match[1]) if match else 0.0
     if match is None or not 1 <= number * unit < _MOST_BYTES:
-        raise InputError(f"memory must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
+        raise InputError(f"memory_limit must be a size such as 12GB or 7.5GiB, got {str(text)[:40]!r}")
     if unit == 1 and number < _FEWEST_BYTES:
         meant = f"{match[1]}{'GB' if number < _MOST_GIGABYTES else 'MB'}"
         raise InputError(f"{match[1]} bytes of memory are too few for any run; did you mean {meant}?")

@@ -29,6 +29,15 @@ class InputError(Flux2Error):
     """A setting, prompt, image or path given by the caller can't be used."""
 
 
+class SettingError(InputError):
+    """A `setting` has a value that it can't have; `reason` says why, and what it may be."""
+
+    def __init__(self, setting: str, reason: str):
+        super().__init__(f"{setting} {reason}")
+        self.setting = setting
+        self.reason = reason
+
+
 class RangeError(Flux2Error):
     """A computation left the range of its numbers."""
 

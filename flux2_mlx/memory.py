@@ -134,6 +134,7 @@ class Plan:
         longest: operations that the device is given at one time, at most. It can't be interrupted in them.
         kept: the networks that stay in memory after their phases, which the weights of all phases include.
         execution: how a pass of the transformer is computed.
+        work: what the run makes.
     """
 
     phases: tuple[PhasePlan, ...]
@@ -142,6 +143,7 @@ class Plan:
     longest: int = 0
     kept: tuple[str, ...] = ()
     execution: Execution = PLAIN
+    work: Workload | Writing | None = None
 
     @property
     def worst(self) -> PhasePlan:
@@ -209,7 +211,7 @@ class WritingNeeds:
             longest = max(longest, self.costs["vision"].longest(max(self.work.pixels)))
             activations["vision"] = self._seeing
         activations["language_model"] = self._writing
-        return replace(_plan(self.networks, activations, self.always, limit), longest=longest)
+        return replace(_in_turn(self.networks, activations, self.always, limit), longest=longest, work=self.work)
 
     @property
     def _features(self) -> int:
@@ -217,13 +219,13 @@ class WritingNeeds:
 
     @property
     def _seeing(self) -> int:
-        model = _together(self.networks, "vision")
+        model = _weights(self.networks, "vision")
         return self.costs["vision"].seeing(max(self.work.pixels), model.widened) + self._features
 
     @property
     def _writing(self) -> int:
         text = self.costs["language_model"]
-        model = _together(self.networks, "language_model")
+        model = _weights(self.networks, "language_model")
         reading = max(text.reading(self.work.tokens, model.widened), model.loading)
         features = self._features + (text.embeddings(self.work.tokens) if self.work.pixels else 0)
         return text.cache(self.work.tokens + self.work.answer) + reading + text.logits() + features
@@ -255,20 +257,20 @@ class Needs:
         that nothing else is given up for.
         """
         cost = self.costs["transformer"]
-        ways = [replace(self, costs={**self.costs, "transformer": way})._plan(limit) for way in cost.ways]
+        ways = [replace(self, costs={**self.costs, "transformer": way})._plan_of_way(limit) for way in cost.ways]
         possible = [way for way in ways if not way.phase("transformer").streamed or way.execution.blocks == 1]
         return max(possible, key=lambda way: (way.fits, way.beside, -way.phase("transformer").streamed))
 
-    def _plan(self, limit: int) -> Plan:
+    def _plan_of_way(self, limit: int) -> Plan:
         activations = {"text_encoder": self._encoding}
         if self.work.references:
             activations["vae_encoder"] = self._seeing
         activations |= {"transformer": self._denoising, "vae": self._decoding}
-        alone = replace(_plan(self.networks, activations, self.always, limit), **self._of_passes)
+        alone = replace(_in_turn(self.networks, activations, self.always, limit), **self._of_passes)
         if not self.work.previews and len(self._passes) == 1:
             return alone
         activations["vae"] = self._decoding_beside
-        beside = replace(_plan_beside(self.networks, activations, self.always, limit), **self._of_passes)
+        beside = replace(_side_by_side(self.networks, activations, self.always, limit), **self._of_passes)
         streams = beside.phase("transformer").streamed > 0 and not alone.phase("transformer").streamed
         return beside if self.work.previews or (beside.fits and not streams) else alone
 
@@ -299,11 +301,11 @@ class Needs:
 
     @property
     def _of_passes(self) -> dict[str, Any]:
-        """How the transformer is computed, and its longest operation, or the text encoder's. The VAE's are shorter."""
-        cost, text, images = self.costs["transformer"], self.work.length, self._together
-        more = self._image + self._references
-        longest = max(cost.longest(text, more, images), self.costs["text_encoder"].longest(text))
-        return {"longest": longest, "execution": cost.execution}
+        """What is made, and how; and the longest operation of transformer and text encoder. The VAE's are shorter."""
+        cost = self.costs["transformer"]
+        longest = cost.longest(self.work.length, self._image + self._references, self._per_pass)
+        longest = max(longest, self.costs["text_encoder"].longest(self.work.length))
+        return {"longest": longest, "execution": cost.execution, "work": self.work}
 
     @cached_property
     def _decoded(self) -> int:
@@ -314,7 +316,7 @@ class Needs:
         """What stays from the first pass of a run to its last, and the peak of a pass above that and the weights."""
         widened = self.networks["transformer"].widened
         tokens = self.work.length, self._image, self._references
-        return self.costs["transformer"].denoising(*tokens, self._together, widened, kv_cache=self.variant.kv_cache)
+        return self.costs["transformer"].denoising(*tokens, self._per_pass, widened, kv_cache=self.variant.kv_cache)
 
     @property
     def _held(self) -> int:
@@ -357,22 +359,22 @@ class Needs:
         return passes(range(self.work.images), self._image + self._references)
 
     @property
-    def _together(self) -> int:
+    def _per_pass(self) -> int:
         return len(self._passes[0])
 
 
-def _together(networks: Mapping[str, Footprint], phase: str) -> Footprint:
+def _weights(networks: Mapping[str, Footprint], phase: str) -> Footprint:
     """The weights in memory for a phase."""
     return reduce(add, (networks[name] for name in in_phase(phase)))
 
 
-def _plan(networks: Mapping[str, Footprint], activations: Mapping[str, int], always: int, limit: int) -> Plan:
+def _in_turn(networks: Mapping[str, Footprint], activations: Mapping[str, int], always: int, limit: int) -> Plan:
     """The plan of phases that give their weights back; `activations` are bytes by the names of these phases."""
-    phases = (_phase(name, _together(networks, name), needed, always, limit) for name, needed in activations.items())
+    phases = (_phase(name, _weights(networks, name), needed, always, limit) for name, needed in activations.items())
     return Plan(tuple(phases), limit)
 
 
-def _plan_beside(networks: Mapping[str, Footprint], activations: Mapping[str, int], always: int, limit: int) -> Plan:
+def _side_by_side(networks: Mapping[str, Footprint], activations: Mapping[str, int], always: int, limit: int) -> Plan:
     """The plan where the networks of every run stay in memory together for their phases, which are the last ones."""
     before = {name: needed for name, needed in activations.items() if name not in EVERY_RUN}
     together = {name: activations[name] for name in EVERY_RUN}
@@ -381,13 +383,13 @@ def _plan_beside(networks: Mapping[str, Footprint], activations: Mapping[str, in
     worst = _phase("transformer", both, max(together.values()), always, limit)
     phases = [replace(worst, name=name, activations=needed) for name, needed in together.items()]
     phases[1:] = [replace(phase, streamed=0) for phase in phases[1:]]
-    return Plan((*_plan(networks, before, always, limit).phases, *phases), limit, beside=True)
+    return Plan((*_in_turn(networks, before, always, limit).phases, *phases), limit, beside=True)
 
 
 def _phase(name: str, network: Footprint, activations: int, always: int, limit: int) -> PhasePlan:
     resident = network.resident(limit - always - activations)
-    weights, streamed = always + network.held(resident), sum(network.blocks[resident:])
-    return PhasePlan(name, weights, activations, resident, streamed)
+    weights = always + network.held(resident)
+    return PhasePlan(name, weights, activations, resident, streamed=sum(network.blocks[resident:]))
 
 
 def passes(images: Sequence[int], tokens: int) -> list[Sequence[int]]:

@@ -25,6 +25,13 @@ from .store import FILE, FirstUse, checked_variant, models_folder, resolve
 from .unfinished import Unfinished
 
 __all__ = ["Flux2Output", "Flux2Pipeline"]
+# What a call's settings are called in diffusers, by their names here.
+_SPELLED = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "images_per_prompt": "num_images_per_prompt",
+    "mask_crop": "padding_mask_crop",
+}
 
 
 class Flux2Pipeline(PreparedPipeline):
@@ -268,21 +275,23 @@ class Flux2Pipeline(PreparedPipeline):
         prompt, image = arguments.in_order(prompt, image)
         given = Prompts.checked(self.checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         pictures = Pictures.opened(image, mask_image)
-        edit = pictures.edit(self.token_size, strength, padding_mask_crop, match_colors, output_type)
-        request = self.request(
-            given.texts,
-            edit=edit,
-            height=height,
-            width=width,
-            strength=strength,
-            steps=num_inference_steps,
-            guidance=guidance_scale,
-            seed=arguments.seeds(seed, generator, len(given.texts), num_images_per_prompt),
-            images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-            sigmas=sigmas,
-            negative_prompt=negative_prompt,
-        )
+        seeds = arguments.seeds(seed, generator, len(given.texts), num_images_per_prompt)
+        with arguments.spelled(**_SPELLED):
+            edit = pictures.edit(self.token_size, strength, padding_mask_crop, match_colors, output_type)
+            request = self.request(
+                given.texts,
+                edit=edit,
+                height=height,
+                width=width,
+                strength=strength,
+                steps=num_inference_steps,
+                guidance=guidance_scale,
+                seed=seeds,
+                images_per_prompt=num_images_per_prompt,
+                max_sequence_length=max_sequence_length,
+                sigmas=sigmas,
+                negative_prompt=negative_prompt,
+            )
         output = pipe._made(request, edit, given, latents, output_type, callback_on_step_end)
         arguments.draw(generator, request, self.checkpoint.fitted_variant.vae)
         edited = pictures.settings(strength, padding_mask_crop, match_colors)
@@ -335,9 +344,9 @@ def _check_opening(
     check_process()
     activation_dtype(dtype)
     memory_bytes(memory_limit)
+    arguments.kinds(quant=(quant, str), text_quant=(text_quant, str))
     for setting in (quant, text_quant):
         if setting is not None:
-            arguments.kinds(quant=(setting, str))
             check_quant(setting)
     if variant in ("fp16", "bf16", "fp32"):
         raise InputError(f"leave out variant={variant!r}: here it names a model, and weights of any precision are read")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .components import label
 from .config import VARIANTS, Variant
-from .errors import InputError
+from .errors import InputError, SettingError
 from .scheduler import check_sigmas
 
 # Limits that no sensible run meets, so that a slip of the pen is told at once: 16 times the pixels and 20 times the
@@ -28,7 +28,7 @@ _SHIFT_STEPS = 50  # the default of diffusers' pipelines, whose shift of given s
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of one run, checked. Build it with `Request.checked`.
+    """The settings of one run. Build it with `Request.checked`; one that is built by hand is checked when it is run.
 
     There is one seed for each image; the images of a prompt are neighbours. `negative_prompts` has one for each prompt
     where classifier-free guidance steers away from them, and is empty elsewhere. `shift_steps` is the number of steps
@@ -75,19 +75,17 @@ class Request:
         height = _integer("height", height, variant.size)
         width = _integer("width", width, variant.size)
         steps = None if steps is None else _integer("steps", steps)
-        images_per_prompt = _integer("images per prompt", images_per_prompt)
+        images_per_prompt = _integer("images_per_prompt", images_per_prompt)
         max_sequence_length = _integer("max_sequence_length", max_sequence_length, variant.max_sequence_length)
         guidance = _number("guidance", guidance, variant.guidance)
         strength = _number("strength", strength, 1.0)
-        for prompt in prompts:
-            _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
         levels = None
         shift_steps = None
         if sigmas is not None:
             levels = _sigmas(sigmas)
             _require(strength == 1, f"sigmas don't go with a strength of {strength}; leave out one of them")
             shift_steps = _SHIFT_STEPS if steps is None else steps
-            _require(1 <= shift_steps <= MAX_STEPS, f"steps must be 1 to {MAX_STEPS}, got {shift_steps}")
+            _check_steps(shift_steps)
             steps = len(levels)
         request = cls(
             tuple(prompts),
@@ -104,10 +102,29 @@ class Request:
         )
         if not request.guidance > 1:
             request = replace(request, negative_prompts=())
-        request._check(variant, token_size)
+        request.check(variant, token_size)
         return request
 
-    def _check(self, variant: Variant, token_size: int) -> None:
+    def check(self, variant: Variant, token_size: int) -> None:
+        """Raise InputError if these can't be the settings of a run of `variant`, with tokens of so many pixels."""
+        for name in ("height", "width", "steps", "max_sequence_length"):
+            _integer(name, getattr(self, name))
+        for name in ("guidance", "strength"):
+            _number(name, getattr(self, name))
+        self._check_size(token_size)
+        self._check_schedule()
+        limit = variant.max_sequence_length
+        length = self.max_sequence_length
+        _require_of("max_sequence_length", 1 <= length <= limit, f"must be 1 to {limit}, got {length}")
+        self._check_texts(variant)
+        _require(
+            len(self.seeds) > 0 and len(self.seeds) % len(self.prompts) == 0,
+            f"{len(self.seeds)} seeds don't go with {len(self.prompts)} prompts; give one for each image",
+        )
+        _check_images(len(self.seeds))
+        _check_seeds(self.seeds)
+
+    def _check_size(self, token_size: int) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
             _require(
                 side > 0 and side % token_size == 0,
@@ -117,26 +134,32 @@ class Request:
             self.height * self.width <= MAX_PIXELS,
             f"size {self.width}×{self.height} is too large; the limit is {MAX_PIXELS} pixels, such as 4096×4096",
         )
-        _require(1 <= self.steps <= MAX_STEPS, f"steps must be 1 to {MAX_STEPS}, got {self.steps}")
-        _require(
-            math.isfinite(self.guidance) and self.guidance >= 0,
-            f"guidance must be a number of 0 or more, got {self.guidance}",
-        )
-        _require(0 < self.strength <= 1, f"strength must be above 0 and at most 1, got {self.strength}")
+
+    def _check_schedule(self) -> None:
+        guidance, strength = self.guidance, self.strength
+        _check_steps(self.steps)
+        is_scale = math.isfinite(guidance) and guidance >= 0
+        _require_of("guidance", is_scale, f"must be a number of 0 or more, got {guidance}")
+        _require_of("strength", 0 < strength <= 1, f"must be above 0 and at most 1, got {strength}")
         _require(
             self.schedule_steps <= MAX_STEPS,
             f"{self.steps} steps at strength {self.strength} are the end of a schedule of more than {MAX_STEPS}; "
             "raise the strength or take fewer steps",
         )
-        for prompt in (*self.prompts, *self.negative_prompts):
-            check_prompt(prompt, self.max_sequence_length)
-        limit = variant.max_sequence_length
-        _require(
-            1 <= self.max_sequence_length <= limit,
-            f"max_sequence_length must be 1 to {limit}, got {self.max_sequence_length}",
-        )
         if self.sigmas is not None:
-            check_sigmas(self.sigmas)
+            check_sigmas(_sigmas(self.sigmas))
+            count = len(self.sigmas)
+            _require(count == self.steps, f"{count} sigmas don't go with {self.steps} steps; give one for each step")
+            _check_steps(_integer("shift_steps", self.shift_steps))
+
+    def _check_texts(self, variant: Variant) -> None:
+        _require(len(self.prompts) > 0, "there is no prompt")
+        for prompt in (*self.prompts, *self.negative_prompts):
+            _require(isinstance(prompt, str), f"a prompt must be text, got {type(prompt).__name__}")
+            check_prompt(prompt, self.max_sequence_length)
+        needed = len(self.prompts) if variant.uses_cfg and self.guidance > 1 else 0
+        given = len(self.negative_prompts)
+        _require(given == needed, f"{given} negative prompts don't go with {len(self.prompts)} prompts; give {needed}")
 
     @property
     def images_per_prompt(self) -> int:
@@ -177,19 +200,32 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _require_of(setting: str, condition: bool, reason: str) -> None:
+    if not condition:
+        raise SettingError(setting, reason)
+
+
 def _count(prompts: Sequence[str], images_per_prompt: int) -> int:
     """How many images there are; InputError if those are none or too many."""
     _require(len(prompts) > 0, "there is no prompt")
+    _require_of("images_per_prompt", images_per_prompt > 0, f"must be 1 or more, got {images_per_prompt}")
     count = len(prompts) * images_per_prompt
-    limit = f"the number of images must be 1 to {MAX_IMAGES}"
-    _require(0 < count <= MAX_IMAGES, f"{limit}, got {count}; make them in parts")
+    _check_images(count)
     return count
+
+
+def _check_images(images: int) -> None:
+    _require(images <= MAX_IMAGES, f"{images} images are too many; make at most {MAX_IMAGES} at a time")
+
+
+def _check_steps(steps: int) -> None:
+    _require_of("steps", 1 <= steps <= MAX_STEPS, f"must be 1 to {MAX_STEPS}, got {steps}")
 
 
 def _sigmas(given: Any) -> tuple[float, ...]:
     """Noise levels of any type, at least one."""
     is_list = isinstance(given, Iterable) and getattr(given, "ndim", 1) == 1
-    _require(is_list, f"sigmas must be a list of numbers, got {given!r:.40}")
+    _require_of("sigmas", is_list, f"must be a list of numbers, got {given!r:.40}")
     levels = tuple(math.nan if sigma is None else _number("sigmas", sigma) for sigma in given)
     _require(len(levels) > 0, "there are no sigmas; give one for each step")
     return levels
@@ -203,7 +239,7 @@ def _integer(name: str, value: Any, default: int | None = None) -> int:
     try:
         return operator.index(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} must be a whole number, got {value!r:.40}") from error
+        raise SettingError(name, f"must be a whole number, got {value!r:.40}") from error
 
 
 def _number(name: str, value: Any, default: float | None = None) -> float:
@@ -214,7 +250,7 @@ def _number(name: str, value: Any, default: float | None = None) -> float:
     try:
         return float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise InputError(f"{name} must be a number, got {value!r:.40}") from error
+        raise SettingError(name, f"must be a number, got {value!r:.40}") from error
 
 
 def check_guided(variant: Variant, setting: str) -> None:
@@ -244,9 +280,12 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     else:
         first = secrets.randbelow(2**32) if seed is None else _integer("seed", seed)
         seeds = tuple(range(first, first + count))
-    wrong = next((one for one in seeds if not 0 <= one <= MAX_SEED), None)
-    _require(wrong is None, f"seeds must be 0 to {MAX_SEED}, got {wrong}")
     return seeds
+
+
+def _check_seeds(seeds: Iterable[Any]) -> None:
+    wrong = next((one for one in seeds if not 0 <= _integer("seed", one) <= MAX_SEED), None)
+    _require(wrong is None, f"seeds must be 0 to {MAX_SEED}, got {wrong}")
 
 
 def check_count(adapters: int) -> None:

@@ -165,7 +165,7 @@ class Run:
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         distinct = list(dict.fromkeys(prompts))
-        self._tell("text_encoder", 0, len(distinct))
+        self._tell(Progress("text_encoder", 0, len(distinct)))
         encoder = CachedEncoder(
             self.networks.checkpoint,
             self.networks.text_quant,
@@ -176,7 +176,7 @@ class Run:
         states = {}
         for done, prompt in enumerate(distinct, 1):
             states[prompt] = self._encoded_prompt(encoder, prompt)
-            self._tell("text_encoder", done, len(distinct))
+            self._tell(Progress("text_encoder", done, len(distinct)))
         return states
 
     def _encoded_prompt(self, encoder: CachedEncoder, prompt: str) -> mx.array:
@@ -207,12 +207,12 @@ class Run:
 
     def _encoded(self) -> EncodedEdit:
         count = len(self.edit.references)
-        self._tell("vae_encoder", 0, count)
+        self._tell(Progress("vae_encoder", 0, count))
         vae = self.networks.load("vae")
         pictures = []
         for number, image in enumerate(self.edit.references, 1):
             pictures.append(encode_picture(vae, to_pixels(image), number, self.networks.dtype_of("vae")))
-            self._tell("vae_encoder", number, count)
+            self._tell(Progress("vae_encoder", number, count))
         canvas = self.edit.canvas
         return EncodedEdit.of(pictures, canvas is not None, None if canvas is None else canvas.tokens)
 
@@ -227,16 +227,16 @@ class Run:
         height, width = self._grid
         batches = passes(images, height * width + (0 if encoded is None else len(encoded.references.ids)))
         total = self.request.steps * len(batches)
-        self._tell("transformer", 0, total)
+        self._tell(Progress("transformer", 0, total))
         transformer = self.networks.load("transformer", self.phases.planned("transformer"))
         adapters = self.networks.checkpoint.components["transformer"].adapters
-        condition = partial(self._conditions, transformer, [*texts.values(), *negatives.values()], encoded)
-        once = cache(condition)
+        make = partial(self._conditions, transformer, [*texts.values(), *negatives.values()], encoded)
+        make_once = cache(make)
         for done, batch in enumerate(batches):
             if adapters is not None and adapters.has_steps:
-                denoiser = by_step(partial(self._denoiser, condition, batch, texts, negatives, encoded), adapters.at)
+                denoiser = by_step(partial(self._denoiser, make, batch, texts, negatives, encoded), adapters.at)
             else:
-                denoiser = self._denoiser(once, batch, texts, negatives, encoded)
+                denoiser = self._denoiser(make_once, batch, texts, negatives, encoded)
             steps = self._steps(batch, denoiser, latents, encoded)
             tokens = dict(zip(batch, self._stepped(steps, batch, done * self.request.steps, total), strict=True))
             self._denoised |= tokens
@@ -255,22 +255,22 @@ class Run:
             past = read(transformer, encoded.references, dtype, guidance, self.phases.execution)
         elif encoded is not None:
             along = encoded.references.ids
-        conditions = partial(Conditions, transformer, dtype, image_ids(*self._grid), texts)
-        return conditions(guidance=guidance, past=past, along=along, execution=self.phases.execution)
+        of_run = partial(Conditions, transformer, dtype, image_ids(*self._grid), texts)
+        return of_run(guidance=guidance, past=past, along=along, execution=self.phases.execution)
 
     def _denoiser(
         self,
-        conditions: Callable[[], Conditions],
+        make: Callable[[], Conditions],
         images: Sequence[int],
         texts: Texts,
         negatives: Texts,
         encoded: EncodedEdit | None,
     ) -> Denoiser:
         """The denoiser of the steps of `images`, guided away from `negatives` if there are any."""
-        given = conditions()
+        conditions = make()
 
         def of(texts: Texts) -> Denoiser:
-            denoiser = given.denoiser([texts[self._number(image)] for image in images])
+            denoiser = conditions.denoiser([texts[self._number(image)] for image in images])
             if encoded is None or self.networks.checkpoint.variant.kv_cache:
                 return denoiser
             return beside(denoiser, encoded.references.tokens)
@@ -295,7 +295,7 @@ class Run:
         while True:
             end_with_process()
             preview = partial(self.preview, step.estimate) if self.phases.beside else None
-            replaced = self._tell("transformer", before + step.number, total, step, images, preview=preview)
+            replaced = self._tell(Progress("transformer", before + step.number, total, step, images, preview=preview))
             try:
                 step = steps.send(replaced)
             except StopIteration as end:
@@ -321,7 +321,7 @@ class Run:
             return
         failure = None
         with self.phases.enter("vae"):
-            self._tell("vae", len(self._images), len(self.request.seeds))
+            self._tell(Progress("vae", len(self._images), len(self.request.seeds)))
             vae = self._decoder()
             for place in sorted(self._denoised):
                 try:
@@ -342,7 +342,7 @@ class Run:
         else:
             # Eight bits at once, or many images would take their size in float32.
             self._images[place] = image = self._decoded(tokens, vae)
-        self._tell("vae", len(self._images), len(self.request.seeds), images=(place,), image=image)
+        self._tell(Progress("vae", len(self._images), len(self.request.seeds), images=(place,), image=image))
         if self.unfinished is not None:
             self.unfinished.drop(place)
 
@@ -357,9 +357,9 @@ class Run:
         pixels = np.concatenate(images)
         return pixels.transpose(0, 3, 1, 2) if self.output_type == "latent" else to_unit(pixels)
 
-    def _tell(self, *progress: Any, **more: Any) -> Any:
+    def _tell(self, progress: Progress) -> mx.array | None:
         with foreign():
-            return self.on_progress(Progress(*progress, **more))
+            return self.on_progress(progress)
 
     def _number(self, image: int) -> int:
         """The number of the prompt of an image."""

@@ -13,6 +13,7 @@ from PIL import Image
 from .advice import check_possible, checked_writing_plan
 from .arguments import checked_number, kinds, pictures, texts
 from .checkpoint import Checkpoint
+from .config import VARIANTS
 from .device import activation_dtype, check_process, failures, foreign, memory_bytes
 from .errors import CheckpointError, InputError
 from .images import flattened
@@ -184,8 +185,11 @@ class Writer:
 
     def _check(self, must_see: bool) -> None:
         if "language_model" not in self.checkpoint.components:
-            folder = self.checkpoint.folder
-            raise CheckpointError(f"{folder} has no language model, so it can't rewrite prompts or describe images")
+            name = self.checkpoint.variant.name if self.checkpoint.is_built_in else self.checkpoint.folder
+            writing = ", ".join(name for name, row in VARIANTS.items() if row.text.num_later_layers)
+            raise CheckpointError(
+                f"{name} has no language model, so it can't rewrite prompts or describe images; choose one of {writing}"
+            )
         if must_see and not self.can_see:
             raise CheckpointError(f"{self.checkpoint.folder} has no vision weights, so it can't look at images")
 

@@ -244,4 +244,4 @@ def test_info_says_what_a_limit_means():
     size = text.partition(" does not fit into the limit of 2 GiB; an image of ")[2].removesuffix(" would fit\n")
     width, height = size.split("×")
     assert "GiB fits into" in done("info", "klein-4b", "--memory-limit", "2GiB", "-W", width, "-H", height).stdout
-    assert refusal("info", "klein-4b", "--memory-limit", "few").startswith("memory must be a size such as 12GB")
+    assert refusal("info", "klein-4b", "--memory-limit", "few").startswith("--memory-limit must be a size such as 12GB")

@@ -58,7 +58,7 @@ def test_a_wrong_setting_is_told_before_anything_is_fetched(model, arguments, me
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory-limit", "nonsense"], "memory must be a size such as 12GB"),
+        (["--memory-limit", "nonsense"], "--memory-limit must be a size such as 12GB"),
         (["--memory-limit", "12"], "12 bytes of memory are too few for any run; did you mean 12GB?"),
         (["--memory-limit", "1GB"], "the transformer needs "),
         (["--interpret", "none.png"], "can't read none.png: No such file or directory"),

@@ -119,10 +119,13 @@ def test_real_text_is_repeatable(dev, monkeypatch):
     assert first == second != other
 
 
+MUTE = "has no language model, so it can't rewrite prompts or describe images; choose one of klein-4b, klein-base-4b"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["upsample", PROMPT, "-m", "demo"], "has no language model, so it can't rewrite prompts"),
+        (["upsample", PROMPT, "-m", "demo"], MUTE),
         (["describe", "none.png", "-m", "demo"], "can't read none.png: No such file or directory"),
         (["describe", "notes.txt", "-m", "demo"], "can't read notes.txt: it is not an image"),
         (["describe", "photo.png", "-m", "demo"], "demo has no language model that sees images; choose dev"),
@@ -132,7 +135,7 @@ def test_real_text_is_repeatable(dev, monkeypatch):
         ),
         (["describe", "photo.png", "-m", "nothing"], "there is no model or folder 'nothing'"),
         (["upsample", PROMPT, "-i", "none.png", "-m", "demo"], "can't read none.png: No such file or directory"),
-        (["t2i", PROMPT, *SMALL, "--upsample-prompt"], "has no language model, so it can't rewrite prompts"),
+        (["t2i", PROMPT, *SMALL, "--upsample-prompt"], MUTE),
         (["t2i", PROMPT, *SMALL, "--interpret", "none.png", "--vision-model", "demo"], "can't read none.png: No such"),
         (["t2i", PROMPT, *SMALL, "--interpret", "photo.png", "--vision-model", "demo"], "has no language model"),
     ],
@@ -140,6 +143,10 @@ def test_real_text_is_repeatable(dev, monkeypatch):
 def test_refusals(words, message, folder):
     (folder / "notes.txt").write_text("a red fox")
     assert message in refusal(*words, "--quiet")
+
+
+def test_the_built_in_model_is_named_and_not_its_folder(folder):
+    assert refusal("upsample", PROMPT, "-m", "demo", "--quiet").startswith(f"demo {MUTE}")
 
 
 def test_a_model_that_does_not_see_is_refused(klein):

@@ -152,7 +152,7 @@ def test_sizes_of_memory(text, expected):
 
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3XB", "GB", "1e9", "100000000TB", "9" * 400 + "GB"])
 def test_what_is_no_size_of_memory(text):
-    with pytest.raises(InputError, match="memory must be a size such as 12GB"):
+    with pytest.raises(InputError, match="memory_limit must be a size such as 12GB"):
         parse_memory(text)
 
 

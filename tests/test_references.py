@@ -70,7 +70,7 @@ def test_a_negative_overlap_is_refused():
 
 
 def test_a_negative_padding_is_refused():
-    with pytest.raises(InputError, match=r"^the crop must reach 0 or more pixels around the mask, got -5$"):
+    with pytest.raises(InputError, match=r"^mask_crop must be 0 or more pixels around the mask, got -5$"):
         Edit.checked([picture()], 16, mask=half_mask("L", 0, 255), mask_crop=-5)
 
 

@@ -82,23 +82,41 @@ class TransformerCost:
 
     def passing(self, tokens: int, images: int = 1, widened: int = 0) -> int:
         """Peak of a pass above the weights, where `tokens` are those of text and pictures of all `images`."""
+        passing = self._running_ahead if self.execution.runs_ahead else self._by_parts
+        return passing(tokens, images, widened)
+
+    def _running_ahead(self, tokens: int, images: int, widened: int) -> int:
+        """The peak where nothing is waited for within a block: all that the blocks which run at a time make."""
+        work = _CUDA_WORK_BYTES if on_cuda() else 0
+        blocks = self.execution.blocks * (tokens * _BLOCK_ARRAYS * self._array + work)
+        return blocks + sum(self._attending(tokens, images)) + widened
+
+    def _by_parts(self, tokens: int, images: int, widened: int) -> int:
+        """The peak where tokens are projected in parts, and then all attend."""
         config = self.config
         itemsize = self.dtype.size
-        array = itemsize * config.hidden_size
+        array = self._array
         part = min(tokens, self.execution.part)
-        scores = score_bytes(images * config.num_attention_heads, tokens // images, config.attention_head_dim, itemsize)
-        # A chunk of queries is scaled before it attends, and kept until it has.
-        chunk = min(scores * 2 * config.attention_head_dim * images // tokens, 2 * tokens * array)
+        scores, chunk = self._attending(tokens, images)
         attending = tokens * (_ATTENDING_ARRAYS * array + config.in_channels * mx.float32.size) + scores + chunk
         projected = part * config.hidden_size * (_PROJECTED_ARRAYS * itemsize + _FLOAT32_BYTES)
         if tokens == part and scores == images * config.num_attention_heads * (tokens // images) ** 2 * itemsize:
             projected += scores  # all is evaluated at once, attention included, unless that is in chunks
         projected = max(projected, part * _WIDENING_ARRAYS * array + widened)
         kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
-        if self.execution.runs_ahead:
-            work = _CUDA_WORK_BYTES if on_cuda() else 0
-            return self.execution.blocks * (tokens * _BLOCK_ARRAYS * array + work) + scores + chunk + widened
         return max(attending, kept * array + projected)
+
+    def _attending(self, tokens: int, images: int) -> tuple[int, int]:
+        """Bytes of the scores of attention, and of a chunk of queries, which is scaled before it attends and kept until
+        it has."""
+        heads, dim = self.config.num_attention_heads, self.config.attention_head_dim
+        scores = score_bytes(images * heads, tokens // images, dim, self.dtype.size)
+        return scores, min(scores * 2 * dim * images // tokens, 2 * tokens * self._array)
+
+    @property
+    def _array(self) -> int:
+        """Bytes of a token in an array as wide as the stream."""
+        return self.config.hidden_size * self.dtype.size
 
     def longest(self, text: int, others: int, images: int) -> int:
         """Operations of the longest product or attention of a pass, with `others` besides the tokens of the text."""

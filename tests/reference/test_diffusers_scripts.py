@@ -252,7 +252,7 @@ def test_without_pytorch(pipe, monkeypatch):
         ({"quants": "qint8"}, "did you mean quant?"),
         ({"variant": "fp16"}, "leave out variant='fp16': here it names a model"),
         ({"models_dir": 5}, "models_dir must be a folder, got int"),
-        ({"memory_limit": [1]}, "memory must be a size such as 12GB"),
+        ({"memory_limit": [1]}, "memory_limit must be a size such as 12GB"),
         ({"quant": 8}, "quant must be text, got int 8"),
     ],
     ids=str,
