@@ -130,12 +130,18 @@ def keys_values(projected: mx.array, heads: int, norm: QKNorm, rope: mx.array) -
     return rotate(norm.key_norm(clipped(k)), rope), mx.contiguous(in_units(v))
 
 
-def joined(parts: Iterator[tuple[mx.array, ...]], execution: Execution) -> Iterator[mx.array]:
-    """Queries, keys and values of all tokens of `parts`, as many of these as a part has."""
+def in_columns(parts: Iterator[tuple[mx.array, ...]]) -> Iterator[list[mx.array]]:
+    """What all `parts` begin with, then what comes second in each, and so on. Only who asks for a column holds it."""
     columns = [list(column) for column in zip(*parts, strict=True)]
-    # The parts of a column are gone before the next is joined, so that no two columns are in memory twice.
     while columns:
-        yield _joined(columns.pop(0), execution)
+        yield columns.pop(0)
+
+
+def joined(columns: Iterator[list[mx.array]], execution: Execution) -> Iterator[mx.array]:
+    """Queries, keys or values of all tokens, of columns of those of parts."""
+    # The parts of a column are gone before the next is joined, so that no two columns are in memory twice.
+    for column in columns:
+        yield _joined(column, execution)
 
 
 def attended(
@@ -212,10 +218,10 @@ class DoubleBlock(nn.Module):
         execution: Execution = PLAIN,
     ) -> tuple[mx.array, mx.array]:
         L = txt.shape[1]
-        txt_heads = self._heads(txt, self.txt_attn, txt_mod, rope[:L], execution)
-        heads = chain(txt_heads, self._heads(img, self.img_attn, img_mod, rope[L:], execution))
+        txt_heads = self._projected(txt, self.txt_attn, txt_mod, rope[:L], execution)
+        heads = chain(txt_heads, self._projected(img, self.img_attn, img_mod, rope[L:], execution))
         # Keys and values are held by nobody else, so that they are gone when this is done.
-        seen = attended(*joined(heads, execution), past=past, execution=execution)
+        seen = attended(*joined(in_columns(heads), execution), past=past, execution=execution)
         txt = self._add(txt, seen[:, :L], self.txt_attn, self.txt_mlp, txt_mod, execution)
         img = self._add(img, seen[:, L:], self.img_attn, self.img_mlp, img_mod, execution)
         return img, txt
@@ -224,11 +230,11 @@ class DoubleBlock(nn.Module):
         self, img: mx.array, img_mod: list[mx.array], rope: mx.array, execution: Execution = PLAIN
     ) -> tuple[mx.array, KeysValues]:
         """The image stream alone, and the keys and values that others see of it."""
-        q, k, v = joined(self._heads(img, self.img_attn, img_mod, rope, execution), execution)
+        q, k, v = joined(in_columns(self._projected(img, self.img_attn, img_mod, rope, execution)), execution)
         seen = attended(q, k, v, execution=execution)
         return self._add(img, seen, self.img_attn, self.img_mlp, img_mod, execution), (k, v)
 
-    def _heads(
+    def _projected(
         self, x: mx.array, attn: StreamAttention, mod: list[mx.array], rope: mx.array, execution: Execution
     ) -> Iterator[Heads]:
         def heads(tokens: slice) -> Heads:
@@ -262,7 +268,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         D, M = config.hidden_size, config.mlp_hidden_size
         self._eps = config.eps
-        self._heads_count = config.num_attention_heads
+        self._heads = config.num_attention_heads
         self._keys = slice(D, 3 * D)  # and values, among the outputs of linear1
         self._split = (3 * D, 3 * D + M)
         self.linear1 = Linear(D, 3 * D + 2 * M)
@@ -281,18 +287,19 @@ class SingleBlock(nn.Module):
         """The tokens after this block: all, or those of a slice, for which alone queries and MLP are worked out."""
         if wanted is not None:
             return self._some(x, mod, rope, past, execution, wanted)
-        hidden: list[mx.array] = []
-        heads = self._heads(x, slice(None), mod, rope, execution, hidden)
+        columns = in_columns(self._projected(x, slice(None), mod, rope, execution))
+        hidden = next(columns)
         # Keys and values are held by nobody else, so that they are gone when this is done.
-        seen = attended(*joined(heads, execution), past=past, execution=execution)
+        seen = attended(*joined(columns, execution), past=past, execution=execution)
         return self._add(x, seen, hidden, mod[2], execution)
 
     def read(
         self, x: mx.array, mod: list[mx.array], rope: mx.array, execution: Execution = PLAIN
     ) -> tuple[mx.array, KeysValues]:
         """The tokens after this block, and the keys and values that others see of them."""
-        hidden: list[mx.array] = []
-        q, k, v = joined(self._heads(x, slice(None), mod, rope, execution, hidden), execution)
+        columns = in_columns(self._projected(x, slice(None), mod, rope, execution))
+        hidden = next(columns)
+        q, k, v = joined(columns, execution)
         return self._add(x, attended(q, k, v, execution=execution), hidden, mod[2], execution), (k, v)
 
     def _some(
@@ -304,45 +311,41 @@ class SingleBlock(nn.Module):
         execution: Execution,
         wanted: slice,
     ) -> mx.array:
-        hidden: list[mx.array] = []
-        queries: list[mx.array] = []
+        seen, hidden = self._seen_by(x, mod, rope, past, execution, wanted)
+        return self._add(x[:, wanted], seen, hidden, mod[2], execution)
 
-        def keys_values() -> Iterator[KeysValues]:
-            """Of all tokens, in their order."""
-            yield from self._keys_values(x, slice(wanted.start), mod, rope, execution)
-            for q, k, v in self._heads(x, wanted, mod, rope, execution, hidden):
-                queries.append(q)
-                yield k, v
-            yield from self._keys_values(x, slice(wanted.stop, None), mod, rope, execution)
-
-        def seen() -> mx.array:
-            k, v = joined(keys_values(), execution)
-            q = _joined(queries, execution)
-            queries.clear()
-            return attended(q, k, v, past=past, execution=execution)
-
-        return self._add(x[:, wanted], seen(), hidden, mod[2], execution)
-
-    def _heads(
+    def _seen_by(
         self,
         x: mx.array,
-        span: slice,
         mod: list[mx.array],
         rope: mx.array,
+        past: KeysValues | None,
         execution: Execution,
-        hidden: list[mx.array],
-    ) -> Iterator[Heads]:
-        """Heads of a span of the tokens by parts. The MLP of each part goes to `hidden`, until it is added."""
+        wanted: slice,
+    ) -> tuple[mx.array, list[mx.array]]:
+        """What the tokens of a slice see, and the MLP of each of their parts."""
+        columns = in_columns(self._projected(x, wanted, mod, rope, execution))
+        hidden = next(columns)
+        q = _joined(next(columns), execution)
+        before = self._keys_values(x, slice(wanted.start), mod, rope, execution)
+        after = self._keys_values(x, slice(wanted.stop, None), mod, rope, execution)
+        k, v = joined(in_columns(chain(before, zip(*columns, strict=True), after)), execution)
+        return attended(q, k, v, past=past, execution=execution), hidden
+
+    def _projected(
+        self, x: mx.array, span: slice, mod: list[mx.array], rope: mx.array, execution: Execution
+    ) -> Iterator[tuple[mx.array, ...]]:
+        """The MLP of a span of the tokens by parts, each with its queries, keys and values."""
         some, turned = x[:, span], rope[span]
 
         def projected(tokens: slice) -> tuple[Heads, mx.array]:
             y = self.linear1(modulate(some[:, tokens], mod[0], mod[1], self._eps))
             mlp_gate, mlp = mx.split(y, self._split, axis=-1)[1:]
-            return rotated_heads(y, self._heads_count, self.norm, turned[tokens], execution), swiglu(mlp_gate, mlp)
+            # Made in this order: the other takes more memory.
+            return rotated_heads(y, self._heads, self.norm, turned[tokens], execution), swiglu(mlp_gate, mlp)
 
-        for part, mlp in by_parts(some, projected, execution, x.shape[1]):
-            hidden.append(mlp)
-            yield part
+        for heads, mlp in by_parts(some, projected, execution, x.shape[1]):
+            yield mlp, *heads
 
     def _keys_values(
         self, x: mx.array, span: slice, mod: list[mx.array], rope: mx.array, execution: Execution
@@ -352,15 +355,17 @@ class SingleBlock(nn.Module):
 
         def projected(tokens: slice) -> KeysValues:
             y = modulate(some[:, tokens], mod[0], mod[1], self._eps)
-            return keys_values(project_to(self.linear1, y, self._keys), self._heads_count, self.norm, turned[tokens])
+            return keys_values(project_to(self.linear1, y, self._keys), self._heads, self.norm, turned[tokens])
 
         return by_parts(some, projected, execution, x.shape[1])
 
     def _add(
         self, x: mx.array, seen: mx.array, hidden: list[mx.array], gate: mx.array, execution: Execution
     ) -> mx.array:
+        parts = iter(hidden)
+
         def added(tokens: slice) -> mx.array:
-            mlp = hidden.pop(0)
+            mlp = next(parts)
             if execution.summed:
                 return gated_sum(x[:, tokens], gate, project_sum(self.linear2, seen[:, tokens], mlp))
             return gated_sum(x[:, tokens], gate, self.linear2(mx.concatenate([seen[:, tokens], mlp], axis=-1)))
