@@ -246,6 +246,7 @@ class Adapter:
         source: as it was asked for.
         sha256: of its file.
         origin: the repo and file of the Hub that it comes from, as `owner/name:file`; None: none.
+        config: a short hash of the strength that a config beside the file gives it; None: the file alone tells it.
     """
 
     name: str
@@ -253,6 +254,12 @@ class Adapter:
     source: str = ""
     sha256: str = ""
     origin: str | None = None
+    config: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells all that it changes from what others do."""
+        return self.sha256 if self.config is None else f"{self.sha256} {self.config}"
 
     def cast(self, dtypes: Callable[[str], mx.Dtype]) -> "Adapter":
         """This adapter in the dtype that `dtypes` gives for the name of each network."""

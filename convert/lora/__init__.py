@@ -5,7 +5,7 @@ from .folding import Fold, Folds, check_folds, folded_source
 from .inspection import InspectedModule, Inspection, inspect
 from .presets import Preset
 from .saving import save_adapter, saving_notes
-from .settings import PEFT_CONFIG
+from .settings import PEFT_CONFIG, is_config_of
 
 __all__ = [
     "PEFT_CONFIG",
@@ -19,6 +19,7 @@ __all__ = [
     "check_folds",
     "folded_source",
     "inspect",
+    "is_config_of",
     "read_adapter",
     "save_adapter",
     "saving_notes",

@@ -73,7 +73,9 @@ def _fold(source: str, scale: float, progress: Progress | None, held: ExitStack)
     """An adapter that is fetched when it is known to be for the model."""
     found = held.enter_context(find_adapter(source))
     held.enter_context(found.named())
-    return Fold(found.file, scale, source, partial(found.fetched, progress))
+    is_here = isinstance(located(source), Path)  # and where that is says nothing on another machine
+    named = found.origin or Path(os.path.abspath(source)).name if is_here else source
+    return Fold(found.file, scale, named, partial(found.fetched, progress))
 
 
 def make_checkpoint(
