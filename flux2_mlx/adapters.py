@@ -64,7 +64,7 @@ class LowRank(_Factors):
         return self.scale * _float32(self.up[rows]) @ _float32(self.down)
 
     def cast(self, dtype: mx.Dtype) -> Self:
-        return super(LowRank, self._balanced() if dtype == mx.float16 else self).cast(dtype)
+        return _Factors.cast(self._balanced() if dtype == mx.float16 else self, dtype)
 
     def _balanced(self) -> Self:
         """The same product, with powers of two moved from one factor into the other where the inner values, or a factor

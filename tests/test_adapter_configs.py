@@ -144,7 +144,9 @@ def test_weights_given_with_another_config_are_told(folder, caplog):
     said = f"{given} has another {CONFIG}, or none, than when {folder / 'x.png'} was made, so the new one will differ"
     assert caplog.messages == [said]
     caplog.clear()
-    loras.remembered([wanted], folder / "x.png", None, [loras.Lora(str(folder / "a" / MODEL))])
+    for source in (folder / "a" / MODEL, folder / "a"):
+        (found,) = loras.remembered([wanted], folder / "x.png", None, [loras.Lora(str(source))])
+        assert found.scale == 0.5
     assert not caplog.messages
 
 
@@ -172,3 +174,10 @@ def test_models_with_different_configs_folded_in_are_told_apart(folder):
     assert plain == {"source": MODEL, "sha256": read_adapter(file).sha256, "scale": 1.0}
     assert strong == plain | {"config": read_adapter(file).config_hash}
     assert sources[0]["fingerprint"] != sources[1]["fingerprint"]
+
+
+def test_a_config_that_is_left_aside_is_told_where_an_adapter_is_folded_in(folder, caplog):
+    configured(folder / "a", 6, "other.safetensors")
+    file = save_for_demo(folder / "a" / "style.safetensors")
+    done("convert", "demo", "made", "--lora", file)
+    assert f"style.safetensors: {CONFIG} beside it is left aside" in caplog.text

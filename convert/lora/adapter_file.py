@@ -28,7 +28,7 @@ from .changes import changes, outlined, scale
 from .keys import LORA, Module, check_run, modules, whole
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
-from .settings import PEFT_CONFIG, PEFT_MODEL, SUFFIX, Settings, Strength, config_beside, settings
+from .settings import CONFIG_ASIDE, PEFT_MODEL, SUFFIX, Settings, Strength, config_beside, settings
 from .shapes import Factors
 
 USUAL_FILES = (PEFT_MODEL, "pytorch_lora_weights.safetensors")
@@ -175,7 +175,7 @@ class AdapterFile:
             keys = [key for module in unread for key in module.keys.values()]
             notes.append(f"it has {_listed(keys)}, of layers of the text encoder whose states no image is made of")
         if self.is_config_aside:
-            notes.append(f"{PEFT_CONFIG} beside it is left aside, as it may be about another file of its folder")
+            notes.append(CONFIG_ASIDE)
         whole = any(_UNSCALED & module.keys.keys() for module in self.modules.values())
         if not whole and not any(self.scales().values()):
             notes.append("it changes nothing, as its alpha is 0")

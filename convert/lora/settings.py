@@ -10,6 +10,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import parse_json, read_json
 
 PEFT_CONFIG = "adapter_config.json"
+CONFIG_ASIDE = f"{PEFT_CONFIG} beside it is left aside, as it may be about another file of its folder"
 PEFT_MODEL = "adapter_model.safetensors"
 SUFFIX = ".safetensors"
 _DIFFUSERS = "lora_adapter_metadata"

@@ -129,12 +129,12 @@ def _matched(
     told: Sequence[Mapping[str, Any]], given: Sequence[Lora], image: Path
 ) -> tuple[dict[int, Lora], list[Lora]]:
     """Those of `given` that an image tells of, completed with that, by their places there; and the others."""
-    from ..store import adapter_hash, config_hash
+    from ..store import adapter_hash, config_hash, local_file
 
     own: dict[int, Lora] = {}
     others = []
     for lora in given if told else ():
-        path = Path(os.path.expanduser(lora.source))
+        path = local_file(lora.source)
         sha256 = adapter_hash(path)
         places = (number for number, one in enumerate(told) if number not in own and one["sha256"] == sha256)
         if (number := next(places, None)) is None:

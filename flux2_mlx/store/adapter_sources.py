@@ -240,6 +240,15 @@ def adapter_hash(path: Path) -> str | None:
         return None
 
 
+def local_file(source: str) -> Path:
+    """The file of an adapter here, where a path, or a folder that holds one, is asked for."""
+    path = Path(os.path.expanduser(source))
+    try:
+        return read_adapter(path).path if os.path.isdir(path) else path
+    except (CheckpointError, InputError):
+        return path
+
+
 def config_hash(path: Path) -> str | None:
     """See `AdapterFile.config_hash`; None also where that can't be known, which is told when it is used."""
     try:
