@@ -19,6 +19,8 @@ MOST_SCALE = 1000.0  # times what an adapter changes
 # The most weights that are made of factors at one time.
 _SLICE = 4 * 1024 * 1024
 _SHORTEST = 1e-12  # row of a weight, which has no direction
+# Powers of two. Rows of `down` so short lose digits in float16; entries of `up` so large are near its largest number.
+_FAINT, _LARGEST = -6, 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,20 @@ class LowRank(_Factors):
 
     def weight(self, rows: slice = ALL) -> mx.array:
         return self.scale * _float32(self.up[rows]) @ _float32(self.down)
+
+    def cast(self, dtype: mx.Dtype) -> Self:
+        return _Factors.cast(self._balanced() if dtype == mx.float16 else self, dtype)
+
+    def _balanced(self) -> Self:
+        """The same product, with powers of two moved from one factor into the other where the inner values, or a factor
+        itself, might leave the range of float16. Rows of `down` are no longer than 1 then, if `up` allows."""
+        down, up = _float32(self.down), _float32(self.up)
+        length = mx.ceil(mx.log2(mx.linalg.norm(down, axis=1)))
+        largest = mx.ceil(mx.log2(mx.abs(up).max(axis=0)))
+        moved = mx.where(length < _FAINT, length, mx.maximum(length, 0))
+        moved = mx.minimum(moved, _LARGEST - largest)
+        moved = mx.where(mx.isfinite(length) & mx.isfinite(largest), moved, 0)
+        return replace(self, down=down * _power_of_two(-moved)[:, None], up=up * _power_of_two(moved))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +246,7 @@ class Adapter:
         source: as it was asked for.
         sha256: of its file.
         origin: the repo and file of the Hub that it comes from, as `owner/name:file`; None: none.
+        config: a short hash of the strength that a config beside the file gives it; None: the file alone tells it.
     """
 
     name: str
@@ -237,6 +254,12 @@ class Adapter:
     source: str = ""
     sha256: str = ""
     origin: str | None = None
+    config: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells all that it changes from what others do."""
+        return self.sha256 if self.config is None else f"{self.sha256} {self.config}"
 
     def cast(self, dtypes: Callable[[str], mx.Dtype]) -> "Adapter":
         """This adapter in the dtype that `dtypes` gives for the name of each network."""
@@ -287,6 +310,11 @@ def _arrays(value: Any) -> list[mx.array]:
 
 def _float32(x: mx.array) -> mx.array:
     return x.astype(mx.float32)
+
+
+def _power_of_two(exponent: mx.array) -> mx.array:
+    """Exactly that, from its bits."""
+    return mx.left_shift(mx.clip(exponent, -126, 127).astype(mx.int32) + 127, 23).view(mx.float32)
 
 
 def _shape(factor: Factor) -> tuple[int, int]:

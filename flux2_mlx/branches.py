@@ -34,7 +34,7 @@ class AtWork:
     @property
     def identity(self) -> tuple[Any, ...]:
         """All that its effect depends on, as JSON can hold it."""
-        return self.adapter.sha256, self.scale, self.steps
+        return self.adapter.identity, self.scale, self.steps
 
     @property
     def title(self) -> str:

@@ -279,7 +279,7 @@ class Checkpoint:
 
     @property
     def folded(self) -> list[dict[str, Any]]:
-        """The adapters that are folded into the weights: `source`, `sha256` and `scale` of each."""
+        """The adapters that are folded into the weights: `source`, `sha256`, `scale` and maybe `config` of each."""
         adapters = self.source.get("adapters")
         return [one for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
 

@@ -8,6 +8,9 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Self
 
+import mlx.core as mx
+import numpy as np
+
 from .adapters import MOST_SCALE
 from .arguments import checked_number, kinds, named, texts
 from .branches import AtWork
@@ -120,12 +123,15 @@ class LoraMethods:
         scale = checked_number("scale", factor, -MOST_SCALE, MOST_SCALE)
         if scale == 1:
             return self
+        for one in self.networks.adapters:
+            product = f"the product of scale {scale:g} and the scale {one.scale:g} of {one.title}"
+            checked_number(product, scale * one.scale, -MOST_SCALE, MOST_SCALE)
         pipe = copy(self)
         pipe.networks = self.networks.with_scale(scale)
         return pipe
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | np.ndarray | None = None
     ) -> None:
         """Have these of the loaded adapters at work and no others, each in the steps that it was loaded for.
 
@@ -134,14 +140,11 @@ class LoraMethods:
             adapter_weights: the scale of each, or one for all; None: 1.
 
         Raises:
-            InputError: there is no such adapter, or there are more or fewer weights.
+            InputError: there is no such adapter, they are too many, or there are more or fewer weights.
         """
         names = self._known("adapter_names", adapter_names)
-        weights = 1.0 if adapter_weights is None else adapter_weights
-        scales = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
-        if len(scales) != len(names):
-            raise InputError(f"{len(names)} adapters have {len(scales)} weights; give one for each, or one for all")
-        scales = [checked_number("adapter_weights", scale, -MOST_SCALE, MOST_SCALE) for scale in scales]
+        check_count(len(names))
+        scales = _weights(1.0 if adapter_weights is None else adapter_weights, len(names))
         chosen = [replace(self._loaded[name], scale=scale) for name, scale in zip(names, scales, strict=True)]
         with turn():
             self._choose(chosen)
@@ -214,6 +217,18 @@ class LoraMethods:
 def _checked(scale: Any, steps: Any) -> tuple[float, tuple[int, int] | None]:
     """A scale and steps; InputError if they are none."""
     return checked_number("scale", scale, -MOST_SCALE, MOST_SCALE), _checked_steps(steps)
+
+
+def _weights(given: Any, count: int) -> list[float]:
+    """The scales of so many adapters: one for each, or one for all."""
+    values = given.tolist() if isinstance(given, np.ndarray | mx.array) else given
+    scales = list(values) if isinstance(values, list | tuple) else [values] * count
+    if any(isinstance(scale, str | bytes) for scale in scales):
+        raise InputError(f"adapter_weights must be numbers, got {given!r:.60}")
+    if len(scales) != count:
+        adapters = "1 adapter has" if count == 1 else f"{count} adapters have"
+        raise InputError(f"{adapters} {len(scales)} weights; give one for each, or one for all")
+    return [checked_number("adapter_weights", scale, -MOST_SCALE, MOST_SCALE) for scale in scales]
 
 
 def _checked_steps(steps: Any) -> tuple[int, int] | None:

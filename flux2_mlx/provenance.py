@@ -35,6 +35,7 @@ def _adapter(one: AtWork) -> dict[str, Any]:
     found = one.adapter
     source = Path(found.source if found.origin is None else found.origin.partition(":")[2]).name
     told = {"name": found.name, "source": source, "sha256": found.sha256, "scale": one.scale}
+    told |= {} if found.config is None else {"config": found.config}
     told |= {} if found.origin is None else {"origin": found.origin}
     return told | ({} if one.steps is None else {"steps": list(one.steps)})
 

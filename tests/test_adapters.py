@@ -18,6 +18,7 @@ from flux2_mlx.adapters import (
     folded,
     tucker,
 )
+from flux2_mlx.low_ranks import Change, LowRanks
 
 
 def array(*shape: int, seed: int = 0) -> mx.array:
@@ -88,6 +89,31 @@ def test_low_ranks_of_a_large_scale_stay_within_float16():
     form = LowRank(mx.full((1, 4), 100.0), mx.full((2, 1), 1e-3), 1000.0)
     x = mx.full((1, 4), 10.0).astype(mx.float16)
     assert mx.array_equal(form.delta(x), mx.full((1, 2), 65504 * np.float16(1e-3)).astype(mx.float16))
+
+
+@pytest.mark.parametrize("power", [-30, 0, 16])
+def test_products_of_uneven_factors_stay_within_float16(power):
+    rng = np.random.default_rng(3)
+    down, up = (mx.array(rng.standard_normal(shape, np.float32)) for shape in ((4, 64), (32, 4)))
+    form = LowRank(down * 2.0**power, up * 2.0**-power / 64)
+    x = mx.array(16 * rng.standard_normal((5, 64), np.float32)).astype(mx.float16)
+    expected = x.astype(mx.float32) @ form.weight().T
+    cast = form.cast(mx.float16)
+    assert cast.down.dtype == cast.up.dtype == mx.float16
+    assert mx.allclose(cast.delta(x).astype(mx.float32), expected, rtol=0.01, atol=0.05)
+    weighed = LowRanks([Change(0, slice(0, 32), cast)])
+    weighed.weigh([1.0])
+    ours = weighed.added(mx.zeros((5, 32), mx.float16), x)
+    assert mx.allclose(ours.astype(mx.float32), expected, rtol=0.01, atol=0.05)
+
+
+def test_factors_are_moved_by_powers_of_two_alone():
+    form = LowRank(mx.array([[3e5, 1e5], [0.0, 0.0], [0.25, 0.5]]), mx.array([[1e-6, 2.0, 0.0], [3e-6, 1.0, 3.0]]))
+    cast = form._balanced()
+    assert mx.array_equal(cast.weight(), form.weight())
+    factors = (mx.linalg.norm(cast.down, axis=1) / mx.linalg.norm(form.down, axis=1)).tolist()
+    assert (factors[0], factors[2]) == (2.0**-19, 1.0)
+    assert form.cast(mx.bfloat16).down[0, 0].item() == mx.array(3e5).astype(mx.bfloat16).item()
 
 
 def test_a_core_of_tucker():

@@ -124,6 +124,28 @@ def test_an_adapter_given_again_has_what_the_image_tells_of_it(folder, caplog):
         chosen()
 
 
+def test_steps_are_those_of_the_adapters_of_an_image(folder):
+    image, sha256_of_a = folder / "x.png", sha256((folder / "a.safetensors").read_bytes()).hexdigest()
+    told = {"name": "a", "source": "a.safetensors", "sha256": sha256_of_a, "scale": 0.5, "steps": [2, 3]}
+    (found,) = loras.remembered([told], image, None, steps="1-2")
+    assert (found.scale, found.steps) == (0.5, (1, 2))
+    make("--seed", "7", "-o", "a.png", "--lora", "a.safetensors")
+    done("t2i", "--replay", "a.png", "-o", "b.png", "--lora-steps", "1-2")
+    assert read_settings(folder / "b.png")["adapters"][0]["steps"] == [1, 2]
+    with pytest.raises(InputError, match=r"--lora-steps 1-2 needs adapters, and .*x\.png has none; give"):
+        loras.remembered([], image, None, steps="1-2")
+
+
+def test_what_an_image_tells_of_an_adapter_may_be_damaged(folder):
+    told = {"name": "a", "source": "a.safetensors", "sha256": "0" * 64, "scale": 0.5}
+    with pytest.raises(InputError, match=r"x\.png are damaged: steps of a\.safetensors is \[\]"):
+        loras.remembered([told | {"steps": []}], folder / "x.png", None)
+    for changes in ({"source": "a" * 5000}, {"source": 5000 * "a", "origin": 5000 * "b"}, {"scale": "a" * 5000}):
+        with pytest.raises(InputError) as caught:
+            loras.remembered([told | changes], folder / "x.png", None)
+        assert len(str(caught.value)) < 900
+
+
 def test_an_image_tells_of_no_more_adapters_than_there_can_be(folder):
     with pytest.raises(InputError, match="101 adapters are too many; at most 100"):
         loras.remembered([{}] * 101, folder / "x.png", None)
@@ -156,6 +178,9 @@ def test_what_is_no_adapter_is_refused(arguments, said):
         ({"trigger_word": "t0y"}, "a ring", True),
         ({"trigger_word": "t0y"}, "a T0Y ring", False),
         ({"modelspec.trigger_phrase": "t0y, sks dog"}, "an sks dog", False),
+        ({"trigger_word": '["t0y", "sks"]'}, "a ring", True),
+        ({"trigger_word": '["t0y", "sks"]'}, "sks", False),
+        ({"trigger_word": "None"}, "a ring", False),
         ({}, "a ring", False),
     ],
 )
@@ -164,3 +189,11 @@ def test_a_prompt_without_a_trigger_word(words, prompt, is_told, folder):
     mx.save_safetensors("b.safetensors", infos, words)
     said = done("t2i", prompt, *SMALL, "-s", "1", "-o", "b.png", "--lora", "b.safetensors").stderr
     assert ("b.safetensors: the prompt has none of its trigger words, t0y" in said) is is_told
+
+
+def test_a_long_trigger_is_cut(folder):
+    mx.save_safetensors("b.safetensors", mx.load("a.safetensors"), {"trigger_phrase": "t0y " * 100})
+    said = done("t2i", "a ring", *SMALL, "-s", "1", "-o", "b.png", "--lora", "b.safetensors").stderr
+    (line,) = (line for line in said.splitlines() if "trigger" in line)
+    assert line.endswith("t0y …")
+    assert len(line) < 160

@@ -123,6 +123,11 @@ def test_list_has_the_folder_and_the_cache(models, file):
     assert (other[0], other[-1]) == ("other", "adapters")
 
 
+def test_list_has_one(models):
+    save(models / "loras" / "a.safetensors", TENSORS)
+    assert done("lora", "list").stdout.splitlines()[-1].startswith("1 adapter; those of your own")
+
+
 def test_nothing_but_the_header_and_alpha_is_fetched(models):
     tensors = kohya() | lora("lora_unet_single_blocks_0_linear1", 9 * WIDTH, WIDTH, 64, ("down", "up"))
     large = save(Path("large.safetensors"), tensors)
@@ -175,7 +180,7 @@ def changed_names(first, second):
 
 
 def test_convert_folds_adapters_into_the_weights(file):
-    done("convert", "demo", "made", "--lora", f"{file}:0.5", "--lora", "style.safetensors:-0.25", "--quiet")
+    done("convert", "demo", "made", "--lora", f"{file.absolute()}:0.5", "--lora", "style.safetensors:-0.25", "--quiet")
     name = f"{LAYER}.weight"
     (before,), (after,) = (weights(folder).tensors.read([name]) for folder in (DEMO, "made"))
     down, up = TENSORS.values()

@@ -63,6 +63,7 @@ def test_a_preset_is_that_of_the_adapter(folder):
     result = done("t2i", PROMPT, *FREE, "-o", "a.png", "--lora", "a.safetensors", "--preset", "turbo")
     assert "--preset turbo: guidance 2.5 and sigmas 1.0,0.4, from a.json" in result.stderr
     assert remembered("a.png") == (2, 2.5, [1.0, 0.4], 2)
+    assert "ignores --guidance" not in result.stderr
     again = done("t2i", "--replay", "a.png", "--preset", "turbo", "-g", "1", "-o", "b.png")
     assert "--preset turbo: sigmas 1.0,0.4, from a.json" in again.stderr
     assert remembered("b.png") == (2, 1.0, [1.0, 0.4], 2)
@@ -139,6 +140,7 @@ def test_published_adapters_have_what_their_card_says(name, tmp_path):
         ('{"steps": 4, "steps": 8}', "'steps' stands there twice"),
         ('{"steps": 0}', "steps must be 1 to 1000, got 0"),
         ('{"steps": 4.5}', "steps must be 1 to 1000"),
+        ('{"steps": 4, "num_inference_steps": 8}', "steps 4 and num_inference_steps 8 disagree; leave out one"),
         ('{"guidance": -1}', "guidance must be a number from 0 to 1000"),
         ('{"guidance": "much"}', "guidance must be a number"),
     ],

@@ -151,6 +151,14 @@ def test_tensors_of_no_layer_are_named(tmp_path):
     assert found.notes(CONFIGS, "small")[0] == f"it has {norm}, which belongs to no layer that can be adapted"
 
 
+def test_what_changes_nothing_is_told(tmp_path):
+    zero = {f"{MODULE}.alpha": np.array(0, np.float32)}
+    said = "it changes nothing, as its alpha is 0"
+    assert said in read_adapter(save(tmp_path / "x.safetensors", LORA | zero)).notes(CONFIGS, "small")
+    for other in ({}, zero | factors(MODULE, diff_b=(D,))):
+        assert said not in read_adapter(save(tmp_path / "x.safetensors", LORA | other)).notes(CONFIGS, "small")
+
+
 def test_files_and_folders(tmp_path):
     folder = tmp_path / "adapter"
     with pytest.raises(CheckpointError, match="there is no file or folder"):
@@ -183,9 +191,8 @@ def test_files_and_folders(tmp_path):
         read_adapter(folder, "a.safetensors")
 
 
-def test_a_config_beside_other_files_says_nothing_of_them(tmp_path):
+def test_a_config_that_is_wrong(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 7, "lora_alpha": 1}')
-    read_adapter(save(tmp_path / "x.safetensors", LORA)).load(CONFIGS, "x")
     twice = save(tmp_path / "b/adapter_model.safetensors", LORA)
     twice.with_name("adapter_config.json").write_text('{"r": 7, "r": 3}')
     with pytest.raises(CheckpointError, match="'r' stands there twice"):

@@ -17,7 +17,7 @@ from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.errors import CheckpointError, DownloadError, InputError
 from flux2_mlx.images import read_settings
-from flux2_mlx.store import adapter_with, find_adapter, open_adapter
+from flux2_mlx.store import adapters_with, find_adapter, open_adapter
 from flux2_mlx.store.adapter_sources import adapter_files
 from flux2_mlx.store.parts import Remote
 from flux2_mlx.weights import TensorInfo
@@ -241,7 +241,7 @@ def test_nothing_is_read_that_does_not_fit_with_its_adapters(hub, monkeypatch):
 def test_a_replay_finds_adapters_by_their_hash(hub, home, models, caplog):
     done("t2i", PROMPT, *SMALL, "-o", "one.png", "--lora", f"{STYLE}:0.5")
     (told,) = read_settings(Path("one.png"))["adapters"]
-    cached = adapter_with(told["sha256"], FILE, [Path()])
+    cached = next(adapters_with(told["sha256"], FILE, [Path()]))
     assert cached == home / f"hub/models--me--style/snapshots/{hub.repos[STYLE].commit}/{FILE}"
     hub.requests.clear()
     done("t2i", "--replay", "one.png", "-o", "again.png")
@@ -263,7 +263,7 @@ def test_a_replay_finds_adapters_by_their_hash(hub, home, models, caplog):
     assert said.endswith(f"fetch {STYLE}:{FILE}, or name it with --lora")
     Path("style").mkdir()
     kept.with_name("gone").rename(f"style/{FILE}")
-    assert adapter_with(told["sha256"], "style", [Path()]) == Path("style", FILE)
+    assert next(adapters_with(told["sha256"], "style", [Path()])) == Path("style", FILE)
 
 
 def test_a_note_on_an_adapter_is_said_once(hub, caplog):

@@ -9,7 +9,7 @@ import pytest
 from helpers.adapters import D, factors, lora, save
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, convert
 
-from flux2_mlx import Flux2Pipeline, InputError
+from flux2_mlx import Flux2Pipeline, InputError, request
 from flux2_mlx.advice import workload
 from flux2_mlx.branches import range_errors
 from flux2_mlx.cached_encoder import fingerprint
@@ -123,6 +123,33 @@ def test_a_call_has_a_scale_of_its_own(pipe, files):
     for kwargs in ({"scale": "a"}, {"ip_adapter_masks": 1}, 3):
         with pytest.raises(InputError, match="scale"):
             pipe("a", **SETTINGS, attention_kwargs=kwargs)
+
+
+def test_the_scale_of_a_call_is_limited_with_that_of_its_adapters(pipe, files):
+    pipe.load_lora_weights(files["first"], adapter_name="first", scale=1000)
+    with pytest.raises(InputError, match=r"scale 2 and the scale 1000 of .*first.* must be -1000\.0 to 1000"):
+        pipe("a", **SETTINGS, attention_kwargs={"scale": 2})
+
+
+def test_weights_may_be_arrays(pipe, files):
+    names = ["first", "second"]
+    for name in names:
+        pipe.load_lora_weights(files[name], adapter_name=name)
+    for weights in (np.array([0.5, 0.25]), mx.array([0.5, 0.25]), (0.5, np.float32(0.25))):
+        pipe.set_adapters(names, weights)
+        assert [one.scale for one in pipe.networks.adapters] == [0.5, 0.25]
+    pipe.set_adapters(names, np.array(2.0))
+    assert [one.scale for one in pipe.networks.adapters] == [2, 2]
+
+
+def test_no_more_are_chosen_than_there_can_be(pipe, files, monkeypatch):
+    for name in ("first", "second"):
+        pipe.load_lora_weights(files[name], adapter_name=name)
+    monkeypatch.setattr(request, "MAX_ADAPTERS", 1)
+    pipe.set_adapters("first")
+    with pytest.raises(InputError, match="2 adapters are too many; at most 1 can be at work at once"):
+        pipe.set_adapters(["first", "second"])
+    assert pipe.get_active_adapters() == ["first"]
 
 
 def test_one_adapter_twice_is_both_times_at_work(pipe, files):
@@ -256,6 +283,19 @@ def test_encoded_prompts_are_told_apart_by_adapters_of_the_encoder(folder, files
     assert np.array_equal(np.array(pipe.encode_prompt("a")), plain)
 
 
+def test_encoded_prompts_are_told_apart_by_the_config_of_an_adapter(folder, tmp_path):
+    pipe = open_pipe(folder)
+    pipe.prompt_cache = EmbeddingCache(tmp_path)
+    path = save(tmp_path / "adapter_model.safetensors", lora("text_encoder.model.layers.0.self_attn.q_proj", 64, 64))
+    encoded = []
+    for alpha in (1, 30):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": 3, "lora_alpha": {alpha}}}')
+        pipe.load_lora_weights(path)
+        encoded.append(np.array(pipe.encode_prompt("a")))
+        pipe.unload_lora_weights()
+    assert not np.array_equal(*encoded)
+
+
 def test_images_remember_their_adapters(pipe, files):
     pipe.load_lora_weights(files["first"], scale=0.5, steps=(1, 2))
     settings = pipe("a", **SETTINGS).settings[0]
@@ -291,7 +331,9 @@ def test_wrong_settings_are_refused(pipe, files, given, said):
     [
         (["a"], None, "adapter_names has 'a'; choose each once from taken"),
         (["taken", "taken"], None, "choose each once"),
-        ("taken", [1.0, 2.0], "1 adapters have 2 weights"),
+        ("taken", [1.0, 2.0], "1 adapter has 2 weights"),
+        ("taken", ["0.5"], "adapter_weights must be numbers"),
+        ("taken", "1", "adapter_weights must be numbers"),
         ("taken", 1e9, "adapter_weights must be"),
         (3, None, "adapter_names must be text"),
     ],

@@ -173,3 +173,13 @@ def test_what_a_trainer_says(tmp_path):
     captions = {"ss_tag_frequency": '{"2_a": {"a dog": 1, "a cat": 3}}', "ss_network_module": "networks.lora_flux_2"}
     said = read_adapter(write(tmp_path / "y.safetensors", ai_toolkit("klein-4b"), captions)).said
     assert (said.trainer, said.title, said.trigger_words) == ("musubi-tuner", None, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('["f0x", " a dog ", 3, null, ""]', ("f0x", "a dog")), ("[]", ()), ("[f0x]", ("[f0x]",))]
+    + [(text, ()) for text in ("", "None", "null", " NULL ")],
+)
+def test_trigger_words(text, words, tmp_path):
+    path = write(tmp_path / "x.safetensors", ai_toolkit("klein-4b"), {"trigger_words": text})
+    assert read_adapter(path).said.trigger_words == words

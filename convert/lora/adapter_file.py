@@ -1,10 +1,11 @@
 """An adapter's file as its header tells it: what it is, which model it is for, and what becomes of each tensor."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,7 @@ from flux2_mlx.adapters import Adapter, Layers, Placed
 from flux2_mlx.config import VARIANTS, Config
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.files import check_kind
-from flux2_mlx.json_files import open_model_file, read_json
+from flux2_mlx.json_files import open_model_file
 from flux2_mlx.layout import PICKLES
 from flux2_mlx.weights import Files, TensorInfo, Tensors, evaluated, raise_problems
 from flux2_mlx.wording import some
@@ -27,12 +28,13 @@ from .changes import changes, outlined, scale
 from .keys import LORA, Module, check_run, modules, whole
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
-from .settings import PEFT_CONFIG, Settings, Strength, settings
+from .settings import CONFIG_ASIDE, PEFT_MODEL, SUFFIX, Settings, Strength, config_beside, settings
 from .shapes import Factors
 
-USUAL_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_SUFFIX = ".safetensors"
+USUAL_FILES = (PEFT_MODEL, "pytorch_lora_weights.safetensors")
 _MAGNITUDE = ".dora_scale"
+_UNSCALED = {"diff_b", "magnitude"}  # what alpha does not scale
+_SHORT = 16  # digits of a hash
 _MAX_TENSORS = 10_000  # several times what all layers of the largest model take, in the most factors
 _NO_LAYER = "no layer that can be adapted"
 _UNREAD = "a layer of the text encoder whose states no image is made of"
@@ -50,6 +52,8 @@ class AdapterFile:
         unknown: all other tensors.
         files: the tensors as they are stored.
         packed: how those of 8 bits are made, by their names.
+        has_config: whether `said` is what PEFT's config beside it says.
+        is_config_aside: whether there is such a config that is not taken, as it may be about another file.
     """
 
     path: Path
@@ -59,6 +63,8 @@ class AdapterFile:
     unknown: tuple[str, ...]
     files: Files
     packed: Mapping[str, Packed]
+    has_config: bool = False
+    is_config_aside: bool = False
 
     @cached_property
     def tensors(self) -> Tensors:
@@ -109,6 +115,19 @@ class AdapterFile:
         with open_model_file(self.path) as file:
             return file_digest(cast("BufferedReader", file), "sha256").hexdigest()
 
+    @cached_property
+    def config_hash(self) -> str | None:
+        """A short hash of what its changes are multiplied by, where the config beside it makes that other than the file
+        by itself is; None: it does not. With `sha256` it tells what the adapter does. CheckpointError as `scales`."""
+        if not self.has_config:
+            return None
+        scales = self.scales()
+        try:
+            alone = replace(self, said=settings(self.files.metadata, None)).scales()
+        except CheckpointError:
+            alone = {}
+        return None if scales == alone else sha256(json.dumps(scales, sort_keys=True).encode()).hexdigest()[:_SHORT]
+
     def scales(self) -> dict[str, float]:
         """What the changes of each module are multiplied by, alpha over rank mostly. Only these numbers are read.
 
@@ -155,6 +174,11 @@ class AdapterFile:
         if unread:
             keys = [key for module in unread for key in module.keys.values()]
             notes.append(f"it has {_listed(keys)}, of layers of the text encoder whose states no image is made of")
+        if self.is_config_aside:
+            notes.append(CONFIG_ASIDE)
+        whole = any(_UNSCALED & module.keys.keys() for module in self.modules.values())
+        if not whole and not any(self.scales().values()):
+            notes.append("it changes nothing, as its alpha is 0")
         if self.models and self._may_be_flux1:
             notes.append(f"it may be for {FLUX1}, which has layers of the same sizes")
         if self.trained_on and self.trained_on != model:
@@ -174,7 +198,7 @@ class AdapterFile:
             CheckpointError: values that are not finite, a config that says another rank, or a file that has changed.
         """
         layers = self._layers(self.read(self._used(configs)))
-        return Adapter(name, layers, source or str(self.path), self.sha256, origin)
+        return Adapter(name, layers, source or str(self.path), self.sha256, origin, self.config_hash)
 
     def outline(self, configs: Mapping[str, Config], name: str) -> Adapter:
         """What `load` would give, with arrays that are never computed: it takes no memory, but says how much would be
@@ -266,8 +290,7 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
     check_size(files.infos, str(path))
     if len(files.infos) > _MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(files.infos)} tensors, more than any adapter has")
-    beside = path.with_name(PEFT_CONFIG)
-    config = read_json(beside, unique=True) if path.name == USUAL_FILES[0] and beside.is_file() else None
+    config, is_aside = config_beside(path, files.metadata)
     try:
         packed = _packed(files)
         infos = Unpacked(files, packed).infos
@@ -288,7 +311,8 @@ def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[s
         raise CheckpointError(f"{path}: {error}") from error
     unplaced = [key for name in found if name not in places for key in found[name].keys.values()]
     known = {name: found[name] for name in places}
-    return AdapterFile(path, said, known, places, (*unplaced, *others), files, packed)
+    unknown = (*unplaced, *others)
+    return AdapterFile(path, said, known, places, unknown, files, packed, config is not None, is_aside)
 
 
 def _packed(files: Files) -> dict[str, Packed]:
@@ -302,7 +326,7 @@ def _packed(files: Files) -> dict[str, Packed]:
 
 def _file(source: Path, weight_name: str | None) -> Path:
     if source.suffix.lower() in PICKLES or (weight_name or "").lower().endswith(PICKLES):
-        raise CheckpointError(f"{weight_name or source} is a pickle, which could run code; fetch it as {_SUFFIX}")
+        raise CheckpointError(f"{weight_name or source} is a pickle, which could run code; fetch it as {SUFFIX}")
     if not source.exists():
         raise CheckpointError(f"there is no file or folder {source}")
     check_kind(source)
@@ -314,14 +338,14 @@ def _file(source: Path, weight_name: str | None) -> Path:
         if Path(weight_name).is_absolute() or ".." in Path(weight_name).parts or not (source / weight_name).is_file():
             raise CheckpointError(f"{source} holds no file {weight_name!r}")
         return source / weight_name
-    found = sorted(path for path in source.glob("*") if path.suffix.lower() == _SUFFIX)
+    found = sorted(path for path in source.glob("*") if path.suffix.lower() == SUFFIX)
     usual = [path for path in found if path.name in USUAL_FILES] or found
     if len(usual) == 1:
         return usual[0]
     if not found:
         pickles = any(path.suffix.lower() in PICKLES for path in source.glob("*"))
         more = ", only pickles, which could run code" if pickles else ""
-        raise CheckpointError(f"{source} holds no {_SUFFIX} file{more}; give an adapter's file")
+        raise CheckpointError(f"{source} holds no {SUFFIX} file{more}; give an adapter's file")
     raise CheckpointError(f"{source} holds several files: {', '.join(x.name for x in found[:4])}; give one of them")
 
 

@@ -56,7 +56,8 @@ class Fold:
     @property
     def stamp(self) -> dict[str, Any]:
         """What the checkpoint says of it."""
-        return {"source": self.source, "sha256": self.fetched.sha256, "scale": self.scale}
+        told = {"source": self.source, "sha256": self.fetched.sha256, "scale": self.scale}
+        return told if self.fetched.config_hash is None else told | {"config": self.fetched.config_hash}
 
 
 def check_folds(folds: Sequence[Fold], configs: Mapping[str, Config], model: str) -> None:

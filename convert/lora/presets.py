@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,14 @@ def preset(path: Path, title: str | None = None) -> Preset | None:
     """
     beside = path.with_suffix(".json")
     said = read_json(beside, unique=True) if beside.is_file() else {}
-    known = {_NAMES[key]: value for key, value in said.items() if key in _NAMES and value is not None}
-    if not known:
+    names = [key for key in said if key in _NAMES and said[key] is not None]
+    if not names:
         return _CARDS.get(path.name.lower()) or _CARDS.get(f"{title}.safetensors".lower())
     try:
-        return _checked(beside.name, known)
+        for name, other in combinations(names, 2):
+            if _NAMES[name] == _NAMES[other] and said[name] != said[other]:
+                raise InputError(f"{name} {said[name]!r:.40} and {other} {said[other]!r:.40} disagree; leave out one")
+        return _checked(beside.name, {_NAMES[name]: said[name] for name in names})
     except InputError as error:
         raise CheckpointError(f"{beside}: {error}") from error
 

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.json_files import parse_json
+from flux2_mlx.json_files import parse_json, read_json
 
 PEFT_CONFIG = "adapter_config.json"
+CONFIG_ASIDE = f"{PEFT_CONFIG} beside it is left aside, as it may be about another file of its folder"
+PEFT_MODEL = "adapter_model.safetensors"
+SUFFIX = ".safetensors"
 _DIFFUSERS = "lora_adapter_metadata"
 # Several times what all layers of a model take, and the dataset's tags.
 _MAX_JSON = 1_000_000
@@ -20,6 +24,7 @@ _TYPES = ("LORA", "LOKR", "LOHA")
 _RESIDUAL = ("pissa", "olora", "corda")
 _QUANTIZED = "loftq"
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words", "trigger_phrase", "instance_prompt")
+_NO_WORDS = ("", "none", "null")  # that trainers write for no words
 _TITLES = ("modelspec.title", "ss_output_name", "name")
 # Not `ss_base_model_version`: ai-toolkit calls a base model as its distilled one is called.
 _BASES = ("modelspec.architecture", "base_model", "base_model_name_or_path", "ss_sd_model_name")
@@ -102,6 +107,26 @@ def settings(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> S
         tuple(dict.fromkeys(_triggers(metadata)))[:_MAX_WORDS],
         tuple(text[:_MAX_TEXT] for text in base if isinstance(text, str)),
     )
+
+
+def is_config_of(name: str, files: int) -> bool:
+    """Whether PEFT's config in a folder that holds so many adapters is about the file of this name: it is about the
+    folder, so of several files it can be about any."""
+    return name == PEFT_MODEL or files == 1
+
+
+def config_beside(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any] | None, bool]:
+    """PEFT's config of an adapter's file whose header says `metadata`, if that does not tell its strength itself; and
+    whether there is one that is left aside, as it may be about another file. CheckpointError if it can't be read."""
+    beside = path.with_name(PEFT_CONFIG)
+    if not beside.is_file():
+        return None, False
+    if path.name != PEFT_MODEL and metadata.keys() & {_DIFFUSERS, "lora_alpha"}:
+        return None, False
+    files = sum(other.suffix.lower() == SUFFIX for other in path.parent.glob("*"))
+    if not is_config_of(path.name, files):
+        return None, True
+    return read_json(beside, unique=True), False
 
 
 def _of_network(said: Mapping[str, Any], network: str) -> dict[str, Any]:
@@ -218,8 +243,17 @@ def _trainer(metadata: Mapping[str, str], said: Mapping[str, Any], config: objec
 def _triggers(metadata: Mapping[str, str]) -> Iterator[str]:
     """Words that a prompt needs. Of the tags of pictures they are, where all pictures have the same one."""
     for key in _TRIGGERS:
-        if word := metadata.get(key, "").strip():
-            yield word[:_MAX_TEXT]
+        words = (word.strip() for word in _listed(metadata.get(key, "")))
+        yield from (word[:_MAX_TEXT] for word in words if word.casefold() not in _NO_WORDS)
     tables = [table for table in _said(metadata, "ss_tag_frequency").values() if isinstance(table, dict)]
     if len(tags := {tag.strip() for table in tables for tag in table}) == 1:
         yield tags.pop()[:_MAX_TEXT]
+
+
+def _listed(text: str) -> list[str]:
+    """The texts of a JSON list, or the text itself."""
+    try:
+        found = parse_json(text.encode()) if text.lstrip().startswith("[") else None
+    except ValueError:
+        found = None
+    return [word for word in found if isinstance(word, str)] if isinstance(found, list) else [text]

@@ -12,7 +12,7 @@ from .report import Record
 _COMPARED = (
     "prompt", "seed", "variant", "fingerprint", "quant", "text_quant", "width", "height", "steps", "guidance",
 )  # fmt: skip
-_EFFECT = "sha256", "scale", "steps"  # what that of an adapter depends on
+_EFFECT = "sha256", "config", "scale", "steps"  # what that of an adapter depends on
 _WORDS = {"variant": "model", "fingerprint": "weights", "text_quant": "quant of the text encoder"}
 _log = logging.getLogger(__name__)
 

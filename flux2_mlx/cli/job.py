@@ -61,6 +61,7 @@ class Job:
     quiet: bool
     pictures: Pictures
     adapters: Adapters
+    is_guided: bool = False  # by --guidance
     preset: str | None = None
     rewritten: list[str] | None = None
     fingerprint: str | None = None
@@ -101,11 +102,14 @@ def _check_usage(prompt: str | None, replay: Path | None, prompts_file: str | No
 
 def _complete(given: dict[str, Any], replay: Path | None, remembered: dict[str, Any]) -> None:
     """Read the options that are texts, and complete what is `given` with a preset, an image and defaults."""
-    loras = read_loras(given.pop("lora"), given.pop("lora_steps"))
+    texts, steps = given.pop("lora"), given.pop("lora_steps")
+    of_image = steps if replay is not None and not texts else None  # the steps of adapters that it remembers
+    loras = read_loras(texts, steps if of_image is None else None)
     if replay is not None:
-        loras = remembered_loras(remembered.get("adapters"), replay, given["models_dir"], loras)
+        loras = remembered_loras(remembered.get("adapters"), replay, given["models_dir"], loras, of_image)
     given["adapters"] = Adapters(loras)
     click.get_current_context().call_on_close(given["adapters"].close)
+    given["is_guided"] = given["guidance"] is not None
     noise = {name: given[name] for name in _NOISE}
     schedule.complete(noise, given["adapters"])
     given |= noise | {"shift_steps": None}

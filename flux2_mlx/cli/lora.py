@@ -82,7 +82,8 @@ def list_command(models_dir: Path | None, as_json: bool) -> None:
     width = max(map(len, names), default=0)
     for name, one in zip(names, stored, strict=True):
         print_result(f"{name:{width}}{size_text(one.nbytes):>11}  {_told(one)}")
-    print_result(f"{len(stored)} adapters; those of your own belong in {_shown(str(folder))}")
+    count = "1 adapter" if len(stored) == 1 else f"{len(stored)} adapters"
+    print_result(f"{count}; those of your own belong in {_shown(str(folder))}")
 
 
 @lora.command("convert")

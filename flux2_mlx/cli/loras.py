@@ -23,7 +23,9 @@ _LIKE_A_NUMBER = re.compile(r"[+-]?[\d.,]*|[+-]?(?:nan|inf)", re.IGNORECASE)
 _STEPS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 _SUFFIX = ".safetensors"
 _SOME = 5
-_REMEMBERED = {"name": str, "source": str, "sha256": str, "scale": float, "steps": list | None, "origin": str | None}
+_LONG = 80  # characters of what others wrote
+_REMEMBERED = {"name": str, "source": str, "sha256": str, "scale": float, "steps": list | None}
+_REMEMBERED |= {"origin": str | None, "config": str | None}
 _log = logging.getLogger(__name__)
 
 
@@ -43,11 +45,11 @@ def read(texts: Sequence[str], steps: str | None) -> tuple[Lora, ...]:
     from ..request import check_count
 
     if steps is not None and not texts:
-        raise InputError(f"--lora-steps {steps} needs adapters; give them with --lora")
+        raise InputError(f"--lora-steps {steps:.40} needs adapters; give them with --lora")
     if "" in texts:
         raise InputError("--lora is empty; give a file, a folder, a repo id or REPO:FILE")
     check_count(len(texts))
-    own = None if steps is None else _steps(steps)
+    own = given_steps(steps)
     return tuple(_lora(text, own) for text in texts)
 
 
@@ -70,18 +72,27 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _steps(text: str) -> tuple[int, int]:
+def given_steps(text: str | None) -> tuple[int, int] | None:
+    """The first and the last step that `--lora-steps` gives, if it is given; InputError if it is no range."""
+    if text is None:
+        return None
     match = _STEPS.fullmatch(text)
     if match is None:
         raise InputError(f"--lora-steps {text:.40} is no range of steps; write 1-4, say, or the number of one")
     return int(match[1]), int(match[2] or match[1])
 
 
-def remembered(adapters: Any, image: Path, models_dir: Path | None, given: Sequence[Lora] = ()) -> tuple[Lora, ...]:
+def remembered(
+    adapters: Any,
+    image: Path,
+    models_dir: Path | None,
+    given: Sequence[Lora] = (),
+    steps: str | None = None,
+) -> tuple[Lora, ...]:
     """The adapters that `image` was made with, from its settings, and those of `given` besides.
 
     One of `given` that is a file of theirs has the scale and the steps of theirs that it was not given itself. If none
-    is, they take the place of theirs.
+    is, they take the place of theirs. `steps` are those of `--lora-steps` for all that are not `given`; None: theirs.
 
     Raises:
         InputError: some are not here, or have changed, or they are too many; or the settings are damaged.
@@ -92,31 +103,47 @@ def remembered(adapters: Any, image: Path, models_dir: Path | None, given: Seque
     check_count(len(told))
     for one in told:
         replay.check_kinds(one, _REMEMBERED, image)
-    own, others = _matched(told, given)
+        if one.get("steps") == []:
+            raise InputError(f"the settings in {image} are damaged: steps of {_name(one)} is []")
+    if steps is not None and not told:
+        raise InputError(f"--lora-steps {steps:.40} needs adapters, and {image} has none; give them with --lora")
+    own, others = _matched(told, given, image)
     if given and not own:
         if told:
-            names = ", ".join(Path(one["source"]).name for one in told)
+            names = ", ".join(map(_name, told))
             _log.warning("the adapters of %s are replaced by those of --lora: %s", image, names)
         return tuple(given)
     found = [own.get(number) or _found(one, image, models_dir) for number, one in enumerate(told)]
     if missing := [one for one, lora in zip(told, found, strict=True) if lora is None]:
         raise InputError(_missing(missing, image))
-    return (*(lora for lora in found if lora is not None), *others)
+    chosen = given_steps(steps)
+    again = (lora if chosen is None else replace(lora, steps=chosen) for lora in found if lora is not None)
+    return (*again, *others)
 
 
-def _matched(told: Sequence[Mapping[str, Any]], given: Sequence[Lora]) -> tuple[dict[int, Lora], list[Lora]]:
+def _name(told: Mapping[str, Any]) -> str:
+    return f"{Path(told['source']).name:.{_LONG}}"
+
+
+def _matched(
+    told: Sequence[Mapping[str, Any]], given: Sequence[Lora], image: Path
+) -> tuple[dict[int, Lora], list[Lora]]:
     """Those of `given` that an image tells of, completed with that, by their places there; and the others."""
-    from ..store import adapter_hash
+    from ..store import adapter_hash, config_hash, local_file
 
     own: dict[int, Lora] = {}
     others = []
     for lora in given if told else ():
-        sha256 = adapter_hash(Path(os.path.expanduser(lora.source)))
+        path = local_file(lora.source)
+        sha256 = adapter_hash(path)
         places = (number for number, one in enumerate(told) if number not in own and one["sha256"] == sha256)
         if (number := next(places, None)) is None:
             others.append(lora)
         else:
             own[number] = _completed(lora, told[number])
+            if config_hash(path) != told[number].get("config"):
+                text = "%s has another adapter_config.json, or none, than when %s was made, so the new one will differ"
+                _log.warning(text, lora.source, image)
     return own, others
 
 
@@ -126,20 +153,37 @@ def _completed(lora: Lora, told: Mapping[str, Any]) -> Lora:
 
 
 def _told_steps(told: Mapping[str, Any]) -> tuple[int, int] | None:
-    return tuple(told["steps"]) if told.get("steps") else None
+    return None if told.get("steps") is None else tuple(told["steps"])
 
 
 def _found(told: Mapping[str, Any], image: Path, models_dir: Path | None) -> Lora | None:
-    """An adapter that an image tells of; None: it is not here."""
-    from ..store import adapter_with
+    """An adapter that an image tells of; None: it is not here.
 
-    path = adapter_with(told["sha256"], Path(told["source"]).name, [image.parent, Path()], models_dir)
-    return None if path is None else Lora(str(path), told["scale"], _told_steps(told))
+    InputError: its weights are here, but not the settings that it had beside them.
+    """
+    from ..store import adapters_with, config_hash
+
+    other = None
+    for path in adapters_with(told["sha256"], Path(told["source"]).name, [image.parent, Path()], models_dir):
+        if config_hash(path) == told.get("config"):
+            return Lora(str(path), told["scale"], _told_steps(told))
+        other = other or path
+    if other is not None:
+        raise InputError(_other_config(told, image, other))
+    return None
+
+
+def _other_config(told: Mapping[str, Any], image: Path, found: Path) -> str:
+    was = "no adapter_config.json of effect" if told.get("config") is None else "another adapter_config.json"
+    return (
+        f"the weights of {_name(told)}, which {image} was made with, are in {found}, but {image} was made with {was} "
+        "beside them; put things back as they were, or name it with --lora"
+    )
 
 
 def _missing(told: Sequence[Mapping[str, Any]], image: Path) -> str:
-    names = ", ".join(f"{Path(one['source']).name} of SHA-256 {one['sha256']:.64}" for one in told)
-    origins = ", ".join(one["origin"] for one in told if one.get("origin"))
+    names = ", ".join(f"{_name(one)} of SHA-256 {one['sha256']:.64}" for one in told)
+    origins = ", ".join(f"{one['origin']:.{2 * _LONG}}" for one in told if one.get("origin"))
     adapters, are, have, them = (
         ("adapter", "is", "has", "it") if len(told) == 1 else ("adapters", "are", "have", "them")
     )
@@ -222,8 +266,7 @@ class Adapters:
         who = "the prompt has" if len(prompts) == 1 else "some prompts have"
         lacking = [one for one in found.values() if _lacks(prompts, one.file.said.trigger_words)]
         hints = [
-            f"{one.source}: {who} none of its trigger words, {', '.join(one.file.said.trigger_words[:_SOME])}"
-            for one in lacking
+            f"{one.source}: {who} none of its trigger words, {_words(one.file.said.trigger_words)}" for one in lacking
         ]
         return hints if is_preset else [*hints, *filter(None, map(_preset_hint, found.values()))]
 
@@ -239,6 +282,11 @@ def _lacks(prompts: Sequence[str], words: Sequence[str]) -> bool:
     """Whether a prompt has none of the words, of which commas separate several."""
     single = [word for text in words for part in text.casefold().split(",") if (word := part.strip())]
     return bool(single) and not all(any(word in text.casefold() for word in single) for text in prompts)
+
+
+def _words(words: Sequence[str]) -> str:
+    """Some of them, each as short as a line takes."""
+    return ", ".join(word if len(word) <= _LONG else f"{word[:_LONG]}…" for word in words[:_SOME])
 
 
 def _preset_hint(found: "FoundAdapter") -> str | None:

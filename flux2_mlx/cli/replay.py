@@ -79,10 +79,10 @@ def elsewhere(settings: dict[str, Any], image: Path) -> str | None:
 def check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:
     """Raise InputError if `values`, which `image` remembers, are not all of their kinds; None may be left out."""
     if not isinstance(values, dict):
-        raise InputError(f"the settings in {image} are damaged: {values!r} should say {', '.join(kinds)}")
+        raise InputError(f"the settings in {image} are damaged: {values!r:.80} should say {', '.join(kinds)}")
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind) or isinstance(values.get(name), bool):
-            raise InputError(f"the settings in {image} are damaged: {name} is {values.get(name)!r}")
+            raise InputError(f"the settings in {image} are damaged: {name} is {values.get(name)!r:.80}")
 
 
 def check_file(file: Any, image: Path) -> None:

@@ -3,7 +3,7 @@ and the converter."""
 
 from ..convert.lora import Inspection, Preset
 from ..hub import Download
-from .adapter_sources import FoundAdapter, adapter_hash, adapter_with, find_adapter
+from .adapter_sources import FoundAdapter, adapter_hash, adapters_with, config_hash, find_adapter, local_file
 from .adapters import (
     StoredAdapter,
     adapters_folder,
@@ -44,9 +44,10 @@ __all__ = [
     "Progress",
     "StoredAdapter",
     "adapter_hash",
-    "adapter_with",
     "adapters_folder",
+    "adapters_with",
     "checked_variant",
+    "config_hash",
     "conversions",
     "convert_adapter",
     "convert_model",
@@ -59,6 +60,7 @@ __all__ = [
     "find_variant",
     "inspect_adapter",
     "is_official",
+    "local_file",
     "models_folder",
     "named_checkpoints",
     "open_adapter",

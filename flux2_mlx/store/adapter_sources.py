@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from hashlib import file_digest
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..adapters import Adapter
 from ..checkpoint import Checkpoint
 from ..config import Config
 from ..convert import formats
-from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, read_adapter
+from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, is_config_of, read_adapter
 from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
@@ -126,7 +127,7 @@ def find_adapter(
         yield FoundAdapter(told, read_adapter(folder, weight_name))
         return
     wanted = Remote(where.repo, "/".join(filter(None, (where.path, inside))))
-    names: list[str] = []
+    names: list[str] = []  # all of the repo
     with ExitStack() as held:
         try:
             selection = held.enter_context(_selected(wanted, names))
@@ -136,15 +137,17 @@ def find_adapter(
             raise DownloadError(f"there is no file or folder {told} here, and as a repo: {error}") from error
         with _named(selection):
             file = _read(selection)
+        config = os.path.join(os.path.dirname(_weights(selection)), PEFT_CONFIG)
+        file = replace(file, is_config_aside=config in names and config not in selection.names)
         is_named = wanted.path.lower().endswith(_SUFFIX)
-        yield FoundAdapter(told, file, selection, 0 if is_named else len(names) - 1)
+        yield FoundAdapter(told, file, selection, 0 if is_named else len(_files_of_weights(names)) - 1)
 
 
-def _selected(wanted: Remote, weights: list[str]) -> AbstractContextManager[Selection]:
-    """The files of an adapter in a repo, all of whose files of weights are then in `weights`."""
+def _selected(wanted: Remote, seen: list[str]) -> AbstractContextManager[Selection]:
+    """The files of an adapter in a repo, all of whose files are then in `seen`."""
 
     def choose(names: Collection[str]) -> list[str]:
-        weights[:] = [name for name in names if name.lower().endswith(_SUFFIX)]
+        seen[:] = names
         return adapter_files(wanted, names)
 
     return hub.select(wanted.repo, choose, partial(formats.outline.pieces, early=_ALPHAS))
@@ -158,7 +161,7 @@ def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
     """
     if wanted.path.lower().endswith(PICKLES):
         raise InputError(f"{wanted} is a pickle, which could run code; give a {_SUFFIX} file")
-    weights = sorted(name for name in names if name.lower().endswith(_SUFFIX))
+    weights = _files_of_weights(names)
     chosen = [wanted.path] if wanted.path in weights else [x for x in weights if os.path.dirname(x) == wanted.path]
     chosen = chosen if chosen or wanted.path else weights
     usual = [name for name in chosen if os.path.basename(name) in USUAL_FILES]
@@ -167,8 +170,13 @@ def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
         raise DownloadError(_several(wanted, chosen, weights))
     stem = chosen[0].removesuffix(_SUFFIX)
     folder = os.path.dirname(chosen[0])
-    beside = (os.path.join(folder, PEFT_CONFIG), f"{stem}.json")
+    has_config = is_config_of(os.path.basename(chosen[0]), sum(os.path.dirname(x) == folder for x in weights))
+    beside = (*([os.path.join(folder, PEFT_CONFIG)] if has_config else []), f"{stem}.json")
     return [*(name for name in beside if name in names), *chosen]
+
+
+def _files_of_weights(names: Collection[str]) -> list[str]:
+    return sorted(name for name in names if name.lower().endswith(_SUFFIX))
 
 
 def _several(wanted: Remote, chosen: list[str], weights: list[str]) -> str:
@@ -179,10 +187,10 @@ def _several(wanted: Remote, chosen: list[str], weights: list[str]) -> str:
     return f"{wanted} has {what}; {way}"
 
 
-def adapter_with(
+def adapters_with(
     sha256: str, name: str, folders: Collection[Path], models_dir: str | os.PathLike[str] | None = None
-) -> Path | None:
-    """The adapter whose file has this hash, looked for by its name first; None: it is not here.
+) -> Iterator[Path]:
+    """All adapters whose files have this hash, looked for by their name first.
 
     Args:
         sha256: the hash.
@@ -191,12 +199,18 @@ def adapter_with(
         models_dir: see `models_folder`.
     """
     home = models_folder(models_dir) / ADAPTERS
-    places = [folder / name for folder in (*folders, home)]
-    named = (file for place in places for file in ([place] if place.is_file() else sorted(place.glob(f"*{_SUFFIX}"))))
-    if found := next((file for file in dict.fromkeys(named) if adapter_hash(file) == sha256), None):
-        return found
-    blobs = (file for file, blob in cached_files() if blob.name == sha256 and file.is_file())
-    return next(blobs, None) or next((file for file in own_files(models_dir) if adapter_hash(file) == sha256), None)
+    named = dict.fromkeys(file for folder in (*folders, home) for file in _named_files(folder / name))
+    yield from (file for file in named if adapter_hash(file) == sha256)
+    yield from (file for file, blob in cached_files() if blob.name == sha256 and file.is_file())
+    yield from (file for file in own_files(models_dir) if file not in named and adapter_hash(file) == sha256)
+
+
+def _named_files(place: Path) -> list[Path]:
+    """The file, or all that may be adapters in the folder, at a place; none where nothing can have such a name."""
+    try:
+        return [place] if place.is_file() else sorted(place.glob(f"*{_SUFFIX}"))
+    except (OSError, ValueError):
+        return []
 
 
 def own_files(models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
@@ -205,13 +219,15 @@ def own_files(models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
 
 
 def cached_files() -> Iterator[tuple[Path, Path]]:
-    """All files that may be adapters in the Hub's cache, each once, with its blob, which is named as its hash."""
-    seen = set()
+    """All files that may be adapters in the Hub's cache, each once with the same config beside it, and its blob, which
+    is named as its hash."""
+    seen: set[tuple[Path, Path | None]] = set()
     for storage in sorted(hub.cache_folder().glob("models--*--*")):
         for file in sorted(snapshot_files(storage)):
-            blob = Path(os.path.realpath(file))
-            if file.suffix == _SUFFIX and blob not in seen:
-                seen.add(blob)
+            blob, config = (Path(os.path.realpath(path)) for path in (file, file.with_name(PEFT_CONFIG)))
+            own = blob, config if config.is_file() else None
+            if file.suffix == _SUFFIX and own not in seen:
+                seen.add(own)
                 yield file, blob
 
 
@@ -221,6 +237,23 @@ def adapter_hash(path: Path) -> str | None:
         with open_regular(path) as file:
             return file_digest(cast("BinaryIO", file), "sha256").hexdigest()  # type: ignore[arg-type]
     except (OSError, ValueError, InputError):
+        return None
+
+
+def local_file(source: str) -> Path:
+    """The file of an adapter here, where a path, or a folder that holds one, is asked for."""
+    path = Path(os.path.expanduser(source))
+    try:
+        return read_adapter(path).path if os.path.isdir(path) else path
+    except (CheckpointError, InputError):
+        return path
+
+
+def config_hash(path: Path) -> str | None:
+    """See `AdapterFile.config_hash`; None also where that can't be known, which is told when it is used."""
+    try:
+        return read_adapter(path).config_hash
+    except (CheckpointError, InputError):
         return None
 
 

@@ -1,5 +1,6 @@
 """How a model of any kind becomes an MLX checkpoint: it is fetched, put together from parts, or given fewer bits."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -10,7 +11,7 @@ from types import MappingProxyType
 from ..checkpoint import MANIFEST, Checkpoint
 from ..components import MAIN_PART
 from ..convert import MODEL_PARTS, check_target, requantize
-from ..convert.lora import Fold
+from ..convert.lora import CONFIG_ASIDE, Fold
 from ..errors import DownloadError, InputError
 from ..files import Claim
 from ..hub import UnindexedError, names_of
@@ -24,6 +25,8 @@ from .gathering import Gathering, gather
 from .names import BUILT_IN, REPO, VARIANT, Model, checked_variant, resolve, similar_repo
 from .parts import Remote, files_of, located
 from .sources import Wanted
+
+_log = logging.getLogger(__name__)
 
 
 def convert_model(
@@ -73,7 +76,11 @@ def _fold(source: str, scale: float, progress: Progress | None, held: ExitStack)
     """An adapter that is fetched when it is known to be for the model."""
     found = held.enter_context(find_adapter(source))
     held.enter_context(found.named())
-    return Fold(found.file, scale, source, partial(found.fetched, progress))
+    is_here = isinstance(located(source), Path)  # and where that is says nothing on another machine
+    named = found.origin or Path(os.path.abspath(source)).name if is_here else source
+    if found.file.is_config_aside:
+        _log.warning("%s: %s", named, CONFIG_ASIDE)
+    return Fold(found.file, scale, named, partial(found.fetched, progress))
 
 
 def make_checkpoint(

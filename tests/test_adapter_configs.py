@@ -1,0 +1,183 @@
+"""PEFT's config beside an adapter's file: whose it is, and that what it says tells two adapters of one file apart."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flux2_mlx.convert.lora import read_adapter
+from helpers.adapters import CONFIGS, D, changed, lora, save, save_for_demo
+from helpers.cli_runner import PROMPT, done
+from helpers.hub_client import using
+from helpers.hub_server import HubServer
+from helpers.remembered import save_remembering
+
+from flux2_mlx.branches import AtWork
+from flux2_mlx.cli import loras
+from flux2_mlx.errors import InputError
+from flux2_mlx.images import read_settings
+from flux2_mlx.store import find_adapter
+from flux2_mlx.store.adapter_sources import adapter_files
+from flux2_mlx.store.parts import Remote
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+PROJ = "double_blocks.0.img_attn.proj"
+LORA = lora(f"diffusion_model.{PROJ}", D)
+LAYER = f"transformer.{PROJ}"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def configured(path: Path, alpha: float, name: str = MODEL) -> Path:
+    """An adapter in a folder with a config beside it."""
+    save(path / name, LORA)
+    (path / CONFIG).write_text(json.dumps({"r": 3, "lora_alpha": alpha}))
+    return path / name
+
+
+def at_work(path: Path) -> AtWork:
+    return AtWork(read_adapter(path).load(CONFIGS, "x"))
+
+
+def test_what_a_config_says_is_part_of_what_an_adapter_is(folder):
+    plain = at_work(save(folder / "plain" / MODEL, LORA))
+    weak, strong, neutral = (at_work(configured(folder / str(alpha), alpha)) for alpha in (4, 40, 3))
+    assert {one.adapter.sha256 for one in (plain, weak, strong, neutral)} == {plain.adapter.sha256}
+    assert len({plain.identity, weak.identity, strong.identity}) == 3
+    assert plain.identity == neutral.identity == (plain.adapter.sha256, 1.0, None)
+    assert at_work(configured(folder / "again", 40)).identity == strong.identity
+    assert len(strong.adapter.config) == 16
+
+
+@pytest.mark.parametrize("name", [MODEL, "pytorch_lora_weights.safetensors", "style.safetensors"])
+def test_a_config_is_of_the_only_file_of_its_folder(folder, name):
+    path = configured(folder / "a", 6, name)
+    np.testing.assert_allclose(changed(path)[LAYER], 2 * changed(save(folder / "x.safetensors", LORA))[LAYER])
+
+
+def test_a_config_beside_several_files_is_left_aside_and_that_is_said(folder):
+    path = configured(folder / "a", 6, "style.safetensors")
+    save(folder / "a" / "other.safetensors", LORA)
+    found = read_adapter(path)
+    said = f"{CONFIG} beside it is left aside, as it may be about another file of its folder"
+    assert (found.config_hash, found.notes(CONFIGS, "small")) == (None, [said])
+    main = read_adapter(configured(folder / "a", 6))
+    assert main.config_hash
+    assert not main.notes(CONFIGS, "small")
+
+
+def test_a_file_that_tells_its_strength_needs_no_config(folder):
+    configured(folder, 6, "x.safetensors")
+    save(folder / "x.safetensors", LORA, {"lora_alpha": "3"})
+    found = read_adapter(folder / "x.safetensors")
+    assert (found.scales(), found.notes(CONFIGS, "small")) == ({f"diffusion_model.{PROJ}": 1.0}, [])
+
+
+@pytest.mark.parametrize(
+    ("path", "names", "chosen"),
+    [
+        ("", ["x.safetensors", CONFIG], [CONFIG, "x.safetensors"]),
+        ("x.safetensors", ["x.safetensors", "y.safetensors", CONFIG], ["x.safetensors"]),
+        ("a/x.safetensors", ["a/x.safetensors", "y.safetensors", CONFIG, f"a/{CONFIG}"], [f"a/{CONFIG}"]),
+        ("", [MODEL, "y.safetensors", CONFIG], [CONFIG, MODEL]),
+    ],
+)
+def test_a_repo_gives_the_config_of_its_file(path, names, chosen):
+    found = adapter_files(Remote("me/a", path), names)
+    assert found == [*chosen, *(["a/x.safetensors"] if chosen == [f"a/{CONFIG}"] else [])]
+
+
+def test_configs_of_repos(folder):
+    data, config = save(folder / "x.safetensors", LORA).read_bytes(), b'{"r": 3, "lora_alpha": 6}'
+    repos = {"me/one": {"x.safetensors": data, CONFIG: config}}
+    repos["me/two"] = {"x.safetensors": data, "y.safetensors": data, CONFIG: config}
+    with HubServer(repos) as hub, using(hub, folder / "home"):
+        for source, scale, is_aside in (("me/one", 2.0, False), ("me/two:x.safetensors", 1.0, True)):
+            with find_adapter(source) as found:
+                assert found.file.is_config_aside is is_aside
+                assert [*found.fetched().scales().values()] == [scale]
+
+
+def told(path: Path) -> dict:
+    found = read_adapter(path)
+    said = {"name": "a", "source": path.name, "sha256": found.sha256, "scale": 0.5}
+    return said | ({"config": found.config_hash} if found.config_hash else {})
+
+
+def test_an_image_remembers_the_config(folder):
+    file = save_for_demo(folder / "a" / MODEL)
+    (folder / "a" / CONFIG).write_text('{"r": 3, "lora_alpha": 6}')
+    small = ("-m", "demo", "-W", "16", "-H", "16", "-s", "1", "--seed", "7")
+    done("t2i", PROMPT, *small, "-o", "a.png", "--lora", file)
+    assert read_settings(Path("a.png"))["adapters"][0]["config"] == read_adapter(file).config_hash
+
+
+def test_an_image_finds_the_weights_with_the_config_that_it_was_made_with(folder):
+    image, models = folder / "x.png", folder / "models"
+    own = configured(models / "loras" / "zebra", 4)
+    wanted = told(own)
+    configured(folder / "near", 40)
+    shutil.copyfile(own, folder / MODEL)  # without a config
+    (found,) = loras.remembered([wanted], image, models)
+    assert (Path(found.source), found.scale) == (own, 0.5)
+    (plain,) = loras.remembered([told(folder / MODEL)], image, models)
+    assert Path(plain.source) == folder / MODEL
+    (own.parent / CONFIG).unlink()
+    with pytest.raises(InputError, match=rf"are in .*{MODEL}, but {image} was made with another {CONFIG}"):
+        loras.remembered([wanted], image, models)
+    configured(folder, 4)
+    own.unlink()
+    with pytest.raises(InputError, match=rf"was made with no {CONFIG} of effect beside them"):
+        loras.remembered([told(save(folder / "plain" / MODEL, LORA))], image, models)
+
+
+def test_weights_given_with_another_config_are_told(folder, caplog):
+    wanted = told(configured(folder / "a", 4))
+    given = configured(folder / "b", 40)
+    (found,) = loras.remembered([wanted], folder / "x.png", None, [loras.Lora(str(given))])
+    assert (found.source, found.scale) == (str(given), 0.5)
+    said = f"{given} has another {CONFIG}, or none, than when {folder / 'x.png'} was made, so the new one will differ"
+    assert caplog.messages == [said]
+    caplog.clear()
+    for source in (folder / "a" / MODEL, folder / "a"):
+        (found,) = loras.remembered([wanted], folder / "x.png", None, [loras.Lora(str(source))])
+        assert found.scale == 0.5
+    assert not caplog.messages
+
+
+def test_an_image_of_another_config_is_no_image_of_this_one(folder, caplog):
+    file = save_for_demo(folder / "a" / MODEL)
+    small = ("t2i", PROMPT, "-m", "demo", "-W", "16", "-H", "16", "-s", "1", "--seed", "7", "-o", "a.png")
+    done(*small, "--lora", file)
+    done(*small, "--lora", file, "--skip-existing")
+    assert not caplog.messages
+    settings = read_settings(Path("a.png"))
+    settings["adapters"][0]["config"] = "0" * 16
+    save_remembering("a.png", settings)
+    done(*small, "--lora", file, "--skip-existing")
+    assert "was made with another set of adapters" in caplog.text
+
+
+def test_models_with_different_configs_folded_in_are_told_apart(folder):
+    file = save_for_demo(folder / "a" / MODEL)
+    sources = []
+    for alpha in (3, 6):
+        (folder / "a" / CONFIG).write_text(json.dumps({"r": 3, "lora_alpha": alpha}))
+        done("convert", "demo", f"made-{alpha}", "--lora", file, "--quiet")
+        sources.append(json.loads((folder / f"made-{alpha}" / "flux2.json").read_text())["source"])
+    (plain,), (strong,) = (source["adapters"] for source in sources)
+    assert plain == {"source": MODEL, "sha256": read_adapter(file).sha256, "scale": 1.0}
+    assert strong == plain | {"config": read_adapter(file).config_hash}
+    assert sources[0]["fingerprint"] != sources[1]["fingerprint"]
+
+
+def test_a_config_that_is_left_aside_is_told_where_an_adapter_is_folded_in(folder, caplog):
+    configured(folder / "a", 6, "other.safetensors")
+    file = save_for_demo(folder / "a" / "style.safetensors")
+    done("convert", "demo", "made", "--lora", file)
+    assert f"style.safetensors: {CONFIG} beside it is left aside" in caplog.text
