@@ -3,7 +3,7 @@
 from . import formats
 from .assembly import MissingPartsError, assembled
 from .configs import is_whole, stated
-from .folder import LAST_USED, check_target, check_writable, is_own
+from .folder import check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify, identify_whole
 from .mflux import said_of
@@ -17,7 +17,6 @@ from .write import KEPT, check_folds, check_source, write_checkpoint
 
 __all__ = [
     "KEPT",
-    "LAST_USED",
     "LOOSE",
     "MODEL_PARTS",
     "TOKENIZER_PART",

@@ -17,6 +17,7 @@ from flux2_mlx import staging
 from flux2_mlx.checkpoint import (
     FILES,
     FORMAT_VERSION,
+    LAST_USED,
     MANIFEST,
     TENSOR_HASHES,
     Component,
@@ -38,7 +39,6 @@ from flux2_mlx.weights import TensorInfo, Tensors, Written, write_bytes, write_s
 from .blobs import check_blob
 
 _SHARD_BYTES = 4 << 30
-LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint
 # What a checkpoint consists of, folder by folder.
 _OWN = {
     ".": (

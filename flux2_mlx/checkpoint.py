@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST = "flux2.json"
 FILES = "files"  # in the manifest: bytes and SHA-256 of every other file
 DIGEST = "sha256"  # in the manifest: of its other keys
+LAST_USED = ".last-used"  # an empty file whose time says when a run last took the checkpoint
 TENSOR_HASHES = "tensors.json"  # SHA-256 of the tensors of each file of weights
 _FEW_BLOCKS = 8  # missing ones, whose tensors are told by name: as many as an error lists
 _PACKAGE = Path(__file__).parent

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import count
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -20,9 +20,11 @@ from .metering import turn
 from .networks import Networks
 from .progress_bar import acquisition_bars, announce
 from .request import MAX_STEPS, check_count
-from .store import FoundAdapter, find_adapter
 
-FoundUse = tuple[FoundAdapter, float, tuple[int, int] | None]  # and its scale and steps
+if TYPE_CHECKING:
+    from .store import FoundAdapter
+
+FoundUse = tuple["FoundAdapter", float, tuple[int, int] | None]  # and its scale and steps
 _log = logging.getLogger(__name__)
 
 
@@ -63,6 +65,8 @@ class LoraMethods:
             InputError: a setting is wrong, or the name is taken. CheckpointError: it is damaged, or for another model.
             DownloadError: it can't be fetched.
         """
+        from .store import find_adapter
+
         if not isinstance(source, str | os.PathLike):
             raise InputError(f"an adapter is named by a text or a path, not by {type(source).__name__}")
         kinds(weight_name=(weight_name, str), adapter_name=(adapter_name, str), subfolder=(subfolder, str))
@@ -87,7 +91,7 @@ class LoraMethods:
         free = (name for number in count() if (name := f"default_{number}") not in self._loaded)
         self._use([(next(free), *use) for use in adapters])
 
-    def _use(self, named: Sequence[tuple[str, FoundAdapter, float, tuple[int, int] | None]]) -> None:
+    def _use(self, named: "Sequence[tuple[str, FoundAdapter, float, tuple[int, int] | None]]") -> None:
         """Have all of them at work, or none; each comes with its name."""
         with turn():
             begin_computing()

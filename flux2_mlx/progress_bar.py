@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .store import Download
+if TYPE_CHECKING:
+    from .store import Download
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def acquisition_bars(**options: Any) -> Iterator[Callable[[int, int, str], None]
         yield show
 
 
-def announce(download: Download) -> None:
+def announce(download: "Download") -> None:
     """Say what is about to be fetched, and where it goes."""
     from tqdm import tqdm
 

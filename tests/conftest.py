@@ -24,6 +24,7 @@ from helpers.slow import SLOW
 from helpers.tekken import tekken_tokenizer
 from PIL import Image
 
+import flux2_mlx.store.targets  # noqa: F401 - imported late, it would keep what a test has put in place of a function
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.embedding_cache import EmbeddingCache
 

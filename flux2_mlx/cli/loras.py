@@ -221,7 +221,9 @@ class Adapters:
     @cached_property
     def _found(self) -> "list[FoundAdapter]":
         """InputError, DownloadError or CheckpointError: one is not there, or none for FLUX.2."""
-        from ..store import find_adapter
+        if not self._loras:
+            return []
+        from ..store import find_adapter  # with the Hub and the converter
 
         return [self._held.enter_context(find_adapter(lora.source)) for lora in self._loras]
 

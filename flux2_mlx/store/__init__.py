@@ -1,31 +1,36 @@
 """The store of models: what a name means, and the converted checkpoint that it stands for. Only this room calls the Hub
-and the converter."""
+and the converter, which are imported where something is fetched or converted, or an adapter is read."""
 
-from ..convert.lora import Inspection, Preset
-from ..hub import Download
-from .adapter_sources import FoundAdapter, adapter_hash, adapters_with, config_hash, find_adapter, local_file
-from .adapters import (
-    StoredAdapter,
-    adapters_folder,
-    convert_adapter,
-    inspect_adapter,
-    open_adapter,
-    stored_adapters,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .checkpoints import find_checkpoint
-from .conversion import convert_model
-from .converted import (
-    conversions,
-    converted_folders,
-    described,
-    find_conversion,
-    named_checkpoints,
-    sizes,
-    stored_quants,
-)
 from .first_use import Announce, FirstUse, Progress
 from .folder import demo_folder, is_official, models_folder
 from .names import BUILT_IN, CHECKPOINT, FILE, REPO, SOURCE, VARIANT, Model, checked_variant, find_variant, resolve
+
+if TYPE_CHECKING:
+    from ..convert.lora import Inspection, Preset
+    from ..hub import Download
+    from .adapter_sources import FoundAdapter, adapter_hash, adapters_with, config_hash, find_adapter, local_file
+    from .adapters import (
+        StoredAdapter,
+        adapters_folder,
+        convert_adapter,
+        inspect_adapter,
+        open_adapter,
+        stored_adapters,
+    )
+    from .conversion import convert_model
+    from .converted import (
+        conversions,
+        converted_folders,
+        described,
+        find_conversion,
+        named_checkpoints,
+        sizes,
+        stored_quants,
+    )
 
 __all__ = [
     "BUILT_IN",
@@ -69,3 +74,38 @@ __all__ = [
     "stored_adapters",
     "stored_quants",
 ]
+_LAZY = {
+    "Download": "..hub",
+    "FoundAdapter": ".adapter_sources",
+    "Inspection": "..convert.lora",
+    "Preset": "..convert.lora",
+    "StoredAdapter": ".adapters",
+    "adapter_hash": ".adapter_sources",
+    "adapters_folder": ".adapters",
+    "adapters_with": ".adapter_sources",
+    "config_hash": ".adapter_sources",
+    "conversions": ".converted",
+    "convert_adapter": ".adapters",
+    "convert_model": ".conversion",
+    "converted_folders": ".converted",
+    "described": ".converted",
+    "find_adapter": ".adapter_sources",
+    "find_conversion": ".converted",
+    "inspect_adapter": ".adapters",
+    "local_file": ".adapter_sources",
+    "named_checkpoints": ".converted",
+    "open_adapter": ".adapters",
+    "sizes": ".converted",
+    "stored_adapters": ".adapters",
+    "stored_quants": ".converted",
+}
+
+
+def _found(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # a checker would take any name for one of ours
+    __getattr__ = _found

@@ -1,27 +1,16 @@
-"""The store of models: from a name to a converted MLX checkpoint, fetched and converted first if need be."""
+"""From a model's name to a converted MLX checkpoint, fetched and converted first if need be."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, is_checkpoint, variant_components
-from ..components import COMPONENTS, WRITING_PARTS
-from ..config import QUANTIZATIONS
-from ..convert import LAST_USED, Source, check_source, check_writable
-from ..errors import CheckpointError, InputError
+from ..checkpoint import LAST_USED
+from ..errors import InputError
 from ..exclusion import exclude
 from ..files import Claim
-from ..quantization import wanted_quants
-from .acquisition import convert_source
-from .conversion import claim, holding, make_checkpoint, make_from_parts
-from .converted import checkpoint_name, conversions, folder_name, keeps_bits
 from .first_use import Announce, Check, Fetching, Progress
 from .folder import models_folder
-from .names import FILE, REPO, SOURCE, Model, checked_variant, resolve
-from .sources import Wanted, what_is_here
+from .names import Model, checked_variant, claim, holding, resolve
 
 
 def find_checkpoint(
@@ -57,14 +46,18 @@ def find_checkpoint(
         InputError, CheckpointError, DownloadError: the source is unknown, damaged or can't be fetched.
     """
     model = resolve(source, models_dir)
-    wanted = Wanted(checked_variant(variant, model), quant, text_quant, text_only)
+    row = checked_variant(variant, model)
     if model.is_checkpoint:
-        return holding(model.place, wanted.variant)
+        return holding(model.place, row)
+    from .sources import Wanted  # with the Hub and the converter, which a checkpoint can do without
+    from .targets import target_of
+
     with claim(model):
-        conversion = (_OfFile if model.kind == FILE else _OfModel)(model, wanted, models_folder(models_dir))
+        wanted = Wanted(row, quant, text_quant, text_only)
+        conversion = target_of(model, wanted, models_folder(models_dir))
         folder = conversion.stored()
         if folder is not None:
-            holding(folder, wanted.variant)
+            holding(folder, row)
         elif only_converted:
             raise InputError(
                 f"{model.name} is not converted yet; name it with model=NAME to have it fetched and converted"
@@ -74,129 +67,9 @@ def find_checkpoint(
     return _used(folder)
 
 
-class _OfFile:
-    """The conversion of files of the Hub, which alone tell what they would be stored as without a quantization."""
-
-    def __init__(self, model: Model, wanted: Wanted, folder: Path):
-        self._model = model
-        self._wanted = wanted
-        self._folder = folder
-
-    def stored(self) -> Path | None:
-        """The one in most bits that there is, as far as a quantization is left open."""
-        wanted = self._wanted
-        found = map(Checkpoint.open, conversions(self._model, self._folder, painting=not wanted.text_only))
-        fitting = [x for x in found if wanted.quant in (None, x.quant) and wanted.text_quant in (None, x.text_quant)]
-        return min(fitting, key=_place).folder if fitting else None
-
-    def make(self, fetching: Fetching) -> Path:
-        check_writable(self._target("bf16", "bf16"))
-        return make_from_parts(self._model, {}, self._target, self._wanted, fetching, models_dir=self._folder)
-
-    def _target(self, quant: str, text_quant: str) -> Path:
-        return self._folder / _sufficient(folder_name(self._model), quant, text_quant, self._wanted.text_only)[0]
-
-
-def _place(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Where a checkpoint stands among those of a model, by the bits of its transformer and its text encoder."""
-    return QUANTIZATIONS.index(checkpoint.quant), QUANTIZATIONS.index(checkpoint.text_quant)
-
-
-class _OfModel:
-    """The conversion of a model whose name or files tell what it will be stored as."""
-
-    def __init__(self, model: Model, wanted: Wanted, folder: Path):
-        self._model = model
-        self._wanted = wanted
-        self._folder = folder
-        self._source: Source | None = None
-        self._is_whole = True
-        if model.kind == SOURCE:
-            self._source, self._is_whole = what_is_here(model, wanted, folder)
-        store_as = wanted_quants if self._source is None else self._source.quants
-        self._quants = store_as(wanted.quant, wanted.text_quant)
-        source = self._source
-        self._name = f"{source.variant.name}-{source.fingerprint[:12]}" if source else folder_name(model)
-        self._targets = [folder / name for name in _sufficient(self._name, *self._quants, wanted.text_only)]
-
-    def stored(self) -> Path | None:
-        return next(filter(is_checkpoint, self._targets), None) or self._kept()
-
-    def _kept(self) -> Path | None:
-        """One that has as few bits as the files of a repo had that nothing else was asked of."""
-        if self._model.kind != REPO or self._wanted.quant is not None:
-            return None
-        return next((x for x in conversions(self._model, self._folder) if keeps_bits(x, self._wanted.text_quant)), None)
-
-    def make(self, fetching: Fetching) -> Path:
-        target = self._targets[0]
-        outline = self._outline() if fetching.check and self._is_whole else None
-        if fetching.check and outline:
-            fetching.check(outline)
-            fetching = replace(fetching, check=partial(_check_again, fetching.check, outline))
-        check_writable(target)
-        stored = None if self._wanted.text_only else _unquantized(self._folder, self._name, *self._quants)
-        with _unless_made(target):
-            if self._source is not None and self._is_whole and stored is None:
-                progress = fetching.report("convert")
-                convert_source(self._source, target, self._wanted, name=self._model.origin, progress=progress)
-            else:
-                model = self._model if stored is None else resolve(stored)
-                wanted = replace(self._wanted, quant=self._quants[0], text_quant=self._quants[1])
-                return make_checkpoint(
-                    model, target, wanted, fetching, models_dir=self._folder, of_files=(self._target, self._wanted)
-                )
-        return target
-
-    def _target(self, quant: str, text_quant: str) -> Path:
-        return self._folder / _sufficient(self._name, quant, text_quant, self._wanted.text_only)[0]
-
-    def _outline(self) -> Checkpoint | None:
-        """What the model will be when it is converted; None: its files must tell, which are not here."""
-        source = self._source
-        variant = self._model.variant
-        if source is not None:
-            return Checkpoint.outline(source.variant, *self._quants, check_source(source, *self._quants))
-        if variant is None:
-            return None
-        components = variant_components(variant, *self._quants)
-        if self._wanted.text_only:
-            components = {name: part for name, part in components.items() if COMPONENTS[name].part in WRITING_PARTS}
-        return Checkpoint.outline(variant, *self._quants, components)
-
-
-def _check_again(check: Check, outline: Checkpoint, found: Checkpoint) -> None:
-    """Have what the files say checked, if it is something else than the `outline` that was."""
-    if outline.fitted_variant != found.fitted_variant:
-        check(found)
-
-
-def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> list[str]:
-    """The names of the folders that will do, the one to make first. Every whole model has a language model."""
-    if not text_only:
-        return [checkpoint_name(model, quant, text_quant)]
-    return [f"{model}-text-only-{text_quant}", *(checkpoint_name(model, q, text_quant) for q in QUANTIZATIONS)]
-
-
 def _used(folder: Path) -> Path:
     """`folder`, which is in the models folder, after a note of the time."""
     with suppress(OSError), Claim(folder):  # it may belong to someone else
         (folder / LAST_USED).touch()
     exclude(folder)
     return folder
-
-
-@contextmanager
-def _unless_made(target: Path) -> Iterator[None]:
-    """Let pass what went wrong if another process has finished the same conversion meanwhile."""
-    try:
-        yield
-    except (InputError, CheckpointError):
-        if not is_checkpoint(target):
-            raise
-
-
-def _unquantized(folder: Path, model: str, quant: str, text_quant: str) -> Path | None:
-    """A converted checkpoint that the one asked for can be made from."""
-    names = [checkpoint_name(model, q, t) for q in {quant, "bf16"} for t in {text_quant, "bf16"}]
-    return next((folder / name for name in sorted(names) if is_checkpoint(folder / name)), None)

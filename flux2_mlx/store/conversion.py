@@ -3,26 +3,24 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from ..checkpoint import MANIFEST, Checkpoint
+from ..checkpoint import Checkpoint
 from ..components import MAIN_PART
 from ..convert import MODEL_PARTS, check_target, requantize
 from ..convert.lora import CONFIG_ASIDE, Fold
 from ..errors import DownloadError, InputError
-from ..files import Claim
 from ..hub import UnindexedError, names_of
-from ..json_files import read_json
 from ..layout import INDEX
 from .acquisition import acquire
 from .adapter_sources import find_adapter
 from .first_use import Announce, Fetching, Progress
 from .folder import models_folder, official_first
 from .gathering import Gathering, gather
-from .names import BUILT_IN, REPO, VARIANT, Model, checked_variant, resolve, similar_repo
+from .names import BUILT_IN, REPO, VARIANT, Model, checked_variant, claim, holding, resolve, similar_repo
 from .parts import Remote, files_of, located
 from .sources import Wanted
 
@@ -179,15 +177,3 @@ def _suggesting(repo: str) -> Iterator[None]:
         if similar := similar_repo(repo):
             raise DownloadError(f"{error}; did you mean {similar}?") from error
         raise
-
-
-def claim(model: Model) -> AbstractContextManager[object]:
-    """A hold on the files of `model` that are in the Hub's cache already."""
-    return Claim(model.path.absolute().parent.parent) if model.path and model.repo else nullcontext()
-
-
-def holding(folder: Path, variant: str | None) -> Path:
-    """The checkpoint `folder`; InputError if it is not of `variant`."""
-    if variant is not None and (stored := read_json(folder / MANIFEST).get("variant", variant)) != variant:
-        raise InputError(f"{folder} holds {stored}, not {variant}; leave the variant out, or choose another model")
-    return folder

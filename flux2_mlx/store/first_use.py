@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..files import Claim
-from ..hub import Download
+
+if TYPE_CHECKING:
+    from ..hub import Download
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ class FirstUse:
     """
 
     name: str
-    downloads: tuple[Download, ...]
+    downloads: "tuple[Download, ...]"
     target: Path
     converted: int
     keep_source: bool
@@ -64,7 +67,7 @@ class Fetching:
     announce: Announce | None = None
     progress: Progress | None = None
 
-    def begin(self, name: str, downloads: tuple[Download, ...], target: Path, outline: Checkpoint) -> None:
+    def begin(self, name: str, downloads: "tuple[Download, ...]", target: Path, outline: Checkpoint) -> None:
         """Have all checked and announced that is known before the first weight of the model `name` is fetched.
 
         Raises:
@@ -81,7 +84,7 @@ class Fetching:
         """See `labelled`."""
         return labelled(self.progress, what)
 
-    def end(self, downloads: Sequence[Download]) -> None:
+    def end(self, downloads: "Sequence[Download]") -> None:
         """Remove what was fetched if it is not to be kept, unless another process is just using it."""
         for download in downloads if not self.keep_source else ():
             try:
@@ -96,7 +99,7 @@ def labelled(progress: Progress | None, what: str) -> Callable[[int, int], objec
     return None if progress is None else lambda done, total: progress(done, total, what)
 
 
-def _check_space(downloads: Sequence[Download], target: Path, converted: int) -> None:
+def _check_space(downloads: "Sequence[Download]", target: Path, converted: int) -> None:
     """InputError if what is still to be fetched and what is converted from it do not fit on their disks."""
     remaining = sum(download.remaining for download in downloads)
     storage = downloads[0].storage

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import MANIFEST, is_checkpoint
+from ..checkpoint import LAST_USED, MANIFEST, is_checkpoint
 from ..config import VARIANTS
-from ..convert import LAST_USED, is_own
+from ..convert import is_own
 from ..embedding_cache import FOLDER as PROMPTS
 from ..embedding_cache import UNFINISHED, EmbeddingCache
 from ..errors import CheckpointError, InputError

@@ -5,16 +5,17 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..checkpoint import is_checkpoint
+from ..checkpoint import MANIFEST, is_checkpoint
 from ..config import VARIANTS, Variant
 from ..errors import InputError
-from ..files import check_kind
-from ..hub import is_repo_id
+from ..files import Claim, check_kind
+from ..json_files import read_json
 from ..layout import INDEX, PICKLES, WEIGHTS
 from .folder import demo_folder, expanded, models_folder, stored_checkpoints
 
@@ -120,7 +121,7 @@ def resolve(name: str | os.PathLike[str] | Model, models_dir: str | os.PathLike[
     if os.path.basename(text) == text and text not in (os.curdir, os.pardir) and is_checkpoint(stored):
         return Model(CHECKPOINT, text, path=stored)
     repo, _, file = (cached_repo(text) or text.strip()).partition(":")
-    if os.path.exists(path) or not is_repo_id(repo):
+    if os.path.exists(path) or not _is_repo_id(repo):
         return _at(path, text, stored_checkpoints(models_folder(models_dir)))
     return Model(FILE if file else REPO, text, repo=repo, file=file)
 
@@ -277,7 +278,7 @@ def addressed_file(text: str) -> tuple[str, str]:
     elif host not in (*_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname):
         raise InputError(f"{shown} is no address of Hugging Face; download the model and give its folder")
     repo, part = "/".join(path[:2]).removesuffix(".git"), path[2:]
-    if not is_repo_id(repo) or path[0] in ("datasets", "spaces", "collections", "papers", "models", "docs"):
+    if not _is_repo_id(repo) or path[0] in ("datasets", "spaces", "collections", "papers", "models", "docs"):
         raise InputError(f"{shown} is not the page of a model; give it as owner/name")
     if part[:2] in (["blob", "main"], ["resolve", "main"]) and len(part) > 2:
         return repo, unquote("/".join(part[2:]))
@@ -288,3 +289,21 @@ def addressed_file(text: str) -> tuple[str, str]:
 
 def _key(name: str) -> str:
     return _SEPARATORS.sub("", name.lower()).removeprefix("flux2")
+
+
+def claim(model: Model) -> AbstractContextManager[object]:
+    """A hold on the files of `model` that are in the Hub's cache already."""
+    return Claim(model.path.absolute().parent.parent) if model.path and model.repo else nullcontext()
+
+
+def holding(folder: Path, variant: str | None) -> Path:
+    """The checkpoint `folder`; InputError if it is not of `variant`."""
+    if variant is not None and (stored := read_json(folder / MANIFEST).get("variant", variant)) != variant:
+        raise InputError(f"{folder} holds {stored}, not {variant}; leave the variant out, or choose another model")
+    return folder
+
+
+def _is_repo_id(text: str) -> bool:
+    from ..hub import is_repo_id  # which a run of what is here already can do without
+
+    return is_repo_id(text)
