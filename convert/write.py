@@ -19,7 +19,7 @@ from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 from . import lora
 from .blobs import blobs
 from .folder import Inspection, Part, check_target, new_manifest, write_folder
-from .formats import range_of, rounded
+from .formats import range_of, rounded, versions
 from .lora import Fold, Folds, folded_source
 from .requantize import stored_parts, warn_of_loss
 from .rules import Converted, Finite, Placed, Rule, copied
@@ -82,6 +82,8 @@ def write_checkpoint(
     for part in taken:
         warn_of_loss(source.stored[part.component.name], part.component)
     stored = [(network.files[0].parent.parent, [network.name]) for network in source.stored.values()]
+    files = [file for part in source.parts.values() for file in versions(part.tensors)]
+    files += [file for network in source.stored.values() for file in versions(network.tensors)]
     networks = [one for one in COMPONENTS if one in source.configs]
     with opened_tokenizer(source.tokenizer) as tokenizer:
         write_folder(
@@ -90,7 +92,7 @@ def write_checkpoint(
             new_manifest(source.variant, networks, quants, folded_source(_origin(source, name), folds)),
             tokenizer=tokenizer,
             schedule=source.schedule,
-            inspection=Inspection(stored, linked),
+            inspection=Inspection(stored, linked, files),
             force=force,
             progress=progress,
         )

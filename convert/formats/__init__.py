@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from flux2_mlx.copying import Range
+from flux2_mlx.copying import FileVersion, Range
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files, Tensors, raise_problems, read_header
 
@@ -29,6 +29,7 @@ __all__ = [
     "unpacked",
     "unreadable",
     "usual_quant",
+    "versions",
 ]
 GGUF = ".gguf"
 # Bits a weight: from _FULL on they are 16. 4 bits take up to 5 with their scales, and 5 bits are better kept in 8.
@@ -91,6 +92,11 @@ def starts(path: Path) -> list[int]:
 def range_of(tensors: Tensors, name: str) -> Range | None:
     """Where the bytes are that a tensor is read from as they are; None: it is made of others, or they are nowhere."""
     return tensors.range_of(name) if isinstance(tensors, Files | Unpacked | Gguf) else None
+
+
+def versions(tensors: Tensors) -> list[FileVersion]:
+    """The files that tensors are read from, as they were when their headers were read."""
+    return tensors.versions if isinstance(tensors, Files | Unpacked | Gguf) else []
 
 
 def usual_quant(tensors: Tensors) -> str:

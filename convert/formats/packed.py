@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
-from flux2_mlx.copying import Range
+from flux2_mlx.copying import FileVersion, Range
 from flux2_mlx.weights import Files, TensorInfo, Tensors, evaluated
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,6 +70,11 @@ class Unpacked:
     def range_of(self, name: str) -> Range | None:
         """Where the bytes of a tensor are that is stored plainly in a file."""
         return self._tensors.range_of(name) if name not in self._packed and isinstance(self._tensors, Files) else None
+
+    @property
+    def versions(self) -> list[FileVersion]:
+        """The files whose headers were read."""
+        return self._tensors.versions if isinstance(self._tensors, Files) else []
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
