@@ -1,11 +1,14 @@
 """From the bytes of a format to plain weights: a file for each family of formats."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 from flux2_mlx.copying import FileVersion, Range
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.quantization import GROUP_SIZE
 from flux2_mlx.weights import Files, Tensors, raise_problems, read_header
 
 from . import bitsandbytes, fp8, mlx, nvfp4, outline, quanto, torchao
@@ -99,10 +102,25 @@ def versions(tensors: Tensors) -> list[FileVersion]:
     return tensors.versions if isinstance(tensors, Files | Unpacked | Gguf) else []
 
 
-def usual_quant(tensors: Tensors) -> str:
-    """The fewest bits of ours that keep the precision that weights are stored in: `bf16`, `qint8` or `qint4`."""
-    bits = tensors.bits if isinstance(tensors, Unpacked | Gguf) else _FULL
-    return "bf16" if bits >= _FULL else "qint8" if bits > _FEW else "qint4"
+def usual_quant(tensors: Tensors, names: Iterable[str]) -> str:
+    """The fewest bits of ours that keep the precision that most of the weights of these `names` are stored in, of those
+    that are quantized: `bf16`, `qint8` or `qint4`."""
+    if not isinstance(tensors, Unpacked | Gguf):
+        return "bf16"
+    kinds, sizes = tensors.kinds, tensors.sizes
+    counts: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for name in names:
+        info = tensors.infos[name]
+        if len(info.shape) == 2 and info.shape[1] % GROUP_SIZE == 0:
+            kind = kinds.get(name, info.dtype)
+            counts[kind] += math.prod(info.shape)
+            nbytes[kind] += sizes.get(name, info.nbytes)
+    bits = {kind: 8 * nbytes[kind] / count for kind, count in counts.items() if count}
+    for quant, most in (("qint4", _FEW), ("qint8", _FULL)):
+        if 2 * sum(count for kind, count in counts.items() if bits[kind] < most) > counts.total():
+            return quant
+    return "bf16"
 
 
 def _packed(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes) -> dict[str, Packed]:

@@ -79,13 +79,6 @@ class Gguf:
         self.kinds = {name: stored.kind.name for name, stored in self._stored.items()}
         self.sizes = {name: stored.nbytes for name, stored in self._stored.items()}
 
-    @property
-    def bits(self) -> float:
-        """Bits that a quantized weight takes on average, or one of several rows where none is quantized."""
-        matrices = [stored for stored in self._stored.values() if len(stored.info.shape) > 1]
-        chosen = [stored for stored in matrices if stored.kind.name not in PLAIN] or matrices
-        return 8 * sum(x.nbytes for x in chosen) / max(1, sum(math.prod(x.info.shape) for x in chosen))
-
     def range_of(self, name: str) -> Range | None:
         """Where the bytes of a tensor are that is not quantized."""
         stored = self._stored[name]

@@ -1,6 +1,5 @@
 """Packed weights: what all formats of them have in common."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -43,13 +42,6 @@ class Unpacked:
         taken = {name for weight in packed.values() for name in (*weight.sources, *weight.unused)}
         left = {name: info for name, info in tensors.infos.items() if name not in taken}
         self.infos: Mapping[str, TensorInfo] = left | {name: weight.info for name, weight in packed.items()}
-
-    @property
-    def bits(self) -> float:
-        """Bits that a packed weight takes on average, its scales included."""
-        infos = self._tensors.infos
-        nbytes = sum(infos[name].nbytes for weight in self._packed.values() for name in weight.sources)
-        return 8 * nbytes / max(1, sum(math.prod(weight.info.shape) for weight in self._packed.values()))
 
     @property
     def kinds(self) -> dict[str, str]:
