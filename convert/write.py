@@ -14,7 +14,7 @@ from flux2_mlx.components import COMPONENTS, MAIN_PART, quantizations
 from flux2_mlx.config import check_quant
 from flux2_mlx.copying import Range
 from flux2_mlx.quantization import wanted_quants
-from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
+from flux2_mlx.weights import FLOATS, READER, TensorInfo, Tensors
 
 from . import lora
 from .blobs import blobs
@@ -22,7 +22,7 @@ from .folder import Inspection, Part, check_target, new_manifest, write_folder
 from .formats import range_of, rounded, versions
 from .lora import Fold, Folds, folded_source
 from .requantize import stored_parts, warn_of_loss
-from .rules import Converted, Finite, Placed, Rule, copied
+from .rules import Converted, Finite, Placed, Rule, copied, is_finite
 from .sources import Source
 from .tokenizer import check_tokenizer, opened_tokenizer
 
@@ -144,7 +144,11 @@ def _part(source: Source, plan: _Plan, adapters: Folds) -> Part:
     part = source.parts[plan.part]
 
     def complaint(name: str) -> str:
-        what = f"{part.place}: {', '.join(plan.rules[name].sources)} is not finite"
+        sources = plan.rules[name].sources
+        read = part.tensors.read(sources)
+        # In bfloat16, which numbers of other dtypes may be too large for.
+        wrong = [source for source in sources if not is_finite(next(read).astype(mx.bfloat16, stream=READER))]
+        what = f"{part.place}: {', '.join(wrong or sources)} {'is' if len(wrong or sources) == 1 else 'are'} not finite"
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
     converted = Finite(Converted(Placed(rounded(part.tensors), part.place), plan.rules, plan.plain), complaint)

@@ -156,7 +156,7 @@ LAYERS = ("qkv.weight", "linear1.weight")
 
 
 def in_fp8(folder: Path, weights: dict[str, mx.array], ends=LAYERS) -> tuple[Path, dict[str, mx.array]]:
-    """A transformer with layers of blocks in fp8 and scales, as ComfyUI reads it, and the weights that it stands for."""
+    """A transformer with layers of blocks in fp8 and scales, as ComfyUI reads it, and what they stand for."""
     packed, plain, header = {}, dict(weights), {}
     for name, array in weights.items():
         packed[name] = array
