@@ -11,7 +11,7 @@ from flux2_mlx.components import COMPONENTS, MAIN_PART, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.quantization import BITS, usual_text_quant
-from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors
+from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 from flux2_mlx.wording import told
 
 from . import formats
@@ -242,7 +242,7 @@ class _Expected(Mapping[str, Shape]):
 
     @cached_property
     def _shapes(self) -> Mapping[str, Shape]:
-        infos = Files(self._paths).infos
+        infos = formats.stored(self._paths).infos
         whole = {name.partition("._")[0]: info for name, info in infos.items()}  # a packed weight's has such an ending
         plain = {name: info.shape for name, info in infos.items() if info.dtype in FLOATS.values()}
         readings = read(whole, str(self._place))

@@ -75,6 +75,13 @@ class _Header(NamedTuple):
     metadata: dict[str, str]
     file: FileVersion
 
+    def called(self, called: Callable[[str], str]) -> "_Header":
+        """The same with other names; CheckpointError if two tensors would have one."""
+        tensors = {called(name): info for name, info in self.tensors.items()}
+        if len(tensors) < len(self.tensors):
+            raise CheckpointError(f"{self.file.path} has two tensors of one name; fetch or save it again")
+        return self._replace(tensors=tensors, starts={called(name): x for name, x in self.starts.items()})
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes in a safetensors file, in the order of their bytes.
@@ -202,14 +209,15 @@ class Tensors(Protocol):
 
 
 class Files:
-    """The tensors of safetensors files, as these are when they are read."""
+    """The tensors of safetensors files, as these are when they are read; `called` gives a name of theirs here."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Iterable[Path], called: Callable[[str], str] = str):
         self._paths = tuple(paths)
+        self._called = called
 
     @cached_property
     def _headers(self) -> dict[Path, _Header]:
-        return {path: _read_header(path) for path in self._paths}
+        return {path: _read_header(path).called(self._called) for path in self._paths}
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -255,7 +263,7 @@ class Files:
     def _reader(self, path: Path) -> Callable[[str], mx.array]:
         header = self._headers[path]
         if _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in header.tensors.values()):
-            return _load_arrays(path).pop
+            return {self._called(name): array for name, array in _load_arrays(path).items()}.pop
         return partial(_read_array, header)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "range_of",
     "rounded",
     "starts",
+    "stored",
     "unpacked",
     "unreadable",
     "usual_quant",
@@ -40,6 +41,7 @@ _FULL = 15
 _FEW = 5.1
 SETTINGS = mlx.SETTINGS
 METHOD = "quant_method"
+_COMPILED = "._orig_mod."
 
 
 def plain(
@@ -58,7 +60,7 @@ def plain(
     if paths[0].suffix.lower() == GGUF:
         gguf = Gguf(split_files(paths[0]))
         return gguf, gguf.metadata
-    files = Files(paths)
+    files = stored(paths)
     metadata = {**files.metadata, **(said or {})}
     _ = files.infos  # what is wrong with the files comes first
     try:
@@ -69,6 +71,11 @@ def plain(
     except CheckpointError as error:
         raise CheckpointError(f"{paths[0]}: {error}") from error
     return tensors, metadata
+
+
+def stored(paths: Iterable[Path]) -> Files:
+    """The tensors of safetensors files as they are stored, without what torch.compile puts inside their names."""
+    return Files(paths, lambda name: name.replace(_COMPILED, "."))
 
 
 def unpacked(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes = NO_SHAPES) -> Tensors:
