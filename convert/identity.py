@@ -127,6 +127,11 @@ class Identity:
         """Whether that is missing which tells what model it is, so that it completes another one at most."""
         return MAIN_PART in self.missing
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all numbers are stored in 16 or 32 bits."""
+        return self.formats.keys() <= {*_FLOATS.values()}
+
 
 @dataclass(frozen=True)
 class Conversion:
