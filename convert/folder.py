@@ -26,7 +26,7 @@ from flux2_mlx.checkpoint import (
 )
 from flux2_mlx.components import COMPONENTS, by_group
 from flux2_mlx.config import Variant
-from flux2_mlx.copying import Copied
+from flux2_mlx.copying import Copied, FileVersion
 from flux2_mlx.device import failures
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.exclusion import MARK
@@ -82,10 +82,12 @@ class Inspection:
     Attributes:
         stored: checkpoints of ours, each with the networks that are taken from it; None: all.
         blobs: files of the Hub's cache, each with its blob.
+        files: those of weights, of which none may change until all is written.
     """
 
     stored: Sequence[tuple[Path, Sequence[str] | None]] = ()
     blobs: Mapping[Path, Path] = field(default_factory=dict)
+    files: Sequence[FileVersion] = ()
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +101,11 @@ class Inspection:
             check_blob(path, blob, report)
         for folder, names in self.stored:
             check_hashes(folder, report, names)
+
+    def check(self) -> None:
+        """CheckpointError if one of the files has changed."""
+        for file in self.files:
+            file.check()
 
 
 def new_manifest(
@@ -148,6 +155,7 @@ def write_folder(
 
     Raises:
         InputError: `target` exists or can't be written, or the disk is too small.
+        CheckpointError: a file that it is made from was changed meanwhile.
     """
     check_target(target, force)
     place = Path(os.path.realpath(target))  # where a link leads to
@@ -165,6 +173,7 @@ def write_folder(
                 if path.is_file():
                     written.put(f"tokenizer/{path.name}", path.read_bytes())
             written.put("scheduler/scheduler_config.json", schedule.read_bytes())
+            inspection.check()
             written.finish(manifest)
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error

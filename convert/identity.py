@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux2_mlx.checkpoint import Checkpoint, Component
-from flux2_mlx.components import MAIN_PART
+from flux2_mlx.components import GROUPS, MAIN_PART
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS, Geometries, Variant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo, Tensors
@@ -127,6 +127,11 @@ class Identity:
         """Whether that is missing which tells what model it is, so that it completes another one at most."""
         return MAIN_PART in self.missing
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all numbers are stored in 16 or 32 bits."""
+        return self.formats.keys() <= {*_FLOATS.values()}
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -204,7 +209,7 @@ def _model(
         None if row is None else row.name,
         parts,
         _missing(tensors, readings),
-        usual_quant(tensors),
+        next((usual_quant(tensors, readings[name].sources) for name in GROUPS if name in readings), "bf16"),
         advice if rows or advice else f"its parts are of different models: {_sizes(configs)}",
     )
 

@@ -67,12 +67,15 @@ class Reading:
 
     @property
     def mixed(self) -> str | None:
-        """What is said of a part that has some tensors in another naming; None: it has none."""
+        """What is said of a part that has some tensors in another naming or after another prefix; None: it has none."""
         known = next((name for name in self.sources if self.canonical(name)), "")
         for name in self.unknown:
-            for other in (DIALECTS[number] for number, _, _ in _candidates(name)):
+            for other, prefix in ((DIALECTS[number], prefix) for number, prefix, _ in _candidates(name)):
                 if other.part == self.part and other is not self.dialect:
                     return f"mixes namings: {known:.80} as of {self.dialect.name}, {name:.80} as of {other.name}"
+                if other is self.dialect and self.prefix + name[len(prefix) :] not in self.sources:
+                    where = f"after {prefix}" if prefix else "without a prefix"
+                    return f"mixes prefixes: {known:.80}, and {name:.80} {where}"
         return None
 
     def rule(self, canonical: str, head_dim: int = 128) -> Rule:

@@ -19,7 +19,7 @@ from flux2_mlx.weights import Files, Tensors
 from flux2_mlx.wording import told
 
 from .folder import Inspection, Part, check_target, new_manifest, write_folder
-from .formats import SETTINGS, unpacked
+from .formats import SETTINGS, unpacked, versions
 from .lora import Fold, Folds, check_folds, folded_source
 from .rules import Finite
 
@@ -75,13 +75,14 @@ def requantize(
     for part in parts:
         warn_of_loss(checkpoint.components[part.component.name], part.component)
     source = folded_source(checkpoint.source, folds)
+    files = [file for component in checkpoint.components.values() for file in versions(component.tensors)]
     write_folder(
         target,
         parts,
         new_manifest(checkpoint.variant, checkpoint.components, (quant, text_quant), source),
         tokenizer=checkpoint.folder / "tokenizer",
         schedule=checkpoint.folder / "scheduler" / "scheduler_config.json",
-        inspection=Inspection([(checkpoint.folder, None)]),
+        inspection=Inspection([(checkpoint.folder, None)], files=files),
         force=force,
         progress=progress,
     )

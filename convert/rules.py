@@ -121,12 +121,12 @@ class Finite:
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)
         for name, array in zip(names, evaluated(self._tensors.read(names)), strict=True):
-            if not _is_finite(array):
+            if not is_finite(array):
                 raise CheckpointError(self._complaint(name))
             yield array
 
 
-def _is_finite(array: mx.array) -> bool:
+def is_finite(array: mx.array) -> bool:
     """Whether all numbers are finite."""
     if array.dtype != mx.bfloat16 or not array.size:
         return bool(mx.isfinite(array).all().item())

@@ -11,7 +11,7 @@ from flux2_mlx.components import COMPONENTS, MAIN_PART, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.quantization import BITS, usual_text_quant
-from flux2_mlx.weights import FLOATS, Files, TensorInfo, Tensors
+from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 from flux2_mlx.wording import told
 
 from . import formats
@@ -49,8 +49,8 @@ class SourcePart:
 
     @property
     def usual_quant(self) -> str:
-        """The fewest bits of ours that keep the precision that the weights are stored in."""
-        return formats.usual_quant(self.tensors)
+        """The fewest bits of ours that keep the precision that most of the weights are stored in."""
+        return formats.usual_quant(self.tensors, self.reading.sources)
 
     def check(self, configs: Geometries) -> None:
         """CheckpointError if the geometries ask for more than the files hold, or for networks that can't be built."""
@@ -125,21 +125,26 @@ class Source:
             part.check(self.configs_of(name))
 
     def quants(self, quant: str | None, text_quant: str | None) -> tuple[str, str]:
-        """How the transformer and the text encoder are to be stored. None stands for the fewest bits that keep the
-        precision that their weights are stored in; of the text encoder at most 8 bits."""
-        quant = check_quant(quant or self._usual_quant(MAIN_PART))
-        if text_quant is None and "text_encoder" in self.stored:
-            text_quant = self._usual_quant("text_encoder")
-        default = max(usual_text_quant(quant), self._usual_quant("text_encoder"), key=QUANTIZATIONS.index)
-        return quant, check_quant(text_quant or default)
+        """How the transformer and the text encoder are to be stored. None: in the fewest bits that keep the precision
+        of their weights; a text encoder in no more than go with a given `quant`, or with any if it has 16."""
+        text = self._usual_quant("text_encoder")
+        chosen = check_quant(quant or self._usual_quant(MAIN_PART))
+        if "text_encoder" not in self.stored and (quant is not None or text == "bf16"):
+            text = max(usual_text_quant(chosen), text, key=QUANTIZATIONS.index)
+        return chosen, check_quant(text_quant or text)
 
-    def notices(self, quant: str | None) -> list[str]:
-        """What a user should know of a conversion to the `quant` that was asked for."""
-        usual = self._usual_quant(MAIN_PART)
-        if quant is not None or usual == "bf16":
-            return [*self.notes]
-        place = self.places[MAIN_PART]
-        return [*self.notes, f"{place} holds the transformer in few bits, which becomes {usual}"]
+    def notices(self, quant: str | None, text_quant: str | None) -> list[str]:
+        """What a user should know of a conversion to the `quant` and `text_quant` that were asked for."""
+        said = [*self.notes]
+        chosen, text = self.quants(quant, text_quant)
+        if quant is None and chosen != "bf16":
+            said.append(f"{self.places[MAIN_PART]} holds the transformer in few bits, which becomes {chosen}")
+        usual = {usual_text_quant(chosen), usual_text_quant(quant or "bf16")}
+        if text_quant is None and "text_encoder" in self.parts and usual != {text}:
+            few = f"{self.places['text_encoder']} holds the text encoder in few bits, which becomes {text}"
+            plain = f"the text encoder becomes {text} as well"
+            said.append(few if self._usual_quant("text_encoder") != "bf16" else plain)
+        return said
 
     @property
     def places(self) -> dict[str, Path]:
@@ -237,7 +242,7 @@ class _Expected(Mapping[str, Shape]):
 
     @cached_property
     def _shapes(self) -> Mapping[str, Shape]:
-        infos = Files(self._paths).infos
+        infos = formats.stored(self._paths).infos
         whole = {name.partition("._")[0]: info for name, info in infos.items()}  # a packed weight's has such an ending
         plain = {name: info.shape for name, info in infos.items() if info.dtype in FLOATS.values()}
         readings = read(whole, str(self._place))

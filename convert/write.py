@@ -14,15 +14,15 @@ from flux2_mlx.components import COMPONENTS, MAIN_PART, quantizations
 from flux2_mlx.config import check_quant
 from flux2_mlx.copying import Range
 from flux2_mlx.quantization import wanted_quants
-from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
+from flux2_mlx.weights import FLOATS, READER, TensorInfo, Tensors
 
 from . import lora
 from .blobs import blobs
 from .folder import Inspection, Part, check_target, new_manifest, write_folder
-from .formats import range_of, rounded
+from .formats import range_of, rounded, versions
 from .lora import Fold, Folds, folded_source
 from .requantize import stored_parts, warn_of_loss
-from .rules import Converted, Finite, Placed, Rule, copied
+from .rules import Converted, Finite, Placed, Rule, copied, is_finite
 from .sources import Source
 from .tokenizer import check_tokenizer, opened_tokenizer
 
@@ -82,6 +82,8 @@ def write_checkpoint(
     for part in taken:
         warn_of_loss(source.stored[part.component.name], part.component)
     stored = [(network.files[0].parent.parent, [network.name]) for network in source.stored.values()]
+    files = [file for part in source.parts.values() for file in versions(part.tensors)]
+    files += [file for network in source.stored.values() for file in versions(network.tensors)]
     networks = [one for one in COMPONENTS if one in source.configs]
     with opened_tokenizer(source.tokenizer) as tokenizer:
         write_folder(
@@ -90,7 +92,7 @@ def write_checkpoint(
             new_manifest(source.variant, networks, quants, folded_source(_origin(source, name), folds)),
             tokenizer=tokenizer,
             schedule=source.schedule,
-            inspection=Inspection(stored, linked),
+            inspection=Inspection(stored, linked, files),
             force=force,
             progress=progress,
         )
@@ -142,7 +144,11 @@ def _part(source: Source, plan: _Plan, adapters: Folds) -> Part:
     part = source.parts[plan.part]
 
     def complaint(name: str) -> str:
-        what = f"{part.place}: {', '.join(plan.rules[name].sources)} is not finite"
+        sources = plan.rules[name].sources
+        read = part.tensors.read(sources)
+        # In bfloat16, which numbers of other dtypes may be too large for.
+        wrong = [source for source in sources if not is_finite(next(read).astype(mx.bfloat16, stream=READER))]
+        what = f"{part.place}: {', '.join(wrong or sources)} {'is' if len(wrong or sources) == 1 else 'are'} not finite"
         return f"{what}: damaged, or too large when it was saved; fetch it again, or give another copy"
 
     converted = Finite(Converted(Placed(rounded(part.tensors), part.place), plan.rules, plan.plain), complaint)

@@ -17,13 +17,54 @@ _WRITE = 1 << 20  # bytes that are written at a time: of several megabytes Linux
 
 
 @dataclass(frozen=True)
-class Range:
-    """Bytes `start` to `start + nbytes` of a file that has `size` bytes."""
+class FileVersion:
+    """A file at `path` as it was when its header was read. Another one may be there later, or the same one changed:
+    offsets of the one mean nothing in the other."""
 
     path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path, file: BinaryIO) -> "FileVersion":
+        """What is open as `file`, found at `path`."""
+        return cls._stated(path, os.fstat(file.fileno()))
+
+    @classmethod
+    def _stated(cls, path: Path, found: os.stat_result) -> "FileVersion":
+        return cls(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def open(self) -> BinaryIO:
+        """Open it for reading; CheckpointError if it is not there any more as it was."""
+        file = open_model_file(self.path)
+        try:
+            self._compare(os.fstat(file.fileno()))
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def check(self) -> None:
+        """CheckpointError if it is not there any more as it was."""
+        try:
+            self._compare(os.stat(self.path))
+        except OSError as error:
+            raise CheckpointError(f"can't read {self.path}: {error.strerror}") from error
+
+    def _compare(self, found: os.stat_result) -> None:
+        if self._stated(self.path, found) != self:
+            raise CheckpointError(f"{self.path} was changed while it was read; try again when nothing writes it")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes `start` to `start + nbytes` of a file."""
+
+    file: FileVersion
     start: int
     nbytes: int
-    size: int
 
     @property
     def halves(self) -> "tuple[Range, Range]":
@@ -31,10 +72,8 @@ class Range:
         return replace(self, nbytes=half), replace(self, start=self.start + half, nbytes=half)
 
     def pieces(self, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
-        """The bytes, read into one buffer after the other; CheckpointError if the file has changed its size."""
-        with open_model_file(self.path) as file:
-            if os.fstat(file.fileno()).st_size != self.size:
-                raise CheckpointError(f"{self.path} was changed since its header was read; try again")
+        """The bytes, read into one buffer after the other; CheckpointError if the file has changed."""
+        with self.file.open() as file:
             for start in range(self.start, self.start + self.nbytes, _PIECE):
                 piece = next(buffers)[: self.start + self.nbytes - start]
                 self._read(file, piece, start)
@@ -44,9 +83,9 @@ class Range:
         try:
             count = os.preadv(file.fileno(), [piece], start)
         except OSError as error:
-            raise CheckpointError(f"can't read {self.path}: {error.strerror}") from error
+            raise CheckpointError(f"can't read {self.file.path}: {error.strerror}") from error
         if count != len(piece):
-            raise CheckpointError(f"{self.path} became shorter while it was read")
+            raise CheckpointError(f"{self.file.path} became shorter while it was read")
 
 
 @dataclass(frozen=True)

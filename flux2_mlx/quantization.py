@@ -95,7 +95,8 @@ def stored_names(name: str, stored: Mapping[str, TensorInfo]) -> list[str]:
 
 
 class Quantized:
-    """Tensors in as few bits as they are `stored` in, each quantized when the first of its parts is read."""
+    """Tensors in as few bits as they are `stored` in, each quantized when the first of its parts is read.
+    CheckpointError then if values are so large that there is no scale for them."""
 
     def __init__(self, tensors: Tensors, stored: Mapping[str, TensorInfo], bits: int):
         self._tensors = tensors
@@ -117,11 +118,17 @@ class Quantized:
     def _made(self, name: str, array: mx.array) -> dict[str, mx.array]:
         mx.eval(array)  # or the device would wait for the file
         parts = stored_names(name, self.infos)
-        return (
-            {name: array}
-            if parts == [name]
-            else dict(zip(parts, quantize_array(array, self._bits).values(), strict=True))
-        )
+        if parts == [name]:
+            return {name: array}
+        made = [*quantize_array(array, self._bits).values()]
+        if not all(_are_finite(factors) for factors in made[1:]):
+            raise CheckpointError(f"{name} has values too large to be quantized; fetch it again, or give another copy")
+        return dict(zip(parts, made, strict=True))
+
+
+def _are_finite(factors: mx.array) -> bool:
+    """Whether all numbers in bfloat16 are finite."""
+    return not (_numbers(factors) & 0x7F80 == 0x7F80).any()
 
 
 def quantizing_bytes(shape: tuple[int, ...]) -> int:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeGuard, cast
 import mlx.core as mx
 import numpy as np
 
-from .copying import Copied, Hashed, Range, pieces_of
+from .copying import Copied, FileVersion, Hashed, Range, pieces_of
 from .errors import CheckpointError
 from .json_files import open_model_file, parse_json
 
@@ -66,12 +66,21 @@ class TensorInfo:
 
 
 class _Header(NamedTuple):
-    """Of a safetensors file: its tensors in the order of their bytes, where each begins, its length, its texts."""
+    """Of a safetensors file: its tensors in the order of their bytes, where each begins, its length, its texts, and
+    the file that it was read from."""
 
     tensors: dict[str, TensorInfo]
     starts: dict[str, int]
     size: int
     metadata: dict[str, str]
+    file: FileVersion
+
+    def called(self, called: Callable[[str], str]) -> "_Header":
+        """The same with other names; CheckpointError if two tensors would have one."""
+        tensors = {called(name): info for name, info in self.tensors.items()}
+        if len(tensors) < len(self.tensors):
+            raise CheckpointError(f"{self.file.path} has two tensors of one name; fetch or save it again")
+        return self._replace(tensors=tensors, starts={called(name): x for name, x in self.starts.items()})
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -87,11 +96,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _read_header(path: Path) -> _Header:
     with open_model_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        version = FileVersion.of(path, file)
+        size = version.size
         try:
             length = _header_length(file.read(START), size)
             file.seek(8)
-            header = _parse_header(file.read(length), 8 + length)
+            header = _parse_header(file.read(length), 8 + length, version)
         except OSError as error:
             raise CheckpointError(f"can't read {path}: {error.strerror}") from error
         except ValueError as error:
@@ -128,7 +138,7 @@ def refuse_other(start: bytes) -> None:
             raise ValueError(reason)
 
 
-def _parse_header(data: bytes, start: int) -> _Header:
+def _parse_header(data: bytes, start: int, file: FileVersion) -> _Header:
     """The header of a file whose tensors begin at byte `start`; ValueError if it is none."""
     if data[:1] != b"{":
         raise ValueError("the header does not begin with {")
@@ -154,7 +164,7 @@ def _parse_header(data: bytes, start: int) -> _Header:
         tensors[name] = tensor
         starts[name] = start + first
         end = last
-    return _Header(tensors, starts, start + end, metadata or {})
+    return _Header(tensors, starts, start + end, metadata or {}, file)
 
 
 def _is_table_of_texts(value: Any) -> bool:
@@ -199,14 +209,15 @@ class Tensors(Protocol):
 
 
 class Files:
-    """The tensors of safetensors files, as these are when they are read."""
+    """The tensors of safetensors files, as these are when they are read; `called` gives a name of theirs here."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Iterable[Path], called: Callable[[str], str] = str):
         self._paths = tuple(paths)
+        self._called = called
 
     @cached_property
     def _headers(self) -> dict[Path, _Header]:
-        return {path: _read_header(path) for path in self._paths}
+        return {path: _read_header(path).called(self._called) for path in self._paths}
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -237,9 +248,13 @@ class Files:
 
     def range_of(self, name: str) -> Range:
         """Where the bytes of a tensor are."""
-        path = self._places[name]
-        header = self._headers[path]
-        return Range(path, header.starts[name], header.tensors[name].nbytes, header.size)
+        header = self._headers[self._places[name]]
+        return Range(header.file, header.starts[name], header.tensors[name].nbytes)
+
+    @property
+    def versions(self) -> list[FileVersion]:
+        """The files whose headers were read."""
+        return [header.file for header in self._headers.values()]
 
     @cached_property
     def _places(self) -> dict[str, Path]:
@@ -248,8 +263,8 @@ class Files:
     def _reader(self, path: Path) -> Callable[[str], mx.array]:
         header = self._headers[path]
         if _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in header.tensors.values()):
-            return _load_arrays(path).pop
-        return partial(_read_array, path, header)
+            return {self._called(name): array for name, array in _load_arrays(path).items()}.pop
+        return partial(_read_array, header)
 
 
 class Renamed:
@@ -289,18 +304,16 @@ def _load_arrays(path: Path) -> dict[str, mx.array]:
     return cast("dict[str, mx.array]", arrays)  # which it is of this format
 
 
-def _read_array(path: Path, header: _Header, name: str) -> mx.array:
+def _read_array(header: _Header, name: str) -> mx.array:
     """A tensor of a file that MLX refuses."""
     info = header.tensors[name]
     unit = np.dtype(f"u{_DTYPES[info.dtype].size}")
-    with open_model_file(path) as file:
+    with header.file.open() as file:
         try:
-            if os.fstat(file.fileno()).st_size != header.size:
-                raise CheckpointError(f"{path} was changed since its header was read; try again")
             file.seek(header.starts[name])
             values = np.fromfile(file, unit, math.prod(info.shape)).reshape(info.shape)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"can't read {path}: {error}") from error
+            raise CheckpointError(f"can't read {header.file.path}: {error}") from error
     return mx.array(values).view(_DTYPES[info.dtype], stream=READER)
 
 

@@ -215,6 +215,11 @@ def test_a_whole_model_on_the_hub_is_told_like_files_of_one(source, home):
         assert not any("tokenizer" in name for name in hub.fetched)
         done("convert", *said, "made", "--quiet")
         assert json.loads(Path("made/flux2.json").read_text())["quantization"]["transformer"] == "qint8"
+        shutil.rmtree("made")
+        here = done("info", source, *said[1:]).stdout.splitlines()
+        assert here == [lines[0].replace("org/model", str(source)), *lines[1:]]
+        planned = done("info", source, *said[1:], "-W", 256).stdout
+        assert "with qint8, text encoder qint8, computed in" in planned
     (source / "model_index.json").unlink()
     with HubServer({"org/model": source}) as hub, using(hub, home.with_name("other")):
         again = done("info", *said).stdout.splitlines()

@@ -152,12 +152,15 @@ def test_one_file_has_all_parts(folder):
     assert same_weights(folder / "made")
 
 
-def in_fp8(folder: Path, weights: dict[str, mx.array]) -> tuple[Path, dict[str, mx.array]]:
-    """A transformer with blocks in fp8 and scales, as ComfyUI reads it, and the weights that it stands for."""
+LAYERS = ("qkv.weight", "linear1.weight")
+
+
+def in_fp8(folder: Path, weights: dict[str, mx.array], ends=LAYERS) -> tuple[Path, dict[str, mx.array]]:
+    """A transformer with layers of blocks in fp8 and scales, as ComfyUI reads it, and what they stand for."""
     packed, plain, header = {}, dict(weights), {}
     for name, array in weights.items():
         packed[name] = array
-        if name.endswith(("qkv.weight", "linear1.weight")):
+        if name.endswith(ends) and "blocks" in name:
             scale = mx.abs(array).max().astype(mx.float32) / 448
             packed[name] = mx.to_fp8(array / scale)
             packed[name.replace("weight", "weight_scale")] = scale
@@ -201,7 +204,7 @@ def test_shapes_that_weights_do_not_have_are_those_of_the_model_that_fits(folder
 @pytest.mark.parametrize(("asked", "stored_as"), [((), "qint8"), (("-q", "bf16"), "bf16"), (("-q", "qint4"), "qint4")])
 def test_fewer_bits_stay_fewer(asked, stored_as, folder, caplog):
     weights = dict(stored("transformer"))
-    path, _ = in_fp8(folder, weights)
+    path, _ = in_fp8(folder, weights, (*LAYERS, "proj.weight", "0.weight", "2.weight", "linear2.weight"))
     done("convert", "demo", "made", "--transformer", path, "--text-quant", "bf16", *asked)
     assert Checkpoint.open(folder / "made").quant == stored_as
     own = f"the transformer of {DEMO} is not used; taken from {path}"

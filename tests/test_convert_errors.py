@@ -163,6 +163,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "missing quant_conv.bias; unexpected quant_conv.b$",
     ),
     "NaN": (poison(TRANSFORMER, "proj_out.weight", mx.nan), "transformer: proj_out.weight is not finite"),
+    "NaN in one of three": (
+        poison(TRANSFORMER, "transformer_blocks.0.attn.to_k.weight", mx.nan),
+        r"transformer: transformer_blocks\.0\.attn\.to_k\.weight is not finite",
+    ),
     "NaN in the last file": (poison(VAE, "post_quant_conv.weight", mx.nan), "post_quant_conv.weight is not finite"),
     "infinity": (poison(WEIGHTS["text_encoder"], "model.embed_tokens.weight", mx.inf), "is not finite"),
     "infinity in bfloat16": (

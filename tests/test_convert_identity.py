@@ -249,6 +249,23 @@ def test_the_mixed_files_of_dev():
     assert (part.tensors, part.precision["single blocks"]) == (299, {"nvfp4": 96})
 
 
+@pytest.mark.parametrize(
+    ("in_four", "in_eight", "quant"),
+    [
+        (lambda name: name == "double_blocks.0.img_attn.proj.weight", lambda name: False, "bf16"),
+        (lambda name: ".linear1." in name, lambda name: ".linear2." in name, "qint8"),  # 48% in 4 bits, 15% in 8
+        (lambda name: "blocks" in name and "_attn." not in name, lambda name: "_attn." in name, "qint4"),
+    ],
+    ids=["one layer in 4 bits", "half in 4 and 8 bits", "most in 4 bits"],
+)
+def test_bits_are_those_of_most_weights(in_four, in_eight, quant):
+    infos = in_nvfp4(scaled(transformer("klein-4b"), in_eight), in_four)
+    said = {name.removesuffix(".weight_scale_2"): "nvfp4" for name in infos if name.endswith(".weight_scale_2")}
+    said |= {name.removesuffix(".weight"): "float8_e4m3fn" for name, info in infos.items() if info.dtype == "F8_E4M3"}
+    said = {name: {"format": format} for name, format in said.items() if not name.endswith("_scale")}
+    assert identify(plain(infos, {"_quantization_metadata": json.dumps({"layers": said})}), "x").quant == quant
+
+
 def test_precision_of_an_encoder():
     (part,) = identify(plain(scaled(listing("mistral3-24b"), lambda name: ".mlp." in name)), "x").parts
     assert part.precision == {

@@ -91,6 +91,21 @@ def test_two_dialects_in_one_file_are_refused():
     refused(listing("ae_bfl") | listing("vae_diffusers"), "it mixes namings: encoder.conv_in.weight as of diffusers")
 
 
+@pytest.mark.parametrize(
+    ("is_stray", "said"),
+    [
+        (lambda name: name == "txt_in.weight", "model.diffusion_model.txt_in.weight after model.diffusion_model."),
+        (lambda name: name != "txt_in.weight", "txt_in.weight without a prefix"),
+    ],
+)
+def test_a_prefix_of_some_tensors_is_named(is_stray, said):
+    names = {name: f"model.diffusion_model.{name}" if is_stray(name) else name for name in listing(KLEIN)}
+    tensors = {names[name]: info for name, info in listing(KLEIN).items()}
+    _, problem = geometry.understood(naming.read(tensors, "x")["transformer"], "x", "x")
+    assert str(problem).startswith("x mixes prefixes: ")
+    assert f", and {said}; fetch the file again" in str(problem)
+
+
 def test_two_transformers_in_one_file_are_refused():
     refused(listing(KLEIN) | prefixed(listing(KLEIN), "model.diffusion_model."), "unexpected")
 

@@ -321,3 +321,17 @@ def test_a_file_of_weights_that_is_none(tmp_path, monkeypatch):
     Path("flux.safetensors").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"^flux\.safetensors is not a safetensors file: "):
         find_checkpoint("flux.safetensors")
+
+
+def test_what_compiling_puts_inside_of_names(official, tmp_path):
+    source = Path(shutil.copytree(official, tmp_path / "source"))
+
+    def compile(tensors: dict[str, mx.array]) -> None:
+        for name in [name for name in tensors if "blocks.0." in name]:
+            tensors[name.replace("blocks.0.", "blocks.0._orig_mod.")] = tensors.pop(name)
+
+    edit_weights(source / TRANSFORMER, compile)
+    assert convert(source, tmp_path / "made") == convert(official, tmp_path / "plain")
+    edit_weights(source / TRANSFORMER, lambda x: x.update({LINEAR: x[LINEAR.replace("0.", "0._orig_mod.", 1)]}))
+    with pytest.raises(CheckpointError, match=f"{TRANSFORMER} has two tensors of one name"):
+        Source.open(source, "demo")

@@ -1,6 +1,7 @@
 """What is written as it was read: whole, hashed, and looked at piece by piece."""
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from flux2_mlx.convert import rules
 
 from flux2_mlx import copying
-from flux2_mlx.copying import Copied, Hashed, Range, pieces_of
+from flux2_mlx.copying import Copied, FileVersion, Hashed, Range, pieces_of
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files, TensorInfo, write_safetensors
 
@@ -29,8 +30,13 @@ def file(tmp_path) -> Path:
     return path
 
 
+def range_in(path: Path, start: int, nbytes: int) -> Range:
+    with path.open("rb") as opened:
+        return Range(FileVersion.of(path, opened), start, nbytes)
+
+
 def test_ranges_and_memory_go_into_a_file_and_are_hashed(file, tmp_path):
-    upper, lower = Range(file, 100, 1000, len(DATA)).halves
+    upper, lower = range_in(file, 100, 1000).halves
     parts = [b"start", DATA[600:1100] + DATA[100:600], DATA, b""]
     seen = []
     with (tmp_path / "made").open("wb") as made, ThreadPoolExecutor(2) as pool:
@@ -38,22 +44,49 @@ def test_ranges_and_memory_go_into_a_file_and_are_hashed(file, tmp_path):
         digests = [hashed.write([parts[0]])]
         digests.append(hashed.write(Copied((lower, upper), lambda piece: seen.append(bytes(piece))).pieces()))
         digests.append(hashed.write(pieces_of(memoryview(DATA))))
-        digests.append(hashed.write(Copied((Range(file, 7, 0, len(DATA)),)).pieces()))
+        digests.append(hashed.write(Copied((range_in(file, 7, 0),)).pieces()))
     assert (tmp_path / "made").read_bytes() == b"".join(parts)
     assert digests == [hashlib.sha256(part).hexdigest() for part in parts]
     assert hashed.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
     assert b"".join(seen) == parts[1]
 
 
-def test_a_file_that_changes_its_size_is_refused(file):
-    before = Range(file, 0, 10, len(DATA) + 1)
-    with pytest.raises(CheckpointError, match=f"{file} was changed since its header was read; try again"):
-        list(Copied((before,)).pieces())
-    pieces = Copied((Range(file, 0, len(DATA), len(DATA)),)).pieces()
+def replaced(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(DATA[::-1])
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(DATA + b"x"),
+        lambda path: os.utime(path, ns=(0, 5)),  # as when something is written into it
+        replaced,
+    ],
+    ids=["longer", "written", "replaced by another of its size and time"],
+)
+def test_a_file_that_changes_is_refused(change, file):
+    whole = range_in(file, 0, len(DATA))
+    whole.file.check()
+    change(file)
+    with pytest.raises(CheckpointError, match=f"{file} was changed while it was read; try again"):
+        list(Copied((whole,)).pieces())
+    with pytest.raises(CheckpointError, match=f"{file} was changed while it was read; try again"):
+        whole.file.check()
+
+
+def test_a_file_that_becomes_shorter_is_refused(file):
+    whole = range_in(file, 0, len(DATA))
+    pieces = Copied((whole,)).pieces()
     next(pieces)
     file.write_bytes(DATA[:150])
     with pytest.raises(CheckpointError, match=f"{file} became shorter while it was read"):
         list(pieces)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"can't read {file}: No such file"):
+        whole.file.check()
 
 
 def test_rules_that_move_bytes_give_the_same_as_with_arrays(tmp_path):
@@ -90,7 +123,7 @@ def test_what_is_copied_has_to_be_finite(value, tmp_path):
         list(one.pieces())
 
 
-def test_what_is_computed_is_not_copied(tmp_path):
+def test_what_is_computed_is_not_copied(file):
     made = {"kernel": rules.channels_last("a"), "elsewhere": rules.copy("b")}
-    place = {"a": Range(tmp_path, 0, 2, 2), "b": None}.get
+    place = {"a": range_in(file, 0, 2), "b": None}.get
     assert rules.copied(made, made, place, str) == {}

@@ -15,12 +15,14 @@ from flux2_mlx.loading import module_tensors
 from flux2_mlx.quantization import (
     BITS,
     GROUP_SIZE,
+    Quantized,
     is_quantizable,
     quantize_array,
     quantize_module,
     statement,
 )
 from flux2_mlx.transformer import image_ids, rope_table, text_ids
+from flux2_mlx.weights import Files, TensorInfo
 
 DEMO = VARIANTS["demo"]
 CONFIGS = {"transformer": DEMO.transformer, "text_encoder": DEMO.text, "vae": DEMO.vae}
@@ -250,3 +252,14 @@ def test_error_of_a_quantized_network(component, quant):
     quantized.load_weights([pair for name, x in weights.items() for pair in stored(name, x, quant, spared)])
     error = relative_error(run(component, quantized), run(component, exact))
     assert error == pytest.approx(NETWORK_ERRORS[component, quant], rel=0.15)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_too_far_apart_for_a_scale_are_refused(bits, tmp_path):
+    weight = normal(4, 64).astype(mx.bfloat16)
+    weight[1, 3:5] = mx.array([3.3e38, -3.3e38])
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"a.weight": weight})
+    packed = quantize_array(normal(4, 64), bits)
+    stored = {f"a.{part}": TensorInfo("BF16", array.shape) for part, array in packed.items()}
+    with pytest.raises(CheckpointError, match=r"^a\.weight has values too large to be quantized"):
+        list(Quantized(Files([tmp_path / "a.safetensors"]), stored, bits).read(stored))

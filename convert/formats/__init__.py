@@ -1,11 +1,14 @@
 """From the bytes of a format to plain weights: a file for each family of formats."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from flux2_mlx.copying import Range
+from flux2_mlx.copying import FileVersion, Range
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.quantization import GROUP_SIZE
 from flux2_mlx.weights import Files, Tensors, raise_problems, read_header
 
 from . import bitsandbytes, fp8, mlx, nvfp4, outline, quanto, torchao
@@ -26,9 +29,11 @@ __all__ = [
     "range_of",
     "rounded",
     "starts",
+    "stored",
     "unpacked",
     "unreadable",
     "usual_quant",
+    "versions",
 ]
 GGUF = ".gguf"
 # Bits a weight: from _FULL on they are 16. 4 bits take up to 5 with their scales, and 5 bits are better kept in 8.
@@ -36,6 +41,7 @@ _FULL = 15
 _FEW = 5.1
 SETTINGS = mlx.SETTINGS
 METHOD = "quant_method"
+_COMPILED = "._orig_mod."
 
 
 def plain(
@@ -54,7 +60,7 @@ def plain(
     if paths[0].suffix.lower() == GGUF:
         gguf = Gguf(split_files(paths[0]))
         return gguf, gguf.metadata
-    files = Files(paths)
+    files = stored(paths)
     metadata = {**files.metadata, **(said or {})}
     _ = files.infos  # what is wrong with the files comes first
     try:
@@ -65,6 +71,11 @@ def plain(
     except CheckpointError as error:
         raise CheckpointError(f"{paths[0]}: {error}") from error
     return tensors, metadata
+
+
+def stored(paths: Iterable[Path]) -> Files:
+    """The tensors of safetensors files as they are stored, without what torch.compile puts inside their names."""
+    return Files(paths, lambda name: name.replace(_COMPILED, "."))
 
 
 def unpacked(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes = NO_SHAPES) -> Tensors:
@@ -93,10 +104,30 @@ def range_of(tensors: Tensors, name: str) -> Range | None:
     return tensors.range_of(name) if isinstance(tensors, Files | Unpacked | Gguf) else None
 
 
-def usual_quant(tensors: Tensors) -> str:
-    """The fewest bits of ours that keep the precision that weights are stored in: `bf16`, `qint8` or `qint4`."""
-    bits = tensors.bits if isinstance(tensors, Unpacked | Gguf) else _FULL
-    return "bf16" if bits >= _FULL else "qint8" if bits > _FEW else "qint4"
+def versions(tensors: Tensors) -> list[FileVersion]:
+    """The files that tensors are read from, as they were when their headers were read."""
+    return tensors.versions if isinstance(tensors, Files | Unpacked | Gguf) else []
+
+
+def usual_quant(tensors: Tensors, names: Iterable[str]) -> str:
+    """The fewest bits of ours that keep the precision that most of the weights of these `names` are stored in, of those
+    that are quantized: `bf16`, `qint8` or `qint4`."""
+    if not isinstance(tensors, Unpacked | Gguf):
+        return "bf16"
+    kinds, sizes = tensors.kinds, tensors.sizes
+    counts: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for name in names:
+        info = tensors.infos[name]
+        if len(info.shape) == 2 and info.shape[1] % GROUP_SIZE == 0:
+            kind = kinds.get(name, info.dtype)
+            counts[kind] += math.prod(info.shape)
+            nbytes[kind] += sizes.get(name, info.nbytes)
+    bits = {kind: 8 * nbytes[kind] / count for kind, count in counts.items() if count}
+    for quant, most in (("qint4", _FEW), ("qint8", _FULL)):
+        if 2 * sum(count for kind, count in counts.items() if bits[kind] < most) > counts.total():
+            return quant
+    return "bf16"
 
 
 def _packed(tensors: Tensors, metadata: Mapping[str, str], shapes: Shapes) -> dict[str, Packed]:

@@ -7,14 +7,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from flux2_mlx.copying import FileVersion
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.json_files import open_model_file
 from flux2_mlx.weights import READER, TensorInfo
 
 from .checks import MOST
@@ -53,7 +52,7 @@ class Kind(NamedTuple):
 class Stored:
     """A tensor in its file: `offset` and `nbytes` say where, `info` the dtype and shape that it is read in."""
 
-    path: Path
+    file: FileVersion
     kind: Kind
     info: TensorInfo
     offset: int
@@ -100,7 +99,7 @@ def read_stored(name: str, stored: Stored) -> mx.array:
     array = mx.zeros(shape, PLAIN[dtype], stream=READER)
     mx.eval(array)
     values = np.array(array, copy=False).reshape(-1)
-    with open_model_file(stored.path) as file, ThreadPoolExecutor(_THREADS) as pool:
+    with stored.file.open() as file, ThreadPoolExecutor(_THREADS) as pool:
         fill = partial(_fill, file.fileno(), name, stored, values)
         for _ in pool.map(fill, range(0, len(values), _JOB)):
             pass
@@ -116,14 +115,14 @@ def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) 
     try:
         count = os.preadv(file, [data.data], stored.offset + start // kind.values * kind.nbytes)
     except OSError as error:
-        raise CheckpointError(f"can't read {stored.path}: {error.strerror}") from error
+        raise CheckpointError(f"can't read {stored.file.path}: {error.strerror}") from error
     if count != len(data):
-        raise CheckpointError(f"{stored.path} became shorter while it was read")
+        raise CheckpointError(f"{stored.file.path} became shorter while it was read")
     if not quantized:
         return
     step = _STEP // kind.values * kind.nbytes
     for number, first in enumerate(range(0, len(data), step)):
         made = _dequantize(data[first : first + step], kind)
         if not -MOST <= made.min() <= made.max() <= MOST:  # false, too, if one is no number
-            raise CheckpointError(f"{name} in {stored.path} has scales that no weight has; fetch the file again")
+            raise CheckpointError(f"{name} in {stored.file.path} has scales that no weight has; fetch the file again")
         values[number * _STEP :][: len(made)] = made

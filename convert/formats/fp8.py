@@ -25,8 +25,9 @@ _SET_MARKER = "scaled_fp8"
 _FLOATS = ("F32", "F16", "BF16")
 _GROUP = 32
 _BLOCK = 128
-# Weights that need no scale are far below it; codes that one scale of a tensor belongs to go up to 448.
-_MOST_UNSCALED = 256.0
+# Codes that a scale belongs to go up to 240 or 448 in each tensor. Layers of these models stay below 10, so that
+# several times as much is none of theirs; what has one dimension, such as a norm, may be larger.
+_MOST_UNSCALED, _MOST_OF_VECTORS = 32.0, 256.0
 _FORGOTTEN = "a weight without its scale would give a white image; get the file that it was made as"
 # In the last part of a name, but for the norms of the original release, which are called `scale` alone.
 _SPEAKS_OF_SCALES = re.compile(r"(?:^|_)scale[sd]?(?:_|$)")
@@ -103,11 +104,12 @@ def _speaks_of_scales(name: str) -> bool:
 
 def _cast(name: str, info: TensorInfo) -> Packed:
     """A tensor of 8 bit numbers that no scale belongs to."""
+    most = _MOST_UNSCALED if len(info.shape) > 1 else _MOST_OF_VECTORS
 
     def unpack(codes: mx.array) -> mx.array:
         with mx.stream(READER):
             found = eight_bits(name, info.dtype, codes)
-            if found.size and (mx.maximum(mx.max(found), -mx.min(found)) >= _MOST_UNSCALED).item():
+            if found.size and (mx.maximum(mx.max(found), -mx.min(found)) >= most).item():
                 raise CheckpointError(
                     f"{name} holds numbers that only a scale makes weights, and has none; {_FORGOTTEN}"
                 )
@@ -142,6 +144,7 @@ def _layer(
         if format != "mxfp8":
             scales = scales.astype(mx.float32)
             check_scales(scale, scales, LARGEST[weight.dtype][0])
+            not_all_zero(scales, scale, codes)
         one = float(np.asarray(scales).item()) if scales.size == 1 and format != "mxfp8" else 1.0
         found = eight_bits(layer + WEIGHT, weight.dtype, codes, one)
         if format == "mxfp8":

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 
-from flux2_mlx.copying import Range
+from flux2_mlx.copying import FileVersion, Range
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import decoded, open_model_file
 from flux2_mlx.layout import NUMBERS
@@ -79,18 +79,15 @@ class Gguf:
         self.kinds = {name: stored.kind.name for name, stored in self._stored.items()}
         self.sizes = {name: stored.nbytes for name, stored in self._stored.items()}
 
-    @property
-    def bits(self) -> float:
-        """Bits that a quantized weight takes on average, or one of several rows where none is quantized."""
-        matrices = [stored for stored in self._stored.values() if len(stored.info.shape) > 1]
-        chosen = [stored for stored in matrices if stored.kind.name not in PLAIN] or matrices
-        return 8 * sum(x.nbytes for x in chosen) / max(1, sum(math.prod(x.info.shape) for x in chosen))
-
     def range_of(self, name: str) -> Range | None:
         """Where the bytes of a tensor are that is not quantized."""
         stored = self._stored[name]
-        size = stored.path.stat().st_size
-        return Range(stored.path, stored.offset, stored.nbytes, size) if stored.kind.name in PLAIN else None
+        return Range(stored.file, stored.offset, stored.nbytes) if stored.kind.name in PLAIN else None
+
+    @property
+    def versions(self) -> list[FileVersion]:
+        """The files whose headers were read."""
+        return [*dict.fromkeys(stored.file for stored in self._stored.values())]
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         """The tensors of these `names`, in this order (see `Tensors.read`). CheckpointError, too, if a file became
@@ -134,7 +131,8 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     """
     with open_model_file(path) as file:
         try:
-            return _parse(_Header(file, os.fstat(file.fileno()).st_size), path)
+            version = FileVersion.of(path, file)
+            return _parse(_Header(file, version.size), version)
         except OSError as error:
             raise CheckpointError(f"can't read {path}: {error.strerror}") from error
         except (ValueError, struct.error) as error:
@@ -146,7 +144,7 @@ def header_length(start: bytes, size: int) -> int:
     on behind that. What is wrong with it is said by who reads it."""
     header = _Header(io.BytesIO(start), size)
     with suppress(ValueError, struct.error):
-        _parse(header, Path())
+        _parse(header, FileVersion(Path(), 0, 0, size, 0))
     return header.position
 
 
@@ -221,7 +219,7 @@ def _code(kind: int) -> str:
     return _NUMBERS[kind]
 
 
-def _parse(header: _Header, path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
+def _parse(header: _Header, file: FileVersion) -> tuple[dict[str, str], dict[str, Stored]]:
     _check_start(header)
     tensors = header.items(_ENTRY)
     entries = header.items(_ENTRY)
@@ -239,7 +237,7 @@ def _parse(header: _Header, path: Path) -> tuple[dict[str, str], dict[str, Store
         name = header.name()
         if name in stored:
             raise ValueError(f"it has {name!r} twice")
-        stored[name] = _entry(header, path, name, alignment)
+        stored[name] = _entry(header, file, name, alignment)
     return {name: str(value) for name, value in metadata.items()}, _placed(header, stored, alignment)
 
 
@@ -255,7 +253,7 @@ def _check_start(header: _Header) -> None:
         raise ValueError(f"it is {order}; give a little-endian one of version 3")
 
 
-def _entry(header: _Header, path: Path, name: str, alignment: int) -> Stored:
+def _entry(header: _Header, file: FileVersion, name: str, alignment: int) -> Stored:
     """The tensor that the header describes next; its offset counts from the end of the header still."""
     count = header.number("<I")
     if count > _MAX_DIMENSIONS:
@@ -268,7 +266,7 @@ def _entry(header: _Header, path: Path, name: str, alignment: int) -> Stored:
         raise ValueError(f"{name!r} is {kind.name} of the impossible shape {list(shape)}")
     if offset % alignment:
         raise ValueError(f"{name!r} begins at byte {offset}, which is no multiple of {alignment}")
-    return Stored(path, kind, TensorInfo(kind.dtype, shape), offset, math.prod(shape) // kind.values * kind.nbytes)
+    return Stored(file, kind, TensorInfo(kind.dtype, shape), offset, math.prod(shape) // kind.values * kind.nbytes)
 
 
 def _kind(name: str, code: int) -> Kind:
@@ -287,7 +285,7 @@ def _placed(header: _Header, stored: Mapping[str, Stored], alignment: int) -> di
         first = start + tensor.offset
         if first < end:
             raise ValueError(f"{name!r} begins at byte {first}, what is before it ends at {end}")
-        placed[name] = Stored(tensor.path, tensor.kind, tensor.info, first, tensor.nbytes)
+        placed[name] = Stored(tensor.file, tensor.kind, tensor.info, first, tensor.nbytes)
         end = first + tensor.nbytes
     if not end <= header.size <= end + alignment:  # most writers fill up to the alignment
         raise ValueError(f"it has {header.size} bytes where its header says {end}; fetch it again")

@@ -73,10 +73,10 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
         check_scales(scale_2, whole, _LARGEST)
         groups = eight_bits(scale, "F8_E4M3", unswizzled(scales, rows, columns // _GROUP))
         check_scales(scale, groups, 1, zero=True)
-        not_all_zero(groups, scale, codes)
+        groups = not_all_zero(groups * whole, scale, codes)
         # Of each byte the upper half comes first.
         found = pairs(np.asarray(codes).reshape(-1), np.repeat(_NUMBERS, 16), np.tile(_NUMBERS, 16))
-        return (found.reshape(rows, -1, _GROUP) * (groups * whole)[..., None]).reshape(rows, columns)
+        return (found.reshape(rows, -1, _GROUP) * groups[..., None]).reshape(rows, columns)
 
     shape = (rows, columns)
     return packed_layer(layer, _FORMAT, declared[layer], infos, (scale, scale_2), shape, unpack)

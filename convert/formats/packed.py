@@ -1,6 +1,5 @@
 """Packed weights: what all formats of them have in common."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -8,7 +7,7 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
-from flux2_mlx.copying import Range
+from flux2_mlx.copying import FileVersion, Range
 from flux2_mlx.weights import Files, TensorInfo, Tensors, evaluated
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,13 +44,6 @@ class Unpacked:
         self.infos: Mapping[str, TensorInfo] = left | {name: weight.info for name, weight in packed.items()}
 
     @property
-    def bits(self) -> float:
-        """Bits that a packed weight takes on average, its scales included."""
-        infos = self._tensors.infos
-        nbytes = sum(infos[name].nbytes for weight in self._packed.values() for name in weight.sources)
-        return 8 * nbytes / max(1, sum(math.prod(weight.info.shape) for weight in self._packed.values()))
-
-    @property
     def kinds(self) -> dict[str, str]:
         """The format of each packed weight, by its name."""
         return {name: weight.kind for name, weight in self._packed.items()}
@@ -70,6 +62,11 @@ class Unpacked:
     def range_of(self, name: str) -> Range | None:
         """Where the bytes of a tensor are that is stored plainly in a file."""
         return self._tensors.range_of(name) if name not in self._packed and isinstance(self._tensors, Files) else None
+
+    @property
+    def versions(self) -> list[FileVersion]:
+        """The files whose headers were read."""
+        return self._tensors.versions if isinstance(self._tensors, Files) else []
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         names = list(names)

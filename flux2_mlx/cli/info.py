@@ -79,11 +79,14 @@ def info(
         from ..device import memory_reason
         from ..pipeline import Flux2Pipeline
         from ..store import conversions, described, resolve
+        from ..store.identification import usual_quants
 
         resolved = resolve(model, models_dir)
         folders = conversions(resolved, models_dir, variant=variant, painting=True)
+        outline = described(resolved, folders, variant, quant, partial(notice, quiet=False))
+        quant, text_quant = usual_quants(resolved, variant, quant, text_quant)
         pipe = Flux2Pipeline.outline(
-            described(resolved, folders, variant, quant, partial(notice, quiet=False)),
+            outline,
             quant=quant,
             text_quant=text_quant,
             dtype=dtype,
@@ -124,9 +127,9 @@ def _about_a_model(option: str) -> click.UsageError:
 
 
 def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
-    """What the weights are that `model` names; None: they are a whole model, or it is `planned` for."""
+    """What the weights are that `model` names; None: they are a whole model in 16 bits, or it is `planned` for."""
     from ..store import FILE, REPO, SOURCE, conversions, resolve
-    from ..store.identification import identify_files, identify_repo, is_weights
+    from ..store.identification import identify_files, identify_folder, identify_repo, is_weights
 
     resolved = resolve(model, models_dir)
     if resolved.kind == FILE and not conversions(resolved, models_dir):
@@ -135,8 +138,9 @@ def _found(model: str, variant: str | None, models_dir: Path | None, planned: li
         return identify_repo(str(resolved.repo), resolved.file, variant)
     if planned:
         return None
-    if resolved.kind == SOURCE and is_weights(resolved.place):
-        return identify_files(resolved.place, model, variant, models_dir)
+    if resolved.kind == SOURCE:
+        identify = identify_files if is_weights(resolved.place) else identify_folder
+        return identify(resolved.place, model, variant, models_dir)
     if resolved.kind == REPO and resolved.repo and not conversions(resolved, models_dir):
         return identify_repo(resolved.repo, None, variant)
     return None

@@ -88,7 +88,7 @@ def convert_source(
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all.
     """
-    for notice in source.notices(wanted.quant):
+    for notice in source.notices(wanted.quant, wanted.text_quant):
         _log.warning("%s", notice)
     target.parent.mkdir(parents=True, exist_ok=True)
     quants = source.quants(wanted.quant, wanted.text_quant)

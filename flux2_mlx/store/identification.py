@@ -30,8 +30,9 @@ from ..convert import (
 from ..errors import CheckpointError, DownloadError, InputError
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
-from .names import checked_variant
+from .names import SOURCE, Model, checked_variant
 from .parts import Remote, files_of
+from .sources import Wanted, what_is_here
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,29 @@ def identify_files(place: Path, name: str, variant: str | None = None, models_di
     said = checked_variant(variant)
     identity = _identity(place, name, said)
     return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
+
+
+def identify_folder(place: Path, name: str, variant: str | None = None, models_dir: Path | None = None) -> Found | None:
+    """What a whole model in the layout of diffusers is, some of whose weights are in few bits; None: none are.
+
+    Args, Raises: see `identify_files`.
+    """
+    said = checked_variant(variant)
+    identity = identify_whole(Source.open(place, said))
+    if identity.is_plain:
+        return None
+    return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
+
+
+def usual_quants(
+    model: Model, variant: str | None, quant: str | None, text_quant: str | None
+) -> tuple[str | None, str | None]:
+    """As what the transformer and the text encoder of a run would be stored for which this was asked; None: as they
+    are, in a checkpoint, or as usual."""
+    if model.kind != SOURCE:
+        return quant, text_quant
+    source, _ = what_is_here(model, Wanted(checked_variant(variant, model)))
+    return source.quants(quant, text_quant)
 
 
 def identify_repo(repo: str, file: str | None = None, variant: str | None = None) -> Found:
