@@ -75,7 +75,8 @@ def spelled(**names: str) -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        raise SettingError(names.get(error.setting, error.setting), error.reason) from error
+        name, _, reason = str(error).partition(" ")
+        raise SettingError(f"{names.get(name, name)} {reason}") from error
 
 
 def _advice(name: str, signature: inspect.Signature) -> str:

@@ -30,12 +30,7 @@ class InputError(Flux2Error):
 
 
 class SettingError(InputError):
-    """A `setting` has a value that it can't have; `reason` says why, and what it may be."""
-
-    def __init__(self, setting: str, reason: str):
-        super().__init__(f"{setting} {reason}")
-        self.setting = setting
-        self.reason = reason
+    """A setting, whose name the message begins with, has a value that it can't have."""
 
 
 class RangeError(Flux2Error):

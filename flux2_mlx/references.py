@@ -297,7 +297,7 @@ class Edit:
         if mask is None and mask_crop is not None:
             raise InputError("cropping to the mask needs a mask")
         if mask_crop is not None and whole_pixels("mask_crop", mask_crop) < 0:
-            raise SettingError("mask_crop", f"must be 0 or more pixels around the mask, got {mask_crop}")
+            raise SettingError(f"mask_crop must be 0 or more pixels around the mask, got {mask_crop}")
         if not isinstance(match_colors, bool):
             raise InputError(f"match_colors must be True or False, got {match_colors!r:.40}")
         if not images:

@@ -202,7 +202,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _require_of(setting: str, condition: bool, reason: str) -> None:
     if not condition:
-        raise SettingError(setting, reason)
+        raise SettingError(f"{setting} {reason}")
 
 
 def _count(prompts: Sequence[str], images_per_prompt: int) -> int:
@@ -239,7 +239,7 @@ def _integer(name: str, value: Any, default: int | None = None) -> int:
     try:
         return operator.index(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise SettingError(name, f"must be a whole number, got {value!r:.40}") from error
+        raise SettingError(f"{name} must be a whole number, got {value!r:.40}") from error
 
 
 def _number(name: str, value: Any, default: float | None = None) -> float:
@@ -250,7 +250,7 @@ def _number(name: str, value: Any, default: float | None = None) -> float:
     try:
         return float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise SettingError(name, f"must be a number, got {value!r:.40}") from error
+        raise SettingError(f"{name} must be a number, got {value!r:.40}") from error
 
 
 def check_guided(variant: Variant, setting: str) -> None:
