@@ -26,12 +26,15 @@ def _silence(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
 
 
 quant_option = click.option(
-    "-q", "--quant", type=click.Choice(QUANTIZATIONS), help="Quantization of the transformer.  [default: bf16]"
+    "-q",
+    "--quant",
+    type=click.Choice(QUANTIZATIONS),
+    help="Quantization of the transformer.  [default: bf16, or as few bits as the source has]",
 )
 text_quant_option = click.option(
     "--text-quant",
     type=click.Choice(QUANTIZATIONS),
-    help="Quantization of the text encoder.  [default: qint8; qint4 with -q qint4]",
+    help="Quantization of the text encoder.  [default: qint8; qint4 with -q qint4, or as few bits as the source has]",
 )
 dtype_option = click.option(
     "--dtype",

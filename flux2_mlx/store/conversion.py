@@ -47,8 +47,9 @@ def convert_model(
         name: a model's name or path; see `resolve`.
         target: the folder to make.
         variant: the model's name where the source can't tell; where it can, InputError if it is another.
-        quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
+        quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`, or as few bits as the source has.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, or 8 bit, 4 bit with `qint4`, or
+            as few bits as the source has.
         parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
         adapters: what is folded into its weights, as `find_adapter` takes it, with the scale of each.
         force: replace an MLX checkpoint at `target`.

@@ -15,8 +15,10 @@ class Wanted:
 
     Attributes:
         variant: the name of its row of the table, as `checked_variant` gives it; None: its files must tell.
-        quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16`.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, 8 bit, or 4 bit with `qint4`.
+        quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16`, or as few bits as
+            the source has.
+        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, or 8 bit, 4 bit with `qint4`, or
+            as few bits as the source has.
         text_only: leave out the transformer and the VAE.
         folds: adapters that are folded into its weights.
     """
