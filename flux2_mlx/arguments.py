@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .config import VAEConfig
-from .device import check_process
+from .device import check_process, failures
 from .errors import InputError, SettingError
 from .images import flattened, open_hashed
 from .request import Request
@@ -268,7 +268,8 @@ def array(name: str, values: Any) -> mx.array:
         raise InputError(f"{name} must be an array, got {_kind(values)}")
     try:
         given = values if isinstance(values, mx.array) else mx.array(values)
-        mx.eval(given)
+        with failures():
+            mx.eval(given)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
