@@ -15,12 +15,12 @@ class Flux2Error(Exception):
     def __str__(self) -> str:
         return one_line(super().__str__())
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self) -> "tuple[object, ...]":
         """Another process is given the message; what some errors hold besides, such as open files, stays here."""
         return _again, (type(self), self.args)
 
 
-def _again(kind: type[Flux2Error], args: tuple[object, ...]) -> Flux2Error:
+def _again(kind: "type[Flux2Error]", args: "tuple[object, ...]") -> Flux2Error:
     """An error as it is read from a pickle, without what else its class would be made from."""
     return kind.__new__(kind, *args)
 
