@@ -57,7 +57,13 @@ def test_a_seed_makes_an_answer_repeatable(name, request):
     model = request.getfixturevalue(name)
     first, second, other = (model.upsample(["a red fox"], seed=seed, **SHORT) for seed in (7, 7, 8))
     assert first == second != other
-    assert model.upsample(["a red fox"], **SHORT) != model.upsample(["a red fox"], **SHORT)
+
+
+def test_each_answer_without_a_seed_is_another(writer, monkeypatch):
+    seeds = iter((7, 8))
+    monkeypatch.setattr("flux2_mlx.text.generation.secrets.randbits", lambda bits: next(seeds))
+    without = [writer.upsample(["a red fox"], **SHORT) for _ in range(2)]
+    assert without == [writer.upsample(["a red fox"], seed=seed, **SHORT) for seed in (7, 8)]
 
 
 @pytest.mark.parametrize("name", ["writer", "klein"])
