@@ -9,7 +9,7 @@ from .identity import Conversion, Identity, conversion, foreign, identify, ident
 from .mflux import said_of
 from .parts import MODEL_PARTS, TOKENIZER_PART
 from .requantize import requantize, requantized
-from .sources import Source
+from .sources import Source, chosen_quants
 from .strangers import adapter
 from .tokenizer import tokenizer_in
 from .weight_files import LOOSE, is_loose, loose_files
@@ -30,6 +30,7 @@ __all__ = [
     "check_source",
     "check_target",
     "check_writable",
+    "chosen_quants",
     "conversion",
     "foreign",
     "formats",

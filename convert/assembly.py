@@ -68,7 +68,7 @@ def assembled(
         given = {TOKENIZER_PART: beside, **given}
     is_model = is_checkpoint(place) or is_whole(place)
     own = {} if is_model else _loose_parts(place, variant)
-    base = _base(place, variant, text_only=text_only) if is_model else None
+    base = _base(place, variant, repo, text_only=text_only) if is_model else None
     ours = {name: _stored_part(name, given[name]) for name in wanted if name in given and is_checkpoint(given[name])}
     parts = own | {name: _given_part(name, given[name], variant) for name in LAYOUT if name in given.keys() - ours}
     parts = {name: part for name, part in parts.items() if name in wanted and name not in ours}
@@ -167,11 +167,11 @@ def _held_tokenizer(parts: Mapping[str, SourcePart]) -> Path | None:
     return next(filter(tekken_tensor, files), None)
 
 
-def _base(place: Path, variant: str | None, *, text_only: bool) -> Source:
+def _base(place: Path, variant: str | None, repo: str, *, text_only: bool) -> Source:
     """The whole model that gives what is not given."""
     if is_checkpoint(place):
         return replace(_of_checkpoint(Checkpoint.open(place)), beside=(place / MANIFEST,))
-    return Source.open(place, variant, text_only=text_only)
+    return Source.open(place, variant, text_only=text_only, repo=repo)
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Source:

@@ -64,9 +64,10 @@ class Description:
     index: dict[str, Any]
     parts: dict[str, Stated]
     scheduler: dict[str, Any]
+    repo: str = ""
 
 
-def describe(folder: Path) -> Description:
+def describe(folder: Path, repo: str = "") -> Description:
     """Read the small files of a folder in the layout of diffusers.
 
     Raises:
@@ -78,7 +79,7 @@ def describe(folder: Path) -> Description:
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder} is incomplete: there is no {path.relative_to(folder)}; {COMPLETE}")
     parts = {name: stated(folder / name) for name in PARTS}
-    return Description(folder, index, parts, read_json(schedule))
+    return Description(folder, index, parts, read_json(schedule), repo)
 
 
 def is_whole(folder: Path) -> bool:
@@ -127,7 +128,7 @@ def read_configs(description: Description, variant: str | None) -> tuple[Variant
     folder = description.folder
     notes = list[str]()
     configs = _configs(description, MAIN_PART, None, notes)
-    row = _choose_variant(folder, description.index, configs[MAIN_PART], variant)
+    row = _choose_variant(description, configs[MAIN_PART], variant)
     for name in [name for name in PARTS if name != MAIN_PART]:
         configs |= _configs(description, name, row, notes)
     check_fit(row, configs)
@@ -170,7 +171,8 @@ def _classes(folder: Path) -> dict[str, Any]:
     return {name: [None, str(found)] for name, found in own.items()}
 
 
-def _choose_variant(folder: Path, index: dict[str, Any], transformer: TransformerConfig, name: str | None) -> Variant:
+def _choose_variant(description: Description, transformer: TransformerConfig, name: str | None) -> Variant:
+    folder, index = description.folder, description.index
     same = [v for v in VARIANTS.values() if v.transformer == transformer]
     if name is not None:
         row = variant_named(name)
@@ -178,7 +180,7 @@ def _choose_variant(folder: Path, index: dict[str, Any], transformer: Transforme
             raise CheckpointError(f"{folder} can't be {name}: its geometry is that of {_names(same)}")
         return row
     if "_class_name" not in index:
-        return choose(same or [*VARIANTS.values()], titles({}, folder.name), None, str(folder))
+        return choose(same or [*VARIANTS.values()], titles({}, folder.name, description.repo), None, str(folder))
     rows = same if len(same) == 1 else [v for v in same or VARIANTS.values() if is_like(v, index)]
     if len(rows) != 1:
         raise CheckpointError(

@@ -1,14 +1,16 @@
-"""Folders that mflux saves: one of numbered files with an index for each part, one of the tokenizer, and no config.
+"""Models in a folder for each part and no config, most of which mflux saved: numbered files with an index in each, and
+a folder of the tokenizer.
 
-All versions that know FLUX.2, 0.15 to 0.24, write them so; the last ones also a record of what was saved.
+All versions of mflux that know FLUX.2, 0.15 to 0.24, write them so; the last ones also a record of what was saved.
 """
 
 from pathlib import Path
 
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import read_json
-from flux2_mlx.layout import INDEX
+from flux2_mlx.layout import INDEX, WEIGHTS
 
+from .configs import CONFIG
 from .parts import LAYOUT
 
 _FILES = "model.safetensors.index.json"
@@ -17,10 +19,12 @@ _NAMES = ("base_model", "model_name")  # of the record, which `titles` knows
 
 
 def part_folders(place: Path) -> list[Path]:
-    """The folders of the parts of a model that mflux saved at `place`; none if it is no such folder."""
+    """The folders of the parts of a model at `place` that mflux saved, or else of several that have no config; none if
+    it is no such folder."""
     if (place / INDEX).is_file():
         return []
-    return [place / name for name in LAYOUT if _is_saved(place / name)]
+    folders = [place / name for name in LAYOUT]
+    return [*filter(_is_saved, folders)] or _bare(folders)
 
 
 def said_of(place: Path) -> dict[str, str]:
@@ -29,6 +33,13 @@ def said_of(place: Path) -> dict[str, str]:
         return {}
     values = read_json(place / _RECORD)
     return {name: values[name] for name in _NAMES if isinstance(values.get(name), str)}
+
+
+def _bare(folders: list[Path]) -> list[Path]:
+    """Those that hold weights, if there are several and none of all has a config."""
+    found = [folder for folder in folders if any(path.suffix.lower() in WEIGHTS for path in folder.glob("*"))]
+    has_config = any((folder / CONFIG).is_file() for folder in folders)
+    return found if len(found) > 1 and not has_config else []
 
 
 def _is_saved(folder: Path) -> bool:

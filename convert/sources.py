@@ -91,7 +91,13 @@ class Source:
 
     @classmethod
     def open(
-        cls, folder: Path, variant: str | None = None, *, text_only: bool = False, tokenizer: Path | None = None
+        cls,
+        folder: Path,
+        variant: str | None = None,
+        *,
+        text_only: bool = False,
+        tokenizer: Path | None = None,
+        repo: str = "",
     ) -> "Source":
         """Read the configurations and file headers of a diffusers folder.
 
@@ -100,11 +106,12 @@ class Source:
             variant: the model's name where geometry and `model_index.json` can't tell, or None.
             text_only: leave out the transformer and the VAE, whose weights need not be there.
             tokenizer: where it is; None: in the folder.
+            repo: where it comes from, as `owner/name`, whose name may say which model it is.
 
         Raises:
             CheckpointError: another model, pickles, missing or damaged files; the variant comes last.
         """
-        description = describe(folder)
+        description = describe(folder, repo)
         wanted = WRITING_PARTS if text_only else tuple(LAYOUT)
         parts = {name: _layout_part(description, name, variant) for name in wanted}
         if (tokenizer := tokenizer or tokenizer_in(folder / "tokenizer")) is None:
@@ -127,11 +134,15 @@ class Source:
     def quants(self, quant: str | None, text_quant: str | None) -> tuple[str, str]:
         """How the transformer and the text encoder are to be stored. None: in the fewest bits that keep the precision
         of their weights; a text encoder in no more than go with a given `quant`, or with any if it has 16."""
-        text = self._usual_quant("text_encoder")
-        chosen = check_quant(quant or self._usual_quant(MAIN_PART))
-        if "text_encoder" not in self.stored and (quant is not None or text == "bf16"):
-            text = max(usual_text_quant(chosen), text, key=QUANTIZATIONS.index)
-        return chosen, check_quant(text_quant or text)
+        usual, text = self.usual_quants
+        if "text_encoder" in self.stored:
+            text_quant = text_quant or text
+        return chosen_quants(usual, text, quant, text_quant)
+
+    @property
+    def usual_quants(self) -> tuple[str, str]:
+        """The fewest bits of ours that keep the precision of the transformer and of the text encoder."""
+        return self._usual_quant(MAIN_PART), self._usual_quant("text_encoder")
 
     def notices(self, quant: str | None, text_quant: str | None) -> list[str]:
         """What a user should know of a conversion to the `quant` and `text_quant` that were asked for."""
@@ -193,6 +204,15 @@ class Source:
                         file.seek(start)
                         digest.update(file.read(_PIECE_BYTES))
         return digest.hexdigest()
+
+
+def chosen_quants(usual: str, usual_text: str, quant: str | None, text_quant: str | None) -> tuple[str, str]:
+    """What `Source.quants` gives for a source that keeps its precision as these usual ones."""
+    chosen = check_quant(quant or usual)
+    text = usual_text
+    if quant is not None or text == "bf16":
+        text = max(usual_text_quant(chosen), text, key=QUANTIZATIONS.index)
+    return chosen, check_quant(text_quant or text)
 
 
 def parts_of(

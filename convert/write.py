@@ -26,7 +26,8 @@ from .rules import Converted, Finite, Placed, Rule, copied, is_finite
 from .sources import Source
 from .tokenizer import check_tokenizer, opened_tokenizer
 
-KEPT = "quant"  # in what a manifest says of the source: the quantization that keeps the few bits of its transformer
+# In what a manifest says of the source: the quantizations that keep the few bits of its transformer and text encoder.
+KEPT = ("quant", "text_quant")
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,10 @@ def _origin(source: Source, name: str | None) -> dict[str, Any]:
     """What a checkpoint says of what it was made from: `parts` are those that were elsewhere."""
     elsewhere = {part: str(x) for part, x in source.places.items() if source.place not in (x, *x.parents)}
     stamp = {"name": name or source.place.name, "fingerprint": source.fingerprint}
-    usual = source.parts[MAIN_PART].usual_quant if MAIN_PART in source.parts else "bf16"
-    return stamp | ({"parts": elsewhere} if elsewhere else {}) | ({KEPT: usual} if usual != "bf16" else {})
+    converted = [name in source.parts for name in (MAIN_PART, "text_encoder")]
+    usual = zip(KEPT, source.usual_quants, converted, strict=True)
+    kept = {name: quant for name, quant, is_converted in usual if is_converted and quant != "bf16"}
+    return stamp | ({"parts": elsewhere} if elsewhere else {}) | kept
 
 
 def check_source(source: Source, quant: str, text_quant: str) -> dict[str, Component]:

@@ -58,9 +58,6 @@ def test_other_layout(home):
         assert hub.fetched == []
 
 
-UNQUANTIZED = "which becomes qint8 or qint4 here"
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -69,8 +66,6 @@ UNQUANTIZED = "which becomes qint8 or qint4 here"
          "(pytorch_lora_weights.safetensors); give the model that it was made for"),
         (["flux-2.safetensors"], ": it holds files of weights; give one of them by its name behind a colon "
          "(:flux-2.safetensors)"),
-        (["transformer/0.safetensors", "transformer/model.safetensors.index.json"],
-         f", as mflux saves a model; give the one that it was made from, {UNQUANTIZED}"),
         (["transformer/config.json", "vae/a.safetensors"], "; give the repo of the model that it was made from"),
         (["model.ckpt"], ": it holds pickles, which could run code (model.ckpt); give a repo with .safetensors files"),
         (["README.md"], " and holds no weights; give another repo id"),

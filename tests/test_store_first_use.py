@@ -243,7 +243,7 @@ def test_convert_checks_too(source, home, tmp_path):
 def test_a_complete_copy_in_the_cache_is_announced_as_there(source, home, tmp_path):
     told = []
     with HubServer({REPO: source}) as hub, using(hub, home):
-        for name in ("a", "b"):
-            acquire(REPO, tmp_path / name, Wanted(VARIANT, "bf16", "bf16"), Fetching(announce=told.append))
+        for target in (tmp_path / "a", tmp_path / "b"):
+            acquire(REPO, target.joinpath, Wanted(VARIANT, "bf16", "bf16"), Fetching(announce=told.append))
     assert [use.downloads[0].present for use in told] == [0, told[0].downloads[0].size]
     assert told[1].removed == told[1].downloads[0].remaining == 0

@@ -309,11 +309,8 @@ DEV = {f"transformer/diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n
         ("t", "tokenizer", {"t/tekken.json"}),
         ("g/a-00002-of-00002.gguf", "transformer", {"g/a-00001-of-00002.gguf", "g/a-00002-of-00002.gguf"}),
         ("flux2-dev.safetensors", None, {"flux2-dev.safetensors"}),
-        (
-            "",
-            None,
-            "me/dev holds several files of weights: ae.safetensors, flux2-dev.safetensors; give one as me/dev:FILE",
-        ),
+        ("", None, {name for name in DEV if name.startswith(("transformer/", "vae/", "tokenizer/", "model_index"))}),
+        ("t", "vae", "me/dev has no file of weights 't'; give one as me/dev:ae.safetensors"),
         (
             "g",
             "transformer",

@@ -25,8 +25,6 @@ def is_weight(name: str) -> bool:
 def described(names: Collection[str]) -> str:
     """What a repo without an index holds, by the names of its files, and what to do: the end of a sentence."""
     weights = sorted(filter(is_weight, names))
-    if "transformer/model.safetensors.index.json" in names and "transformer/config.json" not in names:
-        return ", as mflux saves a model; give the one that it was made from, which becomes qint8 or qint4 here"
     if "transformer/config.json" in names:
         return "; give the repo of the model that it was made from"
     if adapter := next((name for name in weights if "lora" in name.lower() or "adapter" in name.lower()), None):

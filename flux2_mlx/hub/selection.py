@@ -60,6 +60,11 @@ class Selection:
             self.download.record(all_wanted=False)
         self.folder = self.download.snapshot
 
+    def leave_out(self, unused: Collection[str]) -> None:
+        """Fetch none of these files."""
+        if self.download is not None:
+            self.download = self.download.without_weights(unused)
+
     def called(self, text: str) -> str:
         """A message with the repo in place of the folder."""
         return text.replace(f"{self.folder}/", f"{self.repo}:").replace(str(self.folder), self.repo)

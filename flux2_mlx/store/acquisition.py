@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .. import hub
@@ -21,18 +22,19 @@ _log = logging.getLogger(__name__)
 
 def acquire(
     repo: str,
-    target: Path,
+    target: Callable[[str, str], Path],
     wanted: Wanted,
     fetching: Fetching = Fetching(),  # noqa: B008 (it is frozen)
     *,
     known: Variant | None = None,
     force: bool = False,
-) -> None:
+) -> Path:
     """Fetch a repo and convert it. Before the first weight everything is checked that small files and headers tell.
+    Gives the folder.
 
     Args:
         repo: `owner/name`.
-        target: the folder to make.
+        target: the folder to make, by the quantizations of transformer and text encoder.
         wanted: what of it, and how it is to be stored.
         fetching: how, and who hears of it.
         known: the row of the table that the repo belongs to.
@@ -54,19 +56,22 @@ def acquire(
         download = download.without_weights(_unread(source, download))
         if known:
             download = replace(download, licence=known.licence)
-        fetching.begin(repo, (download,), target, Checkpoint.outline(source.variant, *quants, components))
+        fetching.begin(repo, (download,), target(*quants), Checkpoint.outline(source.variant, *quants, components))
         fetched[:] = [download]
         return download
 
     with claims:
         pieces = formats.outline.pieces
-        progress = fetching.report("download")
         folders = WRITING if wanted.text_only else WHOLE
-        folder = hub.fetch(repo, folders=folders, check=look, progress=progress, pieces=pieces)
+        folder = hub.fetch(repo, folders=folders, check=look, progress=fetching.report("download"), pieces=pieces)
         claims.enter_context(Claim(folder.parent.parent))
         source = Source.open(folder, wanted.variant, text_only=wanted.text_only)
-        convert_source(source, target, wanted, name=repo, force=force, progress=fetching.report("convert"))
+        made = target(*source.quants(wanted.quant, wanted.text_quant))
+        called = partial(_called, folder, repo)
+        progress = fetching.report("convert")
+        convert_source(source, made, wanted, name=repo, force=force, progress=progress, called=called)
     fetching.end(fetched)
+    return made
 
 
 def convert_source(
@@ -77,6 +82,7 @@ def convert_source(
     name: str,
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
+    called: Callable[[str], str] = str,
 ) -> None:
     """Convert an opened source, and say what a user should know of it.
 
@@ -87,12 +93,17 @@ def convert_source(
         name: what the checkpoint says that it was made from.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all.
+        called: gives a text with the names in it that a user knows files by.
     """
     for notice in source.notices(wanted.quant, wanted.text_quant):
-        _log.warning("%s", notice)
+        _log.warning("%s", called(notice))
     target.parent.mkdir(parents=True, exist_ok=True)
     quants = source.quants(wanted.quant, wanted.text_quant)
     write_checkpoint(source, target, *quants, name=name, folds=wanted.folds, force=force, progress=progress)
+
+
+def _called(folder: Path, repo: str, text: str) -> str:
+    return text.replace(f"{folder}/", f"{repo}:").replace(str(folder), repo)
 
 
 def _unread(source: Source, download: Download) -> set[str]:

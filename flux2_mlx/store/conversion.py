@@ -67,7 +67,7 @@ def convert_model(
         folds = tuple(_fold(source, scale, progress, held) for source, scale in adapters)
         wanted = Wanted(variant, quant, text_quant, folds=folds)
         fetching = Fetching(keep_source, announce=announce, progress=progress)
-        make_checkpoint(model, target, wanted, fetching, parts=parts, force=force)
+        make_checkpoint(model, lambda quant, text_quant: target, wanted, fetching, parts=parts, force=force)
     return model
 
 
@@ -84,51 +84,47 @@ def _fold(source: str, scale: float, progress: Progress | None, held: ExitStack)
 
 def make_checkpoint(
     model: Model,
-    target: Path,
+    target: Callable[[str, str], Path],
     wanted: Wanted,
     fetching: Fetching,
     *,
     parts: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
     models_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
-    of_files: tuple[Callable[[str, str], Path], Wanted] | None = None,
 ) -> Path:
     """Convert `model` into a new checkpoint, fetched first if need be; one that is a checkpoint gets fewer bits. Gives
     the folder.
 
     Args:
         model: see `resolve`.
-        target: the folder to make.
+        target: the folder to make, by the quantizations of transformer and text encoder.
         wanted: what of it, and how it is to be stored.
         fetching: how it is fetched, and who hears of it.
         parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
         models_dir: where converted models are that give what single files lack, which else the official repo does.
         force: replace an MLX checkpoint at `target`.
-        of_files: the folder, by its quantizations, and what is wanted of a repo that turns out to hold weights of one
-            thing only; None: `target` and `wanted`.
     """
     given = {name: located(where) for name, where in parts.items()}
     if model.is_checkpoint and not given:
         stored = Checkpoint.open(holding(model.place, wanted.variant))
+        made = target(wanted.quant or stored.quant, wanted.text_quant or stored.text_quant)
         requantize(
             stored,
-            target,
+            made,
             wanted.quant,
             wanted.text_quant,
             folds=wanted.folds,
             force=force,
             progress=fetching.report("convert"),
         )
-        return target
+        return made
     with _suggesting(model.origin) if model.path is None else nullcontext():
         if model.kind in (REPO, VARIANT) and not given:
             try:
-                acquire(model.origin, target, wanted, fetching, known=model.variant, force=force)
-                return target
+                return acquire(model.origin, target, wanted, fetching, known=model.variant, force=force)
             except UnindexedError as error:
                 _check_single(Remote(model.origin), error)
-        folder, of_these = of_files or (lambda quant, text_quant: target, wanted)
-        return make_from_parts(model, given, folder, of_these, fetching, models_dir=models_dir, force=force)
+        return make_from_parts(model, given, target, wanted, fetching, models_dir=models_dir, force=force)
 
 
 def make_from_parts(

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
 from ..components import by_group, can_paint
 from ..config import QUANTIZATIONS, VARIANTS, Variant
-from ..convert import KEPT
+from ..convert import KEPT, chosen_quants
 from ..errors import CheckpointError, InputError
 from ..json_files import read_json
 from ..quantization import usual_text_quant
@@ -110,14 +110,18 @@ def find_conversion(
     return None
 
 
-def keeps_bits(folder: Path, text_quant: str | None) -> bool:
-    """Whether a checkpoint has as few bits as the files had that it was made from, and this text encoder, if one is
-    asked for."""
+def keeps_bits(folder: Path, quant: str | None, text_quant: str | None) -> bool:
+    """Whether a checkpoint is stored as files are of which this is asked, since the ones that it was made from had few
+    bits."""
     manifest = read_json(folder / MANIFEST)
     source, stored = manifest.get("source"), manifest.get("quantization")
-    if not isinstance(source, dict) or not isinstance(stored, dict) or KEPT not in source:
+    if not isinstance(source, dict) or not isinstance(stored, dict) or not source.keys() & {*KEPT}:
         return False
-    return bool(source[KEPT] == stored.get("transformer") and text_quant in (None, stored.get("text_encoder")))
+    usual, usual_text = (source.get(name, "bf16") for name in KEPT)
+    wanted = by_group(*chosen_quants(usual, usual_text, quant, text_quant))
+    if KEPT[1] not in source and text_quant is None:  # one that older versions made, which did not note it
+        wanted["text_encoder"] = stored.get("text_encoder")
+    return bool(stored == wanted)
 
 
 def described(

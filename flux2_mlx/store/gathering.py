@@ -16,7 +16,7 @@ from ..hub import Download
 from ..wording import told
 from .acquisition import convert_source
 from .first_use import Fetching
-from .parts import Remote, files_of, main_file
+from .parts import Remote, files_of, main_place
 from .sources import Wanted
 
 _TEKKEN = ("tekken_model",)  # a tensor that is a tokenizer
@@ -90,10 +90,13 @@ class Gathering:
         given = {name: self._at(where, name) for name, where in self._given.items()}
         place = self._at(self._where, None)
         wanted = self._wanted
-        if not given and not is_loose(place):
-            return Source.open(place, wanted.variant, text_only=wanted.text_only)
         transformer = self._given.get(MAIN_PART, self._where)
         repo = transformer.repo if isinstance(transformer, Remote) else ""
+        if not given and not is_loose(place):
+            with self.named():
+                source = Source.open(place, wanted.variant, text_only=wanted.text_only, repo=repo)
+            self._leave_out_unread(source)
+            return source
         with self.named():
             source = assembled(
                 place,
@@ -108,7 +111,13 @@ class Gathering:
         notes = list(source.notes)
         if self._borrowed:
             notes.insert(0, f"{place} has no {told(self._borrowed)}; taken from {source.variant.repo}")
-        return replace(source, notes=tuple(map(self._called, notes)))
+        return replace(source, notes=tuple(map(self.called, notes)))
+
+    def _leave_out_unread(self, source: Source) -> None:
+        """Fetch none of the weights of a whole model that it is not made from, such as those of a second format."""
+        read = {path for paths in source.files.values() for path in paths}
+        for selection in self._selections.values():
+            selection.leave_out([x for x in selection.names if hub.is_weight(x) and selection.folder / x not in read])
 
     def _at(self, where: Path | Remote, part: str | None) -> Path:
         """The folder or file of a part; an outline of it, if it is on the Hub and not fetched."""
@@ -119,19 +128,20 @@ class Gathering:
             selected = hub.select(where.repo, partial(files_of, where, part), pieces)
             self._selections[where, part] = self._held.enter_context(selected)
         selection = self._selections[where, part]
-        return selection.folder / main_file(selection.names)
+        return selection.folder / main_place(selection.names)
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Let errors say the repos in place of the folders of outlines."""
+        """Let errors say what `called` gives."""
         try:
             yield
         except MissingPartsError as error:
-            raise MissingPartsError(self._called(str(error)), error.source, error.missing) from error
+            raise MissingPartsError(self.called(str(error)), error.source, error.missing) from error
         except (CheckpointError, InputError) as error:
-            raise type(error)(self._called(str(error))) from error
+            raise type(error)(self.called(str(error))) from error
 
-    def _called(self, text: str) -> str:
+    def called(self, text: str) -> str:
+        """A text with the repos in place of the folders of their files."""
         for selection in self._selections.values():
             text = selection.called(text)
         return text
@@ -172,6 +182,7 @@ def gather(
             fetching.begin(name, downloads, folder, Checkpoint.outline(source.variant, *quants, components))
             gathering.fetch(fetching.report("download"))
             source = gathering.source()
-        convert_source(source, folder, wanted, name=name, force=force, progress=fetching.report("convert"))
+        progress = fetching.report("convert")
+        convert_source(source, folder, wanted, name=name, force=force, progress=progress, called=gathering.called)
     fetching.end(downloads)
     return folder

@@ -31,7 +31,7 @@ from ..errors import CheckpointError, DownloadError, InputError
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
 from .names import SOURCE, Model, checked_variant
-from .parts import Remote, files_of
+from .parts import Remote, files_of, folder_files
 from .sources import Wanted, what_is_here
 
 
@@ -106,7 +106,7 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
     """
     said = checked_variant(variant)
     names = [] if file else hub.names_of(repo)
-    found = _identify_folder(repo, told, said) if (told := _of_folders(names)) else _identify_file(repo, file, said)
+    found = _identify_folder(repo, told, said) if (told := folder_files(names)) else _identify_file(repo, file, said)
     missing = [part for part in found.identity.missing if part != TOKENIZER_PART or not _has_tokenizer(repo, names)]
     return replace(found, identity=replace(found.identity, missing=tuple(missing)))
 
@@ -128,15 +128,6 @@ def _has_tokenizer(repo: str, names: Collection[str]) -> bool:
         return False
 
 
-def _of_folders(names: Collection[str]) -> list[str]:
-    """Of the files of a repo those that tell what it is, if it has folders of several parts of a model."""
-    folders = {name.partition("/")[0] for name in names if hub.is_weight(name)} & {*MODEL_PARTS}
-    told = {"", "scheduler", *folders}
-    small = [name for name in names if name.endswith(".json") and name.rpartition("/")[0] in told]
-    weights = [name for name in names if hub.is_weight(name) and name.rpartition("/")[0] in folders]
-    return [*small, *weights] if len(folders) > 1 else []
-
-
 def _identify_folder(repo: str, names: Collection[str], variant: str | None) -> Found:
     """What a repo is whose parts lie in folders. Its tokenizer, which may be large, is not looked at."""
     with hub.select(repo, lambda _: names, formats.outline.pieces) as selection:
@@ -144,7 +135,7 @@ def _identify_folder(repo: str, names: Collection[str], variant: str | None) -> 
         with _called({f"{folder}/": f"{repo}:", str(folder): repo}):
             if not is_whole(folder):
                 return Found(repo, _identity(folder, repo, variant, repo), None)
-            source = Source.open(folder, variant, tokenizer=folder / TOKENIZER_PART)
+            source = Source.open(folder, variant, tokenizer=folder / TOKENIZER_PART, repo=repo)
             places: dict[str, Path | str] = dict.fromkeys(MODEL_PARTS, repo)
             return Found(repo, identify_whole(source), Conversion(places, *source.quants(None, None)))
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..components import PARTS, WRITING_PARTS
+from ..components import MAIN_PART, PARTS, WRITING_PARTS
 from ..convert import TOKENIZER_PART
 from ..errors import DownloadError, InputError
 from ..hub import Folders, is_repo_id, is_weight
@@ -21,6 +21,7 @@ WRITING = replace(WHOLE, weights=WRITING_PARTS)
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tekken.json",))
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 _CONFIG = "config.json"
+_COUNTED = re.compile(r"(?:.*/)?\d{1,3}\.safetensors")  # files of one set, as mflux names them
 _USUAL = re.compile(rf"(?:.*/)?(?:diffusion_pytorch_model|model)(?:{NUMBERS})?\.safetensors")
 
 
@@ -69,15 +70,31 @@ def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[s
         raise InputError(f"{remote} is a pickle, which could run code; give a .safetensors file")
     if part == TOKENIZER_PART:
         return _tokenizer(remote, names)
+    if not part and not remote.path and (found := folder_files(names)):
+        return [*found, *(name for name in names if name.startswith(f"{TOKENIZER_PART}/") and not is_weight(name))]
     weights = _weights(remote, part, sorted(filter(is_weight, names)))
     folder = os.path.dirname(weights[0])
     beside = [name for name in names if os.path.dirname(name) == folder and name.endswith((_CONFIG, SET_INDEX))]
     return [*sorted(name for name in beside if _belongs(name, weights)), *weights]
 
 
-def main_file(names: Collection[str]) -> str:
-    """The file that stands for all that `files_of` gives."""
-    return next(filter(is_weight, names), next(iter(names)))
+def folder_files(names: Collection[str]) -> list[str]:
+    """Of the files of a repo those that a model is made of which has a folder for each part, but for its tokenizer,
+    the small ones first; none if it is no such repo."""
+    weights = [name for name in names if is_weight(name) and os.path.dirname(name) in PARTS]
+    folders = {*map(os.path.dirname, weights)}
+    if len(folders) < 2 or (MAIN_PART not in folders and any(is_weight(x) and "/" not in x for x in names)):
+        return []
+    told = {"", "scheduler", *folders}
+    return [*(name for name in names if name.endswith(".json") and os.path.dirname(name) in told), *weights]
+
+
+def main_place(names: Collection[str]) -> str:
+    """The file that stands for all that `files_of` gives, or the folder if no file does."""
+    weights = [*filter(is_weight, names)]
+    if len(weights) < 2 or (SHARD.fullmatch(weights[0]) and len({*map(os.path.dirname, weights)}) == 1):
+        return next(iter(weights or names))
+    return os.path.commonpath([*map(os.path.dirname, weights)])
 
 
 def _weights(remote: Remote, part: str | None, weights: list[str]) -> list[str]:
@@ -88,6 +105,8 @@ def _weights(remote: Remote, part: str | None, weights: list[str]) -> list[str]:
     found = next(filter(None, ([x for x in weights if os.path.dirname(x) == folder] for folder in folders)), [])
     if not found and not remote.path:
         found = weights
+    if len({*map(os.path.dirname, found)}) == 1 and all(map(_COUNTED.fullmatch, found)):
+        return found
     sets = [_set_of(name, found) for name in found]
     distinct = [one for number, one in enumerate(sets) if one not in sets[:number]]
     usual = [one for one in distinct if _USUAL.fullmatch(one[0])]
@@ -111,7 +130,8 @@ def _set_of(name: str, weights: list[str]) -> list[str]:
 def _belongs(name: str, weights: list[str]) -> bool:
     """Whether a small file says something of these weights: a config, or the index of a set."""
     own, first = os.path.basename(name), os.path.basename(weights[0])
-    return own == _CONFIG or (len(weights) > 1 and first.startswith(own.removesuffix(SET_INDEX) + "-"))
+    lists = first.startswith(own.removesuffix(SET_INDEX) + "-") or _COUNTED.fullmatch(first)
+    return own == _CONFIG or bool(len(weights) > 1 and lists)
 
 
 def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:

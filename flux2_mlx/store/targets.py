@@ -1,7 +1,5 @@
 """The checkpoint that a model becomes: where it is or will be, and the making of it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,10 +72,12 @@ class _OfModel:
         return next(filter(is_checkpoint, self._targets), None) or self._kept()
 
     def _kept(self) -> Path | None:
-        """One that has as few bits as the files of a repo had that nothing else was asked of."""
-        if self._model.kind != REPO or self._wanted.quant is not None:
+        """One that has as few bits as the files of a repo had, as far as nothing else was asked of it."""
+        if self._model.kind != REPO:
             return None
-        return next((x for x in conversions(self._model, self._folder) if keeps_bits(x, self._wanted.text_quant)), None)
+        wanted = self._wanted
+        found = conversions(self._model, self._folder, painting=not wanted.text_only)
+        return next((x for x in found if keeps_bits(x, wanted.quant, wanted.text_quant)), None)
 
     def make(self, fetching: Fetching) -> Path:
         target = self._targets[0]
@@ -87,17 +87,23 @@ class _OfModel:
             fetching = replace(fetching, check=partial(_check_again, fetching.check, outline))
         check_writable(target)
         stored = None if self._wanted.text_only else _unquantized(self._folder, self._name, *self._quants)
-        with _unless_made(target):
-            if self._source is not None and self._is_whole and stored is None:
-                progress = fetching.report("convert")
-                convert_source(self._source, target, self._wanted, name=self._model.origin, progress=progress)
-            else:
-                model = self._model if stored is None else resolve(stored)
-                wanted = replace(self._wanted, quant=self._quants[0], text_quant=self._quants[1])
-                return make_checkpoint(
-                    model, target, wanted, fetching, models_dir=self._folder, of_files=(self._target, self._wanted)
-                )
-        return target
+        try:
+            return self._made(stored, fetching)
+        except (InputError, CheckpointError):
+            if (made := self.stored()) is None:  # by another process, meanwhile
+                raise
+            return made
+
+    def _made(self, stored: Path | None, fetching: Fetching) -> Path:
+        """What is made of the model, or of a checkpoint of it that is `stored`."""
+        model, wanted = self._model, self._wanted
+        if stored is not None:
+            model, wanted = resolve(stored), replace(wanted, quant=self._quants[0], text_quant=self._quants[1])
+        elif self._source is not None and self._is_whole:
+            target, progress = self._targets[0], fetching.report("convert")
+            convert_source(self._source, target, wanted, name=model.origin, progress=progress)
+            return target
+        return make_checkpoint(model, self._target, wanted, fetching, models_dir=self._folder)
 
     def _target(self, quant: str, text_quant: str) -> Path:
         return self._folder / _sufficient(self._name, quant, text_quant, self._wanted.text_only)[0]
@@ -127,16 +133,6 @@ def _sufficient(model: str, quant: str, text_quant: str, text_only: bool) -> lis
     if not text_only:
         return [checkpoint_name(model, quant, text_quant)]
     return [f"{model}-text-only-{text_quant}", *(checkpoint_name(model, q, text_quant) for q in QUANTIZATIONS)]
-
-
-@contextmanager
-def _unless_made(target: Path) -> Iterator[None]:
-    """Let pass what went wrong if another process has finished the same conversion meanwhile."""
-    try:
-        yield
-    except (InputError, CheckpointError):
-        if not is_checkpoint(target):
-            raise
 
 
 def _unquantized(folder: Path, model: str, quant: str, text_quant: str) -> Path | None:
