@@ -3,6 +3,7 @@
 What blocks mean is the part of the `gguf` library.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from flux2_mlx.copying import FileVersion
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
-from .checks import MOST
+from .checks import FAINT, MOST
 
 # Types that hold numbers as they are, and the arrays that they are read into: NumPy has no bfloat16.
 PLAIN = {
@@ -101,13 +102,18 @@ def read_stored(name: str, stored: Stored) -> mx.array:
     values = np.array(array, copy=False).reshape(-1)
     with stored.file.open() as file, ThreadPoolExecutor(_THREADS) as pool:
         fill = partial(_fill, file.fileno(), name, stored, values)
-        for _ in pool.map(fill, range(0, len(values), _JOB)):
-            pass
+        found = [*pool.map(fill, range(0, len(values), _JOB))]
+    if any(differ for _, differ in found) and max(most for most, _ in found) < FAINT:
+        raise CheckpointError(
+            f"{name} in {stored.file.path} has scales that are 0 or nearly so throughout, for no such weight; "
+            "fetch the file again"
+        )
     return array.view(mx.bfloat16, stream=READER) if dtype == "BF16" else array
 
 
-def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) -> None:
-    """Fill `values` from number `start` on, as far as one job goes."""
+def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) -> tuple[float, bool]:
+    """Fill `values` from number `start` on, as far as one job goes. Of quantized ones it gives the largest, without its
+    sign, and whether all are nearly zero although their blocks differ, as where the true scales were lost."""
     kind = stored.kind
     values = values[start : start + _JOB]
     quantized = kind.name not in PLAIN
@@ -119,10 +125,14 @@ def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) 
     if count != len(data):
         raise CheckpointError(f"{stored.file.path} became shorter while it was read")
     if not quantized:
-        return
+        return math.inf, False
+    most = 0.0
     step = _STEP // kind.values * kind.nbytes
     for number, first in enumerate(range(0, len(data), step)):
         made = _dequantize(data[first : first + step], kind)
-        if not -MOST <= made.min() <= made.max() <= MOST:  # false, too, if one is no number
+        least, largest = float(made.min()), float(made.max())
+        if not -MOST <= least <= largest <= MOST:  # false, too, if one is no number
             raise CheckpointError(f"{name} in {stored.file.path} has scales that no weight has; fetch the file again")
         values[number * _STEP :][: len(made)] = made
+        most = max(most, -least, largest)
+    return most, most < FAINT and bool((data.reshape(-1, kind.nbytes) != data[: kind.nbytes]).any())

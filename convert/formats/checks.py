@@ -15,7 +15,7 @@ from .packed import Packed
 
 FLOAT_CODES = tuple(FLOATS.values())
 LEAST = 2.0**-126  # less has fewer digits in float32
-_FAINT = 1e-12  # with codes up to 448, scales below it make a layer that is zero, as no layer of a model is
+FAINT = 1e-12  # with codes up to 448, scales below it make a layer that is zero, as no layer of a model is
 MOST = 2.0**20  # a weight that is so large overflows in float16, and only a broken scale makes it
 _MAX_JSON = 100_000  # several hundred times what says how one tensor is packed
 
@@ -66,7 +66,7 @@ def finite(array: mx.array, name: str, *, least: float = -math.inf, largest: flo
 def not_all_zero(scales: mx.array, name: str, codes: mx.array) -> mx.array:
     """`scales` again; CheckpointError if all are 0 or nearly so while the codes differ: the true scales were lost."""
     with mx.stream(READER):
-        if codes.size and not mx.any(mx.abs(scales) >= _FAINT).item() and mx.any(codes != codes.reshape(-1)[0]).item():
+        if codes.size and not mx.any(mx.abs(scales) >= FAINT).item() and mx.any(codes != codes.reshape(-1)[0]).item():
             raise CheckpointError(f"{name} is 0 or nearly so throughout, for no such weight; fetch the file again")
     return scales
 

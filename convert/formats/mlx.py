@@ -137,6 +137,13 @@ def _form(
     raise CheckpointError(f"{weight} has {words} columns for {scales} of scales, which no form of MLX has{told}")
 
 
+def _numbers(scales: mx.array, form: _Form) -> mx.array:
+    """What the codes of scales stand for."""
+    if form.mode == "nvfp4":
+        return mx.from_fp8(scales, mx.float32)
+    return (scales.astype(mx.uint32) << 23).view(mx.float32)
+
+
 def _unpack(
     names: tuple[str, ...], form: _Form, stored: mx.array, scales: mx.array, biases: mx.array | None = None
 ) -> mx.array:
@@ -144,6 +151,7 @@ def _unpack(
         if biases is None:
             if mx.any(scales > _LAST[form.mode]).item():
                 raise CheckpointError(f"{names[1]} has values that are no scales; fetch the file again")
+            not_all_zero(_numbers(scales, form), names[1], stored)
             return mx.dequantize(stored, scales, None, form.group, form.bits, form.mode, dtype=mx.float32)
         biases = finite(biases, names[2])
         scales = not_all_zero(finite(scales, names[1], largest=2**form.bits), names[1], stored)
