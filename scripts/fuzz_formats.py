@@ -35,6 +35,7 @@ PLAIN = "b.weight"
 MOST = 2.0**20  # what no weight comes near
 # Types of GGUF, and where in their blocks scales in half precision are.
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "IQ4_XS": (0,)}
+MODES = {layer: {"mode": mode} for layer, mode in (("m", "mxfp4"), ("n", "mxfp8"), ("o", "nvfp4"))}
 HEADER = 600  # bytes of a GGUF file that are surely of its header
 
 
@@ -88,10 +89,13 @@ class Bench:
         found = self.read(changed.encoded())
         if action in TOLD and (altered := self.altered(kind, found)):
             raise Finding("silent", f"{action} {difference(changed, sample)}: other values of {', '.join(altered)}")
-        return self.compared(kind, found, is_scale=action == "revalued" and "F32" in difference(changed, sample))
+        told = difference(changed, sample)
+        return self.compared(kind, found, is_scale=action == "revalued" and ("F32" in told or "scale" in told))
 
     def damaged_gguf(self, rng: random.Random) -> str:
-        """A GGUF file with bytes changed, half the time in its header."""
+        """A GGUF file with bytes changed, half the time in its header, or with all scales of a type of one value."""
+        if rng.random() < 0.1:
+            return self.compared("gguf", self.read(rescaled(rng, self.folder / "right.gguf", self.gguf)), is_scale=True)
         start = len(self.gguf) // 2 if rng.random() < 0.5 else HEADER
         action = rng.choice([scrambled, scrambled, scrambled, cut])
         return self.compared("gguf", self.read(action(rng, self.gguf[:start]) + self.gguf[start:]))
@@ -133,6 +137,18 @@ class Bfloat16:
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
         return (array.astype(mx.bfloat16) for array in self._tensors.read(names))
+
+
+def rescaled(rng: random.Random, path: Path, data: bytes) -> bytes:
+    """A GGUF file with other scales in all blocks of a tensor."""
+    kind, value = rng.choice(list(SCALES)), rng.choice([0.0, -1.0, 6e-8, 65504.0, np.nan, np.inf, -np.inf])
+    (tensor,) = (x for x in gguf.GGUFReader(path).tensors if x.name == f"{kind}.weight")
+    nbytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
+    end = tensor.data_offset + tensor.n_bytes
+    blocks = np.frombuffer(data[tensor.data_offset : end], np.uint8).reshape(-1, nbytes).copy()
+    for place in SCALES[kind]:
+        blocks[:, place : place + 2] = np.array([value], np.float16).view(np.uint8)
+    return data[: tensor.data_offset] + blocks.tobytes() + data[end:]
 
 
 def dropped(rng: random.Random, sample: Sample) -> Sample:
@@ -260,7 +276,7 @@ def samples() -> dict[str, Sample]:
         "bnb_int8": golden("bitsandbytes", "model.layers.0.mlp.up_proj"),
         "quanto": golden("quanto", "qint8", "qfloat8", "qfloat8_e5m2", "qint4", "qint2"),
         "torchao": golden("torchao", "int8", "int8_groups", "float8", "float8_tensor"),
-        "mlx": packed_by_mlx({"quantization": json.dumps({"bits": 4, "group_size": 64, "m": {"mode": "mxfp4"}})}),
+        "mlx": packed_by_mlx({"quantization": json.dumps({"bits": 4, "group_size": 64} | MODES)}),
         "mflux": packed_by_mlx({"mflux_version": "0.24.0", "quantization_level": "4"}),
     }
     plain = stored("BF16", mx.random.normal((8, 32), key=mx.random.key(9)).astype(mx.bfloat16))
@@ -302,7 +318,9 @@ def fp8_of_blocks() -> Sample:
 
 def packed_by_mlx(metadata: dict[str, str]) -> Sample:
     tensors = {}
-    forms = {"a": (64, 4, "affine"), "c": (64, 4, "affine")} | ({"m": (32, 4, "mxfp4")} if SETTINGS in metadata else {})
+    forms = {"a": (64, 4, "affine"), "c": (64, 4, "affine")}
+    if SETTINGS in metadata:
+        forms |= {"m": (32, 4, "mxfp4"), "n": (32, 8, "mxfp8"), "o": (16, 4, "nvfp4")}
     for layer, (group, bits, mode) in forms.items():
         weight = mx.random.normal((6, 256), key=mx.random.key(1)).astype(mx.bfloat16)
         for end, array in zip(("weight", "scales", "biases"), mx.quantize(weight, group, bits, mode), strict=False):
