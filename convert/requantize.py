@@ -71,11 +71,13 @@ def requantize(
     if usual not in (None, text_quant):
         stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"
         _log.warning("%s; %s of the original is better than what could be made of that", stays, usual)
-    parts = stored_parts(checkpoint.components, (quant, text_quant), Folds(folds, configs))
+    adapters = Folds(folds, configs)
+    parts = stored_parts(checkpoint.components, (quant, text_quant), adapters)
     for part in parts:
         warn_of_loss(checkpoint.components[part.component.name], part.component)
     source = folded_source(checkpoint.source, folds)
     files = [file for component in checkpoint.components.values() for file in versions(component.tensors)]
+    files += adapters.versions
     write_folder(
         target,
         parts,

@@ -85,6 +85,7 @@ def write_checkpoint(
     stored = [(network.files[0].parent.parent, [network.name]) for network in source.stored.values()]
     files = [file for part in source.parts.values() for file in versions(part.tensors)]
     files += [file for network in source.stored.values() for file in versions(network.tensors)]
+    files += adapters.versions
     networks = [one for one in COMPONENTS if one in source.configs]
     with opened_tokenizer(source.tokenizer) as tokenizer:
         write_folder(

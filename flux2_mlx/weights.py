@@ -96,8 +96,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _read_header(path: Path) -> _Header:
     with open_model_file(path) as file:
-        version = FileVersion.of(path, file)
-        size = version.size
+        size = (version := FileVersion.of(path, file)).size
         try:
             length = _header_length(file.read(START), size)
             file.seek(8)
@@ -245,6 +244,8 @@ class Files:
             if path not in opened:
                 opened[path] = self._reader(path)
             yield opened[path](name)
+        for path in opened:
+            self._headers[path].file.check()
 
     def range_of(self, name: str) -> Range:
         """Where the bytes of a tensor are."""
@@ -263,7 +264,7 @@ class Files:
     def _reader(self, path: Path) -> Callable[[str], mx.array]:
         header = self._headers[path]
         if _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in header.tensors.values()):
-            return {self._called(name): array for name, array in _load_arrays(path).items()}.pop
+            return {self._called(name): array for name, array in _load_arrays(header.file).items()}.pop
         return partial(_read_array, header)
 
 
@@ -295,12 +296,13 @@ def evaluated(arrays: Iterable[mx.array]) -> Iterator[mx.array]:
         yield array
 
 
-def _load_arrays(path: Path) -> dict[str, mx.array]:
+def _load_arrays(file: FileVersion) -> dict[str, mx.array]:
     """The unread arrays of a safetensors file."""
     try:
-        arrays = mx.load(str(path), format="safetensors", stream=READER)
+        arrays = mx.load(str(file.path), format="safetensors", stream=READER)
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"can't read {path}: {error}") from error
+        raise CheckpointError(f"can't read {file.path}: {error}") from error
+    file.check()  # or what MLX has opened may be other weights of the same shapes
     return cast("dict[str, mx.array]", arrays)  # which it is of this format
 
 

@@ -69,9 +69,11 @@ def check_folds(folds: Sequence[Fold], configs: Mapping[str, Config], model: str
 
 
 class Folds:
-    """Adapters in memory, as `folds` say it, for networks of these geometries."""
+    """Adapters in memory, as `folds` say it, for networks of these geometries; `versions` are their files as they were
+    when they were opened."""
 
     def __init__(self, folds: Sequence[Fold], configs: Mapping[str, Config]):
+        self.versions = [file for x in folds for file in x.fetched.files.versions]
         self._adapters = [(x.fetched.load(configs, Path(x.source).name), x.scale) for x in folds]
 
     def into(self, network: str, tensors: Tensors) -> Tensors:
