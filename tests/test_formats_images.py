@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,7 @@ NF4 = (
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
 Ends = dict[str, tuple[str, np.ndarray]]  # of a weight's name without `.weight`, with the code of a file
 
@@ -77,6 +79,30 @@ def text(value: object) -> tuple[str, np.ndarray]:
     return "U8", np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
+def exponents(weight: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of powers of two, one for each 32 inputs, and the weight divided by them, up to `most`."""
+    groups = weight.reshape(len(weight), -1, 32)
+    codes = np.clip(np.ceil(np.log2(np.abs(groups).max(axis=-1) / most)) + 127, 1, 254).astype(np.uint8)
+    return codes, (groups / np.exp2(codes.astype(np.float32) - 127)[..., None]).reshape(weight.shape)
+
+
+def mxfp8(weight: np.ndarray) -> Ends:
+    codes, values = exponents(weight, 448)
+    return {
+        ".weight": ("F8_E4M3", fp8(values)),
+        ".weight_scale": ("U8", swizzled(codes)),
+        ".comfy_quant": text({"format": "mxfp8"}),
+    }
+
+
+def fp8_by_blocks(weight: np.ndarray) -> Ends:
+    rows, columns = (size // 128 for size in weight.shape)
+    blocks = weight.reshape(rows, 128, columns, 128)
+    scales = np.abs(blocks).max(axis=(1, 3), keepdims=True) / 448
+    values = fp8((blocks / scales).reshape(weight.shape))
+    return {".weight": ("F8_E4M3", values), ".weight_scale_inv": ("F32", scales.reshape(rows, columns))}
+
+
 def by_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.abs(weight).max(axis=1, keepdims=True) / 127
     return np.rint(weight / scale).astype(np.int8), scale
@@ -91,17 +117,39 @@ def comfy_int8(weight: np.ndarray) -> Ends:
     }
 
 
-def nf4(weight: np.ndarray) -> Ends:
-    blocks = weight.reshape(-1, 64)
-    most = np.abs(blocks).max(axis=1)
-    nibbles = nearest(blocks / most[:, None], NF4).reshape(-1)
-    said = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
-    return {
-        ".weight": ("U8", (nibbles[::2] << 4 | nibbles[1::2])[:, None]),
-        ".weight.absmax": ("F32", most),
-        ".weight.quant_map": ("F32", np.float32(NF4)),
-        ".weight.quant_state.bitsandbytes__nf4": text(said),
-    }
+def rotated_int8(weight: np.ndarray) -> Ends:
+    four = np.float32([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    turned = (weight.reshape(-1, 4, 4).transpose(0, 2, 1) @ four).transpose(0, 2, 1)  # the upper digit of 16
+    codes, scale = by_rows((turned @ four).reshape(weight.shape))
+    said = {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 16}}
+    return {".weight": ("I8", codes), ".weight_scale": ("F32", scale), ".comfy_quant": text(said)}
+
+
+def nibbled(kind: str, table: tuple[float, ...], *, nested: bool = False) -> Callable[[np.ndarray], Ends]:
+    def packed(weight: np.ndarray) -> Ends:
+        blocks = weight.reshape(-1, 64)
+        most = np.abs(blocks).max(axis=1)
+        nibbles = nearest(blocks / most[:, None], table).reshape(-1)
+        said = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+        beside: Ends = {".weight.absmax": ("F32", most)}
+        if nested:
+            offset, steps = float(most.mean()), np.linspace(-1, 1, 256, dtype=np.float32)
+            rest = np.pad(most - offset, (0, -len(most) % 256)).reshape(-1, 256)
+            whole = np.abs(rest).max(axis=1)
+            codes = np.rint((rest / whole[:, None] + 1) * 127.5).astype(np.uint8).reshape(-1)[: len(most)]
+            beside = {
+                ".weight.absmax": ("U8", codes),
+                ".weight.nested_absmax": ("F32", whole),
+                ".weight.nested_quant_map": ("F32", steps),
+            }
+            said |= {"nested_blocksize": 256, "nested_offset": offset, "nested_dtype": "float32"}
+        return beside | {
+            ".weight": ("U8", (nibbles[::2] << 4 | nibbles[1::2])[:, None]),
+            ".weight.quant_map": ("F32", np.float32(table)),
+            f".weight.quant_state.bitsandbytes__{kind}": text(said),
+        }
+
+    return packed
 
 
 def bitsandbytes_int8(weight: np.ndarray) -> Ends:
@@ -131,6 +179,30 @@ def quanto_int4(weight: np.ndarray) -> Ends:
     }
 
 
+def quanto_float8(weight: np.ndarray) -> Ends:
+    scale = np.abs(weight).max(axis=1, keepdims=True) / 448
+    return {".weight._data": ("F8_E4M3", fp8(weight / scale)), ".weight._scale": ("F32", scale)}
+
+
+def torchao(kind: str) -> Callable[[np.ndarray], Ends]:
+    def packed(weight: np.ndarray) -> Ends:
+        if kind == "Int8Tensor":
+            codes, scale = by_rows(weight)
+            return {"._weight_qdata": ("I8", codes), "._weight_scale": ("F32", scale)}
+        scale = np.abs(weight).max(axis=1, keepdims=True) / 448
+        return {"._weight_qdata": ("F8_E4M3", fp8(weight / scale)), "._weight_scale": ("F32", scale)}
+
+    return packed
+
+
+def floats(mode: str, bits: int, group: int) -> Callable[[np.ndarray], Ends]:
+    def packed(weight: np.ndarray) -> Ends:
+        arrays = map(np.array, mx.quantize(mx.array(weight), group, bits, mode))
+        return dict(zip((".weight", ".scales"), zip(("U32", "U8"), arrays, strict=True), strict=True))
+
+    return packed
+
+
 def affine(bits: int) -> Callable[[np.ndarray], Ends]:
     def packed(weight: np.ndarray) -> Ends:
         arrays = map(np.array, mx.quantize(mx.array(weight), 64, bits))
@@ -147,16 +219,56 @@ FORMATS = {
     "fp8": (fp8_scaled, {}, 0.0035),
     "fp8 by rows": (fp8_by_rows, {}, 0.004),
     "fp8 E5M2": (e5m2, {}, 0.005),
+    "fp8 by blocks": (fp8_by_blocks, {}, 0.006),
+    "mxfp8": (mxfp8, {}, 0.004),
     "nvfp4": (nvfp4, {}, 0.014),
     "int8 of ComfyUI": (comfy_int8, {}, 0.0015),
-    "nf4": (nf4, {}, 0.01),
+    "rotated int8 of ComfyUI": (rotated_int8, {}, 0.0015),
+    "nf4": (nibbled("nf4", NF4), {}, 0.01),
+    "nf4 with nested scales": (nibbled("nf4", NF4, nested=True), {}, 0.01),
+    "fp4 of bitsandbytes": (nibbled("fp4", FP4), {}, 0.01),
     "int8 of bitsandbytes": (bitsandbytes_int8, {}, 0.0015),
     "quanto qint8": (quanto_int8, {}, 0.0015),
     "quanto qint4": (quanto_int4, {}, 0.01),
+    "quanto qfloat8": (quanto_float8, {}, 0.004),
+    "torchao int8": (torchao("Int8Tensor"), "Int8Tensor", 0.0015),
+    "torchao float8": (torchao("Float8Tensor"), "Float8Tensor", 0.004),
     "MLX 8 bits": (affine(8), {"quantization": '{"bits": 8, "group_size": 64}'}, 0.0015),
     "MLX 4 bits": (affine(4), {"quantization": '{"bits": 4, "group_size": 64}'}, 0.022),
+    "MLX mxfp4": (floats("mxfp4", 4, 32), {}, 0.022),
+    "MLX mxfp8": (floats("mxfp8", 8, 32), {}, 0.004),
+    "MLX nvfp4": (floats("nvfp4", 4, 16), {}, 0.022),
 }
-GGUF = {"Q8_0": 0.0012, "Q5_1": 0.005, "Q4_0": 0.014, "BF16": 0}
+
+
+def q6_k(weight: np.ndarray) -> np.ndarray:
+    groups = weight.reshape(-1, 16, 16)
+    steps = np.abs(groups).max(axis=2) / 31
+    whole = (steps.max(axis=1, keepdims=True) / 127).astype(np.float16)
+    scales = np.maximum(np.rint(steps / whole.astype(np.float32)), 1)
+    codes = np.clip(np.rint(groups / (whole * scales)[..., None]), -32, 31) + 32
+    codes = codes.astype(np.uint8).reshape(-1, 2, 4, 32)  # of each half four quarters, two of which share nibbles
+    low = codes[:, :, :2] & 15 | (codes[:, :, 2:] & 15) << 4
+    high = np.bitwise_or.reduce((codes >> 4) << np.uint8([0, 2, 4, 6])[:, None], axis=2)
+    parts = (low, high, scales.astype(np.int8), whole)
+    return np.hstack([np.ascontiguousarray(x).reshape(len(codes), -1).view(np.uint8) for x in parts])
+
+
+def q4_k(weight: np.ndarray) -> np.ndarray:
+    groups = weight.reshape(-1, 8, 32)
+    low, high = np.minimum(groups.min(axis=2), 0), groups.max(axis=2)
+    ends = [(high - low) / 15, -low]
+    whole = [(x.max(axis=1, keepdims=True) / 63).astype(np.float16) for x in ends]
+    scales, least = (np.rint(x / y.astype(np.float32)).astype(np.uint8) for x, y in zip(ends, whole, strict=True))
+    steps = np.maximum((whole[0] * scales)[..., None].astype(np.float32), 1e-9)
+    codes = np.clip(np.rint((groups + (whole[1] * least)[..., None]) / steps), 0, 15).astype(np.uint8)
+    first = (x[:, :4] | x[:, 4:] >> 4 << 6 for x in (scales, least))
+    parts = (*whole, *first, scales[:, 4:] & 15 | (least[:, 4:] & 15) << 4, codes[:, ::2] | codes[:, 1::2] << 4)
+    return np.hstack([np.ascontiguousarray(x).reshape(len(groups), -1).view(np.uint8) for x in parts])
+
+
+GGUF = {"Q8_0": 0.0012, "Q5_1": 0.005, "Q4_0": 0.014, "BF16": 0, "Q6_K": 0.0015, "Q4_K": 0.008}
+BY_HAND = {"Q6_K": q6_k, "Q4_K": q4_k}  # which the library only reads
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +304,10 @@ def difference(path: Path, states: mx.array, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("name", FORMATS)
 def test_safetensors(name, weights, states, expected, tmp_path):
     pack, said, most = FORMATS[name]
+    if isinstance(said, str):
+        shapes = {key: weight.shape for key, weight in weights.items() if is_packed(key, weight)}
+        kinds = {key: {"_type": said, "_data": {"block_size": [1, shape[1]]}} for key, shape in shapes.items()}
+        said = {key: json.dumps(kind) for key, kind in kinds.items()}
     header, data = {"__metadata__": said}, b""
     for key, weight in weights.items():
         packed = (
@@ -214,8 +330,9 @@ def test_gguf(kind, weights, states, expected, tmp_path):
     code = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux")
     for key, weight in weights.items():
-        if is_packed(key, weight):
-            writer.add_tensor(key, gguf.quants.quantize(weight, code), raw_dtype=code)
+        if is_packed(key, weight) and weight.shape[1] % gguf.GGML_QUANT_SIZES[code][0] == 0:
+            pack = BY_HAND.get(kind, partial(gguf.quants.quantize, qtype=code))
+            writer.add_tensor(key, pack(weight).reshape(len(weight), -1), raw_dtype=code)
         else:
             writer.add_tensor(key, weight)
     writer.write_header_to_file()
