@@ -78,7 +78,12 @@ def assembled(
     rows = [base.variant] if base is not None and not configs else candidates(configs)
     hints = _hints(given, parts, base, repo)
     _check_sizes(place, {} if base is None else base.configs, configs, places, variant)
-    row = choose(rows, hints, variant, str(place))
+    try:
+        row = choose(rows, hints, variant, str(place))
+    except CheckpointError:
+        if text_only or base is not None or MAIN_PART in {*parts, *given}:
+            raise
+        raise CheckpointError(_alone(place, own)) from None
     tokenizer = given.get(TOKENIZER_PART) or (_held_tokenizer(parts) if base is None else None)
     there = {*parts, *given} if tokenizer is None else {*parts, *given, TOKENIZER_PART}
     if base is None and (missing := [name for name in (*wanted, TOKENIZER_PART) if name not in there]):
@@ -121,7 +126,9 @@ def _check_sizes(
     wanted = [variant_named(variant)] if variant else next(filter(None, found.values()), [])
     for name, rows in found.items() if len(found) > 1 else ():
         if rows and wanted and not any(row in wanted for row in rows):
-            raise CheckpointError(f"{places.get(name, place / name)} is {_of_size(name, rows, wanted)}")
+            where = places.get(name, place / name)
+            verb = "is" if [*places.values()].count(where) < 2 else "holds"
+            raise CheckpointError(f"{where} {verb} {_of_size(name, rows, wanted)}")
 
 
 def _of_size(name: str, rows: list[Variant], wanted: list[Variant]) -> str:
@@ -129,7 +136,7 @@ def _of_size(name: str, rows: list[Variant], wanted: list[Variant]) -> str:
     names = _either(wanted)
     own, other = model_name(rows[0].text), model_name(wanted[0].text)
     if name == "text_encoder" and own and other:
-        return f"the text encoder {own}; {names} has {other}"
+        return f"the text encoder {own}; {names} has {other}, give that"
     return f"the {told([name])} of {_either(rows)}; give that of {names}"
 
 
@@ -197,6 +204,12 @@ def _completion(
         note = f"{place} has no {told(missing)}; taken from {fitting[0].folder}"
         return replace(_of_checkpoint(fitting[0]), notes=(note,))
     return None
+
+
+def _alone(place: Path, own: Collection[str]) -> str:
+    """What to say of parts that several models have, without the transformer that tells which one it is."""
+    others = told([name for name in LAYOUT if name not in own])
+    return f"{place} holds only the {told(own)} of a model; say where its {others} are, or give it as a part of a model"
 
 
 def _lacking(place: Path, row: Variant, own: Collection[str], missing: Sequence[str]) -> str:

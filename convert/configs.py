@@ -15,7 +15,8 @@ from flux2_mlx.config import VARIANTS, Geometries, TransformerConfig, Variant, v
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.files import check_kind
 from flux2_mlx.json_files import read_json
-from flux2_mlx.layout import INDEX, PICKLES
+from flux2_mlx.layout import INDEX, PICKLES, WEIGHTS
+from flux2_mlx.wording import some
 
 from .formats import METHOD, SETTINGS, unreadable
 from .geometry import choose, titles
@@ -30,9 +31,6 @@ _KLEIN = {
     "Flux2KleinInpaintPipeline": False,
     "Flux2KleinBaseModularPipeline": False,
     "Flux2KleinModularPipeline": True,
-}
-_FILES = {
-    **dict.fromkeys(PICKLES, "a pickle, which could run code"),
 }
 UNQUANTIZED = "give the model that it was made from, which becomes qint8 or qint4 here"
 # Where a config says how weights are packed, and by which methods they may be: their tensors tell the rest.
@@ -146,10 +144,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no file or folder {folder}")
     check_kind(folder)
     if folder.is_file():
-        kind = _FILES.get(folder.suffix.lower(), "not a model folder")
-        raise CheckpointError(
-            f"{folder} is {kind}; give the whole model, as a folder in the diffusers layout or a repo id"
-        )
+        is_pickle = folder.suffix.lower() in PICKLES
+        kind = "a pickle, which could run code" if is_pickle else "named neither .safetensors nor .gguf"
+        advice = "give a .safetensors or .gguf file, a folder in the diffusers layout or a repo id"
+        raise CheckpointError(f"{folder} is {kind}; {advice}")
     if not is_whole(folder):
         hint = _whereabouts(folder)
         raise CheckpointError(f"{folder} is no model folder in the diffusers layout: it has no {INDEX}{hint}")
@@ -206,6 +204,8 @@ def _whereabouts(folder: Path) -> str:
     found = sorted((*folder.glob(f"*/{INDEX}"), *folder.glob("models--*--*/snapshots")))
     if found:
         return f"; give {' or '.join(str(path.parent) for path in found[:3])}"
+    if weights := sorted(path.name for path in folder.glob("*") if path.suffix.lower() in WEIGHTS):
+        return f", and holds several files of weights: {some(weights)}; give one of them"
     if (folder / MAIN_PART / CONFIG).is_file():
         return "; copy that of the model that it was made from into it"
     return ""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import mlx.core as mx
 from flux2_mlx.checkpoint import Component
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import FLOATS, TensorInfo, mismatches, raise_problems
+from flux2_mlx.wording import told
 
 from .dialects import AFTER, DIALECTS, DIFFUSERS_VAE, MLX_VAE, Dialect, Spelling, filled, matrix, templated, unpermute
 from .formats import unreadable
@@ -213,6 +215,7 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
     found = _recognised(names)
     _check_average(names, found, what)
     if not found:
+        _check_prefix(names, what)
         first = ", ".join(f"{name:.60}" for name in sorted(names)[:3])
         raise CheckpointError(f"{what} holds no FLUX.2 model, but {first or 'no tensors'}; {_GIVE}")
     sources: dict[str, dict[str, TensorInfo]] = {part: {} for part in found}
@@ -230,6 +233,18 @@ def _check_average(names: list[str], found: Mapping[str, tuple[Dialect, str]], w
         raise CheckpointError(
             f"{what} holds {averaged[0]:.60}, whose name after {_EMA} is of no FLUX.2 model; save it by its own names"
         )
+
+
+def _check_prefix(names: list[str], what: str) -> None:
+    """CheckpointError if names are understood without what all of them begin with, which may tell that they are no
+    weights, such as an optimizer's state."""
+    ends = zip(*(name.split(".") for name in (min(names, default=""), max(names, default=""))), strict=False)
+    for prefix in accumulate(f"{one}." for one, _ in takewhile(lambda pair: pair[0] == pair[1], ends)):
+        if found := _recognised([name[len(prefix) :] for name in names]):
+            raise CheckpointError(
+                f"{what} holds the {told(found)} of a FLUX.2 model after {prefix[:60]!r}, which no known tool writes; "
+                "if these are its weights, save them without that"
+            )
 
 
 def check_size(infos: Mapping[str, TensorInfo], what: str) -> None:

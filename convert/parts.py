@@ -60,7 +60,7 @@ LAYOUT = {
     "transformer": PartLayout(
         stem="diffusion_pytorch_model",
         kind="Flux2Transformer2DModel",
-        prefix=re.compile(r"model\.diffusion_model\.|diffusion_model\.|transformer\.|model\."),
+        prefix=re.compile(r"model\.diffusion_model\.|diffusion_model\.|transformer\.|model\.|(?:pipe\.)?dit\."),
         groups={
             "double_blocks.": "double blocks",
             "single_blocks.": "single blocks",

@@ -204,6 +204,20 @@ def test_the_vae_of_mflux_has_channels_last():
     assert mx.array_equal(rule.apply(kernel), kernel)
 
 
+@pytest.mark.parametrize("prefix", ["unet.", "base.layer.", "optimizer.exp_avg."])
+@pytest.mark.parametrize(("name", "part"), [(KLEIN, "transformer"), ("qwen3-4b", "text encoder"), ("ae_bfl", "VAE")])
+def test_an_unknown_prefix_is_told(name, part, prefix):
+    message = f"^x holds the {part} of a FLUX.2 model after '{prefix}', which no known tool writes; if these are its "
+    with pytest.raises(CheckpointError, match=message.replace(".", "[.]")):
+        naming.read(prefixed(listing(name), prefix), "x")
+
+
+@pytest.mark.parametrize("prefix", ["dit.", "pipe.dit.", "net.", "net.model."])
+def test_prefixes_of_trainers(prefix):
+    reading, _ = understood(prefixed(listing(KLEIN), prefix), "transformer")
+    assert (reading.prefix, reading.unknown) == (prefix, [])
+
+
 @pytest.mark.parametrize("prefix", WRAPPERS)
 @pytest.mark.parametrize(("name", "part"), [(KLEIN, "transformer"), ("ae_bfl", "vae"), ("qwen3-4b", "text_encoder")])
 def test_what_training_puts_before_names(name, part, prefix):

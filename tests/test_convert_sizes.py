@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from flux2_mlx.convert import assembled, assembly
+from helpers.cli_runner import done
 from helpers.headers import write
-from helpers.listings import listing
+from helpers.listings import listing, prefixed
 
 from flux2_mlx.components import geometries
 from flux2_mlx.config import VARIANTS
@@ -44,6 +45,34 @@ def test_parts_of_one_size_fit(variant):
 def test_the_part_of_another_size_is_named(arguments, message):
     with pytest.raises(CheckpointError, match=re.escape(message)):
         sizes(*arguments)
+
+
+def test_one_file_of_parts_of_two_sizes(folder):
+    parts = {"diffusion_model.": "transformer_klein-4b_bfl", "text_encoders.qwen3_8b.": "qwen3-8b", "vae.": "ae_bfl"}
+    both = write(
+        folder / "x.safetensors", {k: x for p, name in parts.items() for k, x in prefixed(listing(name), p).items()}
+    )
+    message = f"{both} holds the text encoder Qwen3-8B; klein-4b or klein-base-4b has Qwen3-4B, give that"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        assembled(both, {})
+    told = done("info", both).stdout
+    assert (
+        "parts are of different models: the transformer of klein-4b or klein-base-4b, the text encoder of klein-9b"
+        in told
+    )
+    assert message in told
+
+
+@pytest.mark.parametrize(("name", "part"), [("qwen3-8b", "text encoder"), ("ae_bfl", "VAE")])
+def test_a_part_alone_is_no_model(name, part, folder):
+    """Of several models, of which it says nothing to name one."""
+    place = write(folder / "x.safetensors", listing(name))
+    others = "VAE" if part == "text encoder" else "text encoder"
+    message = (
+        f"{place} holds only the {part} of a model; say where its transformer and {others} are, or give it as a part"
+    )
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}"):
+        assembled(place, {})
 
 
 def test_parts_of_other_sizes_are_refused(folder):

@@ -279,6 +279,15 @@ def test_where_the_model_may_be_that_is_not_here(source):
         assert str(caught.value).endswith(f" it has no model_index.json; {place}")
 
 
+def test_a_folder_of_several_files_of_weights(tmp_path):
+    for name in ("b.gguf", "a.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        CheckpointError, match=r"and holds several files of weights: a\.safetensors, b\.gguf"
+    ):
+        find_checkpoint(tmp_path)
+
+
 def test_a_model_without_an_index(source):
     """Nothing but that and the schedule is lacking, and the variant is asked for where no name tells it."""
     expected = Source.open(source, "demo")
@@ -304,7 +313,7 @@ def test_the_class_of_dev_settles_that_it_is_dev(distilled, tmp_path):
     ("name", "kind"),
     [
         ("flux.ckpt", "a pickle, which could run code"),
-        ("flux.txt", "not a model folder"),
+        ("flux.sft", "named neither .safetensors nor .gguf"),
     ],
 )
 def test_a_single_file(name, kind, tmp_path, monkeypatch):
@@ -312,7 +321,7 @@ def test_a_single_file(name, kind, tmp_path, monkeypatch):
     Path(name).write_bytes(b"GGUF")
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(name)
-    way_out = "give the whole model, as a folder in the diffusers layout or a repo id"
+    way_out = "give a .safetensors or .gguf file, a folder in the diffusers layout or a repo id"
     assert str(caught.value) == f"{name} is {kind}; {way_out}"
 
 
