@@ -282,9 +282,7 @@ def test_where_the_model_may_be_that_is_not_here(source):
 def test_a_folder_of_several_files_of_weights(tmp_path):
     for name in ("b.gguf", "a.safetensors"):
         (tmp_path / name).touch()
-    with pytest.raises(
-        CheckpointError, match=r"and holds several files of weights: a\.safetensors, b\.gguf"
-    ):
+    with pytest.raises(CheckpointError, match=r"and holds several files of weights: a\.safetensors, b\.gguf"):
         find_checkpoint(tmp_path)
 
 

@@ -8,12 +8,13 @@ import mlx.core as mx
 import pytest
 from helpers.checkpoints import SHALLOW_TEXT, SHALLOW_VARIANT, read_tensors, save_small
 from helpers.cli_runner import done, refusal
-from helpers.hub_client import REPO, using
+from helpers.hub_client import REPO, storage, unreachable, using
 from helpers.hub_server import HubServer
 from test_convert_mflux import DEMO, PARTS, saved
 from test_store_parts import fp8_cast
 
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint
+from flux2_mlx.errors import DownloadError
 from flux2_mlx.store import convert_model, find_checkpoint
 from flux2_mlx.store.converted import keeps_bits
 
@@ -173,3 +174,28 @@ def test_what_a_checkpoint_notes_says_what_it_is_for(noted, stored, asked, expec
     quantization = dict(zip(("transformer", "text_encoder"), stored, strict=True))
     (tmp_path / MANIFEST).write_text(json.dumps({"source": noted, "quantization": quantization}))
     assert keeps_bits(tmp_path, *asked) is expected
+
+
+def test_offline_the_cache_will_do(layouts, home):
+    with HubServer({REPO: layouts["mflux"]}) as hub, using(hub, home):
+        convert_model(REPO, Path("made"))
+    with using(hub, home, offline=True):
+        assert same_files(find_checkpoint(REPO), Path("made"))
+    with using(hub, home, endpoint=unreachable()):
+        convert_model(REPO, Path("again"))
+        with pytest.raises(DownloadError, match="cannot reach"):
+            convert_model("org/other", Path("other"))
+    shutil.rmtree(storage(home) / "snapshots")
+    with using(hub, home, offline=True), pytest.raises(DownloadError, match="is not complete in the cache"):
+        convert_model(REPO, Path("none"))
+
+
+@pytest.mark.parametrize("layout", ["mflux", "whole", "no lists"])
+def test_a_folder_of_a_repo(layout, layouts, home):
+    with HubServer({REPO: layouts[layout]}) as hub, using(hub, home):
+        name = f"{REPO}:transformer"
+        told = done("info", name).stdout
+        assert told.startswith(f"{name}: transformer of ")
+        assert all(count <= START for name, count in hub.sent.items() if name.endswith(".safetensors"))
+        message = f"{REPO} has no file of weights 'nothing'; give one as {REPO}:"
+        assert refusal("info", f"{REPO}:nothing").startswith(message)

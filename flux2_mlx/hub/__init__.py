@@ -2,11 +2,12 @@
 
 from .cache import PARTIAL, Download, Folders, is_weight, remove_empty, remove_files, snapshot_files, storage_of
 from .errors import UnindexedError
-from .repo import cache_folder, fetch, header, is_repo_id
+from .repo import Choose, cache_folder, fetch, header, is_repo_id
 from .selection import Selection, names_of, select
 
 __all__ = [
     "PARTIAL",
+    "Choose",
     "Download",
     "Folders",
     "Selection",

@@ -253,6 +253,13 @@ def snapshot_files(storage: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in names)
 
 
+def latest_files(storage: Path) -> tuple[Path, list[str]]:
+    """The latest snapshot of a repo, and the names of its files."""
+    snapshot = storage / "snapshots" / (read_branch(storage) or "")
+    files = (path for path in snapshot_files(storage) if path.is_relative_to(snapshot))
+    return snapshot, [path.relative_to(snapshot).as_posix() for path in files]
+
+
 def read_branch(storage: Path) -> str | None:
     """The commit that the cache has noted for the main branch."""
     try:

@@ -24,6 +24,7 @@ from .cache import (
     Folders,
     described,
     is_weight,
+    latest_files,
     make_folder,
     storage_of,
 )
@@ -98,7 +99,7 @@ def fetch(
         if folder := _find_cached(repo_id, folders):
             return folder
         absent = f"{repo_id} is not complete in the cache {hub.cache} and offline mode is on"
-        raise DownloadError(f"{absent}; download it once with a connection, or give a folder")
+        raise _absent(hub, repo_id, f"{absent}; download it once with a connection, or give a folder")
     try:
         listed = list_files(hub, repo_id, folders.may_need)
     except UNLISTED as error:
@@ -106,7 +107,7 @@ def fetch(
         if folder := _find_cached(repo_id, folders):
             _logger.warning("%s. Using the copy in the cache.", reason)
             return folder
-        raise DownloadError(reason) from error
+        raise _absent(hub, repo_id, reason) from error
     if INDEX not in listed.files:
         names = [*listed.files, *listed.others]
         wrong = f"{repo_id} has no {INDEX}, so it is no model in the diffusers layout{described(names)}"
@@ -301,6 +302,13 @@ def _find_cached(repo_id: str, folders: Folders) -> Path | None:
         return folder if folder and folders.are_complete(folder, _shards) else None
     except (OSError, ValueError):  # a damaged ref or index
         return None
+
+
+def _absent(hub: Hub, repo_id: str, message: str) -> DownloadError:
+    """The error that says that a repo can't be had, which tells where the cache has other files of weights of it."""
+    _, names = latest_files(storage_of(hub.cache, repo_id))
+    is_other = INDEX not in names and any(map(is_weight, names))
+    return UnindexedError(message, names) if is_other else DownloadError(message)
 
 
 def _shards(table: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import DownloadError
 from ..files import Claim
-from .cache import Download, read_branch, snapshot_files, storage_of
+from .cache import Download, latest_files, storage_of
 from .downloads import BrokenError, DamagedError, RefusedError
 from .errors import Hub, explain_download, explain_listing
 from .outline import Pieces, outline
@@ -93,7 +93,7 @@ def select(repo_id: str, choose: Choose, pieces: Pieces) -> Iterator[Selection]:
 def names_of(repo_id: str) -> list[str]:
     """The names of the files of a repo that can be of use, as `select` has them, or as the cache has them."""
     hub, listed, _ = _asked(repo_id)
-    return [*_cached_names(repo_id, hub)[1]] if listed is None else [*listed.files]
+    return latest_files(storage_of(hub.cache, repo_id))[1] if listed is None else [*listed.files]
 
 
 def _asked(repo_id: str) -> tuple[Hub, Listing | None, str]:
@@ -120,21 +120,13 @@ def _listed(repo_id: str, hub: Hub, listed: Listing, choose: Choose, pieces: Pie
 
 def _cached(repo_id: str, hub: Hub, choose: Choose, reason: str, held: ExitStack) -> Selection:
     """The files as the cache has them; DownloadError for that `reason` if they are not there."""
-    snapshot, there = _cached_names(repo_id, hub)
+    snapshot, there = latest_files(storage_of(hub.cache, repo_id))
     try:
         names = choose(there)
     except DownloadError as error:
         raise DownloadError(reason) from error
     held.enter_context(Claim(storage_of(hub.cache, repo_id)))
     return Selection(repo_id, names, snapshot, hub)
-
-
-def _cached_names(repo_id: str, hub: Hub) -> tuple[Path, list[str]]:
-    """The latest snapshot of a repo in the cache, and the names of its files."""
-    storage = storage_of(hub.cache, repo_id)
-    snapshot = storage / "snapshots" / (read_branch(storage) or "")
-    files = (path for path in snapshot_files(storage) if path.is_relative_to(snapshot))
-    return snapshot, [path.relative_to(snapshot).as_posix() for path in files]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .. import hub
 from ..convert import (
@@ -31,7 +31,7 @@ from ..errors import CheckpointError, DownloadError, InputError
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
 from .names import SOURCE, Model, checked_variant
-from .parts import Remote, files_of, folder_files
+from .parts import Remote, files_of, folder_files, main_place
 from .sources import Wanted, what_is_here
 
 
@@ -97,7 +97,7 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
 
     Args:
         repo: `owner/name`.
-        file: its name there, or that of one of its set; None: what there is.
+        file: its name there, or that of one of its set, or of their folder; None: what there is.
         variant: the model's name where it can't be told, or None.
 
     Raises:
@@ -106,7 +106,12 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
     """
     said = checked_variant(variant)
     names = [] if file else hub.names_of(repo)
-    found = _identify_folder(repo, told, said) if (told := folder_files(names)) else _identify_file(repo, file, said)
+    if told := folder_files(names):
+        found = _identify_folder(repo, lambda _: told, said)
+    elif file and not PurePosixPath(file).suffix:
+        found = _identify_folder(repo, partial(files_of, Remote(repo, file), None), said, f"{repo}:{file}")
+    else:
+        found = _identify_file(repo, file, said)
     missing = [part for part in found.identity.missing if part != TOKENIZER_PART or not _has_tokenizer(repo, names)]
     return replace(found, identity=replace(found.identity, missing=tuple(missing)))
 
@@ -128,13 +133,15 @@ def _has_tokenizer(repo: str, names: Collection[str]) -> bool:
         return False
 
 
-def _identify_folder(repo: str, names: Collection[str], variant: str | None) -> Found:
-    """What a repo is whose parts lie in folders. Its tokenizer, which may be large, is not looked at."""
-    with hub.select(repo, lambda _: names, formats.outline.pieces) as selection:
+def _identify_folder(repo: str, choose: hub.Choose, variant: str | None, name: str = "") -> Found:
+    """What a repo is whose parts lie in folders, or one of these of the `name`. Its tokenizer, which may be large, is
+    not looked at."""
+    with hub.select(repo, choose, formats.outline.pieces) as selection:
         folder = selection.folder
         with _called({f"{folder}/": f"{repo}:", str(folder): repo}):
-            if not is_whole(folder):
-                return Found(repo, _identity(folder, repo, variant, repo), None)
+            if name or not is_whole(folder):
+                place = folder / main_place(selection.names)
+                return Found(name or repo, _identity(place, name or repo, variant, repo), None)
             source = Source.open(folder, variant, tokenizer=folder / TOKENIZER_PART, repo=repo)
             places: dict[str, Path | str] = dict.fromkeys(MODEL_PARTS, repo)
             return Found(repo, identify_whole(source), Conversion(places, *source.quants(None, None)))
