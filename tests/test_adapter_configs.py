@@ -15,9 +15,10 @@ from helpers.remembered import save_remembering
 
 from flux2_mlx.branches import AtWork
 from flux2_mlx.cli import loras
-from flux2_mlx.errors import InputError
+from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.hub import noted_listing, remove_empty, remove_files, snapshot_files
 from flux2_mlx.images import read_settings
-from flux2_mlx.store import find_adapter
+from flux2_mlx.store import adapter_hashes, find_adapter
 from flux2_mlx.store.adapter_sources import adapter_files
 from flux2_mlx.store.parts import Remote
 
@@ -78,29 +79,95 @@ def test_a_file_that_tells_its_strength_needs_no_config(folder):
     assert (found.scales(), found.notes(CONFIGS, "small")) == ({f"diffusion_model.{PROJ}": 1.0}, [])
 
 
+def test_what_macos_notes_of_a_file_is_no_other_file(folder):
+    path = configured(folder / "a", 6, "style.safetensors")
+    path.with_name("._style.safetensors").write_bytes(b"Mac OS X")
+    assert [*read_adapter(folder / "a").scales().values()] == [2.0]
+
+
 @pytest.mark.parametrize(
     ("path", "names", "chosen"),
     [
         ("", ["x.safetensors", CONFIG], [CONFIG, "x.safetensors"]),
-        ("x.safetensors", ["x.safetensors", "y.safetensors", CONFIG], ["x.safetensors"]),
-        ("a/x.safetensors", ["a/x.safetensors", "y.safetensors", CONFIG, f"a/{CONFIG}"], [f"a/{CONFIG}"]),
+        (
+            "a/x.safetensors",
+            ["a/x.safetensors", "y.safetensors", CONFIG, f"a/{CONFIG}"],
+            [f"a/{CONFIG}", "a/x.safetensors"],
+        ),
         ("", [MODEL, "y.safetensors", CONFIG], [CONFIG, MODEL]),
     ],
 )
-def test_a_repo_gives_the_config_of_its_file(path, names, chosen):
-    found = adapter_files(Remote("me/a", path), names)
-    assert found == [*chosen, *(["a/x.safetensors"] if chosen == [f"a/{CONFIG}"] else [])]
+def test_a_repo_gives_the_config_of_its_folder(path, names, chosen):
+    assert adapter_files(Remote("me/a", path), names) == chosen
 
 
-def test_configs_of_repos(folder):
-    data, config = save(folder / "x.safetensors", LORA).read_bytes(), b'{"r": 3, "lora_alpha": 6}'
+@pytest.fixture
+def hub(folder):
+    """A repo with a config of its only adapter, one of which it is not known, and one where it is PEFT's own."""
+    data, config = save(folder / "made" / "x.safetensors", LORA).read_bytes(), b'{"r": 3, "lora_alpha": 6}'
     repos = {"me/one": {"x.safetensors": data, CONFIG: config}}
-    repos["me/two"] = {"x.safetensors": data, "y.safetensors": data, CONFIG: config}
-    with HubServer(repos) as hub, using(hub, folder / "home"):
-        for source, scale, is_aside in (("me/one", 2.0, False), ("me/two:x.safetensors", 1.0, True)):
-            with find_adapter(source) as found:
-                assert found.file.is_config_aside is is_aside
-                assert [*found.fetched().scales().values()] == [scale]
+    repos["me/two"] = {"x.safetensors": data, "y.safetensors": data[:-4] + bytes(4), CONFIG: config}
+    repos["me/peft"] = {"x.safetensors": data, MODEL: data[:-4] + bytes(4), CONFIG: config}
+    with HubServer(repos) as server, using(server, folder / "home"):
+        yield server
+
+
+REPOS = {"me/one": (2.0, False), "me/two:x.safetensors": (1.0, True), "me/peft:x.safetensors": (1.0, True)}
+
+
+@pytest.mark.parametrize("source", REPOS)
+def test_whose_a_config_is_stays_whatever_of_a_repo_is_here(hub, folder, source):
+    found = find(source)
+    assert found == REPOS[source]
+    cached = snapshot(folder, "x.safetensors")
+    assert [path.name for path in cached.parent.iterdir()].count(CONFIG) == 1
+    assert find(source) == found
+    with using(hub, folder / "home", offline=True):
+        assert find(source) == find(str(cached)) == find(str(cached.parent)) == found
+        assert (adapter_hashes(cached)[1] is None) is found[1]
+
+
+def find(source: str) -> tuple[float, bool]:
+    """The scale of an adapter, and whether a config is left aside, as both are told before and after it is fetched."""
+    with find_adapter(source) as found:
+        before = found.file.scales(), found.file.is_config_aside
+        (scale,) = found.fetched().scales().values()
+        assert before == (found.file.scales(), found.file.is_config_aside)
+        return scale, found.file.is_config_aside
+
+
+def snapshot(folder: Path, name: str) -> Path:
+    (path,) = (path for path in (folder / "home").rglob(name) if "snapshots" in path.parts)
+    return path
+
+
+def test_a_config_that_others_have_not_fetched_is_asked_for(hub, folder):
+    find("me/one")
+    path = snapshot(folder, CONFIG)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"x.safetensors comes with {CONFIG}, which sets its strength and is not"):
+        find(str(path.with_name("x.safetensors")))
+
+
+def test_listings_of_the_hubs_own_library_are_read(hub, folder):
+    find("me/two:x.safetensors")
+    cached = snapshot(folder, "x.safetensors")
+    storage, commit = cached.parents[2], cached.parent.name
+    (storage / "flux2-mlx").rename(storage / "trees")
+    assert find(str(cached)) == (1.0, True)
+    (storage / "trees" / f"{commit}.json").write_text("[]")
+    assert noted_listing(storage, commit) is None
+    assert find(str(cached)) == (2.0, False)  # nobody knows of another
+
+
+def test_listings_go_with_what_they_are_of(hub, folder):
+    find("me/one")
+    storage = snapshot(folder, CONFIG).parents[2]
+    remove_empty(storage)
+    assert noted_listing(storage, snapshot(folder, CONFIG).parent.name)
+    remove_files(storage, [*snapshot_files(storage)])
+    remove_empty(storage)
+    assert [path.name for path in storage.iterdir()] == ["refs"]
 
 
 def told(path: Path) -> dict:
@@ -148,6 +215,19 @@ def test_weights_given_with_another_config_are_told(folder, caplog):
         (found,) = loras.remembered([wanted], folder / "x.png", None, [loras.Lora(str(source))])
         assert found.scale == 0.5
     assert not caplog.messages
+
+
+def test_given_weights_are_paired_by_their_configs(folder, caplog):
+    weak, strong = (configured(folder / str(alpha), alpha) for alpha in (4, 40))
+    images = [told(weak) | {"scale": 0.9}, told(strong) | {"scale": -0.3}]
+    for given in ((weak, strong), (strong, weak)):
+        found = loras.remembered(images, folder / "x.png", None, [loras.Lora(str(path.parent)) for path in given])
+        assert [(one.source, one.scale) for one in found] == [(str(weak.parent), 0.9), (str(strong.parent), -0.3)]
+    assert not caplog.messages
+    other = configured(folder / "6", 6)
+    found = loras.remembered(images, folder / "x.png", None, [loras.Lora(str(path)) for path in (other, weak)])
+    assert [one.source for one in found] == [str(weak), str(other)]
+    assert len(caplog.messages) == 1
 
 
 def test_an_image_of_another_config_is_no_image_of_this_one(folder, caplog):

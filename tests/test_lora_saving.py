@@ -179,6 +179,39 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if is_work(path)]
 
 
+def test_a_config_is_about_no_file_that_tells_its_strength(tmp_path):
+    source = save(tmp_path / "source.safetensors", CASES["fused"][0])
+    for name in ("adapter_model.safetensors", "x.safetensors"):
+        path = save_adapter(read_adapter(source), tmp_path / name.split(".")[0] / name)
+        path.with_name("adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}')
+        found = read_adapter(path)
+        assert {*found.scales().values()} == {1.0}
+        assert not found.is_config_aside
+        assert save_adapter(read_adapter(source), path.with_name("x.safetensors"), force=True)
+
+
+def test_a_config_stays_with_the_file_that_it_is_about(tmp_path):
+    tensors = CASES["fused"][0]
+    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}')
+    source = save(tmp_path / "style.safetensors", tensors)
+    found = read_adapter(source)
+    with pytest.raises(
+        InputError, match=r"adapter_config\.json is about style\.safetensors, as no other adapter is th"
+    ):
+        save_adapter(found, tmp_path / "new.safetensors")
+    with pytest.raises(
+        InputError, match=r"PEFT would apply .*adapter_config\.json to .*adapter_model\.safetensors; choo"
+    ):
+        save_adapter(found, tmp_path / "adapter_model.safetensors", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "style.safetensors"}
+    before = changed(source)
+    after = changed(save_adapter(found, source, force=True))
+    assert before.keys() == after.keys()
+    assert all(np.allclose(before[layer], after[layer], rtol=1e-5) for layer in before)
+    save(tmp_path / "adapter_model.safetensors", tensors)
+    save_adapter(read_adapter(source), tmp_path / "new.safetensors")
+
+
 def test_values_that_are_not_finite_leave_no_file(tmp_path):
     tensors = CASES["fused"][0]
     damaged = {name: np.where(np.arange(x.size).reshape(x.shape) == 1, np.nan, x) for name, x in tensors.items()}

@@ -1,11 +1,11 @@
 """Adapters as trainers save them: which of our layers they change, and how."""
 
-from .adapter_file import USUAL_FILES, AdapterFile, read_adapter
+from .adapter_file import AdapterFile, read_adapter
+from .folder import CONFIG_ASIDE, PEFT_CONFIG, USUAL_FILES, names_beside
 from .folding import Fold, Folds, check_folds, folded_source
 from .inspection import InspectedModule, Inspection, inspect
 from .presets import Preset
 from .saving import save_adapter, saving_notes
-from .settings import CONFIG_ASIDE, PEFT_CONFIG, is_config_of
 
 __all__ = [
     "CONFIG_ASIDE",
@@ -20,7 +20,7 @@ __all__ = [
     "check_folds",
     "folded_source",
     "inspect",
-    "is_config_of",
+    "names_beside",
     "read_adapter",
     "save_adapter",
     "saving_notes",

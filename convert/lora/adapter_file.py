@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import file_digest, sha256
@@ -13,9 +13,7 @@ from typing import cast
 from flux2_mlx.adapters import Adapter, Layers, Placed
 from flux2_mlx.config import VARIANTS, Config
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.files import check_kind
 from flux2_mlx.json_files import open_model_file
-from flux2_mlx.layout import PICKLES
 from flux2_mlx.weights import Files, TensorInfo, Tensors, evaluated, raise_problems
 from flux2_mlx.wording import some
 
@@ -25,13 +23,13 @@ from ..naming import check_size
 from ..others import other_model
 from ..strangers import FLUX1, adapter
 from .changes import changes, outlined, scale
+from .folder import CONFIG_ASIDE, config_beside, find_file, names_beside
 from .keys import LORA, Module, check_run, modules, whole
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
-from .settings import CONFIG_ASIDE, PEFT_MODEL, SUFFIX, Settings, Strength, config_beside, settings
+from .settings import Settings, Strength, settings
 from .shapes import Factors
 
-USUAL_FILES = (PEFT_MODEL, "pytorch_lora_weights.safetensors")
 _MAGNITUDE = ".dora_scale"
 _UNSCALED = {"diff_b", "magnitude"}  # what alpha does not scale
 _SHORT = 16  # digits of a hash
@@ -274,23 +272,29 @@ class AdapterFile:
         return lines
 
 
-def read_adapter(source: Path, weight_name: str | None = None, bases: Sequence[str] = ()) -> AdapterFile:
+def read_adapter(
+    source: Path,
+    weight_name: str | None = None,
+    bases: Sequence[str] = (),
+    beside: Callable[[Path], Collection[str]] = names_beside,
+) -> AdapterFile:
     """What the adapter in a file, or in a folder that holds one, is. Nothing but headers is read.
 
     Args:
         source: a safetensors file, or a folder as PEFT and diffusers save adapters.
         weight_name: the file's name in the folder, where it holds several.
         bases: what it was trained on, as far as its model card says it.
+        beside: gives the names of all files that are in the file's folder where it comes from.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is none for FLUX.2; what it is is said if it is known.
     """
-    path = _file(source, weight_name)
+    path = find_file(source, weight_name)
     files = Files([path])
     check_size(files.infos, str(path))
     if len(files.infos) > _MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(files.infos)} tensors, more than any adapter has")
-    config, is_aside = config_beside(path, files.metadata)
+    config, is_aside = config_beside(path, files.metadata, beside(path))
     try:
         packed = _packed(files)
         infos = Unpacked(files, packed).infos
@@ -322,31 +326,6 @@ def _packed(files: Files) -> dict[str, Packed]:
     # The magnitudes of DoRA are called scales, which would have all factors need one.
     infos = {name: info for name, info in files.infos.items() if not name.endswith(_MAGNITUDE)}
     return fp8.packed(infos, files.metadata)
-
-
-def _file(source: Path, weight_name: str | None) -> Path:
-    if source.suffix.lower() in PICKLES or (weight_name or "").lower().endswith(PICKLES):
-        raise CheckpointError(f"{weight_name or source} is a pickle, which could run code; fetch it as {SUFFIX}")
-    if not source.exists():
-        raise CheckpointError(f"there is no file or folder {source}")
-    check_kind(source)
-    if source.is_file():
-        if weight_name not in (None, source.name):
-            raise CheckpointError(f"{source} is a file, so weight_name={weight_name!r} is none in it; leave that out")
-        return source
-    if weight_name is not None:
-        if Path(weight_name).is_absolute() or ".." in Path(weight_name).parts or not (source / weight_name).is_file():
-            raise CheckpointError(f"{source} holds no file {weight_name!r}")
-        return source / weight_name
-    found = sorted(path for path in source.glob("*") if path.suffix.lower() == SUFFIX)
-    usual = [path for path in found if path.name in USUAL_FILES] or found
-    if len(usual) == 1:
-        return usual[0]
-    if not found:
-        pickles = any(path.suffix.lower() in PICKLES for path in source.glob("*"))
-        more = ", only pickles, which could run code" if pickles else ""
-        raise CheckpointError(f"{source} holds no {SUFFIX} file{more}; give an adapter's file")
-    raise CheckpointError(f"{source} holds several files: {', '.join(x.name for x in found[:4])}; give one of them")
 
 
 def _check_model(infos: Mapping[str, TensorInfo], found: Mapping[str, Module], places: Mapping[str, Place]) -> None:

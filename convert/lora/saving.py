@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from flux2_mlx.adapters import BiasDifference, Decomposed, Delta, Difference, Factor, Hadamard, Kronecker, LowRank
 from flux2_mlx.errors import CheckpointError, InputError
+from flux2_mlx.layout import SAFETENSORS
 from flux2_mlx.staging import new_file, put
 from flux2_mlx.verification import Meter
 from flux2_mlx.weights import FLOATS, READER, TensorInfo, write_safetensors
@@ -21,11 +22,10 @@ from ..folder import check_space, check_writable
 from ..rules import swap_halves
 from .adapter_file import AdapterFile
 from .changes import Change
+from .folder import DIFFUSERS_MODEL, PEFT_CONFIG, PEFT_MODEL, is_adapter, is_config_of, names_beside
 from .keys import LORA
 from .places import TEXT, TRANSFORMER, Place
 
-USUAL_NAME = "pytorch_lora_weights.safetensors"
-_SUFFIX = ".safetensors"
 _WEIGHT = ".weight"
 _halves = swap_halves("").apply
 _HERE = "it can be used here as it is"
@@ -75,11 +75,13 @@ def save_adapter(
         The file.
 
     Raises:
-        InputError: it exists, can't be written, or does not fit on the disk.
+        InputError: it exists, can't be written, does not fit on the disk, or has a config of PEFT beside it that would
+            change what it is, or no longer be about another file.
         CheckpointError: values are not finite, or diffusers can't express what changes.
     """
-    path = target if target.suffix.lower() == _SUFFIX else target / USUAL_NAME
+    path = target if target.suffix.lower() == SAFETENSORS else target / DIFFUSERS_MODEL
     _check_free(path, force)
+    _check_config(path)
     _check_expressible(found)
     infos = {name: TensorInfo(FLOATS[x.dtype], x.shape) for name, x in _tensors(found)}
     needed = sum(info.nbytes for info in infos.values())
@@ -117,6 +119,17 @@ def _check_free(path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise InputError(f"{path} exists; choose another name or pass force=True to replace it")
     check_writable(path)
+
+
+def _check_config(path: Path) -> None:
+    """InputError if a config of PEFT beside the new file would be about it as well, or no longer about another one."""
+    names = names_beside(path) if path.parent.is_dir() else []
+    config = path.with_name(PEFT_CONFIG)
+    if path.name == PEFT_MODEL and PEFT_CONFIG in names:
+        raise InputError(f"PEFT would apply {config} to {path}; choose another name")
+    others = [name for name in names if is_adapter(name) and name != path.name and is_config_of(name, names)]
+    if lost := next((name for name in others if not is_config_of(name, {*names, path.name})), None):
+        raise InputError(f"{config} is about {lost}, as no other adapter is there; choose another folder")
 
 
 def _check_expressible(found: AdapterFile) -> None:

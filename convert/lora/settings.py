@@ -3,17 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.json_files import parse_json, read_json
+from flux2_mlx.json_files import parse_json
 
-PEFT_CONFIG = "adapter_config.json"
-CONFIG_ASIDE = f"{PEFT_CONFIG} beside it is left aside, as it may be about another file of its folder"
-PEFT_MODEL = "adapter_model.safetensors"
-SUFFIX = ".safetensors"
-_DIFFUSERS = "lora_adapter_metadata"
+DIFFUSERS = "lora_adapter_metadata"
+ALPHA = "lora_alpha"
 # Several times what all layers of a model take, and the dataset's tags.
 _MAX_JSON = 1_000_000
 _MAX_TEXT = 500
@@ -93,10 +89,10 @@ def settings(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> S
     Raises:
         CheckpointError: ranks or factors are said that are no such numbers, or the file is of a kind that is not run.
     """
-    said = dict(config) if config is not None else _object(metadata, _DIFFUSERS)
+    said = dict(config) if config is not None else _object(metadata, DIFFUSERS)
     strengths = {name: _strength(_of_network(said, name)) for name in ("transformer", "text_encoder")}
-    if not said and "lora_alpha" in metadata:
-        plain = Strength(_rank(metadata.get("lora_rank")), _number("lora_alpha", metadata["lora_alpha"]))
+    if not said and ALPHA in metadata:
+        plain = Strength(_rank(metadata.get("lora_rank")), _number(ALPHA, metadata[ALPHA]))
         strengths = dict.fromkeys(strengths, plain)
     texts = {key: text[:_MAX_TEXT] for key, text in metadata.items()}
     base = [texts.get(key) or said.get(key) for key in _BASES]
@@ -107,26 +103,6 @@ def settings(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> S
         tuple(dict.fromkeys(_triggers(metadata)))[:_MAX_WORDS],
         tuple(text[:_MAX_TEXT] for text in base if isinstance(text, str)),
     )
-
-
-def is_config_of(name: str, files: int) -> bool:
-    """Whether PEFT's config in a folder that holds so many adapters is about the file of this name: it is about the
-    folder, so of several files it can be about any."""
-    return name == PEFT_MODEL or files == 1
-
-
-def config_beside(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any] | None, bool]:
-    """PEFT's config of an adapter's file whose header says `metadata`, if that does not tell its strength itself; and
-    whether there is one that is left aside, as it may be about another file. CheckpointError if it can't be read."""
-    beside = path.with_name(PEFT_CONFIG)
-    if not beside.is_file():
-        return None, False
-    if path.name != PEFT_MODEL and metadata.keys() & {_DIFFUSERS, "lora_alpha"}:
-        return None, False
-    files = sum(other.suffix.lower() == SUFFIX for other in path.parent.glob("*"))
-    if not is_config_of(path.name, files):
-        return None, True
-    return read_json(beside, unique=True), False
 
 
 def _of_network(said: Mapping[str, Any], network: str) -> dict[str, Any]:

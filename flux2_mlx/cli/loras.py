@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError
+from ..layout import SAFETENSORS
 from . import replay
 from .progress import Bars, notice, size_text
 
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _LIKE_A_NUMBER = re.compile(r"[+-]?[\d.,]*|[+-]?(?:nan|inf)", re.IGNORECASE)
 _STEPS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
-_SUFFIX = ".safetensors"
+_CONFIG = "adapter_config.json"
 _SOME = 5
 _LONG = 80  # characters of what others wrote
 _REMEMBERED = {"name": str, "source": str, "sha256": str, "scale": float, "steps": list | None}
 _REMEMBERED |= {"origin": str | None, "config": str | None}
+Hashes = tuple[str | None, str | None]  # of an adapter's file and config
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +62,7 @@ def _lora(text: str, steps: tuple[int, int] | None) -> Lora:
         return Lora(text, steps=steps)
     if _NUMBER.fullmatch(scale):
         return Lora(source, float(scale), steps, is_scaled=True)
-    if colon and (_LIKE_A_NUMBER.fullmatch(scale) or source.lower().endswith(_SUFFIX) or _exists(source)):
+    if colon and (_LIKE_A_NUMBER.fullmatch(scale) or source.lower().endswith(SAFETENSORS) or _exists(source)):
         raise InputError(f"--lora {text!r}: the scale {scale!r} is no number; write {source}:0.8, say")
     return Lora(text, steps=steps)
 
@@ -128,23 +130,32 @@ def _name(told: Mapping[str, Any]) -> str:
 def _matched(
     told: Sequence[Mapping[str, Any]], given: Sequence[Lora], image: Path
 ) -> tuple[dict[int, Lora], list[Lora]]:
-    """Those of `given` that an image tells of, completed with that, by their places there; and the others."""
-    from ..store import adapter_hash, config_hash, local_file
+    """Those of `given` that an image tells of, completed with that, by their places there; and the others.
+
+    The same weights with the same config are paired before those with another one.
+    """
+    from ..store import adapter_hashes
 
     own: dict[int, Lora] = {}
-    others = []
-    for lora in given if told else ():
-        path = local_file(lora.source)
-        sha256 = adapter_hash(path)
-        places = (number for number, one in enumerate(told) if number not in own and one["sha256"] == sha256)
-        if (number := next(places, None)) is None:
-            others.append(lora)
-        else:
-            own[number] = _completed(lora, told[number])
-            if config_hash(path) != told[number].get("config"):
-                text = "%s has another adapter_config.json, or none, than when %s was made, so the new one will differ"
-                _log.warning(text, lora.source, image)
-    return own, others
+    left = {number: (lora, adapter_hashes(lora.source)) for number, lora in enumerate(given if told else ())}
+    for is_same in (_is_the_same, _is_of_same_weights):
+        for number, (lora, found) in [*left.items()]:
+            places = (place for place, one in enumerate(told) if place not in own and is_same(one, found))
+            if (place := next(places, None)) is not None:
+                own[place] = _completed(lora, told[place])
+                del left[number]
+                if not _is_the_same(told[place], found):
+                    text = "%s has another %s, or none, than when %s was made, so the new one will differ"
+                    _log.warning(text, lora.source, _CONFIG, image)
+    return own, [lora for lora, _ in left.values()]
+
+
+def _is_the_same(told: Mapping[str, Any], found: Hashes) -> bool:
+    return (told["sha256"], told.get("config")) == found
+
+
+def _is_of_same_weights(told: Mapping[str, Any], found: Hashes) -> bool:
+    return told["sha256"] == found[0]
 
 
 def _completed(lora: Lora, told: Mapping[str, Any]) -> Lora:
@@ -161,11 +172,11 @@ def _found(told: Mapping[str, Any], image: Path, models_dir: Path | None) -> Lor
 
     InputError: its weights are here, but not the settings that it had beside them.
     """
-    from ..store import adapters_with, config_hash
+    from ..store import adapter_hashes, adapters_with
 
     other = None
     for path in adapters_with(told["sha256"], Path(told["source"]).name, [image.parent, Path()], models_dir):
-        if config_hash(path) == told.get("config"):
+        if adapter_hashes(path)[1] == told.get("config"):
             return Lora(str(path), told["scale"], _told_steps(told))
         other = other or path
     if other is not None:
@@ -174,7 +185,7 @@ def _found(told: Mapping[str, Any], image: Path, models_dir: Path | None) -> Lor
 
 
 def _other_config(told: Mapping[str, Any], image: Path, found: Path) -> str:
-    was = "no adapter_config.json of effect" if told.get("config") is None else "another adapter_config.json"
+    was = f"no {_CONFIG} of effect" if told.get("config") is None else f"another {_CONFIG}"
     return (
         f"the weights of {_name(told)}, which {image} was made with, are in {found}, but {image} was made with {was} "
         "beside them; put things back as they were, or name it with --lora"

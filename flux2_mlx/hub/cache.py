@@ -1,5 +1,6 @@
 """The Hub's cache on disk: a repo's blobs, named by their hash, and snapshots of links to them. Nothing is fetched."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -7,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import DownloadError
+from ..errors import CheckpointError, DownloadError
+from ..json_files import read_json
 from ..layout import INDEX, PICKLES, WEIGHTS
 from ..staging import remove_abandoned, write
 from .downloads import Blob
@@ -15,6 +17,7 @@ from .downloads import Blob
 _NEEDED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.(?:json|safetensors|txt|jinja)")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _QUICK = 100_000_000  # files up to this many bytes are hashed: a tenth of a second
+_LISTINGS = ("flux2-mlx", "trees")  # folders of a repo that say what its commits have: ours, and the Hub's library's
 PARTIAL = ".flux2-mlx.incomplete"  # ends as the Hub's own partial files do, so that its tools clear it away
 
 
@@ -186,6 +189,13 @@ class Download:
             if partial.name.removesuffix(PARTIAL) not in listed:
                 remove_abandoned(partial)
 
+    def note_listing(self, names: Collection[str]) -> None:
+        """Note the `names` of all files that the repo has at this commit, of which the cache may hold but some."""
+        note = _note(self.storage, self.commit)
+        if not note.exists():  # a commit never changes
+            make_folder(note.parent, self.storage)
+            write(note, json.dumps({"files": dict.fromkeys(names)}).encode(), replace=True)
+
     def discard(self) -> int:
         """Remove what this download has brought, unless something else refers to it; gives the bytes removed."""
         removed = remove_files(self.storage, [self.snapshot / name for name in sorted(self.brought)])
@@ -235,6 +245,9 @@ def remove_files(storage: Path, paths: Collection[Path]) -> int:
 def remove_empty(storage: Path) -> None:
     """Remove the folders of a repo that have become empty."""
     if not storage.is_symlink():
+        for note in (storage / _LISTINGS[0]).glob("*.json"):
+            if not (storage / "snapshots" / note.stem).exists():
+                note.unlink()
         _prune(storage)
     if not os.path.lexists(storage):
         with suppress(OSError):  # the Hub's library makes one beside each repo
@@ -267,6 +280,22 @@ def read_branch(storage: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return commit if _COMMIT.fullmatch(commit) else None
+
+
+def noted_listing(storage: Path, commit: str) -> list[str] | None:
+    """The names of all files that a repo has at a commit, those that the cache lacks included; None: not noted."""
+    for folder in _LISTINGS:
+        try:
+            files = read_json(_note(storage, commit, folder)).get("files")
+        except CheckpointError:
+            continue
+        if isinstance(files, dict):
+            return [*files]
+    return None
+
+
+def _note(storage: Path, commit: str, folder: str = _LISTINGS[0]) -> Path:
+    return storage / folder / f"{commit}.json"
 
 
 def _write_branch(storage: Path, commit: str) -> None:

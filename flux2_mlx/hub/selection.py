@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import DownloadError
 from ..files import Claim
-from .cache import Download, latest_files, storage_of
+from .cache import Download, latest_files, noted_listing, storage_of
 from .downloads import BrokenError, DamagedError, RefusedError
 from .errors import Hub, explain_download, explain_listing
 from .outline import Pieces, outline
@@ -28,6 +28,7 @@ class Selection:
         names: the names of the files, relative to the repo.
         folder: holds them; small ones as they are, and weights with nothing in them but the pieces asked for.
         download: what of them is in the Hub's cache and what is not; None where nobody could be asked.
+        listed: the names of all files of the repo, as far as they are known.
         bases: the repos of what it was made from, as far as it says so and could be asked.
     """
 
@@ -37,6 +38,7 @@ class Selection:
         names: Collection[str],
         folder: Path,
         hub: Hub,
+        listed: Collection[str],
         download: Download | None = None,
         bases: Sequence[str] = (),
     ):
@@ -44,6 +46,7 @@ class Selection:
         self.names = names
         self.folder = folder
         self._hub = hub
+        self.listed = listed
         self.download = download
         self.bases = bases
 
@@ -56,6 +59,7 @@ class Selection:
         if self.download is None:
             return
         with _explained(self._hub, self.repo):
+            self.download.note_listing(self.listed)
             bring_weights(self._hub, self.download, progress)
             self.download.record(all_wanted=False)
         self.folder = self.download.snapshot
@@ -115,7 +119,7 @@ def _listed(repo_id: str, hub: Hub, listed: Listing, choose: Choose, pieces: Pie
         wanted = download_of(hub, repo_id, listed, {name: listed.files[name] for name in names})
         prepare(hub, wanted)
         folder = held.enter_context(outline(hub, wanted, pieces))
-        return Selection(repo_id, names, folder, hub, wanted, listed.bases)
+        return Selection(repo_id, names, folder, hub, [*listed.files, *listed.others], wanted, listed.bases)
 
 
 def _cached(repo_id: str, hub: Hub, choose: Choose, reason: str, held: ExitStack) -> Selection:
@@ -126,7 +130,8 @@ def _cached(repo_id: str, hub: Hub, choose: Choose, reason: str, held: ExitStack
     except DownloadError as error:
         raise DownloadError(reason) from error
     held.enter_context(Claim(storage_of(hub.cache, repo_id)))
-    return Selection(repo_id, names, snapshot, hub)
+    listed = noted_listing(snapshot.parent.parent, snapshot.name) or there
+    return Selection(repo_id, names, snapshot, hub, listed)
 
 
 @contextmanager

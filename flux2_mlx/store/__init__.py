@@ -12,7 +12,7 @@ from .names import BUILT_IN, CHECKPOINT, FILE, REPO, SOURCE, VARIANT, Model, che
 if TYPE_CHECKING:
     from ..convert.lora import Inspection, Preset
     from ..hub import Download
-    from .adapter_sources import FoundAdapter, adapter_hash, adapters_with, config_hash, find_adapter, local_file
+    from .adapter_sources import FoundAdapter, adapter_hashes, adapters_with, find_adapter
     from .adapters import (
         StoredAdapter,
         adapters_folder,
@@ -48,11 +48,10 @@ __all__ = [
     "Preset",
     "Progress",
     "StoredAdapter",
-    "adapter_hash",
+    "adapter_hashes",
     "adapters_folder",
     "adapters_with",
     "checked_variant",
-    "config_hash",
     "conversions",
     "convert_adapter",
     "convert_model",
@@ -65,7 +64,6 @@ __all__ = [
     "find_variant",
     "inspect_adapter",
     "is_official",
-    "local_file",
     "models_folder",
     "named_checkpoints",
     "open_adapter",
@@ -80,10 +78,9 @@ _LAZY = {
     "Inspection": "..convert.lora",
     "Preset": "..convert.lora",
     "StoredAdapter": ".adapters",
-    "adapter_hash": ".adapter_sources",
+    "adapter_hashes": ".adapter_sources",
     "adapters_folder": ".adapters",
     "adapters_with": ".adapter_sources",
-    "config_hash": ".adapter_sources",
     "conversions": ".converted",
     "convert_adapter": ".adapters",
     "convert_model": ".conversion",
@@ -92,7 +89,6 @@ _LAZY = {
     "find_adapter": ".adapter_sources",
     "find_conversion": ".converted",
     "inspect_adapter": ".adapters",
-    "local_file": ".adapter_sources",
     "named_checkpoints": ".converted",
     "open_adapter": ".adapters",
     "sizes": ".converted",

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from hashlib import file_digest
 from pathlib import Path
@@ -14,11 +13,11 @@ from ..adapters import Adapter
 from ..checkpoint import Checkpoint
 from ..config import Config
 from ..convert import formats
-from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, is_config_of, read_adapter
+from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, names_beside, read_adapter
 from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
-from ..layout import PICKLES
+from ..layout import PICKLES, SAFETENSORS
 from ..wording import some
 from .first_use import Progress, labelled
 from .folder import models_folder
@@ -26,7 +25,6 @@ from .names import cached_repo
 from .parts import Remote, located
 
 ADAPTERS = "loras"  # in the models folder
-_SUFFIX = ".safetensors"
 _ALPHAS = ("alpha",)  # single numbers, which are read with the header
 
 
@@ -124,33 +122,25 @@ def find_adapter(
     inside = "/".join(filter(None, (subfolder, weight_name)))
     if isinstance(where, Path):
         folder = where if subfolder is None else where / _within(where, subfolder)
-        yield FoundAdapter(told, read_adapter(folder, weight_name))
+        yield FoundAdapter(told, read_here(folder, weight_name))
         return
     wanted = Remote(where.repo, "/".join(filter(None, (where.path, inside))))
-    names: list[str] = []  # all of the repo
     with ExitStack() as held:
         try:
-            selection = held.enter_context(_selected(wanted, names))
+            selection = held.enter_context(_selected(wanted))
         except DownloadError as error:
             if told != where.repo:
                 raise
             raise DownloadError(f"there is no file or folder {told} here, and as a repo: {error}") from error
         with _named(selection):
             file = _read(selection)
-        config = os.path.join(os.path.dirname(_weights(selection)), PEFT_CONFIG)
-        file = replace(file, is_config_aside=config in names and config not in selection.names)
-        is_named = wanted.path.lower().endswith(_SUFFIX)
-        yield FoundAdapter(told, file, selection, 0 if is_named else len(_files_of_weights(names)) - 1)
+        is_named = wanted.path.lower().endswith(SAFETENSORS)
+        yield FoundAdapter(told, file, selection, 0 if is_named else len(_files_of_weights(selection.listed)) - 1)
 
 
-def _selected(wanted: Remote, seen: list[str]) -> AbstractContextManager[Selection]:
-    """The files of an adapter in a repo, all of whose files are then in `seen`."""
-
-    def choose(names: Collection[str]) -> list[str]:
-        seen[:] = names
-        return adapter_files(wanted, names)
-
-    return hub.select(wanted.repo, choose, partial(formats.outline.pieces, early=_ALPHAS))
+def _selected(wanted: Remote) -> AbstractContextManager[Selection]:
+    """The files of an adapter in a repo."""
+    return hub.select(wanted.repo, partial(adapter_files, wanted), partial(formats.outline.pieces, early=_ALPHAS))
 
 
 def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
@@ -160,7 +150,7 @@ def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
         InputError: it is a pickle. DownloadError: there is none, or there are several.
     """
     if wanted.path.lower().endswith(PICKLES):
-        raise InputError(f"{wanted} is a pickle, which could run code; give a {_SUFFIX} file")
+        raise InputError(f"{wanted} is a pickle, which could run code; give a {SAFETENSORS} file")
     weights = _files_of_weights(names)
     chosen = [wanted.path] if wanted.path in weights else [x for x in weights if os.path.dirname(x) == wanted.path]
     chosen = chosen if chosen or wanted.path else weights
@@ -168,20 +158,18 @@ def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
     chosen = usual if len(usual) == 1 else chosen
     if len(chosen) != 1:
         raise DownloadError(_several(wanted, chosen, weights))
-    stem = chosen[0].removesuffix(_SUFFIX)
-    folder = os.path.dirname(chosen[0])
-    has_config = is_config_of(os.path.basename(chosen[0]), sum(os.path.dirname(x) == folder for x in weights))
-    beside = (*([os.path.join(folder, PEFT_CONFIG)] if has_config else []), f"{stem}.json")
+    stem = chosen[0].removesuffix(SAFETENSORS)
+    beside = (os.path.join(os.path.dirname(chosen[0]), PEFT_CONFIG), f"{stem}.json")
     return [*(name for name in beside if name in names), *chosen]
 
 
 def _files_of_weights(names: Collection[str]) -> list[str]:
-    return sorted(name for name in names if name.lower().endswith(_SUFFIX))
+    return sorted(name for name in names if name.lower().endswith(SAFETENSORS))
 
 
 def _several(wanted: Remote, chosen: list[str], weights: list[str]) -> str:
     """What is there in place of one adapter, and what to write."""
-    what = f"{len(chosen)} adapters" if chosen else f"no {_SUFFIX} file" + " there" * bool(wanted.path and weights)
+    what = f"{len(chosen)} adapters" if chosen else f"no {SAFETENSORS} file" + " there" * bool(wanted.path and weights)
     names = [f"{wanted.repo}:{name}" for name in chosen or weights]
     way = f"give one as {some(names)}" if names else "give another repo"
     return f"{wanted} has {what}; {way}"
@@ -200,22 +188,22 @@ def adapters_with(
     """
     home = models_folder(models_dir) / ADAPTERS
     named = dict.fromkeys(file for folder in (*folders, home) for file in _named_files(folder / name))
-    yield from (file for file in named if adapter_hash(file) == sha256)
+    yield from (file for file in named if _hash(file) == sha256)
     yield from (file for file, blob in cached_files() if blob.name == sha256 and file.is_file())
-    yield from (file for file in own_files(models_dir) if file not in named and adapter_hash(file) == sha256)
+    yield from (file for file in own_files(models_dir) if file not in named and _hash(file) == sha256)
 
 
 def _named_files(place: Path) -> list[Path]:
     """The file, or all that may be adapters in the folder, at a place; none where nothing can have such a name."""
     try:
-        return [place] if place.is_file() else sorted(place.glob(f"*{_SUFFIX}"))
+        return [place] if place.is_file() else sorted(place.glob(f"*{SAFETENSORS}"))
     except (OSError, ValueError):
         return []
 
 
 def own_files(models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """All files that may be adapters in the folder `loras` of the models folder."""
-    return sorted((models_folder(models_dir) / ADAPTERS).rglob(f"*{_SUFFIX}"))
+    return sorted((models_folder(models_dir) / ADAPTERS).rglob(f"*{SAFETENSORS}"))
 
 
 def cached_files() -> Iterator[tuple[Path, Path]]:
@@ -226,12 +214,12 @@ def cached_files() -> Iterator[tuple[Path, Path]]:
         for file in sorted(snapshot_files(storage)):
             blob, config = (Path(os.path.realpath(path)) for path in (file, file.with_name(PEFT_CONFIG)))
             own = blob, config if config.is_file() else None
-            if file.suffix == _SUFFIX and own not in seen:
+            if file.suffix == SAFETENSORS and own not in seen:
                 seen.add(own)
                 yield file, blob
 
 
-def adapter_hash(path: Path) -> str | None:
+def _hash(path: Path) -> str | None:
     """The hash of a file; None if there is none that can be read."""
     try:
         with open_regular(path) as file:
@@ -240,28 +228,52 @@ def adapter_hash(path: Path) -> str | None:
         return None
 
 
-def local_file(source: str) -> Path:
-    """The file of an adapter here, where a path, or a folder that holds one, is asked for."""
-    path = Path(os.path.expanduser(source))
+def adapter_hashes(source: str | os.PathLike[str]) -> tuple[str | None, str | None]:
+    """The hash of an adapter's file here, and that of its config (`AdapterFile.config_hash`). None also where they
+    can't be known, which is told when it is used.
+
+    Args:
+        source: a path, or the folder that holds it.
+    """
+    path = Path(source).expanduser()
     try:
-        return read_adapter(path).path if os.path.isdir(path) else path
+        file = read_here(path)
+        return file.sha256, file.config_hash
     except (CheckpointError, InputError):
-        return path
+        return _hash(path), None
 
 
-def config_hash(path: Path) -> str | None:
-    """See `AdapterFile.config_hash`; None also where that can't be known, which is told when it is used."""
-    try:
-        return read_adapter(path).config_hash
-    except (CheckpointError, InputError):
-        return None
+def read_here(source: Path, weight_name: str | None = None) -> AdapterFile:
+    """What the adapter in a file or folder here is; see `read_adapter`."""
+    return read_adapter(source, weight_name, beside=_names_beside)
+
+
+def _names_beside(path: Path) -> Collection[str]:
+    """The names of all files in an adapter's folder. The Hub's cache may lack some of those that the repo has there."""
+    if place := _cached(Path(os.path.abspath(path))):
+        storage, commit, name = place
+        if names := hub.noted_listing(storage, commit):
+            return _within_folder(os.path.dirname(name), names)
+    return names_beside(path)
+
+
+def _within_folder(folder: str, names: Collection[str]) -> list[str]:
+    """The names there of the files that are directly in a folder of a repo."""
+    return [os.path.basename(name) for name in names if os.path.dirname(name) == folder]
 
 
 def cached_origin(path: Path) -> str | None:
     """The repo and file whose copy in the Hub's cache is at a path; None: it is none."""
+    place = _cached(path)
+    return None if place is None else f"{cached_repo(place[0].name)}:{place[2]}"
+
+
+def _cached(path: Path) -> tuple[Path, str, str] | None:
+    """The folder of a repo in the Hub's cache that a path leads into, the commit, and the name in the repo."""
     for folder in path.parents:
-        if folder.name == "snapshots" and (repo := cached_repo(folder.parent.name)):
-            return f"{repo}:{'/'.join(path.relative_to(folder).parts[1:])}"
+        if folder.name == "snapshots" and cached_repo(folder.parent.name):
+            commit, *parts = path.relative_to(folder).parts
+            return folder.parent, commit, "/".join(parts)
     return None
 
 
@@ -272,7 +284,9 @@ def _within(folder: Path, subfolder: str) -> str:
 
 
 def _read(selection: Selection) -> AdapterFile:
-    return read_adapter(selection.folder / _weights(selection), bases=selection.bases)
+    weights = _weights(selection)
+    beside = _within_folder(os.path.dirname(weights), selection.listed)
+    return read_adapter(selection.folder / weights, bases=selection.bases, beside=lambda _: beside)
 
 
 def _weights(selection: Selection) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..convert import adapter
-from ..convert.lora import AdapterFile, Inspection, inspect, read_adapter, save_adapter, saving_notes
+from ..convert.lora import AdapterFile, Inspection, inspect, save_adapter, saving_notes
 from ..errors import CheckpointError, InputError
 from ..weights import read_header
-from .adapter_sources import ADAPTERS, cached_files, cached_origin, find_adapter, own_files
+from .adapter_sources import ADAPTERS, cached_files, cached_origin, find_adapter, own_files, read_here
 from .first_use import Progress, labelled
 from .folder import models_folder
 
@@ -80,7 +80,7 @@ def stored_adapters(models_dir: str | os.PathLike[str] | None = None) -> Iterato
 def _stored(path: Path, source: str) -> StoredAdapter:
     nbytes = path.stat().st_size if path.is_file() else 0
     try:
-        return StoredAdapter(source, path, nbytes, inspect(read_adapter(path), source))
+        return StoredAdapter(source, path, nbytes, inspect(read_here(path), source))
     except (CheckpointError, InputError) as error:
         return StoredAdapter(source, path, nbytes, None, str(error).removeprefix(f"{path}: "))
 
