@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import mlx.core as mx
 
+from .balance import LARGEST, even, lengths, moved, peaks, power_of_two, split
 from .layers import cast
 
 Factor = mx.array | tuple[mx.array, mx.array]  # a matrix, or two that it is the product of
@@ -19,8 +20,6 @@ MOST_SCALE = 1000.0  # times what an adapter changes
 # The most weights that are made of factors at one time.
 _SLICE = 4 * 1024 * 1024
 _SHORTEST = 1e-12  # row of a weight, which has no direction
-# Powers of two. Rows of `down` so short lose digits in float16; entries of `up` so large are near its largest number.
-_FAINT, _LARGEST = -6, 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +34,20 @@ class _Factors:
     def outputs(self) -> int:
         return self.shape[0]  # type: ignore[attr-defined]  # of all but a bias, which has its own
 
+    def cast(self, dtype: mx.Dtype) -> Self:
+        """This change with arrays of `dtype`."""
+        told = self._balanced() if dtype == mx.float16 else self
+        return replace(told, **{field.name: _cast(getattr(told, field.name), dtype) for field in fields(self)})
+
+    def _balanced(self) -> Self:
+        """The same change in float32, with powers of two moved from one factor, or the scale, into another where the
+        inner values, or a factor itself, might leave the range of float16."""
+        return self
+
     @property
     def arrays(self) -> list[mx.array]:
         """All arrays, those in pairs and those of a change within included."""
         return _arrays(self)
-
-    def cast(self, dtype: mx.Dtype) -> Self:
-        """This change with arrays of `dtype`."""
-        return replace(self, **{field.name: _cast(getattr(self, field.name), dtype) for field in fields(self)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,19 +68,10 @@ class LowRank(_Factors):
     def weight(self, rows: slice = ALL) -> mx.array:
         return self.scale * _float32(self.up[rows]) @ _float32(self.down)
 
-    def cast(self, dtype: mx.Dtype) -> Self:
-        return _Factors.cast(self._balanced() if dtype == mx.float16 else self, dtype)
-
     def _balanced(self) -> Self:
-        """The same product, with powers of two moved from one factor into the other where the inner values, or a factor
-        itself, might leave the range of float16. Rows of `down` are no longer than 1 then, if `up` allows."""
-        down, up = _float32(self.down), _float32(self.up)
-        length = mx.ceil(mx.log2(mx.linalg.norm(down, axis=1)))
-        largest = mx.ceil(mx.log2(mx.abs(up).max(axis=0)))
-        moved = mx.where(length < _FAINT, length, mx.maximum(length, 0))
-        moved = mx.minimum(moved, _LARGEST - largest)
-        moved = mx.where(mx.isfinite(length) & mx.isfinite(largest), moved, 0)
-        return replace(self, down=down * _power_of_two(-moved)[:, None], up=up * _power_of_two(moved))
+        exponent, scale = split(self.scale)
+        up, down = even(self.up, self.down, exponent)
+        return replace(self, down=down, up=up, scale=scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +97,13 @@ class Kronecker(_Factors):
         w1, w2 = _dense(self.w1), _dense(self.w2)
         outer, inner = mx.divmod(mx.arange(self.shape[0])[rows], len(w2))
         return self.scale * (w1[outer, :, None] * w2[inner, None]).flatten(1)
+
+    def _balanced(self) -> Self:
+        exponent, scale = split(self.scale)
+        w1, w2 = _evened(self.w1), _evened(self.w2)
+        out = moved(lengths(_head(w2)).max(), LARGEST - exponent - peaks(_head(w1)).max())
+        w1, w2 = _multiplied(w1, power_of_two(out + exponent)), _multiplied(w2, power_of_two(-out))
+        return replace(self, w1=w1, w2=w2, scale=scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +141,14 @@ class Hadamard(_Factors):
 
     def weight(self, rows: slice = ALL) -> mx.array:
         return self.scale * _dense((self.w1a[rows], self.w1b)) * _dense((self.w2a[rows], self.w2b))
+
+    def _balanced(self) -> Self:
+        exponent, scale = split(self.scale)
+        w1a, w1b = even(self.w1a, self.w1b)
+        w2a, w2b = even(self.w2a, self.w2b, sizes=peaks)  # or products of both would be faint
+        out = moved(peaks(w2a).max(), LARGEST - exponent - peaks(w1a).max())
+        w1a, w2a = w1a * power_of_two(out + exponent), w2a * power_of_two(-out)
+        return replace(self, w1a=w1a, w1b=w1b, w2a=w2a, w2b=w2b, scale=scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +223,10 @@ class BiasDifference(_Factors):
     @property
     def outputs(self) -> int:
         return len(self.difference)
+
+    def cast(self, dtype: mx.Dtype) -> Self:
+        """This change itself: it is small, and is rounded when its scale is in it."""
+        return self
 
     def delta(self, x: mx.array) -> mx.array:
         """`[out]`, whatever `x` is."""
@@ -312,9 +327,17 @@ def _float32(x: mx.array) -> mx.array:
     return x.astype(mx.float32)
 
 
-def _power_of_two(exponent: mx.array) -> mx.array:
-    """Exactly that, from its bits."""
-    return mx.left_shift(mx.clip(exponent, -126, 127).astype(mx.int32) + 127, 23).view(mx.float32)
+def _evened(factor: Factor) -> Factor:
+    """The same in float32, with a pair in balance."""
+    return _float32(factor) if isinstance(factor, mx.array) else even(*factor)
+
+
+def _head(factor: Factor) -> mx.array:
+    return factor if isinstance(factor, mx.array) else factor[0]
+
+
+def _multiplied(factor: Factor, number: mx.array) -> Factor:
+    return factor * number if isinstance(factor, mx.array) else (factor[0] * number, factor[1])
 
 
 def _shape(factor: Factor) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import count
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import mlx.core as mx
 import numpy as np
 
-from .adapters import MOST_SCALE
+from .adapters import MOST_SCALE, Adapter
 from .arguments import checked_number, kinds, named, texts
 from .branches import AtWork
 from .device import begin_computing
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .store import FoundAdapter
 
 FoundUse = tuple["FoundAdapter", float, tuple[int, int] | None]  # and its scale and steps
+Weight = float | Mapping[str, float | None] | None
 _log = logging.getLogger(__name__)
 
 
@@ -135,21 +136,26 @@ class LoraMethods:
         return pipe
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | np.ndarray | None = None
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: Weight | Sequence[Weight] | np.ndarray = None,
     ) -> None:
         """Have these of the loaded adapters at work and no others, each in the steps that it was loaded for.
 
         Args:
             adapter_names: one, or several.
-            adapter_weights: the scale of each, or one for all; None: 1.
+            adapter_weights: the scale of each, or one for all; None: 1. A scale may be given by the network that is
+                changed, as `{"transformer": 0.5}`, where it is the same for all networks that an adapter changes.
 
         Raises:
-            InputError: there is no such adapter, they are too many, or there are more or fewer weights.
+            InputError: there is no such adapter, they are too many, there are more or fewer weights, or one is wrong.
         """
         names = self._known("adapter_names", adapter_names)
         check_count(len(names))
-        scales = _weights(1.0 if adapter_weights is None else adapter_weights, len(names))
-        chosen = [replace(self._loaded[name], scale=scale) for name, scale in zip(names, scales, strict=True)]
+        parts = [*self.networks.checkpoint.components]
+        loaded = [self._loaded[name] for name in names]
+        weights = _weights(adapter_weights, len(names))
+        chosen = [replace(one, scale=_scale(one.adapter, x, parts)) for one, x in zip(loaded, weights, strict=True)]
         with turn():
             self._choose(chosen)
 
@@ -223,16 +229,34 @@ def _checked(scale: Any, steps: Any) -> tuple[float, tuple[int, int] | None]:
     return checked_number("scale", scale, -MOST_SCALE, MOST_SCALE), _checked_steps(steps)
 
 
-def _weights(given: Any, count: int) -> list[float]:
-    """The scales of so many adapters: one for each, or one for all."""
+def _weights(given: Any, count: int) -> list[Any]:
+    """What is given as the scale of each of so many adapters, or of all."""
     values = given.tolist() if isinstance(given, np.ndarray | mx.array) else given
-    scales = list(values) if isinstance(values, list | tuple) else [values] * count
-    if any(isinstance(scale, str | bytes) for scale in scales):
-        raise InputError(f"adapter_weights must be numbers, got {given!r:.60}")
-    if len(scales) != count:
+    weights = list(values) if isinstance(values, list | tuple) else [values] * count
+    if len(weights) != count:
         adapters = "1 adapter has" if count == 1 else f"{count} adapters have"
-        raise InputError(f"{adapters} {len(scales)} weights; give one for each, or one for all")
-    return [checked_number("adapter_weights", scale, -MOST_SCALE, MOST_SCALE) for scale in scales]
+        raise InputError(f"{adapters} {len(weights)} weights; give one for each, or one for all")
+    return weights
+
+
+def _scale(adapter: Adapter, given: Any, parts: Sequence[str]) -> float:
+    """The scale of an adapter of a model with these parts."""
+    if not isinstance(given, Mapping):
+        return _number(given)
+    if unknown := [part for part in given if part not in parts]:
+        raise InputError(f"adapter_weights has {unknown[0]!r:.40}, which is none of {', '.join(parts)}")
+    scales = {part: _number(weight) for part, weight in given.items()}
+    changed = {part: scales.get(part, 1.0) for part, layers in adapter.layers.items() if layers}
+    if len({*changed.values()}) > 1:
+        told = " and ".join(f"{part} by {scale:g}" for part, scale in changed.items())
+        raise InputError(f"adapter_weights would have {adapter.name:.80} change {told}; give one scale for both")
+    return next(iter(changed.values()), 1.0)
+
+
+def _number(weight: Any) -> float:
+    if isinstance(weight, str | bytes):
+        raise InputError(f"adapter_weights must be numbers, got {weight!r:.60}")
+    return checked_number("adapter_weights", 1.0 if weight is None else weight, -MOST_SCALE, MOST_SCALE)
 
 
 def _checked_steps(steps: Any) -> tuple[int, int] | None:

@@ -25,7 +25,7 @@ STOREYS = {
         "files", "json_files", "exclusion", "settings", "copying", "weights", "staging", "images", "image_names",
         "colors", "references", "hub", "demo", "embedding_cache",
     ),
-    "networks": ("layers", "loading", "adapters", "transformer", "vae", "text", "low_ranks", "branches"),
+    "networks": ("layers", "loading", "balance", "adapters", "transformer", "vae", "text", "low_ranks", "branches"),
     "models": (
         "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks",
         "verification", "convert", "store",

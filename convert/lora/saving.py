@@ -80,8 +80,8 @@ def save_adapter(
         CheckpointError: values are not finite, or diffusers can't express what changes.
     """
     path = target if target.suffix.lower() == SAFETENSORS else target / DIFFUSERS_MODEL
-    _check_free(path, force)
     _check_config(path)
+    _check_free(path, force)
     _check_expressible(found)
     infos = {name: TensorInfo(FLOATS[x.dtype], x.shape) for name, x in _tensors(found)}
     needed = sum(info.nbytes for info in infos.values())
