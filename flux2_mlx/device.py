@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .chips import REACHED, like
 from .config import DTYPES
 from .errors import DeviceError, InputError
 from .requirements import check_mlx
@@ -27,17 +28,6 @@ _FUSED_ON_CUDA = tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have. The rest is for its context and its libraries, which on an H200
 # take 0.8 GiB (python scripts/bench_step.py says so at its end), and for a display.
 _CARD_SHARE = 0.9
-# What Apple's GPUs are said to do at most, in 1e12 operations a second in 32 bits; up to the M4 they do about as many
-# in 16 bits, and later ones more.
-_TFLOPS = {
-    "M1": {"": 2.6, "Pro": 5.2, "Max": 10.4, "Ultra": 20.8},
-    "M2": {"": 3.6, "Pro": 6.8, "Max": 13.6, "Ultra": 27.2},
-    "M3": {"": 3.5, "Pro": 6.4, "Max": 14.2, "Ultra": 28.4},
-    "M4": {"": 4.3, "Pro": 8.6, "Max": 17.2},
-}
-# The share of that which is reached: 0.61 by published runs of mflux, 0.69 on an M1 Max, and 0.61 to 0.68 by MLX's own
-# products. `flux2-mlx doctor` measures it.
-_REACHED = 0.6
 MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and less while the display is on
 _MOST_BYTES = 2**63  # what MLX's limits can hold
 _FEWEST_BYTES = 10**6  # of a number without a unit; of a smaller one the unit was forgotten
@@ -225,23 +215,12 @@ def dispatch_seconds(operations: int) -> float | None:
     None on other machines."""
     if not on_metal():
         return None
-    generation, kind = _generation()
-    return operations / (_REACHED * _TFLOPS[generation][kind] * 1e12)
+    return operations / (REACHED * like(chip()).tflops * 1e12)
 
 
 def chip_class() -> str:
-    """The chip of known speed that this Mac's is taken for: itself, or the next slower one. Other Apple GPUs, which are
-    virtual, or of telephones and small Macs, are taken for the slowest."""
-    return " ".join(filter(None, ("Apple", *_generation())))
-
-
-def _generation() -> tuple[str, str]:
-    """The generation and the kind of `chip_class`, as the table has them."""
-    match = re.fullmatch(r"Apple M(\d+) ?(Pro|Max|Ultra|)", chip())
-    if not match:
-        return "M1", ""
-    known = _TFLOPS[generation := f"M{min(int(match[1]), len(_TFLOPS))}"]
-    return generation, match[2] if match[2] in known else list(known)[-1]
+    """The chip of known speed that this Mac's is taken for, see `chips.like`."""
+    return f"Apple {like(chip()).name}"
 
 
 @contextmanager

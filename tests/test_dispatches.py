@@ -36,6 +36,7 @@ def on_chip(monkeypatch, name: str) -> None:
         ("Apple M1 Max", 1 / 6.24),
         ("Apple M4 Pro", 1 / 5.16),
         ("Apple M3 Ultra", 1 / 17.04),
+        ("Apple M5 Max", 1 / 9.72),
     ],
 )
 def test_how_long_a_chip_takes(name, expected, monkeypatch):
@@ -48,10 +49,10 @@ def test_how_long_a_chip_takes(name, expected, monkeypatch):
     ("name", "slower"),
     [
         ("Apple M4 Ultra", "Apple M4 Max"),
-        ("Apple M5", "Apple M4"),
-        ("Apple M5 Pro", "Apple M4 Pro"),
-        ("Apple M5 Ultra", "Apple M4 Max"),
-        ("Apple M19 Max", "Apple M4 Max"),
+        ("Apple M5 Ultra", "Apple M5 Max"),
+        ("Apple M6", "Apple M5"),
+        ("Apple M6 Pro", "Apple M5 Pro"),
+        ("Apple M19 Max", "Apple M5 Max"),
         ("Apple A18 Pro", "Apple M1"),
         ("Apple Paravirtual device", "Apple M1"),
         ("", "Apple M1"),

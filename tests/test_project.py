@@ -20,7 +20,7 @@ from flux2_mlx.cli.main import cli
 # The house of CONTRIBUTING.md: a module imports only from storeys below its own and from rooms of its own storey that
 # stand left of its room; a package may import from itself.
 STOREYS = {
-    "facts": ("errors", "config", "layout", "wording", "requirements", "device", "noise", "scheduler"),
+    "facts": ("errors", "config", "layout", "wording", "requirements", "chips", "device", "noise", "scheduler"),
     "files": (
         "files", "json_files", "exclusion", "settings", "copying", "weights", "staging", "images", "image_names",
         "colors", "references", "hub", "demo", "embedding_cache",
