@@ -8,8 +8,10 @@ from typing import Self
 from .advice import advice, check_possible, workload
 from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
+from .chips import Chip
 from .config import Variant
 from .device import dtype_name, is_slow_with_qint4
+from .durations import Duration, duration, own_chip
 from .memory import Plan
 from .networks import Networks
 from .references import Edit
@@ -86,6 +88,17 @@ class PreparedPipeline(BasePipeline):
         work = workload(request, edit)
         planned = self.networks.needs(work).plan(self._limit)
         return planned, None if planned.fits else advice(self.networks, work, self._limit)
+
+    def duration(
+        self,
+        request: Request,
+        edit: Edit = Edit(),  # noqa: B008 (it is frozen)
+        *,
+        chip: Chip | None = None,
+    ) -> Duration | None:
+        """How long a run is expected to compute on a `chip`, by default this Mac's; None: of that no speed is known."""
+        computing = chip or own_chip()
+        return None if computing is None else duration(self.networks, request, workload(request, edit), computing)
 
     def is_faster_in_bf16(self, request: Request, edit: Edit, text_quant: str | None = None) -> bool:
         """Whether a run takes longer with `qint4` here than it would with the 16 bits for which there is memory.

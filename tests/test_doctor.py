@@ -16,7 +16,7 @@ from helpers.findings import verdict
 from flux2_mlx import device, doctor
 from flux2_mlx.doctor import CheckUp, Finding, disk, fits, machine, numerics, speed
 from flux2_mlx.doctor.finding import UnmeasurableError
-from flux2_mlx.doctor.speed import Rates
+from flux2_mlx.durations import Rates
 from flux2_mlx.errors import CheckpointError, DeviceError
 
 
@@ -125,7 +125,7 @@ def test_the_checks_go_on_after_one_that_can_not_be_made(monkeypatch, models):
     verdicts = {found["name"]: found["verdict"] for found in report["findings"]}
     failed = ["product with 4 bit weights", "product with 8 bit weights", "what fits"]
     assert [name for name, verdict in verdicts.items() if verdict == "fail"] == failed
-    assert len(verdicts) == 21  # both lines of the disk are called the same here
+    assert len(verdicts) == 22  # both lines of the disk are called the same here
     assert list(models.iterdir()) == []
 
 
@@ -248,7 +248,7 @@ def test_all_checks_are_made(monkeypatch, tmp_path):
             doctor, "made", lambda name, check, asked=asked: asked.append(name) or Finding(name, "pass", "")
         )
         assert [found.name for found in CheckUp(tmp_path, begun.append)] == asked == begun
-        assert len(set(asked)) == 22
+        assert len(set(asked)) == 23
     assert list(tmp_path.iterdir()) == []
 
 

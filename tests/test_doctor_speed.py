@@ -4,9 +4,11 @@ import mlx.core as mx
 import pytest
 from helpers.findings import as_gpu, verdict
 
+from flux2_mlx.chips import chip_named
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.doctor import predictions, speed
-from flux2_mlx.doctor.speed import Rates, step_operations
+from flux2_mlx.durations import Rates, rates_of
+from flux2_mlx.transformer import pass_operations
 
 
 def test_a_long_operation_is_told(monkeypatch):
@@ -42,7 +44,7 @@ def test_a_speed_that_varies_is_told(monkeypatch):
 def test_operations_are_those_that_were_counted():
     """Of klein-4b, klein-9b and dev at 1024×1024, in TFLOP."""
     config = {name: VARIANTS[name].transformer for name in speed.MODELS}
-    found = [sum(step_operations(config[name], 4608)) / 1e12 for name in speed.MODELS]
+    found = [sum(pass_operations(config[name], 4608)) / 1e12 for name in speed.MODELS]
     assert found == pytest.approx([34.8, 75.5, 282.5], rel=0.02)
 
 
@@ -59,3 +61,18 @@ def test_a_slow_cpu_is_told_and_what_to_do(seconds, expected, monkeypatch):
     assert rate == pytest.approx(2**30 / seconds)
     assert verdict(found) == expected
     assert ("libopenblas0-pthread" in found.advice) is (expected == "warn")
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.9, "pass"), (0.5, "warn")])
+def test_a_chip_that_is_slower_than_its_kind_is_told(share, expected, monkeypatch):
+    chip = chip_named("M3 Max")
+    monkeypatch.setattr(speed, "own_chip", lambda: chip)
+    usual = rates_of(chip, mx.bfloat16)
+    found = speed.check_rates(Rates(share * usual.products, share * usual.attention), mx.bfloat16)
+    assert verdict(found) == expected
+    assert found.figure.startswith(f"{share:.1f}")
+    assert speed.check_rates(None, mx.bfloat16).figure == "no speed was measured"
+
+
+def test_a_chip_of_unknown_speed_is_not_judged():
+    assert speed.check_rates(Rates(1e12, 1e12), mx.float32).verdict == "skip"

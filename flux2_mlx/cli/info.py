@@ -34,6 +34,9 @@ Shown = TypeVar("Shown")
 )
 @click.option("-H", "--height", type=click.IntRange(16), help="Its height in pixels.  [default: 1024; demo 128]")
 @memory_option
+@click.option(
+    "--chip", metavar="NAME", help="Such as 'M3 Max': how long it is expected to take there.  [default: this Mac's]"
+)
 @variant_option
 @models_dir_option
 @json_option
@@ -45,6 +48,7 @@ def info(
     width: int | None,
     height: int | None,
     memory_limit: str | None,
+    chip: str | None,
     variant: str | None,
     models_dir: Path | None,
     as_json: bool,
@@ -65,7 +69,7 @@ def info(
       flux2-mlx info fox.png
     """
     planning = {"quant": quant, "text-quant": text_quant, "dtype": dtype, "width": width, "height": height}
-    planning |= {"memory-limit": memory_limit}
+    planning |= {"memory-limit": memory_limit, "chip": chip}
     planned = [name for name, value in planning.items() if value is not None]
     if (model is None or is_image(model)) and (given := planned or ["variant"] * (variant is not None)):
         raise _about_a_model(given[0])
@@ -92,7 +96,7 @@ def info(
             dtype=dtype,
             memory_limit=memory_limit,
         )
-        row = _one_row(resolved, pipe, folders) | _plan(pipe, width, height)
+        row = _one_row(resolved, pipe, folders) | _plan(pipe, width, height, chip)
         _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
 
 
@@ -205,11 +209,13 @@ def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict
     return row if official else row | {"licence": None, "gated": None}
 
 
-def _plan(pipe: "Flux2Pipeline", width: int | None, height: int | None) -> dict[str, Any]:
+def _plan(pipe: "Flux2Pipeline", width: int | None, height: int | None, chip: str | None) -> dict[str, Any]:
+    from ..chips import chip_named
     from ..device import dtype_name
 
     request = pipe.request([""], width=width, height=height)
     planned, advice = pipe.expected(request)
+    expected = pipe.duration(request, chip=None if chip is None else chip_named(chip))
     passes = 2 if pipe.variant.uses_cfg and request.guidance > 1 else 1
     return {
         "quant": pipe.quant,
@@ -223,6 +229,7 @@ def _plan(pipe: "Flux2Pipeline", width: int | None, height: int | None) -> dict[
         "limit": planned.limit,
         "fits": planned.fits,
         "advice": advice and in_flags(advice),
+        "expected": expected and asdict(expected) | {"seconds": expected.seconds},
     }
 
 
@@ -255,6 +262,14 @@ def _print_plan(row: dict[str, Any]) -> None:
     click.echo(f"{row['peak_memory'] / 2**30:.3g} GiB {verdict} the limit of {row['limit'] / 2**30:.3g} GiB{more}")
     if row["limit_reason"]:
         click.echo(f"that limit is the default: {row['limit_reason']}; --memory-limit sets another")
+    if expected := row["expected"]:
+        step, whole = (_about(expected[name]) for name in ("step", "seconds"))
+        besides = f"{whole} for {row['steps']} steps with text and image, besides reading from disk"
+        click.echo(f"expected of an {expected['chip']}: {step} a step, {besides}")
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds / 60:.0f} min"
 
 
 def _reading(row: dict[str, Any]) -> str:

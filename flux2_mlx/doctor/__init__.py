@@ -16,6 +16,7 @@ from ..advice import workload
 from ..components import network_dtype
 from ..config import QUANTIZATIONS, VARIANTS
 from ..device import activation_dtype, device_memory, failures, is_virtual, on_gpu
+from ..durations import Rates
 from ..errors import Flux2Error, one_line
 from ..metering import turn
 from ..networks import Networks
@@ -24,7 +25,7 @@ from ..request import Request
 from . import disk, machine, numerics, peaks, speed
 from .finding import Finding, UnmeasurableError, judged, skipped
 from .machine import describe
-from .speed import MODELS, Rates, predictions
+from .speed import MODELS, predictions
 
 __all__ = ["CheckUp", "Finding", "describe", "fits", "predictions"]
 
@@ -81,6 +82,7 @@ class CheckUp:
             yield "reading from disk", partial(disk.check_reading, file)
             yield "computing while reading", partial(disk.check_overlap, file)
         yield "speed of a block", self._bounded(speed.block_operations(), self._measure)
+        yield "speed of this chip", lambda: speed.check_rates(self.rates, dtype)
         yield "swap", partial(machine.check_swap, swap)
         yield "what fits", self._fit
 

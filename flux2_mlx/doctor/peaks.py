@@ -16,9 +16,8 @@ from ..footprints import footprint
 from ..loading import memory_dtype
 from ..memory import PhasePlan
 from ..metering import limits
-from ..transformer import TransformerCost, image_ids, rope_table, text_ids
+from ..transformer import TransformerCost, image_ids, pass_operations, rope_table, text_ids
 from ..vae import VAECost
-from . import speed
 from .finding import Finding, judged, skipped
 
 # Times what is planned. Far less means a plan that refuses or streams what would fit, or memory that is not counted; a
@@ -32,17 +31,17 @@ _STEP_SIDE = (32, 8)  # tokens on a side of the image of a step
 _DECODED_SIDE = (1024, 256)  # pixels on a side of the image that is decoded
 _OVER = "runs take more memory than is planned; choose a lower memory_limit, and please report this output"
 _UNDER = "runs take far less memory than is planned, or it is not counted; please report this output"
-_PER_PIXEL = 9.5e6  # operations of the convolutions that decode one
 
 
 def step_operations() -> int:
     """About the operations of `check_step`."""
-    return speed.step_operations(_step(), _STEP_SIDE[not on_gpu()] ** 2 + _TEXT)[0]
+    return pass_operations(_step(), _STEP_SIDE[not on_gpu()] ** 2 + _TEXT)[0]
 
 
 def decoding_operations() -> int:
     """About the operations of `check_decoding`."""
-    return int(_PER_PIXEL * _DECODED_SIDE[not on_gpu()] ** 2)
+    side = _DECODED_SIDE[not on_gpu()]
+    return VAECost(VAEConfig(), mx.float32).decoding_operations(side, side)
 
 
 def check_step(dtype: mx.Dtype) -> Finding:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -10,6 +10,8 @@ import mlx.core as mx
 from .. import layers
 from ..config import VARIANTS, TransformerConfig
 from ..device import MOST_DISPATCH, on_gpu
+from ..durations import Rates, own_chip, rates_of
+from ..transformer import pass_operations
 from ..transformer.blocks import SingleBlock
 from .finding import Finding, judged, skipped
 from .numerics import cast, random_weights, single_pass
@@ -20,32 +22,10 @@ _SIDE = 64  # tokens on a side of an image of 1024×1024
 # Of the image whose block is timed: tokens on a side, on a GPU and on a CPU.
 _TIMED_SIDE = (32, 16)
 _SLOW_CPU = 12e9  # operations a second, with which some checks would take a minute each; the reference BLAS does 1 to 3
+_AS_FAST = 0.75  # times what a chip is expected to do
 FAST_BLAS = (
     "on Linux, install a fast BLAS (libopenblas0-pthread on Debian and Ubuntu) and name its libblas.so.3 in LD_PRELOAD"
 )
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Operations a second: of a transformer's blocks, all included but attention, and of attention alone."""
-
-    products: float
-    attention: float
-
-    def step_seconds(self, config: TransformerConfig, tokens: int) -> float:
-        """Seconds of one denoising step with so many tokens."""
-        products, attention = step_operations(config, tokens)
-        return products / self.products + attention / self.attention
-
-
-def step_operations(config: TransformerConfig, tokens: int) -> tuple[int, int]:
-    """Operations of the products of a denoising step with so many tokens, and of its attention.
-
-    Either kind of block multiplies each token with 4·D² for attention and 3·D·M for the MLP.
-    """
-    D, M = config.hidden_size, config.mlp_hidden_size
-    blocks = config.num_layers + config.num_single_layers
-    return 2 * tokens * blocks * (4 * D * D + 3 * D * M), 4 * tokens**2 * D * blocks
 
 
 def measure_cpu() -> tuple[float, Finding]:
@@ -60,7 +40,7 @@ def measure_cpu() -> tuple[float, Finding]:
 
 def block_operations() -> int:
     """Operations of the products of all runs of the block that `measure_rates` times."""
-    return (1 + _repeats()) * step_operations(_block(), _timed_tokens())[0]
+    return (1 + _repeats()) * pass_operations(_block(), _timed_tokens())[0]
 
 
 def measure_rates(dtype: mx.Dtype) -> tuple[Rates, Finding]:
@@ -71,13 +51,28 @@ def measure_rates(dtype: mx.Dtype) -> tuple[Rates, Finding]:
     q = mx.random.normal((1, heads, tokens, width), key=mx.random.key(0)).astype(dtype)
     attending = timed(lambda: layers.attention(q, q, q), 3)
     times = timed(_block_pass(config, dtype), _repeats())
-    products, attention = step_operations(_block(), tokens)
+    products, attention = pass_operations(_block(), tokens)
     rates = Rates(products / max(min(times) - min(attending), 1e-9), attention / min(attending))
     spread = max(times) / min(times)
     speeds = f"{rates.products / 1e12:.3g} TFLOP/s, attention {rates.attention / 1e12:.3g}"
     figure = f"{speeds}; slowest/fastest {spread:.2f}"
     advice = "the speed varies: other programs are at work, or the machine is hot"
     return rates, judged("speed of a block", figure, "< 1.3", spread < 1.3, advice, "warn")
+
+
+def check_rates(rates: Rates | None, dtype: mx.Dtype) -> Finding:
+    """Whether the measured `rates` are those that this chip is known for."""
+    name = "speed of this chip"
+    chip = own_chip()
+    if chip is None:
+        return skipped(name, "the table of chips does not have it")
+    if rates is None:
+        return skipped(name, "no speed was measured")
+    expected = predictions(rates_of(chip, dtype))
+    share = min(expected[model] / seconds for model, seconds in predictions(rates).items())
+    advice = "other programs are at work, or the machine is hot, on battery or in low power mode; if not, please report"
+    figure = f"{share:.2f} of what an {chip.name} is expected to do"
+    return judged(name, figure, f"> {_AS_FAST}", share > _AS_FAST, advice, "warn")
 
 
 def check_dispatch(dtype: mx.Dtype) -> Finding:

@@ -65,6 +65,13 @@ class TextCost:
         """Bytes of the logits of one token, and of what becomes of them."""
         return _LOGITS_ARRAYS * self.config.vocab_size * mx.float32.size
 
+    def operations(self, tokens: int) -> int:
+        """Operations of all products and attention of encoding so many tokens."""
+        config = self.config
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+        return config.num_hidden_layers * (2 * tokens * layer + 4 * tokens**2 * queries)
+
     def longest(self, tokens: int) -> int:
         """Operations of the longest product or attention of encoding so many tokens."""
         return self._longest(tokens, tokens)

@@ -1,7 +1,7 @@
 """The FLUX.2 diffusion transformer (MMDiT)."""
 
 from .blocks import KeysValues
-from .cost import TransformerCost
+from .cost import TransformerCost, pass_operations, pass_products
 from .execution import PLAIN, Execution
 from .model import Flux2Transformer
 from .rope import image_ids, rope_table, text_ids
@@ -13,6 +13,8 @@ __all__ = [
     "KeysValues",
     "TransformerCost",
     "image_ids",
+    "pass_operations",
+    "pass_products",
     "rope_table",
     "text_ids",
 ]

@@ -28,6 +28,32 @@ _BLOCK_ARRAYS = 43
 _CUDA_WORK_BYTES = 10 * 2**25
 
 
+def pass_operations(config: TransformerConfig, tokens: int, seen: int = 0) -> tuple[int, int]:
+    """Operations of the products of a pass with so many tokens, and of its attention, where each of them attends to
+    `seen` further ones besides.
+
+    Either kind of block multiplies each token with 4·D² for attention and 3·D·M for the MLP.
+    """
+    D, M = config.hidden_size, config.mlp_hidden_size
+    blocks = config.num_layers + config.num_single_layers
+    return 2 * tokens * blocks * (4 * D * D + 3 * D * M), 4 * tokens * (tokens + seen) * D * blocks
+
+
+def pass_products(config: TransformerConfig, text: int, others: int) -> dict[tuple[int, int, int], int]:
+    """The products of a pass with so many tokens of text and `others`: rows, columns and what is summed over, each with
+    how often there is such a one."""
+    D, M = config.hidden_size, config.mlp_hidden_size
+    double = ((3 * D, D), (D, D), (2 * M, D), (D, M))
+    single = ((3 * D + 2 * M, D), (D, D + M))
+    shapes = [(tokens, *shape, config.num_layers) for tokens in (text, others) for shape in double]
+    shapes += [(text + others, *shape, config.num_single_layers) for shape in single]
+    counts: dict[tuple[int, int, int], int] = {}
+    for *shape, count in shapes:
+        rows, columns, inner = shape
+        counts[rows, columns, inner] = counts.get((rows, columns, inner), 0) + count
+    return counts
+
+
 @dataclass(frozen=True)
 class TransformerCost:
     """Costs of a transformer of such a geometry, computing in `dtype`, in one of its ways."""

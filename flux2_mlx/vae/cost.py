@@ -33,3 +33,42 @@ class VAECost:
         latents = mx.zeros((1, height // scale, width // scale, self.config.latent_channels), self.dtype)
         VAE(self.config)._decode(Stored([latents], meter))
         return meter.peak
+
+    def decoding_operations(self, height: int, width: int) -> int:
+        """Operations of all convolutions and attention of decoding one image of `height`×`width` pixels."""
+        config = self.config
+        widths = config.decoder_channels[::-1]
+        c = config.latent_channels
+        pixels = height * width // config.scale_factor**2
+        total = pixels * (c * c + 9 * c * widths[0]) + _middle(widths[0], pixels)
+        for level, (before, after) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            total += pixels * _level(before, after, config.layers_per_block + 1)
+            if level < len(widths) - 1:
+                pixels *= 4
+                total += pixels * 9 * after**2
+        return 2 * (total + pixels * 9 * widths[-1] * 3)
+
+    def encoding_operations(self, height: int, width: int) -> int:
+        """Operations of all convolutions and attention of encoding one image of `height`×`width` pixels."""
+        config = self.config
+        widths = config.block_out_channels
+        c = config.latent_channels
+        pixels = height * width
+        total = pixels * 9 * 3 * widths[0]
+        for level, (before, after) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            total += pixels * _level(before, after, config.layers_per_block)
+            if level < len(widths) - 1:
+                pixels //= 4
+                total += pixels * 9 * after**2
+        return 2 * (total + _middle(widths[-1], pixels) + pixels * (9 * widths[-1] * 2 * c + 4 * c * c))
+
+
+def _level(before: int, after: int, blocks: int) -> int:
+    """Multiplications a pixel of the residual blocks of a level."""
+    first = 9 * before * after + (before * after if before != after else 0)
+    return first + 9 * after**2 * (2 * blocks - 1)
+
+
+def _middle(channels: int, pixels: int) -> int:
+    """Multiplications of the lowest level, where every pixel attends to every other one."""
+    return pixels * (_level(channels, channels, 2) + 4 * channels**2 + 2 * pixels * channels)
