@@ -32,16 +32,17 @@ STOREYS = {
     ),
     "runs": (
         "request", "output", "sampling", "metering", "advice", "durations", "arguments", "latents", "cached_encoder",
-        "unfinished", "upsampling", "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods", "base_pipeline",
-        "inputs", "preparation", "pipeline",
+        "unfinished", "upsampling", "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods",
+        "base_pipeline", "inputs", "preparation", "pipeline",
     ),
-    "faces": ("doctor", "cli", "__main__"),
+    "faces": ("doctor", "benchmark", "cli", "__main__"),
 }  # fmt: skip
 ROOMS = {room: place for place, room in enumerate(itertools.chain.from_iterable(STOREYS.values()))}
 # What the command line may know beside public names: facts, names of models, what a run is asked for, files of images.
 OF_THE_CLI = {*STOREYS["facts"], "pipeline", "store", "request", "images"}
 # And what only some of its modules may, since they are about that.
 OF_ONE_MODULE = {
+    "bench": {"benchmark"},
     "cache": {"embedding_cache"},
     "doctor": {"doctor"},
     "draft": {"image_names", "provenance"},

@@ -10,6 +10,7 @@ import click
 
 from ..errors import Flux2Error
 from ..requirements import mlx_needed
+from .bench import bench
 from .cache import cache
 from .convert import convert
 from .describe import describe
@@ -70,5 +71,5 @@ def cli() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[Warnings()], format="%(message)s")
 
 
-for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, lora, doctor, cache):
+for _command in (t2i, i2i, outpaint, upsample, describe, convert, download, info, models, lora, doctor, bench, cache):
     cli.add_command(_command)
