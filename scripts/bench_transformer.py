@@ -180,7 +180,7 @@ class Worker:
 def spread(values: Sequence[float]) -> str:
     """Minimum, median and maximum; "–" if there is none."""
     if not values:
-        return f"{'–':>24}"
+        return f"{'–':>23}"
     return " ".join(f"{x:7.3f}" for x in (min(values), statistics.median(values), max(values)))
 
 
@@ -211,6 +211,10 @@ def main() -> None:
     print(f"{'':10} " + "  ".join(f"{column:>23}" for column in columns) + " activations, GB")
     for worker in workers:
         print(worker.row(workers[0]))
+    measured = [worker.name for worker in workers]
+    for name in ("mflux", "diffusers"):
+        if name not in measured:
+            print(f"{name:10} {spread([])}  {spread([])}  {spread([])} {'–':>12}")
 
 
 if __name__ == "__main__":
