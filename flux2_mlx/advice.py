@@ -44,6 +44,7 @@ def workload(
         previews=previews,
         negatives=negatives,
         on_canvas=edit.canvas is not None,
+        caches=request.passes_a_step if request.step_cache else 0,
     )
 
 
@@ -131,6 +132,8 @@ def advice(networks: Networks, work: Workload, limit: int) -> str:
         return f"convert the model with {_settings(networks.quant, networks.text_quant)}, which lets it be streamed"
     if work.previews and budget.fits(replace(work, previews=False)):
         return "without images between the steps it would fit"
+    if work.caches and budget.fits(replace(work, caches=0)):
+        return "without a step cache it would fit"
     if count := budget.largest(lambda count: _only(work, count), 1, work.images):
         return f"{count} at a time would fit"
     if pictures := _smaller_pictures(budget, work):

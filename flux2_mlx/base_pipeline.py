@@ -99,6 +99,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         sigmas: Sequence[float] | None = None,
         strength: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        step_cache: float | None = None,
     ) -> Request:
         """Checked settings for `run`; see `Request.checked`. The size is by default `edit`'s."""
         width, height = edit.working_size(width, height)
@@ -116,6 +117,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
             sigmas=sigmas,
             strength=strength,
             negative_prompt=negative_prompt,
+            step_cache=step_cache,
         )
 
     def plan(

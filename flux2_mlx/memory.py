@@ -54,8 +54,7 @@ class Footprint:
 
     def resident(self, budget: int) -> int:
         """How many blocks can stay within `budget` bytes; 0 also if not even the least fits."""
-        fitting = [count for count in range(len(self.blocks) + 1) if self.held(count) <= budget]
-        return max(fitting, default=0)
+        return max((count for count in range(len(self.blocks) + 1) if self.held(count) <= budget), default=0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ class Workload:
         previews: whether there are images between the steps.
         negatives: how many negative prompts there are, which only classifier-free guidance reads.
         on_canvas: whether the first reference is what is painted over, which has the size of the image.
+        caches: how many step caches there are of each image.
     """
 
     width: int
@@ -81,6 +81,7 @@ class Workload:
     previews: bool = False
     negatives: int = 1
     on_canvas: bool = False
+    caches: int = 0
 
     def image_tokens(self, token_size: int) -> int:
         """Tokens of one image, each of `token_size`×`token_size` pixels."""
@@ -314,9 +315,8 @@ class Needs:
     @cached_property
     def _passing(self) -> tuple[int, int]:
         """What stays from the first pass of a run to its last, and the peak of a pass above that and the weights."""
-        widened = self.networks["transformer"].widened
-        tokens = self.work.length, self._image, self._references
-        return self.costs["transformer"].denoising(*tokens, self._per_pass, widened, kv_cache=self.variant.kv_cache)
+        sizes = self.work.length, self._image, self._references, self._per_pass, self.networks["transformer"].widened
+        return self.costs["transformer"].denoising(*sizes, kv_cache=self.variant.kv_cache, caches=self.work.caches)
 
     @property
     def _held(self) -> int:

@@ -34,9 +34,19 @@ class Phase:
 
 
 @dataclass
+class Passes:
+    """What a step cache has spared. Of `all` passes of an image through the transformer it has `skipped` so many, each
+    but for its first block; `unread` are the bytes of weights that need not be read from disk because of that."""
+
+    all: int = 0
+    skipped: int = 0
+    unread: int = 0
+
+
+@dataclass
 class Flux2Output:
     """What a run gives: `images` as asked for, and the seed of each. `timings` has a `Phase` for each phase;
-    `peak_memory` is in bytes. `settings` are what each image is made again from.
+    `peak_memory` is in bytes. `settings` are what each image is made again from, and `passes` is what a step cache did.
 
     As in diffusers, `out[0]` and `out["images"]` are the images.
     """
@@ -45,6 +55,7 @@ class Flux2Output:
     seeds: list[int] = field(default_factory=list)
     timings: list[Phase] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def peak_memory(self) -> int:

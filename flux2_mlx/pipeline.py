@@ -214,6 +214,7 @@ class Flux2Pipeline(PreparedPipeline):
         negative_prompt_embeds: Any = None,
         max_sequence_length: int | None = None,
         sigmas: Sequence[float] | None = None,
+        step_cache: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["Flux2Pipeline", int, float, dict[str, Any]], dict[str, Any]] | None = None,
@@ -253,6 +254,9 @@ class Flux2Pipeline(PreparedPipeline):
             max_sequence_length: text tokens of a prompt that the transformer sees, at most the variant's. Embeds have
                 their own length.
             sigmas: noise levels before the shift, one a step, in place of the even grid.
+            step_cache: 0 or more: where what the first block of the transformer adds has changed by no more than this
+                share since all blocks were computed, the others are skipped and add what they did then; `passes` of
+                the result counts it. 0 or None: all are computed. Not with models that are made for 4 steps.
             output_type: `pil`; `np`: float32 `[B, H, W, 3]` in 0..1; `pt`: PyTorch's `[B, 3, H, W]` in 0..1; `latent`:
                 `[B, c, H/8, W/8]`, un-normalised, with dev too, whose pipeline in diffusers gives its normalised tokens
                 `[B, L, 4c]`; `decode` makes images of them.
@@ -293,6 +297,7 @@ class Flux2Pipeline(PreparedPipeline):
                 max_sequence_length=max_sequence_length,
                 sigmas=sigmas,
                 negative_prompt=negative_prompt,
+                step_cache=step_cache,
             )
         output = pipe._made(request, edit, given, latents, output_type, callback_on_step_end)
         arguments.draw(generator, request, self.checkpoint.fitted_variant.vae)

@@ -15,7 +15,9 @@ from .request import Request
 def sampled(request: Request, edit: Edit) -> dict[str, Any]:
     """What images of a run were made with besides prompts, seeds and weights."""
     width, height = edit.output_size(request.width, request.height)
-    settings = {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+    settings: dict[str, Any] = {"width": width, "height": height, "steps": request.steps, "guidance": request.guidance}
+    if request.step_cache:
+        settings |= {"step_cache": request.step_cache}
     if request.sigmas is None:
         return settings
     return settings | {"sigmas": list(request.sigmas), "shift_steps": request.shift_steps}

@@ -28,6 +28,7 @@ from .references import Edit, to_pixels
 from .request import OnProgress, Progress, Request, Step
 from .sampling import Conditions, Denoiser, Painting, beside, by_step, denoise, guided, read
 from .scheduler import noise_levels
+from .step_cache import StepCaches
 from .transformer import Flux2Transformer, image_ids
 from .unfinished import Waiting
 from .vae import VAE
@@ -255,7 +256,9 @@ class Run:
             past = read(transformer, encoded.references, dtype, guidance, self.phases.execution)
         elif encoded is not None:
             along = encoded.references.ids
-        of_run = partial(Conditions, transformer, dtype, image_ids(*self._grid), texts)
+        streamed = self.phases.planned("transformer").streamed
+        caches = StepCaches(self.request.step_cache, self.output.passes, self.networks.reading, streamed)
+        of_run = partial(Conditions, transformer, dtype, image_ids(*self._grid), texts, cached=caches.of)
         return of_run(guidance=guidance, past=past, along=along, execution=self.phases.execution)
 
     def _denoiser(
@@ -363,11 +366,7 @@ class Run:
 
     def _number(self, image: int) -> int:
         """The number of the prompt of an image."""
-        return image // self._images_per_prompt
-
-    @cached_property
-    def _images_per_prompt(self) -> int:
-        return self.request.images_per_prompt
+        return image // self.request.images_per_prompt
 
     @cached_property
     def _sigmas(self) -> np.ndarray:

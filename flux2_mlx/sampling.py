@@ -13,6 +13,7 @@ from .errors import InputError
 from .layers import check_finite
 from .request import Step
 from .scheduler import euler_step
+from .step_cache import Pass
 from .transformer import PLAIN, Execution, Flux2Transformer, KeysValues, rope_table, text_ids
 
 # Gives the velocity `[B, L, C]` of float32 tokens `[B, L, C]` at a noise level σ in 0..1.
@@ -41,6 +42,7 @@ class Conditions:
         past: keys and values that all tokens see besides (see `read`).
         along: positions of tokens that go along with them (see `beside`), which get no velocity.
         execution: how it is computed.
+        cached: gives each denoiser the transformer with a step cache of its own.
     """
 
     def __init__(
@@ -54,11 +56,14 @@ class Conditions:
         past: list[KeysValues] | None = None,
         along: np.ndarray | None = None,
         execution: Execution = PLAIN,
+        cached: Callable[[Flux2Transformer], Pass] = lambda transformer: transformer,
     ):
         self._dtype = dtype
         self._guidance = guidance
         self._past = past
-        self._step = partial(transformer, image=len(ids), execution=execution)
+        self._cached = partial(cached, transformer)
+        self._image = len(ids)
+        self._execution = execution
         seen = ids if along is None else np.concatenate([ids, along])
         distinct = {id(states): states for states in texts}
         self._projected = {key: transformer.txt_in(states) for key, states in distinct.items()}
@@ -69,11 +74,12 @@ class Conditions:
         """The denoiser of images with these `texts`, which have one length."""
         states = mx.stack([self._projected[id(text)] for text in texts])
         rope = self._ropes[len(texts[0])]
+        step = partial(self._cached(), image=self._image, execution=self._execution)
 
         def velocity(tokens: mx.array, sigma: float) -> mx.array:
             tokens = tokens.astype(self._dtype)
             timestep = mx.array([sigma])
-            return self._step(tokens, states, timestep, rope, self._guidance, self._past)
+            return step(tokens, states, timestep, rope, self._guidance, self._past)
 
         return velocity
 

@@ -78,7 +78,8 @@ class Blocks:
         self._resident = [self._adapted(number, block) for number, block in enumerate(blocks[:resident])]
         self._template = blocks[resident] if resident < len(blocks) else nn.Module()
         self._count = len(blocks)
-        self._coming: _Coming | None = None
+        # By their numbers. There may be two: who stops early leaves the next one on its way, for the next time.
+        self._coming: dict[int, _Coming] = {}
         weights = dict(tree_flatten(self._template.parameters()))
         # Never evaluated, so without memory: what the template holds between two uses.
         self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in weights.items()]
@@ -107,9 +108,9 @@ class Blocks:
 
     def _asked(self, number: int) -> "_Coming":
         """A block on its way."""
-        if self._coming is None or self._coming.number != number:
-            self._coming = _Coming(number, self._read(number))
-        return self._coming
+        if number not in self._coming:
+            self._coming[number] = _Coming(self._read(number))
+        return self._coming[number]
 
     def _read(self, number: int) -> Weights:
         """A block's weights, still unread."""
@@ -127,7 +128,7 @@ class Blocks:
         """Put a block's weights into the template when all are there."""
         needed = time.perf_counter()
         coming = self._asked(number)
-        self._coming = None
+        del self._coming[number]
         self._template.load_weights(coming.weights)
         with _readable():
             mx.eval(self._template.parameters())  # or two blocks would be on their way at once
@@ -139,8 +140,7 @@ class Blocks:
 class _Coming:
     """The weights of a block on their way into memory, and since when."""
 
-    def __init__(self, number: int, weights: Weights):
-        self.number = number
+    def __init__(self, weights: Weights):
         self.weights = weights
         self.asked = time.perf_counter()
         # One at a time, so that a tensor and its cast never wait beside all others.

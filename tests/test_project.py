@@ -31,7 +31,8 @@ STOREYS = {
         "verification", "convert", "store",
     ),
     "runs": (
-        "request", "output", "sampling", "metering", "advice", "durations", "arguments", "latents", "cached_encoder",
+        "request", "output", "step_cache", "sampling", "metering", "advice", "durations", "arguments", "latents",
+        "cached_encoder",
         "unfinished", "upsampling", "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods",
         "base_pipeline", "inputs", "preparation", "pipeline",
     ),

@@ -47,6 +47,8 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
     if found.get("negative_prompt") != wanted.get("negative_prompt"):
         changed.append("negative prompt")
+    if found.get("step_cache") != wanted.get("step_cache"):
+        changed.append("step cache")
     if found.get("sigmas") != wanted.get("sigmas"):
         changed.append("set of noise levels")
     if _at_work(found) != _at_work(wanted):

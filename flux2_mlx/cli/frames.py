@@ -12,7 +12,7 @@ from .prompts import Prompt, named
 # The options that are about each image.
 OPTIONS = (
     "seed", "same_seed", "num_images", "negative_prompt", "output", "width", "height", "steps", "guidance", "sigmas",
-    "shift_steps", "strength",
+    "shift_steps", "strength", "step_cache",
 )  # fmt: skip
 _OF_A_PROMPT = ("width", "height", "steps", "guidance")
 _MAX_IMAGES = 100_000  # of which a run of the pipeline makes some at a time
@@ -127,7 +127,7 @@ def _settings(prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: given[name] if value is None else value for name, value in own.items()}
     if given["sigmas"]:
         settings |= {"sigmas": given["sigmas"], "steps": given["shift_steps"] or len(given["sigmas"])}
-    return settings | {"strength": given["strength"]}
+    return settings | {"strength": given["strength"], "step_cache": given["step_cache"]}
 
 
 def _template(own: str | None, output: str | None) -> str | None:

@@ -144,6 +144,13 @@ _PAINTING = (
         metavar="LIST",
         help="Noise levels before the shift, one a step, falling from at most 1, with commas between.",
     ),
+    click.option(
+        "--step-cache",
+        type=float,
+        metavar="THRESHOLD",
+        help="Skip most of a step where what the first block of the transformer adds has changed by no more than this "
+        "share, such as 0.08; of base models and dev.  [default: 0, which skips nothing]",
+    ),
     click.option("--upsample-prompt", is_flag=True, help="Let the model's language model rewrite the prompt first."),
     click.option(
         "--interpret",

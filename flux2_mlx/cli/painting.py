@@ -10,7 +10,7 @@ from .job import Job
 from .progress import Bars, notice
 from .prompts import named
 from .replay import elsewhere
-from .report import Record, print_profile
+from .report import Record, passes_notice, print_profile
 from .saving import Saving, checkpoint_path
 from .terminal import print_result, to_json
 from .writing import is_blind, model_of, rewritten
@@ -41,6 +41,8 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
             ended = sys.exc_info()[0] is None
             if as_json and (ended or record.made):
                 print_result(to_json(record.report(complete=ended)))
+    if said := passes_notice(record.output):
+        notice(said, job.quiet)
     if profile:
         print_profile(record.output, record.seconds)
 

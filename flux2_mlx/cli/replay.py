@@ -27,6 +27,7 @@ SETTINGS = {
     "seed": int,
     "sigmas": list | None,
     "shift_steps": int | None,
+    "step_cache": float | None,
 }
 _OPTIONAL = {
     **dict.fromkeys(("upsampled_prompt", "fingerprint"), str | None),

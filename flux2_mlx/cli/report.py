@@ -9,6 +9,7 @@ import click
 
 from .draft import Target
 from .job import Job
+from .progress import size_text
 from .terminal import print_result
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Record:
             **shared,
             **({} if self.edited is None else {"edit": self.edited}),
             "phases": _phases(self.output),
+            **({"passes": asdict(self.output.passes)} if self.output.passes.all else {}),
             "seconds": self.seconds,
             "peak_memory": self.output.peak_memory,
         }
@@ -134,6 +136,15 @@ def _phases(output: "Flux2Output") -> list[dict[str, Any]]:
     return [
         {key: value for key, value in asdict(phase).items() if phase.read or key in always} for phase in output.timings
     ]
+
+
+def passes_notice(output: "Flux2Output") -> str | None:
+    """What a step cache has spared, in words; None: there was none."""
+    passes = output.passes
+    if not passes.all:
+        return None
+    unread = f", and {size_text(passes.unread)} of reading" if passes.unread else ""
+    return f"the step cache skipped {passes.skipped} of {passes.all} passes through the transformer{unread}"
 
 
 def print_profile(output: "Flux2Output", seconds: float) -> None:

@@ -3,7 +3,7 @@
 from .blocks import KeysValues
 from .cost import TransformerCost, pass_operations, pass_products
 from .execution import PLAIN, Execution
-from .model import Flux2Transformer
+from .model import Flux2Transformer, Shared
 from .rope import image_ids, rope_table, text_ids
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Execution",
     "Flux2Transformer",
     "KeysValues",
+    "Shared",
     "TransformerCost",
     "image_ids",
     "pass_operations",

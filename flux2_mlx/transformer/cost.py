@@ -84,7 +84,7 @@ class TransformerCost:
         return 2 * tokens * self.config.hidden_size * self.dtype.size
 
     def denoising(
-        self, text: int, image: int, references: int, images: int, widened: int, *, kv_cache: bool
+        self, text: int, image: int, references: int, images: int, widened: int, *, kv_cache: bool, caches: int = 0
     ) -> tuple[int, int]:
         """Bytes that stay from the first pass of a run to its last, and the peak of a pass above them and the weights.
 
@@ -95,16 +95,18 @@ class TransformerCost:
             images: how many go through one pass.
             widened: bytes of the weights that are widened at one time.
             kv_cache: whether references are read once and then seen through their keys and values.
+            caches: how many step caches there are for each image.
         """
         texts = self.projected(images * text) if images > 1 else 0  # side by side
+        added = caches * images * image * 2 * self._array  # what the first block has added, and what the others have
         if not (kv_cache and references):
-            return 0, texts + self.passing(images * (text + image + references), images, widened)
+            return added, texts + self.passing(images * (text + image + references), images, widened)
         past = self.keys_values(references) * (self.config.num_layers + self.config.num_single_layers)
         tokens = images * (text + image)
         # One block at a time has the keys and values of both side by side.
         joined = self.keys_values(tokens + 2 * images * references)
         reading = self.passing(references, 1, widened)
-        return past, max(reading, texts + self.passing(tokens, images, widened) + joined)
+        return added + past, max(reading, texts + self.passing(tokens, images, widened) + joined)
 
     def passing(self, tokens: int, images: int = 1, widened: int = 0) -> int:
         """Peak of a pass above the weights, where `tokens` are those of text and pictures of all `images`."""

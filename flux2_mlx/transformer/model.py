@@ -36,6 +36,10 @@ class Shared(NamedTuple):
     def wanted(self) -> slice:
         return slice(self.text, self.text + self.image)
 
+    def wanted_of(self, x: mx.array) -> mx.array:
+        """Those tokens of a stream whose velocity is wanted, which are all that the last block gives."""
+        return x if x.shape[1] == self.image else x[:, self.wanted]
+
 
 class Flux2Transformer(nn.Module):
     """MMDiT with modulation shared by all blocks of a kind.
@@ -127,7 +131,7 @@ class Flux2Transformer(nn.Module):
 
     def end(self, x: mx.array, shared: Shared) -> mx.array:
         """Velocity `[B, image, in_channels]` of the tokens that the last block gives, or of such ones of a stream."""
-        return self.final_layer(x if x.shape[1] == shared.image else x[:, shared.wanted], shared.vec)
+        return self.final_layer(shared.wanted_of(x), shared.vec)
 
     def read(
         self, img: mx.array, rope: mx.array, guidance: mx.array | None = None, execution: Execution = PLAIN
