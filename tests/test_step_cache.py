@@ -237,7 +237,7 @@ def test_a_run_tells_what_was_skipped_and_makes_nearly_the_same(pipe):
     assert some["passes"].all == 8
     assert 0 < some.passes.skipped < 7
     error = np.linalg.norm(some.images - whole.images) / np.linalg.norm(whole.images)
-    assert 0 < error < 0.05
+    assert 0 < error < 0.15
     assert np.array_equal(pipe(FOX, step_cache=0.2, **SETTINGS).images, some.images)
     assert [one.settings[0].get("step_cache") for one in (whole, none, some)] == [None, None, 0.2]
 
