@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import BinaryIO
 from .errors import CheckpointError
 from .json_files import open_model_file
 
-_PIECE = 1 << 22  # bytes that are read and hashed at a time
-_WRITE = 1 << 20  # bytes that are written at a time: of several megabytes Linux takes up to five times as long
+_PIECE = 1 << 20  # bytes that are read and hashed at a time
+_PIECES = 8  # that are in memory at a time, so that reading, writing and hashing seldom wait for one another
+_WRITE = 1 << 18  # bytes that are written at a time: of two megabytes Linux takes up to ten times as long
+_SYNC = 1 << 28  # bytes after which they are brought to the disk while the next ones are made
 
 
 @dataclass(frozen=True)
@@ -100,42 +104,92 @@ class Copied:
     def nbytes(self) -> int:
         return sum(one.nbytes for one in self.ranges)
 
-    def pieces(self) -> Iterator[memoryview]:
-        """The bytes; a piece lasts until the one after the next is asked for."""
-        buffers = cycle([memoryview(bytearray(min(_PIECE, self.nbytes))) for _ in range(2)])
+    def pieces(self, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes, read into one buffer after the other."""
         for one in self.ranges:
             for piece in one.pieces(buffers):
                 self.check(piece)
                 yield piece
 
 
-def pieces_of(data: memoryview) -> Iterator[memoryview]:
-    """Bytes that are in memory."""
-    return (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
+def new_buffers() -> Iterator[memoryview]:
+    """Memory for pieces: each one's is taken again when so many more have been asked for as there are in all."""
+    return cycle([memoryview(bytearray(_PIECE)) for _ in range(_PIECES)])
 
 
 class Hashed:
-    """A file that is written part by part. Two threads of `pool` hash, the whole and the part, while the next bytes are
-    made."""
+    """A file that is written part by part. One thread hashes the whole and one the parts, up to some pieces behind, and
+    another brings what is written to the disk: it is there when the block of `new` ends."""
 
-    def __init__(self, file: BinaryIO, pool: Executor):
+    def __init__(self, file: BinaryIO, threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]):
         self._file = file
-        self._pool = pool
+        self._of_whole, self._of_parts, self._of_disk = threads
         self._whole = hashlib.sha256()
+        self._hashing: deque[list[Future[None]]] = deque()  # piece by piece
+        self._syncing: Future[None] | None = None
+        self._synced = 0
+        self._buffers = new_buffers()
+
+    @classmethod
+    @contextmanager
+    def new(cls, path: Path) -> Iterator["Hashed"]:
+        """A new file at `path`."""
+        with path.open("wb") as file, ExitStack() as threads:
+            one, two, three = (threads.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+            hashed = cls(file, (one, two, three))
+            yield hashed
+            hashed._finish()
 
     @property
     def sha256(self) -> str:
-        """Of all that was written."""
+        """Of all that was written, when the block of `new` has ended."""
         return self._whole.hexdigest()
 
-    def write(self, pieces: Iterable[memoryview | bytes]) -> str:
-        """Write a part, and give its SHA-256. Each piece has to last until the one after the next is asked for."""
+    def write(self, data: memoryview | bytes) -> Future[str]:
+        """Write a part that is in memory, and give its SHA-256. It need not last longer."""
+        digest = self._write(data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
+        self._catch_up(0)
+        return digest
+
+    def copy(self, copied: Copied) -> Future[str]:
+        """Write a part that is in files, and give its SHA-256."""
+        return self._write(copied.pieces(self._buffers))
+
+    def _write(self, pieces: Iterable[memoryview | bytes]) -> Future[str]:
         part = hashlib.sha256()
-        hashing: list[Future[None]] = []
         for piece in pieces:
-            wait(hashing)
-            hashing = [self._pool.submit(digest.update, piece) for digest in (self._whole, part)]
+            hashing = [self._of_whole.submit(self._whole.update, piece), self._of_parts.submit(part.update, piece)]
+            self._hashing.append(hashing)
             for start in range(0, len(piece), _WRITE):
                 self._file.write(piece[start : start + _WRITE])
-        wait(hashing)
-        return part.hexdigest()
+            self._sync()
+            self._catch_up(_PIECES - 1)
+        return self._of_parts.submit(part.hexdigest)
+
+    def _catch_up(self, behind: int) -> None:
+        """Wait until hashing is no more than so many pieces behind."""
+        while len(self._hashing) > behind:
+            wait(self._hashing.popleft())
+
+    def _sync(self) -> None:
+        """Have another thread bring what is written to the disk, if that is much and the thread has nothing to do."""
+        if self._file.tell() - self._synced >= _SYNC and (self._syncing is None or self._syncing.done()):
+            self._check_sync()
+            self._synced = self._file.tell()
+            self._syncing = self._of_disk.submit(os.fsync, self._file.fileno())
+
+    def _check_sync(self) -> None:
+        """Raise what went wrong: the system tells it only once."""
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def _finish(self) -> None:
+        sync(self._file)
+        self._check_sync()
+        self._catch_up(0)
+
+
+def sync(file: BinaryIO) -> None:
+    """Make what was written to `file` durable."""
+    file.flush()
+    os.fsync(file.fileno())

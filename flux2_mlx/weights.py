@@ -6,20 +6,19 @@ Loading, streaming, converting and quantizing are `Tensors` around those of `Fil
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import mlx.core as mx
 import numpy as np
 
-from .copying import Copied, FileVersion, Hashed, Range, pieces_of
+from .copying import Copied, FileVersion, Hashed, Range, sync
 from .errors import CheckpointError
 from .json_files import open_model_file, parse_json
 
@@ -363,38 +362,30 @@ def write_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     start = struct.pack("<Q", len(encoded)) + encoded
     digests = {}
-    with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
-        hashed = Hashed(file, pool)
-        hashed.write([start])
+    with Hashed.new(path) as file:
+        file.write(start)
         for (name, tensor), content in zip(tensors.items(), contents, strict=True):
-            digests[name] = hashed.write(_pieces(tensor, content))
+            digests[name] = _write(file, tensor, content)
             report(tensor.nbytes)
-        _sync(file)
-    return Written(len(start) + offset, hashed.sha256, digests)
+    return Written(len(start) + offset, file.sha256, {name: digest.result() for name, digest in digests.items()})
 
 
-def _pieces(tensor: TensorInfo, content: mx.array | Copied) -> Iterable[memoryview]:
-    """The bytes of a tensor; AssertionError if it is not what was planned."""
+def _write(file: Hashed, tensor: TensorInfo, content: mx.array | Copied) -> Future[str]:
+    """Write the bytes of a tensor; AssertionError if it is not what was planned."""
     if isinstance(content, Copied):
         if content.nbytes != tensor.nbytes:
             raise AssertionError(f"planned {tensor.nbytes} bytes, found {content.nbytes}")
-        return content.pieces()
+        return file.copy(content)
     mx.eval(content)
     values = np.ascontiguousarray(content.view(mx.uint16) if tensor.dtype == "BF16" else content)
     if values.shape != tensor.shape:
         raise AssertionError(f"planned {tensor.shape}, made {values.shape}")
-    return pieces_of(values.reshape(-1).view(np.uint8).data)
+    return file.write(values.reshape(-1).view(np.uint8).data)
 
 
 def write_bytes(path: Path, data: bytes) -> Written:
     """Write a small file of another kind."""
     with path.open("wb") as file:
         file.write(data)
-        _sync(file)
+        sync(file)
     return Written(len(data), hashlib.sha256(data).hexdigest(), {})
-
-
-def _sync(file: BinaryIO) -> None:
-    """Make what was written to `file` durable."""
-    file.flush()
-    os.fsync(file.fileno())

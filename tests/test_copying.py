@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +9,7 @@ import pytest
 from flux2_mlx.convert import rules
 
 from flux2_mlx import copying
-from flux2_mlx.copying import Copied, FileVersion, Hashed, Range, pieces_of
+from flux2_mlx.copying import Copied, FileVersion, Hashed, Range, new_buffers
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import Files, TensorInfo, write_safetensors
 
@@ -39,14 +38,13 @@ def test_ranges_and_memory_go_into_a_file_and_are_hashed(file, tmp_path):
     upper, lower = range_in(file, 100, 1000).halves
     parts = [b"start", DATA[600:1100] + DATA[100:600], DATA, b""]
     seen = []
-    with (tmp_path / "made").open("wb") as made, ThreadPoolExecutor(2) as pool:
-        hashed = Hashed(made, pool)
-        digests = [hashed.write([parts[0]])]
-        digests.append(hashed.write(Copied((lower, upper), lambda piece: seen.append(bytes(piece))).pieces()))
-        digests.append(hashed.write(pieces_of(memoryview(DATA))))
-        digests.append(hashed.write(Copied((range_in(file, 7, 0),)).pieces()))
+    with Hashed.new(tmp_path / "made") as hashed:
+        digests = [hashed.write(parts[0])]
+        digests.append(hashed.copy(Copied((lower, upper), lambda piece: seen.append(bytes(piece)))))
+        digests.append(hashed.write(memoryview(DATA)))
+        digests.append(hashed.copy(Copied((range_in(file, 7, 0),))))
     assert (tmp_path / "made").read_bytes() == b"".join(parts)
-    assert digests == [hashlib.sha256(part).hexdigest() for part in parts]
+    assert [digest.result() for digest in digests] == [hashlib.sha256(part).hexdigest() for part in parts]
     assert hashed.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
     assert b"".join(seen) == parts[1]
 
@@ -72,14 +70,14 @@ def test_a_file_that_changes_is_refused(change, file):
     whole.file.check()
     change(file)
     with pytest.raises(CheckpointError, match=f"{file} was changed while it was read; try again"):
-        list(Copied((whole,)).pieces())
+        list(Copied((whole,)).pieces(new_buffers()))
     with pytest.raises(CheckpointError, match=f"{file} was changed while it was read; try again"):
         whole.file.check()
 
 
 def test_a_file_that_becomes_shorter_is_refused(file):
     whole = range_in(file, 0, len(DATA))
-    pieces = Copied((whole,)).pieces()
+    pieces = Copied((whole,)).pieces(new_buffers())
     next(pieces)
     file.write_bytes(DATA[:150])
     with pytest.raises(CheckpointError, match=f"{file} became shorter while it was read"):
@@ -120,10 +118,25 @@ def test_what_is_copied_has_to_be_finite(value, tmp_path):
     place = Files([tmp_path / "source"]).range_of
     one = rules.copied(info, {"a": rules.copy("a")}, place, "{} is not finite".format)["a"]
     with pytest.raises(CheckpointError, match="a is not finite"):
-        list(one.pieces())
+        list(one.pieces(new_buffers()))
 
 
 def test_what_is_computed_is_not_copied(file):
     made = {"kernel": rules.channels_last("a"), "elsewhere": rules.copy("b")}
     place = {"a": range_in(file, 0, 2), "b": None}.get
     assert rules.copied(made, made, place, str) == {}
+
+
+def test_much_is_brought_to_the_disk_meanwhile_and_a_failure_is_told(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(copying, "_SYNC", 200)
+    calls = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:  # a system tells it once, and later calls know nothing of it
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"), Hashed.new(tmp_path / "made") as hashed:
+        hashed.copy(Copied((range_in(file, 0, 250),)))
+    assert len(calls) == 2
