@@ -14,8 +14,8 @@ from typing import BinaryIO
 from .errors import CheckpointError
 from .json_files import open_model_file
 
-_PIECE = 1 << 20  # bytes that are read and hashed at a time
-_PIECES = 8  # that are in memory at a time, so that reading, writing and hashing seldom wait for one another
+_PIECE = 1 << 19  # bytes that are read and hashed at a time
+_PIECES = 4  # that are in memory at a time: threads need seldom wait, and a cache of a core holds them all
 _WRITE = 1 << 18  # bytes that are written at a time: of two megabytes Linux takes up to ten times as long
 _SYNC = 1 << 28  # bytes after which they are brought to the disk while the next ones are made
 
