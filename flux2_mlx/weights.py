@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
@@ -95,7 +95,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _read_header(path: Path) -> _Header:
     with open_model_file(path) as file:
-        size = (version := FileVersion.of(path, file)).size
+        version = FileVersion.of(path, file)
+        size = version.size
         try:
             length = _header_length(file.read(START), size)
             file.seek(8)
@@ -237,14 +238,11 @@ class Files:
         return {name: "\n".join(dict.fromkeys(lines)) for name, lines in texts.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[mx.array]:
-        opened: dict[Path, Callable[[str], mx.array]] = {}
+        opened = cache(self._reader)
         for name in names:
-            path = self._places[name]
-            if path not in opened:
-                opened[path] = self._reader(path)
-            yield opened[path](name)
-        for path in opened:
-            self._headers[path].file.check()
+            yield opened(self._places[name])(name)
+        for file in self.versions:
+            file.check()
 
     def range_of(self, name: str) -> Range:
         """Where the bytes of a tensor are."""

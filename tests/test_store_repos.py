@@ -78,7 +78,7 @@ def test_headers_come_before_weights(layouts, home):
     """A model that is refused costs no more than its headers."""
     with HubServer({REPO: layouts["mflux"]}) as hub, using(hub, home):
         message = refusal("convert", REPO, "made", "--variant", "klein-4b")
-        assert message.startswith(f"{REPO} is the transformer of demo; ")
+        assert message.startswith(f"{REPO} holds the transformer of demo; ")
         assert all(count <= START for name, count in hub.sent.items() if name.endswith(".safetensors"))
         assert not list(home.rglob("*.safetensors"))
 

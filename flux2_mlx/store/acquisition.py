@@ -93,10 +93,11 @@ def convert_source(
         name: what the checkpoint says that it was made from.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all.
-        called: gives a text with the names in it that a user knows files by.
+        called: gives a text with the names in it that a user knows files by; what is odd about a file is said with its
+            path, where one can look.
     """
     for notice in source.notices(wanted.quant, wanted.text_quant):
-        _log.warning("%s", called(notice))
+        _log.warning("%s", notice if notice in source.notes else called(notice))
     target.parent.mkdir(parents=True, exist_ok=True)
     quants = source.quants(wanted.quant, wanted.text_quant)
     write_checkpoint(source, target, *quants, name=name, folds=wanted.folds, force=force, progress=progress)
