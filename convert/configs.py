@@ -18,7 +18,7 @@ from flux2_mlx.json_files import read_json
 from flux2_mlx.layout import INDEX, PICKLES, WEIGHTS
 from flux2_mlx.wording import some
 
-from .formats import METHOD, SETTINGS, unreadable
+from .formats import GGUF, METHOD, SETTINGS, unreadable
 from .geometry import choose, titles
 from .options import SCHEDULER, checked, refuse
 from .parts import LAYOUT
@@ -206,6 +206,8 @@ def _whereabouts(folder: Path) -> str:
         return f"; give {' or '.join(str(path.parent) for path in found[:3])}"
     if weights := sorted(path.name for path in folder.glob("*") if path.suffix.lower() in WEIGHTS):
         return f", and holds several files of weights: {some(weights)}; give one of them"
+    if found := sorted(folder.glob(f"{MAIN_PART}/*{GGUF}")):
+        return f"; give {found[0]}, and its other parts beside it"
     if (folder / MAIN_PART / CONFIG).is_file():
         return "; copy that of the model that it was made from into it"
     return ""

@@ -11,6 +11,7 @@ from flux2_mlx.json_files import read_json
 from flux2_mlx.layout import INDEX, WEIGHTS
 
 from .configs import CONFIG
+from .formats import GGUF
 from .parts import LAYOUT
 
 _FILES = "model.safetensors.index.json"
@@ -36,10 +37,11 @@ def said_of(place: Path) -> dict[str, str]:
 
 
 def _bare(folders: list[Path]) -> list[Path]:
-    """Those that hold weights, if there are several and none of all has a config."""
-    found = [folder for folder in folders if any(path.suffix.lower() in WEIGHTS for path in folder.glob("*"))]
-    has_config = any((folder / CONFIG).is_file() for folder in folders)
-    return found if len(found) > 1 and not has_config else []
+    """Those that hold weights, if there are several; none if one has a config, or a GGUF file, which is read alone."""
+    endings = {folder: {path.suffix.lower() for path in folder.glob("*")} for folder in folders}
+    found = [folder for folder, own in endings.items() if own & {*WEIGHTS}]
+    is_other = any((folder / CONFIG).is_file() or GGUF in own for folder, own in endings.items())
+    return found if len(found) > 1 and not is_other else []
 
 
 def _is_saved(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from test_convert_mflux import DEMO, PARTS, saved
 from test_store_parts import fp8_cast
 
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint
-from flux2_mlx.errors import DownloadError
+from flux2_mlx.errors import CheckpointError, DownloadError
 from flux2_mlx.store import convert_model, find_checkpoint
 from flux2_mlx.store.converted import keeps_bits
 
@@ -110,6 +110,19 @@ def test_its_name_says_which_model_it_is(home, tmp_path):
     assert Checkpoint.open(made).variant.name == "klein-9b-kv"
 
 
+def test_a_gguf_file_among_folders_is_given_by_itself(layouts, home, tmp_path):
+    folder = Path(shutil.copytree(layouts["no config"], tmp_path / "mine"))
+    shutil.rmtree(folder / "transformer")
+    (folder / "transformer").mkdir()
+    (folder / "transformer/x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"no model_index\.json; give .*/x\.gguf, and its other parts beside it"):
+        convert_model(folder, Path("made"))
+    with HubServer({REPO: folder}) as hub, using(hub, home):
+        assert refusal("convert", REPO, "made").endswith(
+            f"; give {REPO}:transformer/x.gguf, and its other parts beside it"
+        )
+
+
 def few_bits(folder: Path, layouts: dict[str, Path], *parts: str) -> Path:
     """A whole model in the layout of diffusers, with these parts in fp8."""
     shutil.copytree(layouts["whole"], folder)
@@ -168,6 +181,8 @@ def test_an_encoder_in_four_bits_is_found_again(home, tmp_path):
         ({"text_quant": "qint4"}, ("bf16", "qint4"), (None, None), True),
         ({"text_quant": "qint4"}, ("qint8", "qint4"), ("qint8", None), True),
         ({"text_quant": "qint4"}, ("bf16", "qint4"), ("qint8", None), False),
+        ({"quant": "int3"}, ("bf16", "qint4"), (None, None), False),
+        ({"quant": ["qint8"]}, ("qint8", "qint8"), (None, None), False),
     ],
 )
 def test_what_a_checkpoint_notes_says_what_it_is_for(noted, stored, asked, expected, tmp_path):
