@@ -21,7 +21,8 @@ class ComponentKind:
     Attributes:
         config: the class of its geometry.
         module: the class of the network itself, which takes a geometry.
-        cost: the class of what it takes beside its weights, for a geometry and the dtype that it computes in.
+        cost: what it takes beside its weights, for a geometry, the dtype that it computes in, and whether weights are
+            packed.
         geometry: the name of its geometry in a `Variant`.
         part: the component whose folder in a source has its weights.
         counts: how many blocks a geometry has, by the start of their names: the key of the config that says so, and
@@ -42,7 +43,7 @@ class ComponentKind:
 
     config: type[Config]
     module: Callable[[Any], nn.Module]
-    cost: Callable[[Any, mx.Dtype], Any]
+    cost: Callable[[Any, mx.Dtype, bool], Any]
     geometry: str
     part: str
     counts: Callable[[Any], dict[str, tuple[str, int]]]
@@ -114,7 +115,7 @@ COMPONENTS = {
     "vae": ComponentKind(
         VAEConfig,
         VAE,
-        VAECost,
+        lambda config, dtype, _: VAECost(config, dtype),
         geometry="vae",
         part="vae",
         counts=lambda config: {

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .chips import REACHED, like
+from .chips import REACHED, find_chip, like
 from .config import DTYPES
 from .errors import DeviceError, InputError
 from .requirements import check_mlx
@@ -28,6 +29,9 @@ _FUSED_ON_CUDA = tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have. The rest is for its context and its libraries, which on an H200
 # take 0.8 GiB (python scripts/bench_step.py says so at its end), and for a display.
 _CARD_SHARE = 0.9
+# From how many rows on packed weights are unpacked (see `rows_to_unpack`), where Metal has bfloat16, where it has not, and
+# on a CPU.
+_ROWS_TO_UNPACK, _ROWS_WITHOUT_BFLOAT16, _ROWS_ON_CPU = 1024, 256, 32
 MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and less while the display is on
 _MOST_BYTES = 2**63  # what MLX's limits can hold
 _FEWEST_BYTES = 10**6  # of a number without a unit; of a smaller one the unit was forgotten
@@ -163,6 +167,24 @@ def _warn_of_tf32() -> None:
 def is_slow_with_qint4() -> bool:
     """Whether a step takes longer with 4 bit weights than with 16 bit ones in memory, as was measured on M2."""
     return on_metal() and _WITHOUT_BFLOAT16.match(chip()) is not None
+
+
+def rows_to_unpack() -> float:
+    """From how many rows on packed weights are better unpacked and multiplied as dense ones; infinite: never.
+
+    Metal unpacks a weight anew for every few rows. That makes products of 4,096 rows 30 % slower than dense ones on an
+    M2 Pro (Rapid-MLX issue 3058); for an M3 Max 7 to 14 % is estimated, though none was seen on an M3 Ultra. Unpacking
+    once writes 2 bytes a weight, which takes as long as some 40 rows take to be multiplied by it on all of these chips.
+    From M5 on both kinds of product reach the same rate (omlx issue 2212), as what unpacks stands beside the matrix
+    units. MLX's CPU backend multiplies packed weights by one row after the other: 3 GFLOP/s on two Linux cores, where
+    dense ones reach 130 with a fast BLAS and 3 without, and 0.2 in bfloat16, where dense ones reach 5.
+    """
+    if not on_gpu():
+        return _ROWS_ON_CPU
+    known = find_chip(chip()) if on_metal() else None
+    if known is None or known.has_matrix_units:
+        return math.inf
+    return _ROWS_TO_UNPACK if known.has_bfloat16 else _ROWS_WITHOUT_BFLOAT16
 
 
 def chip() -> str:

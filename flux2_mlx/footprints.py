@@ -10,13 +10,17 @@ import mlx.core as mx
 
 from .checkpoint import Component
 from .components import COMPONENTS
-from .layers import WIDENED
+from .device import on_gpu
+from .layers import UNPACKED, WIDENED
 from .loading import in_memory
 from .memory import Footprint
-from .quantization import quantizing_bytes, stored_names
+from .quantization import GROUP_SIZE, quantizing_bytes, stored_names
 from .weights import FLOATS, TensorInfo
 
 _NO_BLOCK = ""
+# What a weight takes while a CPU unpacks it and computes in numbers of so many bytes. Fitted to peaks:
+# python -m pytest -s tests/test_memory.py -k near_what_a_run_takes
+_UNPACKING_BYTES = {4: 6.5, 2: 8}
 
 
 def loaded_footprint(stored: Component, quant: str, dtype: mx.Dtype) -> Footprint:
@@ -67,13 +71,17 @@ def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
 
 def _widened(component: Component, kept: Mapping[str, TensorInfo], dtype: mx.Dtype) -> int:
     """Bytes that weights take at most which are widened at one time: one after the other, but the scales of packed ones
-    all at once where MLX evaluates them."""
+    all at once where MLX evaluates them. What a CPU unpacks counts as well."""
     widened = Counter[str]()
     looked_up = COMPONENTS[component.name].looked_up
     for name, tensor in kept.items():
-        if tensor.dtype in ("U32", FLOATS[dtype]) or name.startswith(looked_up):
-            continue
         count = math.prod(tensor.shape)
+        if name.startswith(looked_up):
+            continue
+        if name.endswith(".scales") and not on_gpu():
+            widened[name] = int(_UNPACKING_BYTES[dtype.size] * min(UNPACKED, GROUP_SIZE * count))
+        if tensor.dtype in ("U32", FLOATS[dtype]):
+            continue
         if component.quantization:
             widened[_evaluated_with(name)] += dtype.size * count
         else:

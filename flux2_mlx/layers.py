@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from .device import fused, fuses_attention
+from .device import fused, fuses_attention, on_gpu, rows_to_unpack
 from .errors import RangeError
 
 # Where scores are stored for all queries at once, the queries are taken in chunks of at most this many scores. Timed
@@ -20,6 +20,9 @@ OPERATIONS_PER_CHUNK = 10**12
 # The most weights that `project` widens at one time. Timed with 3,072 channels on two Linux cores: 32 Mi takes 1.07 of
 # the time for 1,024 tokens, 1.33 for 512, and 1.6 times the memory; 1 Mi takes 1.20 and 1.30.
 WIDENED = 8 * 1024 * 1024
+# The most that a CPU unpacks at one time. With 3,072 channels on two Linux cores 1,024 tokens take 1.1 to 1.2 times as
+# long as with 16 bit weights, and 1.3 to 1.6 with 512 Ki.
+UNPACKED = 2 * 1024 * 1024
 FLOAT16_MAX = 65504
 _Packed = TypeVar("_Packed", bound=nn.Module)
 
@@ -40,9 +43,39 @@ class Linear(nn.Linear):
 
     def to_quantized(  # type: ignore[override]  # nn.quantize gives just these
         self, group_size: int, bits: int, mode: str
-    ) -> nn.QuantizedLinear:
+    ) -> "QuantizedLinear":
         """This layer with its weight packed."""
-        return _pack(self, nn.QuantizedLinear, group_size, bits, mode)
+        return _pack(self, QuantizedLinear, group_size, bits, mode)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """A linear layer whose weight is packed. On a CPU it is unpacked for many rows, some outputs at a time, to float32:
+    products of 16 bit numbers are sums in 16 bits there, and take 20 times as long as with a fast BLAS."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if on_gpu() or _rows(x) < rows_to_unpack():
+            return super().__call__(x)
+        y = _project_in_slices(x, len(self.weight), self._unpack, UNPACKED)
+        return y + self.bias if "bias" in self else y
+
+    def dense(self, dtype: mx.Dtype, outputs: slice = slice(None)) -> mx.array:
+        """The weight of some outputs, unpacked."""
+        scales, biases = (self[name][outputs].astype(dtype) for name in ("scales", "biases"))
+        return mx.dequantize(self.weight[outputs], scales, biases, self.group_size, self.bits, mode=self.mode)
+
+    def _unpack(self, outputs: slice) -> mx.array:
+        weight = self.dense(mx.float32, outputs)
+        mx.eval(weight)  # so that what it is made of is freed before there is a product
+        return weight
+
+    def unpacked(self, dtype: mx.Dtype) -> Linear:
+        """This layer with a dense weight, which is unpacked when it is first needed."""
+        layer = Linear.__new__(Linear)
+        nn.Module.__init__(layer)
+        layer.weight = self.dense(dtype)
+        if "bias" in self:
+            layer.bias = self.bias
+        return layer
 
 
 class Embedding(nn.Embedding):
@@ -132,19 +165,44 @@ def adapted(part: Any, adapters: Adapters | None, name: str = "") -> Any:
         adapters: None: there are none.
         name: of the part in its network.
     """
-    if adapters is None:
+    return part if adapters is None else _with_layers(part, adapters.beside, name)
+
+
+def unpacked(part: Any, x: mx.array) -> Any:
+    """A part of a network that is going to be given all rows of `x`, with packed weights dense where a GPU is faster
+    with these: a copy that shares all else, and unpacks each weight when it is first needed, for all its uses. (On a
+    CPU, which waits for each product, layers do so themselves with less memory.)
+
+    Args:
+        part: a module, or a list of them.
+        x: `[..., channels]`.
+    """
+    if not on_gpu() or _rows(x) < rows_to_unpack():
         return part
+    return _with_layers(part, lambda _, layer: _dense(layer, x.dtype))
+
+
+def _with_layers(part: Any, change: Callable[[str, nn.Module], nn.Module], name: str = "") -> Any:
+    """A copy of a part of a network with what becomes of its layers, which are called by their names."""
     prefix = name and f"{name}."
     if isinstance(part, list):
-        return [adapted(child, adapters, f"{prefix}{number}") for number, child in enumerate(part)]
+        return [_with_layers(child, change, f"{prefix}{number}") for number, child in enumerate(part)]
     if not isinstance(part, nn.Module):
         return part
     if not part.children():
-        return adapters.beside(name, part)
+        return change(name, part)
     whole = copy(part)
     for key, child in part.items():
-        whole[key] = adapted(child, adapters, f"{prefix}{key}")
+        whole[key] = _with_layers(child, change, f"{prefix}{key}")
     return whole
+
+
+def _dense(layer: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    return layer.unpacked(dtype) if isinstance(layer, QuantizedLinear) else layer
+
+
+def _rows(x: mx.array) -> int:
+    return x.size // x.shape[-1]
 
 
 def project(x: mx.array, weight: mx.array) -> mx.array:
@@ -154,11 +212,16 @@ def project(x: mx.array, weight: mx.array) -> mx.array:
     """
     if weight.dtype == x.dtype:
         return x @ weight.T
-    rows = max(1, WIDENED // weight.shape[1])
+    return _project_in_slices(x, len(weight), lambda outputs: weight[outputs].astype(x.dtype), WIDENED)
+
+
+def _project_in_slices(x: mx.array, count: int, widened: Callable[[slice], mx.array], most: int) -> mx.array:
+    """All `count` outputs for `x`, with what their weights are `widened` to, at most so many at a time."""
+    rows = max(1, most // x.shape[-1])
     parts = []
     mx.eval(x)  # what it is made of is freed before weights are widened
-    for start in range(0, len(weight), rows):
-        parts.append(x @ weight[start : start + rows].astype(x.dtype).T)
+    for start in range(0, count, rows):
+        parts.append((x @ widened(slice(start, start + rows)).T).astype(x.dtype))
         mx.eval(parts[-1])  # or MLX would widen the next rows, and the next layer's, meanwhile
     return mx.concatenate(parts, axis=-1)
 
@@ -167,9 +230,8 @@ def project_to(layer: nn.Module, x: mx.array, outputs: slice) -> mx.array:
     """Some of the `outputs` of a linear layer without a bias, of `x`."""
     if type(layer) is Linear and "bias" not in layer:
         return project(x, layer.weight[outputs])
-    if type(layer) is nn.QuantizedLinear and "bias" not in layer:
-        biases = None if layer.biases is None else layer.biases[outputs]
-        packed = (layer.weight[outputs], layer.scales[outputs], biases)
+    if type(layer) is QuantizedLinear and "bias" not in layer:
+        packed = (layer.weight[outputs], layer.scales[outputs], layer.biases[outputs])
         return mx.quantized_matmul(x, *packed, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
     return layer(x)[..., outputs]
 

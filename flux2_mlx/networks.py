@@ -208,7 +208,10 @@ class Networks:
     def _costs(self) -> dict[str, Any]:
         """What each network takes beside its weights, of the class that its row of the components says."""
         components = self.checkpoint.components.items()
-        return {name: COMPONENTS[name].cost(stored.config, self.dtype_of(name)) for name, stored in components}
+        return {
+            name: COMPONENTS[name].cost(stored.config, self.dtype_of(name), self._quants[name] != "bf16")
+            for name, stored in components
+        }
 
     @property
     def _all_added(self) -> dict[str, Footprint]:

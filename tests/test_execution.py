@@ -97,7 +97,7 @@ def test_streamed_blocks_are_waited_for(gigabytes, monkeypatch):
     streamed = planned(monkeypatch, gigabytes * 10**9)
     assert streamed.phase("transformer").streamed
     assert streamed.execution.blocks == 1
-    monkeypatch.setattr("flux2_mlx.transformer.cost.executions", lambda config: [streamed.execution])
+    monkeypatch.setattr("flux2_mlx.transformer.cost.executions", lambda *_: [streamed.execution])
     assert planned(monkeypatch, gigabytes * 10**9).phase("transformer") == streamed.phase("transformer")
 
 
@@ -226,7 +226,7 @@ def test_a_gpu_stays_within_what_is_predicted(part, waits, monkeypatch):
     monkeypatch.setattr(layers, "fuses_attention", lambda *_: True)
     config = TransformerConfig(1, 3, 2, 64, guidance_embeds=False)
     side, execution = 44, Execution(part, waits)
-    cost = TransformerCost(config, mx.float32, execution)
+    cost = TransformerCost(config, mx.float32, execution=execution)
     count = TEXT + side**2
     predicted = cost.passing(count)
     model = randomized(Flux2Transformer(config))
@@ -255,7 +255,7 @@ def test_a_run_is_computed_as_planned_and_has_no_velocity_of_references(monkeypa
 
     way = Execution(50, Waits.BEFORE)
     monkeypatch.setattr(Flux2Transformer, "__call__", spied)
-    monkeypatch.setattr("flux2_mlx.transformer.cost.executions", lambda config: [way])
+    monkeypatch.setattr("flux2_mlx.transformer.cost.executions", lambda *_: [way])
     pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
     pipe("a red ring", image=Image.new("RGB", (64, 64), "teal"), width=64, height=64, num_inference_steps=1, seed=0)
     assert seen == [(32, 16, way)]

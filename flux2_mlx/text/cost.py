@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..config import TextConfig, VisionConfig
+from ..device import on_gpu, rows_to_unpack
 from ..layers import attention_operations, score_bytes
 
 # What a language model's layer holds at its peak, fitted to peaks: python scripts/bench_memory.py measure klein-4b bf16
@@ -27,14 +28,27 @@ _TOKENS_READ_TOGETHER = 2048  # what `generate_step` reads of a prompt at one ti
 
 @dataclass(frozen=True)
 class TextCost:
-    """Costs of a language model of such a geometry, computing in `dtype`."""
+    """Costs of a language model of such a geometry, computing in `dtype`; its weights may be `packed`."""
 
     config: TextConfig
     dtype: mx.Dtype
+    packed: bool = False
 
     def encoding(self, tokens: int, widened: int = 0) -> int:
-        """Peak of reading so many tokens, padding included, above the weights, of which `widened` bytes are widened at
+        """Peak of encoding so many tokens, padding included, above the weights, of which `widened` bytes are widened at
         one time."""
+        return self._passing(tokens, widened) + self._unpacked(tokens)
+
+    def _unpacked(self, tokens: int) -> int:
+        """Bytes of all weights of a layer, if they are unpacked."""
+        if not (self.packed and on_gpu() and tokens >= rows_to_unpack()):
+            return 0
+        config = self.config
+        heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+        return self.dtype.size * config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+
+    def _passing(self, tokens: int, widened: int) -> int:
+        """The same without what is unpacked."""
         config = self.config
         itemsize = self.dtype.size
         D, heads = config.hidden_size, config.num_attention_heads
@@ -48,7 +62,7 @@ class TextCost:
 
     def reading(self, tokens: int, widened: int) -> int:
         """Peak of reading a prompt before text is written, above the weights; arguments as for `encoding`."""
-        return self.encoding(min(tokens, _TOKENS_READ_TOGETHER), widened)
+        return self._passing(min(tokens, _TOKENS_READ_TOGETHER), widened)
 
     def cache(self, tokens: int) -> int:
         """Bytes of a key and a value of so many tokens in every layer, the later ones included."""
@@ -91,10 +105,11 @@ class TextCost:
 
 @dataclass(frozen=True)
 class VisionCost:
-    """Costs of a vision tower of such a geometry, computing in `dtype`."""
+    """Costs of a vision tower of such a geometry, computing in `dtype`; its weights may be `packed`."""
 
     config: VisionConfig
     dtype: mx.Dtype
+    packed: bool = False
 
     def seeing(self, pixels: int, widened: int) -> int:
         """Peak of looking at an image of so many pixels, above the weights."""

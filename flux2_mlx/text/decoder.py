@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
-from ..layers import Embedding, GatedMLP, Linear, attention
+from ..layers import Embedding, GatedMLP, Linear, attention, unpacked
 
 
 class Attention(nn.Module):
@@ -85,7 +85,7 @@ class TextEncoder(nn.Module):
         x = self.embed_tokens(ids)
         states = []
         for number, layer in enumerate(self.layers, 1):
-            x = layer(x, mask)
+            x = unpacked(layer, x)(x, mask)
             mx.eval(x)
             if number in self._out_layers:
                 states.append(x)

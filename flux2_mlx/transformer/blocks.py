@@ -4,7 +4,7 @@ Source: `DoubleStreamBlock`, `SingleStreamBlock` and `LastLayer` of the FLUX.2 r
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ from ..layers import Linear, attention, project_sum, project_to, silu
 from .execution import PLAIN, Execution
 from .headroom import clipped, gated_sum, in_units, swiglu, unit
 from .kernel import fits, fused_heads
+from .parts import by_parts, in_columns, joined, joined_column, side_by_side
 from .rope import rotate
 
 KeysValues = tuple[mx.array, mx.array]
@@ -92,20 +93,6 @@ class QKNorm(nn.Module):
         return self.query_norm.scale, self.key_norm.scale
 
 
-def by_parts(
-    x: mx.array, work: Callable[[slice], Any], execution: Execution, stream: int | None = None
-) -> Iterator[Any]:
-    """What `work` makes of the tokens of `x` `[B, L, D]`, one slice of the sequence after the other. They may be of a
-    longer `stream` of so many, which is worked on in several parts then."""
-    B, L, _ = x.shape
-    size = max(1, execution.part // B)
-    for start in range(0, L, size):
-        part = work(slice(start, start + size))
-        if size < (stream or L):
-            execution.settle(part)
-        yield part
-
-
 def rotated_heads(projected: mx.array, heads: int, norm: QKNorm, rope: mx.array, execution: Execution) -> Heads:
     """Queries and keys, normalised and rotated, and values, in units, each `[B, heads, L, head_dim]`, of a projection
     `[B, L, W]` that begins with them, in `[3, heads, head_dim]`."""
@@ -130,20 +117,6 @@ def keys_values(projected: mx.array, heads: int, norm: QKNorm, rope: mx.array) -
     return rotate(norm.key_norm(clipped(k)), rope), mx.contiguous(in_units(v))
 
 
-def in_columns(parts: Iterator[tuple[mx.array, ...]]) -> Iterator[list[mx.array]]:
-    """What all `parts` begin with, then what comes second in each, and so on. Only who asks for a column holds it."""
-    columns = [list(column) for column in zip(*parts, strict=True)]
-    while columns:
-        yield columns.pop(0)
-
-
-def joined(columns: Iterator[list[mx.array]], execution: Execution) -> Iterator[mx.array]:
-    """Queries, keys or values of all tokens, of columns of those of parts."""
-    # The parts of a column are gone before the next is joined, so that no two columns are in memory twice.
-    for column in columns:
-        yield _joined(column, execution)
-
-
 def attended(
     q: mx.array, k: mx.array, v: mx.array, *, past: KeysValues | None = None, execution: Execution
 ) -> mx.array:
@@ -153,23 +126,9 @@ def attended(
     return attention(q, k, v, settle=execution.settle)
 
 
-def side_by_side(parts: Iterator[mx.array]) -> mx.array:
-    """The tokens `[B, L, D]` of all parts."""
-    arrays = list(parts)
-    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=1)
-
-
 def _before(new: mx.array, old: mx.array) -> mx.array:
     """Keys or values of `[B, heads, L, head_dim]`, and behind them the `[1, heads, Lr, head_dim]` that all see."""
     return mx.concatenate([new, mx.repeat(old, len(new), axis=0)], axis=2)
-
-
-def _joined(column: list[mx.array], execution: Execution) -> mx.array:
-    if len(column) == 1:
-        return column[0]
-    whole = mx.concatenate(column, axis=2)
-    execution.settle(whole)
-    return whole
 
 
 class SiLUGate(nn.Module):
@@ -182,13 +141,9 @@ class StreamAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self._heads = config.num_attention_heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.norm = QKNorm(config.attention_head_dim, config.eps)
         self.proj = Linear(config.hidden_size, config.hidden_size)
-
-    def __call__(self, x: mx.array, rope: mx.array, execution: Execution = PLAIN) -> Heads:
-        return rotated_heads(self.qkv(x), self._heads, self.norm, rope, execution)
 
 
 def _mlp(config: TransformerConfig) -> list[nn.Module]:
@@ -202,6 +157,7 @@ class DoubleBlock(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self._eps = config.eps
+        self._heads = config.num_attention_heads
         self.img_attn = StreamAttention(config)
         self.img_mlp = _mlp(config)
         self.txt_attn = StreamAttention(config)
@@ -237,8 +193,11 @@ class DoubleBlock(nn.Module):
     def _projected(
         self, x: mx.array, attn: StreamAttention, mod: list[mx.array], rope: mx.array, execution: Execution
     ) -> Iterator[Heads]:
+        qkv = execution.ready(attn.qkv, x)
+
         def heads(tokens: slice) -> Heads:
-            return attn(modulate(x[:, tokens], mod[0], mod[1], self._eps), rope[tokens], execution)
+            y = qkv(modulate(x[:, tokens], mod[0], mod[1], self._eps))
+            return rotated_heads(y, self._heads, attn.norm, rope[tokens], execution)
 
         return by_parts(x, heads, execution)
 
@@ -251,8 +210,10 @@ class DoubleBlock(nn.Module):
         mod: list[mx.array],
         execution: Execution,
     ) -> mx.array:
+        proj, mlp = execution.ready([attn.proj, mlp], x)
+
         def added(tokens: slice) -> mx.array:
-            part = gated_sum(x[:, tokens], mod[2], attn.proj(seen[:, tokens]))
+            part = gated_sum(x[:, tokens], mod[2], proj(seen[:, tokens]))
             y = modulate(part, mod[3], mod[4], self._eps)
             for layer in mlp:
                 y = layer(y)
@@ -287,7 +248,7 @@ class SingleBlock(nn.Module):
         """The tokens after this block: all, or those of a slice, for which alone queries and MLP are worked out."""
         if wanted is not None:
             return self._some(x, mod, rope, past, execution, wanted)
-        columns = in_columns(self._projected(x, slice(None), mod, rope, execution))
+        columns = in_columns(self._all_projected(x, mod, rope, execution))
         hidden = next(columns)
         # Keys and values are held by nobody else, so that they are gone when this is done.
         seen = attended(*joined(columns, execution), past=past, execution=execution)
@@ -297,7 +258,7 @@ class SingleBlock(nn.Module):
         self, x: mx.array, mod: list[mx.array], rope: mx.array, execution: Execution = PLAIN
     ) -> tuple[mx.array, KeysValues]:
         """The tokens after this block, and the keys and values that others see of them."""
-        columns = in_columns(self._projected(x, slice(None), mod, rope, execution))
+        columns = in_columns(self._all_projected(x, mod, rope, execution))
         hidden = next(columns)
         q, k, v = joined(columns, execution)
         return self._add(x, attended(q, k, v, execution=execution), hidden, mod[2], execution), (k, v)
@@ -311,35 +272,42 @@ class SingleBlock(nn.Module):
         execution: Execution,
         wanted: slice,
     ) -> mx.array:
-        seen, hidden = self._seen_by(x, mod, rope, past, execution, wanted)
+        columns = self._some_projected(x, mod, rope, execution, wanted)
+        hidden = next(columns)
+        seen = attended(*columns, past=past, execution=execution)
         return self._add(x[:, wanted], seen, hidden, mod[2], execution)
 
-    def _seen_by(
-        self,
-        x: mx.array,
-        mod: list[mx.array],
-        rope: mx.array,
-        past: KeysValues | None,
-        execution: Execution,
-        wanted: slice,
-    ) -> tuple[mx.array, list[mx.array]]:
-        """What the tokens of a slice see, and the MLP of each of their parts."""
-        columns = in_columns(self._projected(x, wanted, mod, rope, execution))
-        hidden = next(columns)
-        q = _joined(next(columns), execution)
-        before = self._keys_values(x, slice(wanted.start), mod, rope, execution)
-        after = self._keys_values(x, slice(wanted.stop, None), mod, rope, execution)
-        k, v = joined(in_columns(chain(before, zip(*columns, strict=True), after)), execution)
-        return attended(q, k, v, past=past, execution=execution), hidden
+    def _all_projected(
+        self, x: mx.array, mod: list[mx.array], rope: mx.array, execution: Execution
+    ) -> Iterator[tuple[mx.array, ...]]:
+        return self._projected(execution.ready(self.linear1, x), x, slice(None), mod, rope, execution)
+
+    def _some_projected(
+        self, x: mx.array, mod: list[mx.array], rope: mx.array, execution: Execution, wanted: slice
+    ) -> Iterator[Any]:
+        """The MLP of each part of the tokens of a slice, then their queries, and the keys and values of all tokens."""
+        linear1 = execution.ready(self.linear1, x)
+        columns = in_columns(self._projected(linear1, x, wanted, mod, rope, execution))
+        yield next(columns)
+        yield joined_column(next(columns), execution)
+        before = self._keys_values(linear1, x, slice(wanted.start), mod, rope, execution)
+        after = self._keys_values(linear1, x, slice(wanted.stop, None), mod, rope, execution)
+        yield from joined(in_columns(chain(before, zip(*columns, strict=True), after)), execution)
 
     def _projected(
-        self, x: mx.array, span: slice, mod: list[mx.array], rope: mx.array, execution: Execution
+        self,
+        linear1: nn.Module,
+        x: mx.array,
+        span: slice,
+        mod: list[mx.array],
+        rope: mx.array,
+        execution: Execution,
     ) -> Iterator[tuple[mx.array, ...]]:
         """The MLP of a span of the tokens by parts, each with its queries, keys and values."""
         some, turned = x[:, span], rope[span]
 
         def projected(tokens: slice) -> tuple[Heads, mx.array]:
-            y = self.linear1(modulate(some[:, tokens], mod[0], mod[1], self._eps))
+            y = linear1(modulate(some[:, tokens], mod[0], mod[1], self._eps))
             mlp_gate, mlp = mx.split(y, self._split, axis=-1)[1:]
             # Made in this order: the other takes more memory.
             return rotated_heads(y, self._heads, self.norm, turned[tokens], execution), swiglu(mlp_gate, mlp)
@@ -348,14 +316,20 @@ class SingleBlock(nn.Module):
             yield mlp, *heads
 
     def _keys_values(
-        self, x: mx.array, span: slice, mod: list[mx.array], rope: mx.array, execution: Execution
+        self,
+        linear1: nn.Module,
+        x: mx.array,
+        span: slice,
+        mod: list[mx.array],
+        rope: mx.array,
+        execution: Execution,
     ) -> Iterator[KeysValues]:
         """Those of a span of the tokens alone."""
         some, turned = x[:, span], rope[span]
 
         def projected(tokens: slice) -> KeysValues:
             y = modulate(some[:, tokens], mod[0], mod[1], self._eps)
-            return keys_values(project_to(self.linear1, y, self._keys), self._heads, self.norm, turned[tokens])
+            return keys_values(project_to(linear1, y, self._keys), self._heads, self.norm, turned[tokens])
 
         return by_parts(some, projected, execution, x.shape[1])
 
@@ -363,12 +337,13 @@ class SingleBlock(nn.Module):
         self, x: mx.array, seen: mx.array, hidden: list[mx.array], gate: mx.array, execution: Execution
     ) -> mx.array:
         parts = iter(hidden)
+        linear2 = execution.ready(self.linear2, x)
 
         def added(tokens: slice) -> mx.array:
             mlp = next(parts)
             if execution.summed:
-                return gated_sum(x[:, tokens], gate, project_sum(self.linear2, seen[:, tokens], mlp))
-            return gated_sum(x[:, tokens], gate, self.linear2(mx.concatenate([seen[:, tokens], mlp], axis=-1)))
+                return gated_sum(x[:, tokens], gate, project_sum(linear2, seen[:, tokens], mlp))
+            return gated_sum(x[:, tokens], gate, linear2(mx.concatenate([seen[:, tokens], mlp], axis=-1)))
 
         return side_by_side(by_parts(x, added, execution))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..config import TransformerConfig
-from ..device import on_cuda
+from ..device import on_cuda, rows_to_unpack
 from ..layers import attention_operations, score_bytes
 from .execution import PLAIN, Execution, executions, widest
 
@@ -56,16 +56,17 @@ def pass_products(config: TransformerConfig, text: int, others: int) -> dict[tup
 
 @dataclass(frozen=True)
 class TransformerCost:
-    """Costs of a transformer of such a geometry, computing in `dtype`, in one of its ways."""
+    """Costs of a transformer of such a geometry, computing in `dtype` in one of its ways; weights may be `packed`."""
 
     config: TransformerConfig
     dtype: mx.Dtype
+    packed: bool = False
     execution: Execution = PLAIN
 
     @property
     def ways(self) -> "Iterator[TransformerCost]":
         """These costs in each way of computing that there is on this device, the fastest first."""
-        return (replace(self, execution=execution) for execution in executions(self.config))
+        return (replace(self, execution=execution) for execution in executions(self.config, self.packed))
 
     def states(self, tokens: int) -> int:
         """Bytes of the states of so many text tokens before they are projected."""
@@ -116,7 +117,7 @@ class TransformerCost:
     def _running_ahead(self, tokens: int, images: int, widened: int) -> int:
         """The peak where nothing is waited for within a block: all that the blocks which run at a time make."""
         work = _CUDA_WORK_BYTES if on_cuda() else 0
-        blocks = self.execution.blocks * (tokens * _BLOCK_ARRAYS * self._array + work)
+        blocks = self.execution.blocks * (tokens * _BLOCK_ARRAYS * self._array + work + self._unpacked(tokens)[1])
         return blocks + sum(self._attending(tokens, images)) + widened
 
     def _by_parts(self, tokens: int, images: int, widened: int) -> int:
@@ -132,7 +133,16 @@ class TransformerCost:
             projected += scores  # all is evaluated at once, attention included, unless that is in chunks
         projected = max(projected, part * _WIDENING_ARRAYS * array + widened)
         kept = tokens + (tokens // part - 1) * part * _KEPT_ARRAYS
-        return max(attending, kept * array + projected)
+        return max(attending, kept * array + projected + self._unpacked(tokens)[0])
+
+    def _unpacked(self, tokens: int) -> tuple[int, int]:
+        """Bytes of the weights that are unpacked at one time where a block is waited for in parts, and of all of a
+        block's. A double block's are the largest: each stream has queries, keys, values, a projection, and its MLP."""
+        if not (self.packed and self.execution.dense and tokens >= rows_to_unpack()):
+            return 0, 0
+        D, M = self.config.hidden_size, self.config.mlp_hidden_size
+        most = max(D * (3 * D + 2 * M), D * D + 3 * D * M)  # what projects in a single block, or adds in a double one
+        return most * self.dtype.size, 2 * (4 * D * D + 3 * D * M) * self.dtype.size
 
     def _attending(self, tokens: int, images: int) -> tuple[int, int]:
         """Bytes of the scores of attention, and of a chunk of queries, which is scaled before it attends and kept until

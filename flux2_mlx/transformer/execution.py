@@ -1,5 +1,6 @@
 """How a pass through the transformer is computed: ways that differ in memory and time, not in what they give."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -8,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import TransformerConfig
-from ..device import on_gpu, on_metal
-from ..layers import OPERATIONS_PER_CHUNK
+from ..device import on_gpu, on_metal, rows_to_unpack
+from ..layers import OPERATIONS_PER_CHUNK, unpacked
 
 # What is several times as wide as the stream is worked out for this many tokens at a time where memory counts: in
 # float32 that takes 47 bytes a token and channel, and all 4,608 tokens of an image of 1024² at once 104.
@@ -33,12 +34,14 @@ class Execution:
         waits: what is waited for.
         fused: whether one kernel makes heads of projections, which needs a GPU and has no gradient.
         summed: whether what attends and the MLP are projected each by itself and added, instead of side by side.
+        dense: whether a GPU multiplies packed weights as dense ones where that is faster.
     """
 
     part: int = TOKENS_PER_PART
     waits: Waits = Waits.PARTS
     fused: bool = False
     summed: bool = False
+    dense: bool = False
 
     @property
     def runs_ahead(self) -> bool:
@@ -49,6 +52,10 @@ class Execution:
     def blocks(self) -> int:
         """How many blocks are in memory at one time."""
         return 2 if self.waits is Waits.BEFORE else 1
+
+    def ready(self, part: Any, x: mx.array) -> Any:
+        """Layers as all tokens of `x` are given to them. Who asks holds what is unpacked of their weights."""
+        return unpacked(part, x) if self.dense else part
 
     def settle(self, *arrays: Any) -> None:
         """Have what a part of a block gives computed."""
@@ -74,21 +81,24 @@ class Execution:
 PLAIN = Execution()
 
 
-def executions(config: TransformerConfig) -> Iterator[Execution]:
+def executions(config: TransformerConfig, packed: bool = False) -> Iterator[Execution]:
     """The ways of computing that this device has, the fastest first and the one that takes least memory last.
 
     A CPU starts working when it is asked to, so that waiting costs nothing there, and parts stay in its cache. A GPU
     stands still for about 0.25 ms at every wait (MLX issue 4265), 340 times a step of klein-4b at 1024². A product
-    still is no longer than other operations, or macOS would stop it.
+    still is no longer than other operations, or macOS would stop it. Dense products save more than what waits cost, if
+    weights are `packed`.
     """
     if on_gpu():
         token = 2 * config.hidden_size * widest(config)
         part = max(TOKENS_PER_PART, OPERATIONS_PER_CHUNK // token)
         # Metal multiplies by some columns of a weight as they lie; CUDA and CPUs would copy them first.
-        fused = Execution(part, Waits.BEFORE, fused=True, summed=on_metal())
-        yield fused
-        yield replace(fused, waits=Waits.BLOCKS)
-        yield replace(fused, waits=Waits.PARTS, part=TOKENS_PER_PART)
+        ahead = Execution(part, Waits.BEFORE, fused=True, summed=on_metal())
+        by_block = replace(ahead, waits=Waits.BLOCKS)
+        by_part = replace(ahead, waits=Waits.PARTS, part=TOKENS_PER_PART)
+        if packed and rows_to_unpack() < math.inf:
+            yield from (replace(way, dense=True) for way in (ahead, by_block, by_part))
+        yield from (ahead, by_block, by_part)
     else:
         yield PLAIN
 
