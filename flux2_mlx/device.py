@@ -29,8 +29,8 @@ _FUSED_ON_CUDA = tuple(range(8, 129, 8))
 # The share of a card's memory that networks can have. The rest is for its context and its libraries, which on an H200
 # take 0.8 GiB (python scripts/bench_step.py says so at its end), and for a display.
 _CARD_SHARE = 0.9
-# From how many rows on packed weights are unpacked (see `rows_to_unpack`), where Metal has bfloat16, where it has not, and
-# on a CPU.
+# From how many rows on packed weights are unpacked (see `rows_to_unpack`): where Metal has bfloat16, where it has not,
+# and on a CPU.
 _ROWS_TO_UNPACK, _ROWS_WITHOUT_BFLOAT16, _ROWS_ON_CPU = 1024, 256, 32
 MOST_DISPATCH = 2.0  # seconds; macOS stops an operation after some five, and less while the display is on
 _MOST_BYTES = 2**63  # what MLX's limits can hold

@@ -156,7 +156,7 @@ class Phases:
         span.start()
         planned = self._planned[name]
         try:
-            with limits(planned, self._spare[name], self._others):
+            with limits(planned, self._spare[name], self._others, self._keeps_to_plan(name)):
                 yield
         finally:
             span.stop()
@@ -166,6 +166,10 @@ class Phases:
             mx.clear_cache()
             for outer in _OPEN[-1:]:
                 outer.start()
+
+    def _keeps_to_plan(self, name: str) -> bool:
+        """Whether a phase takes no more than planned by what it waits for, and needs no limit for that."""
+        return name == "transformer" and self.execution.runs_ahead
 
     def _span(self, name: str) -> _Span:
         if name not in self._spans:
@@ -189,10 +193,12 @@ def running(networks: Networks, planned: Plan, timings: list[Phase], *, keep: bo
 
 
 @contextmanager
-def limits(phase: PhasePlan, spare: int, others: int) -> Iterator[None]:
+def limits(phase: PhasePlan, spare: int, others: int, keeps_to_plan: bool = False) -> Iterator[None]:
     """MLX's own limits as a phase is planned; the former ones are back afterwards.
 
-    Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. Cache: freed
+    Memory: before MLX allocates beyond it, freed buffers are given back and running work is waited for. A phase that
+    needs none of this to keep to its plan has all that the run may take, so that a GPU keeps its buffers from one block
+    to the next. Cache: freed
     buffers are kept within what the phase leaves. A GPU, which takes long for new ones, keeps up to the activations of
     a phase that leaves less: its buffers together stay within the memory limit, as freed ones are given back first.
     Wired: on Metal, what the phase needs is never paged out.
@@ -201,8 +207,9 @@ def limits(phase: PhasePlan, spare: int, others: int) -> Iterator[None]:
         phase: what is planned.
         spare: bytes of the run's limit that the phase leaves.
         others: bytes that are in memory besides the run.
+        keeps_to_plan: whether the phase takes no more than planned without a limit.
     """
-    ahead = int(_AHEAD * phase.activations)
+    ahead = int(_AHEAD * phase.activations) + (spare if keeps_to_plan else 0)
     with ExitStack() as former:  # each is back even if another can't be
         former.callback(mx.set_memory_limit, mx.set_memory_limit(others + phase.weights + ahead))
         if on_metal():  # or it may be more than a Mac's GPU can have wired

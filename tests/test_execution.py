@@ -217,8 +217,9 @@ def as_one_kernel(projected, heads, norm, rope, execution):
 
 @pytest.mark.parametrize("waits", [Waits.BLOCKS, Waits.BEFORE])
 @pytest.mark.parametrize("part", [1500, 4000])
-def test_a_gpu_stays_within_what_is_predicted(part, waits, monkeypatch):
-    """With MLX's limit of the plan, and kernels without intermediates, as a GPU has them."""
+@pytest.mark.parametrize("spare", [0, 2**40])
+def test_a_gpu_stays_within_what_is_predicted(spare, part, waits, monkeypatch):
+    """With MLX's limit of the plan or of the run, and kernels without intermediates, as a GPU has them."""
     monkeypatch.setattr(blocks, "rotated_heads", as_one_kernel)
     monkeypatch.setattr(blocks, "swiglu", lambda gate, x: gate * x)
     monkeypatch.setattr(mx.fast, "layer_norm", lambda x, *_: x + 1)
@@ -237,7 +238,7 @@ def test_a_gpu_stays_within_what_is_predicted(part, waits, monkeypatch):
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     plan = PhasePlan("transformer", 0, predicted)
-    with limits(plan, 0, held):
+    with limits(plan, spare, held, keeps_to_plan=True):
         for _ in range(3):
             mx.eval(model(tokens, states, mx.array([0.5]), rope, execution=execution))
     ratio = predicted / (mx.get_peak_memory() - held)

@@ -26,7 +26,16 @@ from flux2_mlx.memory import PhasePlan, Plan, Workload
 from flux2_mlx.metering import limits
 from flux2_mlx.networks import Networks
 from flux2_mlx.text import TOKENIZERS
-from flux2_mlx.transformer import Flux2Transformer, TransformerCost, image_ids, rope_table, text_ids
+from flux2_mlx.transformer import (
+    PLAIN,
+    Execution,
+    Flux2Transformer,
+    TransformerCost,
+    image_ids,
+    rope_table,
+    text_ids,
+)
+from flux2_mlx.transformer.execution import Waits
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -243,6 +252,23 @@ def test_a_gpu_keeps_freed_buffers_under_a_tight_limit_too(gpu, spare, expected,
         assert cache == expected
         assert 1050 < most <= 1350
     assert mlx_limits() == before
+
+
+@pytest.mark.parametrize(("execution", "is_free"), [(PLAIN, False), (Execution(waits=Waits.BLOCKS), True)])
+def test_a_phase_that_keeps_to_its_plan_has_the_memory_of_the_run(execution, is_free, monkeypatch):
+    """A lower limit would have buffers given back within each block; the others need it."""
+    monkeypatch.setattr("flux2_mlx.transformer.cost.executions", lambda *_: [execution])
+    seen = {}
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False, keep=False, memory_limit="200MB")
+    request = pipe.request(["a red ring"], width=64, height=64, steps=1)
+    planned = pipe.plan(request)
+    gc.collect()
+    held = mx.get_active_memory()
+    pipe.run(request, on_progress=lambda progress: seen.update({progress.phase: mlx_limits()[0] - held}))
+    for phase in planned.phases:
+        has_all = is_free and phase.name == "transformer"
+        assert (planned.limit * 0.98 < seen[phase.name] <= planned.limit) == has_all
+        assert has_all or phase.weights < seen[phase.name] < phase.peak_memory
 
 
 def test_the_limits_of_mlx_come_back_though_its_work_fails(monkeypatch):
