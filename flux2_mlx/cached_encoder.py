@@ -9,7 +9,6 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from . import __version__
 from .checkpoint import FORMAT_VERSION, Checkpoint, Component
 from .device import MLX_VERSION
 from .embedding_cache import EmbeddingCache, Form
@@ -69,6 +68,8 @@ def entry_key(
     checkpoint: Checkpoint, fingerprint: str, quant: str, dtype: mx.Dtype, ids: np.ndarray, mask: np.ndarray
 ) -> str:
     """SHA-256 of all that the states depend on. Ids and mask stand for prompt, template, tokenizer and length."""
+    from . import __version__  # which takes a while to be read
+
     facts = {
         "format": FORMAT_VERSION,
         "versions": [__version__, MLX_VERSION],

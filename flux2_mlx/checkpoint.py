@@ -20,7 +20,7 @@ from .files import Claim, read_bytes
 from .json_files import NONSENSE, read_json
 from .layers import Adapters, adapted
 from .loading import InMemory, fill, module_tensors
-from .quantization import BITS, Quantized, check_statement, quantize_module, statement, wanted_quants
+from .quantization import BITS, Quantized, check_statement, quantize_module, quantized_infos, statement, wanted_quants
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
 from .weights import Files, TensorInfo, Tensors, mismatches, raise_problems
@@ -120,7 +120,10 @@ class Component:
 
 @lru_cache(maxsize=64)
 def _infos(name: str, config: Any, quantization: str) -> dict[str, TensorInfo]:
-    return module_tensors(Component(name, config, json.loads(quantization), ()).build())
+    stated = json.loads(quantization)
+    if stated is not None:
+        return quantized_infos(_infos(name, config, json.dumps(None)), stated)
+    return module_tensors(Component(name, config, None, ()).build())
 
 
 def as_stored(tensors: Tensors, component: Component) -> Tensors:

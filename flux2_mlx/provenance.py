@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
 from .branches import AtWork
 from .device import dtype_name, machine
 from .networks import Networks
@@ -65,6 +64,8 @@ def image_settings(
         edited: where the pictures come from and what is done with them.
         beyond: names of arguments that no file can hold, so that the image can't be made again from it.
     """
+    from . import __version__  # which takes a while to be read
+
     return {
         "prompt": prompt,
         "upsampled_prompt": None if text == prompt else text,

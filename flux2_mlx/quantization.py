@@ -12,7 +12,7 @@ import numpy as np
 from .components import COMPONENTS, GROUPS
 from .config import QUANTIZATIONS, check_quant
 from .errors import CheckpointError, InputError
-from .weights import TensorInfo, Tensors
+from .weights import CODES, TensorInfo, Tensors
 from .wording import told
 
 GROUP_SIZE = 64
@@ -162,6 +162,28 @@ def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> N
             mode=quantization["mode"],
             class_predicate=lambda path, layer: hasattr(layer, "to_quantized") and quantization.get(path, True),
         )
+
+
+def quantized_infos(plain: Mapping[str, TensorInfo], quantization: dict[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors of a network after `quantize_module`, of those that it has in 16 bits; counting them takes a tenth of
+    the time."""
+    check_statement(quantization)
+    stored: dict[str, TensorInfo] = {}
+    for name, info in plain.items():
+        layer, _, kind = name.rpartition(".")
+        own = quantization.get(layer, True)
+        if kind != _PARTS[0] or len(info.shape) != 2 or own is False:
+            stored[name] = info
+            continue
+        rows, columns = info.shape
+        if columns % quantization["group_size"]:
+            raise ValueError(f"{layer} has {columns} columns, which are no groups of {quantization['group_size']}")
+        groups = (rows, columns // quantization["group_size"])
+        bits = (own if isinstance(own, dict) else quantization)["bits"]
+        shapes = ((rows, columns * bits // 32), groups, groups)
+        parts = zip(_PARTS, _DTYPES, shapes, strict=True)
+        stored |= {f"{layer}.{part}": TensorInfo(CODES[dtype], shape) for part, dtype, shape in parts}
+    return stored
 
 
 def usual_text_quant(quant: str) -> str:

@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import re
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -61,7 +60,7 @@ def new_file(folder: Path) -> Iterator[tuple[Path, int]]:
     """A new file in `folder` and its descriptor. `put` it in its place when it is complete; else it is removed at the
     end, or by a later run if this one is killed."""
     _remove_parts(folder)
-    path = folder / f".flux2-mlx-{os.getpid()}-{secrets.token_hex(8)}.part"
+    path = folder / f".flux2-mlx-{os.getpid()}-{os.urandom(8).hex()}.part"
     descriptor = None
     try:  # from before there is a file, since a signal may raise at any moment
         descriptor = _create_locked(path)
@@ -109,7 +108,7 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
 
     `name` is what it is to become, for `leftovers`.
     """
-    work = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+    work = parent / f"{_PREFIX}{os.urandom(8).hex()}"
     try:  # from before there is a folder, since a signal may raise at any moment
         with _marked(work, name):
             (work / _NEW).mkdir(mode=0o755)

@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import __version__
 from .cached_encoder import fingerprint
 from .device import MLX_VERSION, dtype_name
 from .embedding_cache import EmbeddingCache, Form
@@ -78,6 +77,8 @@ class Waiting:
 
 
 def _keys(networks: Networks, request: Request, edit: Edit) -> Iterator[str]:
+    from . import __version__  # which takes a while to be read
+
     settings = asdict(request) | dict.fromkeys(("prompts", "negative_prompts", "seeds"))
     shared = [__version__, MLX_VERSION, str(mx.default_device()), _model(networks), settings, _pictures(edit)]
     for place, seed in enumerate(request.seeds):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flux2_mlx.checkpoint import Component
+from flux2_mlx.checkpoint import Component, variant_components
 from flux2_mlx.config import VARIANTS, TransformerConfig, check_quant
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.loading import module_tensors
@@ -189,6 +189,13 @@ def test_what_is_not_implemented_is_not_built_as_something_else(change):
     changed = replace(component, quantization=component.quantization | change)
     with pytest.raises(CheckpointError, match=f"quantization.'?{next(iter(change))}'? is "):
         changed.build()
+
+
+@pytest.mark.parametrize("quant", ["qint8", "qint4"])
+@pytest.mark.parametrize("variant", ["demo", "klein-4b", "dev"])
+def test_counted_tensors_are_those_of_the_built_network(variant, quant):
+    for component in variant_components(VARIANTS[variant], quant, quant).values():
+        assert list(component.infos.items()) == list(module_tensors(component.build()).items())
 
 
 def test_tensors_of_a_module_are_of_its_own_dtypes():

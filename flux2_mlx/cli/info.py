@@ -82,8 +82,7 @@ def info(
     else:
         from ..device import memory_reason
         from ..pipeline import Flux2Pipeline
-        from ..store import conversions, described, resolve
-        from ..store.identification import usual_quants
+        from ..store import conversions, described, resolve, usual_quants
 
         resolved = resolve(model, models_dir)
         folders = conversions(resolved, models_dir, variant=variant, painting=True)
@@ -133,9 +132,12 @@ def _about_a_model(option: str) -> click.UsageError:
 def _found(model: str, variant: str | None, models_dir: Path | None, planned: list[str]) -> "Found | None":
     """What the weights are that `model` names; None: they are a whole model in 16 bits, or it is `planned` for."""
     from ..store import FILE, REPO, SOURCE, conversions, resolve
-    from ..store.identification import identify_files, identify_folder, identify_repo, is_weights
 
     resolved = resolve(model, models_dir)
+    if resolved.kind not in (FILE, REPO, SOURCE):
+        return None
+    from ..store.identification import identify_files, identify_folder, identify_repo, is_weights
+
     if resolved.kind == FILE and not conversions(resolved, models_dir):
         if planned:
             raise _about_a_model(planned[0])

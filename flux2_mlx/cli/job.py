@@ -1,6 +1,5 @@
 """What a command line that makes images asks for, after defaults and --replay."""
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ class Job:
         _complete(given, replay, remembered)
         _check_weights(given)
         given |= _resolved(given, None if is_named else replay)
-        given["seed"] = given["seed"] or (secrets.randbelow(2**32),)
+        given["seed"] = given["seed"] or (_random_seed(),)
         prompts = _prompts(prompt, prompts_file, remembered)
         texts = [one.text for one in prompts]
         of_images = {name: given.pop(name) for name in OPTIONS}
@@ -89,6 +88,12 @@ class Job:
             rewritten=_rewritten(texts, given, remembered),
             **given,
         )
+
+
+def _random_seed() -> int:
+    import secrets  # with all that it needs, which --help does not
+
+    return secrets.randbelow(2**32)
 
 
 def _check_usage(prompt: str | None, replay: Path | None, prompts_file: str | None, given: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """What an image file remembers, read to make it again. Whoever made it chose what it says, so nothing is trusted."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +107,11 @@ def find(file: dict[str, str], image: Path, way_out: str) -> Path:
 
 def _sha256(path: Path) -> str | None:
     """The SHA-256 of an image file; None if there is none, or something that can't be one."""
+    from hashlib import sha256
+
     from ..images import MAX_INPUT_BYTES
 
-    found = hashlib.sha256()
+    found = sha256()
     try:
         with opened(path, MAX_INPUT_BYTES) as file:
             while chunk := file.read(2**20):

@@ -3,13 +3,15 @@
 import functools
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 _PATIENCE = 1  # seconds
 
@@ -24,6 +26,8 @@ def awake() -> Iterator[None]:
     if program is None:
         yield
         return
+    import subprocess  # which only those need who wait
+
     watching = None
     silent = subprocess.DEVNULL
     with suppress(OSError):
@@ -41,11 +45,13 @@ def awake() -> Iterator[None]:
             _end(watching)
 
 
-def _end(watching: subprocess.Popen[bytes]) -> None:
+def _end(watching: "Popen[bytes]") -> None:
+    from subprocess import TimeoutExpired
+
     watching.terminate()
     try:
         watching.wait(_PATIENCE)
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         watching.kill()
         watching.wait()
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         named_checkpoints,
         sizes,
         stored_quants,
+        usual_quants,
     )
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "sizes",
     "stored_adapters",
     "stored_quants",
+    "usual_quants",
 ]
 _LAZY = {
     "Download": "..hub",
@@ -94,6 +96,7 @@ _LAZY = {
     "sizes": ".converted",
     "stored_adapters": ".adapters",
     "stored_quants": ".converted",
+    "usual_quants": ".converted",
 }
 
 

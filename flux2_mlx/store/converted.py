@@ -9,13 +9,11 @@ from pathlib import Path, PurePosixPath
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
 from ..components import by_group, can_paint
 from ..config import QUANTIZATIONS, VARIANTS, Variant
-from ..convert import KEPT, chosen_quants
 from ..errors import CheckpointError, InputError
 from ..json_files import read_json
 from ..quantization import usual_text_quant
 from .folder import models_folder, stored_checkpoints
 from .names import DEMO, SOURCE, VARIANT, Model, checked_variant, resolve
-from .sources import Wanted, what_is_here
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +53,8 @@ def conversions(
         return [model.place]
     digest = None
     if model.kind == SOURCE:
+        from .sources import Wanted, what_is_here  # with the converter, which most questions can do without
+
         source, _ = what_is_here(model, Wanted(checked_variant(variant, model)))
         digest = source.fingerprint
     found = [path for path in stored_checkpoints(models_folder(models_dir)) if _is_of(path, model, digest)]
@@ -113,6 +113,8 @@ def find_conversion(
 def keeps_bits(folder: Path, quant: str | None, text_quant: str | None) -> bool:
     """Whether a checkpoint is stored as files are of which this is asked, since the ones that it was made from had few
     bits."""
+    from ..convert import KEPT, chosen_quants
+
     manifest = read_json(folder / MANIFEST)
     source, stored = manifest.get("source"), manifest.get("quantization")
     if not isinstance(source, dict) or not isinstance(stored, dict) or not source.keys() & {*KEPT}:
@@ -147,6 +149,8 @@ def described(
     """
     said = checked_variant(variant, model)
     if model.kind == SOURCE:
+        from .sources import Wanted, what_is_here
+
         source, is_whole = what_is_here(model, Wanted(said))
         for note in source.notes:
             hear(note)
@@ -157,6 +161,19 @@ def described(
         raise InputError(f"{model.name} is not converted yet, so nothing is known of it; download it first")
     checkpoints = [Checkpoint.open(folder) for folder in folders]
     return next((x for x in checkpoints if x.quant == quant), checkpoints[0])
+
+
+def usual_quants(
+    model: Model, variant: str | None, quant: str | None, text_quant: str | None
+) -> tuple[str | None, str | None]:
+    """As what the transformer and the text encoder of a run would be stored for which this was asked; None: as they
+    are, in a checkpoint, or as usual."""
+    if model.kind != SOURCE:
+        return quant, text_quant
+    from .sources import Wanted, what_is_here
+
+    source, _ = what_is_here(model, Wanted(checked_variant(variant, model)))
+    return source.quants(quant, text_quant)
 
 
 def stored_quants(folder: Path) -> tuple[str, str]:

@@ -30,9 +30,8 @@ from ..convert import (
 from ..errors import CheckpointError, DownloadError, InputError
 from ..weights import Files
 from .folder import models_folder, whole_checkpoints
-from .names import SOURCE, Model, checked_variant
+from .names import checked_variant
 from .parts import Remote, files_of, folder_files, main_place
-from .sources import Wanted, what_is_here
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,6 @@ def identify_folder(place: Path, name: str, variant: str | None = None, models_d
     if identity.is_plain:
         return None
     return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
-
-
-def usual_quants(
-    model: Model, variant: str | None, quant: str | None, text_quant: str | None
-) -> tuple[str | None, str | None]:
-    """As what the transformer and the text encoder of a run would be stored for which this was asked; None: as they
-    are, in a checkpoint, or as usual."""
-    if model.kind != SOURCE:
-        return quant, text_quant
-    source, _ = what_is_here(model, Wanted(checked_variant(variant, model)))
-    return source.quants(quant, text_quant)
 
 
 def identify_repo(repo: str, file: str | None = None, variant: str | None = None) -> Found:
