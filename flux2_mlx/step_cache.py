@@ -5,6 +5,9 @@ TeaCache: how much what the first block adds to the stream has changed since the
 computed, as the mean absolute difference in terms of the mean absolute value. Up to a threshold, what the other blocks
 have added there is added again.
 
+No step is computed for its place alone, be it among the first ones, the last, or after many that were skipped: with as
+many passes skipped in all, that makes the error no smaller (scripts/tried.md).
+
 Only tokens whose velocity is wanted count: references hardly change from step to step, so with them, as in those
 projects, a threshold would mean less the more references there are.
 """
