@@ -103,10 +103,10 @@ class StepCache:
     def _stale(self, first: Sequence[mx.array]) -> list[int]:
         """The places of the images that need all blocks, given what the `first` one adds to each; this is evaluated."""
         known = [place for place in range(len(first)) if place in self._added]
-        changes = [_change(first[place], self._added[place].first) for place in known]
-        mx.eval(*first, *changes)
         # Not a number is no small change: nothing was added, or what was is beyond the range of float16.
-        near = [place for place, x in zip(known, changes, strict=True) if x.item() <= self._caches.threshold]
+        small = [_change(first[place], self._added[place].first) <= self._caches.threshold for place in known]
+        mx.eval(*first, *small)
+        near = [place for place, is_small in zip(known, small, strict=True) if is_small.item()]
         return [place for place in range(len(first)) if place not in near]
 
     def _reused(self, x: mx.array, shared: Shared, stale: Sequence[int]) -> dict[int, mx.array]:
