@@ -80,6 +80,19 @@ def test_nothing_is_skipped_bit_for_bit(network, images):
     assert passes == Passes(8 * images, 0, 0)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision(dtype):
+    half = randomized(Flux2Transformer(SMALL))
+    half.set_dtype(dtype)
+    arguments = (*(x.astype(dtype) for x in (inputs(2)[0], conditions(2)[0])), SIGMA, conditions(2)[1], mx.array([4.0]))
+    passing, passes = cached(half, 1e-3)
+    expected, whole, skipped = (network(*arguments) for network in (half, passing, passing))
+    assert mx.array_equal(whole, expected)
+    assert skipped.dtype == dtype
+    assert mx.linalg.norm((skipped - expected).astype(mx.float32)) < 0.03 * mx.linalg.norm(expected.astype(mx.float32))
+    assert passes == Passes(4, 2)
+
+
 def test_references_beside_and_read_ones(network):
     past = network.read(inputs(1, 5)[0], rope_table(image_ids(5, 1, 10), SMALL), mx.array([4.0]))
     (expected,), (ours, again) = run(network, [0], past=past), run(cached(network, ALWAYS)[0], [0, 0], past=past)
