@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from helpers.cli_runner import done, refusal, run
+from helpers.variants import change_variant
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.benchmark import Case, measure, measurement
@@ -43,6 +44,13 @@ def test_a_row_has_all_figures(ticks):
     assert all(phase.warm.count == 2 for phase in row.phases)
     assert row.ratio == row.step.median / row.products
     assert row.expected_step is None
+
+
+def test_guidance_takes_the_products_of_two_passes(ticks):
+    (once,) = measure([Case(demo, 64, 64, 2)], 1)
+    (twice,) = measure([Case(lambda: change_variant(demo(), distilled=False, guidance=4.0), 64, 64, 2)], 1)
+    assert (once.passes, twice.passes) == (1, 2)
+    assert twice.products == 2 * once.products
 
 
 def test_own_products_are_those_of_a_pass(ticks):
@@ -103,6 +111,7 @@ def test_json_is_made_to_be_shared(tmp_path, monkeypatch):
     assert told["machine"]["versions"]["mlx"]
     assert told["machine"]["versions"]["flux2-mlx"]
     assert told["machine"]["chip"]
+    assert not {"models_folder", "free_disk"} & told["machine"].keys()
     for secret in (str(tmp_path), str(Path.home()), socket.gethostname(), f"/{getpass.getuser()}/"):
         assert secret not in result.stdout
     begun = result.stderr.splitlines()

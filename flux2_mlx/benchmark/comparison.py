@@ -171,7 +171,7 @@ def _about(machine: Mapping[str, Any]) -> dict[str, Any]:
 def _row(values: Mapping[str, Any]) -> Row:
     key = tuple(_size(values, name) if name in ("width", "height") else _name(values, name) for name in _KEY)
     phases = _list(values["phases"])
-    settings = {name: _text(values[key]) for key, name in _SETTINGS.items()}
+    settings: dict[str, Any] = {name: _text(values[key]) for key, name in _SETTINGS.items()}
     settings["what is read from disk"] = tuple(_text(phase["read"]) for phase in phases)
     return Row(
         key,
