@@ -15,6 +15,7 @@ from flux2_mlx.cli.main import cli
 from flux2_mlx.config import QUANTIZATIONS, VARIANTS
 
 COMMANDS = (
+    "bench",
     "convert",
     "describe",
     "doctor",
