@@ -1,6 +1,6 @@
 """Runs that are timed, and the products that they are compared with."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +60,7 @@ class _Timed:
 
 def measure(
     cases: Iterable[Case], repeats: int, begin: Callable[[str], object] = lambda name: None
-) -> Iterator[Measured]:
+) -> Generator[Measured]:
     """What each of `cases` takes: a first run of a new pipeline, and so many later ones of that.
 
     Args:
