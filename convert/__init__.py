@@ -3,6 +3,7 @@
 from . import formats
 from .assembly import MissingPartsError, assembled
 from .configs import is_whole, stated
+from .decoders import read_decoder
 from .folder import check_target, check_writable, is_own
 from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify, identify_whole
@@ -40,6 +41,7 @@ __all__ = [
     "is_own",
     "is_whole",
     "loose_files",
+    "read_decoder",
     "requantize",
     "requantized",
     "said_of",

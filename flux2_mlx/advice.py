@@ -22,6 +22,7 @@ def workload(
     edit: Edit = Edit(),  # noqa: B008 (it is frozen)
     *,
     previews: bool = False,
+    previewing: int = 0,
     texts: tuple[int, int, int] | None = None,
 ) -> Workload:
     """What a run of `request` with the pictures of `edit` makes.
@@ -29,7 +30,8 @@ def workload(
     Args:
         request: the settings.
         edit: the pictures.
-        previews: whether there are images between the steps.
+        previews: whether the VAE makes images between the steps.
+        previewing: bytes that something else takes for one there.
         texts: how many prompts and negative prompts there are, and of how many tokens, if they are not the request's.
     """
     own = len(set(request.prompts)), max(1, len(set(request.negative_prompts))), request.max_sequence_length
@@ -45,6 +47,7 @@ def workload(
         negatives=negatives,
         on_canvas=edit.canvas is not None,
         caches=request.passes_a_step if request.step_cache else 0,
+        previewing=previewing,
     )
 
 

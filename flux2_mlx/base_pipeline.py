@@ -13,6 +13,7 @@ from .advice import check_given_plan, checked_phase_plan, checked_plan, workload
 from .branches import AtWork, check_steps
 from .checkpoint import Checkpoint
 from .config import Variant
+from .decoders import Decoder
 from .device import dtype_name, memory_bytes
 from .diffusers_methods import DiffusersMethods
 from .embedding_cache import EmbeddingCache
@@ -20,10 +21,11 @@ from .errors import InputError
 from .images import to_pil
 from .kept import held
 from .lora_methods import LoraMethods
-from .memory import Plan
+from .memory import Plan, Workload
 from .metering import Phases, running, turn
 from .networks import Networks
 from .output import Flux2Output, Phase, check_output_type, to_torch
+from .previews import LINEAR, Previews, Views, has_sketches
 from .references import Edit
 from .request import OnProgress, Request
 from .run import Run
@@ -54,6 +56,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         self.prompt_cache = prompt_cache
         self.unfinished = unfinished
         self.name = str(networks.checkpoint.folder) if name is None else name
+        self._previews: Previews | None = None
         self._bar: dict[str, Any] = {}
         self._loaded: dict[str, AtWork] = {one.adapter.name: one for one in networks.adapters}
         self._chosen = [*networks.adapters]
@@ -137,7 +140,36 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
                 the run's last.
         """
         check_steps(self.networks.adapters, request.steps)
-        return checked_plan(self.networks, workload(request, edit, previews=previews), self._limit)
+        return checked_plan(self.networks, self._work(request, edit, previews), self._limit)
+
+    def _work(
+        self, request: Request, edit: Edit, previews: bool, texts: tuple[int, int, int] | None = None
+    ) -> Workload:
+        """What a run makes; see `workload`."""
+        own = self._previews if previews else None
+        taken = 0 if own is None else own.nbytes(request.width, request.height)
+        return workload(request, edit, previews=previews and own is None, previewing=taken, texts=texts)
+
+    def preview_with(self, decoder: Decoder | str | None) -> None:
+        """Say what makes the `preview` of steps, and those that `run` has `previews` for.
+
+        Args:
+            decoder: TAEF2, as `store.find_decoder` gives it; `linear`: the linear map, which takes neither a network
+                nor time; None: the decoder of finished images.
+
+        Raises:
+            InputError: it is none of these, or for other latents than this model's.
+        """
+        config = self.checkpoint.components["vae"].config
+        if isinstance(decoder, Decoder) and decoder.is_tiny:
+            decoder.fitted(config, self.variant.name)
+            self._previews = Previews(decoder, self.networks.dtype_of("vae"))
+        elif decoder is None:
+            self._previews = None
+        elif decoder != LINEAR or not has_sketches(config):
+            raise InputError(f"previews of {self.variant.name} can't be made with {decoder!r:.80}; give TAEF2, or None")
+        else:
+            self._previews = Previews()
 
     def run(
         self,
@@ -165,8 +197,9 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
             output_type: `pil`, `np`, `pt` or `latent`, as for a call.
             on_progress: hears of every phase, step and image. An image is finished soon after its denoising, and
                 before that of the next pass where memory allows it. After a step it may return tokens to go on from,
-                call the progress' `preview`, and raise to cancel; of what is denoised already it hears even then.
-            previews: plan for those, so that the VAE stays in memory.
+                call the progress' `preview` or `sketch`, and raise to cancel; of what is denoised already it hears even
+                then.
+            previews: plan for those, so that there is room for what makes them (see `preview_with`).
             planned: what `plan` gave for this run; None: it is planned now.
             resume: where images wait for their decoding, keep them on disk meanwhile, and go on from those that an
                 earlier run of the same settings has left.
@@ -179,7 +212,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         if not request.negative_prompts:
             negative_prompt_embeds = None  # up to a guidance of 1
         texts = arguments.text_sizes(request, prompt_embeds, negative_prompt_embeds)
-        work = workload(request, edit, previews=previews, texts=texts)
+        work = self._work(request, edit, previews, texts)
         if planned is None:
             planned = checked_plan(self.networks, work, self._limit)
         else:
@@ -199,14 +232,21 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
                     edit,
                     self.prompt_cache,
                     unfinished,
+                    self._views(request, edit, previews),
                     output_type="np" if output_type == "pt" else output_type,
                     on_progress=on_progress,
                     output=output,
                 )
                 return run.make(latents, prompt_embeds, negative_prompt_embeds)
         finally:
+            if self._previews is not None:
+                self._previews.release()
             if output_type == "pt" and output.images is not None:
                 output.images = to_torch(output.images)
+
+    def _views(self, request: Request, edit: Edit, previews: bool) -> Views:
+        known = has_sketches(self.checkpoint.components["vae"].config)
+        return Views(request.width, request.height, edit, known, self._previews if previews else None)
 
     def _check(self, request: Request, edit: Edit) -> None:
         """InputError if a request or an edit, which may be built by hand, can't be run with this model and each

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from .config import Config, TextConfig, TransformerConfig, VAEConfig, Variant, VisionConfig
 from .text import LaterLayers, PixtralVision, TextCost, TextEncoder, VisionCost
 from .transformer import Flux2Transformer, TransformerCost
-from .vae import VAE, VAECost
+from .vae import VAECost, autoencoder
 from .wording import told
 
 
@@ -114,7 +114,7 @@ COMPONENTS = {
     ),
     "vae": ComponentKind(
         VAEConfig,
-        VAE,
+        autoencoder,
         lambda config, dtype, _: VAECost(config, dtype),
         geometry="vae",
         part="vae",

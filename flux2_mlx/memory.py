@@ -12,9 +12,8 @@ from .components import EVERY_RUN, in_phase
 from .config import Variant
 from .transformer import PLAIN, Execution
 
-# Small images share a pass up to this many image tokens, those of one 1024×1024 image. Larger passes would need
-# more memory and be no faster: of the demo's images, 16 to 32 a pass take 2 to 3 times as long for each as 8 do
-# (flux2-mlx t2i -m demo -n 32 --profile).
+# Small images share a pass up to this many image tokens, those of one of 1024×1024. Larger passes need more memory and
+# are no faster: of the demo's images, 16 to 32 a pass take 2 to 3 times as long for each as 8 do.
 _TOKENS_PER_PASS = 4096
 
 
@@ -66,7 +65,7 @@ class Workload:
         length: tokens of a prompt.
         references: width and height in pixels of each picture that the model sees.
         prompts, images: how many there are; prompts that are the same count once.
-        previews: whether there are images between the steps.
+        previews, previewing: whether the VAE makes images between the steps, and bytes that another way of it takes.
         negatives: how many negative prompts there are, which only classifier-free guidance reads.
         on_canvas: whether the first reference is what is painted over, which has the size of the image.
         caches: how many step caches there are of each image.
@@ -82,6 +81,7 @@ class Workload:
     negatives: int = 1
     on_canvas: bool = False
     caches: int = 0
+    previewing: int = 0
 
     def image_tokens(self, token_size: int) -> int:
         """Tokens of one image, each of `token_size`×`token_size` pixels."""
@@ -289,8 +289,8 @@ class Needs:
 
     @property
     def _denoising(self) -> int:
-        past, passing = self._passing
-        return max(past + passing, self.networks["transformer"].loading) + self._held + 2 * self._latents
+        peak = max(sum(self._passing), self._passing[0] + self.work.previewing, self.networks["transformer"].loading)
+        return peak + self._held + 2 * self._latents
 
     @property
     def _decoding(self) -> int:

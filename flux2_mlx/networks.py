@@ -13,6 +13,7 @@ from .branches import AtWork, Branches
 from .checkpoint import Checkpoint, Component
 from .components import COMPONENTS, network_dtype, quantizations
 from .config import Variant
+from .decoders import Decoder
 from .device import begin_computing, computing_dtype
 from .errors import CheckpointError, DeviceError
 from .footprints import loaded_footprint
@@ -50,6 +51,7 @@ class Networks:
         text_quant: str | None = None,
         dtype: str | None = None,
         text_only: bool = False,
+        decoder: Decoder | None = None,
     ) -> "Networks":
         """The networks of a model.
 
@@ -60,6 +62,7 @@ class Networks:
             text_quant: the same for the text encoder.
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own.
             text_only: a model without transformer and VAE will do.
+            decoder: makes images in place of the model's own; None: that one.
 
         Raises:
             InputError: a setting is wrong, or what is stored can't become that. CheckpointError: the checkpoint can't
@@ -69,6 +72,7 @@ class Networks:
             model = Checkpoint.outline(model, *wanted_quants(quant, text_quant))
         if not text_only and not model.paints:
             raise CheckpointError(f"{model.folder} holds a language model only; it can't make images")
+        model = model if decoder is None else decoder.decoding(model)
         quant, text_quant = quants_from(model.quants, quant, text_quant)
         check_loadable(model.quants, (quant, text_quant))
         return cls(model, quant, text_quant, computing_dtype(dtype))

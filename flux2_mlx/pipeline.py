@@ -9,6 +9,7 @@ from typing import Any
 from . import arguments
 from .checkpoint import Checkpoint
 from .config import check_quant
+from .decoders import Decoder
 from .device import activation_dtype, check_process, memory_bytes
 from .embedding_cache import FOLDER as PROMPTS
 from .embedding_cache import UNFINISHED, EmbeddingCache
@@ -55,6 +56,7 @@ class Flux2Pipeline(PreparedPipeline):
         keep_source: bool = True,
         keep: bool = True,
         progress: bool = True,
+        decoder: str | os.PathLike[str] | None = None,
     ) -> "Flux2Pipeline":
         """Open a model; fetch and convert it first if that has not been done yet.
 
@@ -83,6 +85,8 @@ class Flux2Pipeline(PreparedPipeline):
             keep: keep networks in memory between calls as far as they fit into `memory_limit` beside each phase, until
                 `release` or another pipeline's call that needs the room; False: release each after its phase.
             progress: show what is downloaded and converted.
+            decoder: what makes images of latents in place of the model's own: `small` or `taef2`, which are fetched, or
+                a file of such a decoder. The encoder stays the model's.
 
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
@@ -94,6 +98,7 @@ class Flux2Pipeline(PreparedPipeline):
         _check_opening(variant, quant, text_quant, computed_in, models_dir, memory_limit)
 
         with acquisition_bars(disable=not progress) as show:
+            other = None if decoder is None else _found(decoder, announce if progress else None, show)
             opened = cls.prepare(
                 source,
                 variant=variant,
@@ -105,6 +110,7 @@ class Flux2Pipeline(PreparedPipeline):
                 keep_source=keep_source,
                 announce=_announce if progress else None,
                 progress=show,
+                decoder=other,
             )
         return cls.from_checkpoint(
             opened,
@@ -116,6 +122,7 @@ class Flux2Pipeline(PreparedPipeline):
             memory_limit=memory_limit,
             keep=keep,
             name=str(source),
+            decoder=other,
         )
 
     @classmethod
@@ -135,6 +142,7 @@ class Flux2Pipeline(PreparedPipeline):
         keep_source: bool = True,
         keep: bool = True,
         progress: bool = True,
+        decoder: str | os.PathLike[str] | None = None,
     ) -> "Flux2Pipeline":
         """Open a file of weights, as `from_pretrained` does with the same settings.
 
@@ -161,6 +169,7 @@ class Flux2Pipeline(PreparedPipeline):
             keep_source=keep_source,
             keep=keep,
             progress=progress,
+            decoder=decoder,
         )
 
     @classmethod
@@ -176,11 +185,13 @@ class Flux2Pipeline(PreparedPipeline):
         memory_limit: int | str | None = None,
         keep: bool = True,
         name: str | None = None,
+        decoder: Decoder | None = None,
     ) -> "Flux2Pipeline":
         """Open an MLX checkpoint folder, such as `find_checkpoint` gives; the settings are those of `from_pretrained`,
-        and `name` is what the model was asked for as."""
+        `name` is what the model was asked for as, and `decoder` is such as `find_decoder` gives."""
         name = str(folder) if name is None else name
-        networks = Networks.open(Checkpoint.open(folder), quant=quant, text_quant=text_quant, dtype=dtype)
+        checkpoint = Checkpoint.open(folder)
+        networks = Networks.open(checkpoint, quant=quant, text_quant=text_quant, dtype=dtype, decoder=decoder)
         models = models_folder(models_dir)
         return cls(
             networks,
@@ -358,6 +369,12 @@ def _check_opening(
     if variant in ("fp16", "bf16", "fp32"):
         raise InputError(f"leave out variant={variant!r}: here it names a model, and weights of any precision are read")
     checked_variant(variant)
+
+
+def _found(decoder: str | os.PathLike[str], announce: Any, progress: Any) -> Decoder:
+    from .store import find_decoder  # with the Hub and the converter
+
+    return find_decoder(decoder, announce=announce, progress=progress)
 
 
 def _announce(use: FirstUse) -> None:

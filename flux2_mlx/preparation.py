@@ -10,6 +10,7 @@ from .base_pipeline import BasePipeline
 from .checkpoint import Checkpoint
 from .chips import Chip
 from .config import Variant
+from .decoders import Decoder
 from .device import dtype_name, is_slow_with_qint4
 from .durations import Duration, duration, own_chip
 from .memory import Plan
@@ -32,10 +33,11 @@ class PreparedPipeline(BasePipeline):
         text_quant: str | None = None,
         dtype: str | None = None,
         memory_limit: int | str | None = None,
+        decoder: Decoder | None = None,
     ) -> Self:
         """The pipeline of what a `model` is or will be, which can check and plan runs; see `Networks.open`."""
         return cls(
-            Networks.open(model, quant=quant, text_quant=text_quant, dtype=dtype),
+            Networks.open(model, quant=quant, text_quant=text_quant, dtype=dtype, decoder=decoder),
             memory_limit=memory_limit,
         )
 
@@ -54,6 +56,7 @@ class PreparedPipeline(BasePipeline):
         check: Callable[[Self], object] | None = None,
         announce: Announce | None = None,
         progress: Acquiring | None = None,
+        decoder: Decoder | None = None,
     ) -> Path:
         """The MLX checkpoint folder of a model, fetched and converted first if need be.
 
@@ -62,13 +65,21 @@ class PreparedPipeline(BasePipeline):
             check: called with the `outline` of what is about to be fetched or converted, as soon as that is known; it
                 may raise what speaks against it. None: the smallest image must fit into memory.
             announce, progress: see `find_checkpoint`.
+            decoder: makes images in place of the model's own.
 
         Raises:
             InputError, CheckpointError, DownloadError: as for `from_pretrained`, and what `check` raises.
         """
 
         def look(checkpoint: Checkpoint) -> None:
-            pipe = cls.outline(checkpoint, quant=quant, text_quant=text_quant, dtype=dtype, memory_limit=memory_limit)
+            pipe = cls.outline(
+                checkpoint,
+                quant=quant,
+                text_quant=text_quant,
+                dtype=dtype,
+                memory_limit=memory_limit,
+                decoder=decoder,
+            )
             check_possible(pipe.networks, pipe.memory_limit) if check is None else check(pipe)
 
         return find_checkpoint(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .branches import AtWork
+from .decoders import Redecoded
 from .device import dtype_name, machine
 from .networks import Networks
 from .references import Edit
@@ -22,9 +23,11 @@ def sampled(request: Request, edit: Edit) -> dict[str, Any]:
     return settings | {"sigmas": list(request.sigmas), "shift_steps": request.shift_steps}
 
 
-def weights(networks: Networks) -> dict[str, str]:
-    """What the networks are kept and computed in."""
-    return {"quant": networks.quant, "text_quant": networks.text_quant, "dtype": dtype_name(networks.dtype)}
+def weights(networks: Networks) -> dict[str, Any]:
+    """What the networks are kept and computed in, and the decoder if it is not the model's own."""
+    kept = {"quant": networks.quant, "text_quant": networks.text_quant, "dtype": dtype_name(networks.dtype)}
+    vae = networks.checkpoint.components["vae"]
+    return kept | ({"decoder": vae.decoder.name} if isinstance(vae, Redecoded) and vae.decoder else {})
 
 
 def adapters(networks: Networks) -> dict[str, Any]:

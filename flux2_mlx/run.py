@@ -24,8 +24,9 @@ from .metering import Phases, end_with_process, warn_of_long_operations
 from .networks import Networks
 from .noise import initial_noise
 from .output import Flux2Output
+from .previews import by_vae
 from .references import Edit, to_pixels
-from .request import OnProgress, Progress, Request, Step
+from .request import OnProgress, Preview, Progress, Request, Step
 from .sampling import Conditions, Denoiser, Painting, beside, by_step, denoise, guided, read
 from .scheduler import noise_levels
 from .step_cache import StepCaches
@@ -52,6 +53,7 @@ class Run:
         edit: the pictures.
         prompt_cache: keeps encoded prompts.
         unfinished: keeps what is denoised and not yet decoded.
+        views: gives what shows an estimate between the steps, and the VAE's preview of it if there is one.
         output_type: `pil`, `np` or `latent`.
         on_progress: hears of everything.
         output: is filled in. Its timings are what `phases` fills in.
@@ -63,6 +65,7 @@ class Run:
     edit: Edit = field(default_factory=Edit)
     prompt_cache: EmbeddingCache | None = None
     unfinished: Waiting | None = None
+    views: Callable[[mx.array, Preview | None], dict[str, Preview | None]] = by_vae
     output_type: str = "pil"
     on_progress: OnProgress = lambda progress: None
     output: Flux2Output = field(default_factory=Flux2Output)
@@ -297,8 +300,8 @@ class Run:
         step = next(steps)
         while True:
             end_with_process()
-            preview = partial(self.preview, step.estimate) if self.phases.beside else None
-            replaced = self._tell(Progress("transformer", before + step.number, total, step, images, preview=preview))
+            views = self.views(step.estimate, partial(self.preview, step.estimate) if self.phases.beside else None)
+            replaced = self._tell(Progress("transformer", before + step.number, total, step, images, **views))
             try:
                 step = steps.send(replaced)
             except StopIteration as end:

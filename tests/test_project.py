@@ -27,13 +27,13 @@ STOREYS = {
     ),
     "networks": ("layers", "loading", "balance", "adapters", "transformer", "vae", "text", "low_ranks", "branches"),
     "models": (
-        "components", "quantization", "checkpoint", "memory", "streaming", "footprints", "kept", "networks",
+        "components", "quantization", "checkpoint", "decoders", "memory", "streaming", "footprints", "kept", "networks",
         "verification", "convert", "store",
     ),
     "runs": (
         "request", "output", "step_cache", "sampling", "metering", "advice", "durations", "arguments", "latents",
-        "cached_encoder",
-        "unfinished", "upsampling", "provenance", "run", "progress_bar", "lora_methods", "diffusers_methods",
+        "cached_encoder", "unfinished", "upsampling", "previews", "provenance", "run", "progress_bar", "lora_methods",
+        "diffusers_methods",
         "base_pipeline", "inputs", "preparation", "pipeline",
     ),
     "faces": ("doctor", "benchmark", "cli", "__main__"),

@@ -32,10 +32,12 @@ if TYPE_CHECKING:
         stored_quants,
         usual_quants,
     )
+    from .decoders import DECODERS, find_decoder
 
 __all__ = [
     "BUILT_IN",
     "CHECKPOINT",
+    "DECODERS",
     "FILE",
     "REPO",
     "SOURCE",
@@ -62,6 +64,7 @@ __all__ = [
     "find_adapter",
     "find_checkpoint",
     "find_conversion",
+    "find_decoder",
     "find_variant",
     "inspect_adapter",
     "is_official",
@@ -75,6 +78,7 @@ __all__ = [
     "usual_quants",
 ]
 _LAZY = {
+    "DECODERS": ".decoders",
     "Download": "..hub",
     "FoundAdapter": ".adapter_sources",
     "Inspection": "..convert.lora",
@@ -90,6 +94,7 @@ _LAZY = {
     "described": ".converted",
     "find_adapter": ".adapter_sources",
     "find_conversion": ".converted",
+    "find_decoder": ".decoders",
     "inspect_adapter": ".adapters",
     "named_checkpoints": ".converted",
     "open_adapter": ".adapters",

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..config import VAEConfig
-from .model import VAE
 from .strips import STRIP_BYTES, Meter, Stored
+from .tiny import autoencoder
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class VAECost:
     def encoding(self, height: int, width: int) -> int:
         """Peak bytes of encoding one image of `height`×`width` pixels, above weights and input."""
         meter = Meter(self.strip_bytes)
-        VAE(self.config)._encode(Stored([mx.zeros((1, height, width, 3), self.dtype)], meter))
+        autoencoder(self.config)._encode(Stored([mx.zeros((1, height, width, 3), self.dtype)], meter))
         return meter.peak
 
     def decoding(self, height: int, width: int) -> int:
@@ -31,7 +31,7 @@ class VAECost:
         meter = Meter(self.strip_bytes)
         scale = self.config.scale_factor
         latents = mx.zeros((1, height // scale, width // scale, self.config.latent_channels), self.dtype)
-        VAE(self.config)._decode(Stored([latents], meter))
+        autoencoder(self.config)._decode(Stored([latents], meter))
         return meter.peak
 
     def decoding_operations(self, height: int, width: int) -> int:

@@ -8,7 +8,7 @@ from ..device import fused, on_gpu
 from ..layers import Linear, attention, silu
 from .strips import Convolved, Doubled, Mapped, Moments, Rows, Sum
 
-_EPS = 1e-6  # diffusers' for all group norms of an autoencoder
+_EPS = 1e-6  # diffusers' for all group norms of `AutoencoderKLFlux2`
 
 
 class Conv2d(layers.Conv2d):
@@ -19,11 +19,12 @@ class Conv2d(layers.Conv2d):
 class GroupNorm(nn.Module):
     """Normalise each of `groups` groups of neighbouring channels over the whole image, as PyTorch does."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, groups: int, eps: float = _EPS):
         super().__init__()
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
         self.groups = groups
+        self.eps = eps
 
     def __call__(self, x: Rows) -> Rows:
         scale, shift = self._scale_and_shift(x)
@@ -43,7 +44,7 @@ class GroupNorm(nn.Module):
         mean, variance = Moments(x).store(keep=True).whole().reshape(B, H, 2, self.groups, -1).split(2, axis=2)
         centre = mean.mean(axis=(1, 4), keepdims=True)
         variance = (variance + mx.square(mean - centre)).mean(axis=(1, 4), keepdims=True)
-        scale = self.weight.reshape(self.groups, -1) * mx.rsqrt(variance + _EPS)
+        scale = self.weight.reshape(self.groups, -1) * mx.rsqrt(variance + self.eps)
         shift = self.bias.reshape(self.groups, -1) - centre * scale
         return scale.reshape(B, 1, 1, C), shift.reshape(B, 1, 1, C)
 

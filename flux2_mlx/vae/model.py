@@ -12,6 +12,19 @@ from .layers import Conv2d, Downsample, GroupNorm, Level, MidBlock, Upsample
 from .strips import STRIP_BYTES, Rows, Runner, Stored
 
 
+def patches(latents: mx.array) -> mx.array:
+    """Tokens `[B, h·w, 4c]`, each a 2×2 patch of latents: token channel = 4·channel + 2·row + column."""
+    B, H, W, C = latents.shape
+    return latents.reshape(B, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 5, 2, 4).reshape(B, -1, 4 * C)
+
+
+def unpatched(tokens: mx.array, height: int, width: int) -> mx.array:
+    """The inverse of `patches` for `height`×`width` tokens."""
+    B, _, C = tokens.shape
+    x = tokens.reshape(B, height, width, C // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(B, 2 * height, 2 * width, C // 4)
+
+
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -97,21 +110,17 @@ class VAE(nn.Module):
             return self._decode(Stored([latents], Runner(strip_bytes))).whole()
 
     def to_tokens(self, latents: mx.array) -> mx.array:
-        """Gather 2×2 patches of latents (token channel = 4·channel + 2·row + column) and normalise them."""
-        B, H, W, C = latents.shape
-        x = latents.reshape(B, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 5, 2, 4)
-        return (x.reshape(B, -1, 4 * C) - self.bn.running_mean) / self._std()
+        """Gather patches of latents, and normalise them."""
+        return (patches(latents) - self.bn.running_mean) / self._std()
 
     def from_tokens(self, tokens: mx.array, height: int, width: int) -> mx.array:
         """The inverse of `to_tokens` for `height`×`width` tokens."""
-        B, _, C = tokens.shape
-        x = (tokens * self._std() + self.bn.running_mean).reshape(B, height, width, C // 4, 2, 2)
-        return x.transpose(0, 1, 4, 2, 5, 3).reshape(B, 2 * height, 2 * width, C // 4)
+        return unpatched(tokens * self._std() + self.bn.running_mean, height, width)
 
     def _encode(self, images: Rows) -> Stored:
         return self.quant_conv(self.encoder(images)).store()
 
-    def _decode(self, latents: Rows) -> Stored:
+    def _decode(self, latents: Stored) -> Stored:
         return self.decoder(self.post_quant_conv(latents)).store()
 
     def _std(self) -> mx.array:

@@ -165,7 +165,8 @@ class Convolved(Rows):
         if padding != (bottom, right):
             x = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)])
             padding = (0, 0)
-        return mx.conv2d(x, self._conv.weight, self._conv.stride, padding) + self._conv.bias
+        y = mx.conv2d(x, self._conv.weight, self._conv.stride, padding)
+        return y + self._conv.bias if "bias" in self._conv else y
 
     def drop(self, stop: int) -> None:
         last = stop == self.shape[1]
