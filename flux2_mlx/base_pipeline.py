@@ -142,6 +142,11 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         check_steps(self.networks.adapters, request.steps)
         return checked_plan(self.networks, self._work(request, edit, previews), self._limit)
 
+    @property
+    def has_sketches(self) -> bool:
+        """Whether steps have a `sketch`: the linear map knows latents like this model's."""
+        return has_sketches(self.checkpoint.components["vae"].config)
+
     def _work(
         self, request: Request, edit: Edit, previews: bool, texts: tuple[int, int, int] | None = None
     ) -> Workload:
@@ -166,7 +171,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
             self._previews = Previews(decoder, self.networks.dtype_of("vae"))
         elif decoder is None:
             self._previews = None
-        elif decoder != LINEAR or not has_sketches(config):
+        elif decoder != LINEAR or not self.has_sketches:
             raise InputError(f"previews of {self.variant.name} can't be made with {decoder!r:.80}; give TAEF2, or None")
         else:
             self._previews = Previews()
@@ -245,8 +250,7 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
                 output.images = to_torch(output.images)
 
     def _views(self, request: Request, edit: Edit, previews: bool) -> Views:
-        known = has_sketches(self.checkpoint.components["vae"].config)
-        return Views(request.width, request.height, edit, known, self._previews if previews else None)
+        return Views(request.width, request.height, edit, self.has_sketches, self._previews if previews else None)
 
     def _check(self, request: Request, edit: Edit) -> None:
         """InputError if a request or an edit, which may be built by hand, can't be run with this model and each

@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from hashlib import file_digest
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import mlx.core as mx
 
 from .checkpoint import Checkpoint, Component
 from .config import VAEConfig
 from .errors import InputError
+from .files import open_regular
 from .vae import TinyVAEConfig
 from .weights import TensorInfo, Tensors, part
 
@@ -26,12 +29,23 @@ class Decoder:
         path: its file.
         config: the geometry of the autoencoder that it belongs to; of TAEF2 a `TinyVAEConfig`.
         tensors: its weights, by the names that they have in an autoencoder of ours.
+        origin: the name, or the repo and file of the Hub, by which it is found again; None: it is a file here.
     """
 
     name: str
     path: Path
     config: VAEConfig
     tensors: Tensors
+    origin: str | None = None
+
+    @property
+    def settings(self) -> str | dict[str, str]:
+        """What images remember of it: its origin, or the name and the SHA-256 of its file."""
+        if self.origin is not None:
+            return self.origin
+        with open_regular(self.path) as file:
+            digest = file_digest(cast("BinaryIO", file), "sha256")  # type: ignore[arg-type]
+        return {"path": self.path.name, "sha256": digest.hexdigest()}
 
     @property
     def is_tiny(self) -> bool:

@@ -27,7 +27,7 @@ def weights(networks: Networks) -> dict[str, Any]:
     """What the networks are kept and computed in, and the decoder if it is not the model's own."""
     kept = {"quant": networks.quant, "text_quant": networks.text_quant, "dtype": dtype_name(networks.dtype)}
     vae = networks.checkpoint.components["vae"]
-    return kept | ({"decoder": vae.decoder.name} if isinstance(vae, Redecoded) and vae.decoder else {})
+    return kept | ({"decoder": vae.decoder.settings} if isinstance(vae, Redecoded) and vae.decoder else {})
 
 
 def adapters(networks: Networks) -> dict[str, Any]:

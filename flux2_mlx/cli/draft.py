@@ -29,11 +29,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that one run makes, the steps after which there are previews of them, and what the run may take."""
+    """Images that one run makes, the steps after which previews of them are saved, whether it plans for any, and what
+    it may take."""
 
     request: "Request"
     targets: Sequence[Target]
-    previews: range
+    saved: range
+    previews: bool
     planned: "Plan"
 
 
@@ -88,12 +90,13 @@ class Drafts:
         from ..images import check_size
 
         every = self.job.checkpoint or request.steps
-        previews = range(every, request.steps, every)
+        saved = range(every, request.steps, every)
         for target in targets:
             check_size(target.path, target.settings["width"], target.settings["height"])
-            for step in previews:
+            for step in saved:
                 self.job.saving.check(checkpoint_path(target.path, step))
-        return Batch(request, targets, previews, pipe.plan(request, edit, previews=bool(previews)))
+        previews = bool(saved) or (self.job.preview and self.job.preview_decoder is not None)
+        return Batch(request, targets, saved, previews, pipe.plan(request, edit, previews=previews))
 
 
 def _groups(frames: Sequence[Frame]) -> list[list[Frame]]:

@@ -50,6 +50,9 @@ class Job:
     saving: Saving
     metadata: bool
     checkpoint: int | None
+    preview: bool
+    preview_decoder: str | None
+    decoder: str | None
     models_dir: Path | None
     keep_source: bool
     no_cache: bool
@@ -137,6 +140,8 @@ def _take_over(given: dict[str, Any], image: Path, remembered: dict[str, Any]) -
     if given["sigmas"] or given["steps"] not in (None, own["steps"]):
         own |= {"steps": None, "sigmas": None, "shift_steps": None}
     own["seed"] = (own["seed"],)
+    if given["decoder"] is None:
+        own["decoder"] = replay.find_decoder(own.get("decoder"), image)
     given |= {key: own.get(key) for key in replay.SETTINGS if given[key] in (None, ())}
     given["sigmas"] = given["sigmas"] and tuple(given["sigmas"])
     given["fingerprint"] = own.get("fingerprint")

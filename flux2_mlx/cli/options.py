@@ -14,6 +14,7 @@ from .wakefulness import caffeinate_option
 Command = Callable[..., Any]
 DEFAULT_MODEL = "klein-4b"
 PRESETS = ("turbo",)
+PREVIEWS = ("linear", "taef2", "full")
 
 
 def _silence(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
@@ -163,6 +164,19 @@ _PAINTING = (
         "--vision-model", default="dev", show_default=True, help="Who describes, if the model can't see images."
     ),
     click.option("--checkpoint", type=click.IntRange(min=1), metavar="N", help="Also save an image every N steps."),
+    click.option("--preview", is_flag=True, help="Show in the terminal what is forming, after every step."),
+    click.option(
+        "--preview-decoder",
+        type=click.Choice(PREVIEWS),
+        help="What makes the images of --preview and --checkpoint: a linear map, which costs nothing, TAEF2, which is "
+        "fetched (5 MB), or the decoder of the finished ones.  [default: linear for --preview, full for --checkpoint]",
+    ),
+    click.option(
+        "--decoder",
+        metavar="small|taef2|FILE",
+        help="What makes the finished images in place of the model's own decoder: the small one of FLUX.2 or TAEF2, "
+        "which are fetched, or such a file; faster and in less memory, and a little less exact.",
+    ),
     models_dir_option,
     keep_source_option,
     memory_option,

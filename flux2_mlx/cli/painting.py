@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
+from .decoders import Decoders
 from .draft import Batch, Draft, Drafts, Target
 from .finished import compare
 from .job import Job
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .. import Edit, Flux2Pipeline, Plan, Progress, Request
+    from ..store import Decoder
 
 
 def paint(job: Job, *, profile: bool, as_json: bool) -> None:
@@ -31,6 +34,9 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         pipe, draft = _open(job, Drafts(job, opened), bars)
         record = Record(job, draft.targets, pipe, opened.settings, job.prompts)
         _notices(job, pipe, draft)
+        if job.preview and not (bars.can_picture and (job.preview_decoder or pipe.has_sketches)):
+            why = "it has no linear map of this model's latents" if bars.can_picture else "stderr is no terminal"
+            notice(f"--preview shows nothing, as {why}", job.quiet)
         if job.saving.skip_existing:
             compare(record)
         try:
@@ -66,7 +72,7 @@ def _make(record: Record, draft: Draft, images: "list[Image.Image]", bars: Bars,
             request,
             draft.edit,
             on_progress=_listener(record, batch, bars, as_json),
-            previews=bool(batch.previews),
+            previews=batch.previews,
             planned=planned,
             resume=True,
             output=record.output,
@@ -85,6 +91,8 @@ def _rewritten(batch: Batch, texts: list[str]) -> "tuple[Request, Plan | None]":
 def _listener(record: Record, batch: Batch, bars: Bars, as_json: bool) -> "Callable[[Progress], None]":
     """The `on_progress` of a batch's run: it shows how far that is, and saves and prints images."""
     denoised = True
+    job = record.job
+    shows = job.preview and bars.can_picture
 
     def on_progress(progress: "Progress") -> None:
         nonlocal denoised
@@ -99,8 +107,13 @@ def _listener(record: Record, batch: Batch, bars: Bars, as_json: bool) -> "Calla
                 with bars.aside():
                     print_result(path)
         step = progress.step
-        if step is not None and progress.preview is not None and step.number in batch.previews:
-            _save_previews(record.job.saving, about, step.number, progress.preview())
+        if step is not None:
+            preview = progress.preview and cache(progress.preview)
+            if preview is not None and step.number in batch.saved:
+                _save_previews(job.saving, about, step.number, preview())
+            seen = preview if job.preview_decoder else progress.sketch
+            if shows and seen is not None:
+                bars.picture(seen())
 
     return on_progress
 
@@ -131,10 +144,11 @@ def _check(job: Job, is_edit: bool) -> None:
 def _open(job: Job, drafts: Drafts, bars: Bars) -> "tuple[Flux2Pipeline, Draft]":
     """The pipeline of a job with its adapters, and the draft, which is made with these before anything is fetched or
     loaded."""
+    decoders = Decoders.find(job.decoder, job.preview_decoder, bars, job.quiet)
     with job.adapters as adapters:
 
         def look(pipe: "Flux2Pipeline") -> Draft:
-            draft = drafts.of(adapters.expected(pipe))
+            draft = drafts.of(decoders.preview(adapters.expected(pipe)))
             adapters.fetch(bars, job.quiet)
             return draft
 
@@ -142,13 +156,15 @@ def _open(job: Job, drafts: Drafts, bars: Bars) -> "tuple[Flux2Pipeline, Draft]"
             look(pipe)
             adapters.read(pipe)  # what can be wrong with their values is told before a long download
 
-        pipe = _opened(job, bars, look_closely)
+        pipe = decoders.preview(_opened(job, decoders.finished, bars, look_closely))
         draft = look(pipe)
         adapters.load(pipe)
     return pipe, draft
 
 
-def _opened(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> "Flux2Pipeline":
+def _opened(
+    job: Job, decoder: "Decoder | None", bars: Bars, check: Callable[["Flux2Pipeline"], object]
+) -> "Flux2Pipeline":
     from .. import Flux2Pipeline
 
     folder = Flux2Pipeline.prepare(
@@ -163,6 +179,7 @@ def _opened(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) ->
         check=check,
         announce=bars.announce,
         progress=bars,
+        decoder=decoder,
     )
     return Flux2Pipeline.from_checkpoint(
         folder,
@@ -173,6 +190,7 @@ def _opened(job: Job, bars: Bars, check: Callable[["Flux2Pipeline"], object]) ->
         prompt_cache=not job.no_cache,
         memory_limit=job.memory_limit,
         keep=len({tuple(frame.settings.values()) for frame in job.frames}) > 1,  # a single run takes the least without
+        decoder=decoder,
     )
 
 

@@ -3,9 +3,9 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -13,7 +13,10 @@ from ..layout import INDEX
 from .terminal import line, printable, said
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..store import Download, FirstUse, Model
+    from .display import Display
 
 # What is counted in bytes, and what a user is told of it. Phases of steps are shown as the library calls them.
 _BYTES = {"download": "downloading", "convert": "converting", "verify": "verifying"}
@@ -27,10 +30,14 @@ class Warnings(logging.Handler):
         from tqdm import tqdm
 
         tqdm.write(said(self.format(record)), file=sys.stderr)
+        Bars.written_below()
 
 
 class Bars:
-    """One bar at a time; the next phase closes the last one's. Use it as a context manager."""
+    """One bar at a time, and maybe a picture above it; the next phase closes the last one's. Use it as a context
+    manager."""
+
+    _display: ClassVar["Display | None"] = None  # where a picture is shown: a terminal is one for the whole process
 
     def __init__(self, quiet: bool):
         self._quiet = quiet
@@ -42,6 +49,28 @@ class Bars:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        Bars._display = None
+
+    @property
+    def can_picture(self) -> bool:
+        """Whether pictures can be shown."""
+        return not self._quiet and sys.stderr.isatty()
+
+    def picture(self, images: "Sequence[Image.Image]") -> None:
+        """Show images above the bar, in place of those before."""
+        from tqdm import tqdm
+
+        from .display import Display
+
+        Bars._display = Bars._display or Display(sys.stderr)
+        with tqdm.external_write_mode(file=sys.stderr):
+            Bars._display.show(images)
+
+    @classmethod
+    def written_below(cls) -> None:
+        """Have a picture that is shown stay where it is, as something else was written below it."""
+        if cls._display is not None:
+            cls._display.leave()
 
     def show(self, phase: str, done: int, total: int) -> None:
         """Show `done` of `total` bytes or steps of `phase`."""
@@ -67,6 +96,7 @@ class Bars:
 
         with tqdm.external_write_mode(file=sys.stdout):
             yield
+        self.written_below()
 
     def announce(self, use: "FirstUse") -> None:
         """Say what a first use will fetch, where it goes, and what stays."""
@@ -78,6 +108,7 @@ class Bars:
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self.written_below()
             self._bar = None
             self._phase = ""
 

@@ -18,6 +18,7 @@ SETTINGS = {
     "quant": str,
     "text_quant": str,
     "dtype": str | None,  # older images don't say it
+    "decoder": str | dict | None,
     "width": int,
     "height": int,
     "steps": int,
@@ -119,6 +120,11 @@ def _sha256(path: Path) -> str | None:
     except (OSError, ValueError, InputError):  # ValueError: a name that no file can have
         return None
     return found.hexdigest()
+
+
+def find_decoder(remembered: Any, image: Path) -> str | None:
+    """What `--decoder` is to be for another image like `image`, which remembers this; InputError as `find` has it."""
+    return str(find(remembered, image, "name it with --decoder")) if isinstance(remembered, dict) else remembered
 
 
 def find_model(name: str, fingerprint: str | None, image: Path, *, models_dir: Path | None, **weights: Any) -> "Model":

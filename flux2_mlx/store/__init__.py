@@ -11,6 +11,7 @@ from .names import BUILT_IN, CHECKPOINT, FILE, REPO, SOURCE, VARIANT, Model, che
 
 if TYPE_CHECKING:
     from ..convert.lora import Inspection, Preset
+    from ..decoders import Decoder
     from ..hub import Download
     from .adapter_sources import FoundAdapter, adapter_hashes, adapters_with, find_adapter
     from .adapters import (
@@ -43,6 +44,7 @@ __all__ = [
     "SOURCE",
     "VARIANT",
     "Announce",
+    "Decoder",
     "Download",
     "FirstUse",
     "FoundAdapter",
@@ -79,6 +81,7 @@ __all__ = [
 ]
 _LAZY = {
     "DECODERS": ".decoders",
+    "Decoder": "..decoders",
     "Download": "..hub",
     "FoundAdapter": ".adapter_sources",
     "Inspection": "..convert.lora",

@@ -48,7 +48,9 @@ def find_decoder(
             if selection.download is not None and selection.download.missing and announce is not None:
                 announce(replace(selection.download, licence=licence or selection.download.licence))
             selection.fetch(labelled(progress, "download"))
-            return read_decoder(selection.folder / name, told)
+            return replace(
+                read_decoder(selection.folder / name, told), origin=told if known else f"{where.repo}:{name}"
+            )
         except CheckpointError as error:
             raise CheckpointError(selection.called(str(error))) from error
 
