@@ -172,7 +172,10 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
         elif decoder is None:
             self._previews = None
         elif decoder != LINEAR or not self.has_sketches:
-            raise InputError(f"previews of {self.variant.name} can't be made with {decoder!r:.80}; give TAEF2, or None")
+            told = decoder.name if isinstance(decoder, Decoder) else repr(decoder)
+            raise InputError(
+                f"previews of {self.variant.name} can't be made with {told:.80}; give TAEF2, 'linear' or None"
+            )
         else:
             self._previews = Previews()
 
