@@ -18,7 +18,7 @@ from flux2_mlx.cli import loras
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.hub import noted_listing, remove_empty, remove_files, snapshot_files
 from flux2_mlx.images import read_settings
-from flux2_mlx.store import adapter_hashes, find_adapter
+from flux2_mlx.store import adapter_hashes, adapters_with, find_adapter
 from flux2_mlx.store.adapter_sources import adapter_files
 from flux2_mlx.store.parts import Remote
 
@@ -108,6 +108,7 @@ def hub(folder):
     repos = {"me/one": {"x.safetensors": data, CONFIG: config}}
     repos["me/two"] = {"x.safetensors": data, "y.safetensors": data[:-4] + bytes(4), CONFIG: config}
     repos["me/peft"] = {"x.safetensors": data, MODEL: data[:-4] + bytes(4), CONFIG: config}
+    repos["me/same"] = {"x.safetensors": data, MODEL: data, CONFIG: config}
     with HubServer(repos) as server, using(server, folder / "home"):
         yield server
 
@@ -139,6 +140,15 @@ def find(source: str) -> tuple[float, bool]:
 def snapshot(folder: Path, name: str) -> Path:
     (path,) = (path for path in (folder / "home").rglob(name) if "snapshots" in path.parts)
     return path
+
+
+def test_a_cached_file_is_found_again_with_the_config_that_it_has(hub, folder):
+    for source in ("me/same", "me/same:x.safetensors"):
+        find(source)
+    sha256 = read_adapter(snapshot(folder, MODEL)).sha256
+    found = {path.name: adapter_hashes(path) for path in adapters_with(sha256, "x", [])}
+    assert found.keys() == {MODEL, "x.safetensors"}
+    assert (found["x.safetensors"][1], len(found[MODEL][1])) == (None, 16)
 
 
 def test_a_config_that_others_have_not_fetched_is_asked_for(hub, folder):
@@ -215,6 +225,11 @@ def test_weights_given_with_another_config_are_told(folder, caplog):
         (found,) = loras.remembered([wanted], folder / "x.png", None, [loras.Lora(str(source))])
         assert found.scale == 0.5
     assert not caplog.messages
+
+
+def test_a_home_folder_of_nobody_is_told(folder):
+    with pytest.raises(InputError, match="can't tell whose home folder"), find_adapter("~no-such-user/x.safetensors"):
+        pass
 
 
 def test_given_weights_are_paired_by_their_configs(folder, caplog):

@@ -245,6 +245,7 @@ def remove_files(storage: Path, paths: Collection[Path]) -> int:
 def remove_empty(storage: Path) -> None:
     """Remove the folders of a repo that have become empty."""
     if not storage.is_symlink():
+        _prune(storage)
         for note in (storage / _LISTINGS[0]).glob("*.json"):
             if not (storage / "snapshots" / note.stem).exists():
                 note.unlink()

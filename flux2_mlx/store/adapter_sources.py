@@ -13,7 +13,7 @@ from ..adapters import Adapter
 from ..checkpoint import Checkpoint
 from ..config import Config
 from ..convert import formats
-from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, names_beside, read_adapter
+from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, is_config_of, names_beside, read_adapter
 from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
@@ -207,16 +207,16 @@ def own_files(models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
 
 
 def cached_files() -> Iterator[tuple[Path, Path]]:
-    """All files that may be adapters in the Hub's cache, each once with the same config beside it, and its blob, which
-    is named as its hash."""
-    seen: set[tuple[Path, Path | None]] = set()
+    """All files that may be adapters in the Hub's cache, each once with the same config, and its blob, which its hash
+    names."""
+    seen: set[tuple[str, str | None]] = set()
     for storage in sorted(hub.cache_folder().glob("models--*--*")):
-        for file in sorted(snapshot_files(storage)):
-            blob, config = (Path(os.path.realpath(path)) for path in (file, file.with_name(PEFT_CONFIG)))
-            own = blob, config if config.is_file() else None
-            if file.suffix == SAFETENSORS and own not in seen:
+        for file in sorted(path for path in snapshot_files(storage) if path.suffix == SAFETENSORS):
+            has_config = is_config_of(file.name, _names_beside(file))
+            own = os.path.realpath(file), os.path.realpath(file.with_name(PEFT_CONFIG)) if has_config else None
+            if own not in seen:
                 seen.add(own)
-                yield file, blob
+                yield file, Path(own[0])
 
 
 def _hash(path: Path) -> str | None:
@@ -235,7 +235,7 @@ def adapter_hashes(source: str | os.PathLike[str]) -> tuple[str | None, str | No
     Args:
         source: a path, or the folder that holds it.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         file = read_here(path)
         return file.sha256, file.config_hash

@@ -12,6 +12,7 @@ from ..errors import DownloadError, InputError
 from ..hub import Folders, is_repo_id, is_weight
 from ..layout import NUMBERS, PICKLES, SET_INDEX, SHARD
 from ..wording import some
+from .folder import expanded
 from .names import addressed_file, is_address
 
 # What is fetched of a model in the layout of diffusers, and what suffices to write text.
@@ -42,12 +43,12 @@ def located(text: str | os.PathLike[str]) -> Path | Remote:
     What exists here comes first, as `resolve` has it for models.
 
     Raises:
-        InputError: an address of no repo or file of Hugging Face, or no path in a repo.
+        InputError: an address of no repo or file of Hugging Face, no path in a repo, or a home folder of nobody.
     """
     name = os.fspath(text)
     if is_address(name):
         return Remote(*addressed_file(name))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not isinstance(text, str) or name.startswith(("/", "./", "../", "~")) or name.endswith("/") or path.exists():
         return path
     repo, _, inside = name.partition(":")
