@@ -19,6 +19,7 @@ ALL = slice(None)
 MOST_SCALE = 1000.0  # times what an adapter changes
 # The most weights that are made of factors at one time.
 _SLICE = 4 * 1024 * 1024
+_LEAST = -8  # power of two of a scale that stays one, as `up` may be small
 _SHORTEST = 1e-12  # row of a weight, which has no direction
 
 
@@ -69,8 +70,8 @@ class LowRank(_Factors):
         return self.scale * _float32(self.up[rows]) @ _float32(self.down)
 
     def _balanced(self) -> Self:
-        exponent, scale = split(self.scale)
-        up, down = even(self.up, self.down, exponent)
+        exponent, scale = split(self.scale, _LEAST)
+        up, down = even(self.up, self.down, exponent=exponent, largest=LARGEST)
         return replace(self, down=down, up=up, scale=scale)
 
 
@@ -145,7 +146,7 @@ class Hadamard(_Factors):
     def _balanced(self) -> Self:
         exponent, scale = split(self.scale)
         w1a, w1b = even(self.w1a, self.w1b)
-        w2a, w2b = even(self.w2a, self.w2b, sizes=peaks)  # or products of both would be faint
+        w2a, w2b = even(self.w2a, self.w2b, peaks)  # or products of both would be faint
         out = moved(peaks(w2a).max(), LARGEST - exponent - peaks(w1a).max())
         w1a, w2a = w1a * power_of_two(out + exponent), w2a * power_of_two(-out)
         return replace(self, w1a=w1a, w1b=w1b, w2a=w2a, w2b=w2b, scale=scale)

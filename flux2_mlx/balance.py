@@ -7,13 +7,12 @@ import mlx.core as mx
 
 LARGEST = 15  # power of two of an entry near float16's largest number
 _FAINT = -6  # that of a row so short that it loses digits
-_LEAST = -8  # that of a scale that is left alone, as are those up to 2
 
 
-def split(scale: float) -> tuple[int, float]:
-    """The power of two that is to be moved out of a scale, and what stays of that."""
+def split(scale: float, least: int = 0) -> tuple[int, float]:
+    """The power of two that is to be moved out of a scale, and what stays of that, from 2^`least` to 2."""
     exponent = math.frexp(scale)[1] - 1
-    out = exponent - min(max(exponent, _LEAST), 0)
+    out = exponent - min(max(exponent, least), 0)
     return out, math.ldexp(scale, -out)
 
 
@@ -35,12 +34,17 @@ def moved(size: mx.array, room: mx.array) -> mx.array:
 
 
 def even(
-    up: mx.array, down: mx.array, exponent: int = 0, sizes: Callable[[mx.array], mx.array] = lengths
+    up: mx.array,
+    down: mx.array,
+    sizes: Callable[[mx.array], mx.array] = lengths,
+    *,
+    exponent: int = 0,
+    largest: float = math.inf,
 ) -> tuple[mx.array, mx.array]:
     """Matrices in float32 whose product is 2^`exponent` times that of `up` and `down`. The `sizes` of the second's rows
-    are at most 1, if the first has room."""
+    are at most 1, if entries of the first are no larger than 2^`largest` then."""
     up, down = up.astype(mx.float32), down.astype(mx.float32)
-    out = moved(sizes(down), LARGEST - exponent - peaks(up.T))
+    out = moved(sizes(down), largest - exponent - peaks(up.T))
     return up * power_of_two(out + exponent), down * power_of_two(-out)[:, None]
 
 

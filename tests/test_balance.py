@@ -27,7 +27,7 @@ def low(up: int, down: int, scale: float = 1.0) -> LowRank:
     return LowRank(matrix(4, 64, down), matrix(96, 4, up), scale)
 
 
-# Powers of two that are about 1 together.
+# Powers of two that are about 1 together, or not much more.
 FORMS: dict[str, Delta] = {
     "plain": low(-4, -3),
     "faint": low(-30, -3, 2.0**26),
@@ -38,6 +38,9 @@ FORMS: dict[str, Delta] = {
     "Kronecker": Kronecker(matrix(12, 8, -30), matrix(8, 8, 25), 1.0),
     "Kronecker of pairs": Kronecker((matrix(12, 2), matrix(2, 8, -30)), (matrix(8, 2, 25), matrix(2, 8)), 1.0),
     "Kronecker of a scale": Kronecker(matrix(12, 8, -20), matrix(8, 8, -20), 2.0**35),
+    "Kronecker of uneven pairs": Kronecker((matrix(12, 2), matrix(2, 8, 40)), (matrix(8, 2, -45), matrix(2, 8)), 1.0),
+    "Hadamard of uneven pairs": Hadamard(matrix(96, 2), matrix(2, 64, 40), matrix(96, 2, -45), matrix(2, 64), 1.0),
+    "Hadamard of a small scale": Hadamard(matrix(96, 2, 31), matrix(2, 64), matrix(96, 2), matrix(2, 64), 2.0**-25),
     "Hadamard": Hadamard(matrix(96, 2, -30), matrix(2, 64), matrix(96, 2), matrix(2, 64, 25), 1.0),
     "Hadamard of a scale": Hadamard(matrix(96, 2, -20), matrix(2, 64), matrix(96, 2, -20), matrix(2, 64), 2.0**35),
     "Hadamard of many ranks": Hadamard(matrix(96, 8, -30), matrix(8, 64), matrix(96, 8), matrix(8, 64, 23), 1.0),
@@ -86,5 +89,6 @@ def test_a_change_of_a_bias_and_one_within_dora_keep_their_digits():
     [(0, (0, 0)), (1, (0, 1)), (0.75, (0, 0.75)), (3, (1, 1.5)), (-8, (3, -1)), (2.0**-8, (0, 2.0**-8))],
 )
 def test_scales_are_split_where_they_are_large_or_small(scale, told):
-    assert split(scale) == told
-    assert split(2.0**-20 * 1.5) == (-12, 2.0**-8 * 1.5)
+    assert split(scale, -8) == told
+    assert split(2.0**-20 * 1.5, -8) == (-12, 2.0**-8 * 1.5)
+    assert split(2.0**-20 * 1.5) == (-20, 1.5)

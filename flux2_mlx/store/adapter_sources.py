@@ -13,7 +13,7 @@ from ..adapters import Adapter
 from ..checkpoint import Checkpoint
 from ..config import Config
 from ..convert import formats
-from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, is_config_of, names_beside, read_adapter
+from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, is_adapter, is_config_of, names_beside, read_adapter
 from ..errors import CheckpointError, DownloadError, InputError
 from ..files import open_regular
 from ..hub import Download, Selection, snapshot_files
@@ -164,7 +164,7 @@ def adapter_files(wanted: Remote, names: Collection[str]) -> list[str]:
 
 
 def _files_of_weights(names: Collection[str]) -> list[str]:
-    return sorted(name for name in names if name.lower().endswith(SAFETENSORS))
+    return sorted(name for name in names if is_adapter(os.path.basename(name)))
 
 
 def _several(wanted: Remote, chosen: list[str], weights: list[str]) -> str:
