@@ -90,10 +90,8 @@ class Run:
             negative_prompt_embeds: encoded negative prompts in place of the request's, of that form too.
         """
         try:
-            with (
-                failures(),
-                range_errors(self.networks.adapters),
-            ):  # or another exception would leave without the images
+            # Here, or another exception would leave without the images.
+            with failures(), range_errors(self.networks.adapters):
                 self._make(latents, prompt_embeds, negative_prompt_embeds)
         except BaseException as error:
             if self._images:

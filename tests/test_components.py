@@ -152,6 +152,7 @@ TABLES = {
     "flux2_mlx/components.py": "the table itself",
     "convert/parts.py": "what is true of the parts of others' models, which only `convert` knows",
     "convert/dialects.py": "each of others' namings says which part it is of",
+    "flux2_mlx/durations.py": "how often a run passes through each network, which is a fact of runs",
 }
 
 
