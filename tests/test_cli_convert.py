@@ -107,7 +107,7 @@ def test_force_replaces_a_checkpoint_and_nothing_else(official):
         ("/dev/zero", "/dev/zero is no file or folder of a model but a device; give one of these"),
         ("demo", "demo is built in and needs no conversion"),
         (str(DEMO), f"{DEMO} is an MLX checkpoint already"),
-        ("file.bin", "file.bin is a pickle, which could run code; give the whole model"),
+        ("file.bin", "file.bin is a pickle, which could run code; give a .safetensors or .gguf file"),
         ("empty", "empty is no model folder in the diffusers layout: it has no model_index.json"),
     ],
 )
