@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.checkpoints import convert, save_dev
 from helpers.cli_runner import DEMO, PROMPT, SMALL, difference, done, make, pixels, process, refusal, run
 from PIL import Image
 
@@ -288,6 +289,14 @@ def test_a_guidance_that_has_no_effect_is_said():
     assert "ignores" not in done(*arguments, "-o", "b.png").stderr
     assert done(*arguments, "-g", "4", "-o", "c.png", "--quiet").stderr == ""
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
+
+
+def test_an_embedded_guidance_has_an_effect(folder):
+    save_dev(folder / "official")
+    made = ("t2i", PROMPT, "-m", convert(folder / "official", folder / "dev", variant="dev"), *SMALL[2:], "--seed", "7")
+    assert "ignores" not in done(*made, "-g", "3", "-o", "a.png").stderr
+    done(*made, "-o", "b.png")
+    assert not np.array_equal(pixels("a.png"), pixels("b.png"))
 
 
 def test_a_prompt_longer_than_the_model_reads_is_said_in_one_line():

@@ -206,7 +206,8 @@ def _notices(job: Job, pipe: "Flux2Pipeline", draft: Draft) -> None:
         notice(said, job.quiet)
     if not variant.commercial_use:
         notice(f"{variant.name} and its images: {variant.licence} licence", job.quiet)
-    if variant.distilled and job.is_guided and job.guidance not in (None, variant.guidance):
+    ignores = variant.distilled and not variant.transformer.guidance_embeds
+    if ignores and job.is_guided and job.guidance not in (None, variant.guidance):
         notice(f"{variant.name} is distilled and ignores --guidance", job.quiet)
     if job.fingerprint not in (None, checkpoint.source.get("fingerprint")):
         notice(f"{job.model} has other weights than when the image was made, so the new one will differ", job.quiet)
