@@ -257,8 +257,7 @@ class Run:
             past = read(transformer, encoded.references, dtype, guidance, self.phases.execution)
         elif encoded is not None:
             along = encoded.references.ids
-        streamed = self.phases.planned("transformer").streamed
-        caches = StepCaches(self.request.step_cache, self.output.passes, self.networks.reading, streamed)
+        caches = StepCaches(self.request.step_cache, self.output.passes, self.networks.reading)
         of_run = partial(Conditions, transformer, dtype, image_ids(*self._grid), texts, cached=caches.of)
         return of_run(guidance=guidance, past=past, along=along, execution=self.phases.execution)
 
@@ -371,10 +370,9 @@ class Run:
 
     @cached_property
     def _sigmas(self) -> np.ndarray:
-        request = self.request
         length = self._grid[0] * self._grid[1]
-        levels = noise_levels(request.schedule_steps, length, request.sigmas, request.shift_steps)
-        return levels[-request.steps - 1 :]
+        levels = noise_levels(self.request.schedule_steps, length, self.request.sigmas, self.request.shift_steps)
+        return levels[-self.request.steps - 1 :]
 
     @property
     def _token_size(self) -> int:

@@ -35,14 +35,12 @@ class StepCaches:
         threshold: up to what relative change of what the first block adds the other blocks are not computed; 0: all
             are computed, and there are no caches.
         passes: counts what is skipped.
-        reading: what is streamed from disk.
-        streamed: bytes that each pass streams if nothing is skipped.
+        reading: counts what is streamed from disk.
     """
 
     threshold: float
     passes: Passes
     reading: Reading
-    streamed: int = 0
 
     def of(self, transformer: Flux2Transformer) -> Pass:
         """The transformer with a cache of its own, for the passes of the same images with the same texts."""
@@ -68,6 +66,7 @@ class StepCache:
         self._transformer = transformer
         self._caches = caches
         self._added: dict[int, _Added] = {}  # by the places of images
+        self._streamed = 0  # bytes that a pass reads whose blocks are all computed
 
     def __call__(
         self,
@@ -140,7 +139,10 @@ class StepCache:
         passes = self._caches.passes
         passes.all += images
         passes.skipped += images - stale
-        passes.unread += 0 if stale else self._caches.streamed - read
+        if stale:
+            self._streamed = read
+        else:
+            passes.unread += self._streamed - read
 
 
 def _images(x: mx.array, shared: Shared) -> list[mx.array]:

@@ -36,9 +36,9 @@ def network() -> Flux2Transformer:
     return randomized(Flux2Transformer(SMALL))
 
 
-def cached(network: Any, threshold: float, streamed: int = 0, reading: Reading | None = None) -> tuple[Any, Passes]:
+def cached(network: Any, threshold: float, reading: Reading | None = None) -> tuple[Any, Passes]:
     passes = Passes()
-    return StepCaches(threshold, passes, reading or Reading(), streamed).of(network), passes
+    return StepCaches(threshold, passes, reading or Reading()).of(network), passes
 
 
 def inputs(images: int, tokens: int = IMAGE) -> tuple[mx.array, mx.array]:
@@ -211,7 +211,7 @@ def test_a_skipped_pass_reads_no_more_than_its_first_block(folder, resident, rea
     tokens = mx.random.normal((1, 12, config.in_channels), key=mx.random.key(0))
     text = mx.random.normal((1, 5, config.hidden_size), key=mx.random.key(1))
     whole = component.load(mx.float32)
-    ours, passes = cached(streamed, ALWAYS, each, reading)
+    ours, passes = cached(streamed, ALWAYS, reading)
     theirs, _ = cached(whole, ALWAYS)
     asked = []
     read = type(streamed.double_blocks)._read
