@@ -1,6 +1,6 @@
 """What a step cache saves and what that costs: the curve of speed against error, on the built-in model.
 
-    python scripts/bench_step_cache.py --steps 50 --svg curve.svg
+    python scripts/bench_step_cache.py --steps 50 --svg scripts/bench_step_cache.svg
 
 For each threshold: the passes that were skipped, the time in terms of a run without a cache (the least of alternating
 runs), and the error against that run: ‖a − b‖ / ‖b‖ of latents, and PSNR of the images. Beside them are runs without a
