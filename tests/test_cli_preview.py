@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers.cli_runner import PROMPT, done, refusal
+from helpers.cli_runner import PROMPT, done, refusal, run
 from helpers.decoders import save_tiny
 from helpers.hub_client import using
 from helpers.hub_server import HubServer
@@ -132,3 +132,9 @@ def test_what_is_no_decoder_for_the_model_is_refused(folder):
     save_tiny(folder / "wide.safetensors", 32)
     assert refusal(*RUN, "--decoder", "wide.safetensors").startswith("decoder 'wide.safetensors' is for latents of 32")
     assert refusal(*RUN, "--decoder", "large") == "there is no file or folder large"
+
+
+def test_what_makes_previews_is_of_no_use_without_any(folder):
+    result = run(*RUN, "--preview-decoder", "taef2")
+    assert result.exit_code == 2
+    assert "--preview-decoder is about --preview and --checkpoint; give one of them besides" in result.stderr

@@ -109,7 +109,8 @@ def test_taef2_gives_the_images_that_it_decodes_as_a_decoder(pipe, tiny):
     (preview,), *_ = last_step(pipe, previews=True)
     other = Flux2Pipeline.from_pretrained("demo", progress=False, prompt_cache=False, decoder=tiny.path)
     request = other.request([PROMPT], width=32, height=32, steps=2, seed=7)
-    assert psnr(preview, other.run(request).images[0]) > 45
+    image = other.run(request).images[0]
+    assert np.abs(np.asarray(preview, int) - np.asarray(image, int)).max() <= 1
 
 
 def test_previews_of_a_masked_picture_keep_the_rest(pipe):

@@ -104,6 +104,8 @@ def _check_usage(prompt: str | None, replay: Path | None, prompts_file: str | No
         raise click.UsageError("give either PROMPT or --prompts-file")
     if prompts_file is None and prompt is None and replay is None:
         raise click.UsageError("give a PROMPT, --prompts-file or --replay")
+    if given["preview_decoder"] is not None and not given["preview"] and given["checkpoint"] is None:
+        raise click.UsageError("--preview-decoder is about --preview and --checkpoint; give one of them besides")
     if given["force"] and given["skip_existing"]:
         raise click.UsageError("--skip-existing leaves what --force would replace; give one of them")
 
