@@ -133,7 +133,7 @@ def advice(networks: Networks, work: Workload, limit: int) -> str:
     budget = _Budget(networks, limit)
     if _is_convertible(networks) and _Budget(networks.stored_as(networks.quant, networks.text_quant), limit).fits(work):
         return f"convert the model with {_settings(networks.quant, networks.text_quant)}, which lets it be streamed"
-    if work.previews and budget.fits(replace(work, previews=False)):
+    if (work.previews or work.previewing) and budget.fits(replace(work, previews=False, previewing=0)):
         return "without images between the steps it would fit"
     if work.caches and budget.fits(replace(work, caches=0)):
         return "without a step cache it would fit"

@@ -273,7 +273,8 @@ class Flux2Pipeline(PreparedPipeline):
                 `[B, L, 4c]`; `decode` makes images of them.
             callback_on_step_end: called as `(pipe, step, timestep, {"latents": tokens})` after every step, with
                 the timestep that it started from, in 0..1000, and tokens `[b, L, 4c]`; `latents` of the dict it
-                returns are gone on with. Runs and previews that it makes have what this run leaves of the memory limit.
+                returns are gone on with; `previews.sketches` shows them. Runs and previews that it makes have what this
+                run leaves of the memory limit.
             return_dict: False: a tuple with the images only.
             callback_on_step_end_tensor_inputs: `["latents"]`, as nothing else changes.
             attention_kwargs: `{"scale": x}` multiplies what adapters change, in this call.

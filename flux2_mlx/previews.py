@@ -144,14 +144,17 @@ def _loaded(decoder: Decoder, dtype: mx.Dtype) -> TinyDecoder:
     return network
 
 
-def by_vae(estimate: mx.array, preview: Preview | None) -> dict[str, Preview | None]:
-    """What a step tells where there is nothing but the VAE's `preview`, if that is there; see `Progress`."""
-    return {"preview": preview}
+Shown = tuple[Preview | None, Preview | None]  # the `preview` and the `sketch` of a step; see `Progress`
+
+
+def by_vae(estimate: mx.array, preview: Preview | None) -> Shown:
+    """What a step shows where there is nothing but the VAE's `preview`, if that is there."""
+    return preview, None
 
 
 @dataclass(frozen=True)
 class Views:
-    """What each step of a run tells: see `Progress`.
+    """Gives what each step of a run shows.
 
     Attributes:
         width, height: pixels of the images that the model makes.
@@ -166,11 +169,11 @@ class Views:
     has_sketches: bool
     previews: Previews | None = None
 
-    def __call__(self, estimate: mx.array, preview: Preview | None) -> dict[str, Preview | None]:
+    def __call__(self, estimate: mx.array, preview: Preview | None) -> Shown:
         """Those of the noise-free tokens `[B, L, 4c]` that a step points to, and the VAE's `preview` of them."""
         own = None if self.previews is None else partial(self._finished, self.previews, estimate)
         sketch = partial(sketches, estimate, self.width, self.height) if self.has_sketches else None
-        return {"preview": own or preview, "sketch": sketch}
+        return own or preview, sketch
 
     def _finished(self, previews: Previews, estimate: mx.array) -> list[Image.Image]:
         return [self.edit.finished(image) for image in previews.images(estimate, self.width, self.height)]

@@ -24,7 +24,7 @@ from .metering import Phases, end_with_process, warn_of_long_operations
 from .networks import Networks
 from .noise import initial_noise
 from .output import Flux2Output
-from .previews import by_vae
+from .previews import Shown, by_vae
 from .references import Edit, to_pixels
 from .request import OnProgress, Preview, Progress, Request, Step
 from .sampling import Conditions, Denoiser, Painting, beside, by_step, denoise, guided, read
@@ -53,7 +53,7 @@ class Run:
         edit: the pictures.
         prompt_cache: keeps encoded prompts.
         unfinished: keeps what is denoised and not yet decoded.
-        views: gives what shows an estimate between the steps, and the VAE's preview of it if there is one.
+        views: gives `preview` and `sketch` of a step (see `Progress`), given its estimate and the VAE's preview.
         output_type: `pil`, `np` or `latent`.
         on_progress: hears of everything.
         output: is filled in. Its timings are what `phases` fills in.
@@ -65,7 +65,7 @@ class Run:
     edit: Edit = field(default_factory=Edit)
     prompt_cache: EmbeddingCache | None = None
     unfinished: Waiting | None = None
-    views: Callable[[mx.array, Preview | None], dict[str, Preview | None]] = by_vae
+    views: Callable[[mx.array, Preview | None], Shown] = by_vae
     output_type: str = "pil"
     on_progress: OnProgress = lambda progress: None
     output: Flux2Output = field(default_factory=Flux2Output)
@@ -297,8 +297,9 @@ class Run:
         step = next(steps)
         while True:
             end_with_process()
-            views = self.views(step.estimate, partial(self.preview, step.estimate) if self.phases.beside else None)
-            replaced = self._tell(Progress("transformer", before + step.number, total, step, images, **views))
+            full = partial(self.preview, step.estimate) if self.phases.beside else None
+            shown = self.views(step.estimate, full)
+            replaced = self._tell(Progress("transformer", before + step.number, total, step, images, None, *shown))
             try:
                 step = steps.send(replaced)
             except StopIteration as end:

@@ -104,6 +104,14 @@ def test_previews_by_taef2_are_planned_beside_the_transformer(pipe, tiny):
     assert measured <= planned.phase("transformer").peak_memory <= 1.25 * measured
 
 
+def test_where_taef2_has_no_room_a_run_without_it_is_advised(pipe, tiny):
+    request = pipe.request([PROMPT], width=64, height=64, steps=2, seed=7)
+    pipe.memory_limit = pipe.plan(request).peak_memory
+    pipe.preview_with(tiny)
+    with pytest.raises(InputError, match="without images between the steps it would fit"):
+        pipe.plan(request, previews=True)
+
+
 def test_taef2_gives_the_images_that_it_decodes_as_a_decoder(pipe, tiny):
     pipe.preview_with(tiny)
     (preview,), *_ = last_step(pipe, previews=True)

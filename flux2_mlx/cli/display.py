@@ -6,7 +6,7 @@ import io
 import os
 import struct
 import termios
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
@@ -93,7 +93,7 @@ def blocks(image: "Image.Image", columns: int, rows: int, true_colour: bool = Tr
     """Lines of half blocks, two pixels to a character, in 24 bits or else in xterm's 256 colours."""
     small = image.convert("RGB").resize((columns, 2 * rows))
     pixels = [tuple(small.tobytes()[i : i + 3]) for i in range(0, 6 * columns * rows, 3)]
-    coded = _true if true_colour else _of_256
+    coded: Callable[[int, int, int], str] = _true if true_colour else _of_256
     lines = []
     for top in range(0, len(pixels), 2 * columns):
         upper, lower = pixels[top : top + columns], pixels[top + columns : top + 2 * columns]

@@ -3,6 +3,8 @@
 Source: `AutoEncoder` of the FLUX.2 reference code; names of diffusers' `AutoencoderKLFlux2`.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -83,6 +85,8 @@ class LatentStatistics(nn.Module):
 
 class VAE(nn.Module):
     """Latents are `[B, H/8, W/8, c]`, tokens `[B, h·w, 4c]` with h = H/16 and w = W/16 (released models: c = 32)."""
+
+    decoder: Callable[[Rows], Rows]
 
     def __init__(self, config: VAEConfig):
         super().__init__()

@@ -68,7 +68,7 @@ class TinyDecoder(nn.Module):
         self.conv_out = Conv2d(_WIDTH, 3, 3, padding=1)
 
     def __call__(self, z: Rows) -> Rows:
-        x = _relu(self.conv_in(Mapped(z, lambda rows: mx.tanh(rows / _LIMIT) * _LIMIT))).store()
+        x: Rows = _relu(self.conv_in(Mapped(z, lambda rows: mx.tanh(rows / _LIMIT) * _LIMIT))).store()
         for blocks, up in zip(self.blocks, self.up, strict=True):
             for block in blocks:
                 x = block(x)
@@ -88,8 +88,6 @@ class TinyVAEConfig(VAEConfig):
 
 class TinyVAE(VAE):
     """FLUX.2's encoder and statistics with TAEF2's decoder."""
-
-    decoder: TinyDecoder
 
     def __init__(self, config: VAEConfig):
         super().__init__(config)
