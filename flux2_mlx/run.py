@@ -297,8 +297,7 @@ class Run:
         step = next(steps)
         while True:
             end_with_process()
-            full = partial(self.preview, step.estimate) if self.phases.beside else None
-            shown = self.views(step.estimate, full)
+            shown = self.views(step.estimate, partial(self.preview, step.estimate) if self.phases.beside else None)
             replaced = self._tell(Progress("transformer", before + step.number, total, step, images, None, *shown))
             try:
                 step = steps.send(replaced)
