@@ -158,6 +158,14 @@ def test_all_protocols_leave_the_cursor_below_the_picture(term):
     assert stream.getvalue().count("\x1b7") == stream.getvalue().count("\x1b8") == 1
 
 
+def test_a_terminal_without_half_blocks_gets_spaces():
+    data = io.BytesIO()
+    stream = io.TextIOWrapper(data, encoding="ascii", errors="backslashreplace")
+    Display(stream, {}).show([picture(32, 32)])
+    assert b"\\u2580" not in data.getvalue()
+    assert re.search(rb"\x1b\[38;5;\d+;48;5;\d+m +", data.getvalue())
+
+
 class Interrupted(io.StringIO):
     """Ctrl-C comes in the middle of the first sequence."""
 

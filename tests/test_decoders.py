@@ -83,6 +83,15 @@ def test_it_works_with_a_transformer_in_float16(files):
     assert 0 < np.abs(whole - rounded).mean() < 0.05
 
 
+def test_it_works_with_a_streamed_transformer(files):
+    pipe = opened(decoder=files["narrow"])
+    request = pipe.request([PROMPT], width=16, height=16, steps=2, seed=3)
+    expected = pipe.run(request, output_type="np").images
+    pipe.memory_limit = pipe.plan(request).phase("transformer").peak_memory - 1
+    assert pipe.plan(request).phase("transformer").streamed > 0
+    assert np.allclose(pipe.run(request, output_type="np").images, expected, atol=1e-5)
+
+
 def test_images_remember_it(plain, other, files):
     (told,) = other(PROMPT, **SIZE).settings
     assert told["decoder"]["path"] in ("tiny.safetensors", "narrow.safetensors")

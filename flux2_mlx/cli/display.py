@@ -22,6 +22,7 @@ _SAVE, _RESTORE = "\x1b7", "\x1b8"  # the place of the cursor
 _END = "\x1b\\\x1b[0m"  # of a sequence that was cut short, and of its colours
 _CELL = 8, 16  # pixels of a character where the terminal does not tell
 _MOST_ROWS = 24
+_HALF = "▀"
 _COLOURS = 128  # of sixels; more take longer and are hardly seen
 _SIXELS = ("foot", "mlterm", "contour", "yaft", "sixel")  # what the names of terminals begin or end with
 _MULTIPLEXERS = ("tmux", "screen")
@@ -98,7 +99,7 @@ def blocks(image: "Image.Image", columns: int, rows: int, true_colour: bool = Tr
     for top in range(0, len(pixels), 2 * columns):
         upper, lower = pixels[top : top + columns], pixels[top + columns : top + 2 * columns]
         pairs = groupby(zip(upper, lower, strict=True))
-        cells = (f"\x1b[38;{coded(*up)};48;{coded(*low)}m{'▀' * len(list(run))}" for (up, low), run in pairs)
+        cells = (f"\x1b[38;{coded(*up)};48;{coded(*low)}m{_HALF * len(list(run))}" for (up, low), run in pairs)
         lines.append("".join(cells) + "\x1b[0m")
     return lines
 
@@ -145,6 +146,7 @@ class Display:
         self._stream = stream
         self._protocol = protocol(environ)
         self._true_colour = environ.get("COLORTERM", "") in ("truecolor", "24bit")
+        self._has_half_blocks = _has_half_blocks(stream)
         self._rows = 0  # of the picture above the cursor that may be replaced
 
     def leave(self) -> None:
@@ -168,7 +170,8 @@ class Display:
 
     def _drawn(self, image: "Image.Image", columns: int, rows: int, cell: tuple[int, int]) -> str:
         if self._protocol == "blocks":
-            return "\x1b[1B\r".join(blocks(image, columns, rows, self._true_colour))
+            lines = "\x1b[1B\r".join(blocks(image, columns, rows, self._true_colour))
+            return lines if self._has_half_blocks else lines.replace(_HALF, " ")  # whose ground is the lower pixel
         size = columns * cell[0], rows * cell[1]
         if self._protocol == "sixel":
             return sixel(image.resize(size))
@@ -181,6 +184,14 @@ class Display:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+def _has_half_blocks(stream: TextIO) -> bool:
+    try:
+        _HALF.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _terminal(stream: TextIO) -> tuple[int, int, tuple[int, int]]:
