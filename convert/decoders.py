@@ -9,8 +9,9 @@ from flux2_mlx.components import geometries
 from flux2_mlx.config import VARIANTS, VAEConfig
 from flux2_mlx.decoders import Decoder, decodes
 from flux2_mlx.vae import TinyVAEConfig
-from flux2_mlx.weights import Files, TensorInfo, Tensors, mismatches, raise_problems
+from flux2_mlx.weights import FLOATS, TensorInfo, Tensors, mismatches, raise_problems
 
+from . import formats
 from .configs import Stated
 from .geometry import understood
 from .rules import Converted, Finite, Placed, Rule, Shape, kernels_last
@@ -49,31 +50,32 @@ def read_decoder(place: Path, name: str) -> Decoder:
         CheckpointError: it is damaged, or of another model.
     """
     paths = loose_files(place)
-    if (prefix := _spelling(Files(paths).infos)) is not None:
-        return _tiny(place, paths, name, prefix)
+    stored = formats.stored(paths)
+    if paths[0].suffix.lower() != ".gguf" and (prefix := _spelling(stored.infos)) is not None:
+        return _tiny(paths[0], stored, name, prefix)
     parts = parts_of(place, paths, Stated(), lambda: [geometries(row) for row in VARIANTS.values()])
     reading = the_part(parts, "vae", place).reading
     configs, problem = understood(reading, str(place), f"{place} is not the autoencoder of a FLUX.2 model")
     if problem:
         raise problem
     rules = reading.rules_for("vae", configs["vae"])
-    return _decoder(place, name, configs["vae"], parts["vae"].tensors, rules)
+    return _decoder(paths[0], name, configs["vae"], parts["vae"].tensors, rules)
 
 
-def _tiny(place: Path, paths: list[Path], name: str, prefix: str) -> Decoder:
+def _tiny(place: Path, tensors: Tensors, name: str, prefix: str) -> Decoder:
     """TAEF2, whose layers have this `prefix`."""
 
     def rule(ours: str, shape: Shape) -> Rule:
         return kernels_last(_theirs(ours, prefix), shape)
 
-    files = Files(paths)
-    latents = shape_of(files.infos, _theirs("decoder.conv_in.weight", prefix), 4)[1]
+    latents = shape_of(tensors.infos, _theirs("decoder.conv_in.weight", prefix), 4)[1]
     config = TinyVAEConfig(latent_channels=latents)
-    own = {name: info for name, info in files.infos.items() if name.startswith(prefix)}
+    own = {name: info for name, info in tensors.infos.items() if name.startswith(prefix)}
     shapes = {_theirs(ours, prefix): rule(ours, x.shape).source_shape(x.shape) for ours, x in _infos(config).items()}
-    expected = {name: TensorInfo(own[name].dtype if name in own else "F16", shape) for name, shape in shapes.items()}
+    dtypes = {name: info.dtype for name, info in own.items() if info.dtype in FLOATS.values()}
+    expected = {name: TensorInfo(dtypes.get(name, "F16"), shape) for name, shape in shapes.items()}
     raise_problems(f"{place} is not TAEF2's decoder", mismatches(expected, own))
-    return _decoder(place, name, config, files, rule)
+    return _decoder(place, name, config, tensors, rule)
 
 
 def _decoder(

@@ -107,12 +107,34 @@ def test_one_of_other_latents_is_refused(tmp_path):
         opened(decoder=path)
 
 
+@pytest.mark.parametrize("wrong", [3, "", ["taef2"]])
+def test_a_decoder_has_a_name(wrong):
+    with pytest.raises(InputError, match="decoder must be small, taef2 or a file, got "):
+        opened(decoder=wrong)
+
+
 def test_what_is_no_decoder_is_refused(tmp_path):
     write(tmp_path / "other.safetensors", {"a.weight": TensorInfo("F16", (2, 2))})
     with pytest.raises(CheckpointError, match=r"other\.safetensors"):
         find_decoder(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="there is no file or folder"):
         find_decoder(tmp_path / "none.safetensors")
+
+
+def test_a_folder_that_holds_one_is_as_good_as_the_file(tmp_path, files):
+    (tmp_path / "there").mkdir()
+    save_tiny(tmp_path / "there" / "tiny.safetensors")
+    assert find_decoder(tmp_path / "there").settings == find_decoder(files["tiny"]).settings
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    path = save_tiny(tmp_path / "tiny.safetensors")
+    tensors = mx.load(str(path))
+    mx.save_safetensors(str(path), tensors | {"7.weight": mx.zeros((64, 64, 3, 3), mx.int32)})
+    with pytest.raises(
+        CheckpointError, match=r"is not TAEF2's decoder: 7\.weight is I32 \[64, 64, 3, 3\] instead of F16"
+    ):
+        find_decoder(path)
 
 
 def test_one_that_is_damaged_is_refused_when_it_is_read(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from .. import hub
 from ..convert import formats, read_decoder
 from ..decoders import Decoder
-from ..errors import CheckpointError, DownloadError
+from ..errors import CheckpointError, DownloadError, InputError
 from ..hub import Download
 from .first_use import Progress, labelled
 from .parts import Remote, located
@@ -33,9 +33,11 @@ def find_decoder(
         progress: called with bytes done, bytes in all, and `download`.
 
     Raises:
-        InputError: no such address. DownloadError: it is not there, or can't be fetched. CheckpointError: it is
-            damaged, or of another model.
+        InputError: it is no name, or no such address. DownloadError: it is not there, or can't be fetched.
+        CheckpointError: it is damaged, or of another model.
     """
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise InputError(f"decoder must be {', '.join(DECODERS)} or a file, got {source!r:.80}")
     told = os.fspath(source)
     known, licence = DECODERS.get(told, (None, None)) if isinstance(source, str) else (None, None)
     where = known or located(source)
