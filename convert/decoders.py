@@ -51,7 +51,7 @@ def read_decoder(place: Path, name: str) -> Decoder:
     """
     paths = loose_files(place)
     stored = formats.stored(paths)
-    if paths[0].suffix.lower() != ".gguf" and (prefix := _spelling(stored.infos)) is not None:
+    if paths[0].suffix.lower() != formats.GGUF and (prefix := _spelling(stored.infos)) is not None:
         return _tiny(paths[0], stored, name, prefix)
     parts = parts_of(place, paths, Stated(), lambda: [geometries(row) for row in VARIANTS.values()])
     reading = the_part(parts, "vae", place).reading
