@@ -12,8 +12,7 @@ from .checkpoint import Component
 from .components import COMPONENTS
 from .device import on_gpu
 from .layers import UNPACKED, WIDENED
-from .loading import in_memory
-from .memory import Footprint
+from .loading import Footprint, in_memory
 from .quantization import GROUP_SIZE, quantizing_bytes, stored_names
 from .weights import FLOATS, TensorInfo
 

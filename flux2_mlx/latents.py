@@ -38,9 +38,9 @@ class EncodedEdit:
         return cls(references, pictures[0].tokens, None if mask is None else mx.array(mask.reshape(1, -1, 1)))
 
 
-def encode_picture(vae: VAE, pixels: np.ndarray, number: int, dtype: mx.Dtype) -> References:
+def encode_picture(vae: VAE, pixels: np.ndarray, number: int, dtype: mx.Dtype, strip_bytes: int) -> References:
     """A picture `[1, H, W, 3]` in −1..1 as tokens, where it is the reference of that `number`, counted from 1."""
-    latents = vae.encode(mx.array(pixels).astype(dtype)).astype(mx.float32)
+    latents = vae.encode(mx.array(pixels).astype(dtype), strip_bytes).astype(mx.float32)
     tokens = vae.to_tokens(latents)
     check_finite(tokens, "VAE")
     return References(tokens, image_ids(latents.shape[1] // 2, latents.shape[2] // 2, t=_T_STEP * number))
@@ -53,18 +53,18 @@ def latents_of(vae: VAE, tokens: mx.array, grid: tuple[int, int]) -> np.ndarray:
     return np.array(latents)
 
 
-def decode_tokens(vae: VAE, tokens: mx.array, grid: tuple[int, int], dtype: mx.Dtype) -> np.ndarray:
+def decode_tokens(vae: VAE, tokens: mx.array, grid: tuple[int, int], dtype: mx.Dtype, strip_bytes: int) -> np.ndarray:
     """Decoder output of an image's tokens `[L, C]`, as `decode_latents` gives it."""
-    return decode_latents(vae, vae.from_tokens(tokens[None], *grid).astype(dtype))
+    return decode_latents(vae, vae.from_tokens(tokens[None], *grid).astype(dtype), strip_bytes)
 
 
-def decode_latents(vae: VAE, latents: mx.array) -> np.ndarray:
+def decode_latents(vae: VAE, latents: mx.array, strip_bytes: int) -> np.ndarray:
     """Decoder output `[1, H, W, 3]`, about −1..1, of un-normalised latents `[1, H/8, W/8, c]`; float32.
 
     Raises:
         RangeError: it is no image, as some weights of the VAE or the latents are far from what they should be.
     """
-    decoded = vae.decode(latents)
+    decoded = vae.decode(latents, strip_bytes)
     check_finite(decoded, "VAE")
     pixels = np.array(decoded.astype(mx.float32))
     if np.abs(pixels).max() > _MOST_INTENSITY:

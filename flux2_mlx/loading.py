@@ -1,7 +1,7 @@
-"""From stored tensors to a network in memory."""
+"""From stored tensors to a network in memory, and what it takes there."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -11,6 +11,45 @@ from mlx.utils import tree_flatten
 from .weights import CODES, FLOATS, READER, TensorInfo, Tensors, evaluated
 
 _FLOAT_DTYPES = {code: dtype for dtype, code in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a network's weights in memory.
+
+    Attributes:
+        rest: what belongs to no block. It always stays in memory.
+        blocks: each block, in the order that they run in. The last ones may be read from disk at every pass instead.
+        reading: what such a block takes more while it is read, if its weights are cast.
+        widened: the most that weights take more at one time while the network computes, in a wider dtype.
+        loading: the most that a weight takes more while the network is loaded, as it is cast or quantized.
+    """
+
+    rest: int
+    blocks: tuple[int, ...] = ()
+    reading: int = 0
+    widened: int = 0
+    loading: int = 0
+
+    def __add__(self, other: "Footprint") -> "Footprint":
+        """Two networks in memory together, the other's blocks being run after this one's."""
+        pairs = (self.reading, other.reading), (self.widened, other.widened), (self.loading, other.loading)
+        return Footprint(self.rest + other.rest, self.blocks + other.blocks, *map(max, pairs))
+
+    @property
+    def all(self) -> int:
+        return self.rest + sum(self.blocks)
+
+    def held(self, resident: int) -> int:
+        """Bytes in memory if so many blocks stay and the others are streamed: one at work, the next one being read."""
+        streamed = self.blocks[resident:]
+        if not streamed:
+            return self.all
+        return self.rest + sum(self.blocks[:resident]) + min(2 * max(streamed), sum(streamed)) + self.reading
+
+    def resident(self, budget: int) -> int:
+        """How many blocks can stay within `budget` bytes; 0 also if not even the least fits."""
+        return max((count for count in range(len(self.blocks) + 1) if self.held(count) <= budget), default=0)
 
 
 def module_tensors(module: nn.Module) -> dict[str, TensorInfo]:

@@ -10,50 +10,13 @@ import mlx.core as mx
 
 from .components import EVERY_RUN, in_phase
 from .config import Variant
+from .loading import Footprint
 from .transformer import PLAIN, Execution
+from .vae import STRIP_BYTES
 
 # Small images share a pass up to this many image tokens, those of one of 1024×1024. Larger passes need more memory and
 # are no faster: of the demo's images, 16 to 32 a pass take 2 to 3 times as long for each as 8 do.
 _TOKENS_PER_PASS = 4096
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a network's weights in memory.
-
-    Attributes:
-        rest: what belongs to no block. It always stays in memory.
-        blocks: each block, in the order that they run in. The last ones may be read from disk at every pass instead.
-        reading: what such a block takes more while it is read, if its weights are cast.
-        widened: the most that weights take more at one time while the network computes, in a wider dtype.
-        loading: the most that a weight takes more while the network is loaded, as it is cast or quantized.
-    """
-
-    rest: int
-    blocks: tuple[int, ...] = ()
-    reading: int = 0
-    widened: int = 0
-    loading: int = 0
-
-    def __add__(self, other: "Footprint") -> "Footprint":
-        """Two networks in memory together, the other's blocks being run after this one's."""
-        pairs = (self.reading, other.reading), (self.widened, other.widened), (self.loading, other.loading)
-        return Footprint(self.rest + other.rest, self.blocks + other.blocks, *map(max, pairs))
-
-    @property
-    def all(self) -> int:
-        return self.rest + sum(self.blocks)
-
-    def held(self, resident: int) -> int:
-        """Bytes in memory if so many blocks stay and the others are streamed: one at work, the next one being read."""
-        streamed = self.blocks[resident:]
-        if not streamed:
-            return self.all
-        return self.rest + sum(self.blocks[:resident]) + min(2 * max(streamed), sum(streamed)) + self.reading
-
-    def resident(self, budget: int) -> int:
-        """How many blocks can stay within `budget` bytes; 0 also if not even the least fits."""
-        return max((count for count in range(len(self.blocks) + 1) if self.held(count) <= budget), default=0)
 
 
 @dataclass(frozen=True)
@@ -135,6 +98,7 @@ class Plan:
         longest: operations that the device is given at one time, at most. It can't be interrupted in them.
         kept: the networks that stay in memory after their phases, which the weights of all phases include.
         execution: how a pass of the transformer is computed.
+        strip_bytes: what the VAE may allocate for one strip.
         work: what the run makes.
     """
 
@@ -144,6 +108,7 @@ class Plan:
     longest: int = 0
     kept: tuple[str, ...] = ()
     execution: Execution = PLAIN
+    strip_bytes: int = STRIP_BYTES
     work: Workload | Writing | None = None
 
     @property
@@ -255,12 +220,25 @@ class Needs:
 
         Where there is more to denoise after an image is finished, that one is decoded at once if the VAE fits beside
         the transformer without blocks of that having to be streamed for its sake. The fastest way of computing is taken
-        that nothing else is given up for.
+        that nothing else is given up for, and the VAE's strips are as large as they can be while it takes no more for
+        its activations than the transformer does.
         """
         cost = self.costs["transformer"]
         ways = [replace(self, costs={**self.costs, "transformer": way})._plan_of_way(limit) for way in cost.ways]
         possible = [way for way in ways if not way.phase("transformer").streamed or way.execution.blocks == 1]
-        return max(possible, key=lambda way: (way.fits, way.beside, -way.phase("transformer").streamed))
+        best = max(possible, key=lambda way: (way.fits, way.beside, -way.phase("transformer").streamed))
+        in_strips = (replace(self, costs={**self.costs, "vae": way})._in_strips(best) for way in self.costs["vae"].ways)
+        return next(filter(None, in_strips), best)
+
+    def _in_strips(self, planned: Plan) -> Plan | None:
+        """The plan with these strips of the VAE; None if they take more than the transformer does."""
+        taken = {"vae": self._decoding_beside if planned.beside else self._decoding}
+        if self.work.references:
+            taken["vae_encoder"] = self._seeing
+        if max(taken.values()) > planned.phase("transformer").activations:
+            return None
+        phases = [replace(phase, activations=taken.get(phase.name, phase.activations)) for phase in planned.phases]
+        return replace(planned, phases=tuple(phases), strip_bytes=self.costs["vae"].strip_bytes)
 
     def _plan_of_way(self, limit: int) -> Plan:
         activations = {"text_encoder": self._encoding}

@@ -128,12 +128,14 @@ class Phases:
         beside: whether images are decoded while others are denoised.
         longest: operations that the device is given at one time, at most.
         execution: how a pass of the transformer is computed.
+        strip_bytes: what the VAE may allocate for one strip.
     """
 
     def __init__(self, planned: Plan, timings: list[Phase], reading: Reading, counted: int = 0):
         self.beside = planned.beside
         self.longest = planned.longest
         self.execution = planned.execution
+        self.strip_bytes = planned.strip_bytes
         self._planned = {phase.name: phase for phase in planned.phases}
         self._spare = {phase.name: planned.limit - phase.peak_memory for phase in planned.phases}
         self._timings = timings

@@ -19,7 +19,8 @@ from .errors import CheckpointError, DeviceError
 from .footprints import loaded_footprint
 from .kept import Kept
 from .layers import Adapters, adapted
-from .memory import Footprint, Needs, PhasePlan, Workload, Writing, WritingNeeds
+from .loading import Footprint
+from .memory import Needs, PhasePlan, Workload, Writing, WritingNeeds
 from .quantization import check_loadable, quants_from, wanted_quants
 from .streaming import Reading, load_streamed
 from .text import LanguageModel, PixtralVision, TextEncoder

@@ -112,9 +112,8 @@ class Run:
     def decode(self, latents: mx.array) -> np.ndarray:
         """Images `[B, H, W, 3]` in 0..1 of un-normalised latents `[B, H/8, W/8, c]`, in a phase of their own."""
         with self.phases.enter("vae"):
-            vae = self._decoder()
-            dtype = self.networks.dtype_of("vae")
-            return np.concatenate([to_unit(decode_latents(vae, image[None].astype(dtype))) for image in latents])
+            vae, dtype, strips = self._decoder(), self.networks.dtype_of("vae"), self.phases.strip_bytes
+            return np.concatenate([to_unit(decode_latents(vae, x[None].astype(dtype), strips)) for x in latents])
 
     def preview(self, tokens: mx.array) -> list[Image.Image]:
         """Images of the tokens `[B, L, C]` of a step, in a phase of their own, which may interrupt another."""
@@ -210,10 +209,10 @@ class Run:
     def _encoded(self) -> EncodedEdit:
         count = len(self.edit.references)
         self._tell(Progress("vae_encoder", 0, count))
-        vae = self.networks.load("vae")
+        vae, dtype, strips = self.networks.load("vae"), self.networks.dtype_of("vae"), self.phases.strip_bytes
         pictures = []
         for number, image in enumerate(self.edit.references, 1):
-            pictures.append(encode_picture(vae, to_pixels(image), number, self.networks.dtype_of("vae")))
+            pictures.append(encode_picture(vae, to_pixels(image), number, dtype, strips))
             self._tell(Progress("vae_encoder", number, count))
         canvas = self.edit.canvas
         return EncodedEdit.of(pictures, canvas is not None, None if canvas is None else canvas.tokens)
@@ -314,8 +313,7 @@ class Run:
         return noise.reshape(len(images), channels, -1).transpose(0, 2, 1)
 
     def _decoder(self) -> VAE:
-        if self._vae is None:
-            self._vae = self.networks.load("vae")
+        self._vae = self._vae or self.networks.load("vae")
         return self._vae
 
     def _finish(self) -> None:
@@ -341,7 +339,7 @@ class Run:
         if self.output_type == "latent":
             self._images[place] = latents_of(vae, tokens, self._grid)
         elif self.output_type == "np":
-            self._images[place] = decode_tokens(vae, tokens, self._grid, self.networks.dtype_of("vae"))
+            self._images[place] = self._pixels(tokens, vae)
         else:
             # Eight bits at once, or many images would take their size in float32.
             self._images[place] = image = self._decoded(tokens, vae)
@@ -350,8 +348,10 @@ class Run:
             self.unfinished.drop(place)
 
     def _decoded(self, tokens: mx.array, vae: VAE) -> Image.Image:
-        pixels = decode_tokens(vae, tokens, self._grid, self.networks.dtype_of("vae"))
-        return self.edit.finished(to_pil(to_unit(pixels))[0])
+        return self.edit.finished(to_pil(to_unit(self._pixels(tokens, vae)))[0])
+
+    def _pixels(self, tokens: mx.array, vae: VAE) -> np.ndarray:
+        return decode_tokens(vae, tokens, self._grid, self.networks.dtype_of("vae"), self.phases.strip_bytes)
 
     def _joined(self) -> Any:
         images = [self._images[place] for place in sorted(self._images)]

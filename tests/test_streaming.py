@@ -20,8 +20,7 @@ from flux2_mlx.advice import checked_plan, workload
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.footprints import footprint
-from flux2_mlx.loading import module_tensors
-from flux2_mlx.memory import Footprint
+from flux2_mlx.loading import Footprint, module_tensors
 from flux2_mlx.streaming import Reading, load_streamed
 from flux2_mlx.weights import READER
 

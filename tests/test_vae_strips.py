@@ -1,15 +1,21 @@
 """The autoencoder in row strips: results of the whole image, with bounded memory."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.mlx_state import randomized
 from mlx.utils import tree_map
+from PIL import Image
 
-from flux2_mlx.config import VAEConfig
-from flux2_mlx.vae import VAE, VAECost
+from flux2_mlx import Flux2Pipeline
+from flux2_mlx.config import VARIANTS, VAEConfig
+from flux2_mlx.memory import Plan, Workload
+from flux2_mlx.networks import Networks
+from flux2_mlx.vae import STRIP_BYTES, VAE, VAECost, model
 from flux2_mlx.vae.layers import Conv2d, GroupNorm
-from flux2_mlx.vae.strips import Doubled, Runner, Stored, strip_height
+from flux2_mlx.vae.strips import Doubled, Meter, Runner, Stored, strip_height
 
 FULL = VAEConfig()
 TINY = VAEConfig((8, 16, 24), None, 1, 4, 4)
@@ -153,3 +159,87 @@ def test_very_tall_images():
     vae = network(TINY)
     z = latents(TINY, 1, 1024, 4)
     assert relative_error(vae.decode(z, MIB), vae.decode(z, WHOLE)) <= 1e-5
+
+
+def gpu(monkeypatch) -> None:
+    for module in ("device", "vae.cost", "vae.strips", "vae.layers", "transformer.execution", "footprints"):
+        monkeypatch.setattr(f"flux2_mlx.{module}.on_gpu", lambda: True)
+
+
+def planned(side: int, limit: int, **settings) -> Plan:
+    return (
+        Networks.open(VARIANTS["klein-4b"], dtype="bfloat16").needs(Workload(side, side, 512, **settings)).plan(limit)
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"references": ((1024, 1024),)}, {"previews": True}, {"images": 3}], ids=str)
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+def test_strips_are_larger_where_the_transformer_takes_as_much(side, settings, monkeypatch):
+    """And nothing that a plan says of other phases or of the whole run changes."""
+    usual = planned(side, 2**40, **settings)
+    assert usual.strip_bytes == STRIP_BYTES  # on a CPU, where no strip is waited for
+    gpu(monkeypatch)
+    larger = planned(side, 2**40, **settings)
+    monkeypatch.setattr(VAECost, "ways", property(lambda cost: iter([cost])))
+    usual = planned(side, 2**40, **settings)
+    assert larger.strip_bytes in (2 * STRIP_BYTES, 4 * STRIP_BYTES, 8 * STRIP_BYTES)
+    room = larger.phase("transformer").activations
+    for phase, before in zip(larger.phases, usual.phases, strict=True):
+        if phase.name.startswith("vae"):
+            assert before.activations <= phase.activations <= room
+            assert phase.weights == before.weights
+        else:
+            assert phase == before
+    assert larger.peak_memory == usual.peak_memory
+
+
+@pytest.mark.parametrize("limit", [2 * 10**9, 4 * 10**9, 12 * 10**9])
+def test_larger_strips_take_nothing_from_a_tight_plan(limit, monkeypatch):
+    gpu(monkeypatch)
+    larger = planned(1024, limit)
+    monkeypatch.setattr(VAECost, "ways", property(lambda cost: iter([cost])))
+    usual = planned(1024, limit)
+    assert (larger.peak_memory, larger.fits, larger.phase("transformer")) == (
+        *(usual.peak_memory, usual.fits, usual.phase("transformer")),
+    )
+
+
+def counted_strips(strip_bytes: int, side: int) -> int:
+    counts = []
+
+    class Counter(Meter):
+        def _compute(self, rows, start, stop):
+            counts.append(stop - start)
+            return super()._compute(rows, start, stop)
+
+    latents = mx.zeros((1, side // 8, side // 8, FULL.latent_channels), mx.bfloat16)
+    VAE(FULL)._decode(Stored([latents], Counter(strip_bytes)))
+    return len(counts)
+
+
+def test_larger_strips_are_fewer(monkeypatch):
+    gpu(monkeypatch)
+    counts = [counted_strips(times * STRIP_BYTES, 1024) for times in (1, 2, 4, 8)]
+    print(counts)
+    assert counts[0] == 401
+    assert counts[2] < counts[0] / 2.9
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_a_run_decodes_and_encodes_in_the_strips_of_its_plan(monkeypatch):
+    sizes = []
+
+    class Spy(Runner):
+        def __init__(self, strip_bytes):
+            sizes.append(strip_bytes)
+            super().__init__(strip_bytes)
+
+    monkeypatch.setattr(model, "Runner", Spy)
+    monkeypatch.setattr(VAECost, "ways", property(lambda cost: iter([replace(cost, strip_bytes=123_456)])))
+    monkeypatch.setattr(VAECost, "decoding", lambda *_: 1)
+    monkeypatch.setattr(VAECost, "encoding", lambda *_: 1)
+    pipe = Flux2Pipeline.from_pretrained("demo", dtype="float32", prompt_cache=False)
+    settings = {"width": 64, "height": 64, "num_inference_steps": 1, "seed": 0}
+    pipe("a red ring", image=Image.new("RGB", (64, 64), "teal"), **settings)
+    pipe("a red ring", output_type="np", **settings)
+    assert sizes == [123_456] * 3

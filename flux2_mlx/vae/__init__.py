@@ -2,6 +2,7 @@
 
 from .cost import VAECost
 from .model import VAE, patches, unpatched
+from .strips import STRIP_BYTES
 from .tiny import TinyDecoder, TinyVAEConfig, autoencoder
 
-__all__ = ["VAE", "TinyDecoder", "TinyVAEConfig", "VAECost", "autoencoder", "patches", "unpatched"]
+__all__ = ["STRIP_BYTES", "VAE", "TinyDecoder", "TinyVAEConfig", "VAECost", "autoencoder", "patches", "unpatched"]
