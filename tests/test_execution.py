@@ -1,13 +1,16 @@
 """The ways in which a pass of the transformer is computed: what each takes and gives, and which one a plan chooses."""
 
 import gc
+import re
 from dataclasses import replace
 
+import count_step
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.fake_gpu import count_step, pretend
+from helpers import fake_gpu
+from helpers.fake_gpu import pretend
 from helpers.mlx_state import randomized
 from PIL import Image
 
@@ -38,16 +41,20 @@ def fastest(monkeypatch, config: TransformerConfig = KLEIN, metal: bool = True) 
 )
 def test_what_a_step_takes_on_a_gpu(side, waits, kernels, gigabytes, monkeypatch):
     """Counted in the full geometry of klein-4b: before, and in a way of a GPU."""
-    before = count_step(monkeypatch, KLEIN, side, PLAIN)
+    before = fake_gpu.count_step(monkeypatch, KLEIN, side, PLAIN)
     assert (before.waits, before.kernels, round(before.nbytes / 1e9, 1)) == (waits, kernels, gigabytes)
-    after = count_step(monkeypatch, KLEIN, side, fastest(monkeypatch))
+    after = fake_gpu.count_step(monkeypatch, KLEIN, side, fastest(monkeypatch))
     print(before, after)
     blocks_of_it = KLEIN.num_layers + KLEIN.num_single_layers
     assert (after.waits, after.kernels) == (blocks_of_it, 320)
     assert after.asked > blocks_of_it
     assert after.nbytes < 0.53 * before.nbytes
-    by_block = count_step(monkeypatch, KLEIN, side, replace(fastest(monkeypatch), waits=Waits.BLOCKS))
+    by_block = fake_gpu.count_step(monkeypatch, KLEIN, side, replace(fastest(monkeypatch), waits=Waits.BLOCKS))
     assert by_block.waits == blocks_of_it
+
+
+def test_the_table_of_what_a_step_takes():
+    assert re.fullmatch(r"\| demo \| 64² \| (\d+) → (\d+) \| (\d+) → (\d+) \| \S+ → \S+ \|", count_step.row("demo", 64))
 
 
 def test_a_cpu_has_one_way():
