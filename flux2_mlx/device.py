@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .chips import REACHED, find_chip, like
+from .chips import CHIPS, REACHED, find_chip, like
 from .config import DTYPES
 from .errors import DeviceError, InputError
 from .requirements import check_mlx
@@ -230,6 +230,11 @@ def fuses_attention(head_dim: int, itemsize: int) -> bool:
     if on_metal():
         return head_dim in _FUSED_ON_METAL
     return on_gpu() and head_dim in _FUSED_ON_CUDA and itemsize == 2
+
+
+def relative_speed() -> float:
+    """How many times as fast as the slowest chip of the table this Mac's is taken for; 1 on other machines."""
+    return like(chip()).tflops / CHIPS[0].tflops if on_metal() else 1.0
 
 
 def dispatch_seconds(operations: int) -> float | None:

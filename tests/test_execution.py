@@ -14,7 +14,7 @@ from helpers.fake_gpu import pretend
 from helpers.mlx_state import randomized
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, layers
+from flux2_mlx import Flux2Pipeline, device, layers
 from flux2_mlx.config import VARIANTS, TransformerConfig
 from flux2_mlx.layers import OPERATIONS_PER_CHUNK, Linear, project_sum, project_to
 from flux2_mlx.memory import PhasePlan, Plan, Workload
@@ -54,7 +54,9 @@ def test_what_a_step_takes_on_a_gpu(side, waits, kernels, gigabytes, monkeypatch
 
 
 def test_the_table_of_what_a_step_takes():
-    assert re.fullmatch(r"\| demo \| 64² \| (\d+) → (\d+) \| (\d+) → (\d+) \| \S+ → \S+ \|", count_step.row("demo", 64))
+    assert re.fullmatch(
+        r"\| demo \| 64² \| (\d+) → (\d+) \| (\d+) → (\d+) \| \S+ → \S+ \|", count_step.row("demo", 64, "M3 Max")
+    )
 
 
 def test_a_cpu_has_one_way():
@@ -73,6 +75,14 @@ def test_no_product_of_a_gpu_is_long(name, monkeypatch):
         assert way.part >= TOKENS_PER_PART
     assert [way.waits for way in ways] == [Waits.BEFORE, Waits.BLOCKS, Waits.PARTS]
     assert ways[-1].part == TOKENS_PER_PART
+
+
+@pytest.mark.parametrize(("chip", "part"), [("Apple M1", 1471), ("Apple M3 Max", 8036), ("Apple M99", 2263)])
+def test_faster_chips_take_larger_parts(chip, part, monkeypatch):
+    """In as much time as the slowest one takes for its own."""
+    pretend(monkeypatch)
+    monkeypatch.setattr(device, "chip", lambda: chip)
+    assert next(executions(VARIANTS["dev"].transformer)).part == pytest.approx(part, rel=1e-3)
 
 
 def test_columns_of_a_weight_are_no_copy_on_metal_alone(monkeypatch):

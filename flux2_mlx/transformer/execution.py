@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import TransformerConfig
-from ..device import on_gpu, on_metal, rows_to_unpack
+from ..device import on_gpu, on_metal, relative_speed, rows_to_unpack
 from ..layers import OPERATIONS_PER_CHUNK, unpacked
 
 # What is several times as wide as the stream is worked out for this many tokens at a time where memory counts: in
@@ -86,12 +86,12 @@ def executions(config: TransformerConfig, packed: bool = False) -> Iterator[Exec
 
     A CPU starts working when it is asked to, so that waiting costs nothing there, and parts stay in its cache. A GPU
     stands still for about 0.25 ms at every wait (MLX issue 4265), 340 times a step of klein-4b at 1024². A product
-    still is no longer than other operations, or macOS would stop it. Dense products save more than what waits cost, if
-    weights are `packed`.
+    still takes no longer than others do on the slowest chip, or macOS would stop it. If weights are `packed`, dense
+    products save more time than waits cost.
     """
     if on_gpu():
         token = 2 * config.hidden_size * widest(config)
-        part = max(TOKENS_PER_PART, OPERATIONS_PER_CHUNK // token)
+        part = max(TOKENS_PER_PART, int(OPERATIONS_PER_CHUNK * relative_speed()) // token)
         # Metal multiplies by some columns of a weight as they lie; CUDA and CPUs would copy them first.
         ahead = Execution(part, Waits.BEFORE, fused=True, summed=on_metal())
         by_block = replace(ahead, waits=Waits.BLOCKS)
