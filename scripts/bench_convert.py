@@ -1,12 +1,13 @@
 """Convert a transformer of random weights in several forms, beside copying the same bytes. For Linux.
 
     python scripts/bench_convert.py                        # two gigabytes of klein-4b's layers
-    python scripts/bench_convert.py --blocks 5 20 --forms bf16:bf16
+    python scripts/bench_convert.py --blocks 5 20 --forms bf16:bf16 --rounds 5
 
-What is printed of a form: gigabytes of the source a second as `cp` copies them, and as they are converted, both with
-what they take of processors, since of a busy machine the clock tells little; what the steps take alone; and the most
-memory beyond the largest tensor in float32. Each form is written into a temporary folder first, which needs as much
-space again for the result.
+What is printed of a form: gigabytes of the source a second as `cp` copies them, and as they are converted, in turns,
+each the median by the clock and what that took of processors, since of a busy machine the clock tells little; the ratio
+of the two, with the least and the greatest of a round; what the steps take alone; and the most memory beyond the
+largest tensor in float32. Both end when all is on the disk. Each form is written into a temporary folder first, which
+needs as much space again for the result.
 """
 
 import argparse
@@ -144,25 +145,48 @@ def resident(what: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def measured(form: str, blocks: tuple[int, int], folder: Path) -> None:
+def copy(path: Path, target: Path) -> None:
+    shutil.copyfile(path, target)
+    with target.open("rb+") as made:
+        os.fsync(made.fileno())
+
+
+def converted(command: list[str], target: Path) -> tuple[Taken, float]:
+    """A conversion by another process, and the bytes that it took most."""
+    shutil.rmtree(target, ignore_errors=True)
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    seconds, processors, most = map(float, printed)
+    return Taken(seconds, processors), most
+
+
+def median(values: list[Taken]) -> Taken:
+    return sorted(values)[len(values) // 2]
+
+
+def measured(form: str, blocks: tuple[int, int], folder: Path, rounds: int) -> None:
     _, tensors = shapes(blocks)
     kind, quant = form.split(":")
     path, target = folder / ("a.gguf" if kind == "gguf" else "a.safetensors"), folder / "made"
     write_source(kind, path, tensors)
-    os.sync()
     size, largest = path.stat().st_size, 4 * max(int(np.prod(shape)) for shape in tensors.values())
-    copying = Taken.by(lambda: (shutil.copyfile(path, folder / "copy"), os.sync()))
-    (folder / "copy").unlink()
     command = [sys.executable, __file__, "--blocks", *map(str, blocks), "--convert", str(path), quant, str(target)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    *taken, most = map(float, printed)
-    converting = Taken(*taken)
+    copying, converting, taken = [], [], []
+    for _ in range(rounds):
+        copying.append(Taken.by(lambda: copy(path, folder / "copy")))
+        (folder / "copy").unlink()
+        one, most = converted(command, target)
+        converting.append(one)
+        taken.append(most)
     print(f"{kind} to {quant}: {size / 1e9:.2f} GB")
-    for name, x in {"copied": copying, "converted": converting}.items():
+    for name, x in {"copied": median(copying), "converted": median(converting)}.items():
         print(f"  {name} at {size / x.seconds / 1e9:.2f} GB/s: {x}")
+    ratios = [a.seconds / b.seconds for a, b in zip(copying, converting, strict=True)]
+    ratio = median(copying).seconds / median(converting).seconds
+    print(f"  {ratio:.2f} of copying's speed, {min(ratios):.2f} to {max(ratios):.2f} by rounds")
     made = next((target / "transformer").glob("*.safetensors"))
     for name, step in steps(path, made).items():
         print(f"  {name}: {Taken.by(step)}")
+    most = max(taken)
     print(f"  most memory {most / 2**30:.2f} GiB, {(most - largest) / 2**30:+.2f} GiB beyond the largest tensor")
 
 
@@ -170,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs=2, default=(1, 4), help="double and single ones; klein-4b has 5 20")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is copied and converted")
     parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder if not given")
     parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -180,7 +205,7 @@ def main() -> None:
         return
     for form in given.forms:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            measured(form, blocks, Path(folder))
+            measured(form, blocks, Path(folder), given.rounds)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.adapters import save_for_demo
 from helpers.checkpoints import convert
 from helpers.in_memory import demo, taken
 from helpers.mlx_state import mlx_limits
@@ -36,6 +37,22 @@ def test_a_loop_loads_each_network_once(loads):
     pipe.decode(np.zeros((1, 8, 12, 16), np.float32))
     assert loads == PHASES
     assert len(images) == 3
+
+
+def test_adapters_and_sizes_change_and_nothing_is_loaded_again(loads, tmp_path):
+    pipe, path = demo(), save_for_demo(tmp_path / "a.safetensors")
+    plain = pixels(pipe)
+    for name in "ab":
+        pipe.load_lora_weights(path, adapter_name=name)
+    images = []
+    for weights in ({"a": 20.0}, {"b": -9.0}, {"a": 20.0, "b": 20.0}, {"a": 20.0}):
+        pipe.set_adapters(list(weights), list(weights.values()))
+        images.append(pixels(pipe))
+        pixels(pipe, width=32)
+    pipe.unload_lora_weights()
+    assert pixels(pipe) == plain
+    assert loads == PHASES
+    assert (len({plain, *images}), images[0]) == (4, images[3])
 
 
 def test_without_keep_each_is_loaded_for_its_phase(loads):
