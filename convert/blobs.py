@@ -11,7 +11,7 @@ from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import open_model_file
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_CHUNK = 1 << 24
+_CHUNK = 1 << 19  # so few that a core's cache holds them
 
 
 def blobs(paths: Iterable[Path]) -> dict[Path, Path]:

@@ -20,7 +20,7 @@ from .staging import write
 from .weights import TensorInfo, raise_problems, read_header
 
 _MEMORY = "verified.json"
-_CHUNK = 1 << 24
+_CHUNK = 1 << 19  # bytes that are looked at a time, so few that a core's cache holds them
 _CHANGED = "is not what was converted"
 _Progress = Callable[[int, int], object]
 
@@ -278,7 +278,7 @@ def _read(file: BinaryIO, count: int, digests: list[Any], meter: Meter) -> None:
 
 
 def _pieces(file: BinaryIO, count: int, digests: list[Any], meter: Meter) -> Iterator[bytes]:
-    """The next `count` bytes of `file`, a few megabytes at a time; all `digests` see them."""
+    """The next `count` bytes of `file`, piece by piece; all `digests` see them."""
     while count:
         data = file.read(min(count, _CHUNK))
         if not data:
