@@ -1,20 +1,32 @@
 """From an MLX checkpoint to one with fewer bits, without the source that it was made from."""
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from flux2_mlx.checkpoint import Checkpoint, Component, as_stored
-from flux2_mlx.components import GROUPS, quantizations
+from flux2_mlx.components import COMPONENTS, GROUPS, quantizations
 from flux2_mlx.config import QUANTIZATIONS
 from flux2_mlx.copying import Copied
 from flux2_mlx.errors import InputError
-from flux2_mlx.quantization import GROUP_SIZE, quantize_array, quants_from, stored_names, usual_text_quant
+from flux2_mlx.mixture import CALIBRATION, Calibration
+from flux2_mlx.quantization import (
+    GROUP_SIZE,
+    MIXED,
+    bits_of,
+    layer_bits,
+    quantize_array,
+    quants_from,
+    stored_names,
+    usual_text_quant,
+)
 from flux2_mlx.weights import Files, Tensors
 from flux2_mlx.wording import told
 
@@ -36,6 +48,7 @@ def requantize(
     text_quant: str | None = None,
     *,
     folds: Sequence[Fold] = (),
+    calibration: Calibration | None = None,
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
@@ -46,10 +59,11 @@ def requantize(
     Args:
         checkpoint: the opened checkpoint.
         target: the folder to make; it appears only when it is complete.
-        quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: what usually goes with `quant` if it is
+        quant: one of `QUANTIZATIONS` for the transformer; None: as stored.
+        text_quant: one of `QUANTIZATIONS` for the text encoder; None: what usually goes with `quant` if it is
             stored as `bf16`, else as stored, with a warning if that is not the usual one.
         folds: adapters that are folded into its weights, which must be in 16 bits.
+        calibration: of its transformer, which says what has 8 bits in `mixed4`.
         force: replace an MLX checkpoint at `target`.
         progress: called with bytes done and bytes in all: those that are compared with the recorded hashes, and those
             that are written.
@@ -72,10 +86,13 @@ def requantize(
         stays = f"the text encoder of {checkpoint.folder} stays {text_quant}"
         _log.warning("%s; %s of the original is better than what could be made of that", stays, usual)
     adapters = Folds(folds, configs)
-    parts = stored_parts(checkpoint.components, (quant, text_quant), adapters)
+    ranking = None if calibration is None else calibration.ranking
+    parts = stored_parts(checkpoint.components, (quant, text_quant), adapters, ranking)
     for part in parts:
         warn_of_loss(checkpoint.components[part.component.name], part.component)
     source = folded_source(checkpoint.source, folds)
+    if calibration is not None:
+        source = _calibrated_source(source, calibration)
     files = [file for component in checkpoint.components.values() for file in versions(component.tensors)]
     files += adapters.versions
     write_folder(
@@ -90,11 +107,18 @@ def requantize(
     )
 
 
+def _calibrated_source(source: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """What a checkpoint says of its source, with its calibration and the fingerprint that it has with that."""
+    text = json.dumps([source.get("fingerprint"), calibration.ranking])
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    return {**source, "fingerprint": fingerprint, CALIBRATION: calibration.measured}
+
+
 def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | None) -> tuple[str, str]:
     """The `quant` and `text_quant` of what `requantize` writes with these settings; InputError if it can't."""
     quants = quants_from(checkpoint.quants, quant, text_quant)
     for group, stored, wanted in zip(GROUPS, checkpoint.quants, quants, strict=True):
-        if QUANTIZATIONS.index(wanted) < QUANTIZATIONS.index(stored):
+        if QUANTIZATIONS.index(wanted) < QUANTIZATIONS.index(stored) or (stored, wanted) == ("qint6", MIXED):
             raise InputError(
                 f"the {told([group])} of {checkpoint.folder} is stored as {stored}, and would gain nothing as "
                 f"{wanted}; convert the original, or a checkpoint in bf16"
@@ -102,11 +126,19 @@ def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | Non
     return quants
 
 
-def stored_parts(stored: Mapping[str, Component], quants: tuple[str, str], adapters: Folds | None = None) -> list[Part]:
+def stored_parts(
+    stored: Mapping[str, Component],
+    quants: tuple[str, str],
+    adapters: Folds | None = None,
+    ranking: Sequence[str] | None = None,
+) -> list[Part]:
     """These networks of checkpoints as `stored_part` has each, where the transformer and the text encoder are to be
-    stored in these quantizations."""
+    stored in these quantizations; the transformer's layers in `mixed4` by their `ranking`."""
     wanted = quantizations(*quants)
-    return [stored_part(one, one.quantized(wanted[name]), adapters) for name, one in stored.items()]
+    return [
+        stored_part(one, one.quantized(wanted[name], ranking if COMPONENTS[name].is_main else None), adapters)
+        for name, one in stored.items()
+    ]
 
 
 def stored_part(stored: Component, wanted: Component, adapters: Folds | None = None) -> Part:
@@ -119,14 +151,14 @@ def stored_part(stored: Component, wanted: Component, adapters: Folds | None = N
     place = stored.files[0].parent
     if changes and stored.quantization is not None:
         raise InputError(
-            f"{place} is stored in {_bits(stored)} bits, which no adapter is folded into; convert the original, or a "
+            f"{place} is stored in {_told(stored)} bits, which no adapter is folded into; convert the original, or a "
             "checkpoint in bf16"
         )
     if stored.quantization == wanted.quantization and not changes:
         files = Files(stored.files)
         return Part(wanted, files, {name: Copied((files.range_of(name),)) for name in wanted.infos})
-    before, after = _bits(stored), _bits(wanted)
-    if after > before:
+    if any(_bits(stored, layer) < bits for layer, bits in layer_bits(wanted.quantization, wanted.infos).items()):
+        before, after = _told(stored), _told(wanted)
         raise InputError(f"{place} is stored in {before} bits, which gain nothing as {after}; ask for the same")
 
     def complaint(name: str) -> str:
@@ -141,12 +173,18 @@ def warn_of_loss(stored: Component, wanted: Component) -> None:
     if stored.quantization in (None, wanted.quantization):
         return
     change = f"{_loss(_plain(stored), wanted):.1%}"
-    loss = f"in {_bits(wanted)} its weights change by {change} of their size; of the original they would be better"
-    _log.warning("%s is stored in %d bits already: %s", stored.files[0].parent, _bits(stored), loss)
+    loss = f"in {_told(wanted)} its weights change by {change} of their size; of the original they would be better"
+    _log.warning("%s is stored in %s bits already: %s", stored.files[0].parent, _told(stored), loss)
 
 
-def _bits(component: Component) -> int:
-    return int((component.quantization or {"bits": 16})["bits"])
+def _bits(component: Component, layer: str) -> int:
+    return 16 if component.quantization is None else bits_of(component.quantization, layer)
+
+
+def _told(component: Component) -> str:
+    """The bits of the layers that are quantized, from the fewest to the most."""
+    bits = sorted({*layer_bits(component.quantization, component.infos).values()} or {16})
+    return " to ".join(map(str, dict.fromkeys((bits[0], bits[-1]))))
 
 
 def _plain(component: Component) -> Tensors:
@@ -161,11 +199,13 @@ def _loss(tensors: Tensors, wanted: Component) -> float:
     that of the values, in some rows of some layers."""
     names = [name for name in tensors.infos if stored_names(name, wanted.infos) != [name]]
     change = size = 0.0
-    for array in tensors.read(names[:: -(-len(names) // _LAYERS)]):
+    some = names[:: -(-len(names) // _LAYERS)]
+    for name, array in zip(some, tensors.read(some), strict=True):
         rows = array[:_ROWS].astype(mx.float32)
-        codes, scales, biases = quantize_array(rows, _bits(wanted)).values()
+        bits = _bits(wanted, name.removesuffix(".weight"))
+        codes, scales, biases = quantize_array(rows, bits).values()
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        again = mx.dequantize(codes, scales, biases, GROUP_SIZE, _bits(wanted))
+        again = mx.dequantize(codes, scales, biases, GROUP_SIZE, bits)
         change += _squares(again - rows)
         size += _squares(rows)
     return math.sqrt(change / size) if size else 0.0

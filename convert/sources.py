@@ -10,7 +10,7 @@ from flux2_mlx.checkpoint import Component, check_counts
 from flux2_mlx.components import COMPONENTS, MAIN_PART, WRITING_PARTS
 from flux2_mlx.config import QUANTIZATIONS, Geometries, Variant, check_quant
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.quantization import BITS, usual_text_quant
+from flux2_mlx.quantization import quant_of, usual_text_quant
 from flux2_mlx.weights import FLOATS, TensorInfo, Tensors
 from flux2_mlx.wording import told
 
@@ -166,8 +166,7 @@ class Source:
     def _usual_quant(self, name: str) -> str:
         """The fewest bits of ours that keep the precision that a network is stored in."""
         if name in self.stored:
-            bits = (self.stored[name].quantization or {}).get("bits")
-            return next(quant for quant, own in BITS.items() if own == bits)
+            return quant_of(self.stored[name].quantization)
         return self.parts[name].usual_quant if name in self.parts else "bf16"
 
     @property

@@ -60,8 +60,8 @@ def write_checkpoint(
     Args:
         source: the opened source.
         target: the folder to make; it appears only when it is complete.
-        quant: `bf16`, `qint8` or `qint4` for the transformer.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        quant: one of `QUANTIZATIONS` for the transformer.
+        text_quant: the same for the text encoder; None: as `quant`, but `qint8` with `bf16`.
         name: what the manifest calls the source; its folder's name if None.
         folds: adapters that are folded into the weights before these are quantized.
         force: replace an MLX checkpoint at `target`.

@@ -362,12 +362,12 @@ class BasePipeline(WritingMethods, LoraMethods, DiffusersMethods):
 
     @property
     def quant(self) -> str:
-        """`bf16`, `qint8` or `qint4`, of the transformer."""
+        """`bf16`, `qint8`, `qint6`, `mixed4` or `qint4`, of the transformer."""
         return self.networks.quant
 
     @property
     def text_quant(self) -> str:
-        """`bf16`, `qint8` or `qint4`, of the text encoder."""
+        """`bf16`, `qint8`, `qint6`, `mixed4` or `qint4`, of the text encoder."""
         return self.networks.text_quant
 
     @property

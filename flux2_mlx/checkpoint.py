@@ -3,7 +3,7 @@
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,7 +20,18 @@ from .files import Claim, read_bytes
 from .json_files import NONSENSE, read_json
 from .layers import Adapters, adapted
 from .loading import InMemory, fill, module_tensors
-from .quantization import BITS, Quantized, check_statement, quantize_module, quantized_infos, statement, wanted_quants
+from .mixture import finer_layers
+from .quantization import (
+    MIXED,
+    Quantized,
+    check_statement,
+    is_stated,
+    quant_of,
+    quantize_module,
+    quantized_infos,
+    statement,
+    wanted_quants,
+)
 from .staging import bring_back
 from .text import TOKENIZER_FILES, TOKENIZERS, PromptTokenizer
 from .weights import Files, TensorInfo, Tensors, mismatches, raise_problems
@@ -88,11 +99,15 @@ class Component:
         """Bytes of the weights as stored."""
         return sum(tensor.nbytes for tensor in self.infos.values())
 
-    def quantized(self, quant: str) -> "Component":
-        """This component as it would be stored with `quant`."""
+    def quantized(self, quant: str, ranking: Sequence[str] | None = None) -> "Component":
+        """This component as it would be stored with `quant`; with `mixed4` as `finer_layers` says of the `ranking`, or,
+        without one, as it is stored so already."""
+        if ranking is None and self.quantization is not None and quant_of(self.quantization) == quant:
+            return self
         plain = replace(self, quantization=None).infos
         layers = [(name.removesuffix(".weight"), x.shape) for name, x in plain.items() if len(x.shape) == 2]
-        return replace(self, quantization=statement(quant, self.name, layers))
+        finer = finer_layers(self.name, dict(layers), ranking) if quant == MIXED else ()
+        return replace(self, quantization=statement(quant, self.name, layers, finer))
 
     def verify(self, folder: Path) -> None:
         """Compare lengths, names, shapes and dtypes in the files with the geometry; CheckpointError lists all that is
@@ -130,7 +145,7 @@ def as_stored(tensors: Tensors, component: Component) -> Tensors:
     """`tensors`, which are those of `component` in 16 bits, quantized if it is stored quantized."""
     if component.quantization is None:
         return tensors
-    return Quantized(tensors, component.infos, component.quantization["bits"])
+    return Quantized(tensors, component.infos, component.quantization)
 
 
 def described(name: str, values: dict[str, Any], path: Path, section: str = "") -> Any:
@@ -237,8 +252,8 @@ class Checkpoint:
         quants = quantizations(self.quant, self.text_quant)
         for name, component in self.components.items():
             quant = quants[name]
-            stored = (component.quantization or {}).get("bits")
-            if stored != BITS[quant]:
+            if not is_stated(quant, component.quantization):
+                stored = (component.quantization or {}).get("bits")
                 raise InputError(f"it says {quant} where the {name} is stored with {stored or 16} bits")
         check_fit(self.variant, {name: component.config for name, component in self.components.items()})
 

@@ -33,6 +33,7 @@ class ComponentKind:
         labels: what a user is told is going on in a phase, where that is not the phase's name.
         streamed: its lists of blocks that can be streamed, in the order that they are run in.
         looked_up: its matrices that only rows are taken of. They are no linear layers, so adapters don't go there.
+        worst_last: whether few bits of its last blocks change more than those of its first.
         paints: whether images are made with it. The others write text, which needs neither transformer nor VAE.
         is_main: whether a model is what this component of it is: it tells which model that is, and is never another's.
         every_run: whether no image is made without it. Encoded prompts make the text encoder unnecessary.
@@ -52,6 +53,7 @@ class ComponentKind:
     labels: Mapping[str, str] = field(default_factory=dict)
     streamed: tuple[str, ...] = ()
     looked_up: tuple[str, ...] = ()
+    worst_last: bool = False
     paints: bool = False
     is_main: bool = False
     every_run: bool = False
@@ -73,6 +75,7 @@ COMPONENTS = {
         phases=("transformer",),
         labels={"transformer": "denoising"},
         streamed=("double_blocks", "single_blocks"),
+        worst_last=True,
         paints=True,
         is_main=True,
         every_run=True,
@@ -132,6 +135,7 @@ COMPONENTS = {
 # Each is saved as a folder in a source: those of a whole model, and those that suffice to write text.
 PARTS = tuple(dict.fromkeys(kind.part for kind in COMPONENTS.values()))
 WRITING_PARTS = tuple(dict.fromkeys(kind.part for kind in COMPONENTS.values() if not kind.paints))
+(MAIN,) = (name for name, kind in COMPONENTS.items() if kind.is_main)
 (MAIN_PART,) = (kind.part for kind in COMPONENTS.values() if kind.is_main)
 GROUPS = tuple(name for name, kind in COMPONENTS.items() if kind.group == name)
 PAINTING = tuple(name for name, kind in COMPONENTS.items() if kind.paints)

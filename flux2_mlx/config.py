@@ -12,7 +12,7 @@ from typing import Any, Self, get_args, get_origin
 
 from .errors import CheckpointError, InputError
 
-QUANTIZATIONS = ("bf16", "qint8", "qint4")
+QUANTIZATIONS = ("bf16", "qint8", "qint6", "mixed4", "qint4")  # from most bits to fewest
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT_MODELS = ("qwen3", "mistral3")
 # Several times what any FLUX.2 has, so that no config can ask for more than memory holds before files are looked at.
@@ -390,7 +390,7 @@ def variant_named(name: str) -> Variant:
 
 
 def check_quant(quant: str) -> str:
-    """`quant` itself; InputError if it is not one of `bf16`, `qint8`, `qint4`."""
+    """`quant` itself; InputError if it is not one of `QUANTIZATIONS`."""
     if quant not in QUANTIZATIONS:
         raise InputError(f"unknown quantization {quant!r}; choose one of {', '.join(QUANTIZATIONS)}")
     return quant

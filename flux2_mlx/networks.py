@@ -58,7 +58,7 @@ class Networks:
 
         Args:
             model: a checkpoint; or a variant, for what it would be converted to, without files.
-            quant: `bf16`, `qint8` or `qint4`, which the transformer becomes at loading where it is not stored so; None:
+            quant: one of `QUANTIZATIONS`, which the transformer becomes at loading where it is not stored so; None:
                 as stored.
             text_quant: the same for the text encoder.
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own.

@@ -67,10 +67,10 @@ class Flux2Pipeline(PreparedPipeline):
                 of one part only, such as the transformer, the others are taken from a converted model or fetched. Text
                 is understood as `store.resolve` says, a `Path` is a path.
             variant: the model's name where the source can't tell.
-            quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or when converting `bf16`, or as few
-                bits as the source has.
-            text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, or when converting 8 bit, 4
-                bit with `qint4`, or as few bits as the source has.
+            quant: `bf16`, `qint8`, `qint6`, `mixed4` or `qint4` for the transformer; None: as stored, or when
+                converting `bf16`, or as few bits as the source has.
+            text_quant: the same for the text encoder; None: as stored, or when converting as `quant`, but `qint8` with
+                `bf16`, or as few bits as the source has.
             dtype: `float32`, `bfloat16` or `float16`, or a dtype of MLX or PyTorch, for activations; None: float16 on
                 M1 and M2, bfloat16 on later chips, float32 on a CPU. Under float16 all but the transformer is in
                 bfloat16.

@@ -1,8 +1,10 @@
-"""Which weights are quantized, and how: affine, groups of 64, 8 or 4 bits."""
+"""Which weights are quantized, and how: affine, groups of 64, 8, 6 or 4 bits."""
 
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import mlx.core as mx
@@ -22,9 +24,12 @@ _SLICE = 512 * 1024
 _WORK_BYTES = 12
 _PARTS = ("weight", "scales", "biases")
 _DTYPES = (mx.uint32, mx.bfloat16, mx.bfloat16)
-BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 4), strict=True))
-# A text encoder in 8 bits is hardly told from bfloat16 and half the size; 4 bits are for who asks for 4 bits.
-_TEXT_QUANT = {"bf16": "qint8", "qint8": "qint8", "qint4": "qint4"}
+# Of most layers; `mixed4` has some in `FINER`.
+BITS: dict[str, int | None] = dict(zip(QUANTIZATIONS, (None, 8, 6, 4, 4), strict=True))
+MIXED = "mixed4"
+FINER = 8
+# A text encoder in 8 bits is hardly told from bfloat16 and half the size; fewer are for who asks for fewer.
+_TEXT_QUANT = {quant: quant if quant != "bf16" else "qint8" for quant in QUANTIZATIONS}
 
 
 def is_quantizable(component: str, shape: tuple[int, ...]) -> bool:
@@ -36,31 +41,79 @@ def is_quantizable(component: str, shape: tuple[int, ...]) -> bool:
     return shape[-1] % GROUP_SIZE == 0  # groups lie along a row
 
 
-def statement(quant: str, component: str, layers: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any] | None:
-    """What `config.json` says, in mlx-lm's form: the parameters, and `false` for each layer left alone.
+def statement(
+    quant: str, component: str, layers: Iterable[tuple[str, tuple[int, ...]]], finer: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """What `config.json` says, in mlx-lm's form: the parameters, those of each layer that has others, and `false` for
+    each that is left alone.
 
-    `layers` are the names (without `.weight`) and weight shapes of all linear layers and embeddings.
+    Args:
+        quant: one of `QUANTIZATIONS`.
+        component: the name of the network.
+        layers: the names (without `.weight`) and weight shapes of all linear layers and embeddings.
+        finer: the names of those that have `FINER` bits in `mixed4`.
     """
     bits = BITS[quant]
     if bits is None or COMPONENTS[component].group is None:
         return None
-    spared = {name: False for name, shape in layers if not is_quantizable(component, shape)}
-    return {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine", **spared}
+    own: dict[str, Any] = {}
+    for name, shape in layers:
+        if not is_quantizable(component, shape):
+            own[name] = False
+        elif quant == MIXED and name in finer:
+            own[name] = _parameters(FINER)
+    return _parameters(bits) | own
+
+
+def _parameters(bits: int) -> dict[str, Any]:
+    return {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
 
 
 def check_statement(values: Any) -> None:
     """CheckpointError if `values`, read from a file, are nothing that `statement` gives."""
     if values is None:
         return
-    parameters = {"group_size": (GROUP_SIZE,), "bits": (4, 8), "mode": ("affine",)}
+    parameters = {"group_size": (GROUP_SIZE,), "bits": (4, 6, 8), "mode": ("affine",)}
     if not isinstance(values, dict):
         raise CheckpointError(f"quantization is {reprlib.repr(values)}, not an object")
     for key, allowed in parameters.items():
         if type(values.get(key)) is not type(allowed[0]) or values[key] not in allowed:
             raise CheckpointError(f"quantization.{key} is {reprlib.repr(values.get(key))}, none of {allowed}")
+    expected = "false or of 8 bits" if values["bits"] == BITS[MIXED] else "false"
     for key, value in values.items():
-        if key not in parameters and value is not False:
-            raise CheckpointError(f"quantization.{reprlib.repr(key)} is {reprlib.repr(value)}, not false")
+        if key in parameters or value is False or (expected != "false" and _is_finer(value)):
+            continue
+        raise CheckpointError(f"quantization.{reprlib.repr(key)} is {reprlib.repr(value)}, not {expected}")
+
+
+def _is_finer(value: Any) -> bool:
+    """Whether what a file says of a layer is that it has `FINER` bits."""
+    return value == _parameters(FINER) and all(type(number) is not float for number in value.values())
+
+
+def bits_of(quantization: dict[str, Any], layer: str) -> int:
+    """The bits of a layer of a network that is quantized as a `statement` says, if it is quantized."""
+    own = quantization.get(layer)
+    return int((own if isinstance(own, dict) else quantization)["bits"])
+
+
+def layer_bits(quantization: dict[str, Any] | None, stored: Iterable[str]) -> dict[str, int]:
+    """The bits of each layer that is quantized, of a network whose `stored` tensors have these names."""
+    layers = [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]
+    return {} if quantization is None else {layer: bits_of(quantization, layer) for layer in layers}
+
+
+def is_stated(quant: str, quantization: dict[str, Any] | None) -> bool:
+    """Whether a network that is quantized as a `statement` says is stored as `quant`."""
+    if quantization is None:
+        return quant == "bf16"
+    finer = any(isinstance(value, dict) for value in quantization.values())
+    return quantization["bits"] == BITS[quant] and (quant == MIXED or not finer)
+
+
+def quant_of(quantization: dict[str, Any] | None) -> str:
+    """What a network is stored as that is quantized as a `statement` says."""
+    return next(quant for quant in reversed(QUANTIZATIONS) if is_stated(quant, quantization))
 
 
 def quantize_array(weight: mx.array, bits: int) -> dict[str, mx.array]:
@@ -95,12 +148,12 @@ def stored_names(name: str, stored: Mapping[str, TensorInfo]) -> list[str]:
 
 
 class Quantized:
-    """Tensors in as few bits as they are `stored` in, each quantized when the first of its parts is read.
-    CheckpointError then if values are so large that there is no scale for them."""
+    """Tensors in as few bits as they are `stored` in by a `statement`, each quantized when the first of its parts is
+    read. CheckpointError then if values are so large that there is no scale for them."""
 
-    def __init__(self, tensors: Tensors, stored: Mapping[str, TensorInfo], bits: int):
+    def __init__(self, tensors: Tensors, stored: Mapping[str, TensorInfo], quantization: dict[str, Any]):
         self._tensors = tensors
-        self._bits = bits
+        self._quantization = quantization
         # The largest while little is in memory.
         plain = sorted(tensors.infos, key=lambda name: -tensors.infos[name].nbytes)
         self._plain = {part: name for name in plain for part in stored_names(name, stored)}
@@ -120,7 +173,8 @@ class Quantized:
         parts = stored_names(name, self.infos)
         if parts == [name]:
             return {name: array}
-        made = [*quantize_array(array, self._bits).values()]
+        bits = bits_of(self._quantization, name.removesuffix(".weight"))
+        made = [*quantize_array(array, bits).values()]
         if not all(_are_finite(factors) for factors in made[1:]):
             raise CheckpointError(f"{name} has values too large to be quantized; fetch it again, or give another copy")
         return dict(zip(parts, made, strict=True))
@@ -145,16 +199,28 @@ def _quantize_rows(weight: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.
     safe_scales = mx.where(scales == 0, 1, scales)[..., None].astype(mx.float32)
     offsets = biases[..., None].astype(mx.float32)
     codes = mx.clip(mx.round((grouped - offsets) / safe_scales), 0, 2**bits - 1).astype(mx.uint8)
+    return _packed(codes.reshape(len(weight), -1), bits).view(mx.uint32), scales, biases
+
+
+def _packed(codes: mx.array, bits: int) -> mx.array:
+    """The bytes of codes `[rows, columns]` of one byte each: the first code has the lowest bits."""
+    if bits == 8:
+        return codes
     if bits == 4:
         pairs = codes.view(mx.uint16)  # the second code of a pair is its higher byte
-        codes = (pairs | pairs >> 4).astype(mx.uint8)
-    return codes.reshape(len(weight), -1).view(mx.uint32), scales, biases
+        return (pairs | pairs >> 4).astype(mx.uint8)
+    fours = codes.view(mx.uint32)
+    four = [fours >> shift & 0x3F << place for shift, place in zip((0, 2, 4, 6), (0, 6, 12, 18), strict=True)]
+    joined = reduce(or_, four).view(mx.uint8).reshape(len(codes), -1, 4)
+    return joined[..., :3].flatten(1)  # three bytes hold four codes
 
 
 def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> None:
     """Replace the layers of `module` as `quantization` says; CheckpointError if it is no `statement`."""
     check_statement(quantization)
     if quantization is not None:
+        layers = {path for path, layer in module.named_modules() if hasattr(layer, "to_quantized")}
+        _check_finer(layers, quantization)
         nn.quantize(
             module,
             group_size=quantization["group_size"],
@@ -171,19 +237,25 @@ def quantized_infos(plain: Mapping[str, TensorInfo], quantization: dict[str, Any
     stored: dict[str, TensorInfo] = {}
     for name, info in plain.items():
         layer, _, kind = name.rpartition(".")
-        own = quantization.get(layer, True)
-        if kind != _PARTS[0] or len(info.shape) != 2 or own is False:
+        if kind != _PARTS[0] or len(info.shape) != 2 or quantization.get(layer) is False:
             stored[name] = info
             continue
         rows, columns = info.shape
         if columns % quantization["group_size"]:
             raise ValueError(f"{layer} has {columns} columns, which are no groups of {quantization['group_size']}")
         groups = (rows, columns // quantization["group_size"])
-        bits = (own if isinstance(own, dict) else quantization)["bits"]
-        shapes = ((rows, columns * bits // 32), groups, groups)
+        shapes = ((rows, columns * bits_of(quantization, layer) // 32), groups, groups)
         parts = zip(_PARTS, _DTYPES, shapes, strict=True)
         stored |= {f"{layer}.{part}": TensorInfo(CODES[dtype], shape) for part, dtype, shape in parts}
+    _check_finer({name.removesuffix(".scales") for name in stored.keys() - plain.keys()}, quantization)
     return stored
+
+
+def _check_finer(layers: Collection[str], quantization: dict[str, Any]) -> None:
+    """CheckpointError if parameters are those of a layer that is none of these, which can have some."""
+    for path, own in quantization.items():
+        if isinstance(own, dict) and path not in layers:
+            raise CheckpointError(f"quantization.{reprlib.repr(path)} is of no layer of this network")
 
 
 def usual_text_quant(quant: str) -> str:

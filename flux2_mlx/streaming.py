@@ -76,13 +76,10 @@ class Blocks:
         for number, block in enumerate(blocks[:resident]):
             fill(block, self._part(number))
         self._resident = [self._adapted(number, block) for number, block in enumerate(blocks[:resident])]
-        self._template = blocks[resident] if resident < len(blocks) else nn.Module()
+        self._blocks = blocks  # each by itself, as layers of one may have other bits than those of the next
         self._count = len(blocks)
         # By their numbers. There may be two: who stops early leaves the next one on its way, for the next time.
         self._coming: dict[int, _Coming] = {}
-        weights = dict(tree_flatten(self._template.parameters()))
-        # Never evaluated, so without memory: what the template holds between two uses.
-        self._nothing = [(name, mx.zeros(x.shape, x.dtype)) for name, x in weights.items()]
 
     def __len__(self) -> int:
         return self._count
@@ -91,13 +88,13 @@ class Blocks:
         first = len(self._resident)
         self._ask(first)
         yield from self._resident
-        try:
-            for number in range(first, self._count):
+        for number in range(first, self._count):
+            try:
                 self._take(number)
                 self._ask(number + 1)
-                yield self._adapted(number, self._template)
-        finally:
-            self._template.load_weights(self._nothing)
+                yield self._adapted(number, self._blocks[number])
+            finally:
+                self._empty(number)
 
     def _ask(self, number: int) -> None:
         """Have a block read, or the first one of the list that follows, unless that is on its way already."""
@@ -125,16 +122,22 @@ class Blocks:
         return adapted(block, self._adapters, f"{self._name}.{number}")
 
     def _take(self, number: int) -> None:
-        """Put a block's weights into the template when all are there."""
+        """Put a block's weights into its place when all are there."""
         needed = time.perf_counter()
         coming = self._asked(number)
         del self._coming[number]
-        self._template.load_weights(coming.weights)
+        self._blocks[number].load_weights(coming.weights)
         with _readable():
-            mx.eval(self._template.parameters())  # or two blocks would be on their way at once
+            mx.eval(self._blocks[number].parameters())  # or two blocks would be on their way at once
         there = time.perf_counter()
         nbytes = sum(x.nbytes for _, x in coming.weights)
         self._reading.add(nbytes, nbytes * max(0.0, needed - coming.asked) / (there - coming.asked))
+
+    def _empty(self, number: int) -> None:
+        """Let go of a block's weights. What it holds in their place is never evaluated, so it takes no memory."""
+        block = self._blocks[number]
+        weights = tree_flatten(block.parameters())
+        block.load_weights([(name, mx.zeros(x.shape, x.dtype)) for name, x in weights])
 
 
 class _Coming:

@@ -73,7 +73,8 @@ class Writer:
             source: as for `Flux2Pipeline.from_pretrained`; fetched and converted first if need be. Of the released
                 models, dev's sees images.
             variant: the model's name where the source can't tell.
-            text_quant: `bf16`, `qint8` or `qint4`; None: as stored, or 8 bit or as few as the source has.
+            text_quant: `bf16`, `qint8`, `qint6`, `mixed4` or `qint4`; None: as stored, or `qint8` or as few
+                bits as the source has.
             dtype: `float32`, `bfloat16` or `float16` for activations; None: the device's own. With `float16` it is
                 `bfloat16`, as hidden states of language models overflow the other.
             models_dir: as for `Flux2Pipeline.from_pretrained`.

@@ -69,7 +69,7 @@ def test_without_previews_it_may_fit():
     ("limit", "text_quant", "quants"),
     [
         (5, None, ("qint8", "qint8")),
-        (3, None, ("qint4", "qint8")),
+        (3, None, ("qint6", "qint8")),
         (1.8, None, ("qint4", "qint4")),
         (5, "bf16", ("qint8", "bf16")),
     ],

@@ -53,7 +53,7 @@ def test_products_that_are_cut_are_told(digits, expected, monkeypatch):
     assert verdict(numerics.check_float32()) == expected
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_a_wrong_product_with_packed_weights_fails(bits, monkeypatch):
     monkeypatch.setattr(numerics, "_PACKED", (32, 128))
     assert verdict(numerics.check_quantized(bits, mx.float32)) == "pass"

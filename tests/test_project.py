@@ -27,14 +27,14 @@ STOREYS = {
     ),
     "networks": ("layers", "loading", "balance", "adapters", "transformer", "vae", "text", "low_ranks", "branches"),
     "models": (
-        "components", "quantization", "checkpoint", "decoders", "memory", "streaming", "footprints", "kept", "networks",
+        "components", "quantization", "mixture", "checkpoint", "decoders", "memory", "streaming", "footprints", "kept",
+        "networks",
         "verification", "convert", "store",
     ),
     "runs": (
         "request", "output", "step_cache", "sampling", "metering", "advice", "durations", "arguments", "latents",
         "cached_encoder", "unfinished", "upsampling", "previews", "provenance", "run", "progress_bar", "lora_methods",
-        "diffusers_methods",
-        "base_pipeline", "inputs", "preparation", "pipeline",
+        "diffusers_methods", "base_pipeline", "inputs", "preparation", "calibration", "pipeline",
     ),
     "faces": ("doctor", "benchmark", "cli", "__main__"),
 }  # fmt: skip
@@ -45,6 +45,7 @@ OF_THE_CLI = {*STOREYS["facts"], "pipeline", "store", "request", "images"}
 OF_ONE_MODULE = {
     "bench": {"benchmark"},
     "cache": {"embedding_cache"},
+    "convert": {"calibration"},
     "doctor": {"doctor"},
     "draft": {"image_names", "provenance"},
     "frames": {"image_names"},

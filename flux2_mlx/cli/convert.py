@@ -1,7 +1,9 @@
 """`flux2-mlx convert`."""
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +11,9 @@ from .options import keep_source_option, quiet_option, variant_option, weight_op
 from .progress import Bars, notice, source_notice
 from .terminal import print_result
 from .wakefulness import caffeinate_option
+
+if TYPE_CHECKING:
+    from ..store import Calibrate
 
 
 @click.command()
@@ -26,6 +31,12 @@ from .wakefulness import caffeinate_option
     metavar="SOURCE[:SCALE]",
     help="Adapter to fold in, with the scale of what it changes; may be given several times.",
 )
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="With -q mixed4, of an MLX checkpoint in bf16: try each layer in small images, and keep 8 bits where 4 change "
+    "them most.",
+)
 @keep_source_option
 @click.option("--force", is_flag=True, help="Replace an MLX checkpoint at TARGET.")
 @quiet_option
@@ -37,6 +48,7 @@ def convert(
     text_quant: str | None,
     variant: str | None,
     lora: tuple[str, ...],
+    calibrate: bool,
     keep_source: bool,
     force: bool,
     quiet: bool,
@@ -57,6 +69,7 @@ def convert(
     Examples:
       flux2-mlx convert klein-4b klein-4b-q8 -q qint8
       flux2-mlx convert klein-4b-bf16 klein-4b-q4 -q qint4
+      flux2-mlx convert klein-4b-bf16 klein-4b-mixed -q mixed4 --calibrate
       flux2-mlx convert finetune.safetensors mine -q qint8
       flux2-mlx convert owner/name:model-Q4_K_M.gguf mine --text-encoder Qwen/Qwen3-4B
       flux2-mlx convert klein-4b fox-q8 -q qint8 --lora fox.safetensors:0.8
@@ -64,6 +77,9 @@ def convert(
     from ..store import convert_model
     from .loras import read
 
+    given = {name: path for name, path in places.items() if path is not None}
+    if calibrate and (quant != "mixed4" or lora or given):
+        raise click.UsageError("--calibrate is for -q mixed4 of a model as it is, without --lora and other parts")
     if not target:  # which would be the current folder
         raise click.UsageError("TARGET is empty; give the folder to make")
     if os.path.islink(target) and not os.path.exists(target):
@@ -76,7 +92,8 @@ def convert(
             adapters=[(one.source, one.scale) for one in read(lora, None)],
             quant=quant,
             text_quant=text_quant,
-            parts={name: path for name, path in places.items() if path is not None},
+            parts=given,
+            calibrate=_calibrate(bars) if calibrate else None,
             force=force,
             keep_source=keep_source,
             announce=bars.announce,
@@ -84,3 +101,10 @@ def convert(
         )
     print_result(Path(target))
     source_notice(model, keep_source, quiet)
+
+
+def _calibrate(bars: Bars) -> "Calibrate":
+    """What measures a model, whose images a bar counts."""
+    from ..calibration import calibrated
+
+    return partial(calibrated, progress=partial(bars.show, "calibrating"))

@@ -190,7 +190,7 @@ def _row(variant: Variant) -> dict[str, Any]:
 
 def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict[str, Any]:
     """What is known of `model`. A fine-tune is not shown as the model that it was made from."""
-    from ..store import BUILT_IN, is_official
+    from ..store import BUILT_IN, calibration, is_official, mixture
 
     checkpoint = pipe.checkpoint
     folders = [] if model.kind == BUILT_IN else folders
@@ -203,6 +203,8 @@ def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict
         "source": checkpoint.source.get("name"),
         "parts": checkpoint.origins,
         "adapters": checkpoint.folded,
+        "layers": {str(bits): count for bits, count in mixture(checkpoint).items()},
+        "calibration": calibration(checkpoint),
         "repo": checkpoint.variant.repo if official else model.repo,
         **_row(checkpoint.fitted_variant),
         "folders": [str(folder) for folder in folders],
@@ -295,6 +297,15 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
     click.echo(f"{limit}: {memory_reason()}; --memory-limit sets another")
 
 
+def _mixture(row: dict[str, Any]) -> str:
+    """How many layers of the transformer have which bits, and who chose them."""
+    counts = " and ".join(f"{count} layers in {bits} bits" for bits, count in row["layers"].items())
+    measured = row["calibration"]
+    if measured is None:
+        return f"transformer: {counts}, by their places"
+    return f"transformer: {counts}, calibrated by {measured.get('prompts')} prompts at {measured.get('side')} pixels"
+
+
 def _print_one(row: dict[str, Any]) -> None:
     kind = f"{row['licence']} licence" if row["official"] else f"a {row['variant']} of another source"
     print_result(f"{row['model']}: {kind}, {row['steps']} steps, guidance {row['guidance']}")
@@ -305,6 +316,8 @@ def _print_one(row: dict[str, Any]) -> None:
     if row["adapters"]:
         folded = ", ".join(f"{one.get('source')} × {one.get('scale')}" for one in row["adapters"])
         print_result(f"with the adapters {folded}")
+    if row["layers"]:
+        print_result(_mixture(row))
     for part, place in row["parts"].items():
         print_result(f"its {told([part])} from {place}")
     components = list(row["bytes"]["bf16"])

@@ -35,7 +35,7 @@ quant_option = click.option(
 text_quant_option = click.option(
     "--text-quant",
     type=click.Choice(QUANTIZATIONS),
-    help="Quantization of the text encoder.  [default: qint8; qint4 with -q qint4, or as few bits as the source has]",
+    help="Quantization of the text encoder.  [default: as -q, but qint8 with bf16; or as few bits as the source has]",
 )
 dtype_option = click.option(
     "--dtype",

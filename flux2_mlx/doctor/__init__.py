@@ -64,7 +64,7 @@ class CheckUp:
         yield "demo image", lambda: numerics.check_demo(_demo())
         yield "product", self._bounded(numerics.product_operations(), partial(numerics.check_product, dtype))
         yield "float32", numerics.check_float32
-        for bits in (4, 8):
+        for bits in (4, 6, 8):
             yield f"product with {bits} bit weights", partial(numerics.check_quantized, bits, dtype)
         yield "convolution", partial(numerics.check_convolution, network_dtype("vae", dtype))
         for head_dim in (64, 128, 512):

@@ -84,7 +84,8 @@ def check_quantized(bits: int, dtype: mx.Dtype) -> Finding:
     parts = {name: x.astype(dtype) if name != "weight" else x for name, x in packed.items()}
     weight, scales, biases = parts["weight"], parts["scales"], parts["biases"]
     y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=GROUP_SIZE, bits=bits)
-    codes = (np.array(weight)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
+    unpacked = np.unpackbits(np.array(weight).view(np.uint8), axis=-1, bitorder="little")
+    codes = unpacked.reshape(*unpacked.shape[:-1], -1, bits) @ (1 << np.arange(bits))
     grouped = codes.reshape(*scales.shape, GROUP_SIZE) * _float64(scales)[..., None] + _float64(biases)[..., None]
     errors = _errors(y, _float64(x) @ grouped.reshape(len(weight), -1).T)
     return _compared(f"product with {bits} bit weights", [errors], BOUNDS[dtype])

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .checkpoints import find_checkpoint
-from .first_use import Announce, FirstUse, Progress
+from .first_use import Announce, Calibrate, FirstUse, Progress
 from .folder import demo_folder, is_official, models_folder
 from .names import BUILT_IN, CHECKPOINT, FILE, REPO, SOURCE, VARIANT, Model, checked_variant, find_variant, resolve
 
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     )
     from .conversion import convert_model
     from .converted import (
+        calibration,
         conversions,
         converted_folders,
         described,
         find_conversion,
+        mixture,
         named_checkpoints,
         sizes,
         stored_quants,
@@ -44,6 +46,7 @@ __all__ = [
     "SOURCE",
     "VARIANT",
     "Announce",
+    "Calibrate",
     "Decoder",
     "Download",
     "FirstUse",
@@ -56,6 +59,7 @@ __all__ = [
     "adapter_hashes",
     "adapters_folder",
     "adapters_with",
+    "calibration",
     "checked_variant",
     "conversions",
     "convert_adapter",
@@ -70,6 +74,7 @@ __all__ = [
     "find_variant",
     "inspect_adapter",
     "is_official",
+    "mixture",
     "models_folder",
     "named_checkpoints",
     "open_adapter",
@@ -90,6 +95,7 @@ _LAZY = {
     "adapter_hashes": ".adapter_sources",
     "adapters_folder": ".adapters",
     "adapters_with": ".adapter_sources",
+    "calibration": ".converted",
     "conversions": ".converted",
     "convert_adapter": ".adapters",
     "convert_model": ".conversion",
@@ -99,6 +105,7 @@ _LAZY = {
     "find_conversion": ".converted",
     "find_decoder": ".decoders",
     "inspect_adapter": ".adapters",
+    "mixture": ".converted",
     "named_checkpoints": ".converted",
     "open_adapter": ".adapters",
     "sizes": ".converted",

@@ -32,8 +32,8 @@ def find_checkpoint(
     Args:
         source: a model's name or path; see `resolve`.
         variant: the model's name where the source can't tell; where it can, InputError if it is another.
-        quant: `bf16` (None), `qint8` or `qint4`; an MLX checkpoint keeps its own.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: 8 bit, or 4 bit with `qint4`.
+        quant: one of `QUANTIZATIONS`; None: `bf16`; an MLX checkpoint keeps its own.
+        text_quant: the same for the text encoder; None: as `quant`, but `qint8` with `bf16`.
         models_dir: where converted models are kept; see `models_folder`.
         text_only: a checkpoint without transformer and VAE will do.
         only_converted: fetch and convert nothing.

@@ -17,7 +17,7 @@ from ..hub import UnindexedError, names_of
 from ..layout import INDEX
 from .acquisition import acquire
 from .adapter_sources import find_adapter
-from .first_use import Announce, Fetching, Progress
+from .first_use import Announce, Calibrate, Fetching, Progress
 from .folder import models_folder, official_first
 from .gathering import Gathering, gather
 from .names import BUILT_IN, REPO, VARIANT, Model, checked_variant, claim, holding, resolve, similar_repo
@@ -36,6 +36,7 @@ def convert_model(
     text_quant: str | None = None,
     parts: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
     adapters: Sequence[tuple[str, float]] = (),
+    calibrate: Calibrate | None = None,
     force: bool = False,
     keep_source: bool = True,
     announce: Announce | None = None,
@@ -47,10 +48,11 @@ def convert_model(
         name: a model's name or path; see `resolve`.
         target: the folder to make.
         variant: the model's name where the source can't tell; where it can, InputError if it is another.
-        quant: `bf16`, `qint8` or `qint4`; None: as stored, or `bf16`, or as few bits as the source has.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, or 8 bit, 4 bit with `qint4`, or
-            as few bits as the source has.
+        quant: one of `QUANTIZATIONS`; None: as stored, or `bf16`, or as few bits as the source has.
+        text_quant: the same for the text encoder; None: as stored, or as `quant`, but `qint8` with `bf16`, or as few
+            bits as the source has.
         parts: where other parts are than the model's own, by their names in `assembled`; see `located`.
+        calibrate: measures the transformer of an MLX checkpoint in bf16, whose `mixed4` has 8 bits where that says.
         adapters: what is folded into its weights, as `find_adapter` takes it, with the scale of each.
         force: replace an MLX checkpoint at `target`.
         keep_source, announce, progress: of what is fetched; see `Fetching`.
@@ -61,11 +63,15 @@ def convert_model(
     model = resolve(name)
     variant = checked_variant(variant, model)
     check_target(target, force)
-    if model.kind == BUILT_IN and not parts and not adapters:
+    if model.kind == BUILT_IN and not parts and not adapters and calibrate is None:
         raise InputError(f"{model.name} is built in and needs no conversion")
+    if calibrate is not None and (parts or not model.is_checkpoint):
+        raise InputError(
+            f"{model.name} is no MLX checkpoint, which alone is calibrated; convert it with quant='bf16', and give that"
+        )
     with ExitStack() as held:
         folds = tuple(_fold(source, scale, progress, held) for source, scale in adapters)
-        wanted = Wanted(variant, quant, text_quant, folds=folds)
+        wanted = Wanted(variant, quant, text_quant, folds=folds, calibrate=calibrate)
         fetching = Fetching(keep_source, announce=announce, progress=progress)
         make_checkpoint(model, lambda quant, text_quant: target, wanted, fetching, parts=parts, force=force)
     return model
@@ -114,6 +120,7 @@ def make_checkpoint(
             wanted.quant,
             wanted.text_quant,
             folds=wanted.folds,
+            calibration=wanted.calibrate and wanted.calibrate(stored),
             force=force,
             progress=fetching.report("convert"),
         )

@@ -2,16 +2,19 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..checkpoint import MANIFEST, Checkpoint, fitted, variant_sizes
-from ..components import by_group, can_paint
+from ..components import MAIN, by_group, can_paint
 from ..config import QUANTIZATIONS, VARIANTS, Variant
 from ..errors import CheckpointError, InputError
 from ..json_files import read_json
-from ..quantization import usual_text_quant
+from ..mixture import CALIBRATION
+from ..quantization import layer_bits, usual_text_quant
 from .folder import models_folder, stored_checkpoints
 from .names import DEMO, SOURCE, VARIANT, Model, checked_variant, resolve
 
@@ -180,6 +183,19 @@ def stored_quants(folder: Path) -> tuple[str, str]:
     """How a checkpoint's transformer and its text encoder are stored; CheckpointError if it is damaged."""
     checkpoint = Checkpoint.open(folder)
     return checkpoint.quant, checkpoint.text_quant
+
+
+def mixture(checkpoint: Checkpoint) -> dict[int, int]:
+    """How many layers of the transformer are in how many bits; none unless there are layers of several."""
+    transformer = checkpoint.components.get(MAIN)
+    counts = Counter(layer_bits(transformer.quantization, transformer.infos).values() if transformer else ())
+    return dict(sorted(counts.items())) if len(counts) > 1 else {}
+
+
+def calibration(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How it was measured which layers have 8 bits in `mixed4`, if it was."""
+    measured = checkpoint.source.get(CALIBRATION)
+    return measured if isinstance(measured, dict) else None
 
 
 def sizes(variant: Variant) -> dict[str, dict[str, int]]:

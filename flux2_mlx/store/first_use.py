@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..files import Claim
+from ..mixture import Calibration
 
 if TYPE_CHECKING:
     from ..hub import Download
@@ -47,6 +48,7 @@ class FirstUse:
 Progress = Callable[[int, int, str], object]
 Announce = Callable[[FirstUse], object]
 Check = Callable[[Checkpoint], object]
+Calibrate = Callable[[Checkpoint], Calibration]
 
 
 @dataclass(frozen=True)

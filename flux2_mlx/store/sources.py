@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..convert import MissingPartsError, Source, assembled, is_loose
 from ..convert.lora import Fold
+from .first_use import Calibrate
 from .folder import models_folder, official_first
 from .names import Model
 
@@ -15,12 +16,12 @@ class Wanted:
 
     Attributes:
         variant: the name of its row of the table, as `checked_variant` gives it; None: its files must tell.
-        quant: `bf16`, `qint8` or `qint4` for the transformer; None: as stored, or `bf16`, or as few bits as
-            the source has.
-        text_quant: `bf16`, `qint8` or `qint4` for the text encoder; None: as stored, or 8 bit, 4 bit with `qint4`, or
-            as few bits as the source has.
+        quant: one of `QUANTIZATIONS` for the transformer; None: as stored, or `bf16`, or as few bits as the source has.
+        text_quant: the same for the text encoder; None: as stored, or as `quant`, but `qint8` with `bf16`, or as few
+            bits as the source has.
         text_only: leave out the transformer and the VAE.
         folds: adapters that are folded into its weights.
+        calibrate: measures its transformer for `mixed4`; of an MLX checkpoint only.
     """
 
     variant: str | None = None
@@ -28,6 +29,7 @@ class Wanted:
     text_quant: str | None = None
     text_only: bool = False
     folds: tuple[Fold, ...] = ()
+    calibrate: Calibrate | None = None
 
 
 def open_source(model: Model, wanted: Wanted, models_dir: str | os.PathLike[str] | None = None) -> Source:
