@@ -30,6 +30,7 @@ from flux2_mlx.device import mac_limit, parse_memory
 from flux2_mlx.memory import Plan
 from flux2_mlx.networks import Networks
 from flux2_mlx.output import Phase
+from flux2_mlx.quantization import bits_of
 from flux2_mlx.request import Request
 from flux2_mlx.text import TOKENIZERS
 from flux2_mlx.weights import TensorInfo, write_safetensors
@@ -59,6 +60,7 @@ REASONS = (
     "of 8, 6 of 16, and 8 from 24 GiB on, where Metal recommends no more than that leaves."
 )
 MACS, MODELS = (8, 16, 24, 36, 64, 96, 128, 192), ("klein-4b", "klein-9b", "dev")
+COLUMNS = ("bf16", "qint8", "qint4")  # of the table of Macs, which all would make too wide
 VALUES = 2**20
 
 
@@ -109,14 +111,14 @@ def runs_table() -> str:
 def limits_table() -> str:
     """Markdown: of Macs with so much memory, what networks can have by default, and which models fit into that for an
     image of 1024×1024: in memory, or what a step reads from disk, in GiB."""
-    names = [f"{name} {quant}" for name in MODELS for quant in QUANTIZATIONS]
+    names = [f"{name} {quant}" for name in MODELS for quant in COLUMNS]
     rows = [
         "| Mac | limit | " + " | ".join(f"`{name}`" for name in names) + " |",
         "|--:|--:|" + "--:|" * len(names),
     ]
     for gibibytes in MACS:
         limit = mac_limit(gibibytes * GIB, recommended(gibibytes * GIB))
-        cells = [fit(name, quant, limit) for name in MODELS for quant in QUANTIZATIONS]
+        cells = [fit(name, quant, limit) for name in MODELS for quant in COLUMNS]
         rows.append(f"| {gibibytes} | {limit / GIB:.1f} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -184,11 +186,12 @@ def write_component(folder: Path, part: Component) -> None:
     config = part.config.to_dict() | ({"quantization": part.quantization} if part.quantization else {})
     (folder / "config.json").write_text(json.dumps(config))
     tensors = part.infos
-    bits = (part.quantization or {}).get("bits")
-    write_safetensors(folder / "model.safetensors", tensors, random_arrays(tensors, bits), {}, lambda count: None)
+    write_safetensors(
+        folder / "model.safetensors", tensors, random_arrays(tensors, part.quantization), {}, lambda count: None
+    )
 
 
-def random_arrays(tensors: dict[str, TensorInfo], bits: int | None) -> Iterator[mx.array]:
+def random_arrays(tensors: dict[str, TensorInfo], quantization: dict[str, Any] | None) -> Iterator[mx.array]:
     """Values about 0.02, ones for norms and variances, and packed ones that stand for values in −0.03..0.03."""
     rng = np.random.default_rng(0)
     normal = rng.normal(0, 0.02, VALUES).astype(np.float32)
@@ -196,7 +199,8 @@ def random_arrays(tensors: dict[str, TensorInfo], bits: int | None) -> Iterator[
     for name, tensor in tensors.items():
         if tensor.dtype == "U32":
             yield mx.array(np.resize(packed, tensor.shape))
-        elif bits and name.endswith((".scales", ".biases")):
+        elif quantization and name.endswith((".scales", ".biases")):
+            bits = bits_of(quantization, name.rpartition(".")[0])
             value = 0.06 / (2**bits - 1) if name.endswith(".scales") else -0.03
             yield mx.full(tensor.shape, value, dtype=mx.bfloat16)
         elif len(tensor.shape) == 1 and name.endswith(("weight", "scale", "running_var")):

@@ -14,6 +14,7 @@ from helpers.cli_runner import run
 from helpers.findings import verdict
 
 from flux2_mlx import device, doctor
+from flux2_mlx.config import QUANTIZATIONS
 from flux2_mlx.doctor import CheckUp, Finding, disk, fits, machine, numerics, speed
 from flux2_mlx.doctor.finding import UnmeasurableError
 from flux2_mlx.durations import Rates
@@ -55,7 +56,7 @@ def test_swapping_is_told(monkeypatch):
 
 def test_what_fits_follows_the_memory(monkeypatch):
     monkeypatch.setattr(doctor, "device_memory", lambda: 2**42)
-    assert fits() == {name: dict.fromkeys(("bf16", "qint8", "qint4"), 0) for name in speed.MODELS}
+    assert fits() == {name: dict.fromkeys(QUANTIZATIONS, 0) for name in speed.MODELS}
     monkeypatch.setattr(doctor, "device_memory", lambda: 8 * 2**30)
     assert fits()["dev"]["bf16"] > 40 * 2**30
     monkeypatch.setattr(doctor, "device_memory", lambda: 2**29)
@@ -123,7 +124,7 @@ def test_the_checks_go_on_after_one_that_can_not_be_made(monkeypatch, models):
     assert report["machine"]["tf32"] is None
     assert report["machine"]["chip"]
     verdicts = {found["name"]: found["verdict"] for found in report["findings"]}
-    failed = ["product with 4 bit weights", "product with 8 bit weights", "what fits"]
+    failed = [*(f"product with {bits} bit weights" for bits in (4, 6, 8)), "what fits"]
     assert [name for name, verdict in verdicts.items() if verdict == "fail"] == failed
     assert len(verdicts) == 22  # both lines of the disk are called the same here
     assert list(models.iterdir()) == []
@@ -196,6 +197,7 @@ def test_what_a_gpu_tells_is_shown(monkeypatch, models):
 STOPPED = """
 import os, signal, sys, time
 from flux2_mlx.cli.main import main
+from flux2_mlx.config import QUANTIZATIONS
 from flux2_mlx.doctor import numerics
 
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -350,7 +350,7 @@ def test_the_table_of_default_limits():
     assert [(int(row[0]), float(row[1])) for row in rows] == [
         *((8, 4), (16, 10), (24, 16), (36, 27), (64, 48), (96, 72), (128, 96), (192, 144))
     ]
-    assert len(rows[0]) == head.count("|") - 1 == 2 + 3 * len(QUANTIZATIONS)
+    assert len(rows[0]) == head.count("|") - 1 == 2 + 3 * len(bench_memory.COLUMNS)
     for column in list(zip(*rows, strict=True))[2:]:
         read = [{"–": "1024", "in memory": "0"}.get(cell, cell) for cell in column]
         read = list(map(float, read))
