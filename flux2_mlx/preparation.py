@@ -112,14 +112,14 @@ class PreparedPipeline(BasePipeline):
         return None if computing is None else duration(self.networks, request, workload(request, edit), computing)
 
     def is_faster_in_bf16(self, request: Request, edit: Edit, text_quant: str | None = None) -> bool:
-        """Whether a run takes longer with `qint4` here than it would with the 16 bits for which there is memory.
+        """Whether a run takes longer with `qint4` or `mixed4` here than it would with the 16 bits for which there is memory.
 
         Args:
             request: the settings.
             edit: the pictures.
             text_quant: how the text encoder would be stored then; None: as is usual.
         """
-        if self.quant != "qint4" or not is_slow_with_qint4():
+        if self.quant not in ("qint4", "mixed4") or not is_slow_with_qint4():
             return False
         own = self.networks
         plain = Networks.open(

@@ -30,7 +30,8 @@ TABLE = """\
 flux-2-klein-4b-fp8.safetensors: transformer of FLUX.2 klein-4b
 stored     4.071 GB; 95% fp8, 5% bf16
 GB              tensors   stored     bf16    qint8    qint6   mixed4    qint4  names as of
-transformer         149    4.071    7.751    4.118    3.149    2.414    2.180  the original release, after model.diffusion_model.
+transformer         149    4.071    7.751    4.118    3.149    2.414    2.180  the original release, \
+after model.diffusion_model.
 transformer    double blocks: 40 fp8
 transformer    single blocks: 40 fp8
 transformer    modulation: 3 bf16

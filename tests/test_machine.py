@@ -238,6 +238,8 @@ def test_a_machine_that_is_none_is_damage():
         ("Apple M2 Pro", "qint4", False, False),
         ("Apple M2 Pro", "qint8", True, False),
         ("Apple M3", "qint4", True, False),
+        ("Apple M2 Max", "mixed4", True, True),
+        ("Apple M2 Max", "qint6", True, False),
     ],
 )
 def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypatch):
@@ -254,7 +256,7 @@ def test_old_chips_are_faster_with_16_bits(chip, quant, enough, hinted, monkeypa
 
         monkeypatch.setattr(Networks, "needs", limited)
     result = done("t2i", PROMPT, "-m", "demo", "-W", "64", "-H", "64", "-s", "1", "-q", quant, "-o", "a.png")
-    hint = f"on {chip} -q bf16 is faster than qint4, and there is memory enough for it"
+    hint = f"on {chip} -q bf16 is faster than {quant}, and there is memory enough for it"
     assert (hint in result.stderr.splitlines()) == hinted
 
 

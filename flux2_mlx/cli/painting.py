@@ -212,7 +212,7 @@ def _notices(job: Job, pipe: "Flux2Pipeline", draft: Draft) -> None:
     if job.fingerprint not in (None, checkpoint.source.get("fingerprint")):
         notice(f"{job.model} has other weights than when the image was made, so the new one will differ", job.quiet)
     if job.quant is not None and pipe.is_faster_in_bf16(draft.first, draft.edit, job.text_quant):
-        _recommend_bf16(job, checkpoint.quant)
+        _recommend_bf16(job, pipe.quant, checkpoint.quant)
 
 
 def _adapter_hints(job: Job) -> None:
@@ -223,14 +223,14 @@ def _adapter_hints(job: Job) -> None:
         notice(hint, job.quiet)
 
 
-def _recommend_bf16(job: Job, stored: str) -> None:
-    """Say that 4 bits take longer here than the 16 for which there is memory."""
+def _recommend_bf16(job: Job, quant: str, stored: str) -> None:
+    """Say that the 4 bits of `quant` take longer here than the 16 for which there is memory."""
     from ..device import chip
     from ..store import CHECKPOINT
 
     stays = job.resolved.kind == CHECKPOINT and stored != "bf16"
     way = "; download or convert the model with that" if stays else ""
-    notice(f"on {chip()} -q bf16 is faster than qint4, and there is memory enough for it{way}", job.quiet)
+    notice(f"on {chip()} -q bf16 is faster than {quant}, and there is memory enough for it{way}", job.quiet)
 
 
 def _count_tokens(request: "Request", edit: "Edit", token_size: int, quiet: bool) -> None:
