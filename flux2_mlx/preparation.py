@@ -112,7 +112,7 @@ class PreparedPipeline(BasePipeline):
         return None if computing is None else duration(self.networks, request, workload(request, edit), computing)
 
     def is_faster_in_bf16(self, request: Request, edit: Edit, text_quant: str | None = None) -> bool:
-        """Whether a run takes longer with `qint4` or `mixed4` here than it would with the 16 bits for which there is memory.
+        """Whether a run takes longer with 4 bits here than it would with the 16 for which there is memory.
 
         Args:
             request: the settings.
