@@ -70,7 +70,7 @@ def test_without_previews_it_may_fit():
     [
         (5, None, ("qint8", "qint8")),
         (3, None, ("qint6", "qint8")),
-        (1.8, None, ("qint4", "qint4")),
+        (1.8, None, ("qint4", "qint6")),
         (5, "bf16", ("qint8", "bf16")),
     ],
 )
