@@ -135,8 +135,7 @@ class Component:
 
 @lru_cache(maxsize=64)
 def _infos(name: str, config: Any, quantization: str) -> dict[str, TensorInfo]:
-    stated = json.loads(quantization)
-    if stated is not None:
+    if (stated := json.loads(quantization)) is not None:
         return quantized_infos(_infos(name, config, json.dumps(None)), stated)
     return module_tensors(Component(name, config, None, ()).build())
 
@@ -386,10 +385,15 @@ def _digest(path: Path) -> str:
 def variant_components(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, Component]:
     """The networks of a variant as they would be stored, without files."""
     quants = quantizations(*wanted_quants(quant, text_quant))
-    configs = geometries(variant)
-    return {name: Component(name, config, None, ()).quantized(quants[name]) for name, config in configs.items()}
+    return {name: Component(name, x, None, ()).quantized(quants[name]) for name, x in geometries(variant).items()}
 
 
 def variant_sizes(variant: Variant, quant: str, text_quant: str | None = None) -> dict[str, int]:
     """Bytes of each component's stored weights, from the geometry alone."""
-    return {name: part.nbytes for name, part in variant_components(variant, quant, text_quant).items()}
+    quants = quantizations(*wanted_quants(quant, text_quant))
+    return {name: _stored_bytes(name, config, quants[name]) for name, config in geometries(variant).items()}
+
+
+@lru_cache(maxsize=128)  # variants share geometries
+def _stored_bytes(name: str, config: Any, quant: str) -> int:
+    return Component(name, config, None, ()).quantized(quant).nbytes
