@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import on_gpu
-from ..layers import OPERATIONS_PER_CHUNK
 
 # Rows at a seam are prepared for both strips, so small strips cost time. This gives 32 rows or more in any convolution
 # of the released models at a width of 1024 in bfloat16.
@@ -48,10 +47,6 @@ class Rows:
     def temporaries(self, rows: int) -> int:
         """Bytes that reading `rows` rows allocates at most, the result included."""
         raise NotImplementedError
-
-    def operations(self, rows: int) -> int:
-        """Operations of the longest product that reading `rows` rows takes. Attention sees to its own."""
-        return max(source.operations(rows) for source in self._sources)
 
     def held(self) -> int:
         """Bytes of what the rows are computed from."""
@@ -93,9 +88,6 @@ class Stored(Rows):
 
     def temporaries(self, rows: int) -> int:
         return self._joins * self.nbytes(rows)
-
-    def operations(self, rows: int) -> int:
-        return 0
 
     def held(self) -> int:
         return self.nbytes(self.shape[1] - self._top)
@@ -194,11 +186,6 @@ class Convolved(Rows):
         result = self.nbytes(rows) * (widening + 1 if widening > 1 else 1)
         return source.temporaries(window) + padded + widening * (source.nbytes(window) + unfolded) + result
 
-    def operations(self, rows: int) -> int:
-        B, _, W, C = self.shape
-        own = 2 * B * rows * W * C * self._conv.weight[0].size
-        return max(own, self._sources[0].operations(rows))
-
     def _window(self, start: int, stop: int, axis: int) -> tuple[int, int, int, int]:
         """What outputs `start` to `stop` read along an axis: first, last + 1, and the zeros before and after them."""
         conv = self._conv
@@ -252,9 +239,8 @@ class Meter(Runner):
 
 
 def strip_height(rows: Rows, strip_bytes: int) -> int:
-    """Rows of a strip: as many as `strip_bytes` allows and a GPU computes soon, or one, and about the same in all."""
+    """Rows of a strip: as many as `strip_bytes` allows, at least one, and about the same in all strips."""
     H = rows.shape[1]
     most = bisect_right(range(1, H + 1), strip_bytes, key=rows.temporaries)
-    most = bisect_right(range(1, most + 1), OPERATIONS_PER_CHUNK // 2, key=rows.operations)
     strips = math.ceil(H / max(most, 1))
     return math.ceil(H / strips)
