@@ -159,7 +159,7 @@ def test_a_picture_cut_short_gives_one_line(folder, a_png):
         ({"upsampled_prompt": 5}, "the settings in b.png are damaged: upsampled_prompt is 5"),
         ({"width": 17}, "width 17 must be a positive multiple of 16; nearest are 16 and 32"),
         ({"guidance": float("nan")}, "guidance must be a number of 0 or more, got nan"),
-        ({"quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint4"),
+        ({"quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint6, mixed4, qint4"),
         ({"dtype": "half"}, "unknown dtype 'half'; choose one of float32, bfloat16, float16"),
         ({"dtype": 16}, "the settings in b.png are damaged: dtype is 16"),
         ({"seed": -1}, f"seeds must be 0 to {BIG_SEED}, got -1"),

@@ -190,8 +190,8 @@ UNKNOWN_MODEL = "did you mean klein-4b, klein-9b or klein-9b-kv?"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint4"),
-        ({"text_quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint4"),
+        ({"quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint6, mixed4, qint4"),
+        ({"text_quant": "qint2"}, "unknown quantization 'qint2'; choose one of bf16, qint8, qint6, mixed4, qint4"),
         ({"model": "klein-4b", "variant": "klein-4b", "text_quant": "x"}, "unknown quantization 'x'; choose one of"),
         ({"model": "klein-4b", "variant": None}, "the settings in a.png are damaged: variant is None"),
         ({"variant": "klein-5b"}, f"unknown model 'klein-5b'; {UNKNOWN_MODEL}"),

@@ -192,7 +192,7 @@ def test_a_pickle_is_refused(name, tmp_path, target):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"quant": "int8"}, "unknown quantization 'int8'; choose one of bf16, qint8, qint4"),
+        ({"quant": "int8"}, "unknown quantization 'int8'; choose one of bf16, qint8, qint6, mixed4, qint4"),
         ({"text_quant": "fp8"}, "unknown quantization 'fp8'"),
         ({"variant": "klein-5b"}, "unknown model 'klein-5b'; choose one of .*klein-4b"),
     ],

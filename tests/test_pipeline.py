@@ -310,7 +310,7 @@ def test_wrong_lengths_of_encoded_prompts(pipe, loads):
     ("settings", "kind", "match"),
     [
         ({"dtype": "int8"}, InputError, "unknown dtype 'int8'; choose one of float32, bfloat16, float16"),
-        ({"quant": "int8"}, InputError, "unknown quantization 'int8'; choose one of bf16, qint8, qint4"),
+        ({"quant": "int8"}, InputError, "unknown quantization 'int8'; choose one of bf16, qint8, qint6, mixed4, qint4"),
         ({"text_quant": "fp8"}, InputError, "unknown quantization 'fp8'"),
     ],
 )
