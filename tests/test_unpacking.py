@@ -17,7 +17,7 @@ from flux2_mlx.adapters import Adapter
 from flux2_mlx.branches import AtWork, Branches
 from flux2_mlx.config import VARIANTS, TransformerConfig
 from flux2_mlx.device import rows_to_unpack
-from flux2_mlx.layers import Linear, QuantizedLinear, adapted, unpacked
+from flux2_mlx.layers import Linear, QuantizedLinear, adapted, project_to, unpacked
 from flux2_mlx.memory import Workload
 from flux2_mlx.networks import Networks
 from flux2_mlx.text import TextCost
@@ -96,13 +96,23 @@ def test_a_cpu_unpacks_in_slices(bits, bias, unpackings, monkeypatch):
     assert len(unpackings) == 3
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_cpu_multiplies_in_float32(bits):
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_cpu_multiplies_in_float32(bits, dtype, rows):
+    """Sums in 16 bits would be off by 5 % in bfloat16, and modulations have a single row."""
     layer = randomized(Linear(2048, 64)).to_quantized(64, bits, "affine")
-    x = mx.random.normal((40, 2048), key=mx.random.key(1)).astype(mx.bfloat16)
-    y = layer(x)
-    assert y.dtype == mx.bfloat16
+    x = mx.random.uniform(shape=(rows, 2048), key=mx.random.key(1)).astype(dtype)
+    y, part = layer(x), project_to(layer, x, slice(16, 48))
+    assert y.dtype == part.dtype == dtype
     assert relative_error(y, x.astype(mx.float32) @ layer.dense(mx.float32).T) < 2e-3
+    assert relative_error(part, y[:, 16:48]) < 2e-3
+
+
+def test_a_cpu_unpacks_of_a_layer_what_is_wanted(unpackings):
+    layer, x = packed_layer(8), mx.random.normal((40, 128), key=mx.random.key(1))
+    assert mx.allclose(project_to(layer, x, slice(16, 48)), layer(x)[:, 16:48], rtol=1e-5, atol=1e-6)
+    assert [len(weight) for weight in unpackings] == [32, 96]
 
 
 @pytest.mark.parametrize("bias", [False, True])
