@@ -126,9 +126,10 @@ class Branches:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, of which those of the adapters count once."""
+        """Bytes of all arrays, of which those of the adapters count once, and of those that a run with steps makes."""
         own = {id(array): array.nbytes for branch in self._branches.values() for array in branch.own}
-        return sum(own.values()) + sum(branch.copied_bytes for branch in self._branches.values())
+        copied = sum(branch.copied_bytes for branch in self._branches.values())
+        return sum(own.values()) + copied + self.has_steps * sum(x.weighed_bytes for x in self._branches.values())
 
     def beside(self, name: str, layer: nn.Module) -> nn.Module:
         """The layer of this name with its branch; itself if no adapter changes it."""
@@ -190,6 +191,11 @@ class _Branch:
     def copied_bytes(self) -> int:
         """Bytes of the arrays besides those of the changes themselves."""
         return 0 if self._low is None else self._low.copied_bytes
+
+    @property
+    def weighed_bytes(self) -> int:
+        """Bytes of those of them that other scales make anew."""
+        return 0 if self._low is None else self._low.weighed_bytes
 
     def measure(self, layer: nn.Module) -> None:
         """Work out what needs the weight of the layer, the first time that it is in memory."""

@@ -107,7 +107,12 @@ class LowRanks:
     def copied_bytes(self) -> int:
         """Bytes of what is no such view."""
         down = self._down.nbytes if len(self._changes) > 1 else 0
-        return down + sum(up.copied_bytes for up in self._ups)
+        return down + self.weighed_bytes
+
+    @property
+    def weighed_bytes(self) -> int:
+        """Bytes of what other scales make anew."""
+        return sum(up.copied_bytes for up in self._ups)
 
     def weigh(self, strengths: Sequence[float]) -> None:
         for up in self._ups:

@@ -129,6 +129,11 @@ class Networks:
             adapters, {name: part.adapters and part.adapters.scaled(factor) for name, part in components}
         )
 
+    def of_run(self) -> "Networks":
+        """These networks for one run, whose step decides which adapters are at work: a run that a callback makes within
+        it is at another step."""
+        return self.with_scale(1.0) if any(one.steps is not None for one in self.adapters) else self
+
     def _branched(self, adapters: Sequence[AtWork], branches: Mapping[str, Adapters | None]) -> "Networks":
         """These networks with `branches`, by the names of networks."""
         components = {name: replace(x, adapters=branches[name]) for name, x in self.checkpoint.components.items()}

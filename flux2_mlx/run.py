@@ -229,8 +229,9 @@ class Run:
         batches = passes(images, height * width + (0 if encoded is None else len(encoded.references.ids)))
         total = self.request.steps * len(batches)
         self._tell(Progress("transformer", 0, total))
-        transformer = self.networks.load("transformer", self.phases.planned("transformer"))
-        adapters = self.networks.checkpoint.components["transformer"].adapters
+        networks = self.networks.of_run()
+        transformer = networks.load("transformer", self.phases.planned("transformer"))
+        adapters = networks.checkpoint.components["transformer"].adapters
         make = partial(self._conditions, transformer, [*texts.values(), *negatives.values()], encoded)
         make_once = cache(make)
         for done, batch in enumerate(batches):

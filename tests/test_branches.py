@@ -194,6 +194,13 @@ def test_what_is_in_memory_is_counted_once():
     )
 
 
+def test_what_a_run_with_steps_weighs_anew_is_counted():
+    one, two = low_rank(24, 64), low_rank(24, 64, seed=1)
+    pair = [AtWork(Adapter(x, {"transformer": {"x": (Placed(form),)}})) for x, form in (("a", one), ("b", two))]
+    stepped = Branches("transformer", [replace(pair[0], steps=(1, 2)), pair[1]])
+    assert stepped.nbytes - Branches("transformer", pair).nbytes == one.up.nbytes + two.up.nbytes
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_branches_compute_in_the_dtype_of_their_layers(dtype):
     cast = [

@@ -201,6 +201,19 @@ def test_a_streamed_network_has_the_same_adapters(folder, pipe, files):
     assert np.array_equal(ours.images, output.images)
 
 
+def test_an_image_made_in_a_callback_leaves_the_steps_of_adapters_alone(pipe, files):
+    pipe.load_lora_weights(files["first"], steps=(2, 3))
+    pipe.load_lora_weights(files["second"])
+    alone = latents(pipe)
+
+    def make_another(pipe, step, timestep, values):
+        if step == 0:
+            latents(pipe, seed=4)
+        return values
+
+    assert np.array_equal(latents(pipe, callback_on_step_end=make_another), alone)
+
+
 def test_an_adapter_works_in_its_steps_only(pipe, files):
     plain = latents(pipe)
     seen = {}
