@@ -145,6 +145,9 @@ def test_what_metadata_say_of_strength(tmp_path):
     for more, scale in (
         ({}, 2),
         ({"transformer.use_rslora": True}, 4),
+        ({"transformer.use_rslora": "true"}, 4),
+        ({"transformer.lora_alpha": None, "transformer.use_rslora": "false", "transformer.use_dora": None}, 2),
+        ({"transformer.alpha_pattern": {r".*to_out": 2}}, 0.5),
         ({"transformer.alpha_pattern": {"attn.to_out": 2}}, 0.5),
         ({"transformer.alpha_pattern": {"single_transformer_blocks.1.attn.to_out": 2}}, 2),
         (

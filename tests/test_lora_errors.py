@@ -114,13 +114,17 @@ def test_damaged_adapters(tensors, match, tmp_path):
         ({"r": 3, "lora_alpha": [1]}, r"its lora_alpha is \[1\]"),
         ({"r": 3, "lora_alpha": 10**400}, "its lora_alpha is 1000"),
         ({"alpha_pattern": [1]}, "its alpha_pattern is no table of layers"),
-        ({"alpha_pattern": {"(a+)+b": 1}}, r"its alpha_pattern has '\(a\+\)\+b', which is no name of a layer"),
+        ({"alpha_pattern": {"(a+)+b": 1}}, r"its alpha_pattern has '\(a\+\)\+b', which is not understood"),
         ({"peft_type": "OFT"}, "it is an adapter of the kind OFT; only"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which .*; save it with PEFT's path_initial"),
         ({"init_lora_weights": "pissa_niter_16"}, "its init_lora_weights is pissa_niter_16, which changes"),
         ({"transformer.init_lora_weights": "olora"}, "its init_lora_weights is olora, which changes"),
         ({"init_lora_weights": "corda"}, "its init_lora_weights is corda, which changes"),
+        ({"init_lora_weights": "lora_ga"}, "its init_lora_weights is lora_ga, which changes"),
+        ({"use_rslora": "yes"}, "its use_rslora is yes, which is neither true nor false"),
+        ({"use_bdlora": {"nblocks": 2}}, "it is of the kind BD-LoRA, which is not run"),
+        ({"alora_invocation_tokens": [1]}, "it is of the kind aLoRA, which is not run"),
         ({"init_lora_weights": "loftq"}, "its init_lora_weights is loftq, which .*; give one that was trained"),
     ],
 )
@@ -223,7 +227,7 @@ def test_what_a_config_says_that_all_have_is_missed(key, role, tmp_path):
     refused(tmp_path, LORA, f"has no {role}, which its config says all have", metadata)
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_inits_that_leave_the_base_alone(init, tmp_path):
     metadata = {"lora_adapter_metadata": json.dumps({"r": 3, "init_lora_weights": init})}
     assert read_adapter(save(tmp_path / "x.safetensors", LORA, metadata)).kinds == ("LoRA",)
@@ -250,6 +254,7 @@ def test_whole_weights_of_layers_are_refused(key, tmp_path):
         ("IA3", ["weight", "on_input"]),
         ("VeRA", ["vera_lambda_b", "vera_lambda_d"]),
         ("HRA", ["hra_u"]),
+        ("KaSA", ["lora_A.weight", "lora_B.weight", "lora_diag"]),
     ],
 )
 def test_kinds_that_are_not_run_are_named(kind, ends, tmp_path):

@@ -17,10 +17,11 @@ _KEY = re.compile(
     r"|(?P<plain>alpha|dora_scale|diff|diff_b)"
     r")$"
 )
-# Factors of kinds that are not run, as PEFT, LyCORIS and kohya name them.
+NOT_RUN = "it is of the kind {}, which is not run; LoRA, LoKr, LoHa, DoRA and full differences are"
+# Factors of such kinds, as PEFT, LyCORIS and kohya name them.
 _NOT_RUN = re.compile(
     r"\.(?:(?P<OFT>oft_(?:blocks|diag|[Rr]))|(?P<BOFT>boft_[Rs])|(?P<GLoRA>[ab][12](?=\.weight$))|(?P<IA3>ia3_l|on_input)"
-    r"|(?P<VeRA>vera_(?:lambda_[bd]|[AB]))|(?P<HRA>hra_u))(?:\.|$)"
+    r"|(?P<VeRA>vera_(?:lambda_[bd]|[AB]))|(?P<HRA>hra_u)|(?P<KaSA>lora_diag))(?:\.|$)"
 )
 _WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(?:weight|bias)")
 _HALF = re.compile(r"(?<=lora_)(?:A|B|down|up)\b|\b(?:down|up)$")
@@ -108,9 +109,7 @@ def modules(names: Iterable[str]) -> tuple[dict[str, Module], list[str]]:
 def check_run(names: Iterable[str]) -> None:
     """CheckpointError if a tensor's name is that of a factor of a kind that is not run."""
     if match := next(filter(None, map(_NOT_RUN.search, names)), None):
-        raise CheckpointError(
-            f"it is of the kind {match.lastgroup}, which is not run; LoRA, LoKr, LoHa, DoRA and full differences are"
-        )
+        raise CheckpointError(NOT_RUN.format(match.lastgroup))
 
 
 def whole(key: str) -> str | None:

@@ -1,12 +1,16 @@
 """What an adapter says of itself beside its tensors: how strong its changes are, who trained it, and on what."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.json_files import parse_json
+
+from .keys import NOT_RUN
+from .patterns import Patterns
 
 DIFFUSERS = "lora_adapter_metadata"
 ALPHA = "lora_alpha"
@@ -17,8 +21,13 @@ _MAX_WORDS = 20
 _ROLES = {"use_dora": "magnitude", "lora_bias": "bias"}
 _TYPES = ("LORA", "LOKR", "LOHA")
 # Inits that take what the factors begin with out of the base's weights. PEFT undoes it for those of the first line.
-_RESIDUAL = ("pissa", "olora", "corda")
+_RESIDUAL = ("pissa", "olora", "corda", "lora_ga")
 _QUANTIZED = "loftq"
+# Kinds of LoRA that PEFT computes otherwise, though their tensors may be called like those of others.
+_VARIANTS = {"use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "use_qalora": "QALoRA", "arrow_config": "Arrow"}
+_VARIANTS |= {"alora_invocation_tokens": "aLoRA"}
+_USUAL_ALPHA = 8.0  # of PEFT
+_SWITCHED = {"true": True, "1": True, "false": False, "0": False, "none": False}
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words", "trigger_phrase", "instance_prompt")
 _NO_WORDS = ("", "none", "null")  # that trainers write for no words
 _TITLES = ("modelspec.title", "ss_output_name", "name")
@@ -32,15 +41,15 @@ class Strength:
 
     Attributes:
         rank, alpha: those of all layers but the following; None: not said.
-        ranks, alphas: those of layers whose names end with a pattern.
+        ranks, alphas: those of some layers.
         is_root: whether alpha is divided by the root of the rank.
         roles: what every LoRA has besides its two factors, such as a magnitude.
     """
 
     rank: int | None = None
     alpha: float | None = None
-    ranks: Mapping[str, float] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
+    ranks: Patterns = field(default_factory=Patterns)
+    alphas: Patterns = field(default_factory=Patterns)
     is_root: bool = False
     roles: frozenset[str] = frozenset()
 
@@ -50,10 +59,10 @@ class Strength:
         Raises:
             CheckpointError: another rank is said.
         """
-        said = _matching(self.ranks, module, self.rank)
+        said = self.ranks.value(module, self.rank)
         if None not in (said, rank) and said != rank:
             raise CheckpointError(f"{module} is of rank {rank}, but its config says {said:g}; fetch the adapter again")
-        alpha = _matching(self.alphas, module, self.alpha)
+        alpha = self.alphas.value(module, self.alpha)
         divisor = said if rank is None else rank
         if alpha is None or not divisor:
             return 1.0
@@ -116,17 +125,21 @@ def _strength(said: Mapping[str, Any]) -> Strength:
     kind = said.get("peft_type", _TYPES[0])
     if kind not in _TYPES:
         raise CheckpointError(f"it is an adapter of the kind {kind!s:.40}; only LoRA, LoKr and LoHa are run")
-    if said.get("fan_in_fan_out") not in (None, False):
+    if variant := next((name for key, name in _VARIANTS.items() if said.get(key) not in (None, False, [])), None):
+        raise CheckpointError(NOT_RUN.format(variant))
+    if _is_on(said, "fan_in_fan_out"):
         raise CheckpointError("its config says fan_in_fan_out, which no layer of FLUX.2 is")
     _check_init(said.get("init_lora_weights"))
+    rank = _rank(said.get("r"))
     alpha = said.get("lora_alpha", said.get("alpha"))
+    usual = None if rank is None else _USUAL_ALPHA
     return Strength(
-        _rank(said.get("r")),
-        None if alpha is None else _number("lora_alpha", alpha),
-        {pattern: _rank(value) or 0 for pattern, value in _table(said, "rank_pattern").items()},
-        {pattern: _number("alpha_pattern", value) for pattern, value in _table(said, "alpha_pattern").items()},
-        said.get("use_rslora") is True,
-        frozenset(role for key, role in _ROLES.items() if said.get(key) is True),
+        rank,
+        usual if alpha is None else _number("lora_alpha", alpha),
+        _table(said, "rank_pattern", lambda value: _rank(value) or 0),
+        _table(said, "alpha_pattern", partial(_number, "alpha_pattern")),
+        _is_on(said, "use_rslora"),
+        frozenset(role for key, role in _ROLES.items() if _is_on(said, key)),
     )
 
 
@@ -140,29 +153,19 @@ def _check_init(init: Any) -> None:
     raise CheckpointError(f"its init_lora_weights is {init:.40}, which changes the weights of the base model; {way}")
 
 
-def _table(said: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _table(said: Mapping[str, Any], key: str, number: Callable[[Any], float]) -> Patterns:
     value = said.get(key) or {}
     if not isinstance(value, dict):
         raise CheckpointError(f"its {key} is no table of layers")
-    return {_pieces(pattern, key): x for pattern, x in value.items()}
+    return Patterns.of(key, {pattern: number(x) for pattern, x in value.items()})
 
 
-def _pieces(pattern: str, key: str) -> str:
-    """The end of a name that a pattern of PEFT asks for; of its expressions only names are understood."""
-    plain = pattern.removeprefix("^").removesuffix("$").removeprefix(".*").removeprefix("\\.").replace("\\.", ".")
-    if not plain or not all(c.isalnum() or c in "._-" for c in plain):
-        raise CheckpointError(f"its {key} has {pattern[:60]!r}, which is no name of a layer; write each layer's name")
-    return plain.removeprefix(".")
-
-
-def _matching(patterns: Mapping[str, float], module: str, usual: float | None) -> float | None:
-    """The value of the first pattern that a module's name ends with."""
-    if not patterns:
-        return usual
-    parts = module.split(".")
-    ends = [".".join(parts[start:]) for start in range(len(parts))]
-    found = {end for end in ends if end in patterns}
-    return next((value for pattern, value in patterns.items() if pattern in found), usual) if found else usual
+def _is_on(said: Mapping[str, Any], key: str) -> bool:
+    """What a switch says, also as a text or a number; CheckpointError if that is neither yes nor no."""
+    text = str(said.get(key)).lower()
+    if text not in _SWITCHED:
+        raise CheckpointError(f"its {key} is {text:.40}, which is neither true nor false")
+    return _SWITCHED[text]
 
 
 def _rank(value: Any) -> int | None:
