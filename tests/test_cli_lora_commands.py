@@ -124,7 +124,8 @@ def test_list_has_the_folder_and_the_cache(models, file):
 
 
 def test_list_has_one(models):
-    save(models / "loras" / "a.safetensors", TENSORS)
+    save(models / "loras" / "a.SAFETENSORS", TENSORS)
+    (models / "loras" / "._a.SAFETENSORS").write_bytes(b"Mac OS X")
     assert done("lora", "list").stdout.splitlines()[-1].startswith("1 adapter; those of your own")
 
 

@@ -238,6 +238,7 @@ def test_dtypes_are_kept(dtype, tmp_path):
         "lora_te1_layers_{}_{}",
         "text_encoders.qwen3_4b.transformer.model.layers.{}.{}",
         "base_model.model.model.layers.{}.{}",
+        "text_encoder.base_model.model.model.layers.{}.{}",
     ],
 )
 def test_text_encoders(form, tmp_path):

@@ -155,6 +155,15 @@ def test_tensors_of_no_layer_are_named(tmp_path):
     assert found.notes(CONFIGS, "small")[0] == f"it has {norm}, which belongs to no layer that can be adapted"
 
 
+@pytest.mark.parametrize("end", ["lora_velora_embed", "lora_velora_embed.default"])
+def test_what_only_training_uses_is_named(end, tmp_path):
+    key = f"{MODULE}.{end}"
+    found = read_adapter(save(tmp_path / "x.safetensors", LORA | {key: np.ones(2, np.float32)}))
+    assert found.fates(CONFIGS)[key] == "(training only)"
+    assert found.notes(CONFIGS, "small") == [f"it has {key}, which nothing but training uses"]
+    assert found.load(CONFIGS, "x").layers["transformer"]
+
+
 def test_what_changes_nothing_is_told(tmp_path):
     zero = {f"{MODULE}.alpha": np.array(0, np.float32)}
     said = "it changes nothing, as its alpha is 0"

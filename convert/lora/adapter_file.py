@@ -23,11 +23,11 @@ from ..naming import check_size
 from ..others import other_model
 from ..strangers import FLUX1, adapter
 from .changes import changes, outlined, scale
-from .folder import CONFIG_ASIDE, config_beside, find_file, names_beside
-from .keys import LORA, Module, check_run, modules, whole
+from .folder import CONFIG_ASIDE, CONFIG_MISSING, PEFT_MODEL, config_beside, find_file, names_beside
+from .keys import LORA, Module, check_run, is_of_training, modules, whole
 from .places import TEXT, TRANSFORMER, Place, layer_shapes, place
 from .presets import Preset, preset
-from .settings import Settings, Strength, settings
+from .settings import ALPHA, DIFFUSERS, Settings, Strength, settings
 from .shapes import Factors
 
 _MAGNITUDE = ".dora_scale"
@@ -35,6 +35,7 @@ _UNSCALED = {"diff_b", "magnitude"}  # what alpha does not scale
 _SHORT = 16  # digits of a hash
 _MAX_TENSORS = 10_000  # several times what all layers of the largest model take, in the most factors
 _NO_LAYER = "no layer that can be adapted"
+_TRAINING = "training only"
 _UNREAD = "a layer of the text encoder whose states no image is made of"
 
 
@@ -156,7 +157,7 @@ class AdapterFile:
 
     def fates(self, configs: Mapping[str, Config]) -> dict[str, str]:
         """What becomes of each tensor: the layer of ours that it changes, or why it is not used, in brackets."""
-        fates = dict.fromkeys(self.tensors.infos, f"({_NO_LAYER})")
+        fates = {key: f"({_TRAINING if is_of_training(key) else _NO_LAYER})" for key in self.tensors.infos}
         for name, module in self.modules.items():
             told = str(self.places[name]) if self._is_used(name, configs) else f"({_UNREAD})"
             fates |= dict.fromkeys(module.keys.values(), told)
@@ -167,13 +168,18 @@ class AdapterFile:
     def notes(self, configs: Mapping[str, Config], model: str) -> list[str]:
         """What a user should know who uses it with `model`: a sentence each, without a full stop."""
         unread = [module for name, module in self.modules.items() if not self._is_used(name, configs)]
-        belong = "belongs" if len(self.unknown) == 1 else "belong"
-        notes = [f"it has {_listed(self.unknown)}, which {belong} to {_NO_LAYER}"] if self.unknown else []
+        others = [key for key in self.unknown if not is_of_training(key)]
+        belong = "belongs" if len(others) == 1 else "belong"
+        notes = [f"it has {_listed(others)}, which {belong} to {_NO_LAYER}"] if others else []
+        if of_training := [key for key in self.unknown if is_of_training(key)]:
+            notes.append(f"it has {_listed(of_training)}, which nothing but training uses")
         if unread:
             keys = [key for module in unread for key in module.keys.values()]
             notes.append(f"it has {_listed(keys)}, of layers of the text encoder whose states no image is made of")
         if self.is_config_aside:
             notes.append(CONFIG_ASIDE)
+        if self._lacks_config:
+            notes.append(CONFIG_MISSING)
         whole = any(_UNSCALED & module.keys.keys() for module in self.modules.values())
         if not whole and not any(self.scales().values()):
             notes.append("it changes nothing, as its alpha is 0")
@@ -240,6 +246,14 @@ class AdapterFile:
     @cached_property
     def _factors(self) -> dict[str, Factors]:
         return {name: Factors(module, self.tensors.infos) for name, module in self.modules.items()}
+
+    @property
+    def _lacks_config(self) -> bool:
+        """Whether nothing says how strong a file of PEFT is, which has that beside it."""
+        factors = [one for one in self._factors.values() if one.rank is not None]
+        is_told = self.has_config or {DIFFUSERS, ALPHA} & self.files.metadata.keys()
+        is_of_peft = PEFT_MODEL in (self.path.name, self.path.resolve().name)
+        return is_of_peft and not is_told and any("alpha" not in one.module.keys for one in factors)
 
     @cached_property
     def _may_be_flux1(self) -> bool:
@@ -340,6 +354,8 @@ def _check_model(infos: Mapping[str, TensorInfo], found: Mapping[str, Module], p
 def _check_understood(others: Iterable[str], places: Mapping[str, Place]) -> None:
     """CheckpointError if a tensor is a layer's whole weight, or its meaning is not known and its layer is changed."""
     for key in others:
+        if is_of_training(key):
+            continue
         if (module := whole(key)) and place(module):
             raise CheckpointError(
                 f"{key:.200} holds a whole weight of {module:.80} (modules_to_save), which is not read; "

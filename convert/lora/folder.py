@@ -18,6 +18,8 @@ DIFFUSERS_MODEL = "pytorch_lora_weights.safetensors"
 USUAL_FILES = (PEFT_MODEL, DIFFUSERS_MODEL)
 CONFIG_ASIDE = f"{PEFT_CONFIG} beside it is left aside, as it may be about another file of its folder"
 
+CONFIG_MISSING = f"there is no {PEFT_CONFIG} beside it, which sets its strength; 1 is taken, as if alpha were the rank"
+
 
 def find_file(source: Path, weight_name: str | None) -> Path:
     """The file of an adapter: `source` itself, or the one in that folder; see `read_adapter`."""
@@ -68,7 +70,7 @@ def config_beside(
     path: Path, metadata: Mapping[str, str], names: Collection[str]
 ) -> tuple[dict[str, Any] | None, bool]:
     """PEFT's config of an adapter's file whose header says `metadata`, if that does not tell its strength itself; and
-    whether there is one that is left aside, as it may be about another file.
+    whether there is one that is left aside, as it may be about another file. A link without one has that of its target.
 
     Args:
         path, metadata: of the file.
@@ -77,6 +79,9 @@ def config_beside(
     Raises:
         CheckpointError: the config is not here, or can't be read.
     """
+    if PEFT_CONFIG not in names and path.is_symlink():
+        path = path.resolve()
+        names = names_beside(path)
     says = DIFFUSERS in metadata or (path.name != PEFT_MODEL and ALPHA in metadata)
     if says or not is_config_of(path.name, names):
         return None, not says and PEFT_CONFIG in names

@@ -23,6 +23,8 @@ _NOT_RUN = re.compile(
     r"\.(?:(?P<OFT>oft_(?:blocks|diag|[Rr]))|(?P<BOFT>boft_[Rs])|(?P<GLoRA>[ab][12](?=\.weight$))|(?P<IA3>ia3_l|on_input)"
     r"|(?P<VeRA>vera_(?:lambda_[bd]|[AB]))|(?P<HRA>hra_u)|(?P<KaSA>lora_diag))(?:\.|$)"
 )
+# What VeLoRA keeps to save memory in training: a LoRA with it is a LoRA.
+_OF_TRAINING = re.compile(r"\.lora_velora_embed(?:\.|$)")
 _WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(?:weight|bias)")
 _HALF = re.compile(r"(?<=lora_)(?:A|B|down|up)\b|\b(?:down|up)$")
 _OTHER = {"A": "B", "B": "A", "down": "up", "up": "down"}
@@ -110,6 +112,11 @@ def check_run(names: Iterable[str]) -> None:
     """CheckpointError if a tensor's name is that of a factor of a kind that is not run."""
     if match := next(filter(None, map(_NOT_RUN.search, names)), None):
         raise CheckpointError(NOT_RUN.format(match.lastgroup))
+
+
+def is_of_training(key: str) -> bool:
+    """Whether a tensor of this name matters to nothing but training."""
+    return _OF_TRAINING.search(key) is not None
 
 
 def whole(key: str) -> str | None:

@@ -22,7 +22,7 @@ _PREFIX = re.compile(
 _BLOCK = re.compile(r"((?:double|single|transformer|single_transformer|sformer)_blocks)_(0|[1-9]\d{0,2})_(.+)")
 _CUT = {"sformer_blocks": "transformer_blocks"}  # by some tool
 _LAYER = re.compile(
-    r"(?:base_model_model_)?(?:(?:lora|lycoris)_te1?_|(?:lora_|lycoris_)?text_encoders?_)?"
+    r"(?:base_model_model_)?(?:(?:lora|lycoris)_te1?_|(?:lora_|lycoris_)?text_encoders?_)?(?:base_model_model_)?"
     r"(?:(?:qwen3_4b|qwen3_8b|mistral3_24b)_)?(?:transformer_|language_model_|model_)*"
     r"layers_(0|[1-9]\d{0,2})_(self_attn_[qkvo]_proj|mlp_(?:gate|up|down)_proj)"
 )

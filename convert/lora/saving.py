@@ -109,7 +109,7 @@ def saving_notes(found: AdapterFile) -> list[str]:
     if not found.models:
         notes.append("it is for no model that is known here: none has all of its layers in these sizes")
     if found.unknown:
-        notes.append(f"{len(found.unknown)} tensors of no layer were left out, such as {found.unknown[0]:.80}")
+        notes.append(f"{len(found.unknown)} tensors that change no layer were left out, such as {found.unknown[0]:.80}")
     return notes
 
 

@@ -196,14 +196,19 @@ def adapters_with(
 def _named_files(place: Path) -> list[Path]:
     """The file, or all that may be adapters in the folder, at a place; none where nothing can have such a name."""
     try:
-        return [place] if place.is_file() else sorted(place.glob(f"*{SAFETENSORS}"))
+        return [place] if place.is_file() else _files_in(place, recursive=False)
     except (OSError, ValueError):
         return []
 
 
 def own_files(models_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """All files that may be adapters in the folder `loras` of the models folder."""
-    return sorted((models_folder(models_dir) / ADAPTERS).rglob(f"*{SAFETENSORS}"))
+    return _files_in(models_folder(models_dir) / ADAPTERS)
+
+
+def _files_in(folder: Path, *, recursive: bool = True) -> list[Path]:
+    """All files that may be adapters in a folder."""
+    return sorted(path for path in (folder.rglob("*") if recursive else folder.glob("*")) if is_adapter(path.name))
 
 
 def cached_files() -> Iterator[tuple[Path, Path]]:
@@ -211,7 +216,7 @@ def cached_files() -> Iterator[tuple[Path, Path]]:
     names."""
     seen: set[tuple[str, str | None]] = set()
     for storage in sorted(hub.cache_folder().glob("models--*--*")):
-        for file in sorted(path for path in snapshot_files(storage) if path.suffix == SAFETENSORS):
+        for file in sorted(path for path in snapshot_files(storage) if is_adapter(path.name)):
             has_config = is_config_of(file.name, _names_beside(file))
             own = os.path.realpath(file), os.path.realpath(file.with_name(PEFT_CONFIG)) if has_config else None
             if own not in seen:
