@@ -176,7 +176,10 @@ Delta = LowRank | Kronecker | Hadamard | Difference
 
 @dataclass(frozen=True, eq=False)
 class Decomposed(_Factors):
-    """DoRA: W + ΔW with each row, or column, made as long as `magnitude` says: `[out, 1]`, or `[1, in]`."""
+    """DoRA: W + ΔW with each row, or column, made as long as `magnitude` says: `[out, 1]`, or `[1, in]`.
+
+    What it is multiplied by at work, its strength, is of ΔW alone, as in PEFT: lengths stay what the magnitude says.
+    """
 
     change: Delta
     magnitude: mx.array
@@ -194,18 +197,19 @@ class Decomposed(_Factors):
     def by_row(self) -> bool:
         return self.magnitude.shape[1] == 1
 
-    def weight(self, base: mx.array) -> mx.array:
+    def weight(self, base: mx.array, strength: float = 1.0) -> mx.array:
         """What is added to the layer's own float32 weight `[out, in]`."""
-        return self.ratio(lambda rows: base[rows]) * (base + self.change.weight()) - base
+        return self.ratio(lambda rows: base[rows], strength) * (base + strength * self.change.weight()) - base
 
-    def ratio(self, base: Callable[[slice], mx.array]) -> mx.array:
-        """What W + ΔW is multiplied by, float32 of the shape of `magnitude`, evaluated. `base` gives rows of W."""
+    def ratio(self, base: Callable[[slice], mx.array], strength: float = 1.0) -> mx.array:
+        """What W + strength · ΔW is multiplied by, float32 of the shape of `magnitude`, evaluated. `base` gives rows of
+        W."""
         outputs, inputs = self.shape
         step = max(1, _SLICE // inputs)
         squares = []
         for row in range(0, outputs, step):
             rows = slice(row, row + step)
-            changed = mx.square(base(rows) + self.change.weight(rows))
+            changed = mx.square(base(rows) + strength * self.change.weight(rows))
             squares.append(changed.sum(axis=int(self.by_row), keepdims=True))
             mx.eval(squares[-1])  # or all rows would be made at one time
         lengths = mx.sqrt(mx.concatenate(squares) if self.by_row else sum(squares[1:], squares[0]))
@@ -294,9 +298,9 @@ def folded(weight: mx.array, changes: Sequence[Placed], strength: float = 1.0) -
     for placed in changes:
         rows = placed.span
         change = placed.change
-        if isinstance(change, Decomposed):
-            whole[rows] += strength * change.weight(base[rows])
-        elif not isinstance(change, BiasDifference):
+        if isinstance(change, Decomposed) and strength:
+            whole[rows] += change.weight(base[rows], strength)
+        elif not isinstance(change, Decomposed | BiasDifference):
             whole[rows] += strength * change.weight()
     return whole
 

@@ -67,8 +67,8 @@ def range_errors(adapters: Sequence[AtWork]) -> Iterator[None]:
 
 
 class Branches:
-    """The changes that adapters make to one network, each times its scale; a scale of 0 changes nothing. DoRA's scale
-    is how far a weight goes from its own to the adapter's. Build it with `of`.
+    """The changes that adapters make to one network, each times its scale; a scale of 0 changes nothing, DoRA's lengths
+    of rows included. Build it with `of`.
 
     Args:
         network: its name.
@@ -135,7 +135,7 @@ class Branches:
         """The layer of this name with its branch; itself if no adapter changes it."""
         if name not in self._branches:
             return layer
-        self._branches[name].measure(layer)
+        self._branches[name].measure(layer, [one.scale for one in self._adapters])
         return _Branched(layer, self._branches[name])
 
 
@@ -163,11 +163,12 @@ class _Branch:
         self._changes: list[Change[Any]] = [*low, *self._others]
         self._strengths: Sequence[float] = ()
         self._working: list[Change[_Other]] = []
-        self._ratios: dict[Change[_Other], mx.array] = {}
+        self._ratios: dict[Change[_Other], tuple[float, mx.array]] = {}  # and the strengths that they are for
 
     def copied(self) -> "_Branch":
         """A copy that shares the arrays, to be weighed otherwise."""
         other = copy(self)
+        other._ratios = {**self._ratios}
         other._low = self._low and self._low.copied()
         return other
 
@@ -197,11 +198,13 @@ class _Branch:
         """Bytes of those of them that other scales make anew."""
         return 0 if self._low is None else self._low.weighed_bytes
 
-    def measure(self, layer: nn.Module) -> None:
-        """Work out what needs the weight of the layer, the first time that it is in memory."""
+    def measure(self, layer: nn.Module, strengths: Sequence[float]) -> None:
+        """Work out what needs the weight of the layer, the first time that it is in memory, for steps in which all
+        adapters work."""
         for other in self._others:
-            if isinstance(other.form, Decomposed) and other not in self._ratios:
-                self._ratios[other] = other.form.ratio(partial(_weight, layer, other.span))
+            strength = strengths[other.adapter]
+            if isinstance(other.form, Decomposed) and strength and self._ratios.get(other, (0.0,))[0] != strength:
+                self._ratios[other] = strength, other.form.ratio(partial(_weight, layer, other.span), strength)
 
     def __call__(self, x: mx.array, layer: nn.Module) -> mx.array:
         if self._low is not None and not self._working:
@@ -222,11 +225,11 @@ class _Branch:
         if not isinstance(form, Decomposed):
             addition = replace(form, scale=strength * form.scale).delta(x)
             return addition / output_unit(self._name, x.dtype) if isinstance(form, BiasDifference) else addition
-        ratio = self._ratios[other].flatten()
+        ratio = self._ratios[other][1].flatten()
         if form.by_row:
-            more = (strength * (ratio - 1)).astype(x.dtype) * _without_bias(own, layer)[..., span]
+            more = (ratio - 1).astype(x.dtype) * _without_bias(own, layer)[..., span]
             return more + (strength * ratio).astype(x.dtype) * form.change.delta(x)
-        longer, whole = (cast(strength * factor * x.astype(mx.float32), x.dtype) for factor in (ratio - 1, ratio))
+        longer, whole = (cast(by * x.astype(mx.float32), x.dtype) for by in (ratio - 1, strength * ratio))
         return _without_bias(layer(longer), layer)[..., span] + form.change.delta(whole)
 
 

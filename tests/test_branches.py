@@ -177,6 +177,18 @@ def test_dora_scales_the_weight_that_the_layer_has(shape, bits, monkeypatch):
     assert relative_error(ours, x @ expected.T + own.bias) <= 1e-5
 
 
+def test_dora_has_its_lengths_at_any_scale_but_0():
+    own, x = layer(), mx.random.normal((5, 64), key=mx.random.key(1))
+    placed = (Placed(Decomposed(low_rank(24, 64), mx.ones((24, 1)))),)
+    whole = branches([{"x": placed}], [1.0])
+    whole.beside("x", own)
+    for scale in (0.5, -2.0, 1.0):
+        ours = whole.scaled(scale).beside("x", own)(x)
+        assert relative_error(ours, x @ folded(own.weight, placed, scale).T) <= 1e-5
+        assert mx.array_equal(ours, branches([{"x": placed}], [scale]).beside("x", own)(x))
+    assert mx.array_equal(whole.scaled(0.0).beside("x", own)(x), own(x))
+
+
 def test_lengths_of_rows_are_worked_out_once(monkeypatch):
     asked, ratio = [], Decomposed.ratio
     monkeypatch.setattr(Decomposed, "ratio", lambda *args: asked.append(1) or ratio(*args))
