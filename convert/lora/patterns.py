@@ -1,7 +1,7 @@
 """Tables of PEFT that say something of modules, by the ends of their names or by regular expressions for these."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -118,27 +118,38 @@ class Patterns:
 
 def _parsed(pattern: str) -> _AnyOf:
     """An expression; ValueError if it is none that is read."""
-    groups = [_AnyOf()]
-    at = 0
-    while at < len(pattern):
-        token = _TOKEN.match(pattern, at)
-        if token is None:
-            raise ValueError(pattern)
-        at = token.end()
-        if token["one"]:
-            kind = frozenset(x for x in _CHARACTERS if re.fullmatch(token["one"], x))
-            groups[-1].choices[-1].append(_One(kind, token["times"]))
-        elif token["edge"]:
-            groups[-1].choices[-1].append(_Edge(token["edge"]))
-        elif token["or"]:
-            groups[-1].choices.append([])
-        elif token["open"]:
-            groups.append(_AnyOf())
-            groups[-2].choices[-1].append(groups[-1])
-        else:
-            groups.pop()
+    groups = [_AnyOf()]  # those that are open, the innermost last
+    for token in _tokens(pattern):
+        _put(token, groups)
         if not 0 < len(groups) <= _DEEPEST:
             raise ValueError(pattern)
     if len(groups) != 1:
         raise ValueError(pattern)
     return groups[0]
+
+
+def _tokens(pattern: str) -> Iterator[re.Match[str]]:
+    at = 0
+    while at < len(pattern):
+        token = _TOKEN.match(pattern, at)
+        if token is None:
+            raise ValueError(pattern)
+        yield token
+        at = token.end()
+
+
+def _put(token: re.Match[str], groups: list[_AnyOf]) -> None:
+    """Have a token stand behind what there is of an expression."""
+    sequence = groups[-1].choices[-1]
+    if token["one"]:
+        kind = frozenset(x for x in _CHARACTERS if re.fullmatch(token["one"], x))
+        sequence.append(_One(kind, token["times"]))
+    elif token["edge"]:
+        sequence.append(_Edge(token["edge"]))
+    elif token["or"]:
+        groups[-1].choices.append([])
+    elif token["open"]:
+        groups.append(_AnyOf())
+        sequence.append(groups[-1])
+    else:
+        groups.pop()
