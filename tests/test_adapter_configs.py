@@ -182,6 +182,18 @@ def test_a_config_that_others_have_not_fetched_is_asked_for(hub, folder):
         find(str(path.with_name("x.safetensors")))
 
 
+def test_a_config_that_the_cache_lacks_is_fetched_or_missed(hub, folder):
+    find("me/same")
+    cached = snapshot(folder, MODEL)
+    remove_files(cached.parents[2], [cached.with_name(CONFIG)])
+    for note in (cached.parents[2] / "flux2-mlx").glob("*"):
+        note.unlink()
+    with using(hub, folder / "home", offline=True), find_adapter("me/same") as found:
+        assert found.file.notes(CONFIGS, "small")[0].startswith(f"there is no {CONFIG} beside it")
+    assert find("me/same") == (2.0, False)
+    assert cached.with_name(CONFIG).is_file()
+
+
 def test_listings_of_the_hubs_own_library_are_read(hub, folder):
     find("me/two:x.safetensors")
     cached = snapshot(folder, "x.safetensors")

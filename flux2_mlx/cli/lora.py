@@ -163,7 +163,7 @@ def _rows(found: "Inspection") -> list[str]:
     """What becomes of each module, and of tensors that are of none."""
     ranks = ["" if module.rank is None else f" of rank {module.rank}" for module in found.modules]
     rows = {x.name: f"{x.layer}: {x.kind}{rank}" for x, rank in zip(found.modules, ranks, strict=True)}
-    rows |= dict.fromkeys(found.unused, "(of no layer that can be adapted)")
+    rows |= dict.fromkeys(found.unused, "(changes no layer)")
     width = max(len(_shown(name)) for name in rows)
     return [f"{_shown(name):{width}}  {_shown(told)}" for name, told in rows.items()]
 
