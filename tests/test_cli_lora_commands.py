@@ -124,8 +124,9 @@ def test_list_has_the_folder_and_the_cache(models, file):
 
 
 def test_list_has_one(models):
-    save(models / "loras" / "a.SAFETENSORS", TENSORS)
-    (models / "loras" / "._a.SAFETENSORS").write_bytes(b"Mac OS X")
+    save(models / "loras" / "a.safetensors", TENSORS).rename(models / "loras" / "a.SAFETENSORS")
+    (models / "loras" / "._a.safetensors").write_bytes(b"Mac OS X")
+    assert [row["source"] for row in values("list")["adapters"]] == [str(models / "loras" / "a.SAFETENSORS")]
     assert done("lora", "list").stdout.splitlines()[-1].startswith("1 adapter; those of your own")
 
 
