@@ -97,7 +97,7 @@ def test_python_m_runs_the_same_command():
         (["t2i", "a", "--nonsense"], "No such option"),
         (["t2i", "a", "-W", "wide"], "'wide' is not a valid integer"),
         (["t2i", "a", "-g", "much"], "'much' is not a valid float"),
-        (["t2i", "a", "-q", "qint2"], "'bf16', 'qint8', 'qint4'"),
+        (["t2i", "a", "-q", "qint2"], "'bf16', 'qint8', 'qint6', 'mixed4', 'qint4'"),
         (["t2i", "a", "--dtype", "float8"], "'float32', 'bfloat16', 'float16'"),
         (["i2i", "a", "-i", "b.png", "--dtype", "bf16"], "'float32', 'bfloat16', 'float16'"),
         (["outpaint", "a.png", "--dtype", "half"], "'float32', 'bfloat16', 'float16'"),
@@ -155,7 +155,7 @@ def test_info_of_a_model_names_its_page_licence_and_sizes():
     text = done("info", "klein-9b").stdout
     assert text.startswith("klein-9b: FLUX non-commercial licence, 4 steps, guidance 1.0\n")
     assert "https://huggingface.co/black-forest-labs/FLUX.2-klein-9B (gated)" in text
-    assert [line.split()[0] for line in text.splitlines()[3:6]] == list(QUANTIZATIONS)
+    assert [line.split()[0] for line in text.splitlines()[3:8]] == list(QUANTIZATIONS)
 
 
 def test_info_of_a_model_as_json():

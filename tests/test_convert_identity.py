@@ -38,14 +38,14 @@ COMFY, DIFFUSION = "model.diffusion_model.", "diffusion_model."
 SIZES = {"klein-4b": FOUR, "klein-9b": NINE, "dev": DEV}
 # The bytes of section A.7 of the facts, as `bf16`, `qint8` and `qint4`.
 BYTES = {
-    "klein-4b": (7_751_089_152, 4_117_773_312, 2_180_004_864),
-    "klein-9b": (18_157_162_496, 9_646_002_176, 5_106_716_672),
-    "dev": (64_446_562_304, 34_237_251_584, 18_125_619_200),
-    "qwen3-4b": (8_044_936_192, 4_274_056_192, 2_262_920_192),
-    "qwen3-8b": (16_381_470_720, 8_702_945_280, 4_607_731_712),
-    "mistral3-24b": (48_022_722_560, 25_513_072_640, 13_507_926_016),
+    "klein-4b": (7_751_089_152, 4_117_773_312, 2_414_361_600, 2_180_004_864),
+    "klein-9b": (18_157_162_496, 9_646_002_176, 5_602_693_120, 5_106_716_672),
+    "dev": (64_446_562_304, 34_237_251_584, 19_703_988_224, 18_125_619_200),
+    "qwen3-4b": (8_044_936_192, 4_274_056_192, 2_591_747_072, 2_262_920_192),
+    "qwen3-8b": (16_381_470_720, 8_702_945_280, 5_490_108_416, 4_607_731_712),
+    "mistral3-24b": (48_022_722_560, 25_513_072_640, 15_229_163_520, 13_507_926_016),
 }
-QUANTS = ("bf16", "qint8", "qint4")
+QUANTS = ("bf16", "qint8", "mixed4", "qint4")
 ORIGINAL, TRANSFORMERS = "the original release", "transformers"
 
 
@@ -222,7 +222,8 @@ def test_sizes_when_converted(name):
     infos = transformer(name) if name in SIZES else listing(name)
     for stored in (infos, scaled(infos), cast(infos, "F32")):
         (part,) = identify(plain(stored), "x").parts
-        assert part.converted == dict(zip(QUANTS, BYTES[name], strict=True))
+        expected = dict(zip(QUANTS, BYTES[name], strict=True))
+        assert part.converted == expected | {"qint6": (expected["qint8"] + expected["qint4"]) // 2}
 
 
 def test_the_official_fp8_file_has_this_size():
