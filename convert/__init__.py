@@ -2,10 +2,9 @@
 
 from . import formats
 from .assembly import MissingPartsError, assembled
-from .configs import is_whole, stated
+from .configs import hints, is_whole, stated
 from .decoders import read_decoder
 from .folder import check_target, check_writable, is_own
-from .geometry import titles
 from .identity import Conversion, Identity, conversion, foreign, identify, identify_whole
 from .mflux import said_of
 from .parts import MODEL_PARTS, TOKENIZER_PART
@@ -35,6 +34,7 @@ __all__ = [
     "conversion",
     "foreign",
     "formats",
+    "hints",
     "identify",
     "identify_whole",
     "is_loose",
@@ -46,7 +46,6 @@ __all__ = [
     "requantized",
     "said_of",
     "stated",
-    "titles",
     "tokenizer_in",
     "write_checkpoint",
 ]

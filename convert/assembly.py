@@ -10,8 +10,8 @@ from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.wording import told
 
-from .configs import RELEASED_SCHEDULE, SCHEDULE, is_like, is_whole, read_index, stated
-from .geometry import candidates, choose, titles, understood
+from .configs import RELEASED_SCHEDULE, SCHEDULE, hints, is_whole, stated
+from .geometry import candidates, choose, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT, TOKENIZER_PART
 from .sources import Source, SourcePart, parts_of, the_part
@@ -71,15 +71,15 @@ def assembled(
     base = _base(place, variant, repo, text_only=text_only) if is_model else None
     ours = {name: _stored_part(name, given[name]) for name in wanted if name in given and is_checkpoint(given[name])}
     parts = own | {name: _given_part(name, given[name], variant) for name in LAYOUT if name in given.keys() - ours}
+    said = _said(given, parts.get(MAIN_PART), base, repo)
     parts = {name: part for name, part in parts.items() if name in wanted and name not in ours}
     taken = {name: network for part in ours.values() for name, network in part.items()}
     configs = _geometries(parts) | {name: network.config for name, network in taken.items()}
     places = {name: part.place for name, part in parts.items()} | {name: given[name] for name in ours}
-    rows = [base.variant] if base is not None and not configs else candidates(configs)
-    hints = _hints(given, parts, base, repo)
+    rows = candidates(configs) if base is None or MAIN_PART in given else [base.variant]
     _check_sizes(place, {} if base is None else base.configs, configs, places, variant)
     try:
-        row = choose(rows, hints, variant, str(place))
+        row = choose(rows, said, variant, str(place))
     except CheckpointError:
         if text_only or base is not None or MAIN_PART in {*parts, *given}:
             raise
@@ -96,10 +96,13 @@ def assembled(
     return replace(joined, notes=notes, borrowed=frozenset(borrowed))
 
 
-def _hints(given: Mapping[str, Path], parts: Mapping[str, SourcePart], base: Source | None, repo: str) -> list[str]:
-    """What may say which model it is, what says it best first."""
-    of_parts = (title for part in parts.values() for title in titles(part.metadata, part.place.name, repo))
-    return [*_said(given), *of_parts, *([] if base is None else [base.variant.name])]
+def _said(given: Mapping[str, Path], main: SourcePart | None, base: Source | None, repo: str) -> list[str]:
+    """What may say which model it is, what says it best first: its transformer, and the model whose place that takes.
+    Other parts are made for several models, or named after others."""
+    place = given.get(MAIN_PART, Path())
+    own = [Checkpoint.open(place).variant.name] if is_checkpoint(place) else []
+    of_main = [] if own or main is None else hints(main.place, main.metadata, repo)
+    return [*own, *of_main, *([] if base is None else [base.variant.name])]
 
 
 def _unused(place: Path, held: Collection[str], given: Mapping[str, Path]) -> list[str]:
@@ -157,15 +160,6 @@ def _stored_part(name: str, folder: Path) -> dict[str, Component]:
     if not found:
         raise CheckpointError(f"{folder} has no {told([name])}; give another model's")
     return found
-
-
-def _said(given: Mapping[str, Path]) -> list[str]:
-    """Names of models that may be the one, where a whole one is given for its transformer."""
-    place = given.get(MAIN_PART, Path())
-    if is_checkpoint(place):
-        return [Checkpoint.open(place).variant.name]
-    index = read_index(place) if is_whole(place) else None
-    return [row.name for row in VARIANTS.values() if index is not None and is_like(row, index)]
 
 
 def _held_tokenizer(parts: Mapping[str, SourcePart]) -> Path | None:

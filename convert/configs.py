@@ -3,7 +3,7 @@
 import json
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -185,6 +185,29 @@ def _choose_variant(description: Description, transformer: TransformerConfig, na
             f"can't tell which model {folder} is; name it with variant=NAME ({_names(same or VARIANTS.values())})"
         )
     return rows[0]
+
+
+def hints(place: Path, metadata: Mapping[str, str], repo: str = "") -> list[str]:
+    """What may say which model a transformer is of, what says it best first: names of models that are as the
+    `model_index.json` of its model says, then `titles`.
+
+    Args:
+        place: its file or folder.
+        metadata: what its files say of themselves.
+        repo: where it comes from, as `owner/name`.
+    """
+    folder = Path(os.path.abspath(place.parent if place.is_file() else place))
+    if folder.name != MAIN_PART:
+        return titles(metadata, place.name, repo)
+    return [*_like_index(folder.parent), *titles(metadata, place.name, repo or folder.parent.name)]
+
+
+def _like_index(folder: Path) -> list[str]:
+    """The names of the models that are as the `model_index.json` of a folder says; none if it is of no known class."""
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    if index.get("_class_name") not in (*_DEV, _KV, *_KLEIN):
+        return []
+    return [row.name for row in VARIANTS.values() if is_like(row, index)]
 
 
 def is_like(variant: Variant, index: dict[str, Any]) -> bool:

@@ -129,6 +129,8 @@ def _told(rows: list[Variant], hint: str) -> list[Variant]:
     Words have to do here: a base model, the one distilled from it and the one with a cache of keys and values have the
     same tensors of the same shapes. Where there is a `model_index.json`, that tells (see `configs.is_like`).
     """
+    if hint in VARIANTS:
+        return [row for row in rows if row.name == hint]
     text = _CASE.sub(" ", hint).lower()
     words = set(re.findall("[a-z]+", text))
     if _UNCERTAIN.search(text):

@@ -156,7 +156,7 @@ def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: st
     Args:
         tensors: those of one file, or of all that belong together; packed ones as what they stand for.
         what: the source, for errors.
-        hints: texts of `titles`, which say which model it is where shapes don't.
+        hints: what `configs.hints` gives of a transformer, which says which model it is where shapes don't.
         variant: the model that a user says it is, or None.
 
     Raises:
@@ -199,7 +199,7 @@ def _model(
         name = f"{told(readings)} of another model"
         return Identity(OTHER, name, stored.shares, stored.nbytes, parts=parts, advice=advice)
     rows = candidates({network: config for part in configs.values() for network, config in part.items()})
-    row = _chosen(rows, hints, variant, what)
+    row = _chosen(rows, hints if MAIN_PART in readings else (), variant, what)
     return Identity(
         MODEL,
         f"{told(readings)} of {FAMILY}{'' if row is None else f' {row.name}'}",

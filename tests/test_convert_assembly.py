@@ -7,15 +7,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from flux2_mlx.convert import assembled, assembly, write_checkpoint
-from flux2_mlx.convert.geometry import choose
+from flux2_mlx.convert import assembled, write_checkpoint
 from helpers.cli_runner import PROMPT, SMALL, done, refusal
 from helpers.stored import in_groups
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoint import Checkpoint
-from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.store import demo_folder, sources
 
@@ -313,14 +311,6 @@ def test_a_part_of_a_whole_diffusers_folder_is_taken(folder):
     done("convert", "demo", "made", "--vae", "fox", "--text-quant", "bf16")
     assert same_weights(folder / "made")
     assert refusal("convert", "demo", "other", "--text-encoder", "fox").startswith("there is no file or folder fox/te")
-
-
-def test_which_model_a_whole_transformer_is_of_is_known(folder):
-    (folder / "fox").mkdir()
-    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": False}
-    (folder / "fox" / "model_index.json").write_text(json.dumps(index))
-    rows = [VARIANTS["klein-4b"], VARIANTS["klein-base-4b"]]
-    assert choose(rows, assembly._said({"transformer": folder / "fox"}), None, "x").name == "klein-base-4b"
 
 
 def test_what_a_converted_model_has_only_to_write_text_is_no_painter(folder):

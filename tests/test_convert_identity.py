@@ -5,8 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
-from flux2_mlx.convert import conversion, identify, titles
+from flux2_mlx.convert import conversion, identify
 from flux2_mlx.convert.formats import plain as plain_files
+from flux2_mlx.convert.geometry import titles
 from flux2_mlx.convert.identity import MODEL, Conversion
 from helpers.headers import (
     NUMBER,

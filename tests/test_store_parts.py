@@ -301,7 +301,7 @@ DEV = {f"transformer/diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n
 @pytest.mark.parametrize(
     ("path", "kind", "expected"),
     [
-        ("", "transformer", {name for name in DEV if name.startswith("transformer/")}),
+        ("", "transformer", {name for name in DEV if name.startswith(("transformer/", "model_index"))}),
         ("", "vae", {"vae/model.safetensors"}),
         ("", "tokenizer", {"tokenizer/tokenizer.json", "tokenizer/chat_template.jinja"}),
         ("x", "tokenizer", {"x/vocab.json", "x/merges.txt", "x/tokenizer_config.json"}),

@@ -17,6 +17,7 @@ from ..convert import (
     conversion,
     foreign,
     formats,
+    hints,
     identify,
     identify_whole,
     is_loose,
@@ -24,7 +25,6 @@ from ..convert import (
     loose_files,
     said_of,
     stated,
-    titles,
     tokenizer_in,
 )
 from ..errors import CheckpointError, DownloadError, InputError
@@ -148,7 +148,7 @@ def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Id
         if place.suffix.lower() != formats.GGUF and (known := foreign(Files(paths), name)):
             return known
         raise
-    found = identify(tensors, name, titles({**metadata, **said_of(place)}, place.name, repo), variant)
+    found = identify(tensors, name, hints(place, {**metadata, **said_of(place)}, repo), variant)
     if tokenizer_in(place / TOKENIZER_PART):
         found = replace(found, missing=tuple(part for part in found.missing if part != TOKENIZER_PART))
     return found

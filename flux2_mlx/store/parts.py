@@ -10,7 +10,7 @@ from ..components import MAIN_PART, PARTS, WRITING_PARTS
 from ..convert import TOKENIZER_PART
 from ..errors import DownloadError, InputError
 from ..hub import Folders, is_repo_id, is_weight
-from ..layout import NUMBERS, PICKLES, SET_INDEX, SHARD
+from ..layout import INDEX, NUMBERS, PICKLES, SET_INDEX, SHARD
 from ..wording import some
 from .folder import expanded
 from .names import addressed_file, is_address
@@ -76,6 +76,8 @@ def files_of(remote: Remote, part: str | None, names: Collection[str]) -> list[s
     weights = _weights(remote, part, sorted(filter(is_weight, names)))
     folder = os.path.dirname(weights[0])
     beside = [name for name in names if os.path.dirname(name) == folder and name.endswith((_CONFIG, SET_INDEX))]
+    if os.path.basename(folder) == MAIN_PART and (index := os.path.join(os.path.dirname(folder), INDEX)) in names:
+        beside.append(index)
     return [*sorted(name for name in beside if _belongs(name, weights)), *weights]
 
 
@@ -132,7 +134,7 @@ def _belongs(name: str, weights: list[str]) -> bool:
     """Whether a small file says something of these weights: a config, or the index of a set."""
     own, first = os.path.basename(name), os.path.basename(weights[0])
     lists = first.startswith(own.removesuffix(SET_INDEX) + "-") or _COUNTED.fullmatch(first)
-    return own == _CONFIG or bool(len(weights) > 1 and lists)
+    return own in (_CONFIG, INDEX) or bool(len(weights) > 1 and lists)
 
 
 def _tokenizer(remote: Remote, names: Collection[str]) -> list[str]:
