@@ -11,6 +11,7 @@ from .parts import MODEL_PARTS, TOKENIZER_PART
 from .requantize import requantize, requantized
 from .sources import Source, chosen_quants
 from .strangers import adapter
+from .text import settings
 from .tokenizer import tokenizer_in
 from .weight_files import LOOSE, is_loose, loose_files
 from .write import KEPT, check_folds, check_source, write_checkpoint
@@ -45,6 +46,7 @@ __all__ = [
     "requantize",
     "requantized",
     "said_of",
+    "settings",
     "stated",
     "tokenizer_in",
     "write_checkpoint",

@@ -15,7 +15,7 @@ from .geometry import candidates, choose, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT, TOKENIZER_PART
 from .sources import Source, SourcePart, parts_of, the_part
-from .text import model_name
+from .text import model_name, settings
 from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files, tokenizer_in
 from .weight_files import loose_files
 
@@ -265,7 +265,10 @@ def _geometries(parts: Mapping[str, SourcePart]) -> Geometries:
     found: Geometries = {}
     for name, part in parts.items():
         configs, problem = understood(
-            part.reading, str(part.place), f"{part.place} is not the {told([name])} of a FLUX.2 model"
+            part.reading,
+            str(part.place),
+            f"{part.place} is not the {told([name])} of a FLUX.2 model",
+            settings(stated(part.files[0].parent).values, part.metadata),
         )
         if problem:
             raise problem

@@ -6,6 +6,7 @@ no row is refused: there its `config.json` is needed.
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flux2_mlx.components import COMPONENTS
@@ -55,7 +56,9 @@ def geometry(part: str, infos: Infos, what: str) -> Geometries:
         raise CheckpointError(f"{what} describes no {part} ({type(error).__name__}: {error})") from error
 
 
-def understood(reading: Reading, what: str, wrong: str) -> tuple[Geometries, CheckpointError | None]:
+def understood(
+    reading: Reading, what: str, wrong: str, settings: dict[str, Any] | None = None
+) -> tuple[Geometries, CheckpointError | None]:
     """The geometries of the networks that are made of a part, as far as they are known, and what is wrong with it: all
     its tensors should have a place in them.
 
@@ -63,10 +66,12 @@ def understood(reading: Reading, what: str, wrong: str) -> tuple[Geometries, Che
         reading: the part as it was found.
         what: the source, for errors.
         wrong: what is said of it if tensors are missing, left over or of other shapes.
+        settings: what is said of a text encoder, see `text.settings`.
     """
     configs: Geometries = {}
     try:
-        configs = geometry(reading.part, reading.infos, what)
+        measured = geometry(reading.part, reading.infos, what)
+        configs = LAYOUT[reading.part].obeyed(measured, settings or {}, Path(what))
         reading.check(configs, wrong)
     except CheckpointError as error:
         if mixed := reading.mixed:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flux2_mlx.checkpoint import Checkpoint, Component
 from flux2_mlx.components import GROUPS, MAIN_PART
@@ -150,7 +151,13 @@ class Conversion:
     refusal: str | None = None
 
 
-def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: str | None = None) -> Identity:
+def identify(
+    tensors: Tensors,
+    what: str,
+    hints: Iterable[str] = (),
+    variant: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Identity:
     """What `tensors` are. Nothing of them is read.
 
     Args:
@@ -158,6 +165,7 @@ def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: st
         what: the source, for errors.
         hints: what `configs.hints` gives of a transformer, which says which model it is where shapes don't.
         variant: the model that a user says it is, or None.
+        settings: what is said of a text encoder, see `text.settings`.
 
     Raises:
         CheckpointError: nothing is known of them, or it can't be the `variant`.
@@ -165,7 +173,8 @@ def identify(tensors: Tensors, what: str, hints: Iterable[str] = (), variant: st
     if found := foreign(tensors, what):
         return found
     readings = read(tensors.infos, what)
-    return _model(tensors, {name: readings[name] for name in LAYOUT if name in readings}, what, hints, variant)
+    ordered = {name: readings[name] for name in LAYOUT if name in readings}
+    return _model(tensors, ordered, what, hints, variant, settings)
 
 
 def foreign(tensors: Tensors, what: str) -> Identity | None:
@@ -186,11 +195,16 @@ def foreign(tensors: Tensors, what: str) -> Identity | None:
 
 
 def _model(
-    tensors: Tensors, readings: Mapping[str, Reading], what: str, hints: Iterable[str], variant: str | None
+    tensors: Tensors,
+    readings: Mapping[str, Reading],
+    what: str,
+    hints: Iterable[str],
+    variant: str | None,
+    settings: dict[str, Any] | None,
 ) -> Identity:
     """What tensors are that are named as parts of FLUX.2."""
     stored = _Stored.of(tensors)
-    found = {name: _understood(reading) for name, reading in readings.items()}
+    found = {name: _understood(reading, settings) for name, reading in readings.items()}
     configs = {name: part for name, (part, _) in found.items()}
     problems = {name: str(problem) for name, (_, problem) in found.items() if problem}
     parts = tuple(_part(reading, stored, configs[name], problems.get(name)) for name, reading in readings.items())
@@ -269,9 +283,9 @@ def _chosen(rows: list[Variant], hints: Iterable[str], variant: str | None, what
         return None
 
 
-def _understood(reading: Reading) -> tuple[Geometries, CheckpointError | None]:
+def _understood(reading: Reading, settings: dict[str, Any] | None) -> tuple[Geometries, CheckpointError | None]:
     what = f"the {told([reading.part])}"
-    return understood(reading, what, f"{what} is damaged or was changed")
+    return understood(reading, what, f"{what} is damaged or was changed", settings)
 
 
 def _part(reading: Reading, stored: _Stored, configs: Geometries, problem: str | None) -> Part:

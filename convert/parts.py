@@ -39,6 +39,8 @@ class PartLayout:
             implemented.
         measured: the same of tensors by their canonical names, where there is no config; CheckpointError if they are of
             no model in the table.
+        obeyed: the `measured` geometries with what is said of the part besides, at the path of that; CheckpointError
+            if it is not what the tensors are, or asks for what is not implemented.
         rules: for each network, given its geometry, how our tensor of a name and a shape is made.
         counts: how many blocks it has by what their names begin with, given those geometries: the key of the config
             that says so, and the number.
@@ -52,6 +54,7 @@ class PartLayout:
     configs: Callable[[dict[str, Any], Any, Path, list[str]], Geometries]
     measured: Callable[[Infos], Geometries]
     rules: dict[str, Callable[[Any], _Rules]]
+    obeyed: Callable[[Geometries, dict[str, Any], Path], Geometries] = lambda configs, settings, path: configs
     counts: Callable[[Geometries], dict[str, tuple[str, int]]] = _own_counts
     is_dropped: Callable[[str, Any], bool] = lambda name, config: False
 
@@ -88,6 +91,7 @@ LAYOUT = {
             "language_model": lambda config: partial(text.later_rule_for, first=config.num_hidden_layers),
             "vision": lambda config: kernels_last,
         },
+        obeyed=text.obeyed,
         counts=text.counts,
         is_dropped=text.is_dropped,
     ),

@@ -125,7 +125,10 @@ _STRANGERS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "Qwen3-VL",
         _ENCODER,
-        (("visual.blocks.0.attn.qkv.weight", "language_model.layers.0.self_attn.q_norm.weight"),),
+        (
+            ("language_model.layers.0.self_attn.q_norm.weight",),
+            ("language_model.model.layers.0.self_attn.q_norm.weight",),
+        ),
     ),
     ("Qwen2.5-VL", _ENCODER, (("visual.blocks.0.attn.qkv.weight",),)),
     ("Qwen2 or Qwen2.5", _ENCODER, (("layers.0.self_attn.q_proj.bias",), ("blk.0.attn_q.bias",))),

@@ -1,7 +1,9 @@
 """transformers' text models `Qwen3ForCausalLM` and `Mistral3ForConditionalGeneration`: config and what tensors tell."""
 
+import math
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from flux2_mlx.components import COMPONENTS
 from flux2_mlx.config import MAX_LAYERS, VARIANTS, Geometries, TextConfig, Variant, VisionConfig
 from flux2_mlx.errors import CheckpointError
 
-from .options import MISTRAL, MISTRAL3, PIXTRAL, QWEN3, check_alike, checked, refuse, rope_theta
+from .options import MISTRAL, MISTRAL3, PIXTRAL, QWEN3, Options, check_alike, checked, refuse, rope_theta
 from .rules import Rule, Shape, copy
 from .shapes import GIVE_FOLDER, Infos, agrees, block_count, divided, shape_of
 
@@ -28,6 +30,28 @@ _OTHERS = {
     ("qwen3", 5120, 40): "Qwen3-14B",
     ("qwen3", 5120, 64): "Qwen3-32B",
     ("mistral3", 4096, 32): "Mistral-7B or Llama-8B",
+}
+
+# What says of a loose text encoder how it computes: by its kind and that of its config, the section of this that does,
+# and what is known of the section.
+_LOOSE = {
+    ("qwen3", "qwen3"): ("", QWEN3),
+    ("mistral3", "mistral"): ("", MISTRAL),
+    ("mistral3", "mistral3"): (_SECTIONS["mistral3"], MISTRAL),
+}
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+# Kinds of other language models with widths as FLUX.2's have, by what configs and llama.cpp call them.
+_KINDS = dict.fromkeys(("qwen3_vl", "qwen3_vl_text", "qwen3vl"), "Qwen3-VL")
+# What llama.cpp calls these networks, and what it calls what their configs say.
+_ARCHITECTURES = {"qwen3": "qwen3", "llama": "mistral", "mistral": "mistral", "mistral3": "mistral"}
+_KEYS = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
 }
 
 
@@ -72,6 +96,89 @@ def counts(configs: Geometries) -> dict[str, tuple[str, int]]:
     text = configs["text_encoder"]
     layers = {"model.layers.": ("num_hidden_layers", text.num_hidden_layers + text.num_later_layers)}
     return layers | (COMPONENTS["vision"].counts(configs["vision"]) if "vision" in configs else {})
+
+
+def settings(config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What is said of a text encoder that lies alone, as its config in transformers says it; nothing if nothing is.
+
+    Args:
+        config: the `config.json` beside its files.
+        metadata: what its files say of themselves; a GGUF file's comes first.
+    """
+    kind = metadata.get("general.architecture", "")
+    said = {name[len(kind) + 1 :]: x for name, x in metadata.items() if kind and name.startswith(f"{kind}.")}
+    if not said:
+        return dict(config) if "model_type" in config else {}
+    values = {ours: _number(said[theirs]) for theirs, ours in _KEYS.items() if theirs in said}
+    return {"model_type": _ARCHITECTURES.get(kind, kind), **values, **_scaling(said)}
+
+
+def _scaling(said: Mapping[str, str]) -> dict[str, Any]:
+    """How a GGUF file says that angles are scaled, as a config says it; nothing if they are not."""
+    factor = _number(said.get("rope.scaling.factor", said.get("rope.scale_linear", "1")))
+    kind = said.get("rope.scaling.type", "linear")
+    is_plain = kind == "none" or (kind == "linear" and factor in (0, 1))
+    return {} if is_plain else {"rope_scaling": {"rope_type": kind, "factor": factor}}
+
+
+def _number(text: str) -> float | str:
+    """The number that a text is, or else the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def obeyed(configs: Geometries, said: dict[str, Any], path: Path) -> Geometries:
+    """The `measured` geometries with what shapes don't tell as `settings` say it.
+
+    Raises:
+        CheckpointError: they are of another language model, or ask for what is not implemented.
+    """
+    if not said:
+        return configs
+    text: TextConfig = configs["text_encoder"]
+    section, options = _loose(text, said, path)
+    if section:
+        checked(said, MISTRAL3, path, [])
+    given = _section(said, "text_config", path) if section else said
+    values = checked(given, options, path, [], section)
+    check_alike(values, "layer_types", "full_attention", None, path, section)
+    for key in _WIDTHS:
+        if (found := given.get(key)) not in (None, getattr(text, key)):
+            raise CheckpointError(
+                f"{path}: {section}{key} is {reprlib.repr(found)} by its config and {getattr(text, key)} by its "
+                "tensors; give the config of these weights, or none"
+            )
+    # What states no widths is no whole config, and leaves out more.
+    usual = {} if "hidden_size" in given else {"rope_theta": text.rope_theta}
+    told = {
+        "rope_theta": rope_theta(usual | values, ("default",), path, section),
+        "rms_norm_eps": given.get("rms_norm_eps", text.rms_norm_eps),
+    }
+    other = {key: x for key, x in told.items() if not _is_close(x, getattr(text, key))}
+    made = described("text_encoder", text.to_dict() | other, path, section)
+    found = {name: made if config is text else config for name, config in configs.items()}
+    if "vision" in found and "vision_config" in said:
+        vision = _vision_values(said, made.to_dict(), path, [])
+        found["vision"] = described("vision", vision, path, _VISION_SECTION)
+    return found
+
+
+def _loose(text: TextConfig, said: dict[str, Any], path: Path) -> tuple[str, Options]:
+    """The section of `_LOOSE` that says how a text encoder computes, and what is known of it."""
+    kind = said["model_type"]
+    if not isinstance(kind, str) or (text.model_type, kind) not in _LOOSE:
+        raise CheckpointError(
+            f"{path}: by its config it is {_KINDS.get(str(kind), reprlib.repr(kind))}, which FLUX.2 does not read "
+            "prompts with; klein needs Qwen3-4B or Qwen3-8B, dev Mistral-Small-3.2-24B"
+        )
+    return _LOOSE[text.model_type, kind]
+
+
+def _is_close(value: Any, own: float) -> bool:
+    """Whether a number is another one, as far as 32 bits have it."""
+    return type(value) in (int, float) and math.isclose(value, own, rel_tol=1e-6)
 
 
 def _text_values(values: dict[str, Any], variant: Variant, path: Path, notes: list[str]) -> dict[str, Any]:

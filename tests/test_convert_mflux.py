@@ -8,9 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from flux2_mlx.convert import assembled, check_source, said_of
-from flux2_mlx.convert.geometry import titles
 from flux2_mlx.convert.dialects import DIFFUSERS, filled, templated
-from flux2_mlx.convert.geometry import choose
+from flux2_mlx.convert.geometry import choose, titles
 from flux2_mlx.convert.rules import join_rows
 from helpers.cli_runner import done
 from helpers.hub_client import REPO, using

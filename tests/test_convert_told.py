@@ -7,7 +7,7 @@ import pytest
 from flux2_mlx.convert import assembled
 from helpers.checkpoints import write_tokenizer
 from helpers.cli_runner import done
-from helpers.headers import write, write_gguf
+from helpers.headers import header, write, write_gguf
 from helpers.hub_client import using
 from helpers.hub_server import HubServer
 from helpers.listings import listing
@@ -102,11 +102,14 @@ def test_the_index_of_a_repo_comes_before_its_name(folder):
 
 def test_a_transformer_on_the_hub_is_told_by_its_index(folder):
     file, index = "transformer/diffusion_pytorch_model.safetensors", b'{"_class_name": "Flux2KleinPipeline"}'
-    weights = {file: fox(folder).read_bytes()[: 2**17], "model_index.json": index}
+    infos = listing("transformer_klein-4b_bfl")
+    weights = {file: header(infos) + bytes(2**17), "model_index.json": index}
     with HubServer({"me/klein-4b": weights}) as hub, using(hub, folder / "home"):
-        size = fox(folder).stat().st_size
+        size = len(header(infos)) + sum(info.nbytes for info in infos.values())
         listed = [hub.repos["me/klein-4b"].sibling(name) for name in weights]
-        listed[0] |= {"size": size, "lfs": listed[0]["lfs"] | {"size": size}} if listed[0].get("lfs") else {"size": size}
+        listed[0] |= (
+            {"size": size, "lfs": listed[0]["lfs"] | {"size": size}} if listed[0].get("lfs") else {"size": size}
+        )
         hub.publish({"sha": hub.repos["me/klein-4b"].commit, "siblings": listed})
         first = done("info", "me/klein-4b:transformer").stdout.splitlines()[0]
     assert first == "me/klein-4b:transformer: transformer of FLUX.2 klein-base-4b"

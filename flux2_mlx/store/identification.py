@@ -24,6 +24,7 @@ from ..convert import (
     is_whole,
     loose_files,
     said_of,
+    settings,
     stated,
     tokenizer_in,
 )
@@ -143,12 +144,14 @@ def _weights_of(remote: Remote, names: Collection[str]) -> list[str]:
 def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Identity:
     paths = loose_files(place)
     try:
-        tensors, metadata = formats.plain(paths, stated(paths[0].parent).packing)
+        config = stated(paths[0].parent)
+        tensors, metadata = formats.plain(paths, config.packing)
     except CheckpointError:  # which may be because it is of another model
         if place.suffix.lower() != formats.GGUF and (known := foreign(Files(paths), name)):
             return known
         raise
-    found = identify(tensors, name, hints(place, {**metadata, **said_of(place)}, repo), variant)
+    said = hints(place, {**metadata, **said_of(place)}, repo)
+    found = identify(tensors, name, said, variant, settings(config.values, metadata))
     if tokenizer_in(place / TOKENIZER_PART):
         found = replace(found, missing=tuple(part for part in found.missing if part != TOKENIZER_PART))
     return found

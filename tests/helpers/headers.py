@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import mlx.core as mx
 from flux2_mlx.convert.formats import unpacked
@@ -157,10 +158,22 @@ def by_mlx(infos: Infos, bits: int) -> Infos:
     return scaled(infos, lambda name: True, "U32", beside, lambda shape: (shape[0], shape[1] * bits // 32))
 
 
-def write_gguf(path: Path, infos: Infos, kind: str, others: str = "BF16") -> Path:
+def write_gguf(
+    path: Path,
+    infos: Infos,
+    kind: str,
+    others: str = "BF16",
+    metadata: Mapping[str, str | float] = MappingProxyType({}),
+) -> Path:
     """A GGUF file that takes no space but for its header: matrices in blocks of one type, others of another, and the
     rest in float32."""
-    data = b"GGUF" + struct.pack("<IQQ", 3, len(infos), 0)
+    data = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(metadata))
+    for key, value in metadata.items():
+        data += struct.pack("<Q", len(key)) + key.encode()
+        if isinstance(value, str):
+            data += struct.pack("<IQ", 8, len(value)) + value.encode()
+        else:
+            data += struct.pack("<If", 6, value)
     end = 0
     for name, info in infos.items():
         chosen = (kind if in_blocks(name) else others) if len(info.shape) > 1 else "F32"
