@@ -34,7 +34,12 @@ _TITLES = (
 )
 _MAX_TITLE = 500
 _CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_UNCERTAIN = re.compile(r"(?:un|de)[^a-z0-9]*distill")
+# Words that are denied, or that say what something was made from or for.
+_UNCERTAIN = re.compile(
+    r"(?:un|de)[^a-z0-9]*distill|(?<![a-z])(?:non?|not|without)[^a-z0-9]*(?:distill|base|kv)"
+    r"|(?<![a-z])(?:from|for)(?:[^a-z]+(?:the|flux|klein|b))*[^a-z]+(?:base|kv)(?![a-z])"
+)
+_FAST = {"distilled", "dmd", "hyper", "lcm", "lightning", "turbo"}  # what makes a base model one of few steps
 
 
 def geometry(part: str, infos: Infos, what: str) -> Geometries:
@@ -143,7 +148,7 @@ def _told(rows: list[Variant], hint: str) -> list[Variant]:
     if words & {"kv", "bkv"}:
         return [row for row in rows if row.kv_cache]
     if words & {"base", "bbase", "kleinbase"}:
-        return [row for row in rows if not row.distilled]
+        return [] if words & _FAST else [row for row in rows if not row.distilled]
     if "klein" in text and re.search("(?<![0-9])[49] ?b(?!f)", text):
         return [row for row in rows if row.distilled and not row.kv_cache]
     return []

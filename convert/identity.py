@@ -17,7 +17,7 @@ from flux2_mlx.wording import told
 from .assembly import MissingPartsError, assembled
 from .formats import Gguf, Unpacked, unreadable, usual_quant
 from .geometry import candidates, choose, understood
-from .naming import TEKKEN, Reading, check_size, is_extra, read
+from .naming import TEKKEN, Reading, adapted, check_size, is_extra, read
 from .parts import LAYOUT, MODEL_PARTS, TOKENIZER_PART
 from .sources import Source
 from .strangers import adapter, stranger
@@ -182,6 +182,9 @@ def foreign(tensors: Tensors, what: str) -> Identity | None:
     may be given as they are stored."""
     check_size(tensors.infos, what)
     stored = _Stored.of(tensors)
+    if mixed := adapted(tensors.infos):
+        model, others = mixed
+        return Identity(OTHER, f"{model}, with an adapter", stored.shares, stored.nbytes, advice=f"it holds {others}")
     if found := adapter(tensors.infos):
         name = f"a {found.kind} (names as of {found.naming})"
         other = None if any(x in VARIANTS for x in found.models) else found.other

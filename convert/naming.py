@@ -19,7 +19,7 @@ from .dialects import AFTER, DIALECTS, DIFFUSERS_VAE, MLX_VAE, Dialect, Spelling
 from .formats import unreadable
 from .parts import LAYOUT
 from .rules import Rule, Shape, copy, moved
-from .strangers import refusal
+from .strangers import adapter_tensors, refusal
 
 # Several times what any model of this family has, its quantized forms included.
 MAX_TENSORS = 50_000
@@ -207,6 +207,8 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
         CheckpointError: they are of no FLUX.2 model; what they are is said if it is known.
     """
     check_size(infos, what)
+    if mixed := adapted(infos):
+        raise CheckpointError(f"{what} holds {' and '.join(mixed)}")
     if known := refusal(infos):
         raise CheckpointError(f"{what} is {known}")
     if how := unreadable(infos, {}):
@@ -222,6 +224,17 @@ def read(infos: Mapping[str, TensorInfo], what: str) -> dict[str, Reading]:
     for name in names:
         sources[_home(name, found)][name] = infos[name]
     return {part: Reading(_ordered(*key, infos), key[1], sources[part]) for part, key in found.items()}
+
+
+def adapted(infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+    """What is said of a model among whose tensors are some of an adapter, and of these; None if it is none."""
+    own = adapter_tensors(infos)
+    found = _recognised(sorted(infos.keys() - {*own})) if own else {}
+    if not found or 2 * len(own) > len(infos):  # an adapter may have a few whole layers
+        return None
+    advice = "which are not applied here; save it without them, and give the adapter in a file of its own"
+    ordered = [part for part in LAYOUT if part in found]
+    return f"the {told(ordered)} of a FLUX.2 model", f"{len(own)} tensors of an adapter, {min(own):.60} first, {advice}"
 
 
 def _check_average(names: list[str], found: Mapping[str, tuple[Dialect, str]], what: str) -> None:

@@ -164,6 +164,7 @@ _FACTORS = (
     (re.compile(r"(.+?)\.lokr_w1(?:_a)?"), "LoKr"),
     (re.compile(r"(.+?)\.hada_w1_a"), "LoHa"),
 )
+_OWN = re.compile(r"\.(?:lora_|lokr_|hada_|alpha$|dora_scale$)")  # where the name of an adapter's own tensor begins
 _SECOND = {"lora_A": "lora_B", "lora_down": "lora_up"}
 # The outputs of a block's layers, as multiples of the hidden size, which is what they take: in FLUX.2, and in FLUX.1,
 # which also has other layers. Names have dots for Kohya's underscores.
@@ -264,6 +265,13 @@ def _factors(infos: _Infos) -> Iterator[tuple[str, str, str]]:
         for pattern, kind in _FACTORS:
             if match := pattern.fullmatch(name):
                 yield match[1], kind, name
+
+
+def adapter_tensors(infos: _Infos) -> list[str]:
+    """The names of those tensors that are an adapter's."""
+    modules = {module for module, _, _ in _factors(infos)}
+    cut = ((name, _OWN.search(name)) for name in infos)
+    return [name for name, match in cut if match and name[: match.start()] in modules]
 
 
 def _naming(modules: list[str]) -> str:

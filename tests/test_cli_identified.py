@@ -121,6 +121,15 @@ def test_parts_adapters_and_strangers(infos, first, last):
     assert values("x.safetensors")["file"] == "x.safetensors"
 
 
+def test_an_adapter_among_the_tensors_of_a_model_is_told():
+    write(Path("x.safetensors"), prefixed(FOUR, PREFIX) | lora("lora_unet_single_blocks_3_linear1", 3072, 27648))
+    lines = done("info", "x.safetensors").stdout.splitlines()
+    assert lines[0] == "x.safetensors: the transformer of a FLUX.2 model, with an adapter"
+    told = "2 tensors of an adapter, lora_unet_single_blocks_3_linear1.lora_A.weight first, which are not applied here"
+    assert lines[-1] == f"note       it holds {told}; save it without them, and give the adapter in a file of its own"
+    assert told in refusal("convert", "x.safetensors", "made")
+
+
 def test_a_folder_of_a_part():
     write(Path("encoder/model.safetensors"), listing("qwen3-8b"))
     assert done("info", "./encoder").stdout.startswith("./encoder: text encoder of FLUX.2\n")

@@ -165,6 +165,8 @@ def test_no_tensors_are_no_part(part):
         ("FLUX_2_Klein_Base_9B_Q4_K_M", "klein-base-9b"),
         ("Flux2-Klein-9B-True-v1", "klein-9b"),
         ("FLUX.2 Klein 9B", "klein-9b"),
+        ("klein-9b-turbo", "klein-9b"),
+        ("klein-base-9b for ComfyUI", "klein-base-9b"),
     ],
 )
 def test_a_name_tells_the_model(hint, variant):
@@ -172,7 +174,13 @@ def test_a_name_tells_the_model(hint, variant):
 
 
 @pytest.mark.parametrize(
-    "hint", ["my database", "kvasir", "klein", "klein v4 bf16", "unet", "klein-9b-undistilled", "klein-9b de-distilled"]
+    "hint",
+    [
+        *("my database", "kvasir", "klein", "klein v4 bf16", "unet", "klein-9b-undistilled", "klein-9b de-distilled"),
+        *("klein-9b-no-kv", "klein-9b-nonkv", "flux2-klein-9b-non-base", "klein9b_notbase", "klein-9b without kv"),
+        *("klein-9b-turbo-8steps-from-base", "klein-9b-lightning-for-base", "fast 9b from the FLUX.2 klein base"),
+        *("klein-base-9b-turbo-merge", "Klein-9B-Base-distilled"),
+    ],
 )
 def test_a_name_that_does_not_tell(hint):
     with pytest.raises(
