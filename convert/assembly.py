@@ -44,6 +44,7 @@ def assembled(
     text_only: bool = False,
     repo: str = "",
     borrowed: Collection[str] = (),
+    replaced: Variant | None = None,
 ) -> Source:
     """The model at `place` as a source, with the `given` parts in place of its own or added to them.
 
@@ -58,6 +59,8 @@ def assembled(
         text_only: leave out the transformer and the VAE.
         repo: where it comes from, as `owner/name`, whose name may say which model it is.
         borrowed: which of the `given` parts are another model's.
+        replaced: the model whose transformer is replaced, if another one than that at `place`. It is that one still
+            where nothing tells better.
 
     Raises:
         MissingPartsError: it lacks parts that are not given.
@@ -71,13 +74,13 @@ def assembled(
     base = _base(place, variant, repo, text_only=text_only) if is_model else None
     ours = {name: _stored_part(name, given[name]) for name in wanted if name in given and is_checkpoint(given[name])}
     parts = own | {name: _given_part(name, given[name], variant) for name in LAYOUT if name in given.keys() - ours}
-    said = _said(given, parts.get(MAIN_PART), base, repo)
+    said = _said(given, parts.get(MAIN_PART), replaced if base is None else base.variant, repo)
     parts = {name: part for name, part in parts.items() if name in wanted and name not in ours}
     taken = {name: network for part in ours.values() for name, network in part.items()}
     configs = _geometries(parts) | {name: network.config for name, network in taken.items()}
     places = {name: part.place for name, part in parts.items()} | {name: given[name] for name in ours}
     rows = candidates(configs) if base is None or MAIN_PART in given else [base.variant]
-    _check_sizes(place, {} if base is None else base.configs, configs, places, variant)
+    _check_sizes(place, {} if base is None else base.configs, configs, places, _named(variant, replaced))
     try:
         row = choose(rows, said, variant, str(place))
     except CheckpointError:
@@ -96,13 +99,13 @@ def assembled(
     return replace(joined, notes=notes, borrowed=frozenset(borrowed))
 
 
-def _said(given: Mapping[str, Path], main: SourcePart | None, base: Source | None, repo: str) -> list[str]:
+def _said(given: Mapping[str, Path], main: SourcePart | None, replaced: Variant | None, repo: str) -> list[str]:
     """What may say which model it is, what says it best first: its transformer, and the model whose place that takes.
     Other parts are made for several models, or named after others."""
     place = given.get(MAIN_PART, Path())
     own = [Checkpoint.open(place).variant.name] if is_checkpoint(place) else []
     of_main = [] if own or main is None else hints(main.place, main.metadata, repo)
-    return [*own, *of_main, *([] if base is None else [base.variant.name])]
+    return [*own, *of_main, *([] if replaced is None else [replaced.name])]
 
 
 def _unused(place: Path, held: Collection[str], given: Mapping[str, Path]) -> list[str]:
@@ -111,8 +114,15 @@ def _unused(place: Path, held: Collection[str], given: Mapping[str, Path]) -> li
     return [f"the {told([name])} of {place} is not used; taken from {given[name]}" for name in replaced]
 
 
+def _named(variant: str | None, replaced: Variant | None) -> list[Variant]:
+    """The models that a user's words allow; none if they say nothing."""
+    if variant is not None:
+        return [variant_named(variant)]
+    return [row for row in VARIANTS.values() if replaced is not None and row.transformer == replaced.transformer]
+
+
 def _check_sizes(
-    place: Path, base: Geometries, configs: Geometries, places: Mapping[str, Path], variant: str | None
+    place: Path, base: Geometries, configs: Geometries, places: Mapping[str, Path], named: list[Variant]
 ) -> None:
     """CheckpointError if one of several parts is of another size than the model has, which its first part tells.
 
@@ -121,12 +131,12 @@ def _check_sizes(
         base: the geometries of a whole model there.
         configs: those of the parts that are given, or take the place of the model's.
         places: where these are.
-        variant: the model's name, or None.
+        named: the models that it may be by a user's words, if these say anything.
     """
     of_part = {name: {x: y for x, y in configs.items() if COMPONENTS[x].part == name} for name in LAYOUT}
     rest = {name: {x: y for x, y in base.items() if COMPONENTS[x].part == name} for name in LAYOUT}
     found = {name: candidates(x) for name in LAYOUT if (x := of_part[name] or rest[name])}
-    wanted = [variant_named(variant)] if variant else next(filter(None, found.values()), [])
+    wanted = named or next(filter(None, found.values()), [])
     for name, rows in found.items() if len(found) > 1 else ():
         if rows and wanted and not any(row in wanted for row in rows):
             where = places.get(name, place / name)

@@ -15,7 +15,7 @@ from helpers.official_configs import autoencoder, qwen3, transformer_2d
 
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.errors import CheckpointError
-from flux2_mlx.store import demo_folder
+from flux2_mlx.store import conversion, demo_folder
 from flux2_mlx.store.parts import Remote, files_of
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -83,6 +83,25 @@ def test_the_index_of_a_transformer_comes_before_names(inside, others, folder):
     given = others | {"tokenizer": folder / "klein-4b" / "tokenizer", "transformer": place}
     assert assembled(others["text_encoder"], given).variant == BASE
     assert assembled(whole(folder / "other", distilled=True), {"transformer": place}).variant == BASE
+
+
+def test_a_transformer_takes_the_place_of_a_model_s(others, folder, monkeypatch):
+    given = others | {"tokenizer": write_tokenizer(folder / "tokenizer")}
+    for row in (FOUR, BASE):
+        assert assembled(fox(folder), given, replaced=row).variant == row
+    assert assembled(fox(folder, "flux-2-klein-base-4b"), given, replaced=FOUR).variant == BASE
+    place = whole(folder / "fox", distilled=False) / "transformer"
+    assert assembled(others["vae"], given | {"transformer": place}, replaced=FOUR).variant == BASE
+    with pytest.raises(
+        CheckpointError, match=r"red-fox\.safetensors is the transformer of klein-4b or klein-base-4b; gi"
+    ):
+        assembled(fox(folder), given, replaced=VARIANTS["klein-9b"])
+    wanted = []
+    monkeypatch.setattr(conversion, "make_checkpoint", lambda *args, **_: wanted.append(args[2]))
+    parts = {"transformer": str(place)}
+    for said, own in ((None, parts), ("klein-base-4b", parts), (None, {})):
+        conversion.convert_model("klein-4b", folder / "made", variant=said, parts=own)
+    assert [(x.variant, x.replaced) for x in wanted] == [(None, FOUR), ("klein-base-4b", FOUR), ("klein-4b", FOUR)]
 
 
 def test_without_an_index_the_name_of_the_folder_tells(others, folder):

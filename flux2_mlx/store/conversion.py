@@ -61,7 +61,8 @@ def convert_model(
         InputError: the target can't be made or replaced, or the model is built in.
     """
     model = resolve(name)
-    variant = checked_variant(variant, model)
+    # A model whose transformer is replaced may become another one.
+    variant, replaced = checked_variant(variant, None if MAIN_PART in parts else model), model.variant
     check_target(target, force)
     if model.kind == BUILT_IN and not parts and not adapters and calibrate is None:
         raise InputError(f"{model.name} is built in and needs no conversion")
@@ -71,7 +72,7 @@ def convert_model(
         )
     with ExitStack() as held:
         folds = tuple(_fold(source, scale, progress, held) for source, scale in adapters)
-        wanted = Wanted(variant, quant, text_quant, folds=folds, calibrate=calibrate)
+        wanted = Wanted(variant, quant, text_quant, replaced=replaced, folds=folds, calibrate=calibrate)
         fetching = Fetching(keep_source, announce=announce, progress=progress)
         make_checkpoint(model, lambda quant, text_quant: target, wanted, fetching, parts=parts, force=force)
     return model

@@ -107,6 +107,7 @@ class Gathering:
                 text_only=wanted.text_only,
                 repo=repo,
                 borrowed=self._borrowed,
+                replaced=wanted.replaced,
             )
         notes = list(source.notes)
         if self._borrowed:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from ..config import Variant
 from ..convert import MissingPartsError, Source, assembled, is_loose
 from ..convert.lora import Fold
 from .first_use import Calibrate
@@ -20,6 +21,7 @@ class Wanted:
         text_quant: the same for the text encoder; None: as stored, or as `quant`, but `qint8` with `bf16`, or as few
             bits as the source has.
         text_only: leave out the transformer and the VAE.
+        replaced: the model whose transformer is replaced; it is that one still if the new transformer tells nothing.
         folds: adapters that are folded into its weights.
         calibrate: measures its transformer for `mixed4`; of an MLX checkpoint only.
     """
@@ -28,6 +30,7 @@ class Wanted:
     quant: str | None = None
     text_quant: str | None = None
     text_only: bool = False
+    replaced: Variant | None = None
     folds: tuple[Fold, ...] = ()
     calibrate: Calibrate | None = None
 
