@@ -178,7 +178,7 @@ def _loose(text: TextConfig, said: dict[str, Any], path: Path) -> tuple[str, Opt
 
 def _is_close(value: Any, own: float) -> bool:
     """Whether a number is another one, as far as 32 bits have it."""
-    return type(value) in (int, float) and math.isclose(value, own, rel_tol=1e-6)
+    return isinstance(value, float) and math.isclose(value, own, rel_tol=1e-6)
 
 
 def _text_values(values: dict[str, Any], variant: Variant, path: Path, notes: list[str]) -> dict[str, Any]:

@@ -103,6 +103,13 @@ def test_what_can_not_be_done_is_refused(change, message, folder):
     assert f"note       {place}: {message}"[:60] in done("info", place).stdout.replace("the text encoder:", f"{place}:")
 
 
+@pytest.mark.parametrize("base", ["5", [1], -1, 10**400])
+def test_a_base_that_is_none_is_refused(base, folder):
+    place = encoder(folder, qwen3(FOUR.text) | {"rope_parameters": {"rope_theta": base}})
+    with pytest.raises(CheckpointError, match="encoder describes no text_encoder"):
+        text_of(place)
+
+
 def test_a_gguf_file_says_it_in_its_header(folder):
     said = {"rope.freq_base": 5e6, "attention.layer_norm_rms_epsilon": 1e-6, "attention.head_count": 32.0}
     plain = text_of(in_gguf(folder, {"rope.freq_base": 1e6}))
