@@ -270,7 +270,7 @@ def _number(name: str, value: Any, default: float | None = None) -> float:
     """A number of any type; None is the default if there is one."""
     if value is None and default is not None:
         return default
-    given: Any = None if isinstance(value, str | bytes) else value
+    given: Any = None if isinstance(value, str | bytes | bool) else value
     try:
         return float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

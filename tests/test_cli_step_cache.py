@@ -70,3 +70,13 @@ def test_models_of_few_steps_refuse_it_before_anything_is_fetched():
     assert "step_cache must be a number of 0 or more, got -1.0" in refusal(
         "t2i", PROMPT, "-m", "demo", "--step-cache", "-1"
     )
+
+
+def test_a_prompt_of_a_file_may_have_its_own():
+    lines = ('{"prompt": "a fox", "step_cache": 1e9}', '{"prompt": "a fox"}', '{"prompt": "a fox", "step_cache": 0}')
+    Path("a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    done("t2i", "--prompts-file", "a.jsonl", *CACHED, "-o", "{index}.png")
+    remembered = [read_settings(path).get("step_cache") for path in sorted(Path().glob("*.png"))]
+    assert remembered == [1e9, 0.2, None]
+    refused = refusal("t2i", "--prompts-file", "a.jsonl", "-m", "klein-4b", "-o", "{index}.png")
+    assert refused.startswith("line 1 of a.jsonl: klein-4b is distilled to 4 steps")

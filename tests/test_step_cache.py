@@ -344,6 +344,7 @@ def test_what_does_not_fit_would_without_a_cache():
         (float("nan"), "step_cache must be a number of 0 or more, got nan"),
         (float("inf"), "step_cache must be a number of 0 or more, got inf"),
         ("0.1", "step_cache must be a number, got '0.1'"),
+        (True, "step_cache must be a number, got True"),
     ],
 )
 def test_what_is_no_threshold_is_refused(pipe, value, message):

@@ -14,7 +14,7 @@ OPTIONS = (
     "seed", "same_seed", "num_images", "negative_prompt", "output", "width", "height", "steps", "guidance", "sigmas",
     "shift_steps", "strength", "step_cache",
 )  # fmt: skip
-_OF_A_PROMPT = ("width", "height", "steps", "guidance")
+_OF_A_PROMPT = ("width", "height", "steps", "guidance", "step_cache")
 _MAX_IMAGES = 100_000  # of which a run of the pipeline makes some at a time
 
 
@@ -127,7 +127,7 @@ def _settings(prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: given[name] if value is None else value for name, value in own.items()}
     if given["sigmas"]:
         settings |= {"sigmas": given["sigmas"], "steps": given["shift_steps"] or len(given["sigmas"])}
-    return settings | {"strength": given["strength"], "step_cache": given["step_cache"]}
+    return settings | {"strength": given["strength"]}
 
 
 def _template(own: str | None, output: str | None) -> str | None:

@@ -32,6 +32,7 @@ _KINDS = {
     "height": int,
     "steps": int,
     "guidance": float,
+    "step_cache": float,
     "output": str,
 }
 _NAMES = {str: "text", int: "a whole number", float: "a number"}
@@ -50,6 +51,7 @@ class Prompt:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    step_cache: float | None = None
     output: str | None = None
 
 

@@ -1,5 +1,6 @@
 """What an image file remembers, read to make it again. Whoever made it chose what it says, so nothing is trusted."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,8 +83,10 @@ def check_kinds(values: Any, kinds: dict[str, Any], image: Path) -> None:
     if not isinstance(values, dict):
         raise InputError(f"the settings in {image} are damaged: {values!r:.80} should say {', '.join(kinds)}")
     for name, kind in kinds.items():
-        if not isinstance(values.get(name), kind) or isinstance(values.get(name), bool):
-            raise InputError(f"the settings in {image} are damaged: {name} is {values.get(name)!r:.80}")
+        value = values.get(name)
+        is_sound = not isinstance(value, bool) and (not isinstance(value, float) or math.isfinite(value))
+        if not isinstance(value, kind) or not is_sound:
+            raise InputError(f"the settings in {image} are damaged: {name} is {value!r:.80}")
 
 
 def check_file(file: Any, image: Path) -> None:
