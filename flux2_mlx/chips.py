@@ -49,6 +49,11 @@ class Chip:
         return self.generation > 2
 
     @property
+    def dtype(self) -> str:
+        """What is computed in by default."""
+        return "bfloat16" if self.has_bfloat16 else "float16"
+
+    @property
     def matrix_tflops(self) -> float:
         """1e12 operations a second of products in 16 bits."""
         return self.tflops * (_UNITS if self.has_matrix_units else 1)

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .chips import Chip, find_chip
 from .config import TransformerConfig
 from .device import chip as chip_name
-from .device import on_metal
+from .device import dtype_name, on_metal
 from .memory import Workload
 from .networks import Networks
 from .request import Request
@@ -56,11 +56,13 @@ class Duration:
 
     Attributes:
         chip: the name of what computes.
+        dtype: what the transformer computes in.
         step: of one denoising step of one image.
         phases: of each phase by its name.
     """
 
     chip: str
+    dtype: str
     step: float
     phases: dict[str, float]
 
@@ -108,4 +110,4 @@ def duration(networks: Networks, request: Request, work: Workload, chip: Chip) -
         "transformer": before + work.images * request.steps * step,
         "vae": work.images * vae.decoding_operations(work.height, work.width) / rates.convolutions,
     }
-    return Duration(chip.name, step, {name: seconds for name, seconds in phases.items() if seconds})
+    return Duration(chip.name, dtype_name(dtype), step, {name: seconds for name, seconds in phases.items() if seconds})

@@ -1,5 +1,6 @@
 """How long runs are expected to take, by what is known of a chip."""
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
@@ -169,10 +170,28 @@ def test_the_autoencoder_s_operations_are_those_that_it_does(decoder, monkeypatc
     assert counted.operations == cost.encoding_operations(64, 32)
 
 
+@pytest.mark.parametrize(
+    ("chip", "dtype", "computes"),
+    [
+        ("M5 Max", None, "bfloat16"), ("M2 Max", None, "float16"), ("M5 Max", "float32", "float32"),
+        ("M2 Max", "bfloat16", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_chip_computes_in_its_own_dtype(chip, dtype, computes):
+    given = ("--dtype", dtype) if dtype else ()
+    told = json.loads(done("info", "klein-4b", "--chip", chip, *given, "--json").stdout)["expected"]
+    variant = VARIANTS["klein-4b"]
+    networks = Networks.open(variant, dtype=computes)
+    request = Request.checked(variant, 16, [""])
+    assert told["dtype"] == computes
+    assert told["step"] == duration(networks, request, workload(request), chip_named(chip)).step
+
+
 def test_info_tells_what_is_expected_of_a_chip():
     line = done("info", "klein-4b", "--chip", "m3 max").stdout.splitlines()[-1]
     assert line == (
-        "expected of an M3 Max: 3.6 s a step, 17 s for 4 steps with text and image, besides reading from disk"
+        "expected of an M3 Max in bfloat16: about 3.6 s a step, 17 s for 4 steps with text and image, "
+        "besides reading from disk"
     )
     assert " 55 min for 50 steps " in done("info", "klein-base-9b", "-q", "qint8", "--chip", "M2").stdout
     assert "expected" not in done("info", "klein-4b").stdout

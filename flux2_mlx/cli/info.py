@@ -19,6 +19,8 @@ from .terminal import in_flags, print_result, to_json
 
 if TYPE_CHECKING:
     from .. import Flux2Pipeline
+    from ..durations import Duration
+    from ..request import Request
     from ..store import Model
     from ..store.identification import Found
 
@@ -35,7 +37,10 @@ Shown = TypeVar("Shown")
 @click.option("-H", "--height", type=click.IntRange(16), help="Its height in pixels.  [default: 1024; demo 128]")
 @memory_option
 @click.option(
-    "--chip", metavar="NAME", help="Such as 'M3 Max': how long it is expected to take there.  [default: this Mac's]"
+    "--chip",
+    metavar="NAME",
+    help="Such as 'M3 Max': how long it is expected to take there, in that chip's dtype where --dtype names none.  "
+    "[default: this Mac's]",
 )
 @variant_option
 @models_dir_option
@@ -95,7 +100,7 @@ def info(
             dtype=dtype,
             memory_limit=memory_limit,
         )
-        row = _one_row(resolved, pipe, folders) | _plan(pipe, width, height, chip)
+        row = _one_row(resolved, pipe, folders) | _plan(pipe, width, height, chip, has_dtype=dtype is not None)
         _put(row | {"limit_reason": None if memory_limit else memory_reason()}, _print_one, as_json)
 
 
@@ -213,13 +218,14 @@ def _one_row(model: "Model", pipe: "Flux2Pipeline", folders: list[Path]) -> dict
     return row if official else row | {"licence": None, "gated": None}
 
 
-def _plan(pipe: "Flux2Pipeline", width: int | None, height: int | None, chip: str | None) -> dict[str, Any]:
-    from ..chips import chip_named
+def _plan(
+    pipe: "Flux2Pipeline", width: int | None, height: int | None, chip: str | None, *, has_dtype: bool
+) -> dict[str, Any]:
     from ..device import dtype_name
 
     request = pipe.request([""], width=width, height=height)
     planned, advice = pipe.expected(request)
-    expected = pipe.duration(request, chip=None if chip is None else chip_named(chip))
+    expected = _expected(pipe, request, chip, has_dtype=has_dtype)
     passes = 2 if pipe.variant.uses_cfg and request.guidance > 1 else 1
     return {
         "quant": pipe.quant,
@@ -235,6 +241,19 @@ def _plan(pipe: "Flux2Pipeline", width: int | None, height: int | None, chip: st
         "advice": advice and in_flags(advice),
         "expected": expected and asdict(expected) | {"seconds": expected.seconds},
     }
+
+
+def _expected(pipe: "Flux2Pipeline", request: "Request", name: str | None, *, has_dtype: bool) -> "Duration | None":
+    """How long a run takes here, or on the chip of that `name` in its own dtype where none is asked for."""
+    if name is None:
+        return pipe.duration(request)
+    from ..chips import chip_named
+
+    chip = chip_named(name)
+    if not has_dtype:
+        quants = {"quant": pipe.quant, "text_quant": pipe.text_quant}
+        pipe = type(pipe).outline(pipe.checkpoint, **quants, dtype=chip.dtype, memory_limit=pipe.memory_limit)
+    return pipe.duration(request, chip=chip)
 
 
 def _verified(folders: Iterable[Path]) -> dict[str, dict[str, Any] | None]:
@@ -269,7 +288,7 @@ def _print_plan(row: dict[str, Any]) -> None:
     if expected := row["expected"]:
         step, whole = (_about(expected[name]) for name in ("step", "seconds"))
         besides = f"{whole} for {row['steps']} steps with text and image, besides reading from disk"
-        click.echo(f"expected of an {expected['chip']}: {step} a step, {besides}")
+        click.echo(f"expected of an {expected['chip']} in {expected['dtype']}: about {step} a step, {besides}")
 
 
 def _about(seconds: float) -> str:
