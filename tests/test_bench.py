@@ -3,6 +3,7 @@
 import getpass
 import json
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,11 +13,11 @@ import pytest
 from helpers.cli_runner import done, refusal, run
 from helpers.variants import change_variant
 
-from flux2_mlx import Flux2Pipeline
+from flux2_mlx import Flux2Pipeline, layers
 from flux2_mlx.benchmark import Case, measure, measurement
 from flux2_mlx.config import TransformerConfig
 from flux2_mlx.errors import InputError
-from flux2_mlx.transformer import pass_products
+from flux2_mlx.transformer import Flux2Transformer, pass_products
 
 QUICK = ("--size", "64", "-s", "2", "--repeats", "1")
 
@@ -56,7 +57,7 @@ def test_guidance_takes_the_products_of_two_passes(ticks):
 def test_own_products_are_those_of_a_pass(ticks):
     config = TransformerConfig(2, 3, 2, 96, 32, 32, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)
     counted = sum(pass_products(config, 5, 7).values())
-    assert counted == 2 * 2 * 4 + 3 * 2
+    assert counted == 2 * 2 * 4 + 3 * 2 + 1
     assert measurement.own_products(config, mx.float32, 5, 7) == counted + 5
 
 
@@ -70,10 +71,26 @@ def test_own_products_are_multiplied(monkeypatch):
 
     monkeypatch.setattr(measurement, "timed", timed)
     measurement.own_products(config, mx.bfloat16, 5, 7)
-    assert {(*x.shape, x.dtype) for x in made[:-1]} == {
+    assert {(*x.shape, x.dtype) for x in made[:-2]} == {
         (rows, columns, mx.bfloat16) for rows, columns, _ in pass_products(config, 5, 7)
     }
-    assert made[-1].shape == (1, 12, 64)
+    assert [x.shape for x in made[-2:]] == [(1, 12, 64), (1, 7, 64)]
+
+
+def test_products_of_a_pass_are_those_that_it_multiplies(monkeypatch):
+    config = TransformerConfig(2, 3, 2, 96, 32, 32, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False)
+    made: Counter[tuple[int, int, int]] = Counter()
+    project = layers.project
+
+    def counted(x, weight):
+        made[x.size // x.shape[-1], *weight.shape] += 1
+        return project(x, weight)
+
+    monkeypatch.setattr(layers, "project", counted)
+    Flux2Transformer(config)(mx.zeros((1, 7, 32)), mx.zeros((1, 5, 64)), mx.array([0.5]), mx.zeros((12, 2, 32)))
+    before_and_after = {(7, 64, 32): 1, (7, 32, 64): 1}
+    of_tokens = {shape: count for shape, count in made.items() if shape[0] > 1}  # one row is the noise level's
+    assert of_tokens == pass_products(config, 5, 7) | before_and_after
 
 
 def test_each_run_is_of_a_pipeline_that_keeps_its_networks():

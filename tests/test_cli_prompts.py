@@ -59,7 +59,16 @@ def test_every_setting_of_a_line():
     }
     (prompt,) = prompts("a.jsonl", json.dumps(line | {"guidance": 1.5, "step_cache": 0, "output": "a.png"}))
     assert prompt == Prompt(
-        "狐\nfox", "line 1 of a.jsonl", "dog", 2**64 - 1, 2, width=64, height=32, steps=1, guidance=1.5, step_cache=0,
+        "狐\nfox",
+        "line 1 of a.jsonl",
+        "dog",
+        2**64 - 1,
+        2,
+        width=64,
+        height=32,
+        steps=1,
+        guidance=1.5,
+        step_cache=0,
         output="a.png",
     )
 

@@ -32,21 +32,23 @@ def pass_operations(config: TransformerConfig, tokens: int, seen: int = 0) -> tu
     """Operations of the products of a pass with so many tokens, and of its attention, where each of them attends to
     `seen` further ones besides.
 
-    Either kind of block multiplies each token with 4·D² for attention and 3·D·M for the MLP.
+    Either kind of block multiplies each token with 4·D² for attention and 3·D·M for the MLP. What the last block leaves
+    out of tokens whose velocity is not wanted, at most a hundredth, is counted.
     """
     D, M = config.hidden_size, config.mlp_hidden_size
     blocks = config.num_layers + config.num_single_layers
     return 2 * tokens * blocks * (4 * D * D + 3 * D * M), 4 * tokens * (tokens + seen) * D * blocks
 
 
-def pass_products(config: TransformerConfig, text: int, others: int) -> dict[tuple[int, int, int], int]:
-    """The products of a pass with so many tokens of text and `others`: rows, columns and what is summed over, each with
-    how often there is such a one."""
+def pass_products(config: TransformerConfig, text: int, image: int) -> dict[tuple[int, int, int], int]:
+    """The products of a pass with so many tokens of text and of an image: rows, columns and what is summed over, each
+    with how often there is such a one. Of the text the last block needs keys and values only."""
     D, M = config.hidden_size, config.mlp_hidden_size
     double = ((3 * D, D), (D, D), (2 * M, D), (D, M))
     single = ((3 * D + 2 * M, D), (D, D + M))
-    shapes = [(tokens, *shape, config.num_layers) for tokens in (text, others) for shape in double]
-    shapes += [(text + others, *shape, config.num_single_layers) for shape in single]
+    shapes = [(tokens, *shape, config.num_layers) for tokens in (text, image) for shape in double]
+    shapes += [(text + image, *shape, config.num_single_layers - 1) for shape in single]
+    shapes += [*((image, *shape, 1) for shape in single), (text, 2 * D, D, 1)]
     counts: dict[tuple[int, int, int], int] = {}
     for *shape, count in shapes:
         rows, columns, inner = shape
