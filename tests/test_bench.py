@@ -5,6 +5,7 @@ import json
 import socket
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def test_a_row_has_all_figures(ticks):
     assert row.cold == 4  # from before it is opened: three steps, and its end
     assert (row.warm.least, row.warm.median, row.warm.most, row.warm.count) == (4, 4, 4, 2)
     assert (row.step.median, row.step.count) == (1, 4)  # of both later runs, and none of its first steps
+    assert row.first_here
     assert [phase.name for phase in row.phases] == ["text_encoder", "transformer", "vae"]
     assert all(0 < phase.peak_memory <= 1.05 * phase.planned for phase in row.phases)
     assert all(phase.warm.count == 2 for phase in row.phases)
@@ -106,6 +108,14 @@ def test_each_run_is_of_a_pipeline_that_keeps_its_networks():
     assert row.phases[1].warm.count == 1
 
 
+def test_files_that_were_read_before_are_told(ticks):
+    cases = [Case(partial(demo, quant=quant), side, 64, 2) for quant in ("bf16", "qint8") for side in (64, 80)]
+    assert [row.first_here for row in measure(cases, 1)] == [True, False, False, False]
+    assert [row.first_here for row in measure(cases[:1], 1)] == [True]
+    lines = done("bench", *QUICK, "--size", "80", "--quiet").stdout.splitlines()
+    assert lines.count("its files were read for an earlier row, so that the first run may find them in memory") == 1
+
+
 def test_what_is_streamed_is_told():
     (row,) = measure([Case(lambda: demo(memory_limit="5MB"), 16, 16, 2)], 1)
     (transformer,) = (phase for phase in row.phases if phase.name == "transformer")
@@ -169,10 +179,10 @@ def test_what_was_measured_is_told_when_it_is_stopped(monkeypatch):
     figures = measurement._figures
     calls = count()
 
-    def stopped(*given):
+    def stopped(*given, **named):
         if next(calls):
             raise KeyboardInterrupt
-        return figures(*given)
+        return figures(*given, **named)
 
     monkeypatch.setattr(measurement, "_figures", stopped)
     result = run("bench", *QUICK, "--size", "80", "--json", "--quiet")

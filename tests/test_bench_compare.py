@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.cli_runner import done, refusal
+from helpers.cli_runner import done, refusal, run
 
 from flux2_mlx.benchmark import Measured, Spread, compare, read_result, result
 from flux2_mlx.benchmark.result import PhaseFigures
@@ -26,7 +26,8 @@ def row(seconds: float = 1.0, **changes: Any) -> Measured:
     settings = {
         "variant": "klein-4b", "official": True, "fingerprint": "a", "quant": "bf16", "text_quant": "qint8",
         "dtype": "bfloat16", "width": 1024, "height": 768, "steps": 4, "passes": 1, "memory_limit": 2**33,
-        "cold": 10 * seconds, "warm": spread, "step": spread, "products": 0.8, "ratio": 1.25, "expected_step": None,
+        "first_here": True, "cold": 10 * seconds, "warm": spread, "step": spread, "products": 0.8, "ratio": 1.25,
+        "expected_step": None,
         "phases": (PhaseFigures("transformer", 5.0, spread, 2**32, 2**32, 0, 0),),
     }  # fmt: skip
     return Measured(**settings | changes)
@@ -74,6 +75,24 @@ def test_steps_of_other_passes_are_not_compared(tmp_path):
     assert "a step –; peak 1.00\nother things that differ: guidance" in done("bench", "compare", first, second).stdout
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"memory_limit": 2**34}, "memory limit"), ({"official": False}, "whether they are official")],
+)
+def test_other_limits_and_sources_are_said(change, said, tmp_path):
+    first, second = write(tmp_path / "a", row()), write(tmp_path / "b", row(**change))
+    shown = done("bench", "compare", first, second).stdout
+    assert "first run 1.00; later runs 1.00 (0.75 to 1.33); a step 1.00 (0.75 to 1.33); peak 1.00\n" in shown
+    assert shown.endswith(f"other things that differ: {said}\n")
+
+
+def test_first_runs_of_another_order_are_not_compared(tmp_path):
+    first, second = write(tmp_path / "a", row()), write(tmp_path / "b", row(first_here=False))
+    shown = done("bench", "compare", first, second).stdout
+    assert "first run –; later runs 1.00 " in shown
+    assert shown.endswith("other things that differ: whether files were read before\n")
+
+
 def test_a_result_that_is_not_whole_is_compared_as_far_as_it_is(tmp_path):
     first, second = write(tmp_path / "a", row(), complete=False), write(tmp_path / "b", row())
     told = json.loads(done("bench", "compare", first, second, "--json").stdout)
@@ -105,20 +124,23 @@ def damaged(change: str) -> str:
         ("values.pop('rows')", "it lacks 'rows'"),
         ("values['rows'] = {}", "its rows are no list"),
         ("values['rows'] *= 1001", "its rows are no list of at most 1000"),
-        ("values['rows'] = [1]", ""),
-        ("values['machine'] = None", ""),
+        ("values['rows'] = [1]", "its rows are no list of at most 1000 objects"),
+        ("values['rows'] *= 2", "it has klein-4b bf16/qint8 1024×768 twice"),
+        ("values['machine'] = None", "machine is 'None', not an object"),
         ("values['machine']['chip'] = {}", "'{}' is no text"),
-        ("values['machine']['versions'] = []", ""),
+        ("values['machine']['versions'] = []", "versions is '[]', not an object"),
         ("values['rows'][0]['cold'] = 0", "cold is '0', not a number above 0"),
         ("values['rows'][0]['cold'] = -1", "cold is '-1', not a number above 0"),
         ("values['rows'][0]['cold'] = True", "cold is 'True', not a number above 0"),
         ("values['rows'][0]['cold'] = '1'", "cold is '1', not a number above 0"),
         ("values['rows'][0]['cold'] = 10**400", "cold is '1000"),
         ("values['rows'][0]['step']['median'] = 100", "a median of 100.0 is not between"),
-        ("values['rows'][0]['warm'] = None", ""),
+        ("values['rows'][0]['warm'] = None", "warm is 'None', not an object"),
         ("values['rows'][0]['width'] = 10.5", "width is 10.5, not a whole number"),
         ("values['rows'][0]['variant'] = 'x' * 201", "variant is no text of at most 200 characters"),
-        ("values['rows'][0]['phases'] = []", ""),
+        ("values['rows'][0]['phases'] = []", "a row has no phases"),
+        ("values['rows'][0]['phases'] = None", "its phases are no list of at most 1000 objects"),
+        ("values['rows'][0]['phases'] = [None]", "its phases are no list of at most 1000 objects"),
     ],
 )
 def test_what_is_no_result_is_refused_in_a_line(change, said, tmp_path):
@@ -157,3 +179,28 @@ def test_names_from_files_do_not_drive_a_terminal(tmp_path):
     other = write(tmp_path / "b", row(variant="\x1b[31mred"))
     assert "\x1b" not in done("bench", "compare", path, other).stdout
     assert "\\u001b" in done("bench", "compare", path, other, "--json").stdout
+
+
+def test_options_of_a_comparison_may_stand_before_it(tmp_path):
+    first, second = write(tmp_path / "a", row()), write(tmp_path / "b", row())
+    told = done("bench", "compare", first, second, "--json").stdout
+    assert done("bench", "--json", "compare", first, second).stdout == told
+    assert done("bench", "compare", "--json", first, second).stdout == told
+    assert "Compare two results" in done("bench", "compare", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("demo", "compare", "a", "b"), "a comparison is of two results, not of the model 'demo'; write `flux2-mlx b"),
+        (("-q", "bf16", "compare", "a", "b"), "a comparison measures nothing, so -q has no effect on it; leave it out"),
+        (("demo", "extra"), "one model is measured at a time, 'demo' or 'extra'; give one of them"),
+        (("demo", "--json", "extra"), "one model is measured at a time, 'demo' or 'extra'; give one of them"),
+        (("compare",), "Missing argument 'A'"),
+        (("compare", "a", "b", "c"), "Got unexpected extra argument (c)"),
+    ],
+)
+def test_what_is_no_comparison_is_refused(arguments, said):
+    result = run("bench", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr

@@ -1,6 +1,7 @@
 """Two results of benchmarks, side by side."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,15 @@ _KEY = ("variant", "quant", "text_quant", "width", "height")  # what rows must s
 # What else makes a difference, by what it is called.
 _MACHINE = {"chip": "chip", "system": "system", "computes_on": "device", "tf32": "TF32"}
 _VERSIONS = {"flux2-mlx": "flux2-mlx", "mlx": "MLX"}
-_SETTINGS = {"dtype": "dtype", "passes": "guidance", "fingerprint": "weights"}
+_FIRST = "whether files were read before"
+_SETTINGS = {
+    "dtype": "dtype",
+    "passes": "guidance",
+    "fingerprint": "weights",
+    "official": "whether they are official",
+    "memory_limit": "memory limit",
+    "first_here": _FIRST,
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ def _compared(first: Row, second: Row) -> Compared:
     whole = same_steps and same_passes
     return Compared(
         first.name,
-        second.cold / first.cold if whole else None,
+        second.cold / first.cold if whole and _FIRST not in differing else None,
         _ratio(first.warm, second.warm) if whole else None,
         _ratio(first.step, second.step) if same_passes else None,
         second.peak_memory / first.peak_memory,
@@ -152,25 +161,38 @@ def _result(values: Any) -> Result:
         raise ValueError("there is no schema; write it with `flux2_mlx.benchmark.result`")
     if values["schema"] != SCHEMA:
         raise ValueError(f"its schema is {str(values['schema'])[:20]}, and this version reads {SCHEMA}")
-    rows = [_row(row) for row in _list(values["rows"])]
-    return Result(_about(values["machine"]), values["complete"] is True, {row.key: row for row in rows})
+    rows = [_row(row) for row in _objects(values, "rows")]
+    names = Counter(row.name for row in rows)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise ValueError(f"it has {twice} twice")
+    return Result(_about(_object(values, "machine")), values["complete"] is True, {row.key: row for row in rows})
 
 
-def _list(values: Any) -> list[Any]:
-    if not isinstance(values, list) or len(values) > _MAX_ROWS:
-        raise ValueError(f"its rows are no list of at most {_MAX_ROWS}")
-    return values
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = values[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, not an object")
+    return value
+
+
+def _objects(values: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    objects = values[name]
+    if not isinstance(objects, list) or len(objects) > _MAX_ROWS or not all(isinstance(x, dict) for x in objects):
+        raise ValueError(f"its {name} are no list of at most {_MAX_ROWS} objects")
+    return objects
 
 
 def _about(machine: Mapping[str, Any]) -> dict[str, Any]:
-    versions = machine["versions"] or {}
+    versions = {} if machine["versions"] is None else _object(machine, "versions")
     known = {name: _text(machine[key]) for key, name in _MACHINE.items()}
-    return known | {name: _text(versions[key]) for key, name in _VERSIONS.items()}
+    return known | {name: _text(versions.get(key)) for key, name in _VERSIONS.items()}
 
 
 def _row(values: Mapping[str, Any]) -> Row:
     key = tuple(_size(values, name) if name in ("width", "height") else _name(values, name) for name in _KEY)
-    phases = _list(values["phases"])
+    phases = _objects(values, "phases")
+    if not phases:
+        raise ValueError("a row has no phases")
     settings: dict[str, Any] = {name: _text(values[key]) for key, name in _SETTINGS.items()}
     settings["what is read from disk"] = tuple(_text(phase["read"]) for phase in phases)
     return Row(
@@ -178,8 +200,8 @@ def _row(values: Mapping[str, Any]) -> Row:
         _size(values, "steps"),
         settings,
         _number(values, "cold"),
-        _spread(values["warm"]),
-        _spread(values["step"]),
+        _spread(_object(values, "warm")),
+        _spread(_object(values, "step")),
         max(int(_number(phase, "peak_memory")) for phase in phases),
     )
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 
 import mlx.core as mx
@@ -68,15 +69,20 @@ def measure(
         repeats: how many later runs there are, at least 1.
         begin: called with what is about to be measured.
     """
+    read: set[Path] = set()
     for case in cases:
-        yield _measured(case, repeats, begin)
+        yield _measured(case, repeats, begin, read)
 
 
-def _measured(case: Case, repeats: int, begin: Callable[[str], object]) -> Measured:
+def _measured(case: Case, repeats: int, begin: Callable[[str], object], read: set[Path]) -> Measured:
+    """One row; the folder of its files is added to those that were `read`."""
     with turn():  # no run of another thread comes between, or while products are timed
         start = perf_counter()
         with _opened(case) as pipe:
             request = case.request(pipe)
+            folder = Path(pipe.checkpoint.folder)
+            first_here = folder not in read
+            read.add(folder)
             name = f"{pipe.variant.name} {pipe.quant} {request.width}×{request.height}"
             begin(f"{name}, first run")
             cold = _run(pipe, request, start)
@@ -85,7 +91,7 @@ def _measured(case: Case, repeats: int, begin: Callable[[str], object]) -> Measu
                 begin(f"{name}, run {number + 2} of {repeats + 1}")
                 warm.append(_run(pipe, request, perf_counter()))
         begin(f"{name}, products of these shapes")
-        return _figures(pipe, request, cold, warm)
+        return _figures(pipe, request, cold, warm, first_here=first_here)
 
 
 @contextmanager
@@ -113,7 +119,9 @@ def _run(pipe: Flux2Pipeline, request: Request, start: float) -> _Timed:
     return run
 
 
-def _figures(pipe: Flux2Pipeline, request: Request, cold: _Timed, warm: Sequence[_Timed]) -> Measured:
+def _figures(
+    pipe: Flux2Pipeline, request: Request, cold: _Timed, warm: Sequence[_Timed], *, first_here: bool
+) -> Measured:
     checkpoint = pipe.checkpoint
     step = Spread.of([seconds for run in warm for seconds in run.steps])
     passes = 1 + bool(request.negative_prompts)
@@ -133,6 +141,7 @@ def _figures(pipe: Flux2Pipeline, request: Request, cold: _Timed, warm: Sequence
         steps=request.steps,
         passes=passes,
         memory_limit=pipe.memory_limit,
+        first_here=first_here,
         cold=cold.seconds,
         warm=Spread.of([run.seconds for run in warm]),
         phases=tuple(_phase(place, cold, warm) for place in range(len(cold.phases))),

@@ -58,6 +58,8 @@ class Measured:
         official: whether its weights are those of the table's repo.
         fingerprint: of the weights that it was converted from.
         passes: how often the transformer is run in a step: twice with classifier-free guidance.
+        first_here: whether no earlier row of this process was of these files, which the system may keep in memory when
+            they have been read; what other programs have read is not known.
         cold: seconds of the first run from opening the model on.
         warm: seconds of later runs of the same pipeline, which keeps in memory what there is room for.
         step: seconds of a step of later runs, without the first step of each.
@@ -78,6 +80,7 @@ class Measured:
     steps: int
     passes: int
     memory_limit: int
+    first_here: bool
     cold: float
     warm: Spread
     phases: tuple[PhaseFigures, ...]

@@ -34,15 +34,34 @@ _COMPARE = "compare"
 
 
 class _Bench(click.Group):
-    """A group whose arguments are a model's name, but for those of its one command."""
+    """A group whose argument is a model's name, but for those of its one command."""
 
     allow_interspersed_args = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args[:1] == [_COMPARE]:
+        given, others, _ = self.make_parser(ctx).parse_args(list(args))
+        if given.get("model") == _COMPARE:
+            args = _of_comparison(args, ctx)
             ctx.allow_interspersed_args = False  # what follows are that command's options
-            args = [_DEMO, *args]
+        elif others and not ctx.resilient_parsing:
+            raise click.UsageError(_too_many(str(given["model"]), others[0]), ctx)
         return super().parse_args(ctx, args)
+
+
+def _of_comparison(args: list[str], ctx: click.Context) -> list[str]:
+    """The arguments of a comparison in their order; those that stand before its name are its own, too."""
+    place = args.index(_COMPARE)
+    before, after = args[:place], args[place + 1 :]
+    wrong = next((option for option in before if option not in ("--json", *ctx.help_option_names)), None)
+    if wrong is not None and not ctx.resilient_parsing:
+        raise click.UsageError(f"a comparison measures nothing, so {wrong} has no effect on it; leave it out", ctx)
+    return [_DEMO, _COMPARE, *before, *after]
+
+
+def _too_many(model: str, other: str) -> str:
+    if other == _COMPARE:
+        return f"a comparison is of two results, not of the model {model!r}; write `flux2-mlx bench {_COMPARE} A B`"
+    return f"one model is measured at a time, {model!r} or {other!r}; give one of them"
 
 
 def _sizes(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -121,8 +140,12 @@ def bench(
     compared with the products of its shapes, which are timed here for themselves. A MODEL that is not here yet is
     fetched and converted, as for `t2i`.
 
-    The object of --json is made to be shared: it tells of this machine's kind, and of no names and paths. It is whole
-    even if this is stopped, and then says `"complete": false`. `bench compare` puts two of them side by side.
+    A first run reads files as the system has them: what was read lately, by the same command for another size or by any
+    program, may come from its memory. For a run from the disk restart the computer, and ask for one size.
+
+    The object of --json is made to be shared: it tells of this machine's kind, and of no names and paths. If this is
+    stopped once measuring has begun, it is whole, and says `"complete": false`; before that there is none. `bench
+    compare` puts two of them side by side.
 
     \b
     Examples:
@@ -218,6 +241,8 @@ def _print_row(row: "Measured") -> None:
     click.echo()
     bits = f"{row.quant}, text encoder {row.text_quant}, computed in {row.dtype}"
     click.echo(f"{row.variant} {row.width}×{row.height}, {row.steps} steps, {bits}:")
+    if not row.first_here:
+        click.echo("its files were read for an earlier row, so that the first run may find them in memory")
     click.echo(
         f"{'seconds':14}{'first':>9}{'later':>9}{'least':>9}{'most':>9}{'peak GiB':>10}{'of plan':>9}{'read GiB':>10}"
     )
