@@ -12,7 +12,7 @@ from published_speeds import PUBLISHED
 from flux2_mlx import durations
 from flux2_mlx.advice import workload
 from flux2_mlx.chips import chip_named
-from flux2_mlx.config import VARIANTS, TransformerConfig, VAEConfig
+from flux2_mlx.config import QUANTIZATIONS, VARIANTS, TransformerConfig, VAEConfig
 from flux2_mlx.durations import Rates, duration, own_chip, rates_of
 from flux2_mlx.networks import Networks
 from flux2_mlx.request import Request
@@ -87,6 +87,10 @@ def test_packed_weights_take_longer(quant):
     plain, packed = (rates_of(M3_MAX, mx.bfloat16, name) for name in ("bf16", quant))
     assert packed.products < plain.products
     assert packed.attention == plain.attention
+
+
+def test_rates_of_all_quantizations_are_known():
+    assert tuple(durations._PACKED) == QUANTIZATIONS
 
 
 def test_rates_follow_the_chip_and_the_dtype():
