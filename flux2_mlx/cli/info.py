@@ -251,8 +251,13 @@ def _expected(pipe: "Flux2Pipeline", request: "Request", name: str | None, *, ha
 
     chip = chip_named(name)
     if not has_dtype:
-        quants = {"quant": pipe.quant, "text_quant": pipe.text_quant}
-        pipe = type(pipe).outline(pipe.checkpoint, **quants, dtype=chip.dtype, memory_limit=pipe.memory_limit)
+        pipe = type(pipe).outline(
+            pipe.checkpoint,
+            quant=pipe.quant,
+            text_quant=pipe.text_quant,
+            dtype=chip.dtype,
+            memory_limit=pipe.memory_limit,
+        )
     return pipe.duration(request, chip=chip)
 
 
