@@ -19,7 +19,6 @@ from .terminal import in_flags, print_result, to_json
 
 if TYPE_CHECKING:
     from .. import Flux2Pipeline
-    from ..durations import Duration
     from ..request import Request
     from ..store import Model
     from ..store.identification import Found
@@ -225,7 +224,6 @@ def _plan(
 
     request = pipe.request([""], width=width, height=height)
     planned, advice = pipe.expected(request)
-    expected = _expected(pipe, request, chip, has_dtype=has_dtype)
     passes = 2 if pipe.variant.uses_cfg and request.guidance > 1 else 1
     return {
         "quant": pipe.quant,
@@ -239,18 +237,16 @@ def _plan(
         "limit": planned.limit,
         "fits": planned.fits,
         "advice": advice and in_flags(advice),
-        "expected": expected and asdict(expected) | {"seconds": expected.seconds},
+        "expected": _expected(pipe, request, chip, has_dtype=has_dtype),
     }
 
 
-def _expected(pipe: "Flux2Pipeline", request: "Request", name: str | None, *, has_dtype: bool) -> "Duration | None":
+def _expected(pipe: "Flux2Pipeline", request: "Request", name: str | None, *, has_dtype: bool) -> dict[str, Any] | None:
     """How long a run takes here, or on the chip of that `name` in its own dtype where none is asked for."""
-    if name is None:
-        return pipe.duration(request)
     from ..chips import chip_named
 
-    chip = chip_named(name)
-    if not has_dtype:
+    chip = None if name is None else chip_named(name)
+    if chip is not None and not has_dtype:
         pipe = type(pipe).outline(
             pipe.checkpoint,
             quant=pipe.quant,
@@ -258,7 +254,8 @@ def _expected(pipe: "Flux2Pipeline", request: "Request", name: str | None, *, ha
             dtype=chip.dtype,
             memory_limit=pipe.memory_limit,
         )
-    return pipe.duration(request, chip=chip)
+    found = pipe.duration(request, chip=chip)
+    return found and asdict(found) | {"seconds": found.seconds}
 
 
 def _verified(folders: Iterable[Path]) -> dict[str, dict[str, Any] | None]:

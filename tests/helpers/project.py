@@ -2,6 +2,7 @@
 
 import shlex
 import tomllib
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -13,9 +14,10 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def commands(text: str) -> list[list[str]]:
-    """The arguments of every `flux2-mlx` line in shell text."""
+    """The arguments of every `flux2-mlx` line in shell text, but for where its output goes."""
     lines = (line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines())
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("flux2-mlx ")]
+    words = (shlex.split(line, comments=True) for line in lines if line.startswith("flux2-mlx "))
+    return [[*takewhile(">".__ne__, arguments)] for _, *arguments in words]
 
 
 def understand(name: str, arguments: list[str]) -> None:
