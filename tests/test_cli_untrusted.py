@@ -202,7 +202,7 @@ UNKNOWN_MODEL = "did you mean klein-4b, klein-9b or klein-9b-kv?"
         ({"steps": True}, "the settings in a.png are damaged: steps is True"),
         ({"width": 10**40}, "size 1"),
         ({"seed": False}, "the settings in a.png are damaged: seed is False"),
-        ({"guidance": float("-inf")}, "guidance must be a number of 0 or more, got -inf"),
+        ({"guidance": float("-inf")}, "the settings in a.png are damaged: guidance is -inf"),
         (
             {"edit": EDIT},
             "b.png, which a.png was made from, is neither beside it nor here, or has changed; give the im",
