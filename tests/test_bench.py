@@ -1,5 +1,6 @@
 """`flux2-mlx bench`: what is measured, how it is told, and that it can be shared."""
 
+import gc
 import getpass
 import json
 import socket
@@ -36,6 +37,8 @@ def ticks(monkeypatch) -> Iterator[None]:
 
 
 def test_a_row_has_all_figures(ticks):
+    gc.collect()
+    held = mx.get_active_memory()  # by other tests
     (row,) = measure([Case(demo, 64, 48, 3)], 2)
     assert (row.variant, row.official, row.width, row.height, row.steps, row.passes) == ("demo", True, 64, 48, 3, 1)
     assert row.cold == 4  # from before it is opened: three steps, and its end
@@ -43,7 +46,7 @@ def test_a_row_has_all_figures(ticks):
     assert (row.step.median, row.step.count) == (1, 4)  # of both later runs, and none of its first steps
     assert row.first_here
     assert [phase.name for phase in row.phases] == ["text_encoder", "transformer", "vae"]
-    assert all(0 < phase.peak_memory <= 1.05 * phase.planned for phase in row.phases)
+    assert all(0 < phase.peak_memory - held <= 1.05 * phase.planned for phase in row.phases)
     assert all(phase.warm.count == 2 for phase in row.phases)
     assert row.ratio == row.step.median / row.products
     assert row.expected_step is None

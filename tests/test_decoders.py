@@ -1,5 +1,7 @@
 """Decoders in place of a model's own: what they change, what they take, and where they come from."""
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -72,8 +74,11 @@ def test_its_memory_is_planned_by_its_own_cost(plain, other):
     request = other.request([PROMPT], width=48, height=32, steps=1, seed=1)
     planned = other.plan(request).phase("vae").peak_memory
     assert planned != plain.plan(request).phase("vae").peak_memory
-    (measured,) = (phase.peak_memory for phase in other.run(request).timings if phase.name == "vae")
-    assert measured <= planned <= 1.2 * measured
+    other.release()
+    gc.collect()
+    held = mx.get_active_memory()  # by other tests
+    (peak,) = (phase.peak_memory for phase in other.run(request).timings if phase.name == "vae")
+    assert peak - held <= planned <= 1.2 * (peak - held)
 
 
 def test_it_works_with_a_transformer_in_float16(files):

@@ -161,7 +161,7 @@ def test_a_command_that_does_nothing_does_not(words, mac):
 
 def test_commands_that_work_long_know_the_option():
     known = {name for name, command in cli.commands.items() if any(p.name == "no_caffeinate" for p in command.params)}
-    assert known == {"t2i", "i2i", "outpaint", "upsample", "describe", "convert", "download", "doctor"}
+    assert known == {"bench", "t2i", "i2i", "outpaint", "upsample", "describe", "convert", "download", "doctor"}
     assert any(p.name == "no_caffeinate" for p in cli.commands["models"].commands["verify"].params)
 
 
