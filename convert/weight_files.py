@@ -35,9 +35,7 @@ def loose_files(place: Path) -> list[Path]:
             raise CheckpointError(f"{place} is a pickle, which could run code; fetch it as .safetensors")
         if place.suffix.lower() not in LOOSE:
             raise CheckpointError(f"{place} is named neither .safetensors nor .gguf; give such a file, or rename it")
-        if stem := _set_stem(place.name):
-            return _present(place.parent, _numbered(place.parent, stem, ""))
-        return [place]
+        return _present(place.parent, numbered) if (numbered := _set_of(place.name)) else [place]
     if not place.exists():
         raise CheckpointError(f"there is no file or folder {place}")
     for stem in ("model", "diffusion_pytorch_model"):
@@ -65,10 +63,14 @@ def _is_index(file: Path) -> bool:
     return file.name.endswith(SET_INDEX)
 
 
-def _set_stem(name: str) -> str | None:
-    """How the names of the set begin that a file is of; None: it is of none."""
+def _set_of(name: str) -> list[str]:
+    """The names of the numbered set that a file is of; none: it is of none."""
     match = SHARD.fullmatch(name)
-    return match["stem"] if match and match["end"] == ".safetensors" else None
+    return _names(match["stem"], int(match["count"])) if match and match["end"] == ".safetensors" else []
+
+
+def _names(start: str, count: int, end: str = "") -> list[str]:
+    return [f"{start}-{number:05}-of-{count:05}{end}.safetensors" for number in range(1, count + 1)]
 
 
 def _sets(folder: Path) -> list[list[str]]:
@@ -77,8 +79,7 @@ def _sets(folder: Path) -> list[list[str]]:
     sets = [_indexed(path) for path in folder.glob(f"*{SET_INDEX}")]
     for name in names:
         if not any(name in one for one in sets):
-            stem = _set_stem(name)
-            sets.append(_numbered(folder, stem, "") if stem else [name])
+            sets.append(_set_of(name) or [name])
     return [one for one in sets if names]
 
 
@@ -107,13 +108,19 @@ def _indexed(index: Path) -> list[str]:
 
 def _numbered(folder: Path, stem: str, variant: str) -> list[str]:
     """All names of the set that files such as `model-00001-of-00003.safetensors` belong to; none without such files.
-    The variant stands before the numbers or, of older saves, after them."""
+    The variant stands before the numbers or, of older saves, after them. CheckpointError if there are two sets."""
     found = [path.name for path in folder.glob(f"{stem}*.safetensors")]
     for start, end in ((stem + variant, ""), (stem, variant)):
         numbers = re.compile(rf"{re.escape(start)}{NUMBERS}{re.escape(end)}\.safetensors")
         if counts := {int(match["count"]) for match in map(numbers.fullmatch, found) if match}:
-            count = max(counts)
-            return [f"{start}-{number:05}-of-{count:05}{end}.safetensors" for number in range(1, count + 1)]
+            sets = [_names(start, count, end) for count in sorted(counts)]
+            whole = [names for names in sets if names and {*names} <= {*found}]
+            if len(whole) > 1:
+                raise CheckpointError(
+                    f"{folder} holds several sets of weights, {' and '.join(names[0] for names in whole)}; give one "
+                    "of these files, or move the other set away"
+                )
+            return sets[-1]
     return []
 
 
