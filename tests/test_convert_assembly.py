@@ -254,7 +254,8 @@ def test_which_of_two_sets_in_a_folder_is_asked(folder):
     assert "several sets of weights, model-00001-of-00001.safetensors and model-00001-of-00002.safetensors" in message
     for name in ("model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors"):
         files = assembled(DEMO, {"transformer": place.parent / name}).parts["transformer"].files
-        assert place.parent / name in files and len(files) == int(name[-len("1.safetensors")])
+        assert place.parent / name in files
+        assert len(files) == int(name[-len("1.safetensors")])
     (place.parent / "model-00001-of-00001.safetensors").unlink()
     assert len(assembled(DEMO, {"transformer": place.parent}).parts["transformer"].files) == 2
 

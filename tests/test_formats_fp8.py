@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from flux2_mlx.convert.formats import Unpacked, fp8
+from flux2_mlx.convert.formats import Unpacked, checks, fp8
 from helpers.stored import Codes, Stored, marker, said_of, unpacked
 
 from flux2_mlx.errors import CheckpointError
@@ -40,6 +40,12 @@ def layer(code: str = "F8_E4M3", *, weight: tuple[int, ...] = (4, 6), **others: 
     return {"a.weight": (code, codes(*weight)), **(others or {"a.weight_scale": ("F32", ONE)})}
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """Let weights be as large as the definitions have them."""
+    monkeypatch.setattr(checks, "_MOST_OF_WEIGHTS", 2.0**20)
+
+
 def test_what_comfy_kitchen_makes():
     files = Files([GOLDEN])
     found = fp8.packed(files.infos, files.metadata)
@@ -61,7 +67,7 @@ def test_what_comfy_kitchen_makes():
 
 
 @pytest.mark.parametrize(("code", "bits", "largest"), [("F8_E4M3", 4, 0x7E), ("F8_E5M2", 5, 0x7B)])
-def test_every_number(code, bits, largest):
+def test_every_number(code, bits, largest, any_size):
     values = np.array([[x, x | 0x80] for x in range(largest + 1)], np.uint8)
     made = unpacked({"a.weight": (code, values), "a.weight_scale": ("F32", np.ones(()))}, fp8.packed)["a.weight"]
     assert made.tobytes() == numbers(values, bits).tobytes()  # minus zero included
@@ -330,6 +336,27 @@ def test_values_that_can_not_be_are_refused_when_they_are_read(case):
     with pytest.raises(CheckpointError, match=message) as caught:
         unpacked(tensors, fp8.packed)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2"])
+def test_a_scale_that_makes_no_weights_is_refused(code):
+    values = np.float32([[7.5, 0.25], [-3.0, 0]])
+    scale = np.float32(7.5 / fp8.LARGEST[code][0])
+    dtype = {"F8_E4M3": 4, "F8_E5M2": 5}[code]
+    table = np.abs(numbers(np.arange(fp8.LARGEST[code][1] + 1), dtype) - np.abs(values / scale)[..., None])
+    stored = (table.argmin(-1) | (values < 0) << 7).astype(np.uint8)
+    for shape in ((), (2, 1)):
+        given = np.full(shape, scale)
+        made = unpacked({"a.weight": (code, stored), "a.weight_scale": ("F32", given)}, fp8.packed)["a.weight"]
+        assert made[0, 0] == pytest.approx(7.5)
+        for broken in (1 / given, given * 1000):
+            with pytest.raises(
+                CheckpointError, match=r"^a\.weight_scale (makes weights up|holds a scale that is no).*; fetch"
+            ):
+                unpacked({"a.weight": (code, stored), "a.weight_scale": ("F32", broken)}, fp8.packed)
+    # One is the scale of a row of zeros, and of a set that was cast.
+    ones = {"a.weight": (code, np.array([[0, 0], [0x38, 0xB8]], np.uint8)), "a.weight_scale": ("F32", np.ones((2, 1)))}
+    assert np.abs(unpacked(ones, fp8.packed)["a.weight"]).max() <= 1
 
 
 def test_a_marker_and_the_metadata_say_two_things():

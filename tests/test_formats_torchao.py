@@ -113,6 +113,7 @@ def test_scales_of_activations():
 def test_floats_that_are_none():
     said = SAID | {"_type": "Float8Tensor", "_tensor_data_names": ["qdata", "scale"]}
     change = {"qdata": ("F8_E4M3", np.full((2, 4), 0x7F, np.uint8)), "zero_point": None}
+    change["scale"] = ("F32", np.ones((2, 2), np.float32))
     with pytest.raises(CheckpointError, match=r"a\._weight_qdata"):
         unpacked(layer(**change), said)
 

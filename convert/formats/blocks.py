@@ -17,7 +17,7 @@ from flux2_mlx.copying import FileVersion
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
-from .checks import FAINT, MOST
+from .checks import FAINT, are_weights
 
 # Types that hold numbers as they are, and the arrays that they are read into: NumPy has no bfloat16.
 PLAIN = {
@@ -131,7 +131,7 @@ def _fill(file: int, name: str, stored: Stored, values: np.ndarray, start: int) 
     for number, first in enumerate(range(0, len(data), step)):
         made = _dequantize(data[first : first + step], kind)
         least, largest = float(made.min()), float(made.max())
-        if not -MOST <= least <= largest <= MOST:  # false, too, if one is no number
+        if not (are_weights(-least) and are_weights(largest)):
             raise CheckpointError(f"{name} in {stored.file.path} has scales that no weight has; fetch the file again")
         values[number * _STEP :][: len(made)] = made
         most = max(most, -least, largest)

@@ -16,7 +16,11 @@ from .packed import Packed
 FLOAT_CODES = tuple(FLOATS.values())
 LEAST = 2.0**-126  # less has fewer digits in float32
 FAINT = 1e-12  # with codes up to 448, scales below it make a layer that is zero, as no layer of a model is
-MOST = 2.0**20  # a weight that is so large overflows in float16, and only a broken scale makes it
+MOST = 2.0**20  # where a scale makes it possible, it overflows in float16, whatever the codes are
+# Matrices of these models stay below 10. Codes reach 448 where a scale was lost and 1 is in its place.
+_MOST_OF_WEIGHTS = 400.0
+# For scales that belong to their codes: none of those is much smaller than the largest one, but where all are zero.
+_MOST_POSSIBLE = 1024.0
 _MAX_JSON = 100_000  # several hundred times what says how one tensor is packed
 
 
@@ -58,9 +62,33 @@ def finite(array: mx.array, name: str, *, least: float = -math.inf, largest: flo
             raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
         if least > -math.inf and not mx.all(array >= least).item():
             raise CheckpointError(f"{name} has values below {least:g}; fetch the file again")
-        if array.size and (most := float(np.abs(np.asarray(array)).max()) * largest) > MOST:
-            raise CheckpointError(f"{name} makes weights up to {most:.2g}, as no model has; fetch the file again")
+        if array.size and (most := float(np.abs(np.asarray(array)).max()) * largest) > _MOST_POSSIBLE:
+            raise _too_large(name, most)
     return array
+
+
+def of_weights(found: mx.array, name: str, possible: float) -> mx.array:
+    """Unpacked weights again; CheckpointError if numbers of a matrix are too large for weights.
+
+    Args:
+        found: the weights.
+        name: of the scales that made them.
+        possible: the largest number that these can make; whether it is there is looked at where that is too large.
+    """
+    if found.ndim > 1 and not are_weights(possible):
+        values = np.asarray(found)
+        if not are_weights(most := float(max(values.max(), -values.min()))):
+            raise _too_large(name, most)
+    return found
+
+
+def are_weights(most: float) -> bool:
+    """Whether numbers up to `most` may be the weights of a matrix."""
+    return most <= _MOST_OF_WEIGHTS  # false, too, if it is no number
+
+
+def _too_large(name: str, most: float) -> CheckpointError:
+    return CheckpointError(f"{name} makes weights up to {most:.2g}, as no model has; fetch the file again")
 
 
 def not_all_zero(scales: mx.array, name: str, codes: mx.array) -> mx.array:

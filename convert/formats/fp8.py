@@ -11,7 +11,7 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import READER, TensorInfo
 
-from .checks import LEAST, MOST, not_all_zero
+from .checks import LEAST, MOST, not_all_zero, of_weights
 from .comfy import AGAIN, MARKER, WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
 from .packed import Packed
 from .tables import numbers
@@ -149,7 +149,8 @@ def _layer(
         found = eight_bits(layer + WEIGHT, weight.dtype, codes, one)
         if format == "mxfp8":
             return _by_groups(scale, found, scales)
-        return found if scales.size == 1 else _scaled(found, scales)
+        found = found if scales.size == 1 else _scaled(found, scales)
+        return of_weights(found, scale, LARGEST[weight.dtype][0] * float(np.asarray(scales).max(initial=0)))
 
     return packed_layer(layer, format, declared.get(layer), infos, (scale,), shape, unpack, markers)
 
@@ -217,7 +218,8 @@ def _by_groups(name: str, found: mx.array, scales: mx.array) -> mx.array:
     powers = (exponents << 23).view(mx.float32)  # 0 for 0, as in comfy-kitchen, which means a group of zeros
     check_scales(name, powers, LARGEST["F8_E4M3"][0], zero=True)
     not_all_zero(powers, name, found)
-    return (found.reshape(rows, -1, _GROUP) * powers[..., None]).reshape(rows, columns)
+    found = (found.reshape(rows, -1, _GROUP) * powers[..., None]).reshape(rows, columns)
+    return of_weights(found, name, LARGEST["F8_E4M3"][0] * float(np.asarray(powers).max()))
 
 
 def _scaled(found: mx.array, scales: mx.array) -> mx.array:

@@ -34,8 +34,8 @@ class _Form(NamedTuple):
 # Without biases, which only one mode has, the columns of scales tell the others apart.
 _MODES = (_Form(4, 32, "mxfp4"), _Form(8, 32, "mxfp8"), _Form(4, 16, "nvfp4"))
 
-# The last code of a scale that is a positive number, and makes no larger weights than `MOST`.
-_LAST = {"mxfp4": 144, "mxfp8": 138, "nvfp4": 126}
+# The last code of a scale that is a positive number, and makes no larger weights than 1024.
+_LAST = {"mxfp4": 134, "mxfp8": 128, "nvfp4": 114}
 
 
 def packed(

@@ -8,7 +8,7 @@ import numpy as np
 from flux2_mlx.errors import CheckpointError
 from flux2_mlx.weights import TensorInfo
 
-from .checks import not_all_zero
+from .checks import not_all_zero, of_weights
 from .comfy import AGAIN, WEIGHT, Declared, declarations, packed_layer, swizzled_shape, told, unswizzled
 from .fp8 import check_scales, eight_bits
 from .packed import Packed
@@ -76,7 +76,8 @@ def _layer(layer: str, declared: Mapping[str, Declared | None], infos: Mapping[s
         groups = not_all_zero(groups * whole, scale, codes)
         # Of each byte the upper half comes first.
         found = pairs(np.asarray(codes).reshape(-1), np.repeat(_NUMBERS, 16), np.tile(_NUMBERS, 16))
-        return (found.reshape(rows, -1, _GROUP) * groups[..., None]).reshape(rows, columns)
+        found = (found.reshape(rows, -1, _GROUP) * groups[..., None]).reshape(rows, columns)
+        return of_weights(found, scale_2, float(_NUMBERS.max()) * float(np.asarray(groups).max()))
 
     shape = (rows, columns)
     return packed_layer(layer, _FORMAT, declared[layer], infos, (scale, scale_2), shape, unpack)
