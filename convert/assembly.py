@@ -223,10 +223,10 @@ def _lacking(place: Path, row: Variant, own: Collection[str], missing: Sequence[
     return f"{place} {has}; say where its {told(missing)} {'are' if len(missing) > 1 else 'is'}{where}"
 
 
-def _fits(checkpoint: Checkpoint, row: Variant, networks: Iterable[str]) -> bool:
-    """Whether a checkpoint has these networks as the model has them."""
-    found = {name: checkpoint.components[name].config for name in networks if name in checkpoint.components}
-    return len(found) == len([*networks]) and row in candidates(found)
+def _fits(checkpoint: Checkpoint, row: Variant, networks: Collection[str]) -> bool:
+    """Whether a checkpoint is of the model's family, as all its networks tell, and has these."""
+    own = {name: component.config for name, component in checkpoint.components.items()}
+    return own.keys() >= {*networks} and row in candidates(own)
 
 
 def _joined(

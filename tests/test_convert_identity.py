@@ -3,9 +3,10 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from flux2_mlx.convert import conversion, identify
+from flux2_mlx.convert import assembled, conversion, identify
 from flux2_mlx.convert.formats import plain as plain_files
 from flux2_mlx.convert.geometry import titles
 from flux2_mlx.convert.identity import MODEL, Conversion
@@ -30,6 +31,7 @@ from helpers.headers import (
 )
 from helpers.listings import listing, prefixed, renamed, text_only
 
+from flux2_mlx.checkpoint import Checkpoint
 from flux2_mlx.config import VARIANTS
 from flux2_mlx.weights import TensorInfo
 
@@ -327,6 +329,15 @@ def test_what_a_conversion_fetches(tmp_path):
     repo = VARIANTS["klein-4b"].repo
     fetched = dict.fromkeys(("text_encoder", "vae", "tokenizer"), repo)
     assert conversion(path, None, []) == Conversion({"transformer": path} | fetched, "bf16", "qint8")
+
+
+@pytest.mark.parametrize("other", ["klein-9b", "dev", "demo"])
+def test_models_of_other_families_complete_none(other, tmp_path):
+    path = write(tmp_path / "klein-4b.safetensors", everything())
+    converted = Checkpoint.outline(VARIANTS[other], "bf16", "bf16")
+    assert conversion(path, None, [converted]).places["tokenizer"] == VARIANTS["klein-4b"].repo
+    relative = Checkpoint.outline(VARIANTS["klein-base-4b"], "bf16", "bf16")
+    assert assembled(path, {}, others=[converted, relative]).places["tokenizer"] == Path("tokenizer")
 
 
 def test_why_it_can_not_be_converted(tmp_path):
