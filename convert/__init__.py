@@ -1,7 +1,7 @@
 """Conversion of PyTorch checkpoints: the only place that knows foreign weight names."""
 
 from . import formats
-from .assembly import MissingPartsError, assembled
+from .assembly import MissingPartsError, assembled, loose_tensors
 from .configs import hints, is_whole, stated
 from .decoders import read_decoder
 from .folder import check_target, check_writable, is_own
@@ -42,6 +42,7 @@ __all__ = [
     "is_own",
     "is_whole",
     "loose_files",
+    "loose_tensors",
     "read_decoder",
     "requantize",
     "requantized",

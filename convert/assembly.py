@@ -2,19 +2,21 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flux2_mlx.checkpoint import MANIFEST, Checkpoint, Component, check_fit, is_checkpoint
 from flux2_mlx.components import COMPONENTS, MAIN_PART, PAINTING, WRITING_PARTS, geometries
 from flux2_mlx.config import VARIANTS, Geometries, Variant, variant_named
 from flux2_mlx.errors import CheckpointError
+from flux2_mlx.weights import Tensors
 from flux2_mlx.wording import told
 
 from .configs import RELEASED_SCHEDULE, SCHEDULE, hints, is_whole, stated
 from .geometry import candidates, choose, understood
 from .mflux import part_folders, said_of
 from .parts import LAYOUT, TOKENIZER_PART
-from .sources import Source, SourcePart, parts_of, the_part
+from .sources import Source, SourcePart, parts_of, tensors_of, the_part
 from .text import model_name, settings
 from .tokenizer import find_tokenizer, tekken_tensor, tokenizer_files, tokenizer_in
 from .weight_files import loose_files
@@ -264,10 +266,21 @@ def _joined(
 def _loose_parts(place: Path, variant: str | None) -> dict[str, SourcePart]:
     """The parts that weights of a file or a folder are of."""
     paths = loose_files(place)
-    # All, so that one that is said and is wrong is told by `choose`, and not by weights of which shapes are not known.
-    rows = [*([] if variant is None else [variant_named(variant)]), *VARIANTS.values()]
-    parts = parts_of(place, paths, stated(paths[0].parent), lambda: [geometries(row) for row in rows])
+    parts = parts_of(place, paths, stated(paths[0].parent), partial(_possible, variant))
     return {name: replace(part, metadata={**part.metadata, **said_of(place)}) for name, part in parts.items()}
+
+
+def loose_tensors(place: Path, variant: str | None) -> tuple[Tensors, Mapping[str, str]]:
+    """The tensors that weights of a file or a folder are, whatever they are of, and what they say of themselves."""
+    paths = loose_files(place)
+    return tensors_of(place, paths, stated(paths[0].parent), partial(_possible, variant))
+
+
+def _possible(variant: str | None) -> list[Geometries]:
+    """The geometries of all models, so that one that is said and is wrong is told by `choose`, and not by weights of
+    which shapes are not known."""
+    rows = [*([] if variant is None else [variant_named(variant)]), *VARIANTS.values()]
+    return [geometries(row) for row in rows]
 
 
 def _geometries(parts: Mapping[str, SourcePart]) -> Geometries:

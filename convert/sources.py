@@ -25,6 +25,7 @@ from .weight_files import weight_files
 # The fingerprint reads this many pieces of this many bytes from each file at even distances, and one of each tensor.
 _PIECES = 1024
 _PIECE_BYTES = 4096
+_MLX = "U32"  # of what MLX packs, and nothing else does
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,18 @@ def parts_of(
     Raises:
         CheckpointError: they are damaged, of no FLUX.2 model, or stored in a way that can't be read.
     """
-    tensors, metadata = formats.plain(paths, stated.packing, _Expected(place, paths, geometries))
+    tensors, metadata = tensors_of(place, paths, stated, geometries)
     readings = read(tensors.infos, str(place))
     for reading in readings.values():
         _refuse_integers(place, reading.sources)
     return {name: SourcePart(place, paths, tensors, reading, metadata) for name, reading in readings.items()}
+
+
+def tensors_of(
+    place: Path, paths: list[Path], stated: Stated, geometries: Callable[[], Sequence[Geometries]]
+) -> tuple[Tensors, Mapping[str, str]]:
+    """The tensors of files of weights of a model, unread, and what the files say of themselves; see `parts_of`."""
+    return formats.plain(paths, stated.packing, _Expected(place, paths, geometries))
 
 
 def the_part(parts: Mapping[str, SourcePart], name: str, place: Path) -> SourcePart:
@@ -252,7 +260,7 @@ def _layout_part(description: Description, name: str, variant: str | None) -> So
 
 class _Expected(Mapping[str, Shape]):
     """The shapes of the weights of these files, found when one is asked for: by the first geometries that agree with
-    the weights that are stored plainly, or by the only geometries."""
+    the weights that are stored plainly and with the rows of MLX's, or by the only geometries."""
 
     def __init__(self, place: Path, paths: list[Path], geometries: Callable[[], Sequence[Geometries]]):
         self._place = place
@@ -263,10 +271,10 @@ class _Expected(Mapping[str, Shape]):
     def _shapes(self) -> Mapping[str, Shape]:
         infos = formats.stored(self._paths).infos
         whole = {name.partition("._")[0]: info for name, info in infos.items()}  # a packed weight's has such an ending
-        plain = {name: info.shape for name, info in infos.items() if info.dtype in FLOATS.values()}
+        told = {name: info for name, info in infos.items() if info.dtype in (*FLOATS.values(), _MLX)}
         readings = read(whole, str(self._place))
         found = [_shapes(readings, configs) for configs in self._geometries()]
-        agreeing = (x for x in found if all(x.get(name, shape) == shape for name, shape in plain.items()))
+        agreeing = (x for x in found if all(_agrees(info, x.get(name, info.shape)) for name, info in told.items()))
         return next(agreeing, found[0] if len(found) == 1 else {})
 
     def __getitem__(self, name: str) -> Shape:
@@ -277,6 +285,11 @@ class _Expected(Mapping[str, Shape]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+def _agrees(info: TensorInfo, shape: Shape) -> bool:
+    """Whether a tensor that is stored so can be of this shape. MLX packs what is in a row."""
+    return info.shape[:-1] == shape[:-1] if info.dtype == _MLX else info.shape == shape
 
 
 def _shapes(readings: Mapping[str, Reading], configs: Geometries) -> dict[str, Shape]:

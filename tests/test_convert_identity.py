@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flux2_mlx.convert import assembled, conversion, identify
+from flux2_mlx.convert import assembled, conversion, identify, loose_tensors
 from flux2_mlx.convert.formats import plain as plain_files
 from flux2_mlx.convert.geometry import titles
 from flux2_mlx.convert.identity import MODEL, Conversion
@@ -338,6 +338,18 @@ def test_models_of_other_families_complete_none(other, tmp_path):
     assert conversion(path, None, [converted]).places["tokenizer"] == VARIANTS["klein-4b"].repo
     relative = Checkpoint.outline(VARIANTS["klein-base-4b"], "bf16", "bf16")
     assert assembled(path, {}, others=[converted, relative]).places["tokenizer"] == Path("tokenizer")
+
+
+@pytest.mark.parametrize("name", ["klein-4b", "klein-9b", "dev"])
+@pytest.mark.parametrize("naming", ["bfl", "diffusers"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mlx_files_are_read_without_a_config_by_the_model_that_fits(name, naming, bits, tmp_path):
+    path = write(tmp_path / f"{name}.safetensors", by_mlx(transformer(name, naming), bits))
+    fetched = dict.fromkeys(("text_encoder", "vae", "tokenizer"), VARIANTS[name].repo)
+    assert conversion(path, None, []) == Conversion({"transformer": path} | fetched, f"qint{bits}", f"qint{bits}")
+    tensors, _ = loose_tensors(path, None)
+    assert identify(tensors, "x", [name]).variant == name
+    assert {*tensors.kinds.values()} == {f"MLX {bits}-bit"}
 
 
 def test_why_it_can_not_be_converted(tmp_path):
