@@ -101,6 +101,16 @@ def test_what_is_missing_is_taken_from_a_converted_model(models):
     assert done("info", "x.safetensors", "-q", "qint8").stdout.startswith("x.safetensors: a demo of another source")
 
 
+def test_what_is_missing_is_taken_from_where_a_conversion_takes_it(models):
+    shutil.copytree(demo_folder(), models / "b-official")
+    done("convert", "demo", models / "a-mine", "--vae", demo_folder() / "vae", "--text-quant", "bf16", "--quiet")
+    shutil.copy(demo_folder() / "transformer" / "model.safetensors", "x.safetensors")
+    done("convert", "x.safetensors", "made", "--quiet")
+    taken = json.loads(Path("made/flux2.json").read_text())["source"]["parts"]
+    assert taken == {name: values("x.safetensors")["conversion"]["places"][name] for name in taken}
+    assert taken["vae"] == f"{models / 'b-official' / 'vae'}"
+
+
 @pytest.mark.parametrize(
     ("infos", "first", "last"),
     [
@@ -245,6 +255,45 @@ def test_a_file_that_is_in_the_cache_is_not_asked_for(home):
         with using(hub, home, offline=True):
             assert done("info", f"{REPO}:a.safetensors").stdout.startswith(f"{REPO}:a.safetensors: a LoRA")
             assert "offline mode is on" in refusal("info", f"{REPO}:b.safetensors")
+
+
+def in_mlx() -> tuple[dict[str, mx.array], bytes]:
+    """The built-in transformer in 4 bits, and the config that says so."""
+    packed: dict[str, mx.array] = {}
+    for name, array in mx.load(str(demo_folder() / "transformer" / "model.safetensors")).items():
+        if array.ndim < 2:
+            packed[name] = array
+        else:
+            parts = zip(("weight", "scales", "biases"), mx.quantize(array, group_size=32, bits=4), strict=True)
+            packed |= {name.replace("weight", part): x for part, x in parts}
+    return packed, json.dumps({"quantization": {"group_size": 32, "bits": 4}}).encode()
+
+
+def bytes_of(tensors: dict[str, mx.array]) -> bytes:
+    mx.save_safetensors("saved.safetensors", tensors)
+    return Path("saved.safetensors").read_bytes()
+
+
+def test_what_says_how_weights_are_packed_is_fetched_with_their_headers(home):
+    packed, config = in_mlx()
+    halves = [dict([*packed.items()][half::2]) for half in (0, 1)]
+    listed = {name: f"{number}.safetensors" for number, half in enumerate(halves) for name in half}
+    index = {"metadata": {"mflux_version": "0.20.0", "quantization_level": "4"}, "weight_map": listed}
+    part = {f"transformer/{number}.safetensors": bytes_of(half) for number, half in enumerate(halves)}
+    whole, twice = bytes_of(packed), bytes_of({name: x.astype(mx.float32) for name, x in packed.items()})
+    repos = {
+        "org/root": {"fox.safetensors": whole, "config.json": config},
+        "org/folder": {"transformer/model.safetensors": whole, "transformer/config.json": config, "config.json": b"{}"},
+        "org/mflux": {**part, "transformer/model.safetensors.index.json": json.dumps(index).encode()},
+        "org/both": {"transformer/a.safetensors": whole, "transformer/config.json": config, "b.safetensors": twice},
+    }
+    with HubServer(repos) as hub, using(hub, home):
+        for repo in (*repos, "org/folder:transformer/model.safetensors"):
+            told = values(repo)
+            assert (told["name"], next(iter(told["formats"]))) == ("transformer of FLUX.2 demo", "MLX 4-bit")
+        assert not [*home.rglob("*.safetensors")]
+        done("convert", "demo", "made", "--transformer", "org/both", "--quiet")
+        assert not any(name.endswith("b.safetensors") for name in hub.fetched)
 
 
 def test_a_damaged_header_of_the_hub_is_said_of_the_repo(home):

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,10 +46,12 @@ _logger = logging.getLogger(__name__)
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.(?:git|gguf|safetensors)$)){_NAME}/{_NAME}")
-# A file of weights anywhere in a repo.
-_SINGLE = re.compile(
-    r"(?:[A-Za-z0-9_][ -.0-\[\]-~]{0,199}/){0,5}[A-Za-z0-9_][ -.0-\[\]-~]{0,199}\.(?:safetensors|gguf)"
-)
+# A file of weights anywhere in a repo, and parts of such names.
+_PART = r"[A-Za-z0-9_][ -.0-\[\]-~]{0,199}"
+_SINGLE = re.compile(rf"(?:{_PART}/){{0,5}}{_PART}\.(?:safetensors|gguf)")
+# What says how the weights beside it are to be read, and how much of one is fetched: more is read of none.
+_BESIDE = re.compile(rf"(?:{_PART}/){{0,5}}(?:config|model_index|{_PART}\.safetensors\.index)\.json")
+_MOST_BESIDE = 10_000_001
 _BASES = 5  # at most, that a card names
 UNLISTED = (RefusedError, BrokenError, DamagedError, ValueError)
 _LISTING = 4_000_000  # bytes; the listing of FLUX.2-dev has some 50,000
@@ -128,8 +131,8 @@ def header(
     repo_id: str, file: str | None, choose: Choose, pieces: Pieces = header_only
 ) -> Iterator[tuple[Path, list[str]]]:
     """Files of weights of a repo as they are in the cache, or else files of their names and sizes that take no space
-    and hold nothing but these pieces, which alone are fetched. Gives the folder that stands for the repo, and what of
-    it they are.
+    and hold nothing but these pieces, which alone are fetched, and the small ones that say how they are to be read.
+    Gives the folder that stands for the repo, and what of it they are.
 
     Args:
         repo_id: `owner/name`.
@@ -150,13 +153,13 @@ def header(
     if offline:
         raise DownloadError(f"{file or repo_id} is not in the cache {hub.cache} and offline mode is on")
     try:
-        listed = list_files(hub, repo_id, is_single)
+        listed = list_files(hub, repo_id, lambda name: is_single(name) or _BESIDE.fullmatch(name) is not None)
     except UNLISTED as error:
         raise DownloadError(explain_listing(error, hub, repo_id)) from error
-    if file is None and INDEX in listed.others:
+    if file is None and INDEX in listed.files:
         raise DownloadError(f"{repo_id} is not converted yet, so nothing is known of it; download it first")
-    if not file and not listed.files:
-        raise DownloadError(f"{repo_id} has no file of weights{described(listed.others)}")
+    if not file and not any(map(is_single, listed.files)):
+        raise DownloadError(f"{repo_id} has no file of weights{described([*listed.files, *listed.others])}")
     names = [*choose(listed.files)]
     files = {name: listed.files[name] for name in names}
     page = f"{hub.shown}/{repo_id}"
@@ -164,10 +167,15 @@ def header(
     wanted = Download(repo_id, page, None, listed.commit, storage, files, tuple(names), {}, None)
     with ExitStack() as held:
         try:
-            folder = held.enter_context(outline(hub, wanted, pieces))
+            folder = held.enter_context(outline(hub, wanted, partial(_pieces, pieces)))
         except (RefusedError, BrokenError, DamagedError, OSError) as error:
             raise DownloadError(explain_download(error, hub, repo_id)) from error
         yield folder, names
+
+
+def _pieces(pieces: Pieces, name: str, start: bytes, size: int) -> list[tuple[int, int]]:
+    """These `pieces` of a file of weights, and all of a small one."""
+    return pieces(name, start, size) if is_single(name) else [(0, min(size, _MOST_BESIDE))]
 
 
 def _is_whole(file: Path) -> bool:

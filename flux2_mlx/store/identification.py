@@ -23,6 +23,7 @@ from ..convert import (
     is_loose,
     is_whole,
     loose_files,
+    loose_tensors,
     said_of,
     settings,
     stated,
@@ -30,7 +31,7 @@ from ..convert import (
 )
 from ..errors import CheckpointError, DownloadError, InputError
 from ..weights import Files
-from .folder import models_folder, whole_checkpoints
+from .folder import models_folder, official_first
 from .names import checked_variant
 from .parts import Remote, files_of, folder_files, main_place
 
@@ -66,7 +67,7 @@ def identify_files(place: Path, name: str, variant: str | None = None, models_di
     """
     said = checked_variant(variant)
     identity = _identity(place, name, said)
-    return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
+    return Found(name, identity, conversion(place, said, official_first(models_folder(models_dir))))
 
 
 def identify_folder(place: Path, name: str, variant: str | None = None, models_dir: Path | None = None) -> Found | None:
@@ -78,7 +79,7 @@ def identify_folder(place: Path, name: str, variant: str | None = None, models_d
     identity = identify_whole(Source.open(place, said))
     if identity.is_plain:
         return None
-    return Found(name, identity, conversion(place, said, whole_checkpoints(models_folder(models_dir))))
+    return Found(name, identity, conversion(place, said, official_first(models_folder(models_dir))))
 
 
 def identify_repo(repo: str, file: str | None = None, variant: str | None = None) -> Found:
@@ -107,10 +108,10 @@ def identify_repo(repo: str, file: str | None = None, variant: str | None = None
 
 def _identify_file(repo: str, file: str | None, said: str | None) -> Found:
     name = f"{repo}:{file}" if file else repo
-    choose = partial(_weights_of, Remote(repo, file or ""))
+    choose = partial(files_of, Remote(repo, file or ""), None)
     with hub.header(repo, file, choose, formats.outline.pieces) as (folder, names):
-        path = folder / names[0]
-        own = {str(path): name} if len(names) == 1 else {}
+        path = folder / main_place(names)
+        own = {str(path): name} if len([*filter(hub.is_weight, names)]) == 1 else {}
         with _called({**own, f"{folder}/": f"{repo}:", str(folder): repo}):
             return Found(name, _identity(path, name, said, repo), None)
 
@@ -136,22 +137,16 @@ def _identify_folder(repo: str, choose: hub.Choose, variant: str | None, name: s
             return Found(repo, identify_whole(source), Conversion(places, *source.quants(None, None)))
 
 
-def _weights_of(remote: Remote, names: Collection[str]) -> list[str]:
-    """The files of weights that a file of a repo is of, or that are all that it has."""
-    return [*filter(hub.is_weight, files_of(remote, None, names))]
-
-
 def _identity(place: Path, name: str, variant: str | None, repo: str = "") -> Identity:
     paths = loose_files(place)
     try:
-        config = stated(paths[0].parent)
-        tensors, metadata = formats.plain(paths, config.packing)
+        tensors, metadata = loose_tensors(place, variant)
     except CheckpointError:  # which may be because it is of another model
         if place.suffix.lower() != formats.GGUF and (known := foreign(Files(paths), name)):
             return known
         raise
     said = hints(place, {**metadata, **said_of(place)}, repo)
-    found = identify(tensors, name, said, variant, settings(config.values, metadata))
+    found = identify(tensors, name, said, variant, settings(stated(paths[0].parent).values, metadata))
     if tokenizer_in(place / TOKENIZER_PART):
         found = replace(found, missing=tuple(part for part in found.missing if part != TOKENIZER_PART))
     return found

@@ -104,7 +104,7 @@ def _weights(remote: Remote, part: str | None, weights: list[str]) -> list[str]:
     """The files of weights, which may be a numbered set."""
     if remote.path in weights:
         return _set_of(remote.path, weights)
-    folders = [remote.path] if remote.path else [part, ""] if part else [""]
+    folders = [remote.path] if remote.path else [part or MAIN_PART, ""]
     found = next(filter(None, ([x for x in weights if os.path.dirname(x) == folder] for folder in folders)), [])
     if not found and not remote.path:
         found = weights
