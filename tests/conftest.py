@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from flux2_mlx.convert import formats
 from helpers.checkpoints import save_small
 from helpers.hub_client import NEEDED, REPO, UNNEEDED, fetch
 from helpers.hub_server import HubServer
@@ -295,3 +296,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Component, "load", recorded)
     return names
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """Let packed weights be as large as the definitions have them."""
+    monkeypatch.setattr(formats.checks, "_MOST_OF_WEIGHTS", 2.0**20)

@@ -246,20 +246,6 @@ def test_all_files_of_a_set_are_read(folder):
     assert "there is no model-00001-of-00002.safetensors" in message
 
 
-def test_which_of_two_sets_in_a_folder_is_asked(folder):
-    saved(folder / "two" / "model-00001-of-00001.safetensors", **{"": stored("transformer")})
-    for number, part in enumerate(halved(stored("transformer")), 1):
-        place = saved(folder / "two" / f"model-0000{number}-of-00002.safetensors", **{"": part})
-    message = refusal("convert", "demo", "made", "--transformer", place.parent)
-    assert "several sets of weights, model-00001-of-00001.safetensors and model-00001-of-00002.safetensors" in message
-    for name in ("model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors"):
-        files = assembled(DEMO, {"transformer": place.parent / name}).parts["transformer"].files
-        assert place.parent / name in files
-        assert len(files) == int(name[-len("1.safetensors")])
-    (place.parent / "model-00001-of-00001.safetensors").unlink()
-    assert len(assembled(DEMO, {"transformer": place.parent}).parts["transformer"].files) == 2
-
-
 @pytest.mark.parametrize("has_index", [True, False])
 def test_a_set_in_a_folder_of_its_own(has_index, converted, folder):
     halves = {f"my-ft-0000{n}-of-00002.safetensors": names for n, names in enumerate(halved(stored("transformer")), 1)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from flux2_mlx.convert import Source, assembled, is_loose, write_checkpoint
+from flux2_mlx.convert import Source, assembled, is_loose, loose_files, write_checkpoint
 from helpers.checkpoints import SHALLOW_TEXT, WEIGHTS, edit_json, edit_weights, read_tensors, save_dev, save_tensors
 from helpers.stored import in_groups
 
@@ -342,3 +342,15 @@ def test_what_compiling_puts_inside_of_names(official, tmp_path):
     edit_weights(source / TRANSFORMER, lambda x: x.update({LINEAR: x[LINEAR.replace("0.", "0._orig_mod.", 1)]}))
     with pytest.raises(CheckpointError, match=f"{TRANSFORMER} has two tensors of one name"):
         Source.open(source, "demo")
+
+
+def test_which_of_two_sets_in_a_folder_is_asked(tmp_path):
+    whole, *halves = names = [f"model-0000{n}-of-0000{count}.safetensors" for n, count in ((1, 1), (1, 2), (2, 2))]
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=f"several sets of weights, {whole} and {halves[0]}; give one of these"):
+        loose_files(tmp_path)
+    assert loose_files(tmp_path / whole) == [tmp_path / whole]
+    assert loose_files(tmp_path / halves[1]) == [tmp_path / name for name in halves]
+    (tmp_path / whole).unlink()
+    assert loose_files(tmp_path) == [tmp_path / name for name in halves]

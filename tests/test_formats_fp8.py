@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from flux2_mlx.convert.formats import Unpacked, checks, fp8
+from flux2_mlx.convert.formats import Unpacked, fp8
 from helpers.stored import Codes, Stored, marker, said_of, unpacked
 
 from flux2_mlx.errors import CheckpointError
@@ -38,12 +38,6 @@ def numbers(values: np.ndarray, exponent_bits: int = 4) -> np.ndarray:
 def layer(code: str = "F8_E4M3", *, weight: tuple[int, ...] = (4, 6), **others: object) -> Codes:
     """A layer `a`, with a scale unless `others` say which."""
     return {"a.weight": (code, codes(*weight)), **(others or {"a.weight_scale": ("F32", ONE)})}
-
-
-@pytest.fixture
-def any_size(monkeypatch):
-    """Let weights be as large as the definitions have them."""
-    monkeypatch.setattr(checks, "_MOST_OF_WEIGHTS", 2.0**20)
 
 
 def test_what_comfy_kitchen_makes():

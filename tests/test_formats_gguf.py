@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flux2_mlx.convert.dialects import unpermute
 from flux2_mlx.convert.formats import blocks as block_types
-from flux2_mlx.convert.formats import checks, gguf
+from flux2_mlx.convert.formats import gguf
 from flux2_mlx.convert.formats.gguf import Gguf, split_files
 
 from flux2_mlx.errors import CheckpointError
@@ -37,12 +37,6 @@ def blocks(kind: str, rows: int, values: int) -> np.ndarray:
     with np.errstate(all="ignore"):
         finite = (np.abs(library.quants.dequantize(found, Type[kind])) <= 2**20).all(1)
     return found[finite][: rows * values // per].reshape(rows, -1)
-
-
-@pytest.fixture
-def any_size(monkeypatch):
-    """Let weights be as large as the definitions have them."""
-    monkeypatch.setattr(checks, "_MOST_OF_WEIGHTS", 2.0**20)
 
 
 def write(path: Path, tensors: dict[str, tuple[str, np.ndarray]], arch: str = "flux", **options) -> Path:
