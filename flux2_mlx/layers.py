@@ -60,10 +60,10 @@ class QuantizedLinear(nn.QuantizedLinear):
         """Some of the `outputs` for `x`, without their bias."""
         if not on_gpu() and _rows(x) >= rows_to_unpack():
             return _project_in_slices(x, range(len(self.weight))[outputs], self._unpack, UNPACKED)
-        packed = (self[name][outputs] for name in ("weight", "scales", "biases"))
+        weight, scales, biases = (self[name][outputs] for name in ("weight", "scales", "biases"))
         wide = x if on_gpu() else x.astype(mx.float32)
-        y = mx.quantized_matmul(wide, *packed, group_size=self.group_size, bits=self.bits, mode=self.mode)
-        return y.astype(x.dtype)
+        parameters = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return mx.quantized_matmul(wide, weight, scales, biases, **parameters).astype(x.dtype)
 
     def dense(self, dtype: mx.Dtype, outputs: slice = slice(None)) -> mx.array:
         """The weight of some outputs, unpacked."""

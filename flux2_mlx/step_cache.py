@@ -121,7 +121,7 @@ class StepCache:
         entered = [mx.negative(images[place]) for place in stale]  # parts of `x` itself would keep all of it
         for place in stale:
             self._added.pop(place, None)
-        x = x if len(stale) == len(x) else x[mx.array(stale)]
+        x = x if len(stale) == len(x) else x[mx.array([*stale])]
         mx.eval(x, *entered)
         return x, entered
 

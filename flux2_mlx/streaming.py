@@ -136,8 +136,8 @@ class Blocks:
     def _empty(self, number: int) -> None:
         """Let go of a block's weights. What it holds in their place is never evaluated, so it takes no memory."""
         block = self._blocks[number]
-        weights = tree_flatten(block.parameters())
-        block.load_weights([(name, mx.zeros(x.shape, x.dtype)) for name, x in weights])
+        weights = dict(tree_flatten(block.parameters()))
+        block.load_weights([(name, mx.zeros(x.shape, x.dtype)) for name, x in weights.items()])
 
 
 class _Coming:

@@ -255,7 +255,7 @@ def _expected(pipe: "Flux2Pipeline", request: "Request", name: str | None, *, ha
             memory_limit=pipe.memory_limit,
         )
     found = pipe.duration(request, chip=chip)
-    return found and asdict(found) | {"seconds": found.seconds}
+    return None if found is None else asdict(found) | {"seconds": found.seconds}
 
 
 def _verified(folders: Iterable[Path]) -> dict[str, dict[str, Any] | None]:

@@ -122,10 +122,10 @@ def keeps_bits(folder: Path, quant: str | None, text_quant: str | None) -> bool:
     source, stored = manifest.get("source"), manifest.get("quantization")
     if not isinstance(source, dict) or not isinstance(stored, dict) or not source.keys() & {*KEPT}:
         return False
-    usual = [source.get(name, "bf16") for name in KEPT]
-    if not all(x in QUANTIZATIONS for x in usual):
+    own, own_text = (source.get(name, "bf16") for name in KEPT)
+    if own not in QUANTIZATIONS or own_text not in QUANTIZATIONS:
         return False
-    wanted = by_group(*chosen_quants(*usual, quant, text_quant))
+    wanted: dict[str, Any] = by_group(*chosen_quants(own, own_text, quant, text_quant))
     if KEPT[1] not in source and text_quant is None:  # one that older versions made, which did not note it
         wanted["text_encoder"] = stored.get("text_encoder")
     return bool(stored == wanted)
