@@ -8,6 +8,7 @@ from flux2_mlx.checkpoint import Component
 from flux2_mlx.components import geometries
 from flux2_mlx.config import VARIANTS, VAEConfig
 from flux2_mlx.decoders import Decoder, decodes
+from flux2_mlx.errors import CheckpointError
 from flux2_mlx.vae import TinyVAEConfig
 from flux2_mlx.weights import FLOATS, TensorInfo, Tensors, mismatches, raise_problems
 
@@ -50,6 +51,8 @@ def read_decoder(place: Path, name: str) -> Decoder:
         CheckpointError: it is damaged, or of another model.
     """
     paths = loose_files(place)
+    if len(paths) > 1:  # images remember one file
+        raise CheckpointError(f"{place} is {len(paths)} files, and a decoder is one; give a single file")
     stored = formats.stored(paths)
     if paths[0].suffix.lower() != formats.GGUF and (prefix := _spelling(stored.infos)) is not None:
         return _tiny(paths[0], stored, name, prefix)

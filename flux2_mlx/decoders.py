@@ -3,17 +3,15 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from hashlib import file_digest
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import mlx.core as mx
 
 from .checkpoint import Checkpoint, Component
 from .config import VAEConfig
 from .errors import InputError
-from .files import open_regular
+from .files import file_sha256
 from .vae import TinyVAEConfig
 from .weights import TensorInfo, Tensors, part
 
@@ -38,14 +36,10 @@ class Decoder:
     tensors: Tensors
     origin: str | None = None
 
-    @property
-    def settings(self) -> str | dict[str, str]:
-        """What images remember of it: its origin, or the name and the SHA-256 of its file."""
-        if self.origin is not None:
-            return self.origin
-        with open_regular(self.path) as file:
-            digest = file_digest(cast("BinaryIO", file), "sha256")  # type: ignore[arg-type]
-        return {"path": self.path.name, "sha256": digest.hexdigest()}
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """What images remember of it: its origin, or else the name of its file, and the SHA-256 of that."""
+        return {"name": self.origin or self.path.name, "sha256": file_sha256(self.path)}
 
     @property
     def is_tiny(self) -> bool:

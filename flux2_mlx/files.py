@@ -7,8 +7,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import file_digest
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from .errors import InputError
 
@@ -44,6 +45,12 @@ def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
         if size > limit:
             raise InputError(f"{path} is too large: {size:,} bytes, of which at most {limit:,} are read")
         yield file
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a regular file of any size; raises as `open_regular` does."""
+    with open_regular(path) as file:
+        return file_digest(cast("BinaryIO", file), "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def open_without_waiting(path: str, flags: int) -> int:

@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import arguments
 from .checkpoint import Checkpoint
@@ -24,6 +25,9 @@ from .references import Edit
 from .request import Request
 from .store import FILE, FirstUse, checked_variant, models_folder, resolve
 from .unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from .store import FoundDecoder
 
 __all__ = ["Flux2Output", "Flux2Pipeline"]
 # What a call's settings are called in diffusers, by their names here.
@@ -86,7 +90,7 @@ class Flux2Pipeline(PreparedPipeline):
                 `release` or another pipeline's call that needs the room; False: release each after its phase.
             progress: show what is downloaded and converted.
             decoder: what makes images of latents in place of the model's own: `small` or `taef2`, which are fetched, or
-                a file of such a decoder. The encoder stays the model's.
+                a file of such a decoder; None: that one. The encoder stays the model's.
 
         Raises:
             InputError: a setting is wrong. CheckpointError: the model is damaged. DownloadError: it can't be fetched.
@@ -97,8 +101,8 @@ class Flux2Pipeline(PreparedPipeline):
         computed_in = arguments.dtype_name(dtype, torch_dtype)
         _check_opening(variant, quant, text_quant, computed_in, models_dir, memory_limit)
 
-        with acquisition_bars(disable=not progress) as show:
-            other = None if decoder is None else _found(decoder, announce if progress else None, show)
+        with acquisition_bars(disable=not progress) as show, ExitStack() as held:
+            found = None if decoder is None else held.enter_context(_look_up(decoder))
             opened = cls.prepare(
                 source,
                 variant=variant,
@@ -110,8 +114,11 @@ class Flux2Pipeline(PreparedPipeline):
                 keep_source=keep_source,
                 announce=_announce if progress else None,
                 progress=show,
-                decoder=other,
+                decoder=found and found.decoder,
             )
+            if found is not None:
+                found.decoder.decoding(Checkpoint.open(opened))  # what speaks against it is told before it is fetched
+                found.fetch(announce if progress else None, show)
         return cls.from_checkpoint(
             opened,
             quant=quant,
@@ -122,7 +129,7 @@ class Flux2Pipeline(PreparedPipeline):
             memory_limit=memory_limit,
             keep=keep,
             name=str(source),
-            decoder=other,
+            decoder=found and found.decoder,
         )
 
     @classmethod
@@ -372,10 +379,10 @@ def _check_opening(
     checked_variant(variant)
 
 
-def _found(decoder: str | os.PathLike[str], announce: Any, progress: Any) -> Decoder:
-    from .store import find_decoder  # with the Hub and the converter
+def _look_up(decoder: str | os.PathLike[str]) -> "AbstractContextManager[FoundDecoder]":
+    from .store import look_up_decoder  # with the Hub and the converter
 
-    return find_decoder(decoder, announce=announce, progress=progress)
+    return look_up_decoder(decoder)
 
 
 def _announce(use: FirstUse) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.errors import CheckpointError, DownloadError, InputError
+from flux2_mlx.files import file_sha256
 from flux2_mlx.store import find_decoder
 from flux2_mlx.vae import TinyVAEConfig
 from flux2_mlx.weights import TensorInfo
@@ -99,7 +100,7 @@ def test_it_works_with_a_streamed_transformer(files):
 
 def test_images_remember_it(plain, other, files):
     (told,) = other(PROMPT, **SIZE).settings
-    assert told["decoder"]["path"] in ("tiny.safetensors", "narrow.safetensors")
+    assert told["decoder"]["name"] in ("tiny.safetensors", "narrow.safetensors")
     assert len(told["decoder"]["sha256"]) == 64
     assert "decoder" not in plain(PROMPT, **SIZE).settings[0]
 
@@ -130,6 +131,35 @@ def test_a_folder_that_holds_one_is_as_good_as_the_file(tmp_path, files):
     (tmp_path / "there").mkdir()
     save_tiny(tmp_path / "there" / "tiny.safetensors")
     assert find_decoder(tmp_path / "there").settings == find_decoder(files["tiny"]).settings
+
+
+def test_one_in_several_files_is_refused(tmp_path):
+    tensors = mx.load(str(save_tiny(tmp_path / "tiny.safetensors")))
+    (tmp_path / "tiny.safetensors").unlink()
+    for number, names in enumerate((list(tensors)[:20], list(tensors)[20:]), 1):
+        part = {name: tensors[name] for name in names}
+        mx.save_safetensors(str(tmp_path / f"tiny-0000{number}-of-00002.safetensors"), part)
+    for place in (tmp_path, tmp_path / "tiny-00001-of-00002.safetensors"):
+        with pytest.raises(CheckpointError, match="is 2 files, and a decoder is one; give a single file"):
+            find_decoder(place)
+
+
+def test_one_of_other_latents_is_not_fetched(tmp_path):
+    wide = save_tiny(tmp_path / "wide.safetensors", 32, whole=True).read_bytes()
+    told = pytest.raises(InputError, match="decoder 'taef2' is for latents of 32 channels")
+    repos = {"madebyollin/taef2": {"taef2.safetensors": wide}}
+    with HubServer(repos) as hub, using(hub, tmp_path / "cache"), told:
+        opened(decoder="taef2")
+    assert not list((tmp_path / "cache").rglob("taef2.safetensors"))
+
+
+def test_one_of_the_hub_works(tmp_path):
+    tiny = save_tiny(tmp_path / "tiny.safetensors", whole=True)
+    repos = {"madebyollin/taef2": {"taef2.safetensors": tiny.read_bytes()}}
+    with HubServer(repos) as hub, using(hub, tmp_path / "cache"):
+        pipes = opened(decoder="taef2"), opened(decoder=tiny)
+    ours, theirs = (pipe(PROMPT, **SIZE, output_type="np").images for pipe in pipes)
+    assert np.array_equal(ours, theirs)
 
 
 def test_whole_numbers_are_no_weights(tmp_path):
@@ -165,7 +195,8 @@ def test_names_are_fetched_once_with_their_licence_told(tmp_path, files):
         for name in ("taef2", "small"):
             for _ in range(2):
                 found = find_decoder(name, announce=heard.append, progress=lambda *x: told.append(x))
-                assert (found.name, found.origin, found.settings) == (name, name, name)
+                assert (found.name, found.origin) == (name, name)
+                assert found.settings == {"name": name, "sha256": file_sha256(found.path)}
     assert [(x.repo_id, x.licence) for x in heard] == list(zip(repos, ("MIT", "Apache-2.0"), strict=True))
     assert told[-1][2] == "download"
     assert "full_encoder_small_decoder.safetensors" not in hub.fetched
@@ -176,7 +207,8 @@ def test_a_file_of_a_repo_is_asked_for_by_name(tmp_path):
     files = {"a.safetensors": save_tiny(tmp_path / "a.safetensors").read_bytes(), "b.safetensors": b"{}"}
     with HubServer({"me/decoders": files}) as hub, using(hub, tmp_path / "cache"):
         found = find_decoder("me/decoders:a.safetensors")
-        assert found.settings == "me/decoders:a.safetensors"
+        assert found.settings["name"] == "me/decoders:a.safetensors"
+        assert find_decoder(found.path).settings == found.settings
         assert isinstance(found.config, TinyVAEConfig)
         with pytest.raises(
             DownloadError, match=r"me/decoders is no decoder's file; give me/decoders:a\.safetensors, me"

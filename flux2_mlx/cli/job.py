@@ -31,8 +31,8 @@ class Job:
 
     `frames` are the images, those of one of the `prompts` after the other; `seed` is the first that is given or drawn.
     `listed` is whether the prompts are those of a file. `resolved` is what `model` means, and `label` what images say
-    of it. `rewritten` are the prompts and `fingerprint` the weights that a `replayed` image, which comes with its
-    settings, was made from. `preset` says what an adapter's preset has set.
+    of it. `rewritten` are the prompts, `fingerprint` the weights and `decoder_sha256` the decoder that a `replayed`
+    image, which comes with its settings, was made from. `preset` says what an adapter's preset has set.
     """
 
     prompts: list[str]
@@ -67,6 +67,7 @@ class Job:
     preset: str | None = None
     rewritten: list[str] | None = None
     fingerprint: str | None = None
+    decoder_sha256: str | None = None
     replayed: tuple[Path, dict[str, Any]] | None = None
 
     @classmethod
@@ -143,7 +144,8 @@ def _take_over(given: dict[str, Any], image: Path, remembered: dict[str, Any]) -
         own |= {"steps": None, "sigmas": None, "shift_steps": None}
     own["seed"] = (own["seed"],)
     if given["decoder"] is None:
-        own["decoder"] = replay.find_decoder(own.get("decoder"), image)
+        found = replay.find_decoder(own.get("decoder"), image, given["models_dir"])
+        own["decoder"], given["decoder_sha256"] = found
     given |= {key: own.get(key) for key in replay.SETTINGS if given[key] in (None, ())}
     given["sigmas"] = given["sigmas"] and tuple(given["sigmas"])
     given["fingerprint"] = own.get("fingerprint")

@@ -19,7 +19,7 @@ SETTINGS = {
     "quant": str,
     "text_quant": str,
     "dtype": str | None,  # older images don't say it
-    "decoder": str | dict | None,
+    "decoder": dict | str | None,  # older images say the name alone
     "width": int,
     "height": int,
     "steps": int,
@@ -42,6 +42,7 @@ _MACHINE: dict[str, Callable[[Any], str]] = {
     "tf32": lambda there: "float32 cut to TF32" if there else "whole float32",
 }
 _FILE = {"path": str, "sha256": str}
+_DECODER = {"name": str, "sha256": str}
 
 
 def remembered(image: Path) -> dict[str, Any]:
@@ -125,9 +126,30 @@ def _sha256(path: Path) -> str | None:
     return found.hexdigest()
 
 
-def find_decoder(remembered: Any, image: Path) -> str | None:
-    """What `--decoder` is to be for another image like `image`, which remembers this; InputError as `find` has it."""
-    return str(find(remembered, image, "name it with --decoder")) if isinstance(remembered, dict) else remembered
+def find_decoder(told: Any, image: Path, models_dir: Path | None) -> tuple[str | None, str | None]:
+    """What `--decoder` is to be for another image like `image`, which remembers this of it, and the hash that it had.
+
+    Nothing is fetched or opened because an image says so, but what is known by name or has the content that it had.
+
+    Raises:
+        InputError: it is neither.
+    """
+    from ..store import DECODERS, decoder_with
+
+    if told is None:
+        return None, None
+    if not isinstance(told, str):
+        check_kinds(told, _DECODER, image)
+    name, sha256 = (told, None) if isinstance(told, str) else (told["name"], told["sha256"])
+    if name in DECODERS:
+        return name, sha256
+    places = (image.parent, Path())
+    if sha256 and (found := decoder_with(sha256, Path(name.rpartition(":")[2]).name, places, models_dir)):
+        return str(found), sha256
+    raise InputError(
+        f"the decoder {name:.200}, which {image} was made with, is neither beside it nor here, nor in the models "
+        "folder or in the Hub's cache, or has changed; name it with --decoder"
+    )
 
 
 def find_model(name: str, fingerprint: str | None, image: Path, *, models_dir: Path | None, **weights: Any) -> "Model":

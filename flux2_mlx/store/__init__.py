@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         stored_quants,
         usual_quants,
     )
-    from .decoders import DECODERS, find_decoder
+    from .decoders import DECODERS, FoundDecoder, decoder_with, find_decoder, look_up_decoder
 
 __all__ = [
     "BUILT_IN",
@@ -51,6 +51,7 @@ __all__ = [
     "Download",
     "FirstUse",
     "FoundAdapter",
+    "FoundDecoder",
     "Inspection",
     "Model",
     "Preset",
@@ -65,6 +66,7 @@ __all__ = [
     "convert_adapter",
     "convert_model",
     "converted_folders",
+    "decoder_with",
     "demo_folder",
     "described",
     "find_adapter",
@@ -74,6 +76,7 @@ __all__ = [
     "find_variant",
     "inspect_adapter",
     "is_official",
+    "look_up_decoder",
     "mixture",
     "models_folder",
     "named_checkpoints",
@@ -89,6 +92,7 @@ _LAZY = {
     "Decoder": "..decoders",
     "Download": "..hub",
     "FoundAdapter": ".adapter_sources",
+    "FoundDecoder": ".decoders",
     "Inspection": "..convert.lora",
     "Preset": "..convert.lora",
     "StoredAdapter": ".adapters",
@@ -100,11 +104,13 @@ _LAZY = {
     "convert_adapter": ".adapters",
     "convert_model": ".conversion",
     "converted_folders": ".converted",
+    "decoder_with": ".decoders",
     "described": ".converted",
     "find_adapter": ".adapter_sources",
     "find_conversion": ".converted",
     "find_decoder": ".decoders",
     "inspect_adapter": ".adapters",
+    "look_up_decoder": ".decoders",
     "mixture": ".converted",
     "named_checkpoints": ".converted",
     "open_adapter": ".adapters",

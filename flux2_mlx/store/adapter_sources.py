@@ -4,9 +4,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from hashlib import file_digest
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from .. import hub
 from ..adapters import Adapter
@@ -15,7 +13,7 @@ from ..config import Config
 from ..convert import formats
 from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, is_adapter, is_config_of, names_beside, read_adapter
 from ..errors import CheckpointError, DownloadError, InputError
-from ..files import open_regular
+from ..files import file_sha256
 from ..hub import Download, Selection, snapshot_files
 from ..layout import PICKLES, SAFETENSORS
 from ..wording import some
@@ -227,8 +225,7 @@ def cached_files() -> Iterator[tuple[Path, Path]]:
 def _hash(path: Path) -> str | None:
     """The hash of a file; None if there is none that can be read."""
     try:
-        with open_regular(path) as file:
-            return file_digest(cast("BinaryIO", file), "sha256").hexdigest()  # type: ignore[arg-type]
+        return file_sha256(path)
     except (OSError, ValueError, InputError):
         return None
 
