@@ -11,6 +11,7 @@ from helpers.hub_client import using
 from helpers.hub_server import HubServer
 from PIL import Image
 
+from flux2_mlx.files import file_sha256
 from flux2_mlx.images import read_settings
 
 SMALL = ("t2i", PROMPT, "-m", "demo", "-W", "32", "-H", "32", "--seed", "7", "--no-cache")
@@ -78,6 +79,13 @@ def test_without_a_terminal_nothing_is_drawn_and_one_line_says_so(options):
     assert json.loads(result.stdout)["images"] if options else result.stdout == "a.png\n"
 
 
+def test_a_dumb_terminal_gets_a_line_and_no_pictures(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stderr = done(*RUN, "--preview").stderr
+    assert drawn(stderr) == 0
+    assert stderr.count("--preview shows nothing, as this terminal is dumb\n") == 1
+
+
 def test_quiet_is_quiet(terminal):
     assert done(*RUN, "--preview", "--quiet").stderr == ""
 
@@ -105,11 +113,12 @@ def test_checkpoints_are_made_as_is_said(folder, taef2):
 
 def test_a_decoder_is_remembered_and_used_again(folder, taef2):
     done(*RUN, "--decoder", "taef2")
-    assert read_settings(folder / "a.png")["decoder"] == "taef2"
+    told = read_settings(folder / "a.png")["decoder"]
+    assert told == {"name": "taef2", "sha256": file_sha256(folder / "there.safetensors")}
     done("t2i", "--replay", "a.png", "-o", "b.png", "--no-cache")
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
     report = json.loads(done(*RUN[:-1], "c.png", "--decoder", "taef2", "--json").stdout)
-    assert report["decoder"] == "taef2"
+    assert report["decoder"] == told
     done(*RUN[:-1], "d.png")
     assert "decoder" not in read_settings(folder / "d.png")
     assert not np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("d.png")))
@@ -123,7 +132,7 @@ def test_the_file_of_a_decoder_is_found_again_by_its_content(folder):
     (folder / "tiny.safetensors").write_bytes(b"other")
     told = refusal("t2i", "--replay", "a.png", "-o", "c.png")
     assert told.startswith(
-        "tiny.safetensors, which a.png was made from, is neither beside it nor here, or has changed;"
+        "the decoder tiny.safetensors, which a.png was made with, is neither beside it nor here, nor in the"
     )
     assert told.endswith("name it with --decoder")
 

@@ -1,47 +1,58 @@
 """Decoders that take the place of the model's own, for finished images and for previews."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from .progress import Bars, notice, size_text
 
 if TYPE_CHECKING:
     from .. import Flux2Pipeline
-    from ..store import Decoder, Download
+    from ..store import Decoder, Download, FoundDecoder
+
+OWN = "full"  # the model's
 
 
-@dataclass(frozen=True)
 class Decoders:
-    """What makes finished images and what makes previews; None: the model's own decoder. Build it with `Decoders.find`,
-    which has them here."""
+    """What makes finished images and what makes previews, as `--decoder` and `--preview-decoder` name it. Each is
+    looked up when it is first asked for, within the context that this is, and raises what `find_decoder` does."""
 
-    finished: "Decoder | None"
-    previews: "Decoder | str | None"
+    def __init__(self, finished: str | None, previews: str | None):
+        self._finished = None if finished == OWN else finished
+        self._previews = previews
+        self._found: dict[str, FoundDecoder] = {}
+        self._held = ExitStack()
 
-    @classmethod
-    def find(cls, finished: str | None, previews: str | None, bars: Bars, quiet: bool) -> "Decoders":
-        """Those that `--decoder` and `--preview-decoder` name, fetched if need be.
+    def __enter__(self) -> "Decoders":
+        return self
 
-        Raises:
-            InputError, DownloadError, CheckpointError: as `find_decoder` has it.
-        """
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
-        def found(name: str) -> "Decoder":
-            from ..store import find_decoder  # with the Hub and the converter
+    @property
+    def finished(self) -> "Decoder | None":
+        """What makes finished images; None: the model's own decoder."""
+        return None if self._finished is None else self._look_up(self._finished)
 
-            return find_decoder(
-                name, announce=lambda download: notice(_announcement(name, download), quiet), progress=bars
-            )
+    def preview(self, pipe: "Flux2Pipeline") -> None:
+        """Have the previews of a pipeline made as is asked for."""
+        taef2 = self._previews == "taef2"
+        pipe.preview_with(self._look_up("taef2") if taef2 else None if self._previews == OWN else self._previews)
 
-        decoder = None if finished is None else found(finished)
-        if previews == "taef2":
-            return cls(decoder, found(previews))
-        return cls(decoder, None if previews == "full" else previews)
+    def fetch(self, bars: Bars, quiet: bool) -> None:
+        """Bring those here that were looked up, and unless `quiet` say what is fetched."""
+        for name, found in self._found.items():
 
-    def preview(self, pipe: "Flux2Pipeline") -> "Flux2Pipeline":
-        """The pipeline, whose previews are made so from now on."""
-        pipe.preview_with(self.previews)
-        return pipe
+            def announce(download: "Download", name: str = name) -> None:
+                notice(_announcement(name, download), quiet)
+
+            found.fetch(announce, bars)
+
+    def _look_up(self, name: str) -> "Decoder":
+        from ..store import look_up_decoder  # with the Hub and the converter
+
+        if name not in self._found:
+            self._found[name] = self._held.enter_context(look_up_decoder(name))
+        return self._found[name].decoder
 
 
 def _announcement(name: str, download: "Download") -> str:

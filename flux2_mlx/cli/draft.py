@@ -1,6 +1,6 @@
 """What a job asks of its model: requests, files, plans. All of it is checked before anything is fetched."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,10 +54,14 @@ class Draft:
 
 @dataclass
 class Drafts:
-    """Makes the draft of a job with its pictures once the model is known, and another only for another model."""
+    """Makes the draft of a job with its pictures once the model is known, and another only for another model.
+
+    `preview` has the previews of a pipeline made as is asked for, where there are any.
+    """
 
     job: Job
     opened: Opened
+    preview: Callable[["Flux2Pipeline"], object]
     _known: tuple[Any, Draft] | None = field(default=None, init=False)
 
     def of(self, pipe: "Flux2Pipeline") -> Draft:
@@ -96,6 +100,8 @@ class Drafts:
             for step in saved:
                 self.job.saving.check(checkpoint_path(target.path, step))
         previews = bool(saved) or (self.job.preview and self.job.preview_decoder is not None)
+        if previews:
+            self.preview(pipe)
         return Batch(request, targets, saved, previews, pipe.plan(request, edit, previews=previews))
 
 

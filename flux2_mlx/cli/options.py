@@ -173,9 +173,10 @@ _PAINTING = (
     ),
     click.option(
         "--decoder",
-        metavar="small|taef2|FILE",
+        metavar="small|taef2|full|FILE",
         help="What makes the finished images in place of the model's own decoder: the small one of FLUX.2 or TAEF2, "
-        "which are fetched, or such a file; faster and in less memory, and a little less exact.",
+        "which are fetched, or such a file; faster and in less memory, and a little less exact. `full` is the model's "
+        "own.",
     ),
     models_dir_option,
     keep_source_option,

@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .decoders import Decoders
 from .draft import Batch, Draft, Drafts, Target
 from .finished import compare
 from .job import Job
+from .pictures import Opened
 from .progress import Bars, notice
 from .prompts import named
 from .replay import elsewhere
@@ -31,12 +34,12 @@ def paint(job: Job, *, profile: bool, as_json: bool) -> None:
         notice(f"{path} is not the {former} that the image was made from, so the new one will differ", job.quiet)
     _check(job, bool(opened.images))
     with Bars(job.quiet) as bars:
-        pipe, draft = _open(job, Drafts(job, opened), bars)
+        if job.preview and bars.no_pictures:
+            notice(f"--preview shows nothing, as {bars.no_pictures}", job.quiet)
+            job = replace(job, preview=False)  # so that nothing is fetched or computed for it
+        pipe, draft = _open(job, opened, bars)
         record = Record(job, draft.targets, pipe, opened.settings, job.prompts)
         _notices(job, pipe, draft)
-        if job.preview and not (bars.can_picture and (job.preview_decoder or pipe.has_sketches)):
-            why = "it has no linear map of this model's latents" if bars.can_picture else "stderr is no terminal"
-            notice(f"--preview shows nothing, as {why}", job.quiet)
         if job.saving.skip_existing:
             compare(record)
         try:
@@ -92,7 +95,6 @@ def _listener(record: Record, batch: Batch, bars: Bars, as_json: bool) -> "Calla
     """The `on_progress` of a batch's run: it shows how far that is, and saves and prints images."""
     denoised = True
     job = record.job
-    shows = job.preview and bars.can_picture
 
     def on_progress(progress: "Progress") -> None:
         nonlocal denoised
@@ -112,7 +114,7 @@ def _listener(record: Record, batch: Batch, bars: Bars, as_json: bool) -> "Calla
             if preview is not None and step.number in batch.saved:
                 _save_previews(job.saving, about, step.number, preview())
             seen = preview if job.preview_decoder else progress.sketch
-            if shows and seen is not None:
+            if job.preview and seen is not None:
                 bars.picture(seen())
 
     return on_progress
@@ -141,14 +143,15 @@ def _check(job: Job, is_edit: bool) -> None:
         default_limit()  # InputError if there is none
 
 
-def _open(job: Job, drafts: Drafts, bars: Bars) -> "tuple[Flux2Pipeline, Draft]":
-    """The pipeline of a job with its adapters, and the draft, which is made with these before anything is fetched or
-    loaded."""
-    decoders = Decoders.find(job.decoder, job.preview_decoder, bars, job.quiet)
-    with job.adapters as adapters:
+def _open(job: Job, opened: Opened, bars: Bars) -> "tuple[Flux2Pipeline, Draft]":
+    """The pipeline of a job with its decoders and adapters, and the draft, which is made with these before anything but
+    their headers is fetched or loaded."""
+    with job.adapters as adapters, Decoders(job.decoder, job.preview_decoder) as decoders:
+        drafts = Drafts(job, opened, decoders.preview)
 
         def look(pipe: "Flux2Pipeline") -> Draft:
-            draft = drafts.of(decoders.preview(adapters.expected(pipe)))
+            draft = drafts.of(adapters.expected(pipe))
+            decoders.fetch(bars, job.quiet)
             adapters.fetch(bars, job.quiet)
             return draft
 
@@ -156,18 +159,26 @@ def _open(job: Job, drafts: Drafts, bars: Bars) -> "tuple[Flux2Pipeline, Draft]"
             look(pipe)
             adapters.read(pipe)  # what can be wrong with their values is told before a long download
 
-        pipe = decoders.preview(_opened(job, decoders.finished, bars, look_closely))
+        folder = _prepared(job, decoders.finished, bars, look_closely)
+        looked_up = decoders.finished
+        pipe = _opened(job, folder, looked_up)
         draft = look(pipe)
+        if decoders.finished is not looked_up:  # its weights are only here since
+            pipe = _opened(job, folder, decoders.finished)
+        if decoders.finished and job.decoder_sha256 not in (None, decoders.finished.settings["sha256"]):
+            text = f"decoder {job.decoder} has other weights than when the image was made, so the new one will differ"
+            notice(text, job.quiet)
+        if any(batch.previews for batch in draft.batches):
+            decoders.preview(pipe)
         adapters.load(pipe)
     return pipe, draft
 
 
-def _opened(
-    job: Job, decoder: "Decoder | None", bars: Bars, check: Callable[["Flux2Pipeline"], object]
-) -> "Flux2Pipeline":
+def _prepared(job: Job, decoder: "Decoder | None", bars: Bars, check: Callable[["Flux2Pipeline"], object]) -> Path:
+    """The folder of a job's model."""
     from .. import Flux2Pipeline
 
-    folder = Flux2Pipeline.prepare(
+    return Flux2Pipeline.prepare(
         job.resolved,
         variant=job.variant,
         quant=job.quant,
@@ -181,6 +192,11 @@ def _opened(
         progress=bars,
         decoder=decoder,
     )
+
+
+def _opened(job: Job, folder: Path, decoder: "Decoder | None") -> "Flux2Pipeline":
+    from .. import Flux2Pipeline
+
     return Flux2Pipeline.from_checkpoint(
         folder,
         quant=job.quant,
@@ -200,6 +216,11 @@ def _notices(job: Job, pipe: "Flux2Pipeline", draft: Draft) -> None:
     variant = checkpoint.variant
     if job.preset:
         notice(job.preset, job.quiet)
+    if job.preview and not (job.preview_decoder or pipe.has_sketches):
+        notice("--preview shows nothing, as it has no linear map of this model's latents", job.quiet)
+    if job.checkpoint and draft.batches and not any(batch.saved for batch in draft.batches):
+        steps = max(batch.request.steps for batch in draft.batches)
+        notice(f"--checkpoint {job.checkpoint} saves nothing, as images take {steps} steps", job.quiet)
     if job.adapters.names:
         _adapter_hints(job)
     if job.replayed and (said := elsewhere(job.replayed[1], job.replayed[0])):

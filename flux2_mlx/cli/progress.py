@@ -1,6 +1,7 @@
 """Progress and notices on stderr: bars on a terminal, and lines now and then elsewhere."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -52,9 +53,13 @@ class Bars:
         Bars._display = None
 
     @property
-    def can_picture(self) -> bool:
-        """Whether pictures can be shown."""
-        return not self._quiet and sys.stderr.isatty()
+    def no_pictures(self) -> str | None:
+        """Why pictures can't be shown; None: they can."""
+        if self._quiet:
+            return "nothing is to be told"
+        if not sys.stderr.isatty():
+            return "stderr is no terminal"
+        return "this terminal is dumb" if os.environ.get("TERM") == "dumb" else None
 
     def picture(self, images: "Sequence[Image.Image]") -> None:
         """Show images above the bar, in place of those before."""
