@@ -178,3 +178,12 @@ def test_a_report_tells_the_decoder(folder):
     tiny = save_tiny(folder / "tiny.safetensors")
     report = json.loads(done(*RUN, "--decoder", "tiny.safetensors", "--json").stdout)
     assert report["decoder"] == {"name": tiny.name, "sha256": file_sha256(tiny)}
+
+
+def test_an_image_that_stays_is_said_to_be_made_with_another_decoder(folder, caplog):
+    save_tiny(folder / "tiny.safetensors")
+    done(*RUN, "--decoder", "tiny.safetensors")
+    done(*RUN, "--skip-existing", "--decoder", "tiny.safetensors")
+    assert caplog.messages == []
+    done(*RUN, "--skip-existing")
+    assert caplog.messages == ["a.png is left as it is, but was made with another decoder"]

@@ -132,7 +132,7 @@ def test_the_file_of_a_decoder_is_found_again_by_its_content(folder):
     (folder / "tiny.safetensors").write_bytes(b"other")
     told = refusal("t2i", "--replay", "a.png", "-o", "c.png")
     assert told.startswith(
-        "the decoder tiny.safetensors, which a.png was made with, is neither beside it nor here, nor in the"
+        "the decoder 'tiny.safetensors', which a.png was made with, is neither beside it nor here, nor in the"
     )
     assert told.endswith("name it with --decoder")
 

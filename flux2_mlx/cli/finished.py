@@ -49,6 +49,8 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         changed.append("negative prompt")
     if found.get("step_cache") != wanted.get("step_cache"):
         changed.append("step cache")
+    if _decoder(found) != _decoder(wanted):
+        changed.append("decoder")
     if found.get("sigmas") != wanted.get("sigmas"):
         changed.append("set of noise levels")
     if _at_work(found) != _at_work(wanted):
@@ -56,6 +58,12 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if without_folders(found.get("edit")) != wanted.get("edit"):
         changed.append("pictures")
     return [_WORDS.get(name, name) for name in changed]
+
+
+def _decoder(settings: dict[str, Any]) -> Any:
+    """The content of the decoder of an image, whatever that is called; None: the model's own."""
+    told = settings.get("decoder")
+    return told.get("sha256") if isinstance(told, dict) else told
 
 
 def _at_work(settings: dict[str, Any]) -> Any:

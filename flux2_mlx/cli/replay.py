@@ -147,7 +147,7 @@ def find_decoder(told: Any, image: Path, models_dir: Path | None) -> tuple[str |
     if sha256 and (found := decoder_with(sha256, Path(name.rpartition(":")[2]).name, places, models_dir)):
         return str(found), sha256
     raise InputError(
-        f"the decoder {name:.200}, which {image} was made with, is neither beside it nor here, nor in the models "
+        f"the decoder {name!r:.200}, which {image} was made with, is neither beside it nor here, nor in the models "
         "folder or in the Hub's cache, or has changed; name it with --decoder"
     )
 
