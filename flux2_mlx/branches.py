@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from .adapters import Adapter, BiasDifference, Decomposed, Difference, Hadamard, Kronecker, LowRank, Placed
 from .errors import InputError, RangeError
-from .layers import cast
+from .layers import cast, dense
 from .low_ranks import Change, LowRanks, changed
 from .transformer.headroom import output_unit
 
@@ -240,8 +240,6 @@ def _without_bias(y: mx.array, layer: nn.Module) -> mx.array:
 def _weight(layer: nn.Module, span: slice, rows: slice) -> mx.array:
     """The `rows` of a `span` of a layer's weight, counted within it, in float32."""
     chosen = slice(span.start + rows.start, min(span.stop, span.start + rows.stop))
-    weight = layer.weight[chosen]
     if isinstance(layer, nn.QuantizedLinear):
-        scales, biases = (layer[name][chosen].astype(mx.float32) for name in ("scales", "biases"))
-        return mx.dequantize(weight, scales, biases, layer.group_size, layer.bits, mode=layer.mode)
-    return weight.astype(mx.float32)
+        return dense(layer, mx.float32, chosen)
+    return layer.weight[chosen].astype(mx.float32)

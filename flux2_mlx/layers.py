@@ -65,13 +65,8 @@ class QuantizedLinear(nn.QuantizedLinear):
         parameters = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         return mx.quantized_matmul(wide, weight, scales, biases, **parameters).astype(x.dtype)
 
-    def dense(self, dtype: mx.Dtype, outputs: slice = slice(None)) -> mx.array:
-        """The weight of some outputs, unpacked."""
-        scales, biases = (self[name][outputs].astype(dtype) for name in ("scales", "biases"))
-        return mx.dequantize(self.weight[outputs], scales, biases, self.group_size, self.bits, mode=self.mode)
-
     def _unpack(self, outputs: slice) -> mx.array:
-        weight = self.dense(mx.float32, outputs)
+        weight = dense(self, mx.float32, outputs)
         mx.eval(weight)  # so that what it is made of is freed before there is a product
         return weight
 
@@ -79,7 +74,7 @@ class QuantizedLinear(nn.QuantizedLinear):
         """This layer with a dense weight, which is unpacked when it is first needed."""
         layer = Linear.__new__(Linear)
         nn.Module.__init__(layer)
-        layer.weight = self.dense(dtype)
+        layer.weight = dense(self, dtype)
         if "bias" in self:
             layer.bias = self.bias
         return layer
@@ -130,6 +125,23 @@ def _pack(layer: nn.Module, kind: type[_Packed], group_size: int, bits: int, mod
     if "bias" in layer:
         packed.bias = layer.bias
     return packed
+
+
+def dense(layer: nn.QuantizedLinear, dtype: mx.Dtype, outputs: slice = slice(None)) -> mx.array:
+    """The weight of some outputs of a layer, unpacked."""
+    weight, scales, biases = (layer[name][outputs] for name in ("weight", "scales", "biases"))
+    scales, biases = scales.astype(dtype), biases.astype(dtype)
+    if layer.bits != 6 or on_gpu():
+        return mx.dequantize(weight, scales, biases, layer.group_size, layer.bits, mode=layer.mode)
+    # On a CPU MLX takes 6 bits one by one, in 24 bytes a weight and 14 times the time.
+    codes = _six_bits(weight).reshape(*scales.shape, -1)
+    return (codes * scales[..., None] + biases[..., None]).flatten(1)
+
+
+def _six_bits(packed: mx.array) -> mx.array:
+    """The codes `[rows, columns]` of one byte each that are packed into three quarters of that."""
+    a, b, c = mx.unflatten(packed.view(mx.uint8), 1, (-1, 3)).moveaxis(-1, 0)
+    return mx.stack([a & 63, (a >> 6 | b << 2) & 63, (b >> 4 | c << 4) & 63, c >> 2], axis=-1).flatten(1)
 
 
 class Adapters(Protocol):

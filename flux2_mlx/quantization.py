@@ -3,8 +3,6 @@
 import math
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +19,7 @@ GROUP_SIZE = 64
 # The most weights that are quantized at one time, so few that a CPU's cache holds them, and the bytes that each takes
 # meanwhile, measured.
 _SLICE = 512 * 1024
-_WORK_BYTES = 12
+_WORK_BYTES = 13
 _PARTS = ("weight", "scales", "biases")
 _DTYPES = (mx.uint32, mx.bfloat16, mx.bfloat16)
 # Of most layers; `mixed4` has some in `FINER`.
@@ -209,10 +207,8 @@ def _packed(codes: mx.array, bits: int) -> mx.array:
     if bits == 4:
         pairs = codes.view(mx.uint16)  # the second code of a pair is its higher byte
         return (pairs | pairs >> 4).astype(mx.uint8)
-    fours = codes.view(mx.uint32)
-    four = [fours >> shift & 0x3F << place for shift, place in zip((0, 2, 4, 6), (0, 6, 12, 18), strict=True)]
-    joined = reduce(or_, four).view(mx.uint8).reshape(len(codes), -1, 4)
-    return joined[..., :3].flatten(1)  # three bytes hold four codes
+    a, b, c, d = mx.unflatten(codes, 1, (-1, 4)).moveaxis(-1, 0)
+    return mx.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], axis=-1).flatten(1)  # four codes in three bytes
 
 
 def quantize_module(module: nn.Module, quantization: dict[str, Any] | None) -> None:

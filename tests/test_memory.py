@@ -113,6 +113,9 @@ def compare(pipe: Flux2Pipeline, images=(), most: float = 1.1, **settings) -> No
         ("bfloat16", None, (128, 128)),
         ("float16", None, (128, 128)),
         ("float32", "qint8", (128, 128)),
+        ("float32", "qint6", (128, 128)),
+        ("bfloat16", "qint6", (128, 128)),
+        ("float32", "mixed4", (64, 64)),
         ("float32", "qint4", (64, 64)),
     ],
 )

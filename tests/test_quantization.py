@@ -19,6 +19,7 @@ from flux2_mlx.quantization import (
     is_quantizable,
     quantize_array,
     quantize_module,
+    quantizing_bytes,
     statement,
 )
 from flux2_mlx.transformer import image_ids, rope_table, text_ids
@@ -271,3 +272,14 @@ def test_values_too_far_apart_for_a_scale_are_refused(bits, tmp_path):
     quantization = {"group_size": 64, "bits": bits, "mode": "affine"}
     with pytest.raises(CheckpointError, match=r"^a\.weight has values too large to be quantized"):
         list(Quantized(Files([tmp_path / "a.safetensors"]), stored, quantization).read(stored))
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_quantizing_takes_no_more_than_is_counted(bits):
+    weight = mx.random.normal((1024, 1024)).astype(mx.bfloat16)
+    mx.eval(weight)
+    mx.clear_cache()
+    held = mx.get_active_memory() - weight.nbytes
+    mx.reset_peak_memory()
+    made = sum(part.nbytes for part in quantize_array(weight, bits).values())
+    assert mx.get_peak_memory() - held - made <= quantizing_bytes(weight.shape)

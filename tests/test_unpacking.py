@@ -17,7 +17,7 @@ from flux2_mlx.adapters import Adapter
 from flux2_mlx.branches import AtWork, Branches
 from flux2_mlx.config import VARIANTS, TransformerConfig
 from flux2_mlx.device import rows_to_unpack
-from flux2_mlx.layers import Linear, QuantizedLinear, adapted, project_to, unpacked
+from flux2_mlx.layers import Linear, QuantizedLinear, adapted, dense, project_to, unpacked
 from flux2_mlx.memory import Workload
 from flux2_mlx.networks import Networks
 from flux2_mlx.text import TextCost
@@ -105,7 +105,7 @@ def test_a_cpu_multiplies_in_float32(bits, dtype, rows):
     x = mx.random.uniform(shape=(rows, 2048), key=mx.random.key(1)).astype(dtype)
     y, part = layer(x), project_to(layer, x, slice(16, 48))
     assert y.dtype == part.dtype == dtype
-    assert relative_error(y, x.astype(mx.float32) @ layer.dense(mx.float32).T) < 2e-3
+    assert relative_error(y, x.astype(mx.float32) @ dense(layer, mx.float32).T) < 2e-3
     assert relative_error(part, y[:, 16:48]) < 2e-3
 
 
@@ -264,7 +264,7 @@ def test_encoding_counts_a_layer_that_is_unpacked(monkeypatch):
     assert costs[0].reading(512, 0) == costs[1].reading(512, 0) == plain
 
 
-@pytest.mark.parametrize("quant_bits", [4, 8])
+@pytest.mark.parametrize("quant_bits", [4, 6, 8])
 def test_a_layer_of_a_cpu_takes_little_memory(quant_bits):
     layer, x = randomized(Linear(1024, 8192)).to_quantized(64, quant_bits, "affine"), mx.random.normal((64, 1024))
     mx.eval(layer.parameters(), x)
@@ -278,3 +278,12 @@ def test_a_layer_of_a_cpu_takes_little_memory(quant_bits):
         < 8.5 * layers.UNPACKED + 2 * 64 * 8192 * 4
         < 4 * layer.weight.size * 32 / quant_bits
     )
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_a_cpu_unpacks_all_bits_alike(bits, dtype):
+    layer = randomized(Linear(192, 48)).to_quantized(64, bits, "affine")
+    parts = [layer.weight, layer.scales.astype(dtype), layer.biases.astype(dtype)]
+    assert mx.array_equal(dense(layer, dtype), mx.dequantize(*parts, 64, bits))
+    assert mx.array_equal(dense(layer, dtype, slice(7, 9)), dense(layer, dtype)[7:9])
