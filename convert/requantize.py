@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux2_mlx.checkpoint import Checkpoint, Component, as_stored
-from flux2_mlx.components import COMPONENTS, GROUPS, quantizations
+from flux2_mlx.components import COMPONENTS, GROUPS, MAIN, quantizations
 from flux2_mlx.config import QUANTIZATIONS
 from flux2_mlx.copying import Copied
 from flux2_mlx.errors import InputError
@@ -24,7 +24,6 @@ from flux2_mlx.quantization import (
     layer_bits,
     quantize_array,
     quants_from,
-    stored_names,
     usual_text_quant,
 )
 from flux2_mlx.weights import Files, Tensors
@@ -54,7 +53,8 @@ def requantize(
 ) -> None:
     """Write a checkpoint in fewer bits. From bfloat16 it equals, bit for bit, a new conversion of its source.
 
-    4 bits made from 8 bits are worse than 4 bits made from the source: a warning says by how much.
+    4 bits made from 8 bits are worse than 4 bits made from the source: a warning says by how much, and their
+    fingerprint is another. Layers that have the wanted bits already are copied.
 
     Args:
         checkpoint: the opened checkpoint.
@@ -90,7 +90,7 @@ def requantize(
     parts = stored_parts(checkpoint.components, (quant, text_quant), adapters, ranking)
     for part in parts:
         warn_of_loss(checkpoint.components[part.component.name], part.component)
-    source = folded_source(checkpoint.source, folds)
+    source = _coarsened_source(folded_source(checkpoint.source, folds), checkpoint.components, parts)
     if calibration is not None:
         source = _calibrated_source(source, calibration)
     files = [file for component in checkpoint.components.values() for file in versions(component.tensors)]
@@ -109,9 +109,30 @@ def requantize(
 
 def _calibrated_source(source: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
     """What a checkpoint says of its source, with its calibration and the fingerprint that it has with that."""
-    text = json.dumps([source.get("fingerprint"), calibration.ranking])
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    return {**source, "fingerprint": fingerprint, CALIBRATION: calibration.measured}
+    return {**_stamped_source(source, calibration.ranking), CALIBRATION: calibration.measured}
+
+
+def _coarsened_source(source: dict[str, Any], stored: Mapping[str, Component], parts: Sequence[Part]) -> dict[str, Any]:
+    """What a checkpoint says of its source, with a fingerprint of its own if networks were `stored` in few bits and get
+    fewer, and without the calibration of a transformer that does."""
+    changed = [stored[part.component.name] for part in parts if _is_coarsened(stored, part)]
+    if not changed:
+        return source
+    if MAIN in [one.name for one in changed]:
+        source = {key: value for key, value in source.items() if key != CALIBRATION}
+    return _stamped_source(source, {one.name: one.quantization for one in changed})
+
+
+def _is_coarsened(stored: Mapping[str, Component], part: Part) -> bool:
+    """Whether a network has few bits and gets fewer."""
+    before = stored[part.component.name].quantization
+    return before is not None and before != part.component.quantization
+
+
+def _stamped_source(source: dict[str, Any], made: Any) -> dict[str, Any]:
+    """What a checkpoint says of its source, with the fingerprint of what is `made` of that as JSON can say."""
+    text = json.dumps([source.get("fingerprint"), made], sort_keys=True)
+    return {**source, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | None) -> tuple[str, str]:
@@ -154,9 +175,6 @@ def stored_part(stored: Component, wanted: Component, adapters: Folds | None = N
             f"{place} is stored in {_told(stored)} bits, which no adapter is folded into; convert the original, or a "
             "checkpoint in bf16"
         )
-    if stored.quantization == wanted.quantization and not changes:
-        files = Files(stored.files)
-        return Part(wanted, files, {name: Copied((files.range_of(name),)) for name in wanted.infos})
     if any(_bits(stored, layer) < bits for layer, bits in layer_bits(wanted.quantization, wanted.infos).items()):
         before, after = _told(stored), _told(wanted)
         raise InputError(f"{place} is stored in {before} bits, which gain nothing as {after}; ask for the same")
@@ -165,15 +183,29 @@ def stored_part(stored: Component, wanted: Component, adapters: Folds | None = N
         return f"{place}: {name} is not finite; convert the model again"
 
     plain: Tensors = Finite(_plain(stored), complaint)
-    return Part(wanted, as_stored(adapters.into(stored.name, plain) if adapters else plain, wanted))
+    files = Files(stored.files)
+    kept = {} if changes else {name: Copied((files.range_of(name),)) for name in _kept(stored, wanted)}
+    return Part(wanted, as_stored(adapters.into(stored.name, plain) if adapters else plain, wanted), kept)
+
+
+def _kept(stored: Component, wanted: Component) -> list[str]:
+    """The tensors of what has the wanted bits already; none where 16 bits get fewer."""
+    if stored.quantization is None and wanted.quantization is not None:
+        return []
+    before, after = (layer_bits(one.quantization, one.infos) for one in (stored, wanted))
+    layers = {name: name.rpartition(".")[0] for name in wanted.infos}
+    return [name for name, layer in layers.items() if before.get(layer) == after.get(layer)]
 
 
 def warn_of_loss(stored: Component, wanted: Component) -> None:
     """Say what is lost where a quantized network gets fewer bits still."""
-    if stored.quantization in (None, wanted.quantization):
+    before, after = (layer_bits(one.quantization, one.infos) for one in (stored, wanted))
+    changed = [layer for layer, bits in after.items() if bits != before.get(layer)]
+    if stored.quantization is None or not changed:
         return
-    change = f"{_loss(_plain(stored), wanted):.1%}"
-    loss = f"in {_told(wanted)} its weights change by {change} of their size; of the original they would be better"
+    whose = "its weights" if len(changed) == len(after) else f"the weights of {len(changed)} of {len(after)} layers"
+    change = f"{_loss(_plain(stored), {layer: after[layer] for layer in changed}):.1%}"
+    loss = f"in {_told(wanted)} {whose} change by {change} of their size; of the original they would be better"
     _log.warning("%s is stored in %s bits already: %s", stored.files[0].parent, _told(stored), loss)
 
 
@@ -194,18 +226,16 @@ def _plain(component: Component) -> Tensors:
     return unpacked(component.tensors, {SETTINGS: json.dumps(component.quantization)})
 
 
-def _loss(tensors: Tensors, wanted: Component) -> float:
-    """The relative change of `tensors` when they are quantized as `wanted`: the root mean square of the change over
-    that of the values, in some rows of some layers."""
-    names = [name for name in tensors.infos if stored_names(name, wanted.infos) != [name]]
+def _loss(tensors: Tensors, bits: Mapping[str, int]) -> float:
+    """The relative change of layers when they get these `bits`: the root mean square of the change of their weights
+    over that of the values, in some rows of some layers."""
     change = size = 0.0
-    some = names[:: -(-len(names) // _LAYERS)]
-    for name, array in zip(some, tensors.read(some), strict=True):
+    some = [*bits][:: -(-len(bits) // _LAYERS)]
+    for layer, array in zip(some, tensors.read([f"{layer}.weight" for layer in some]), strict=True):
         rows = array[:_ROWS].astype(mx.float32)
-        bits = _bits(wanted, name.removesuffix(".weight"))
-        codes, scales, biases = quantize_array(rows, bits).values()
+        codes, scales, biases = quantize_array(rows, bits[layer]).values()
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        again = mx.dequantize(codes, scales, biases, GROUP_SIZE, bits)
+        again = mx.dequantize(codes, scales, biases, GROUP_SIZE, bits[layer])
         change += _squares(again - rows)
         size += _squares(rows)
     return math.sqrt(change / size) if size else 0.0

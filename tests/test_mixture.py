@@ -205,9 +205,38 @@ def test_memory_is_that_of_each_layer(mixed, plain):
 def test_fewer_bits_of_few(before, after, plain, tmp_path, caplog):
     requantize(Checkpoint.open(plain), tmp_path / "a", before, before)
     requantize(Checkpoint.open(tmp_path / "a"), tmp_path / "b", after, after)
-    made = Checkpoint.open(tmp_path / "b")
+    few, made = Checkpoint.open(tmp_path / "a"), Checkpoint.open(tmp_path / "b")
     assert made.quants == (after, after)
-    assert re.search(r"is stored in .* bits already: in .* its weights change by \d+\.\d% of their size", caplog.text)
+    told = r"already: in .* (?:its weights|the weights of (\d+) of (\d+) layers) change by (.*)% of their size"
+    changes = [match.groups() for match in re.finditer(told, caplog.text)]
+    for (some, whole, change), name in zip(changes, ("transformer", "text_encoder", "language_model"), strict=True):
+        old, new = few.components[name], made.components[name]
+        kept, layers = same_layers(old, new)
+        assert (some, whole) == ((str(layers - len(kept)), str(layers)) if kept else (None, None))
+        assert float(change) > (6 if after in ("qint4", "mixed4") else 1)  # of what changes, not of all
+        for tensor in (f"{layer}.{part}" for layer in kept for part in ("weight", "scales", "biases")):
+            assert mx.array_equal(*(next(iter(x.tensors.read([tensor]))) for x in (old, new)))
+
+
+def same_layers(old: Component, new: Component) -> tuple[list[str], int]:
+    """The layers that have as many bits in both, and how many layers have few."""
+    before, after = (layer_bits(x.quantization, x.infos) for x in (old, new))
+    return [layer for layer, bits in after.items() if bits == before[layer]], len(after)
+
+
+@pytest.mark.parametrize(("before", "after"), [("qint8", "mixed4"), ("qint8", "qint4"), ("mixed4", "qint4")])
+def test_weights_made_from_few_bits_have_a_fingerprint_of_their_own(before, after, plain, tmp_path):
+    source = Checkpoint.open(plain)
+    ranking = ["single_blocks.2.linear2"]
+    measured = Calibration(tuple(ranking), {"prompts": 1}) if before == "mixed4" else None
+    requantize(source, tmp_path / "a", before, "qint8", calibration=measured)
+    few = Checkpoint.open(tmp_path / "a")
+    requantize(few, tmp_path / "b", after, "qint8")
+    requantize(few, tmp_path / "c", before, "qint4")
+    made, other_text = (Checkpoint.open(tmp_path / name).source for name in "bc")
+    assert len({x["fingerprint"] for x in (source.source, few.source, made, other_text)}) == 3 + bool(measured)
+    assert ("calibration" in few.source, "calibration" in made) == (bool(measured), False)
+    assert other_text.get("calibration") == few.source.get("calibration")
 
 
 @pytest.mark.parametrize(("before", "after"), [("qint6", "mixed4"), ("mixed4", "qint6"), ("qint4", "mixed4")])
