@@ -74,6 +74,8 @@ class Component:
         """`infos`; CheckpointError, which names the config at `path`, if there can be no such network."""
         try:
             return self.infos
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} describes no {self.name}: {error}") from error
         except (*NONSENSE, RuntimeError) as error:  # the last is MLX's for sizes beyond its own integers
             raise _nonsense(self.name, path, error) from error
 
@@ -248,12 +250,10 @@ class Checkpoint:
         """Compare the manifest with the components, and these with each other."""
         if "text_encoder" not in self.components:
             raise InputError("it lists no text_encoder")
-        quants = quantizations(self.quant, self.text_quant)
         for name, component in self.components.items():
-            quant = quants[name]
+            quant = quantizations(self.quant, self.text_quant)[name]
             if not is_stated(quant, component.quantization):
-                stored = (component.quantization or {}).get("bits")
-                raise InputError(f"it says {quant} where the {name} is stored with {stored or 16} bits")
+                raise InputError(f"it says {quant} where the {name} is stored as {quant_of(component.quantization)}")
         check_fit(self.variant, {name: component.config for name, component in self.components.items()})
 
     def _check_small_files(self, manifest: dict[str, Any]) -> None:

@@ -88,17 +88,17 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown quantization": (edit("flux2.json", quantization=QUANTS | {"transformer": "q8"}), "is damaged: 'q8'"),
     "other quantization": (
         edit("flux2.json", quantization=QUANTS | {"text_encoder": "bf16"}),
-        "it says bf16 where the text_encoder is stored with 4 bits",
+        "it says bf16 where the text_encoder is stored as qint4",
     ),
     "no config": (remove(CONFIG), "can't read .*transformer/config.json: No such file"),
     "config garbage": (fill(CONFIG, b"\xff"), "config.json is not JSON"),
     "config nonsense": (edit(CONFIG, num_layers="two"), "config.json describes no transformer"),
     "config without a size": (edit(CONFIG, num_layers=None), "missing .* 'num_layers'"),
     "statement nonsense": (edit(CONFIG, quantization="8"), "config.json describes no transformer"),
-    "no statement": (edit(CONFIG, quantization=None), "it says qint8 where the transformer is stored with 16 bits"),
+    "no statement": (edit(CONFIG, quantization=None), "it says qint8 where the transformer is stored as bf16"),
     "other bits": (
         edit(CONFIG, quantization={"group_size": 64, "bits": 4, "mode": "affine", "img_in": False}),
-        "it says qint8 where the transformer is stored with 4 bits",
+        "it says qint8 where the transformer is stored as qint4",
     ),
     "layer not spared": (
         edit(CONFIG, quantization={"group_size": 64, "bits": 8, "mode": "affine"}),

@@ -138,6 +138,17 @@ def test_a_manifest_that_says_something_else_is_refused(mixed, tmp_path):
         Checkpoint.open(folder)
 
 
+def test_a_layer_that_is_not_there_is_told_with_its_file(mixed, tmp_path):
+    folder = Path(shutil.copytree(mixed, tmp_path / "copy"))
+    edit_json(folder / "flux2.json", files=None)
+    config = folder / "transformer" / "config.json"
+    said = json.loads(config.read_text())["quantization"]
+    edit_json(config, quantization=said | {"vae": {"group_size": 64, "bits": 8, "mode": "affine"}})
+    message = f"{config} describes no transformer: quantization.'vae' is of no layer of this network"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        Checkpoint.open(folder)
+
+
 def test_quantized_at_loading_it_equals_what_is_stored(plain, tmp_path, models):
     requantize(Checkpoint.open(plain), tmp_path / "a", "mixed4", "mixed4")
     now, before = (Checkpoint.open(folder).components["transformer"] for folder in (tmp_path / "a", plain))
