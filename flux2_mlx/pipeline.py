@@ -114,7 +114,7 @@ class Flux2Pipeline(PreparedPipeline):
                 keep_source=keep_source,
                 announce=_announce if progress else None,
                 progress=show,
-                decoder=found and found.decoder,
+                decoder=None if found is None else found.decoder,
             )
             if found is not None:
                 found.decoder.decoding(Checkpoint.open(opened))  # what speaks against it is told before it is fetched
@@ -129,7 +129,7 @@ class Flux2Pipeline(PreparedPipeline):
             memory_limit=memory_limit,
             keep=keep,
             name=str(source),
-            decoder=found and found.decoder,
+            decoder=None if found is None else found.decoder,
         )
 
     @classmethod

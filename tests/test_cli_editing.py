@@ -243,7 +243,7 @@ SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 16}
         ({"images": None}, "the settings in b.png are damaged: images is None"),
         ({"images": ["a.png"]}, "the settings in b.png are damaged: 'a.png' should say path, sha256"),
         ({"images": [{"path": "a.png"}]}, "the settings in b.png are damaged: sha256 is None"),
-        ({"strength": float("nan")}, "strength must be above 0 and at most 1, got nan"),
+        ({"strength": float("nan")}, "the settings in b.png are damaged: strength is nan"),
     ],
 )
 def test_a_damaged_edit(changes, message, made_before):
