@@ -22,7 +22,9 @@ def sizes(te: str, variant: str | None, base: str | None = None, vae: str = "kle
     configs = {"text_encoder": other["text_encoder"], "vae": geometries(VARIANTS[vae])["vae"]}
     configs |= {} if base else {"transformer": nine["transformer"]}
     places = {name: Path(f"{name}.safetensors") for name in configs}
-    assembly._check_sizes(Path("x"), geometries(VARIANTS[base]) if base else {}, configs, places, variant)
+    assembly._check_sizes(
+        Path("x"), geometries(VARIANTS[base]) if base else {}, configs, places, assembly._named(variant, None)
+    )
 
 
 @pytest.mark.parametrize("variant", [None, "klein-9b"])
