@@ -1,5 +1,6 @@
 """The folder of an MLX checkpoint as it is written: layer by layer, all or nothing."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -106,6 +107,12 @@ class Inspection:
         """CheckpointError if one of the files has changed."""
         for file in self.files:
             file.check()
+
+
+def derived_source(source: Mapping[str, Any], made: Any) -> dict[str, Any]:
+    """What a checkpoint says of its source, with the fingerprint of what is `made` of that as JSON can say."""
+    text = json.dumps([source.get("fingerprint"), made], sort_keys=True)
+    return {**source, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def new_manifest(

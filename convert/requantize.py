@@ -1,6 +1,5 @@
 """From an MLX checkpoint to one with fewer bits, without the source that it was made from."""
 
-import hashlib
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from flux2_mlx.quantization import (
 from flux2_mlx.weights import Files, Tensors
 from flux2_mlx.wording import told
 
-from .folder import Inspection, Part, check_target, new_manifest, write_folder
+from .folder import Inspection, Part, check_target, derived_source, new_manifest, write_folder
 from .formats import SETTINGS, unpacked, versions
 from .lora import Fold, Folds, check_folds, folded_source
 from .rules import Finite
@@ -109,7 +108,7 @@ def requantize(
 
 def _calibrated_source(source: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
     """What a checkpoint says of its source, with its calibration and the fingerprint that it has with that."""
-    return {**_stamped_source(source, calibration.ranking), CALIBRATION: calibration.measured}
+    return {**derived_source(source, calibration.ranking), CALIBRATION: calibration.measured}
 
 
 def _coarsened_source(source: dict[str, Any], stored: Mapping[str, Component], parts: Sequence[Part]) -> dict[str, Any]:
@@ -120,19 +119,13 @@ def _coarsened_source(source: dict[str, Any], stored: Mapping[str, Component], p
         return source
     if MAIN in [one.name for one in changed]:
         source = {key: value for key, value in source.items() if key != CALIBRATION}
-    return _stamped_source(source, {one.name: one.quantization for one in changed})
+    return derived_source(source, {one.name: one.quantization for one in changed})
 
 
 def _is_coarsened(stored: Mapping[str, Component], part: Part) -> bool:
     """Whether a network has few bits and gets fewer."""
     before = stored[part.component.name].quantization
     return before is not None and before != part.component.quantization
-
-
-def _stamped_source(source: dict[str, Any], made: Any) -> dict[str, Any]:
-    """What a checkpoint says of its source, with the fingerprint of what is `made` of that as JSON can say."""
-    text = json.dumps([source.get("fingerprint"), made], sort_keys=True)
-    return {**source, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def requantized(checkpoint: Checkpoint, quant: str | None, text_quant: str | None) -> tuple[str, str]:

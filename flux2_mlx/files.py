@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import file_digest
@@ -47,10 +48,18 @@ def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
         yield file
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a regular file of any size; raises as `open_regular` does."""
-    with open_regular(path) as file:
+def file_sha256(path: Path, limit: int = sys.maxsize) -> str:
+    """The SHA-256 of a regular file of at most `limit` bytes; raises as `opened` does."""
+    with opened(path, limit) as file:
         return file_digest(cast("BinaryIO", file), "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def sha256_if_there(path: Path, limit: int = sys.maxsize) -> str | None:
+    """That of a file which may not be there, or be something else; None then."""
+    try:
+        return file_sha256(path, limit)
+    except (OSError, ValueError, InputError):  # ValueError: a name that no file can have
+        return None
 
 
 def open_without_waiting(path: str, flags: int) -> int:

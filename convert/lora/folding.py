@@ -1,7 +1,5 @@
 """Adapters folded into the weights of a model that is converted."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +13,7 @@ from flux2_mlx.config import Config
 from flux2_mlx.errors import CheckpointError, InputError
 from flux2_mlx.weights import Tensors
 
+from ..folder import derived_source
 from .adapter_file import AdapterFile
 
 _WEIGHT = ".weight"
@@ -121,6 +120,4 @@ def folded_source(source: Mapping[str, Any], folds: Sequence[Fold]) -> dict[str,
     stamps = [fold.stamp for fold in folds]
     if not stamps:
         return dict(source)
-    text = json.dumps([source.get("fingerprint"), stamps], sort_keys=True)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    return {**source, "fingerprint": fingerprint, "adapters": [*source.get("adapters", []), *stamps]}
+    return derived_source(source, stamps) | {"adapters": [*source.get("adapters", []), *stamps]}

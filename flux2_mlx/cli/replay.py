@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import opened
+from ..files import sha256_if_there
 
 if TYPE_CHECKING:
     from ..store import Model
@@ -102,28 +102,14 @@ def find(file: dict[str, str], image: Path, way_out: str) -> Path:
         InputError: none of these is there with the content that it had.
     """
     check_file(file, image)
+    from ..images import MAX_INPUT_BYTES
+
     path = Path(file["path"])
     places = dict.fromkeys((path, image.parent / path.name, Path(path.name)))
-    if found := next((place for place in places if _sha256(place) == file["sha256"]), None):
+    if found := next((x for x in places if sha256_if_there(x, MAX_INPUT_BYTES) == file["sha256"]), None):
         return found
     name = path.name or path
     raise InputError(f"{name}, which {image} was made from, is neither beside it nor here, or has changed; {way_out}")
-
-
-def _sha256(path: Path) -> str | None:
-    """The SHA-256 of an image file; None if there is none, or something that can't be one."""
-    from hashlib import sha256
-
-    from ..images import MAX_INPUT_BYTES
-
-    found = sha256()
-    try:
-        with opened(path, MAX_INPUT_BYTES) as file:
-            while chunk := file.read(2**20):
-                found.update(chunk)
-    except (OSError, ValueError, InputError):  # ValueError: a name that no file can have
-        return None
-    return found.hexdigest()
 
 
 def find_decoder(told: Any, image: Path, models_dir: Path | None) -> tuple[str | None, str | None]:

@@ -13,7 +13,7 @@ from ..config import Config
 from ..convert import formats
 from ..convert.lora import PEFT_CONFIG, USUAL_FILES, AdapterFile, is_adapter, is_config_of, names_beside, read_adapter
 from ..errors import CheckpointError, DownloadError, InputError
-from ..files import file_sha256
+from ..files import sha256_if_there
 from ..hub import Download, Selection, snapshot_files
 from ..layout import PICKLES, SAFETENSORS
 from ..wording import some
@@ -186,9 +186,9 @@ def adapters_with(
     """
     home = models_folder(models_dir) / ADAPTERS
     named = dict.fromkeys(file for folder in (*folders, home) for file in _named_files(folder / name))
-    yield from (file for file in named if _hash(file) == sha256)
+    yield from (file for file in named if sha256_if_there(file) == sha256)
     yield from (file for file, blob in cached_files() if blob.name == sha256 and file.is_file())
-    yield from (file for file in own_files(models_dir) if file not in named and _hash(file) == sha256)
+    yield from (file for file in own_files(models_dir) if file not in named and sha256_if_there(file) == sha256)
 
 
 def _named_files(place: Path) -> list[Path]:
@@ -222,14 +222,6 @@ def cached_files() -> Iterator[tuple[Path, Path]]:
                 yield file, Path(own[0])
 
 
-def _hash(path: Path) -> str | None:
-    """The hash of a file; None if there is none that can be read."""
-    try:
-        return file_sha256(path)
-    except (OSError, ValueError, InputError):
-        return None
-
-
 def adapter_hashes(source: str | os.PathLike[str]) -> tuple[str | None, str | None]:
     """The hash of an adapter's file here, and that of its config (`AdapterFile.config_hash`). None also where they
     can't be known, which is told when it is used.
@@ -242,7 +234,7 @@ def adapter_hashes(source: str | os.PathLike[str]) -> tuple[str | None, str | No
         file = read_here(path)
         return file.sha256, file.config_hash
     except (CheckpointError, InputError):
-        return _hash(path), None
+        return sha256_if_there(path), None
 
 
 def read_here(source: Path, weight_name: str | None = None) -> AdapterFile:

@@ -10,7 +10,7 @@ from .. import hub
 from ..convert import formats, read_decoder
 from ..decoders import Decoder
 from ..errors import CheckpointError, DownloadError, InputError
-from ..files import file_sha256
+from ..files import sha256_if_there
 from ..hub import Download, Selection
 from .adapter_sources import cached_files, cached_origin
 from .first_use import Progress, labelled
@@ -102,16 +102,9 @@ def decoder_with(
     """The file of this hash: of this name in one of `folders` or the models folder, or any in the Hub's cache; None:
     there is none."""
     own = (folder / name for folder in (*folders, models_folder(models_dir)))
-    if found := next((file for file in own if _has(file, sha256)), None):
+    if found := next((file for file in own if sha256_if_there(file) == sha256), None):
         return found
     return next((file for file, blob in cached_files() if blob.name == sha256 and file.is_file()), None)
-
-
-def _has(file: Path, sha256: str) -> bool:
-    try:
-        return file_sha256(file) == sha256
-    except (OSError, ValueError, InputError):  # ValueError: a name that no file can have
-        return False
 
 
 def _read(selection: Selection, told: str) -> Decoder:
